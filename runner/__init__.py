@@ -1,0 +1,1 @@
+"""A Hydra-configured, model-agnostic PyTorch experiment runner: `python -m runner`."""

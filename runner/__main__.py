@@ -1,0 +1,39 @@
+"""`python -m runner`: composes the config, then launches it. Must not import torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from runner import config, launch
+
+
+@hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
+def _compose_and_launch(cfg: DictConfig) -> None:
+    launch.launch(cfg)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; the message is made here
+    config.register()
+    try:
+        sys.argv[1:] = sorted(launch.with_resumed_overrides(sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
+        _compose_and_launch()
+    except Exception as error:
+        message = config.explain(error)
+        if wants_traceback or message is None:
+            raise
+        print(message, file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if not wants_traceback:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""The schema of what the runner owns, its checks, and what a mistake in a config is told as.
+
+Must not import torch: a misspelt key ends before that second is spent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+_PACKAGE = Path(__file__).resolve().parent
+_WHEEL_CONF = _PACKAGE / "conf"
+CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: printed as one message, without a traceback."""
+
+
+class Precision(Enum):
+    """Arithmetic of forward and backward; weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass
+class TrainerConfig:
+    steps: int = MISSING
+    accumulate: int = MISSING
+    clip_norm: float = MISSING
+    precision: Precision = MISSING
+    log_every: int = MISSING
+    save_every: int = MISSING
+    eval_every: int = MISSING
+    eval_at_start: bool = MISSING
+    export_every: int = MISSING
+    keep_last: int = MISSING
+
+
+@dataclass
+class OptimizationsConfig:
+    freeze: list[str] = MISSING
+
+
+@dataclass
+class DistributedConfig:
+    device: str = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    tensorboard: bool = MISSING
+    jsonl: bool = MISSING
+    progress: bool = MISSING
+    stdin: bool = MISSING
+
+
+@dataclass
+class DataConfig:
+    train: Any = MISSING
+    eval: Any = None
+    batch_size: int = MISSING
+    num_workers: int = MISSING
+    collate: Any = None
+    seed_samples: bool = True
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    seed: int = MISSING
+    resume: str | None = MISSING
+    model: Any = MISSING
+    data: DataConfig = MISSING
+    sampler: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    optimizations: OptimizationsConfig = MISSING
+    distributed: DistributedConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    engines: dict[str, Any] = field(default_factory=dict)
+    feeder: Any = None
+    report: Any = None
+
+
+def register() -> None:
+    """Makes the schema and the resolvers known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_label", run_label, replace=True)
+
+
+def run_label(overrides: str) -> str:
+    """Returns a sweep job's overrides as a folder name of at most 80 characters."""
+    return re.sub(r"[^\w.,=+-]+", "-", overrides)[:80] or "job"
+
+
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze"]
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "optimizations": OptimizationsConfig,
+    "distributed": DistributedConfig,
+    "trainer": TrainerConfig,
+    "tracking": TrackingConfig,
+}
+_AT_LEAST = {
+    "seed": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "trainer.steps": 1,
+    "trainer.accumulate": 1,
+    "trainer.clip_norm": 0,
+    "trainer.log_every": 0,
+    "trainer.save_every": 0,
+    "trainer.eval_every": 0,
+    "trainer.export_every": 0,
+    "trainer.keep_last": 0,
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks what types can't say.
+
+    Raises:
+        ConfigError: with every key that is missing or out of range, a line each.
+    """
+    mistakes = _unknown_keys(cfg)
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value < least:
+            mistakes.append(f"{key}={value}: expected {least} or more")
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
+    mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
+    if not mistakes:
+        mistakes += _batch_mistakes(cfg)
+    if not re.fullmatch(r"[\w.+-]+", cfg.name):
+        mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    for name in cfg.engines:
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            mistakes.append(f"engines.{name}: expected a letter, then letters, digits, '_', '-' (it names files)")
+    if len({name.lower() for name in cfg.engines}) < len(cfg.engines):
+        mistakes.append("engines: names differ in case alone; their files would collide on some disks")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _unknown_keys(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of keys that a `+` has forced into what the runner owns."""
+    known = {"": [f.name for f in fields(Config)]} | {k: [f.name for f in fields(t)] for k, t in _SECTIONS.items()}
+    known |= {f"engines.{name}": _ENGINE_KEYS for name in cfg.engines}
+    return [
+        f"{section}.{key!s}: no such key; {nearest(str(key), keys)}".lstrip(".")
+        for section, keys in known.items()
+        for key in (OmegaConf.select(cfg, section) if section else cfg)
+        if key not in keys
+    ]
+
+
+def _batch_mistakes(cfg: DictConfig) -> list[str]:
+    size, parts = cfg.data.batch_size, cfg.trainer.accumulate
+    if size % parts:
+        return [f"data.batch_size={size}: expected a multiple of trainer.accumulate={parts}, its number of parts"]
+    if cfg.trainer.eval_every and cfg.data.eval is None:
+        every = cfg.trainer.eval_every
+        return [f"trainer.eval_every={every}: data.eval has no dataset; add one, or set trainer.eval_every=0"]
+    return []
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the config as plain dicts and lists, interpolations resolved, enums as their names."""
+    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def nearest(name: str, choices: list[str]) -> str:
+    """Returns ' Did you mean ...?' where something is near, else what there is to choose from."""
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    listed = ", ".join(choices)
+    return f"did you mean {close[0]}? (there are: {listed})" if close else f"there are: {listed}"
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns the one message for a mistake in a config, or None for any other error."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={name}: no such choice; {nearest(name, list(error.options))}"
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    if cause is not None and cause.full_key:
+        return _explain_key(cause, str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(dict.fromkeys(lines)) or None
+
+
+def _explain_key(cause: OmegaConfBaseException, context: str) -> str:
+    full_key = str(cause.full_key)
+    message = str(cause.msg or cause).splitlines()[0]
+    place = re.match(r"In '[^']+'", context)
+    where = f"{place.group()}: " if place else ""
+    parent = cause.parent_node
+    if not OmegaConf.is_dict(parent) or cause.key in parent:
+        return f"{where}{full_key}: {message}"
+    keys = [str(key) for key in parent]
+    hint = nearest(str(cause.key), keys)
+    if OmegaConf.get_type(parent) is dict:
+        hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."
+    return f"{where}{full_key}: no such key; {hint}"

@@ -1,0 +1,167 @@
+"""What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
+
+It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
+"""
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TextIO
+
+_DRAW_EVERY_S = 0.1
+
+
+class Console:
+    """Shows a run to a person: a progress bar when `stream` is a terminal, plain lines otherwise.
+
+    A terminal that goes away ends the bar or the lines, not the run.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        stream = sys.stderr if stream is None else stream
+        is_shown = _is_terminal(stream) if enabled is None else enabled
+        self._step = first_step
+        self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
+        self._next_draw = -math.inf if is_shown else math.inf
+
+    def update(self, step: int, **shown: Any) -> None:
+        """The bar stands at `step` and shows the values, if a redraw is due; else they are not even read."""
+        self._step = step
+        if perf_counter() >= self._next_draw:
+            self._draw(shown)
+
+    def is_due(self) -> bool:
+        """Whether `update` would draw now; never without a bar."""
+        return perf_counter() >= self._next_draw
+
+    def print(self, text: str) -> None:
+        """A line of its own on stdout, above the bar."""
+        if self._bar is None:
+            _write_line(text)
+            return
+        try:
+            with self._bar.get_lock():
+                self._bar.clear(nolock=True)
+                _write_line(text)
+                self._bar.refresh(nolock=True)
+        except (OSError, ValueError):
+            self._drop_bar()
+
+    def close(self) -> None:
+        """The bar stays where the run ended, and the cursor is below it; closing again does nothing."""
+        if self._bar is None:
+            return
+        try:
+            self._bar.update(self._step - self._bar.n)
+            self._bar.close()
+        except (OSError, ValueError):
+            pass
+        self._drop_bar()
+
+    def _draw(self, shown: dict[str, Any]) -> None:
+        self._next_draw = perf_counter() + _DRAW_EVERY_S
+        if self._bar is None:
+            return
+        values = ", ".join(f"{name}={_format_value(value)}" for name, value in shown.items())
+        try:
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(self._step - self._bar.n)
+        except (OSError, ValueError):
+            self._drop_bar()
+
+    def _drop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.disable = True
+        self._bar, self._next_draw = None, math.inf
+
+
+@contextmanager
+def open_log(folder: str | Path, console: Console) -> Iterator[logging.Logger]:
+    """The logger "runner", whose messages go to `console` and, with time and level, to the end of `log.txt`.
+
+    It is as before afterwards, so one job of a sweep never writes to another's log.
+    """
+    logger = logging.getLogger("runner")
+    before = logger.level, logger.propagate
+    to_file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handlers = [to_file, _ConsoleHandler(console)]
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield logger
+    finally:
+        logger.level, logger.propagate = before
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            self._console.print(level + self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _make_bar(total: int, first: int, stream: TextIO) -> Any:
+    from threading import RLock
+
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread of tqdm's: `update` says when to draw
+
+    Bar.set_lock(RLock())  # tqdm's own lock is shared with other processes, and dear
+    has_width = _num_columns(stream) > 0
+    width: dict[str, Any] = {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
+    return Bar(total=total, initial=first, file=stream, unit="step", mininterval=0, miniters=0, **width)
+
+
+def _num_columns(stream: TextIO) -> int:
+    """0 when unknown, as in a container's terminal that was never given a size."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return 0
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _write_line(text: str) -> None:
+    stream = sys.stdout
+    if stream is None or stream.closed:
+        return
+    encoding = stream.encoding or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        pass  # whoever read the lines has gone
+
+
+def _format_value(value: Any) -> str:
+    number = float(value)
+    return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.4g}"

@@ -1,0 +1,125 @@
+"""A dict of engines, trained one after the other on each batch.
+
+Must not import a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.engines.engine import Engine
+from runner.utils.distributed import move
+
+
+class Engines(dict[str, Engine]):
+    """Engines by name; with one, metrics are named `loss`, with several `<engine>/loss`."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that batches go to."""
+        return next(iter(self.values())).device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, as the forwards counted them; each engine sees the same ones."""
+        return max(engine.tokens for engine in self.values())
+
+    def micro_step(self, batch: Any) -> None:
+        """Runs one micro-step of every engine on the same batch."""
+        batch = move(batch, self.device)
+        for engine in self.values():
+            engine.micro_step(batch)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Returns every engine's metrics since the last call."""
+        return {f"{self._prefix(name)}{key}": v for name, e in self.items() for key, v in e.take_metrics().items()}
+
+    def evaluate(self, batches: Iterable[tuple[Any, int]], is_cut: Callable[[], bool] = bool) -> dict[str, float]:
+        """Returns the means of loss and the forward's other numbers, each batch weighted by its samples.
+
+        Args:
+            batches: pairs of a batch and the number of its samples.
+            is_cut: asked before each batch; True ends at once.
+        Raises:
+            InterruptedError: where `is_cut` said so.
+            ValueError: without a single batch.
+        """
+        total, sums = 0, dict[str, Tensor]()
+        for engine in self.values():
+            engine.eval()
+        try:
+            with torch.no_grad():
+                for batch, num_samples in batches:
+                    if is_cut():
+                        raise InterruptedError("the evaluation was cut short")
+                    total += num_samples
+                    self._add(sums, move(batch, self.device), num_samples)
+        finally:
+            for engine in self.values():
+                engine.train()
+        if not total:
+            raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
+        return {name: float(value) / total for name, value in sums.items()}
+
+    def _add(self, sums: dict[str, Tensor], batch: Any, num_samples: int) -> None:
+        for name, engine in self.items():
+            tokens = engine.tokens
+            loss, extras = engine.forward(batch)
+            engine.tokens = tokens  # evaluation is not throughput
+            for key, value in {"loss": loss, **extras}.items():
+                key = self._prefix(name) + key
+                term = value.detach().double() * num_samples
+                sums[key] = sums[key] + term if key in sums else term
+
+    def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
+        """Returns what `function(module, dataset)` shows of each module, in evaluation mode."""
+        shown: dict[str, Any] = {}
+        for name, engine in self.items():
+            with engine.evaluating():
+                shown |= {self._prefix(name) + key: value for key, value in function(engine.module, dataset).items()}
+        return shown
+
+    def set_lr(self, lr: float) -> None:
+        """Sets every engine's base learning rate."""
+        for engine in self.values():
+            if engine.optimizer is not None:
+                engine.set_lr(lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns two entries an engine: `<name>`, weights under the user's names, and `<name>.optimizer`, the rest."""
+        state: dict[str, Any] = {}
+        for name, engine in self.items():
+            state[name] = engine.module.state_dict()
+            state[f"{name}.optimizer"] = engine.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            ValueError: engines of other names, or weights of other names or shapes.
+        """
+        saved = sorted(name for name in state if "." not in name)
+        if saved != sorted(self):
+            raise ValueError(f"engines: here {sorted(self)}, in the saved state {saved}; resume with the same config")
+        for name, engine in self.items():
+            try:
+                engine.module.load_state_dict(state[name])
+            except RuntimeError as error:
+                raise ValueError(f"engine {name}: its saved weights do not fit: {error}") from error
+            engine.load_state_dict(state[f"{name}.optimizer"])
+
+    def export_states(self) -> dict[str, dict[str, Tensor]]:
+        """Returns each engine's weights as evaluation uses them."""
+        states = {}
+        for name, engine in self.items():
+            with engine.evaluating():
+                states[name] = {key: value.clone() for key, value in engine.module.state_dict().items()}
+        return states
+
+    def _prefix(self, name: str) -> str:
+        return f"{name}/" if len(self) > 1 else ""

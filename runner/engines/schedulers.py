@@ -1,0 +1,55 @@
+"""Learning-rate schedules as factors on the optimizer's learning rate, each a torch `LambdaLR`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def constant(optimizer: Optimizer) -> None:
+    """Leaves the learning rate as it is: no scheduler at all."""
+
+
+def warmup(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
+    """Rises linearly over `warmup_steps`, reaching the full rate at the last of them, then stays."""
+    return LambdaLR(optimizer, _rise(warmup_steps))
+
+
+def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int, final_factor: float = 0.0) -> LambdaLR:
+    """Rises linearly, then falls as half a cosine to `final_factor` at `total_steps`, and stays there.
+
+    Source: SGDR without restarts, https://arxiv.org/abs/1608.03983
+    """
+    if not 0 <= final_factor <= 1:
+        raise ValueError(f"scheduler.final_factor={final_factor}: expected 0 to 1")
+    rise = _rise(warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return rise(step)
+        part = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+        return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * part)) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def noam(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
+    """Rises linearly over `warmup_steps` to the optimizer's rate, then falls as 1 / sqrt(step).
+
+    Source: https://arxiv.org/abs/1706.03762, section 5.3, scaled so that its peak is the optimizer's rate.
+    """
+    rise = _rise(warmup_steps)
+
+    def factor(step: int) -> float:
+        return min(rise(step), math.sqrt(max(warmup_steps, 1) / (step + 1)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _rise(warmup_steps: int) -> Callable[[int], float]:
+    if warmup_steps < 0:
+        raise ValueError(f"scheduler.warmup_steps={warmup_steps}: expected 0 or more")
+    return lambda step: min((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0

@@ -1,0 +1,185 @@
+"""Owns the byte-level GPT and the report that shows what it writes; imports torch and the standard library only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCABULARY = 256
+# Contexts are a few hundred bytes; a slower rotation than this would leave half of the angles unused.
+ROTARY_BASE = 1000.0
+
+
+class ByteGPT(nn.Module):
+    """A decoder-only transformer over raw bytes: rotary positions, pre-norm blocks, an untied head.
+
+    Args:
+        width: size of the residual stream.
+        depth: number of blocks.
+        heads: attention heads; `width / heads` is even.
+        context: the most bytes that a prediction looks back on.
+        dropout: share of the embedding and of each branch that training drops, 0 to 1.
+
+    Raises:
+        ValueError: `width` does not split into `heads` of even size.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(
+        self, width: int = 128, depth: int = 4, heads: int = 4, context: int = 128, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if width % (2 * heads):
+            raise ValueError(f"ByteGPT: width is a multiple of 2 * heads, here {2 * heads}, not {width}")
+        self.context = context
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        # Small logits: an untrained model is close to uniform, log(256) nats a byte.
+        nn.init.normal_(self.head.weight, std=0.02)
+        cosine, sine = rotary_table(context, width // heads)
+        self.register_buffer("cosine", cosine, persistent=False)
+        self.register_buffer("sine", sine, persistent=False)
+
+    def forward(self, window: Tensor) -> dict[str, Tensor | int]:
+        """The loss of predicting each byte of `window` from those before it.
+
+        Args:
+            window: uint8 [batch, time + 1], `time` at most `context`.
+
+        Returns:
+            `loss` in nats a byte, `bits_per_byte`, and `tokens`, the number of bytes predicted.
+        """
+        targets = window[:, 1:].long()
+        logits = self.logits(window[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return {"loss": loss, "bits_per_byte": loss.detach() / math.log(2), "tokens": targets.numel()}
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Scores of the byte after each of `inputs`: integers [batch, time] to float32 [batch, time, 256].
+
+        Raises:
+            ValueError: `inputs` is longer than the context.
+        """
+        time = inputs.shape[1]
+        if time > self.context:
+            raise ValueError(
+                f"ByteGPT: at most {self.context} bytes of context, found {time}; "
+                "give the model and the data the same context"
+            )
+        stream = self.dropout(self.embedding(inputs.long()))
+        for block in self.blocks:
+            stream = block(stream, self.cosine[:time], self.sine[:time])
+        logits: Tensor = self.head(self.norm(stream))
+        return logits.float()
+
+    @torch.no_grad()
+    def generate(self, prompt: bytes, num_bytes: int, temperature: float = 1.0, seed: int = 0) -> bytes:
+        """The `num_bytes` bytes that follow `prompt`, the same for the same seed; call it in eval mode.
+
+        An empty prompt begins a new file. Temperature 0 takes the likeliest byte. torch's global generators are
+        neither read nor moved.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        text = bytearray(prompt or b"\0")
+        start = len(text)
+        for _ in range(num_bytes):
+            recent = torch.tensor([list(text[-self.context :])], device=self.head.weight.device)
+            # Drawn on the CPU, so that a seed means the same text on every device.
+            scores = self.logits(recent)[0, -1].cpu()
+            if temperature > 0:
+                chances = (scores / temperature).softmax(0)
+                text.append(int(torch.multinomial(chances, 1, generator=generator)))
+            else:
+                text.append(int(scores.argmax()))
+        return bytes(text[start:])
+
+
+class Block(nn.Module):
+    """Causal self-attention, then an MLP, each added to the stream."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.qkv, self.mlp_in):
+            nn.init.normal_(layer.weight, std=width**-0.5)
+        # A block begins as the identity, so a deep stack is no harder to start than a shallow one.
+        for layer in (self.attention_out, self.mlp_out):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, stream: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """[batch, time, width] to the same; `cosine` and `sine` are [time, width / heads / 2]."""
+        stream = stream + self.dropout(self.attend(self.attention_norm(stream), cosine, sine))
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(stream)))
+        return stream + self.dropout(self.mlp_out(hidden))
+
+    def attend(self, stream: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        """Attention of each position to itself and those before it: [batch, time, width]."""
+        batch, time, width = stream.shape
+        split = self.qkv(stream).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return out
+
+
+def rotary_table(context: int, head_size: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles: two of float32 [context, head_size / 2].
+
+    Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864.
+    """
+    speeds = ROTARY_BASE ** -torch.linspace(0, 1, head_size // 2 + 1)[:-1]
+    angles = torch.arange(context)[:, None] * speeds
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """`states` [batch, heads, time, head_size] turned by their positions' angles, in their own dtype."""
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
+    return turned.type_as(states)
+
+
+class SampleCode:
+    """A report with a text that the model writes, the same seed at each evaluation so that samples compare.
+
+    Args:
+        prompt: text that the sample begins with.
+        num_bytes: bytes to generate after it.
+        temperature: 0 takes the likeliest byte; 1 draws from the model's own distribution.
+        seed: of the sampling.
+    """
+
+    def __init__(self, prompt: str = "def ", num_bytes: int = 200, temperature: float = 0.8, seed: int = 0) -> None:
+        self.prompt = prompt
+        self.num_bytes = num_bytes
+        self.temperature = temperature
+        self.seed = seed
+
+    def __call__(self, module: ByteGPT, dataset: object) -> dict[str, str]:
+        """`sample`: prompt and generated text as a Markdown code block; `dataset` is not used."""
+        prompt = self.prompt.encode()
+        generated = module.generate(prompt, self.num_bytes, self.temperature, self.seed)
+        return {"sample": as_code_block((prompt + generated).decode(errors="replace"))}
+
+
+def as_code_block(text: str) -> str:
+    """`text` as an indented Markdown code block, which no text can end; control characters become U+FFFD."""
+    shown = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+    return "\n".join(f"    {line}" for line in shown.split("\n"))

@@ -1,0 +1,121 @@
+"""Owns the dataset of Python's own standard library source; imports torch and the standard library only."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "validation")
+# Tests, other people's packages, applications, and folders that are mostly tables or generated text.
+SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib2to3", "pydoc_data"}
+    | {"site-packages", "test", "tests", "turtledemo"}
+)
+GENERATED_PREFIX = "_sysconfigdata"
+
+
+class SourceCode(Dataset[dict[str, Tensor]]):
+    """Windows of bytes over the Python files under one folder, split by file.
+
+    The files of a split, sorted by name and each closed by a zero byte, form one stream. Window `i` is the
+    `context + 1` bytes from byte `i * context`: neighbours share one byte, so each byte but the first is
+    predicted once, and a rest shorter than a window is left out. A file's split depends on its relative name
+    alone, and holds on every machine.
+
+    Args:
+        split: "train" or "validation".
+        context: bytes that a model sees; a window has one more, for the last prediction.
+        max_windows: keep at most so many windows, evenly spaced over the stream; None keeps all.
+        validation_fraction: share of the files that go to validation, 0 to 1.
+        root: folder to read; None is the running interpreter's standard library.
+
+    Raises:
+        ValueError: an argument is out of range, or the split has no whole window.
+        FileNotFoundError: there is no Python source under `root`.
+    """
+
+    def __init__(
+        self,
+        split: str = "train",
+        context: int = 256,
+        max_windows: int | None = None,
+        validation_fraction: float = 0.05,
+        root: str | None = None,
+    ) -> None:
+        self._settings = (split, context, max_windows, validation_fraction, root)
+        if split not in SPLITS:
+            raise ValueError(f"SourceCode: split is one of {', '.join(SPLITS)}, not {split!r}")
+        if context < 1 or (max_windows is not None and max_windows < 1):
+            raise ValueError(f"SourceCode: context and max_windows are at least 1, not {context}, {max_windows}")
+        if not 0 <= validation_fraction <= 1:
+            raise ValueError(f"SourceCode: validation_fraction is 0 to 1, not {validation_fraction}")
+        folder = sysconfig.get_paths()["stdlib"] if root is None else os.fspath(root)
+        names = list_sources(folder)
+        if not names:
+            raise FileNotFoundError(
+                f"SourceCode: no Python source under {folder} (a frozen or zipped interpreter ships none); "
+                "set root to a folder with .py files"
+            )
+        self.context = context
+        self.files = [name for name in names if in_validation(name, validation_fraction) == (split == "validation")]
+        self._stream = read_stream(folder, self.files)
+        num_windows = max(len(self._stream) - 1, 0) // context
+        if num_windows == 0:
+            raise ValueError(
+                f"SourceCode: the {split} split has {len(self.files)} of {len(names)} files and "
+                f"{len(self._stream)} bytes, less than one window of {context + 1}; lower context or change "
+                f"validation_fraction, now {validation_fraction}"
+            )
+        self._num_windows = num_windows
+        self._num_kept = num_windows if max_windows is None else min(max_windows, num_windows)
+
+    def __len__(self) -> int:
+        return self._num_kept
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One sample: `window`, uint8 [context + 1]."""
+        if not 0 <= index < self._num_kept:
+            raise IndexError(f"SourceCode: window {index} of {self._num_kept}")
+        start = index * self._num_windows // self._num_kept * self.context
+        # A view would carry the whole stream with it when a loader's worker sends the sample.
+        return {"window": self._stream[start : start + self.context + 1].clone()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Reading again takes about 15 ms and keeps megabytes out of a spawned worker's pickle.
+        return type(self), self._settings
+
+
+def list_sources(folder: str) -> list[str]:
+    """Relative names, with forward slashes and sorted, of the Python files that the dataset reads."""
+    names = []
+    pending = [""] if os.path.isdir(folder) else []  # an interpreter may keep its library in a zip file
+    while pending:
+        prefix = pending.pop()
+        for entry in os.scandir(os.path.join(folder, prefix)):
+            if entry.is_dir():
+                if entry.name not in SKIPPED_FOLDERS:
+                    pending.append(f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".py") and not entry.name.startswith(GENERATED_PREFIX):
+                names.append(prefix + entry.name)
+    return sorted(names)
+
+
+def in_validation(name: str, fraction: float) -> bool:
+    """True for a stable `fraction` of file names, drawn by checksum."""
+    return zlib.crc32(name.encode()) < fraction * 2**32
+
+
+def read_stream(folder: str, names: list[str]) -> Tensor:
+    """The bytes of the files in order, a zero byte after each: uint8 [total]."""
+    stream = bytearray()
+    for name in names:
+        with open(os.path.join(folder, name), "rb") as file:
+            stream += file.read()
+        stream.append(0)
+    return torch.frombuffer(stream, dtype=torch.uint8) if stream else torch.empty(0, dtype=torch.uint8)

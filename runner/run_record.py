@@ -1,0 +1,146 @@
+"""A run's `run.json`: what ran, where, from which code, and how it went.
+
+It must not import torch, Hydra, OmegaConf, `build` or anything above.
+"""
+
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from runner.files import replace_file
+
+_PACKAGES = ("runner", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
+_GIT_TIMEOUT_S = 5.0
+
+
+class RunRecord:
+    """The file `run.json` of a run's folder, whole at every moment.
+
+    Its top level tells of the run: `status` ("running", "finished", "interrupted" or "failed"), `started` and
+    `ended` (ISO 8601), `duration_s` of all sessions, `last_step`, `best`, and the latest session's host, pid,
+    ranks, python, command, packages and git state. `sessions` has an entry for each start and each resume.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / "run.json"
+        self._lock = threading.RLock()
+        self._facts: dict[str, Any] = {}
+        self._session: dict[str, Any] = {}
+        self._clock_zero = 0.0
+        self._survey: threading.Thread | None = None
+
+    def start(self, **facts: Any) -> None:
+        """A session of the run has begun; a run.json that lies there is of the same run, and goes on.
+
+        The git state and the package versions follow a moment later, from a thread.
+
+        Raises: ValueError when the run.json that lies there can't be read.
+        """
+        self._clock_zero = time.perf_counter()
+        before = self._read()
+        sessions = before.get("sessions", [])
+        for session in sessions:
+            if session["status"] == "running":  # it was killed: who lives to the end says how it ended
+                session["status"] = "interrupted"
+        now = _now()
+        state = {"status": "running", "started": now, "ended": None, "duration_s": 0.0}
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "git": None}
+        self._session = state | place
+        self._facts = state | {"started": before.get("started", now)} | place
+        self._facts |= {"ranks": 1, "python": platform.python_version(), "packages": None}
+        self._facts |= {"last_step": before.get("last_step"), "best": before.get("best")}
+        self._facts |= facts | {"sessions": [*sessions, self._session]}
+        self._write()
+        self._survey = threading.Thread(target=self._look_around, args=(os.getcwd(),), name="run record", daemon=True)
+        self._survey.start()
+
+    def update(self, **facts: Any) -> None:
+        """The facts stand in the file: `last_step=300`, `best={"name": ..., "value": ..., "step": ...}`."""
+        with self._lock:
+            self._facts.update(facts)
+            if "last_step" in facts:
+                self._session["last_step"] = facts["last_step"]
+            self._write()
+
+    def finish(self, status: str) -> None:
+        """The session has ended: "finished", "interrupted" or "failed"."""
+        if self._survey is not None:
+            self._survey.join()
+        with self._lock:
+            ending = {"status": status, "ended": _now()}
+            self._session.update(ending)
+            self._facts.update(ending)
+            self._write()
+
+    def _look_around(self, folder: str) -> None:
+        packages = {name: _find_version(name) for name in _PACKAGES}
+        git = _read_git(folder)
+        with self._lock:
+            self._session["git"] = git
+            self.update(packages=packages, git=git)
+
+    def _write(self) -> None:
+        self._session["duration_s"] = round(time.perf_counter() - self._clock_zero, 3)
+        self._facts["duration_s"] = round(sum(each["duration_s"] for each in self._facts["sessions"]), 3)
+        text = json.dumps(_without_nan(self._facts), indent=2, allow_nan=False)
+        replace_file(self._path, [text.encode(), b"\n"])
+
+    def _read(self) -> dict[str, Any]:
+        if not self._path.exists():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self._path}: expected JSON, found {error}; move it away to resume the run") from None
+        return content
+
+
+def _read_git(folder: str) -> dict[str, Any] | None:
+    """The commit and whether anything differs from it; None outside a repository or without git."""
+    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_S,
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    if done.returncode:
+        return None
+    lines = done.stdout.splitlines()
+    found = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
+    commit = found[0] if found and found[0] != "(initial)" else None
+    return {"commit": commit, "is_dirty": any(not line.startswith("#") for line in lines)}
+
+
+def _find_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

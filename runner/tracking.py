@@ -1,0 +1,276 @@
+"""Where a run's numbers, texts and pictures go: `metrics.jsonl` and a TensorBoard event file in its folder.
+
+Owns the background thread that writes them; what a person sees while it runs is `console`'s. It must not
+import torch, Hydra, OmegaConf, `build` or anything above; a tensor is whatever has `.item()`.
+"""
+
+import atexit
+import io
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import ModuleType
+from typing import Any
+
+from runner.files import AppendFile, replace_file
+
+METRICS_NAME = "metrics.jsonl"
+_CHUNK = 4096
+
+# What waits for the thread: (step, reading of the clock, numbers of the step or a maker of a record).
+_Entry = tuple[int, float, "dict[str, Any] | Callable[[ModuleType, float], bytes]"]
+
+
+class Tracker:
+    """Writes a run's numbers, texts and pictures to its folder, from a background thread.
+
+    A line of `metrics.jsonl` is strict JSON: `step`, `time_s` (seconds that the run has run, over all its
+    sessions), then one call's values in order, exact; NaN and infinities, which JSON lacks, are null. The
+    event file holds one record a call, NaN included. Each number is on disk within about `flush_s` seconds.
+
+    With `resume_step`, what lies in the folder is first cut back to the steps up to it, so each step stands
+    once; `hparams` is then to be called anew, as in a first session.
+
+    An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
+
+    Raises: FileExistsError when the folder holds another run's numbers and there is no `resume_step`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool = True,
+        jsonl: bool = True,
+        flush_s: float = 1.0,
+        resume_step: int | None = None,
+    ) -> None:
+        self._folder = Path(folder)
+        self._has_events, self._has_lines, self._resume_step = tensorboard, jsonl, resume_step
+        if resume_step is None:
+            self._refuse_numbers()
+        self._started, self._clock_zero = time.time(), time.perf_counter()
+        self._earlier_s = 0.0
+        self._flush_s = flush_s
+        # A deque and a SimpleQueue take no lock in Python, so a signal handler may log at any moment.
+        self._entries: deque[_Entry] = deque()
+        self._endings: SimpleQueue[str] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._is_error_told = self._is_ended = self._is_closed = False
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, "interrupted")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers of a step are on their way to disk; a call takes about half a microsecond.
+
+        A value is a number, or a 0-d array or detached tensor, which is read later by the thread: it must not
+        be written to afterwards. Calls come in the order of their steps.
+        """
+        if self._is_ended:
+            self._refuse_entry()
+        else:
+            self._entries.append((step, time.perf_counter(), dict(values)))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """TensorBoard's TEXT tab shows `text` as Markdown (code wants a fence); it goes nowhere else."""
+        self._enqueue(step, lambda events, wall_time: events.encode_text(wall_time, step, name, text))
+
+    def image(self, step: int, name: str, picture: Any) -> None:
+        """TensorBoard's IMAGES tab shows a Matplotlib figure, or a uint8 array `[height, width, 3]`.
+
+        The caller may close or change it afterwards. A tensor counts as an array.
+
+        Raises: ValueError when an array is of another type or shape.
+        """
+        if self._has_events:
+            image = _render_figure(picture) if hasattr(picture, "savefig") else _copy_pixels(name, picture)
+            self._enqueue(step, lambda events, wall_time: events.encode_image(wall_time, step, name, image))
+
+    def hparams(self, values: Mapping[str, bool | float | str], metrics: list[str] | None = None) -> None:
+        """TensorBoard's HPARAMS tab shows the run with these values and the last values of `metrics`.
+
+        TensorBoard takes the columns for all runs of a log folder from the first that lists its `metrics`;
+        where none does, from all values and all scalars of all runs.
+
+        Raises: TypeError naming a value that is no number, bool or string.
+        """
+        for name, value in values.items():
+            if not isinstance(value, bool | int | float | str):
+                found = type(value).__name__
+                raise TypeError(f"hparams: {name!r} is a {found}, not a number, bool or string; pass str(value)")
+        kept = dict(values)
+        self._enqueue(0, lambda events, wall_time: events.encode_hparams(wall_time, kept, metrics))
+
+    def close(self, status: str = "finished") -> None:
+        """Everything logged is on disk; closing again does nothing.
+
+        `status` is the run's: "finished", "interrupted" or "failed"; the HPARAMS tab shows it.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self._endings.put(status)
+        self._thread.join()
+        self._is_ended = True
+        atexit.unregister(self.close)
+        self._raise_error()
+
+    def _enqueue(self, step: int, make_record: Callable[[ModuleType, float], bytes]) -> None:
+        if self._is_ended:
+            self._refuse_entry()
+        elif self._has_events:
+            self._entries.append((step, time.perf_counter(), make_record))
+
+    def _refuse_numbers(self) -> None:
+        found = list(self._folder.glob("events.out.tfevents.*")) if self._has_events else []
+        lines = self._folder / METRICS_NAME
+        if self._has_lines and lines.exists() and lines.stat().st_size:
+            found.append(lines)
+        if found:
+            names = ", ".join(path.name for path in found)
+            raise FileExistsError(
+                f"{self._folder} already holds a run's numbers ({names}): resume it, or use a new folder"
+            )
+
+    def _refuse_entry(self) -> None:
+        self._raise_error()
+        if self._is_closed and self._error is None:
+            raise ValueError(f"the tracker of {self._folder} is closed: log before close()")
+
+    def _raise_error(self) -> None:
+        if self._error is not None and not self._is_error_told:
+            self._is_error_told = True
+            self._entries.clear()
+            raise self._error
+
+    def _work(self) -> None:
+        files: list[AppendFile] = []
+        try:
+            self._open_files(files)
+            self._write_until_closed()
+            for file in files:
+                file.sync()
+        except BaseException as error:
+            self._error, self._is_ended = error, True
+        finally:
+            for file in files:
+                file.close()
+
+    def _open_files(self, files: list[AppendFile]) -> None:
+        self._lines: AppendFile | None = None
+        self._records: AppendFile | None = None
+        if self._has_lines:
+            path = self._folder / METRICS_NAME
+            if self._resume_step is not None and path.exists():
+                self._earlier_s = _cut_lines(path, self._resume_step)
+            self._lines = AppendFile(path)
+            files.append(self._lines)
+        if self._has_events:
+            from runner import event_file  # here, since TensorBoard's protos would delay the start of the run
+
+            self._events = event_file
+            if self._resume_step is not None:
+                for path in event_file.find_event_files(self._folder):
+                    event_file.cut_event_file(path, self._resume_step)
+            self._records = AppendFile(event_file.name_next_file(self._folder))
+            files.append(self._records)
+            self._records.append(event_file.encode_header(self._started, self._resume_step))
+
+    def _write_until_closed(self) -> None:
+        status = None
+        while status is None:
+            try:
+                status = self._endings.get(timeout=self._flush_s / 2)
+            except Empty:
+                status = None
+            while self._entries:
+                self._write_chunk(min(len(self._entries), _CHUNK))
+        if self._records is not None:
+            self._records.append(self._events.encode_hparams_end(time.time(), status))
+
+    def _write_chunk(self, size: int) -> None:
+        lines: list[str] = []
+        records: list[bytes] = []
+        try:
+            for _ in range(size):
+                self._encode(self._entries.popleft(), lines, records)
+        finally:
+            if self._lines is not None and lines:
+                self._lines.append("".join(lines).encode())
+            if self._records is not None and records:
+                self._records.append(b"".join(records))
+
+    def _encode(self, entry: _Entry, lines: list[str], records: list[bytes]) -> None:
+        step, now, content = entry
+        wall_time = self._started + (now - self._clock_zero)
+        if callable(content):
+            records.append(content(self._events, wall_time))
+            return
+        numbers = {name: value if type(value) is float else _number(name, value) for name, value in content.items()}
+        if self._has_lines:
+            time_s = self._earlier_s + (now - self._clock_zero)
+            values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
+            lines.append(f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n')
+        if self._has_events:
+            records.append(self._events.encode_scalars(wall_time, step, numbers))
+
+
+def _number(name: str, value: Any) -> float:
+    number = value.item() if hasattr(value, "item") else value
+    if isinstance(number, bool):
+        return int(number)
+    if isinstance(number, int | float):
+        return number
+    raise TypeError(f"log: {name!r} is a {type(value).__name__}, not a number or a 0-d tensor; log a float")
+
+
+@lru_cache(maxsize=4096)
+def _encode_key(name: str) -> str:
+    if name in ("step", "time_s"):
+        raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
+    return f", {json.dumps(name)}: "
+
+
+def _cut_lines(path: Path, step: int) -> float:
+    """The file holds its whole lines up to `step`; returns the last one's `time_s`."""
+    last_s = 0.0
+
+    def keep(lines: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal last_s
+        for line in lines:
+            try:
+                values = json.loads(line)
+                is_kept = values["step"] <= step and line.endswith(b"\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # torn by a kill in the middle of a write
+            if is_kept:
+                last_s = values["time_s"]
+                yield line
+
+    with open(path, "rb") as file:
+        replace_file(path, keep(file))
+    return last_s
+
+
+def _render_figure(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _copy_pixels(name: str, picture: Any) -> Any:
+    import numpy
+
+    array = numpy.array(picture.detach().cpu().numpy() if hasattr(picture, "detach") else picture)
+    if array.dtype != numpy.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"image {name!r}: expected uint8 [height, width, 3], found {array.dtype} {list(array.shape)}; "
+            "convert it first"
+        )
+    return array

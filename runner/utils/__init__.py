@@ -1,0 +1,11 @@
+"""Tools that know no config, no engine and no model; any other program may import them on their own.
+
+batches      endless batches of a dataset that know how far training has come
+distributed  devices and their generators
+io           state dicts and JSON on disk, exact and atomic
+packing      a nest of values as JSON and named tensors
+permutation  a keyed permutation, block by block
+sampler      pool, ordered, batched and random samplers that save and load their state
+train        the loop
+utils        the few helpers without a file of their own
+"""

@@ -1,0 +1,205 @@
+"""Batches: an endless stream of collated batches that knows which samples were delivered.
+
+Owns the way from a sampler's indices to a batch, in this process or through loader workers, the position of
+what was delivered, and the randomness of a sample. Imports torch and NumPy; must not import the samplers: any
+iterable with `state_dict()` and `load_state_dict()` is one.
+"""
+
+import copy
+import itertools
+import random
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from runner.utils.utils import checked_choice, checked_int, mix
+
+
+class Sampler(Protocol):
+    """What `Batches` asks of a sampler: `iter` yields the rest of an epoch, or the next if none is left."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class Batches:
+    """Yields collated batches of a map-style dataset without end; its state is the position of the last one.
+
+    With a `batch_size`, indices are chained across epochs and every batch is full; without one the sampler
+    yields lists of indices. The sampler belongs to the stream and runs ahead of it when workers prefetch: the
+    position to save is `state_dict()` of the batches. An error in the dataset, or a worker that dies, raises
+    from `next` and leaves the position where it was; the next call starts again from there.
+
+    With `seed_samples` the global generators of torch, `random` and NumPy are reseeded from (seed, ordinal of
+    the sample in the whole stream) before `dataset[i]`: its augmentation depends neither on the workers nor on
+    where the run was cut. A dataset with `__getitems__` is called once a batch, seeded by the first ordinal.
+    Without workers these are the generators of this process, left as the last sample left them.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        sampler: Sampler,
+        batch_size: int | None = None,
+        *,
+        seed: int = 0,
+        num_workers: int = 0,
+        collate: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        seed_samples: bool = True,
+        prefetch_factor: int = 2,
+    ) -> None:
+        self._seed = checked_int("Batches: seed", seed)
+        self._sampler = sampler
+        self._batch_size = None if batch_size is None else checked_int("Batches: batch_size", batch_size, 1)
+        self._num_workers = checked_int("Batches: num_workers", num_workers, 0)
+        self._prefetch_factor = checked_int("Batches: prefetch_factor", prefetch_factor, 1)
+        self._pin_memory = checked_choice("Batches: pin_memory", pin_memory, (False, True))
+        is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
+        self._samples = Samples(dataset, self._seed if is_seeded else None)
+        self._collate = default_collate if collate is None else collate
+        self._stream: Iterator[Any] | None = None
+        self._drawn: deque[tuple[Mapping[str, Any], int]] = deque()
+        self._delivered: tuple[Mapping[str, Any], int] = (sampler.state_dict(), 0)
+        self._num_samples = 0
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples in the batch delivered last; 0 before the first."""
+        return self._num_samples
+
+    @property
+    def num_samples_total(self) -> int:
+        """The number of samples delivered since the stream's first."""
+        return self._delivered[1]
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch that the next batch begins in, or None if the sampler's state does not say."""
+        return self._delivered[0].get("epoch")
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            if self._stream is None:
+                self._stream = self._start()
+            batch = next(self._stream)
+        except BaseException:
+            self.close()
+            raise
+        ordinal = self._delivered[1]
+        self._delivered = self._drawn.popleft()
+        self._num_samples = self._delivered[1] - ordinal
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sampler's state after the batch delivered last, and the number of samples delivered."""
+        sampler_state, ordinal = self._delivered
+        return {"sampler": copy.deepcopy(dict(sampler_state)), "ordinal": ordinal}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Moves the stream to a saved position, whatever the number of workers it was saved with.
+
+        Raises:
+            TypeError, ValueError: it is no state of batches, or the sampler refuses its part; the position
+                stays where it was.
+        """
+        if not {"sampler", "ordinal"} <= state.keys():
+            raise ValueError(f"Batches.load_state_dict: expected sampler and ordinal, found {list(state)}.")
+        ordinal = checked_int("Batches.load_state_dict: ordinal", state["ordinal"], 0)
+        self.close()
+        self._sampler.load_state_dict(state["sampler"])
+        self._delivered = (self._sampler.state_dict(), ordinal)
+        self._num_samples = 0
+
+    def close(self) -> None:
+        """Ends the workers and drops what they prefetched; `next` goes on from the batch delivered last."""
+        stream, self._stream = self._stream, None
+        shut_down = getattr(stream, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self._drawn.clear()
+        self._sampler.load_state_dict(self._delivered[0])
+
+    def _start(self) -> Iterator[Any]:
+        draws = self._draws()
+        if not self._num_workers and not self._pin_memory:
+            return (self._collate(self._samples[draw]) for draw in draws)
+        generator = torch.Generator().manual_seed(mix(self._seed))
+        loader: DataLoader[Any] = DataLoader(
+            self._samples,
+            batch_size=None,
+            sampler=draws,
+            num_workers=self._num_workers,
+            collate_fn=self._collate,
+            pin_memory=self._pin_memory,
+            # The loader draws its workers' base seed: not from the global generator.
+            generator=generator,
+            prefetch_factor=self._prefetch_factor if self._num_workers else None,
+            worker_init_fn=ignore_interrupts,
+        )
+        return iter(loader)
+
+    def _draws(self) -> Iterator[tuple[int, list[Any]]]:
+        """Yields (ordinal of the first sample, indices) of each batch, and notes the position after it."""
+        ordinal = self._delivered[1]
+        indices = self._indices()
+        while True:
+            draw = next(indices) if self._batch_size is None else list(itertools.islice(indices, self._batch_size))
+            first, ordinal = ordinal, ordinal + len(draw)
+            self._drawn.append((self._sampler.state_dict(), ordinal))
+            yield first, draw
+
+    def _indices(self) -> Iterator[Any]:
+        """Yields what the sampler yields, epoch after epoch."""
+        num_empty = 0
+        # A sampler that was saved at the very end of an epoch may begin with one empty pass.
+        while num_empty < 2:
+            num_empty += 1
+            for item in self._sampler:
+                num_empty = 0
+                yield item
+        raise ValueError("Batches: expected a sampler that yields something, found an empty one; is there any data?")
+
+
+class Samples(Dataset[Any]):
+    """Fetches the samples of a draw, each after reseeding the global generators by its ordinal."""
+
+    def __init__(self, dataset: Any, seed: int | None) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitem__(self, draw: tuple[int, list[Any]]) -> list[Any]:
+        first, indices = draw
+        samples: list[Any] = []
+        fetch_all = getattr(self._dataset, "__getitems__", None)
+        if fetch_all is not None:
+            self._reseed(first)
+            samples = fetch_all(indices)
+            return samples
+        for ordinal, index in enumerate(indices, first):
+            self._reseed(ordinal)
+            samples.append(self._dataset[index])
+        return samples
+
+    def _reseed(self, ordinal: int) -> None:
+        if self._seed is None:
+            return
+        seed = mix(self._seed, ordinal)
+        # Not torch.manual_seed: it also visits every device, at 90 times the cost.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Lets a loader worker live through the Ctrl-C that a terminal sends to the whole process group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

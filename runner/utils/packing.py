@@ -1,0 +1,220 @@
+"""A nest of plain values and tensors taken apart into JSON and named tensors, and put together again.
+
+Imports torch and the standard library. What is refused, and with which words, is decided here, for every format alike.
+"""
+
+import base64
+import json
+import math
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+STRUCTURE = "runner.structure"
+_VERSION = 1
+_MAX_DEPTH = 100
+_MAX_PICKLED_BITS = 2039  # torch's weights_only reader knows integers of up to 255 bytes
+_REMEDY = "convert it to plain values or tensors first"
+SFT_DTYPES = {
+    getattr(torch, name): code
+    for name, code in {
+        **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"},
+        **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL"},
+        **{"uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8"},
+        **{"float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e8m0fnu": "F8_E8M0"},
+        **{"float8_e5m2": "F8_E5M2", "float8_e5m2fnuz": "F8_E5M2FNUZ"},
+    }.items()
+    if hasattr(torch, name)
+}
+_RAW_DTYPES = {getattr(torch, n) for n in ("complex128", "complex32", "float4_e2m1fn_x2") if hasattr(torch, n)}
+_CONTAINERS = {kind.__name__: kind for kind in (dict, OrderedDict, list, tuple, torch.Size)}
+_KEYS = {str, int, float, complex, bool, type(None), bytes, torch.dtype}
+
+KeyPath = tuple[Any, ...]
+
+
+class Packed:
+    """A value taken apart: `document`, plain JSON, and `tensors` by name, each tied view once."""
+
+    def __init__(self, value: Any) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.is_picklable = True  # by plain values that torch's weights_only reader takes
+        self._objects: list[dict[str, Any]] = []
+        self._index_by_id: dict[int, int] = {}
+        self._name_by_view: dict[tuple[Any, ...], str] = {}
+        self._open: set[int] = set()
+        tree = self._encode(value, ())
+        raw = {n: [name_of(t.dtype), [*t.shape]] for n, t in self.tensors.items() if t.dtype in _RAW_DTYPES}
+        self.document = {"version": _VERSION, "raw": raw, "objects": self._objects, "tree": tree}
+
+    def _encode(self, value: Any, path: KeyPath) -> Any:
+        """Plain JSON that `_decode` reverses; `path` leads to `value` and is named in errors."""
+        kind = type(value)
+        if value is None or kind in (bool, str):
+            return value
+        if kind is int:
+            self.is_picklable &= value.bit_length() <= _MAX_PICKLED_BITS
+            return value if value.bit_length() < 64 else {"int": hex(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
+        if kind is complex:
+            return {"complex": [self._encode(value.real, path), self._encode(value.imag, path)]}
+        if kind in (bytes, bytearray):
+            self.is_picklable &= len(value) > 0
+            return {kind.__name__: base64.b64encode(value).decode()}
+        if kind is torch.dtype:
+            return {"dtype": name_of(value)}
+        if kind in (Tensor, Parameter):
+            return {"tensor": self._object(value, path)}
+        if kind not in _CONTAINERS.values():
+            raise TypeError(f"{where(path)} is a {kind.__module__}.{kind.__qualname__}, which is not stored: {_REMEDY}")
+        return self._encode_container(value, path)
+
+    def _encode_container(self, value: Any, path: KeyPath) -> Any:
+        kind = type(value)
+        if id(value) in self._open or len(path) >= _MAX_DEPTH:
+            found = "holds itself" if id(value) in self._open else f"is nested over {_MAX_DEPTH} deep"
+            raise ValueError(f"{where(path)}, a {kind.__name__}, {found}, which is not stored: flatten it first.")
+        self._open.add(id(value))
+        if isinstance(value, dict):
+            self.is_picklable &= STRUCTURE not in value
+            body = [[self._encode_key(key, path), self._encode(item, (*path, key))] for key, item in value.items()]
+        else:
+            body = [self._encode(item, (*path, index)) for index, item in enumerate(value)]
+        self._open.remove(id(value))
+        return body if kind is list else {kind.__name__: body}
+
+    def _encode_key(self, key: Any, path: KeyPath) -> Any:
+        for part in _leaves(key):
+            if type(part) not in _KEYS:
+                raise TypeError(f"{where(path)} has a key of {type(part).__qualname__}: {_REMEDY}")
+        return self._encode(key, path)
+
+    def _object(self, tensor: Tensor, path: KeyPath) -> int:
+        """The index of `tensor` among the objects; another object with the same view gets its own, of one name."""
+        if id(tensor) in self._index_by_id:
+            return self._index_by_id[id(tensor)]
+        _check_dense(tensor, path)
+        plain = tensor.detach()
+        start = plain.untyped_storage().data_ptr() or id(tensor)
+        layout = (plain.storage_offset(), plain.shape, plain.stride(), plain.is_conj(), plain.is_neg())
+        name = self._name_by_view.setdefault((plain.device, plain.dtype, start, *layout), self._free_name(path))
+        self.tensors.setdefault(name, plain)
+        flags = {"parameter": type(tensor) is Parameter, "requires_grad": tensor.requires_grad}
+        self._objects.append({"name": name} | {flag: True for flag, is_set in flags.items() if is_set})
+        self._index_by_id[id(tensor)] = len(self._objects) - 1
+        return len(self._objects) - 1
+
+    def _free_name(self, path: KeyPath) -> str:
+        name = ".".join(part if isinstance(part, str) else text_of(part) for part in path) if path else "value"
+        name = name.encode("utf-8", "replace").decode()
+        while name in self.tensors or name in ("__metadata__", STRUCTURE):
+            name += "~"
+        return name
+
+
+def unpack(document: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """The value of a packed `document`; `tensors` are those it names, all of them, no other."""
+    if document["version"] > _VERSION:
+        raise ValueError("written by a newer version of this program")
+    objects = []
+    for entry in document["objects"]:
+        tensor = tensors[entry["name"]].detach()
+        is_leaf = entry.get("requires_grad", False)
+        objects.append(Parameter(tensor, is_leaf) if "parameter" in entry else tensor.requires_grad_(is_leaf))
+    if unnamed := tensors.keys() - {entry["name"] for entry in document["objects"]}:
+        raise ValueError(f"tensors that it does not name: {sorted(unnamed)[:5]}")
+    return _decode(document["tree"], objects, 0)
+
+
+def _decode(node: Any, objects: list[Tensor], depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested over {_MAX_DEPTH} deep")
+    if type(node) is list:
+        return [_decode(item, objects, depth + 1) for item in node]
+    if type(node) is not dict:
+        return node
+    ((kind, body),) = node.items()
+    if kind in ("tuple", "Size"):
+        items = [_decode(item, objects, depth + 1) for item in body]
+        return torch.Size(items) if kind == "Size" else tuple(items)
+    if kind in _CONTAINERS:
+        make: type[dict[Any, Any]] = OrderedDict if kind == "OrderedDict" else dict
+        filled = make((_decode(k, objects, depth), _decode(v, objects, depth + 1)) for k, v in body)
+        if len(filled) < len(body):
+            raise ValueError("a key twice in one dict")
+        return filled
+    if kind == "complex":
+        return complex(*(_decode(part, objects, depth) for part in body))
+    return objects[body] if kind == "tensor" else _ATOMS[kind](body)
+
+
+_ATOMS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "float": lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
+    "bytes": base64.b64decode,
+    "bytearray": lambda text: bytearray(base64.b64decode(text)),
+    "dtype": lambda name: dtype_of(name),
+}
+
+
+def where(path: KeyPath) -> str:
+    """Returns the place of a key path as Python writes it."""
+    return "value" + "".join(f"[{json.dumps(part) if type(part) is str else text_of(part)}]" for part in path)
+
+
+def text_of(part: Any) -> str:
+    """Returns a key as text, also an integer too long for Python's own."""
+    return hex(part) if type(part) is int and part.bit_length() > 4096 else repr(part)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Returns torch.float32 of "float32"."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r}")
+    return found
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a contiguous copy where it is a view of something else."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    is_compact = plain.stride() == torch.empty(plain.shape, device="meta").stride()
+    is_whole = plain.untyped_storage().nbytes() == plain.nbytes
+    return plain if is_compact and is_whole else plain.clone(memory_format=torch.contiguous_format)
+
+
+def _leaves(key: Any) -> Iterator[Any]:
+    if type(key) is not tuple:
+        yield key
+        return
+    for part in key:
+        yield from _leaves(part)
+
+
+def _check_dense(tensor: Tensor, path: KeyPath) -> None:
+    faults = {
+        "nested": tensor.is_nested,
+        name_of_layout(tensor): tensor.layout is not torch.strided,
+        "quantized": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        name_of(tensor.dtype): tensor.dtype not in SFT_DTYPES and tensor.dtype not in _RAW_DTYPES,
+    }
+    for fault, is_so in faults.items():
+        if is_so:
+            raise TypeError(f"{where(path)} is a tensor that is {fault}, which is not stored: {_REMEDY}")
+
+
+def name_of_layout(tensor: Tensor) -> str:
+    """Returns "sparse_coo" of torch.sparse_coo."""
+    return str(tensor.layout).removeprefix("torch.")

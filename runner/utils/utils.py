@@ -1,0 +1,51 @@
+"""Pure helpers that two or more modules call; imports no sibling and nothing beyond the standard library."""
+
+import operator
+from typing import Any
+
+_MASK = 2**64 - 1
+
+
+def mix(*values: int) -> int:
+    """Returns one well-spread integer, 0 <= x < 2**63, a pure function of the values and their order.
+
+    Each value, of any sign, counts modulo 2**64. Near values give unrelated results, so `mix(seed, step)` is
+    fit to seed a generator. It is not cryptographic.
+
+    Source: the SplitMix64 finalizer, https://prng.di.unimi.it/splitmix64.c (public domain), once a value.
+    """
+    state = 0
+    for value in values:
+        state = ((state ^ value) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def checked_int(name: str, value: Any, lowest: int | None = None, highest: int | None = None) -> int:
+    """Returns an integer of any kind as an int, if it lies from `lowest` to `highest`.
+
+    Raises:
+        TypeError: it is a bool, or no integer.
+        ValueError: it lies outside.
+    """
+    if type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, found {value!r}, a {type(value).__name__}.")
+    number = operator.index(value)
+    if lowest is not None and number < lowest:
+        raise ValueError(f"{name}: expected an integer >= {lowest}, found {number}.")
+    if highest is not None and number > highest:
+        raise ValueError(f"{name}: expected an integer <= {highest}, found {number}.")
+    return number
+
+
+def checked_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    """Returns the value if it is one of the choices, type and all: 0 is no False.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}: expected one of {choices}, found {value!r}.")
+    return value

@@ -1,0 +1,119 @@
+"""A user's own project: a model, its data and a config, nothing of it subclassed; and the runner started on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = """
+import random
+import time
+
+import numpy
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self, width=8, dropout=0.3):
+        super().__init__()
+        self.first = nn.Linear(4, width)
+        self.drop = nn.Dropout(dropout)
+        self.second = nn.Linear(width, 1)
+
+    def forward(self, x, y):
+        loss = ((self.second(self.drop(torch.tanh(self.first(x)))) - y) ** 2).mean()
+        return {"loss": loss, "error": loss.sqrt(), "tokens": x.numel()}
+
+
+class Data:
+    def __init__(self, length=50, sleep_s=0.0):
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(length, 4, generator=generator)
+        self.sleep_s = sleep_s
+        self.lengths = torch.arange(length) % 7 + 1
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        time.sleep(self.sleep_s)
+        noise = 0.01 * (random.random() + numpy.random.rand() + torch.rand(()).item())
+        return {"x": self.x[index] + noise, "y": self.x[index].sum()[None]}
+
+
+def report(module, dataset):
+    return {"words": "some `text`", "number": float(len(dataset)), "picture": torch.zeros(4, 6, 3, dtype=torch.uint8)}
+
+
+def feed(module, batch):
+    return module(batch["x"], batch["y"])["loss"] * 2
+
+
+def fail(module, batch):
+    raise RuntimeError("the model's own mistake")
+"""
+
+EXPERIMENT = """
+# @package _global_
+defaults:
+  - override /model: null
+  - override /data: null
+  - override /report: null
+name: mine
+model: {_target_: own.Model}
+data:
+  train: {_target_: own.Data, length: 50}
+  eval: {_target_: own.Data, length: 20}
+  batch_size: 8
+  num_workers: 0
+  collate: null
+  seed_samples: true
+optimizer: {lr: 1.0e-2}
+scheduler: {warmup_steps: 3}
+report: {_target_: own.report}
+trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0, keep_last: 0}
+"""
+
+
+class Project:
+    """A folder with a user's module `own` and `conf/experiment/mine.yaml`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "own.py").write_text(MODEL)
+        (folder / "conf" / "experiment").mkdir(parents=True)
+        (folder / "conf" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+
+    @property
+    def command(self):
+        return [sys.executable, "-m", "runner", "--config-dir", "conf", "experiment=mine"]
+
+    def start(self, *overrides, **settings):
+        """Starts the runner, its output in one pipe."""
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
+        return subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
+
+    def run(self, *overrides, typed=None, status=0):
+        """Runs to the end; returns what was printed."""
+        process = self.start(*overrides, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE)
+        printed, _ = process.communicate(typed, timeout=120)
+        assert process.returncode == status, printed
+        return printed
+
+    @property
+    def runs(self):
+        return sorted(path.parent for path in self.folder.glob("outputs/**/.hydra"))
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

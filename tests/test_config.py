@@ -1,0 +1,109 @@
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from runner import config
+from runner.config import ConfigError
+
+config.register()
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def told(*overrides):
+    """The message for overrides that are a mistake."""
+    try:
+        config.check(composed(*overrides))
+    except Exception as error:
+        return config.explain(error) or f"not explained: {error}"
+    raise AssertionError(f"{overrides} was accepted")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trainer.stepz=3", "trainer.stepz: no such key; did you mean steps?"),
+        ("optimizations.unsloht=true", "optimizations.unsloht: no such key; there are: "),
+        ("trainer.steps=many", "trainer.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("sampler=poool", "sampler=poool: no such choice; did you mean pool? (there are: batched_ordered, ordered,"),
+        ("model.no_such_arg=1", "model.no_such_arg: no such key; there are: "),
+        ("samplr=pool", "samplr: no such key; did you mean sampler?"),
+        ("trainer.precision=fp8", "trainer.precision: Invalid value 'fp8', expected one of [fp32, bf16, fp16]"),
+        ("trainer.steps=0", "trainer.steps=0: expected 1 or more"),
+        ("trainer.save_every=-1", "trainer.save_every=-1: expected 0 or more"),
+        ("+trainer.no_such=1", "trainer.no_such: no such key"),
+        ("+no_such=1", "no_such: no such key"),
+        ("+engines.a.optimiser=1", "engines.a.optimiser: no such key; did you mean optimizer?"),
+        ("+engines._a.model=1", "engines._a: expected a letter"),
+        ("name=a/b", "name='a/b': expected letters"),
+        ("trainer.accumulate=5", "data.batch_size=12: expected a multiple of trainer.accumulate=5"),
+        ("data.eval=null", "trainer.eval_every=100: data.eval has no dataset"),
+        ("trainer.steps=???", "Missing mandatory value: trainer.steps"),
+        ("trainer.clip_norm=???", "trainer.clip_norm: has no value"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_that_names_the_key(override, expected):
+    assert expected in told(override)
+
+
+def test_several_mistakes_are_told_at_once():
+    message = told("trainer.steps=0", "trainer.keep_last=-3")
+    assert "trainer.steps" in message
+    assert "trainer.keep_last" in message
+
+
+def test_an_error_that_is_no_config_mistake_is_not_explained():
+    assert config.explain(RuntimeError("in the user's model")) is None
+
+
+def test_every_choice_of_every_group_composes_and_passes():
+    for group in sorted(p.name for p in config.CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra"):
+        choices = sorted(p.stem for p in (config.CONF_DIR / group).glob("*.yaml"))
+        assert choices or group == "experiment"
+        for choice in choices:
+            config.check(composed("model=digits_net", f"{group}={choice}"))  # it takes any data
+
+
+def test_every_value_in_yaml_has_a_comment_that_gives_its_meaning():
+    for path in config.CONF_DIR.glob("*/*.yaml"):
+        if path.parent.name in ("hydra", "experiment"):
+            continue
+        inherited = path.read_text().count("- default")
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            is_plain = value.strip() and not line.lstrip().startswith(("#", "-")) and key.strip() != "_target_"
+            assert not is_plain or "#" in line or inherited, f"{path}: {line}"
+
+
+def test_plain_resolves_interpolations_and_names_enums():
+    plain = config.to_plain(composed("seed=7", "trainer.precision=bf16"))
+    assert plain["sampler"]["seed"] == 7
+    assert plain["trainer"]["precision"] == "bf16"
+
+
+def test_a_config_error_of_omegaconf_alone_is_explained_too():
+    cfg = OmegaConf.create({"a": "${b}"})
+    with pytest.raises(Exception, match="b") as caught:
+        _ = cfg.a
+    assert "b" in (config.explain(caught.value) or "")
+
+
+def test_composing_does_not_import_torch():
+    script = "import sys; from runner import __main__, config, launch; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_label_of_overrides_is_a_folder_name():
+    assert config.run_label("sampler=pool,seed=1") == "sampler=pool,seed=1"
+    assert "/" not in config.run_label("data.path=/a/b c")
+    assert len(config.run_label("x" * 500)) == 80
+
+
+def test_config_error_is_a_value_error():
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,334 @@
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import read_metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from runner.utils import io
+
+TIMES = ("time_s", "train/step_time_s", "train/samples_per_s", "train/tokens_per_s", "train/memory_gb")
+
+
+def untimed(folder):
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
+
+
+def weights(folder, step):
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    return io.load(path / "model.safetensors"), io.load(path / "model.optimizer.safetensors")
+
+
+def assert_same_run(one, other, step):
+    assert untimed(one) == untimed(other)
+    for a, b in zip(weights(one, step), weights(other, step), strict=True):
+        assert_equal(a, b)
+
+
+def assert_equal(a, b, place="state"):
+    assert type(a) is type(b), place
+    if isinstance(a, dict):
+        assert list(a) == list(b), place
+        for key in a:
+            assert_equal(a[key], b[key], f"{place}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), place
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{place}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+def test_a_run_leaves_a_folder_that_answers_every_question(project):
+    printed = project.run("trainer.export_every=12")
+    (folder,) = project.runs
+    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-mine", str(folder.relative_to(project.folder)))
+    names = {path.name for path in folder.iterdir()}
+    assert {".hydra", "run.json", "metrics.jsonl", "log.txt", "checkpoints", "exports"} <= names
+    assert sorted(p.name for p in (folder / ".hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [f"step_{n:08d}" for n in (4, 8, 12)]
+    assert sorted(p.name for p in (folder / "checkpoints" / "step_00000012").iterdir()) == [
+        "MANIFEST.json",
+        "model.optimizer.safetensors",
+        "model.safetensors",
+        "trainer.json",
+    ]
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["last_step"], record["ranks"]) == ("finished", 12, 1)
+    assert record["best"]["name"] == "eval/loss"
+    assert record["packages"]["torch"] == torch.__version__
+    exported = io.load(folder / "exports" / "model.safetensors")
+    assert_equal(exported, dict(weights(folder, 12)[0]))
+    assert "Model, 49 parameters, on" in printed
+    assert "eval/words" in (folder / "log.txt").read_text()
+
+
+def test_metrics_and_events_hold_each_step_once_with_the_same_numbers(project):
+    project.run()
+    (folder,) = project.runs
+    lines = read_metrics(folder)
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    expected = {"train/loss", "train/error", "train/lr", "train/grad_norm", *TIMES, "step"}
+    assert trained[0].keys() == expected
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6, 12]
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx({line["step"]: line["train/loss"] for line in trained})
+    assert "eval/words/text_summary" in events.Tags()["tensors"] or "eval/words" in events.Tags()["tensors"]
+    assert "eval/picture" in events.Tags()["images"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sampler=pool", "trainer.accumulate=2"],
+        ["sampler=batched_ordered", "sampler.max_size=null", "sampler.max_cost=40"],
+        ["sampler=random", "trainer.precision=bf16", "trainer.log_every=3"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_run_that_was_cut_is_the_same_run_bit_for_bit(project, overrides, workers):
+    project.run(*overrides, "hydra.run.dir=whole")
+    project.run(*overrides, "hydra.run.dir=cut", typed="quit@5\n")
+    project.run("resume=cut", f"data.num_workers={workers}")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
+def test_resume_goes_on_in_the_same_folder_with_its_own_overrides(project):
+    project.run("+model.width=16", typed="quit@5\n")
+    (folder,) = project.runs
+    printed = project.run("resume=latest", "trainer.steps=14")
+    assert project.runs == [folder]
+    assert "Going on after step 5" in printed
+    lines = [line["step"] for line in read_metrics(folder) if "train/loss" in line]
+    assert lines == list(range(1, 15))
+    assert weights(folder, 14)[0]["first.weight"].shape == (16, 4)
+    record = json.loads((folder / "run.json").read_text())
+    assert [session["status"] for session in record["sessions"]] == ["quit", "finished"]
+
+
+def test_resume_of_one_checkpoint_goes_on_from_that_one(project):
+    project.run("hydra.run.dir=run")
+    project.run("resume=run/checkpoints/step_00000004")
+    lines = [line["step"] for line in read_metrics(project.folder / "run") if "train/loss" in line]
+    assert lines == list(range(1, 13))
+
+
+def test_a_new_learning_rate_takes_effect_on_resume(project):
+    project.run("hydra.run.dir=run", typed="quit@5\n")
+    project.run("resume=run", "optimizer.lr=0.5", "scheduler.final_factor=1.0")
+    rates = {line["step"]: line["train/lr"] for line in read_metrics(project.folder / "run") if "train/lr" in line}
+    assert rates[4] < 0.01 + 1e-9
+    assert rates[12] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("place", ["resume=latest", "resume=nowhere", "resume=conf"])
+def test_resuming_what_is_not_there_is_an_error_and_starts_nothing(project, place):
+    printed = project.run(place, status=2)
+    assert printed.startswith("resume=")
+    assert len(printed.splitlines()) == 1
+    assert project.runs == []
+
+
+def test_a_harmed_checkpoint_is_named_and_passed_over(project):
+    project.run("hydra.run.dir=run")
+    newest = project.folder / "run" / "checkpoints" / "step_00000012" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    printed = project.run("resume=run")
+    assert re.search(r"Passed over: .*step_00000012: model.safetensors has bytes", printed)
+    assert "Going on after step 8" in printed
+
+
+def test_typed_commands_are_done_and_a_wrong_one_is_answered(project):
+    printed = project.run(
+        "trainer.eval_every=0", "trainer.save_every=0", typed="save\neval@5\nlr 1e-4\nnonsense\nsavee\nquit@9\n"
+    )
+    (folder,) = project.runs
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 5]
+    assert "nonsense" in printed
+    assert re.search(r"savee.*save", printed)
+    assert (folder / "checkpoints" / "step_00000001").is_dir()
+    assert (folder / "checkpoints" / "step_00000009").is_dir()
+    assert max(line["train/lr"] for line in lines if line["step"] > 1 and "train/lr" in line) <= 1e-4
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["last_step"]) == ("quit", 9)
+
+
+def test_a_scheduled_command_outlives_a_resume(project):
+    project.run("hydra.run.dir=run", typed="eval@8\nquit@5\n")
+    project.run("resume=run")
+    assert [line["step"] for line in read_metrics(project.folder / "run") if "eval/loss" in line] == [0, 6, 8, 12]
+
+
+@pytest.mark.parametrize("redirection", ["< /dev/null", "0<&-", "< conf/experiment/mine.yaml"])
+def test_any_stdin_will_do(project, redirection):
+    command = " ".join([*project.command, "trainer.steps=2", redirection])
+    done = subprocess.run(["bash", "-c", command], cwd=project.folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def wait_for_step(project, step):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in project.folder.glob("outputs/**/metrics.jsonl"):
+            lines = path.read_text().splitlines()
+            if lines and any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
+                return
+        time.sleep(0.05)
+    raise AssertionError("the run did not get there")
+
+
+SLOW = ("data.train.length=50", "+data.train.sleep_s=0.01", "trainer.steps=2000", "trainer.save_every=0")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_once_saves_and_ends_with_130(project, workers):
+    process = project.start(*SLOW, f"data.num_workers={workers}", start_new_session=True)
+    wait_for_step(project, 2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    (folder,) = project.runs
+    record = json.loads((folder / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert (folder / "checkpoints" / f"step_{record['last_step']:08d}" / "MANIFEST.json").is_file()
+
+
+def test_ctrl_c_twice_ends_at_once(project):
+    process = project.start(*SLOW[2:], "data.train.length=50", "+data.train.sleep_s=1.0")
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    (folder,) = project.runs
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+
+
+def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
+    main, other = pty.openpty()
+    process = subprocess.Popen(
+        [*project.command, *SLOW], cwd=project.folder, stdin=other, stdout=other, stderr=other, start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(other)
+    printed, deadline, is_typed = b"", time.monotonic() + 60, False
+    while process.poll() is None and time.monotonic() < deadline:
+        if select.select([main], [], [], 0.1)[0]:
+            try:
+                printed += os.read(main, 65536)
+            except OSError:
+                break
+        if not is_typed and b"step/s" in printed:
+            os.write(main, b"time\nquit\n")
+            is_typed = True
+    assert process.wait(timeout=10) == 0
+    os.close(main)
+    assert re.search(rb"\d+/2000 \[", printed)
+    assert b"train/loss" in printed or b"loss=" in printed
+    assert re.search(rb"step \d+ of 2,?000", printed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model._target_=no.such.Class"], "model._target_=no.such.Class: there is no module 'no'"),
+        (["model._target_=own.Modle"], "model._target_=own.Modle: own has no 'Modle'; did you mean Model?"),
+        (["+model.no_such_arg=1"], "model.no_such_arg: own.Model takes no such argument; there are: width, dropout"),
+        (["model.no_such_arg=1"], "model.no_such_arg: no such key"),
+        (["optimizations.unsloht=true"], "optimizations.unsloht: no such key"),
+        (["trainer.steps=many"], "trainer.steps: Value 'many'"),
+        (["sampler=poool"], "sampler=poool: no such choice; did you mean pool?"),
+        (["distributed.device=gpu"], "distributed.device='gpu': expected"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["optimizations.freeze=[nothing]"], "optimizations: freeze: 'nothing' matches no parameter"),
+        (["data.collate={_target_:own.no}", "+model.widht=1"], "data.collate._target_=own.no: own has no 'no'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_mistake_ends_in_one_message_with_no_folder_left(project, overrides, expected):
+    printed = project.run(*overrides, status=2)
+    assert expected in printed
+    assert "Traceback" not in printed
+    assert project.runs == []
+
+
+def test_all_mistakes_of_targets_are_told_at_once(project):
+    printed = project.run("+model.widht=1", "data.collate={_target_:own.no}", status=2)
+    assert "did you mean width?" in printed
+    assert "own has no 'no'" in printed
+
+
+def test_an_error_in_the_users_model_shows_where_and_marks_the_run_failed(project):
+    printed = project.run("feeder={_target_:own.fail}", status=1)
+    assert 'own.py", line' in printed
+    (folder,) = project.runs
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    assert "the model's own mistake" in (folder / "log.txt").read_text()
+
+
+def test_a_feeder_that_is_a_function_is_called_with_module_and_batch(project):
+    project.run("trainer.steps=2", "feeder={_target_:own.feed}")
+    (folder,) = project.runs
+    assert "train/error" not in read_metrics(folder)[1]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(project):
+    project.run("hydra.run.dir=run", "trainer.steps=2")
+    before = (project.folder / "run" / "metrics.jsonl").read_text()
+    printed = project.run("hydra.run.dir=run", "trainer.steps=2", status=2)
+    assert "holds a run already; resume=run" in printed
+    assert (project.folder / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_complete_folder_a_job(project):
+    project.run("-m", "sampler=pool,random", "seed=1,2", "trainer.steps=3")
+    names = [folder.name for folder in project.runs]
+    swept = [f"sampler={sampler},seed={seed}" for sampler in ("pool", "random") for seed in (1, 2)]
+    assert names == [f"{number}-experiment=mine,{each},trainer.steps=3" for number, each in enumerate(swept)]
+    losses = set()
+    for folder in project.runs:
+        assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+        assert (folder / "checkpoints" / "step_00000003" / "MANIFEST.json").is_file()
+        assert [line["step"] for line in read_metrics(folder) if "train/loss" in line] == [1, 2, 3]
+        assert (folder / "log.txt").read_text().count("Finished at step 3") == 1
+        losses.add(read_metrics(folder)[-2]["train/loss"])
+    assert len(losses) == 4
+
+
+def test_a_sweep_job_with_a_mistake_leaves_no_folder_and_the_others_run(project):
+    printed = project.run("-m", "+model.width=4,0x", "trainer.steps=2", "model._target_=own.Model,own.No", status=2)
+    assert "own has no 'No'" in printed
+    assert len(project.runs) < 4
+
+
+@pytest.mark.slow
+def test_two_engines_of_different_optimizers_train_side_by_side(project):
+    (project.folder / "conf" / "experiment" / "two.yaml").write_text(
+        "# @package _global_\ndefaults: [mine]\nname: two\nengines:\n"
+        "  ar-a: {}\n"
+        "  ar-b: {optimizer: {_target_: torch.optim.SGD, lr: 0.05},\n"
+        "    scheduler: {_target_: runner.engines.schedulers.constant}}\n"
+    )
+    project.run("experiment=two", "hydra.run.dir=two")
+    line = [line for line in read_metrics(project.folder / "two") if "train/ar-a/loss" in line][-1]
+    assert line["train/ar-b/lr"] == 0.05
+    assert line["train/ar-a/loss"] != line["train/ar-b/loss"]
+    names = {p.name for p in (project.folder / "two" / "checkpoints" / "step_00000012").iterdir()}
+    assert {"ar-a.safetensors", "ar-a.optimizer.safetensors", "ar-b.safetensors", "ar-b.optimizer.safetensors"} <= names
