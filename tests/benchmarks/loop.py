@@ -1,0 +1,234 @@
+"""Microseconds a step above a bare PyTorch loop: `python tests/benchmarks/loop.py`.
+
+An MLP of some 150 us a step; everyone logs 4 scalars or more each step to TensorBoard, with a progress bar.
+Contenders take turns; the median over rounds of the difference to the bare loop of the same round is told.
+"""
+
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runner.commands import Commands
+from runner.console import Console
+from runner.engines import Engine, Engines
+from runner.tracking import Tracker
+from runner.utils.batches import Batches
+from runner.utils.sampler import OrderedSampler
+from runner.utils.train import Loop
+
+STEPS, ROUNDS, WIDTH, BATCH = 1000, 7, 64, 32
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(16, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1)
+        )
+
+    def forward(self, x, y):
+        return ((self.layers(x) - y) ** 2).mean()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Cycle:
+    """The same batches in memory for all contenders."""
+
+    def __init__(self, batches):
+        self.batches, self.num_samples_total = batches, 0
+
+    def __next__(self):
+        batch = self.batches[self.num_samples_total // BATCH % len(self.batches)]
+        self.num_samples_total += BATCH
+        return batch
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = Model()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def run_bare(batches, folder):
+    model, optimizer = make_model()
+    for step in range(STEPS):
+        x, y = batches[step % len(batches)]
+        optimizer.zero_grad()
+        model(x, y).backward()
+        optimizer.step()
+
+
+def run_ours(batches, folder, stream=None):
+    model, optimizer = make_model()
+    engines, tracker = Engines(model=Engine(model, optimizer)), Tracker(folder)
+    console = Console(STEPS, stream=Terminal())
+    inbox = Commands(lambda text: None)
+    loop = Loop(
+        engines, stream or Cycle(batches), steps=STEPS, log_every=1, log=tracker.log, inbox=inbox, screen=console
+    )
+    loop.run()
+    console.close()
+    tracker.close()
+    assert len((Path(folder) / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+
+def run_ours_with_batches(batches, folder):
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    dataset = torch.utils.data.TensorDataset(x, y)
+    run_ours(batches, folder, Batches(dataset, OrderedSampler(len(dataset)), BATCH, seed_samples=False))
+
+
+def run_bare_with_loader(batches, folder):
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), BATCH)
+    model, optimizer = make_model()
+    step = 0
+    while step < STEPS:
+        for x, y in loader:
+            optimizer.zero_grad()
+            model(x, y).backward()
+            optimizer.step()
+            step += 1
+            if step == STEPS:
+                break
+
+
+def run_by_hand(batches, folder):
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    model, optimizer = make_model()
+    writer, last = SummaryWriter(folder), time.perf_counter()
+    with open(Path(folder) / "metrics.jsonl", "w") as lines, tqdm(total=STEPS, file=Terminal()) as bar:
+        for step in range(STEPS):
+            x, y = batches[step % len(batches)]
+            optimizer.zero_grad()
+            loss = model(x, y)
+            loss.backward()
+            optimizer.step()
+            now = time.perf_counter()
+            seconds, last = now - last, now
+            values = {"loss": loss.item(), "lr": 1e-3, "step_time_s": seconds, "samples_per_s": BATCH / seconds}
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+            lines.write(json.dumps({"step": step} | values) + "\n")
+            bar.set_postfix(loss=values["loss"])
+            bar.update()
+    writer.close()
+
+
+def run_accelerate(batches, folder):
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    accelerator = Accelerator(log_with="tensorboard", project_dir=folder, cpu=True)
+    accelerator.init_trackers("run")
+    model, optimizer = accelerator.prepare(*make_model())
+    last = time.perf_counter()
+    with tqdm(total=STEPS, file=Terminal()) as bar:
+        for step in range(STEPS):
+            x, y = batches[step % len(batches)]
+            optimizer.zero_grad()
+            loss = model(x, y)
+            accelerator.backward(loss)
+            optimizer.step()
+            now = time.perf_counter()
+            seconds, last = now - last, now
+            values = {"loss": loss.item(), "lr": 1e-3, "step_time_s": seconds, "samples_per_s": BATCH / seconds}
+            accelerator.log(values, step=step)
+            bar.update()
+    accelerator.end_training()
+
+
+def run_lightning(batches, folder):
+    import lightning
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model, self.last = make_model()[0], time.perf_counter()
+
+        def training_step(self, batch, index):
+            loss = self.model(*batch)
+            now = time.perf_counter()
+            seconds, self.last = now - self.last, now
+            values = {"loss": loss, "lr": 1e-3, "step_time_s": seconds, "samples_per_s": BATCH / seconds}
+            self.log_dict(values, prog_bar=True, batch_size=BATCH)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=STEPS, max_epochs=-1, log_every_n_steps=1, logger=TensorBoardLogger(folder),
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader([batches[step % len(batches)] for step in range(STEPS)], batch_size=None)
+    trainer.fit(Module(), loader)
+
+
+CONTENDERS = {
+    "bare loop": (run_bare, "bare loop"),
+    "runner": (run_ours, "bare loop"),
+    "bare loop + DataLoader": (run_bare_with_loader, "bare loop + DataLoader"),
+    "runner + its Batches": (run_ours_with_batches, "bare loop + DataLoader"),
+    "SummaryWriter + tqdm by hand": (run_by_hand, "bare loop"),
+    "Accelerate": (run_accelerate, "bare loop"),
+    "Lightning": (run_lightning, "bare loop"),
+}
+
+
+def measure(run, batches):
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        run(batches, folder)
+        return (time.perf_counter() - began) / STEPS * 1e6
+
+
+def main():
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 1, generator=generator)) for _ in range(64)
+    ]
+    figures = {name: [] for name in CONTENDERS}
+    for round_number in range(ROUNDS + 1):  # the first warms up
+        for name, (run, _) in CONTENDERS.items():
+            if figures[name] is None:
+                continue
+            try:
+                found = measure(run, batches)
+            except ImportError as error:
+                print(f'{name}: not measured ({error}); pip install "runner[benchmarks]"', file=sys.stderr)
+                figures[name] = None
+                continue
+            if round_number:
+                figures[name].append(found)
+    print(f"{STEPS} steps, median of {ROUNDS} rounds, torch {torch.__version__}, one thread")
+    print(f"{'':32}{'us a step':>10}{'us above bare':>15}{'ratio':>8}")
+    for name, (_, base) in CONTENDERS.items():
+        if figures[name]:
+            pairs = list(zip(figures[name], figures[base], strict=True))
+            above, ratio = (statistics.median(v) for v in ([a - b for a, b in pairs], [a / b for a, b in pairs]))
+            print(f"{name:32}{statistics.median(figures[name]):10.0f}{above:15.0f}{ratio:8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from runner.utils.batches import Batches
+from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
+
+
+def lengths(length):
+    return [1 + index % 5 for index in range(length)]
+
+
+SAMPLERS = {
+    "random": lambda length: (RandomSampler(length, seed=3), 4),
+    "drawn again": lambda length: (RandomSampler(length, seed=3, replacement=True), 4),
+    "pool": lambda length: (PoolSampler(length, seed=3), 4),
+    "ordered": lambda length: (OrderedSampler(length), 4),
+    "batched": lambda length: (
+        BatchedOrderedSampler(lengths(length), max_cost=9, shuffle=True),
+        None,
+    ),
+}
+
+
+class Noisy:
+    """Each sample is its index and what the three global generators give at that moment."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        assert 0 <= index < self.length
+        return index, torch.rand(()).item(), random.random(), np.random.rand()
+
+
+def as_lists(samples):
+    return [tuple(sample) for sample in samples]
+
+
+def make(kind, length=11, num_workers=0, **changes):
+    sampler, batch_size = SAMPLERS[kind](length)
+    return Batches(Noisy(length), sampler, batch_size, seed=7, num_workers=num_workers, collate=as_lists, **changes)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_resumes(kind, length, cut, workers_before, workers_after):
+    whole = take(make(kind, length), cut + 6)
+    first, second = make(kind, length, workers_before), make(kind, length, workers_after)
+    try:
+        assert take(first, cut) == whole[:cut]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert take(second, 6) == whole[cut:]
+    finally:
+        first.close()
+        second.close()
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 30), cut=st.integers(0, 25))
+def test_a_stream_cut_anywhere_yields_exactly_the_rest(kind, length, cut):
+    assert_resumes(kind, length, cut, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("kind", SAMPLERS)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    length=st.integers(1, 30),
+    cut=st.integers(0, 12),
+    workers=st.sampled_from([(1, 1), (3, 3), (0, 3), (3, 0), (1, 3)]),
+)
+def test_a_stream_cut_anywhere_yields_exactly_the_rest_with_any_workers(kind, length, cut, workers):
+    assert_resumes(kind, length, cut, *workers)
+
+
+def test_what_a_worker_prefetched_does_not_count():
+    batches = make("random", num_workers=1, prefetch_factor=8)
+    take(batches, 2)
+    state = batches.state_dict()
+    batches.close()
+    assert (state["ordinal"], batches.num_samples_total, batches.num_samples) == (8, 8, 4)
+    assert state["sampler"]["position"] == 8
+
+
+def test_batches_are_always_full_and_cover_each_epoch_once():
+    indices = [sample[0] for batch in take(make("random", 10), 15) for sample in batch]
+    assert len(indices) == 60
+    assert all(sorted(indices[start : start + 10]) == list(range(10)) for start in range(0, 60, 10))
+
+
+def test_a_dataset_smaller_than_a_batch_fills_it():
+    assert [len(batch) for batch in take(make("pool", 3), 4)] == [4] * 4
+
+
+def test_an_empty_sampler_is_an_error_and_no_endless_loop():
+    with pytest.raises(ValueError, match="empty"):
+        next(Batches([], OrderedSampler(0), 2))
+
+
+def test_what_a_sample_draws_does_not_depend_on_the_batch_size():
+    def samples(size):
+        batches = Batches(Noisy(12), RandomSampler(12, seed=1), size, seed=7, collate=as_lists)
+        return [sample for batch in take(batches, 24 // size) for sample in batch]
+
+    assert samples(2) == samples(4) == samples(12)
+    assert len({sample[1] for sample in samples(2)}) == 24
+
+
+def test_without_seeding_the_global_generators_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    take(Batches(list(range(9)), RandomSampler(9), 3, seed_samples=False), 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Whole:
+    calls = 0
+
+    def __len__(self):
+        return 8
+
+    def __getitems__(self, indices):
+        self.calls += 1
+        return [(index, 0, 0, 0) for index in indices]
+
+
+def test_a_dataset_that_fetches_many_is_called_once_a_batch():
+    dataset = Whole()
+    batches = Batches(dataset, OrderedSampler(8), 4, collate=as_lists)
+    assert [sample[0] for sample in next(batches)] == [0, 1, 2, 3]
+    assert dataset.calls == 1
+
+
+class Failing(Noisy):
+    is_broken = True
+
+    def __getitem__(self, index):
+        if index == 5 and self.is_broken:
+            raise OSError("the disk")
+        return super().__getitem__(index)
+
+
+def test_an_error_in_the_dataset_leaves_the_position():
+    dataset = Failing(12)
+    batches = Batches(dataset, OrderedSampler(12), 4, collate=as_lists)
+    next(batches)
+    state = batches.state_dict()
+    with pytest.raises(OSError, match="the disk"):
+        next(batches)
+    assert batches.state_dict() == state
+    dataset.is_broken = False
+    assert [sample[0] for sample in next(batches)] == [4, 5, 6, 7]
+
+
+def test_closing_twice_is_as_closing_once_and_the_stream_goes_on():
+    batches = make("ordered", 12, num_workers=1)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert [sample[0] for sample in next(batches)] == [4, 5, 6, 7]
+    batches.close()
+
+
+def test_torch_collates_by_default():
+    batch = next(Batches([{"x": float(i)} for i in range(4)], OrderedSampler(4), 4))
+    assert batch["x"].tolist() == [0, 1, 2, 3]
