@@ -147,7 +147,7 @@ class Engine:
 
     def _read(self, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(output, Tensor) and output.numel() == 1:
-            return output.reshape(()), {}
+            return (output.reshape(()) if output.ndim else output), {}
         if isinstance(output, Mapping) and "loss" in output:
             self.tokens += int(output.get("tokens", 0))
             extras = {

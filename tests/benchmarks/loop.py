@@ -23,7 +23,7 @@ from runner.utils.batches import Batches
 from runner.utils.sampler import OrderedSampler
 from runner.utils.train import Loop
 
-STEPS, ROUNDS, WIDTH, BATCH = 1000, 7, 64, 32
+STEPS, ROUNDS, WIDTH, BATCH = 3000, 5, 64, 32
 
 
 class Model(nn.Module):

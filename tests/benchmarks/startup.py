@@ -1,0 +1,59 @@
+"""Seconds from a command to its answer or first step, medians of 5: `python tests/benchmarks/startup.py`."""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+# Stands where `python -m runner` does, and tells the moment the first step is done.
+FIRST_STEP = """
+import sys, time
+sys.argv = ["runner", "trainer.eval_every=0", "trainer.eval_at_start=false", "trainer.save_every=0", "trainer.steps=1"]
+from runner.__main__ import main
+import atexit
+def tell():
+    print("stepped", moments[0])
+atexit.register(tell)
+moments = []
+import builtins
+original = builtins.__import__
+def watching(name, *args, **kwargs):
+    module = original(name, *args, **kwargs)
+    train = sys.modules.get("runner.utils.train")
+    if train is not None and hasattr(train, "Loop") and not hasattr(train, "is_watched"):
+        train.is_watched = True
+        step = train.Loop._train_step
+        def stepped(loop):
+            step(loop)
+            moments.append(time.time())
+        train.Loop._train_step = stepped
+    return module
+builtins.__import__ = watching
+main()
+"""
+
+
+def measure(command, is_step=False):
+    found = []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.time()
+            settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": True}
+            done = subprocess.run([sys.executable, *command], cwd=folder, **settings)
+            ended = float(done.stdout.split("stepped ")[1].split()[0]) if is_step else time.time()
+            found.append(ended - began)
+    return statistics.median(found)
+
+
+def main():
+    torch_s = measure(["-c", "import torch"])
+    step_s = measure(["-c", FIRST_STEP], is_step=True)
+    print(f"import torch                         {torch_s:.2f} s")
+    print(f"python -m runner --help              {measure(['-m', 'runner', '--help']):.2f} s")
+    print(f"python -m runner --cfg job           {measure(['-m', 'runner', '--cfg', 'job']):.2f} s")
+    print(f"python -m runner, to the first step  {step_s:.2f} s, {step_s - torch_s:.2f} s above import torch")
+
+
+if __name__ == "__main__":
+    main()
