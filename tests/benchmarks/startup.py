@@ -34,6 +34,15 @@ main()
 """
 
 
+BARE_STEP = """
+import torch
+parameter = torch.nn.Parameter(torch.zeros(2))
+optimizer = torch.optim.AdamW([parameter])
+parameter.sum().backward()
+optimizer.step()
+"""
+
+
 def measure(command, is_step=False):
     found = []
     for _ in range(5):
@@ -50,6 +59,7 @@ def main():
     torch_s = measure(["-c", "import torch"])
     step_s = measure(["-c", FIRST_STEP], is_step=True)
     print(f"import torch                         {torch_s:.2f} s")
+    print(f"import torch, one bare AdamW step    {measure(['-c', BARE_STEP]):.2f} s (torch loads its compiler for it)")
     print(f"python -m runner --help              {measure(['-m', 'runner', '--help']):.2f} s")
     print(f"python -m runner --cfg job           {measure(['-m', 'runner', '--cfg', 'job']):.2f} s")
     print(f"python -m runner, to the first step  {step_s:.2f} s, {step_s - torch_s:.2f} s above import torch")
