@@ -42,9 +42,9 @@ class RunFolder(Callback):
 
 def _check(cfg: DictConfig) -> None:
     config.check(cfg)
-    from runner import build  # torch is imported here, once the rest is right
+    from runner import targets  # what they name is imported, and torch with it, once the rest is right
 
-    build.check_targets(cfg)
+    targets.check_targets(cfg)
 
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:

@@ -1,0 +1,136 @@
+"""What a `_target_` names: found by its dotted path, and held against the arguments it is given.
+
+All mistakes are told at once, before anything is built; nothing is instantiated here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from runner.config import ConfigError, nearest, to_plain
+
+# How many arguments each role's target is given by position, beside its YAML.
+_ROLES = {
+    "model": 0,
+    "data.train": 0,
+    "data.eval": 0,
+    "data.collate": 0,
+    "sampler": 1,
+    "optimizer": 1,
+    "scheduler": 1,
+    "feeder": 0,
+    "report": 0,
+}
+_CALLED_LATER = ("data.collate", "feeder", "report")  # a plain function here is what is called, not what makes it
+_EXTRAS = {
+    "schedulefree": "schedulefree",
+    "prodigyopt": "prodigy",
+    "bitsandbytes": "adamw8bit",
+    "sklearn": "digits",
+    "matplotlib": "digits",
+}
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Checks that each `_target_` can be imported and takes the arguments it is given.
+
+    Raises:
+        ConfigError: with every mistake, a line each.
+    """
+    mistakes = [m for key, node, num_given in _targets(to_plain(cfg)) for m in _mistakes(key, node, num_given)]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Yields key, node and number of positional arguments of all that will be instantiated."""
+    roles = [(role, role, plain) for role in _ROLES]
+    for name, engine in plain["engines"].items():
+        roles += [(f"engines.{name}.{role}", role, engine) for role in _ROLES if engine.get(role) is not None]
+    for key, role, place in roles:
+        node: Any = place
+        for part in role.split("."):
+            node = node[part]
+        if node is not None:
+            yield key, node, _ROLES[role]
+            yield from ((k, n, 0) for k, n in _nested_targets(node, key))
+
+
+def _nested_targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        if isinstance(child, dict) and "_target_" in child:
+            yield f"{key}.{name}", child
+        yield from _nested_targets(child, f"{key}.{name}")
+
+
+def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        yield f"{key}: expected a mapping with _target_, the dotted path of a class or function; found {node!r}"
+        return
+    try:
+        target = locate(node["_target_"])
+    except ImportError as error:
+        yield f"{key}._target_={node['_target_']}: {error}"
+        return
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # a built-in without a signature: instantiating it will tell
+        return
+    given = {name for name in node if not (name.startswith("_") and name.endswith("_"))}
+    taken = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][num_given:]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in sorted(given.difference(taken)):
+            yield f"{key}.{name}: {node['_target_']} takes no such argument; {nearest(name, taken)}"
+    if node.get("_partial_") or node.get("_args_") or is_called_later(key, target):
+        return
+    for name in taken:
+        if parameters[name].default is inspect.Parameter.empty and name not in given:
+            yield f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..."
+
+
+def locate(path: str) -> Any:
+    """Returns the object of a dotted path.
+
+    Raises:
+        ImportError: saying which part is not there, and what is.
+    """
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+                raise ImportError(f"importing {name} failed: {error}{_extra(error.name)}") from error
+            continue
+        return _descend(found, name, parts[length:])
+    raise ImportError(
+        f"there is no module {parts[0]!r}{_extra(parts[0])}; check the spelling, or start where Python finds it"
+    )
+
+
+def _descend(found: Any, name: str, attributes: list[str]) -> Any:
+    for attribute in attributes:
+        if not hasattr(found, attribute):
+            public = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
+            raise ImportError(f"{name} has no {attribute!r}; {nearest(attribute, public)}")
+        found, name = getattr(found, attribute), f"{name}.{attribute}"
+    if not callable(found):
+        raise ImportError(f"{name} is a {type(found).__name__}; expected a class or function")
+    return found
+
+
+def _extra(module: str | None) -> str:
+    extra = _EXTRAS.get((module or "").partition(".")[0])
+    return f'; pip install "runner[{extra}]"' if extra else ""
+
+
+def is_called_later(key: str, target: Any) -> bool:
+    """Says whether a target is itself what is called, a plain function, and no maker of it."""
+    return key.endswith(_CALLED_LATER) and inspect.isfunction(target)
