@@ -22,7 +22,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from runner.files import replace_file
+from runner.utils.files import replace_file
 
 _PREFIX = "events.out.tfevents."
 _HPARAMS = "_hparams_/"

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from runner.files import replace_file
+from runner.utils.files import replace_file
 
 _PACKAGES = ("runner", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _GIT_TIMEOUT_S = 5.0

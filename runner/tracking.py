@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.files import AppendFile, replace_file
+from runner.utils.files import AppendFile, replace_file
 
 METRICS_NAME = "metrics.jsonl"
 _CHUNK = 4096

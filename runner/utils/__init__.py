@@ -2,6 +2,7 @@
 
 batches      endless batches of a dataset that know how far training has come
 distributed  devices and their generators
+files        files replaced whole, files that only grow, a file that one process holds
 io           state dicts and JSON on disk, exact and atomic
 packing      a nest of values as JSON and named tensors
 permutation  a keyed permutation, block by block

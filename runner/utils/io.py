@@ -16,7 +16,6 @@ JSON in the header's metadata, under `runner.structure`, or in a uint8 tensor of
 
 import json
 import os
-import secrets
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from runner.utils.files import atomic_path
 from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, compact, dtype_of, text_of, unpack, where
 
 _PT, _SFT = (".pt", ".pth"), (".sft", ".safetensors")
@@ -210,33 +210,6 @@ def _complaint(path: Path, what: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which takes its place, flushed to disk, when the block ends well.
-
-    Parent folders are made and links followed. Where the block raises, the old file stays and the new one goes.
-    """
-    final = Path(os.path.realpath(path))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2) -> None:

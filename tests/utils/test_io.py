@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from runner.utils import io
+from runner.utils.files import atomic_path
 
 FORMATS = [".pt", ".pth", ".sft", ".safetensors"]
 each_format = pytest.mark.parametrize("suffix", [".pt", ".sft"])
@@ -39,7 +40,8 @@ LEARNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.
 
 
 def bits_of(tensor):
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).tolist()
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return plain.reshape(-1).view(torch.uint8).tolist()
 
 
 def same(a, b):
@@ -671,7 +673,7 @@ def test_an_interrupt_inside_a_write_leaves_the_old_file(tmp_path):
     (tmp_path / "x").write_text("old")
 
     def write_half():
-        with io.atomic_path(tmp_path / "x") as temporary:
+        with atomic_path(tmp_path / "x") as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 

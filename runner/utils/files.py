@@ -1,0 +1,114 @@
+"""Files that are replaced whole, files that only grow, and files that one process holds.
+
+Owns the order of writing, flushing and renaming; imports the standard library alone. It runs on POSIX systems.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class AppendFile:
+    """A file that only grows, without a buffer of its own: what was appended is visible to every reader.
+
+    Raises:
+        OSError: naming the file, from each method, when the disk refuses or the file was deleted meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _naming(path):
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+    def append(self, data: bytes) -> None:
+        """All of `data` is in the file; on an error a first part of it may be."""
+        with _naming(self.path):
+            if not os.fstat(self._fd).st_nlink:
+                raise FileNotFoundError(2, "it was deleted while it was written to")
+            _write_all(self._fd, data)
+
+    def sync(self) -> None:
+        """What was appended survives a loss of power."""
+        with _naming(self.path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """The file takes no more; closing again does nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, which takes its place, flushed to disk, when the block ends well.
+
+    Parent folders are made and links followed. Where the block raises, the old file stays and the new one goes.
+    """
+    final = Path(os.path.realpath(path))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(final.parent)
+
+
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """The file holds exactly `chunks`; a reader sees the old content or the new, never a part.
+
+    Raises:
+        OSError: naming the file, when its folder is gone or it can't be written; the old content then stays.
+    """
+    with _naming(path):
+        os.stat(path.parent)  # a folder that was deleted does not come back with one file in it
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            file.writelines(chunks)
+
+
+def sync(path: Path) -> None:
+    """The file, or the names in the folder, survive a loss of power."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """This process alone holds the file, which is made where it is not there, for the length of a block.
+
+    The hold ends with the process, however that ends, and forked children have no part in it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with _naming(path), open(path, "a", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and Path(error.filename).name == path.name:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
