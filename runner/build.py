@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from runner.config import ConfigError, TrackingConfig, TrainerConfig, to_plain
+from runner.config import CheckpointConfig, ConfigError, TrackingConfig, TrainerConfig, to_plain
 from runner.engines import Engine, Engines, freeze
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.targets import is_called_later, locate
@@ -34,6 +34,7 @@ class Experiment:
     evaluation: EvaluationData | None
     report: Callable[[nn.Module, Any], Mapping[str, Any]] | None
     trainer: TrainerConfig
+    checkpoint: CheckpointConfig
     tracking: TrackingConfig
     settings: dict[str, Any]
 
@@ -80,8 +81,9 @@ def build(cfg: DictConfig) -> Experiment:
         raise ConfigError(f"distributed.{error}") from error
     data, trainer = plain["data"], OmegaConf.to_object(cfg.trainer)
     assert isinstance(trainer, TrainerConfig)
-    tracking = OmegaConf.to_object(cfg.tracking)
+    tracking, checkpoint = OmegaConf.to_object(cfg.tracking), OmegaConf.to_object(cfg.checkpoint)
     assert isinstance(tracking, TrackingConfig)
+    assert isinstance(checkpoint, CheckpointConfig)
     torch.manual_seed(cfg.seed)  # of the initial weights
     return Experiment(
         name=cfg.name,
@@ -91,6 +93,7 @@ def build(cfg: DictConfig) -> Experiment:
         evaluation=_build_evaluation(data, cfg.seed),
         report=_make("report", plain["report"]),
         trainer=trainer,
+        checkpoint=checkpoint,
         tracking=tracking,
         settings=plain,
     )
@@ -121,6 +124,7 @@ def _build_engines(plain: dict[str, Any], trainer: TrainerConfig, device: torch.
             precision=trainer.precision.name,
             accumulate=trainer.accumulate,
             clip_norm=trainer.clip_norm,
+            on_nonfinite=trainer.on_nonfinite.name,
             feeder=_make(place + "feeder", parts["feeder"]),
         )
     return engines

@@ -6,19 +6,29 @@ final name, flushed, and renamed: a half-written one is never seen under that na
 
 from __future__ import annotations
 
-import hashlib
+import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from crc32c import crc32c
+
 from runner.utils import io
+from runner.utils.files import sync
 
 MANIFEST = "MANIFEST.json"
+FACTS = "trainer"
+SUFFIXES = {"sft": ".safetensors", "pt": ".pt"}
+_LOADED: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
 _NAME = re.compile(r"step_(\d{8,})")
-_FORMAT = 1
+_LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
+_FORMAT = 2
+_CHUNK_BYTES = 1 << 22
 
 
 class CheckpointError(ValueError):
@@ -26,35 +36,56 @@ class CheckpointError(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder.
+    """The checkpoints of one run, in one folder that one process writes to.
 
     Args:
-        folder: holds a folder a checkpoint; made when the first is saved.
+        folder: holds a folder a checkpoint; made when the first is saved, in a folder that must be there.
+        format: of the tensors: sft or pt.
         keep_last: newest ones that stay when another is saved; 0 keeps all.
+        keep_every: those of every so many steps stay too; 0: none.
+        keep_best: so many with the lowest metric stay too.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 3) -> None:
+    def __init__(
+        self, folder: Path, *, format: str = "sft", keep_last: int = 3, keep_every: int = 0, keep_best: int = 0
+    ) -> None:
         self.folder = folder
-        self.keep_last = keep_last
+        self._suffix = SUFFIXES[format]
+        self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
 
-    def save(self, step: int, files: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        metric: float | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> Path:
         """Commits a checkpoint and prunes older ones.
 
         Args:
-            files: by file name; the suffix decides how the value is stored.
+            parts: values with tensors, or `io.Snapshot`s of them, a file each.
+            facts: plain values, stored as JSON.
+            metric: what `keep_best` goes by, lower being better; None is never best.
+            before_commit: called when all but the final name is on disk; what it raises ends the save.
         Raises:
             OSError: with what the disk said; every earlier checkpoint is untouched.
         """
         final = self.folder / f"step_{step:08d}"
-        partial = self.folder / f".{final.name}.{os.getpid()}.partial"
+        partial = self._beside(final, "partial")
+        _ensure_folder(self.folder)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         try:
-            for name, value in files.items():
-                write = io.write_json if name.endswith(".json") else io.save
-                write(value, partial / name)
-            sums = {name: _measure(partial / name) for name in files}
-            io.write_json({"format": _FORMAT, "step": step, "files": sums}, partial / MANIFEST)
+            for name, value in parts.items():
+                io.write_new(value, partial / f"{name}{self._suffix}")
+            io.write_json(dict(facts), partial / f"{FACTS}.json")
+            sums = {path.name: _settle(path) for path in sorted(partial.iterdir())}
+            manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
+            io.write_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
+            sync(partial)
+            if before_commit is not None:
+                before_commit()
             self._commit(partial, final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -62,27 +93,55 @@ class Checkpoints:
         self._prune(step)
         return final
 
+    def _beside(self, final: Path, role: str) -> Path:
+        return self.folder / f".{final.name}.{os.getpid()}.{role}"
+
     def _commit(self, partial: Path, final: Path) -> None:
-        replaced = self.folder / f".{final.name}.{os.getpid()}.replaced"
+        replaced = self._beside(final, "replaced")
         if final.exists():
-            os.rename(final, replaced)
+            os.rename(final, replaced)  # if this is the last thing done, `recover` takes it back
         os.rename(partial, final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
+    def recover(self) -> None:
+        """Removes what a crash left half-written or half-removed; call it while no other process writes here."""
+        for path in sorted(self.folder.glob(".step_*")):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
+                os.rename(path, self.folder / match[1])
+            elif match:
+                shutil.rmtree(path)
+
     def _prune(self, newest_step: int) -> None:
-        steps = sorted(self._steps())
-        superseded = [step for step in steps if step > newest_step]  # of a future that a resume has left
-        kept = [step for step in steps if step <= newest_step]
-        for step in superseded + (kept[: -self.keep_last] if self.keep_last else []):
-            folder = self._steps()[step]
-            (folder / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint, however far the rest gets
-            shutil.rmtree(folder, ignore_errors=True)
+        steps = self._steps()
+        kept = sorted(step for step in steps if step <= newest_step)  # later ones: a future that a resume has left
+        if self._keep_last:
+            old = kept[: -self._keep_last]
+            best = [step for step, _ in sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))]
+            spared = {step for step in old if self._keep_every and step % self._keep_every == 0}
+            spared |= set([step for step in best if step <= newest_step][: self._keep_best])
+            kept = [step for step in kept if step not in old or step in spared]
+        for step in steps.keys() - set(kept):
+            if not (steps[step] / MANIFEST).is_file():
+                continue  # not one of ours
+            pruned = self._beside(steps[step], "pruned")
+            os.rename(steps[step], pruned)  # from here on it is no checkpoint, however far the rest gets
+            shutil.rmtree(pruned, ignore_errors=True)
+
+    def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
+        for step, path in steps.items() if self._keep_best else ():
+            try:
+                metric = _read_manifest(path)["metric"]
+            except CheckpointError:
+                continue
+            if metric is not None and math.isfinite(metric):
+                yield step, metric
 
     def _steps(self) -> dict[int, Path]:
         if not self.folder.is_dir():
             return {}
-        matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if (path / MANIFEST).is_file())
+        matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir())
         return {int(match[1]): path for match, path in matches if match}
 
     def newest(self) -> tuple[Path | None, list[str]]:
@@ -104,44 +163,78 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
-    try:
-        manifest = io.read_json(path / MANIFEST)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT or not manifest.get("files"):
-        raise CheckpointError(f"{path}: {MANIFEST} is not of format {_FORMAT}")
+    manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
-        if not name or Path(name).name != name or name.startswith("."):
-            raise CheckpointError(f"{path}: {MANIFEST} names {name!r}, which is no file of this folder")
+        if not name or Path(name).name != name or name.startswith(".") or Path(name).suffix not in _LOADED:
+            raise CheckpointError(f"{path}: {MANIFEST} names {name!r}, which is no file of a checkpoint")
         file = path / name
         if not file.is_file() or file.is_symlink():
             raise CheckpointError(f"{path}: {name} is missing")
-        found = _measure(file)
-        for check in ("bytes", "sha256"):
-            if found[check] != expected.get(check):
-                raise CheckpointError(f"{path}: {name} has {check} {found[check]}, the manifest {expected.get(check)}")
+        found_bytes = file.stat().st_size
+        if found_bytes != expected["bytes"]:
+            raise CheckpointError(f"{path}: {name} has {found_bytes} bytes, {MANIFEST} says {expected['bytes']}")
+        found = _measure(file)["crc32c"]
+        if found != expected["crc32c"]:
+            raise CheckpointError(f"{path}: {name} has crc32c {found}, {MANIFEST} says {expected['crc32c']}")
     return manifest
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Returns a whole checkpoint's values by file name.
+    """Returns a whole checkpoint's values by name: the parts that were saved and, under `FACTS`, the facts.
 
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
-    names = verify(path)["files"]
-    return {name: (io.read_json if name.endswith(".json") else io.load)(path / name) for name in names}
+    values = {}
+    for name in verify(path)["files"]:
+        try:
+            values[Path(name).stem] = _LOADED[Path(name).suffix](path / name)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return values
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = io.read_json(path / MANIFEST)
+        if not (path / MANIFEST).read_bytes().endswith(b"}\n"):
+            raise ValueError("cut short by its last character")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: {MANIFEST} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: {MANIFEST} is not of format {_FORMAT}")
+    own = manifest.pop("crc32c", None)
+    if own != _sum_of(manifest):
+        raise CheckpointError(f"{path}: {MANIFEST} has crc32c {_sum_of(manifest)}, it says {own}")
+    return manifest
+
+
+def _sum_of(content: Any) -> str:
+    return f"{crc32c(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+def _settle(file: Path) -> dict[str, Any]:
+    """Flushes a file to disk, and measures it meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        flushed = pool.submit(sync, file)
+        measured = _measure(file)
+        flushed.result()
+    return measured
 
 
 def _measure(file: Path) -> dict[str, Any]:
+    total = 0
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+        while chunk := stream.read(_CHUNK_BYTES):
+            total = crc32c(chunk, total)
+        return {"bytes": stream.tell(), "crc32c": f"{total:08x}"}
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _ensure_folder(folder: Path) -> None:
+    """Makes a folder, but not the ones above it: a run's folder that was deleted stays deleted."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(2, "the run's folder was deleted", str(folder.parent)) from None

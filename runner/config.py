@@ -34,6 +34,35 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
+class OnNonfinite(Enum):
+    """What becomes of a step whose loss or gradients are not finite."""
+
+    stop = "stop"
+    skip = "skip"
+    ignore = "ignore"
+
+
+class OnOom(Enum):
+    """What becomes of a step for which memory runs out."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Mode(Enum):
+    """Which of two values of a metric is better."""
+
+    min = "min"
+    max = "max"
+
+
+class Format(Enum):
+    """How tensors are stored: SafeTensors, or pickles that are read without executing anything."""
+
+    sft = "sft"
+    pt = "pt"
+
+
 @dataclass
 class TrainerConfig:
     steps: int = MISSING
@@ -46,6 +75,18 @@ class TrainerConfig:
     eval_at_start: bool = MISSING
     export_every: int = MISSING
     keep_last: int = MISSING
+    keep_every: int = MISSING
+    keep_best: int = MISSING
+    best_metric: str | None = MISSING
+    best_mode: Mode = MISSING
+    on_nonfinite: OnNonfinite = MISSING
+    on_oom: OnOom = MISSING
+    max_skips: int = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    format: Format = MISSING
 
 
 @dataclass
@@ -89,6 +130,7 @@ class Config:
     optimizations: OptimizationsConfig = MISSING
     distributed: DistributedConfig = MISSING
     trainer: TrainerConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
     engines: dict[str, Any] = field(default_factory=dict)
     feeder: Any = None
@@ -112,6 +154,7 @@ _SECTIONS: dict[str, type] = {
     "optimizations": OptimizationsConfig,
     "distributed": DistributedConfig,
     "trainer": TrainerConfig,
+    "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,
 }
 _AT_LEAST = {
@@ -126,6 +169,9 @@ _AT_LEAST = {
     "trainer.eval_every": 0,
     "trainer.export_every": 0,
     "trainer.keep_last": 0,
+    "trainer.keep_every": 0,
+    "trainer.keep_best": 0,
+    "trainer.max_skips": 0,
 }
 
 

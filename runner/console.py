@@ -95,7 +95,7 @@ def open_log(folder: str | Path, console: Console) -> Iterator[logging.Logger]:
     """
     logger = logging.getLogger("runner")
     before = logger.level, logger.propagate
-    to_file = logging.FileHandler(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
+    to_file = _LogFile(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handlers = [to_file, _ConsoleHandler(console)]
     for handler in handlers:
@@ -109,6 +109,17 @@ def open_log(folder: str | Path, console: Console) -> Iterator[logging.Logger]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that it can't be written, where logging would print a traceback a message."""
+
+    is_refused = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's own name
+        if not self.is_refused:
+            self.is_refused = True
+            _write_line(f"error: {self.baseFilename} can't be written: {sys.exc_info()[1]}")
 
 
 class _ConsoleHandler(logging.Handler):

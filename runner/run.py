@@ -3,53 +3,95 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import signal
 from pathlib import Path
 from typing import Any
 
 from runner import checkpoint
-from runner.build import build
+from runner.build import Experiment, build
 from runner.checkpoint import CheckpointError, Checkpoints
 from runner.config import ConfigError
 from runner.console import Console, open_log
 from runner.run_record import RunRecord
-from runner.session import Session
+from runner.session import SIGNALS, RunError, Session
+from runner.utils import io
+from runner.utils.files import held
 
-INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
+LOCK = ".lock"
+Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
+STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
 
 
 def run(cfg: Any, folder: Path) -> int:
-    """Runs a composed config in its folder; returns the exit status: 0, or 130 after Ctrl-C.
+    """Runs a composed config in its folder; returns the exit status.
+
+    It is 0 at the end and after `quit`, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1 (saved: start it again with
+    resume), 1 where the run can't go on, and 128 + its number after a second signal, which waits for nothing.
 
     Raises:
-        ConfigError: the config's objects can't be built, or there is nothing whole to resume.
+        ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
+            in this folder.
     """
-    try:
-        experiment = build(cfg)
-        found = _find(Path(cfg.resume), folder) if cfg.resume else None
-    except ConfigError:
-        if not cfg.resume:
-            _remove_unused(folder)
-        raise
-    record = RunRecord(folder)
     with contextlib.ExitStack() as stack:
-        first_step = found[1]["trainer.json"]["loop"]["step"] if found else 0
+        try:
+            stack.enter_context(held(folder / LOCK))
+        except BlockingIOError:
+            raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
+        try:
+            experiment = build(cfg)
+            found = _find(Path(cfg.resume), folder) if cfg.resume else None
+        except (ConfigError, KeyboardInterrupt):
+            if not cfg.resume:
+                _remove_unused(folder)
+            raise
+        first_step = found[1][checkpoint.FACTS]["loop"]["step"] if found else 0
         is_shown = None if experiment.tracking.progress else False
         console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
         stack.callback(console.close)
         log = stack.enter_context(open_log(folder, console))
-        record.start(name=experiment.name)
-        status = "failed"
-        try:
-            session = Session(experiment, folder, record, console, log, found)
-            status = session.run()
-        except KeyboardInterrupt:
-            status = "interrupted"
-        except BaseException as error:
-            log.error("The run failed: %s: %s", type(error).__name__, error)
-            raise
-        finally:
-            record.finish(status)
-    return INTERRUPTED if status == "interrupted" else 0
+        return _run(experiment, folder, console, log, found)
+
+
+def _run(experiment: Experiment, folder: Path, console: Console, log: logging.Logger, found: Found | None) -> int:
+    record = RunRecord(folder)
+    record.start(name=experiment.name)
+    if record.crashed:
+        log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
+    status, reason = "failed", None
+    try:
+        session = Session(experiment, folder, record, console, log, found)
+        status = session.run()
+        reason = session.reason
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        status, reason = SIGNALS[number], f"{signal.Signals(number).name}, which did not wait for a save"
+        return 128 + number
+    except RunError as error:
+        reason = str(error)
+        log.error("The run ends: %s", error)
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.error("The run failed: %s", reason)
+        raise
+    finally:
+        _finish(record, status, reason, log)
+    return STATUSES[status]
+
+
+def _finish(record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
+    try:
+        record.finish(status, reason)
+    except OSError as error:  # what ended the run is not to be hidden by it
+        log.error("run.json can't be written: %s", error)
+
+
+def _describe_runner(folder: Path) -> str:
+    try:
+        facts = io.read_json(folder / "run.json")
+        return f"process {facts['pid']} on {facts['host']}, since {facts['sessions'][-1]['started']}"
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return "it has only just begun"
 
 
 def _remove_unused(folder: Path) -> None:
@@ -58,10 +100,11 @@ def _remove_unused(folder: Path) -> None:
         file.unlink()
     with contextlib.suppress(OSError):  # it holds something else
         (folder / ".hydra").rmdir()
+        (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()
 
 
-def _find(path: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+def _find(path: Path, folder: Path) -> Found:
     """Returns the checkpoint to go on from and its content."""
     faults: list[str] = []
     try:

@@ -26,7 +26,8 @@ _GIT_TIMEOUT_S = 5.0
 class RunRecord:
     """The file `run.json` of a run's folder, whole at every moment.
 
-    Its top level tells of the run: `status` ("running", "finished", "interrupted" or "failed"), `started` and
+    Its top level tells of the run: `status` ("running", "finished", "quit", "interrupted", "preempted",
+    "failed", or "crashed" where the process has gone without a word), `reason` (what ended it early), `started` and
     `ended` (ISO 8601), `duration_s` of all sessions, `last_step`, `best`, and the latest session's host, pid,
     ranks, python, command, packages and git state. `sessions` has an entry for each start and each resume.
     """
@@ -38,11 +39,13 @@ class RunRecord:
         self._session: dict[str, Any] = {}
         self._clock_zero = 0.0
         self._survey: threading.Thread | None = None
+        self.crashed: dict[str, Any] | None = None
 
     def start(self, **facts: Any) -> None:
         """A session of the run has begun; a run.json that lies there is of the same run, and goes on.
 
-        The git state and the package versions follow a moment later, from a thread.
+        The git state and the package versions follow a moment later, from a thread. `crashed` is then the last
+        session, if its process has gone without a word.
 
         Raises: ValueError when the run.json that lies there can't be read.
         """
@@ -50,10 +53,11 @@ class RunRecord:
         before = self._read()
         sessions = before.get("sessions", [])
         for session in sessions:
-            if session["status"] == "running":  # it was killed: who lives to the end says how it ended
-                session["status"] = "interrupted"
+            if session["status"] == "running":  # its process is gone: who lives to the end says how it ended
+                session["status"] = "crashed"
+                self.crashed = session
         now = _now()
-        state = {"status": "running", "started": now, "ended": None, "duration_s": 0.0}
+        state = {"status": "running", "reason": None, "started": now, "ended": None, "duration_s": 0.0}
         place = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "git": None}
         self._session = state | place
         self._facts = state | {"started": before.get("started", now)} | place
@@ -72,12 +76,12 @@ class RunRecord:
                 self._session["last_step"] = facts["last_step"]
             self._write()
 
-    def finish(self, status: str) -> None:
-        """The session has ended: "finished", "interrupted" or "failed"."""
+    def finish(self, status: str, reason: str | None = None) -> None:
+        """The session has ended with a status; a reason says what ended it early."""
         if self._survey is not None:
             self._survey.join()
         with self._lock:
-            ending = {"status": status, "ended": _now()}
+            ending = {"status": status, "reason": reason, "ended": _now()}
             self._session.update(ending)
             self._facts.update(ending)
             self._write()

@@ -13,18 +13,26 @@ from types import FrameType
 from typing import Any
 
 from runner.build import Experiment
-from runner.checkpoint import Checkpoints
+from runner.checkpoint import FACTS, Checkpoints
 from runner.commands import HELP, Commands, describe_events, describe_time
 from runner.config import ConfigError
 from runner.console import Console
 from runner.run_record import RunRecord
+from runner.saver import Saver
 from runner.tracking import Tracker
 from runner.utils import io
+from runner.utils.agenda import Action
 from runner.utils.distributed import generator_of
-from runner.utils.train import Action, Loop, Stop
+from runner.utils.mishaps import Halt, Policy
+from runner.utils.train import Loop, Stop
 from runner.utils.utils import mix
 
+SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
+
+
+class RunError(RuntimeError):
+    """What ended a run without being a mistake in the program: told as one message."""
 
 
 @contextlib.contextmanager
@@ -56,7 +64,19 @@ class Session:
     ) -> None:
         self.experiment, self.folder, self.record, self.log = experiment, folder, record, log
         self.engines, trainer = experiment.engines, experiment.trainer
-        self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep_last)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            format=experiment.checkpoint.format.name,
+            keep_last=trainer.keep_last,
+            keep_every=trainer.keep_every,
+            keep_best=trainer.keep_best,
+        )
+        checkpoints.recover()
+        self.saver = Saver(
+            checkpoints, before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
+        )
+        self.evaluated: tuple[int, float] | None = None  # the step of the last evaluation, and its deciding metric
+        self.reason: str | None = None  # the signal that ended it
         self.best: dict[str, Any] | None = None
         self._next_line = time.monotonic() + _LINE_EVERY_S
         self.inbox = Commands(self._answer)
@@ -81,6 +101,7 @@ class Session:
             seed=self.experiment.seed,
             log_every=trainer.log_every,
             log=self._log_metrics,
+            warn=self.log.warning,
             actions={
                 "eval": Action(self.evaluate, trainer.eval_every),
                 "export": Action(self.export, trainer.export_every),
@@ -95,10 +116,15 @@ class Session:
             },
             inbox=self.inbox,
             screen=console,
+            policy=Policy(trainer.on_oom.name, trainer.max_skips),
         )
 
     def run(self) -> str:
-        """Trains to the end; returns "finished", "quit" after that command, or "interrupted" after Ctrl-C."""
+        """Trains to the end; returns "finished", "quit" after that command, or what a signal asked for.
+
+        Raises:
+            RunError: the run can't go on, for no mistake in the program.
+        """
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
@@ -106,16 +132,26 @@ class Session:
                 if experiment.tracking.stdin:
                     self.inbox.start(self.loop.step)
                 if self.loop.step == 0 and experiment.trainer.eval_at_start and experiment.evaluation:
-                    self.loop.do("eval")
-                reason = self.loop.run()
-            status = reason
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
+                    self.loop.agenda.owe("eval")
+                status = self._train()
         finally:
-            self.record.update(last_step=self.loop.step, best=self.best)
-            self.tracker.close(status)
-        self.log.info("%s at step %d: %s", reason.capitalize(), self.loop.step, self.folder)
+            with _told("the run's numbers", RunError):
+                self.tracker.close(status)
+        self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
+        return status
+
+    def _train(self) -> str:
+        """Runs the loop, and waits for its last save."""
+        try:
+            status = self.loop.run()
+        except Exception as error:
+            with contextlib.suppress(Exception):  # it was told when it failed
+                self.saver.close()
+            if isinstance(error, Halt):
+                raise RunError(str(error)) from error
+            raise
+        with _told("the last checkpoint", RunError):
+            self.saver.close()
         return status
 
     def _introduce(self) -> None:
@@ -130,21 +166,24 @@ class Session:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to save and end; the second ends at once."""
+        """The first signal asks the loop to save and end; the second ends at once."""
 
-        def interrupt(number: int, frame: FrameType | None) -> None:
+        def take(number: int, frame: FrameType | None) -> None:
             if self.loop.is_stopping:
-                raise KeyboardInterrupt
-            self.loop.stop("interrupted")
+                raise KeyboardInterrupt(number)
+            self.reason = signal.Signals(number).name
+            self.loop.stop(SIGNALS[signal.Signals(number)])
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        before = {number: signal.signal(number, take) for number in SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.tracker.log(step, values)
+        with _told("the run's numbers", Halt):
+            self.tracker.log(step, values)
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
             shown = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values.items())
@@ -154,29 +193,36 @@ class Session:
         self.log.info("%s", text)
 
     def save(self) -> None:
-        """Commits a checkpoint."""
-        state = self.engines.state_dict()
-        files = {f"{name}.safetensors": value for name, value in state.items()}
-        files["trainer.json"] = {
+        """Has a checkpoint committed beside the loop, which is held while the state is copied."""
+        step = self.loop.step
+        facts = {
             "loop": self.loop.state_dict(),
             "batches": self.experiment.batches.state_dict(),
             "commands": self.inbox.state_dict(),
             "best": self.best,
         }
-        path = self.checkpoints.save(self.loop.step, files)
-        self.record.update(last_step=self.loop.step, best=self.best)
+        metric = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
+        self.saver.save(step, self.engines.state_dict(), facts, metric)
+
+    def _saved(self, step: int, path: Path) -> None:
+        self.record.update(last_step=step)
         self.log.info("Saved %s", path)
 
-    def _resume(self, path: Path, files: dict[str, Any]) -> None:
+    def _save_failed(self, step: int, error: Exception) -> None:
+        self.log.error("The checkpoint of step %d could not be written: %s", step, error)
+        if not self.folder.is_dir():
+            self.loop.stop("failed")
+
+    def _resume(self, path: Path, saved: dict[str, Any]) -> None:
+        facts = saved.pop(FACTS)
         try:
-            trainer = files.pop("trainer.json")
-            self.engines.load_state_dict({name.removesuffix(".safetensors"): v for name, v in files.items()})
-            self.experiment.batches.load_state_dict(trainer["batches"])
+            self.engines.load_state_dict(saved)
+            self.experiment.batches.load_state_dict(facts["batches"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
-        self.loop.load_state_dict(trainer["loop"])
-        self.inbox.load_state_dict(trainer["commands"])
-        self.best = trainer["best"]
+        self.loop.load_state_dict(facts["loop"])
+        self.inbox.load_state_dict(facts["commands"])
+        self.best = facts["best"]
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
     def evaluate(self) -> None:
@@ -186,14 +232,12 @@ class Session:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
         generator_of(self.engines.device).manual_seed(mix(experiment.seed, step, -1))
-        try:
-            values: dict[str, Any] = self.engines.evaluate(experiment.evaluation, lambda: self.loop.is_stopping)
-        except InterruptedError:
-            return
+        values: dict[str, Any] = self.engines.evaluate(experiment.evaluation, lambda: self.loop.is_stopping)
         if experiment.report is not None:
             values |= self.engines.report(experiment.report, experiment.evaluation.dataset)
         numbers = {f"eval/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
-        self.tracker.log(step, numbers)
+        with _told("the run's numbers", Halt):
+            self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         for name, value in values.items():
             if isinstance(value, str):
@@ -204,8 +248,15 @@ class Session:
         self._keep_best(step, numbers)
 
     def _keep_best(self, step: int, numbers: Mapping[str, float]) -> None:
-        name = next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
-        if name is not None and (self.best is None or numbers[name] < self.best["value"]):
+        trainer = self.experiment.trainer
+        name = trainer.best_metric or next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
+        if name is None:
+            return
+        if name not in numbers:
+            raise ConfigError(f"trainer.best_metric={name}: was not evaluated; there are: {', '.join(numbers)}")
+        sign = -1 if trainer.best_mode.name == "max" else 1
+        self.evaluated = step, sign * numbers[name]
+        if self.best is None or sign * numbers[name] < sign * self.best["value"]:
             self.best = {"name": name, "value": numbers[name], "step": step}
             self.record.update(last_step=step, best=self.best)
 
@@ -224,8 +275,18 @@ class Session:
         self._answer(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
 
     def _tell_time(self, to: int | None) -> None:
-        elapsed_s, step_s = self.loop.pace()
+        elapsed_s, step_s = self.loop.pace.overall(self.loop.step)
         self._answer(describe_time(self.loop.step, self.experiment.trainer.steps, step_s, elapsed_s, to))
+
+
+@contextlib.contextmanager
+def _told(what: str, as_error: type[Exception]) -> Iterator[None]:
+    """What the disk refuses is raised as `as_error`, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "what was saved before is whole: make room or the folder writable, then resume"
+        raise as_error(f"{what} can't be written: {error}; {remedy}") from error
 
 
 def _flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -25,6 +25,7 @@ _CHUNK = 4096
 
 # What waits for the thread: (step, reading of the clock, numbers of the step or a maker of a record).
 _Entry = tuple[int, float, "dict[str, Any] | Callable[[ModuleType, float], bytes]"]
+_FLUSH_POLL_S = 0.2
 
 
 class Tracker:
@@ -60,7 +61,7 @@ class Tracker:
         self._flush_s = flush_s
         # A deque and a SimpleQueue take no lock in Python, so a signal handler may log at any moment.
         self._entries: deque[_Entry] = deque()
-        self._endings: SimpleQueue[str] = SimpleQueue()
+        self._endings: SimpleQueue[str | threading.Event] = SimpleQueue()
         self._error: BaseException | None = None
         self._is_error_told = self._is_ended = self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -108,10 +109,23 @@ class Tracker:
         kept = dict(values)
         self._enqueue(0, lambda events, wall_time: events.encode_hparams(wall_time, kept, metrics))
 
+    def flush(self) -> None:
+        """Everything logged so far survives a loss of power; safe to call from any thread.
+
+        Raises:
+            OSError: it does not; the error is still told to the next call of another method.
+        """
+        flushed = threading.Event()
+        self._endings.put(flushed)
+        while not flushed.wait(_FLUSH_POLL_S) and self._thread.is_alive():
+            pass
+        if self._error is not None:
+            raise OSError(f"the run's numbers can't be written: {self._error}") from self._error
+
     def close(self, status: str = "finished") -> None:
         """Everything logged is on disk; closing again does nothing.
 
-        `status` is the run's: "finished", "interrupted" or "failed"; the HPARAMS tab shows it.
+        `status` is the run's, such as "finished" or "failed"; the HPARAMS tab shows it.
         """
         if not self._is_closed:
             self._is_closed = True
@@ -153,7 +167,7 @@ class Tracker:
         files: list[AppendFile] = []
         try:
             self._open_files(files)
-            self._write_until_closed()
+            self._write_until_closed(files)
             for file in files:
                 file.sync()
         except BaseException as error:
@@ -182,15 +196,19 @@ class Tracker:
             files.append(self._records)
             self._records.append(event_file.encode_header(self._started, self._resume_step))
 
-    def _write_until_closed(self) -> None:
+    def _write_until_closed(self, files: list[AppendFile]) -> None:
         status = None
-        while status is None:
+        while not isinstance(status, str):
             try:
                 status = self._endings.get(timeout=self._flush_s / 2)
             except Empty:
                 status = None
             while self._entries:
                 self._write_chunk(min(len(self._entries), _CHUNK))
+            if isinstance(status, threading.Event):
+                for file in files:
+                    file.sync()
+                status.set()
         if self._records is not None:
             self._records.append(self._events.encode_hparams_end(time.time(), status))
 

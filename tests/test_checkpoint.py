@@ -1,27 +1,42 @@
-import json
+import os
 
 import pytest
 import torch
 
+from runner import checkpoint
 from runner.checkpoint import CheckpointError, Checkpoints, load, verify
+from runner.utils import io
+
+FACTS = {"step": 3, "lr": 0.1}
 
 
-def make_files(value=1.0):
-    return {
-        "model.safetensors": {"weight": torch.full((3,), value)},
-        "model.optimizer.safetensors": {"state": {0: {"step": torch.tensor(2.0)}}, "groups": [{"lr": 0.1}]},
-        "trainer.json": {"step": 3, "lr": 0.1},
-    }
+def make_parts(value=1.0):
+    optimizer = {"state": {0: {"step": torch.tensor(2.0)}}, "groups": [{"lr": 0.1}]}
+    return {"model": {"weight": torch.full((3,), value)}, "model.optimizer": optimizer}
 
 
-def test_what_is_saved_is_loaded(tmp_path):
-    path = Checkpoints(tmp_path).save(3, make_files())
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("sft", ".safetensors"), ("pt", ".pt")])
+def test_what_is_saved_is_loaded(tmp_path, format, suffix):
+    path = Checkpoints(tmp_path, format=format).save(3, make_parts(), FACTS)
     assert path == tmp_path / "step_00000003"
+    assert names_in(path) == ["MANIFEST.json", f"model.optimizer{suffix}", f"model{suffix}", "trainer.json"]
     found = load(path)
-    assert torch.equal(found["model.safetensors"]["weight"], torch.ones(3))
-    assert found["model.optimizer.safetensors"]["state"][0]["step"].item() == 2.0
-    assert found["trainer.json"] == {"step": 3, "lr": 0.1}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003"]
+    assert torch.equal(found["model"]["weight"], torch.ones(3))
+    assert found["model.optimizer"]["state"][0]["step"].item() == 2.0
+    assert found["trainer"] == FACTS
+    assert names_in(tmp_path) == ["step_00000003"]
+
+
+def test_a_snapshot_is_saved_as_it_was(tmp_path):
+    parts = make_parts()
+    snapshots = {name: io.Snapshot(value) for name, value in parts.items()}
+    parts["model"]["weight"].zero_()
+    path = Checkpoints(tmp_path).save(3, snapshots, FACTS)
+    assert torch.equal(load(path)["model"]["weight"], torch.ones(3))
 
 
 def test_only_older_ones_of_its_own_are_pruned(tmp_path):
@@ -30,71 +45,166 @@ def test_only_older_ones_of_its_own_are_pruned(tmp_path):
     (tmp_path / "best.txt").write_text("mine")
     saved = Checkpoints(tmp_path, keep_last=2)
     for step in (2, 4, 6):
-        saved.save(step, make_files())
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["best.txt", "step_00000001", "step_00000004", "step_00000006", "step_notes"]
+        saved.save(step, make_parts(), FACTS)
+    assert names_in(tmp_path) == ["best.txt", "step_00000001", "step_00000004", "step_00000006", "step_notes"]
 
 
 def test_keep_last_zero_keeps_all(tmp_path):
     saved = Checkpoints(tmp_path, keep_last=0)
     for step in range(1, 6):
-        saved.save(step, make_files())
-    assert len(list(tmp_path.iterdir())) == 5
+        saved.save(step, make_parts(), FACTS)
+    assert len(names_in(tmp_path)) == 5
+
+
+def test_round_steps_and_the_best_are_kept_beside_the_last(tmp_path):
+    saved = Checkpoints(tmp_path, keep_last=1, keep_every=4, keep_best=2)
+    losses = {1: 5.0, 2: 3.0, 3: None, 4: 9.0, 5: 1.0, 6: float("nan"), 7: 2.0, 8: 8.0, 9: 7.0}
+    for step, loss in losses.items():
+        saved.save(step, make_parts(), FACTS, loss)
+    assert names_in(tmp_path) == [f"step_{step:08d}" for step in (4, 5, 7, 8, 9)]
+
+
+def test_of_two_equally_good_the_later_is_kept(tmp_path):
+    saved = Checkpoints(tmp_path, keep_last=1, keep_best=1)
+    for step in (1, 2, 3):
+        saved.save(step, make_parts(), FACTS, 1.0 if step < 3 else 2.0)
+    assert names_in(tmp_path) == ["step_00000002", "step_00000003"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
     saved = Checkpoints(tmp_path)
-    saved.save(3, make_files(1.0))
-    saved.save(3, make_files(2.0))
-    assert load(saved.newest()[0])["model.safetensors"]["weight"][0] == 2.0
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
+    saved.save(3, make_parts(1.0), FACTS)
+    saved.save(3, make_parts(2.0), FACTS)
+    assert load(saved.newest()[0])["model"]["weight"][0] == 2.0
+    assert names_in(tmp_path) == ["step_00000003"]
 
 
 def test_going_on_from_an_older_one_supersedes_the_later(tmp_path):
     saved = Checkpoints(tmp_path, keep_last=3)
     for step in (2, 4, 6):
-        saved.save(step, make_files())
-    saved.save(3, make_files())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+        saved.save(step, make_parts(), FACTS)
+    saved.save(3, make_parts(), FACTS)
+    assert names_in(tmp_path) == ["step_00000002", "step_00000003"]
 
 
 def test_what_cannot_be_stored_leaves_the_earlier_ones_and_no_trace(tmp_path):
     saved = Checkpoints(tmp_path, keep_last=1)
-    saved.save(2, make_files())
+    saved.save(2, make_parts(), FACTS)
     with pytest.raises((TypeError, ValueError), match="object"):
-        saved.save(4, make_files() | {"model.optimizer.safetensors": {"bad": object()}})
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+        saved.save(4, make_parts() | {"model.optimizer": {"bad": object()}}, FACTS)
+    assert names_in(tmp_path) == ["step_00000002"]
     verify(tmp_path / "step_00000002")
 
 
-@pytest.mark.parametrize("name", [*make_files(), "MANIFEST.json"])
-@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
-def test_a_harmed_file_is_never_loaded_always_named_and_the_newest_whole_one_found(tmp_path, name, harm):
+def test_what_is_raised_before_the_commit_ends_the_save_without_a_trace(tmp_path):
+    def fail():
+        raise OSError("the numbers are not on disk")
+
     saved = Checkpoints(tmp_path)
-    older, path = saved.save(2, make_files()), saved.save(4, make_files())
-    content = bytearray((path / name).read_bytes())
-    if harm == "remove":
-        (path / name).unlink()
-    elif harm == "truncate":
-        (path / name).write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 4
-        (path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"step_00000004.*" + (name if name != "MANIFEST.json" else "")):
+    with pytest.raises(OSError, match="numbers"):
+        saved.save(2, make_parts(), FACTS, before_commit=fail)
+    assert names_in(tmp_path) == []
+
+
+def test_a_run_folder_that_was_deleted_stays_deleted(tmp_path):
+    saved = Checkpoints(tmp_path / "run" / "checkpoints")
+    with pytest.raises(FileNotFoundError, match="the run's folder was deleted"):
+        saved.save(2, make_parts(), FACTS)
+    assert names_in(tmp_path) == []
+
+
+def test_what_a_crash_left_is_removed_and_what_it_had_set_aside_is_taken_back(tmp_path):
+    saved = Checkpoints(tmp_path)
+    kept = saved.save(2, make_parts(), FACTS)
+    aside = saved.save(4, make_parts(4.0), FACTS)
+    os.rename(aside, tmp_path / ".step_00000004.123.replaced")
+    for leftover in (".step_00000002.123.replaced", ".step_00000006.99.partial", ".step_00000001.7.pruned"):
+        (tmp_path / leftover).mkdir()
+        (tmp_path / leftover / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".step_notes").mkdir()
+    saved.recover()
+    assert names_in(tmp_path) == [".step_notes", "step_00000002", "step_00000004"]
+    verify(kept)
+    assert load(aside)["model"]["weight"][0] == 4.0
+
+
+FILES = ["model.safetensors", "model.optimizer.safetensors", "trainer.json", "MANIFEST.json"]
+
+
+def assert_named(saved, older, path, name):
+    with pytest.raises(CheckpointError, match=rf"step_00000004.*{name}"):
         load(path)
     newest, faults = saved.newest()
     assert newest == older
-    assert len(faults) == (0 if (name, harm) == ("MANIFEST.json", "remove") else 1)
+    assert len(faults) == 1
+    assert name in faults[0]
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".hidden", ""])
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_or_missing_file_is_never_loaded_and_always_named(tmp_path, name):
+    saved = Checkpoints(tmp_path)
+    older, path = saved.save(2, make_parts(), FACTS), saved.save(4, make_parts(), FACTS)
+    content = (path / name).read_bytes()
+    for length in {0, 1, 7, 8, len(content) // 2, len(content) - 1}:
+        (path / name).write_bytes(content[:length])
+        assert_named(saved, older, path, name)
+    (path / name).write_bytes(content + b" ")
+    if name != "MANIFEST.json":
+        assert_named(saved, older, path, name)
+    (path / name).unlink()
+    assert_named(saved, older, path, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_with_any_single_bit_flipped_is_never_loaded_and_always_named(tmp_path, name):
+    saved = Checkpoints(tmp_path)
+    older, path = saved.save(2, make_parts(), FACTS), saved.save(4, make_parts(), FACTS)
+    content = (path / name).read_bytes()
+    for place in range(0, len(content), 1 + len(content) // 64):
+        harmed = bytearray(content)
+        harmed[place] ^= 1 << place % 8
+        (path / name).write_bytes(harmed)
+        assert_named(saved, older, path, name)
+
+
+def forge(path, name, file):
+    """Enters a file in a manifest: whoever forges a name can forge a checksum."""
+    manifest = io.read_json(path / "MANIFEST.json")
+    del manifest["crc32c"]
+    manifest["files"][name] = checkpoint._measure(file)
+    io.write_json(manifest | {"crc32c": checkpoint._sum_of(manifest)}, path / "MANIFEST.json")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".hidden", "", "x.pkl", "x"])
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path, name):
-    path = Checkpoints(tmp_path / "checkpoints").save(1, make_files())
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["files"][name] = manifest["files"]["trainer.json"]
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="no file of this folder"):
+    path = Checkpoints(tmp_path / "checkpoints").save(1, make_parts(), FACTS)
+    forge(path, name, path / "trainer.json")
+    with pytest.raises(CheckpointError, match="no file of a checkpoint"):
         verify(path)
+
+
+def test_a_link_in_place_of_a_file_is_refused(tmp_path):
+    path = Checkpoints(tmp_path / "checkpoints").save(1, make_parts(), FACTS)
+    (path / "trainer.json").rename(tmp_path / "elsewhere.json")
+    (path / "trainer.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match=r"trainer\.json is missing"):
+        verify(path)
+
+
+def test_a_pickle_in_a_checkpoint_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(canary),)
+
+    saved = Checkpoints(tmp_path / "checkpoints", format="pt")
+    path = saved.save(1, make_parts(), FACTS)
+    torch.save({"weight": Hostile()}, path / "model.pt")
+    forge(path, "model.pt", path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt: not read"):
+        load(path)
+    assert not canary.exists()
 
 
 def test_nothing_saved_yet_finds_nothing(tmp_path):

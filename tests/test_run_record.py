@@ -141,7 +141,7 @@ def test_a_resumed_run_keeps_its_first_start_and_every_session(tmp_path: Path, o
     assert found["duration_s"] > before["duration_s"]
 
 
-def test_a_killed_session_is_known_as_interrupted_once_the_run_is_resumed(tmp_path: Path) -> None:
+def test_a_killed_session_is_told_as_crashed_once_the_run_is_resumed(tmp_path: Path) -> None:
     code = """
 import itertools, sys
 from runner.run_record import RunRecord
@@ -166,7 +166,7 @@ for step in itertools.count():
     record.start()
     record.finish("finished")
     first, last = read(tmp_path)["sessions"]
-    assert (first["status"], first["ended"], first["pid"]) == ("interrupted", None, run.pid)
+    assert (first["status"], first["ended"], first["pid"]) == ("crashed", None, run.pid)
     assert (last["status"], last["pid"]) == ("finished", os.getpid())
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from runner.engines.faults import FiniteCheck, KeptBuffers, describe_gradients
+from runner.engines.forward import Feeder, feed, read_output
+from runner.engines.gathered import Gathered
+from runner.engines.settings import apply_changes, base_lrs, configured, set_base_lr
+
+ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Feeder = Callable[[nn.Module, Any], Any]
-
-
-def feed(module: nn.Module, batch: Any) -> Any:
-    """Calls `module` with a mapping as keywords, a tuple or list as positions, anything else as it is."""
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    if isinstance(batch, (tuple, list)):
-        return module(*batch)
-    return module(batch)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -48,7 +44,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 class Engine:
-    """Trains one module: forward, backward, and a step after every `accumulate` of them.
+    """Trains one module: a step is `micro_step` once or more, then `prepare` and, unless that found a fault, `update`.
 
     Args:
         module: any module whose forward returns a loss: a 0-d tensor; a mapping with `loss` (its other 0-d
@@ -60,6 +56,8 @@ class Engine:
         accumulate: micro-steps a step; each loss counts for 1 / accumulate.
         clip_norm: largest norm of all gradients; 0 does not clip.
         feeder: called as feeder(module, batch) in place of the module.
+        on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
+            look for them. With stop, an accelerator is not waited for: `find_late_fault` tells after the update.
     """
 
     def __init__(
@@ -72,43 +70,52 @@ class Engine:
         accumulate: int = 1,
         clip_norm: float = 0.0,
         feeder: Feeder | None = None,
+        on_nonfinite: str = "ignore",
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_AUTOCAST)}")
+        if on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(ON_NONFINITE)}")
         self.module = module
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.accumulate = accumulate
         self.clip_norm = clip_norm
+        self.on_nonfinite = on_nonfinite
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = 0
         self.grad_norm: Tensor | None = None
         self._feeder = feeder or feed
         first = next(module.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
+        self.looks_late = on_nonfinite == "stop" and self.device.type != "cpu"
         self._dtype = _AUTOCAST[precision]
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" and optimizer else None
         self._trained = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
-        self._configured_lrs = self._base_lrs()
-        self._losses: list[Tensor] = []
-        self._extras: list[dict[str, Tensor]] = []
+        self._configured = configured(optimizer, scheduler)
+        self._gathered = Gathered()
+        self._late: list[tuple[int, Tensor]] = []
+        self._is_finite = FiniteCheck()
+        self._buffers = KeptBuffers(module)
+        self._mark_step()
         self.train()
 
     def micro_step(self, batch: Any) -> None:
-        """Runs forward and backward on one batch, and the step when it is the last of the accumulated ones."""
+        """Runs forward and backward on one batch."""
         loss, extras = self.forward(batch)
-        self._losses.append(loss.detach())
-        if extras:
-            self._extras.append({name: value.detach() for name, value in extras.items()})
-        self.backward(loss)
-        if self.optimizer is not None and self.micro_steps % self.accumulate == 0:
-            self.step()
+        self._gathered.add(loss, extras)
+        if self.optimizer is not None:
+            self.backward(loss)
+        self.micro_steps += 1
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss (0-d) of a batch and the forward's other numbers (0-d each)."""
         if self._dtype is None:
-            return self._read(self._feeder(self.module, batch))
-        with torch.autocast(self.device.type, self._dtype):
-            return self._read(self._feeder(self.module, batch))
+            loss, extras, tokens = read_output(self.module, self._feeder(self.module, batch))
+        else:
+            with torch.autocast(self.device.type, self._dtype):
+                loss, extras, tokens = read_output(self.module, self._feeder(self.module, batch))
+        self.tokens += tokens
+        return loss, extras
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of loss / accumulate."""
@@ -117,24 +124,74 @@ class Engine:
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
         loss.backward()
-        self.micro_steps += 1
 
-    def step(self) -> bool:
-        """Unscales, clips, updates, and clears the gradients; returns False where the scaler skipped the update."""
-        assert self.optimizer is not None
+    def step(self) -> str | None:
+        """Ends a step: `prepare`, and `update` unless a fault was found, which is returned."""
+        fault = self.prepare()
+        if fault is None:
+            self.update()
+        return fault
+
+    def prepare(self) -> str | None:
+        """Unscales and clips the gradients; returns what is not finite in the step, where that is looked for."""
+        if self.on_nonfinite != "ignore" and not self.looks_late and (fault := self._find_loss_fault()):
+            return fault
+        if self.optimizer is None:
+            return None
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         if self.clip_norm:
-            self.grad_norm = nn.utils.clip_grad_norm_(self._trained, self.clip_norm)
-        taken = self._update(self.optimizer)
-        self.optimizer.zero_grad(set_to_none=True)
-        if not taken:
+            norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+            self.grad_norm = norm
+        if fault := self._find_gradient_fault():
+            return fault
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, norm)
+        return None
+
+    def _find_loss_fault(self) -> str | None:
+        for number, loss in enumerate(self._gathered.unmarked, 1):
+            value = float(loss)
+            if not math.isfinite(value):
+                part = f" of micro-step {number}" if self.accumulate > 1 else ""
+                grads = describe_gradients(self.module.named_parameters())
+                return f"its loss{part} is {value}; largest gradients: {grads or 'none'}"
+        return None
+
+    def _find_gradient_fault(self) -> str | None:
+        norm = self.grad_norm if self.clip_norm else None
+        if self.looks_late:
+            parts = [loss.float() for loss in self._gathered.unmarked] + ([] if norm is None else [norm])
+            self._late.append((self.steps + self.skipped_steps + 1, torch.stack(parts).sum()))
+        if self.looks_late or self.on_nonfinite == "ignore" or self._scaler is not None:
+            return None  # a scaler skips such a step itself, and scales the next ones less
+        if math.isfinite(float(norm)) if norm is not None else self._is_finite(self._trained):
+            return None
+        return f"its gradients are not finite; largest: {describe_gradients(self.module.named_parameters())}"
+
+    def find_late_fault(self) -> str | None:
+        """Returns what was not finite in the steps since the last call, on a device that was not waited for."""
+        late, self._late = self._late, []
+        if not late:
+            return None
+        for (step, _), value in zip(late, torch.stack([total for _, total in late]).tolist(), strict=True):
+            if not math.isfinite(value):
+                return f"in its step {step} the loss or the gradients were not finite, and the update was made"
+        return None
+
+    def update(self) -> bool:
+        """Updates the parameters and clears the gradients; returns False where the scaler skipped the update."""
+        taken = self.optimizer is None or self._update(self.optimizer)
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+        if taken:
+            self.steps += 1
+        else:
             self.skipped_steps += 1
-            return False
-        self.steps += 1
-        if self.scheduler is not None:
+        if taken and self.scheduler is not None:
             self.scheduler.step()
-        return True
+        self._mark_step()
+        return taken
 
     def _update(self, optimizer: Optimizer) -> bool:
         if self._scaler is None:
@@ -145,34 +202,26 @@ class Engine:
         self._scaler.update()
         return self._scaler.get_scale() >= before
 
-    def _read(self, output: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        if isinstance(output, Tensor) and output.numel() == 1:
-            return (output.reshape(()) if output.ndim else output), {}
-        if isinstance(output, Mapping) and "loss" in output:
-            self.tokens += int(output.get("tokens", 0))
-            extras = {
-                str(name): value for name, value in output.items()
-                if isinstance(value, Tensor) and value.ndim == 0 and name not in ("loss", "tokens")
-            }  # fmt: skip
-            return output["loss"], extras
-        loss = getattr(output, "loss", None)
-        if not isinstance(loss, Tensor):
-            loss = self._collect_losses()
-        if loss is None:
-            raise TypeError(
-                f"{type(self.module).__name__}.forward returned {_describe(output)}: expected a scalar loss, a mapping "
-                "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
-            )
-        return loss, {}
+    def skip(self) -> None:
+        """Leaves out a step: as `discard`, and it counts as skipped."""
+        self.discard()
+        self.skipped_steps += 1
 
-    def _collect_losses(self) -> Tensor | None:
-        total: Tensor | None = None
-        for module in self.module.modules():
-            loss = vars(module).get("loss")
-            if isinstance(loss, Tensor):
-                total = loss if total is None else total + loss
-                module.loss = None  # type: ignore[assignment]  # a stale one must not count twice
-        return total
+    def discard(self) -> None:
+        """Makes all as it was before the step's first micro-step: gradients, buffers, counters, metrics."""
+        self.tokens, self.micro_steps, self.grad_norm = self._mark
+        self._gathered.drop_unmarked()
+        self._buffers.restore()
+        self.module.zero_grad(set_to_none=True)
+        if self._scaler is not None:  # it may be between unscaling and the update
+            scaler = torch.amp.GradScaler(self.device.type)
+            scaler.load_state_dict(self._scaler.state_dict())
+            self._scaler = scaler
+
+    def _mark_step(self) -> None:
+        self._buffers.keep()
+        self._gathered.mark()
+        self._mark = self.tokens, self.micro_steps, self.grad_norm
 
     def train(self) -> None:
         """Puts the module, and an optimizer that tells the two apart, into training mode."""
@@ -196,12 +245,7 @@ class Engine:
 
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, the gradient norm and the learning rate of each group."""
-        values: dict[str, float] = {}
-        if self._losses:
-            values["loss"] = _mean(self._losses)
-        for name in self._extras[-1] if self._extras else ():
-            values[name] = _mean([extras[name] for extras in self._extras if name in extras])
-        self._losses, self._extras = [], []
+        values = self._gathered.take()
         if self.grad_norm is not None:
             values["grad_norm"] = float(self.grad_norm)
         for index, group in enumerate(self.optimizer.param_groups if self.optimizer else ()):
@@ -212,24 +256,10 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
-        bases = self._base_lrs()
-        for index, base in enumerate(bases):
-            self._set_base_lr(index, lr if base == bases[0] else lr * base / bases[0])
-
-    def _base_lrs(self) -> list[float]:
-        return [float(g.get("initial_lr", g["lr"])) for g in self.optimizer.param_groups] if self.optimizer else []
-
-    def _set_base_lr(self, index: int, lr: float) -> None:
         assert self.optimizer is not None
-        group = self.optimizer.param_groups[index]
-        base = float(group.get("initial_lr", group["lr"]))
-        ratio = lr / base if base else 1.0
-        group["lr"] = lr if group["lr"] == base else group["lr"] * ratio
-        for key in group.keys() & {"max_lr", "min_lr"}:  # of torch's cyclic schedules
-            group[key] *= ratio
-        if self.scheduler is not None:
-            group["initial_lr"] = lr
-            self.scheduler.base_lrs[index] = lr
+        bases = base_lrs(self.optimizer)
+        for index, base in enumerate(bases):
+            set_base_lr(self.optimizer, self.scheduler, index, lr if base == bases[0] else lr * base / bases[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the weights: optimizer, scheduler, scaler, counters, and metrics not yet taken."""
@@ -238,14 +268,13 @@ class Engine:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "scaler": self._scaler.state_dict() if self._scaler else None,
             "counters": {name: getattr(self, name) for name in ("steps", "micro_steps", "skipped_steps", "tokens")},
-            "configured_lrs": self._configured_lrs,
+            "configured": self._configured,
             "grad_norm": None if self.grad_norm is None else self.grad_norm.detach().clone(),
-            "losses": list(self._losses),
-            "extras": list(self._extras),
+            "gathered": self._gathered.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a state back, its tensors as its own; a learning rate changed in the config since then takes effect."""
+        """Takes a state back, its tensors as its own; what the config says otherwise since then takes effect."""
         for name in ("optimizer", "scheduler", "scaler"):
             part = getattr(self, "_scaler" if name == "scaler" else name)
             if (part is None) != (state[name] is None):
@@ -255,24 +284,13 @@ class Engine:
                 part.load_state_dict(state[name])
         for name, value in state["counters"].items():
             setattr(self, name, value)
-        for index, (new, old) in enumerate(zip(self._configured_lrs, state["configured_lrs"], strict=True)):
-            if new != old:
-                self._set_base_lr(index, new)
+        if self.optimizer is not None:
+            apply_changes(self.optimizer, self.scheduler, self._configured, state["configured"])
         self.grad_norm = state["grad_norm"]
-        self._losses, self._extras = list(state["losses"]), list(state["extras"])
+        self._gathered.load_state_dict(state["gathered"])
+        self._mark_step()
         self.train()
-
-
-def _mean(values: Sequence[Tensor]) -> float:
-    if len(values) == 1:
-        return float(values[0])
-    return sum(torch.stack([value.float() for value in values]).tolist()) / len(values)
 
 
 def _do_nothing() -> None:
     return None
-
-
-def _describe(output: Any) -> str:
-    shape = getattr(output, "shape", None)
-    return type(output).__name__ if shape is None else f"{type(output).__name__} of shape {list(shape)}"

@@ -28,11 +28,44 @@ class Engines(dict[str, Engine]):
         """Tokens trained on so far, as the forwards counted them; each engine sees the same ones."""
         return max(engine.tokens for engine in self.values())
 
+    is_updating = False  # a step can be discarded whole until its first update
+
     def micro_step(self, batch: Any) -> None:
         """Runs one micro-step of every engine on the same batch."""
         batch = move(batch, self.device)
         for engine in self.values():
             engine.micro_step(batch)
+
+    def step(self) -> dict[str, str]:
+        """Ends the step of every engine; returns what was not finite, by engine.
+
+        Where an engine is to stop at that, none is updated, and the step is to be discarded; where it is to skip, it
+        has skipped and the others are updated.
+        """
+        faults = {name: fault for name, engine in self.items() if (fault := engine.prepare())}
+        if faults and self.is_stopped_by(faults):
+            return faults
+        self.is_updating = True
+        for name, engine in self.items():
+            if name in faults:
+                engine.skip()
+            else:
+                engine.update()
+        self.is_updating = False
+        return faults
+
+    def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
+        """Says whether one of the engines at fault is to stop at that."""
+        return any(name in self and self[name].on_nonfinite == "stop" for name in faults)
+
+    def discard(self) -> None:
+        """Makes every engine what it was before the step's first micro-step."""
+        for engine in self.values():
+            engine.discard()
+
+    def find_late_faults(self) -> dict[str, str]:
+        """Returns what was not finite in steps already done, by engine; only where the device was not waited for."""
+        return {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
 
     def take_metrics(self) -> dict[str, float]:
         """Returns every engine's metrics since the last call."""

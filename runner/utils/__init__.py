@@ -1,9 +1,13 @@
 """Tools that know no config, no engine and no model; any other program may import them on their own.
 
+agenda       what is to be done at step boundaries
 batches      endless batches of a dataset that know how far training has come
 distributed  devices and their generators
 files        files replaced whole, files that only grow, a file that one process holds
 io           state dicts and JSON on disk, exact and atomic
+memory       peak memory, and whether it ran out
+mishaps      what goes wrong in a step, and the policy for it
+pace         what the clock says of steps
 packing      a nest of values as JSON and named tensors
 permutation  a keyed permutation, block by block
 sampler      pool, ordered, batched and random samplers that save and load their state

@@ -120,6 +120,18 @@ class Batches:
         self._delivered = (self._sampler.state_dict(), ordinal)
         self._num_samples = 0
 
+    def mark(self) -> tuple[Mapping[str, Any], int]:
+        """Returns the position as it is, for `rewind`, at no cost."""
+        return self._delivered
+
+    def rewind(self, mark: tuple[Mapping[str, Any], int]) -> None:
+        """Goes back to a mark: the batches delivered since then come again."""
+        if mark is not self._delivered:
+            self.close()
+            self._delivered = mark
+            self._sampler.load_state_dict(mark[0])
+            self._num_samples = 0
+
     def close(self) -> None:
         """Ends the workers and drops what they prefetched; `next` goes on from the batch delivered last."""
         stream, self._stream = self._stream, None
@@ -201,5 +213,10 @@ class Samples(Dataset[Any]):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Lets a loader worker live through the Ctrl-C that a terminal sends to the whole process group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Lets a loader worker live through the signals that a terminal or scheduler sends to all processes of a run.
+
+    The first SIGTERM counts as such; the second, which the loader sends to a worker that hangs, ends it.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

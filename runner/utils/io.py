@@ -38,22 +38,47 @@ _MAX_INLINE_BYTES = 16_000_000
 _MAX_JSON_DIGITS = 4300  # of an integer: Python reads no longer ones
 
 
+class Snapshot:
+    """A copy of a value, its tensors on the CPU, for `save` to store later: what the value becomes does not reach it.
+
+    Raises:
+        TypeError, ValueError: as `save` does, for what can't be stored.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._packed = Packed(value)
+        for name, tensor in self._packed.tensors.items():
+            plain = tensor.resolve_conj().resolve_neg()
+            self._packed.tensors[name] = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 def save(value: Any, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """Stores `value` at `path`, as `.pt`/`.pth` or `.sft`/`.safetensors`, whole or not at all; makes parent folders.
 
+    A `Snapshot` is stored as the value that it is of.
     `metadata`, string to string, lies beside the value; `read_metadata` gives it back.
 
     Raises:
         TypeError: something in `value` cannot be stored; the message names its key path. Nothing was written.
         ValueError: unknown suffix, a container that holds itself, a header over 100 MB. Nothing was written.
     """
-    path = Path(path)
-    is_pt = _suffix(path) in _PT
-    metadata = _checked_metadata(metadata or {})
-    packed = Packed(value)
-    write = _pt_writer(value, packed, metadata) if is_pt else _sft_writer(packed, metadata, path)
+    write = _writer(value, Path(path), metadata)
     with atomic_path(path) as temporary, open(temporary, "w+b") as stream:
         write(stream)
+
+
+def write_new(value: Any, path: str | os.PathLike[str]) -> None:
+    """Stores `value` at `path` as `save` does, but neither atomic nor flushed: for a folder that nobody reads yet."""
+    write = _writer(value, Path(path), None)
+    with open(path, "x+b") as stream:
+        write(stream)
+
+
+def _writer(value: Any, path: Path, metadata: Mapping[str, str] | None) -> Callable[[BinaryIO], None]:
+    is_pt = _suffix(path) in _PT
+    metadata = _checked_metadata(metadata or {})
+    packed = value._packed if isinstance(value, Snapshot) else Packed(value)
+    return _pt_writer(packed, metadata) if is_pt else _sft_writer(packed, metadata, path)
 
 
 def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_location: str | torch.device = "cpu") -> Any:
@@ -117,7 +142,7 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(metadata)
 
 
-def _pt_writer(value: Any, packed: Packed, metadata: Mapping[str, str]) -> Callable[[BinaryIO], None]:
+def _pt_writer(packed: Packed, metadata: Mapping[str, str]) -> Callable[[BinaryIO], None]:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in packed.tensors.items():

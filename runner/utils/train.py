@@ -1,21 +1,23 @@
 """The loop: batches through every engine, and at step boundaries metrics, commands, and what is due every X steps.
 
-It owns the count of steps. What it drives it knows by the Protocols below: it must not import engines, tracking or
-commands. A *step* is one optimizer update; a *micro-step* one forward and backward.
+It owns the count of steps, and what becomes of a step that goes wrong: it is discarded whole. What it drives it knows
+by the Protocols below: it must not import engines, tracking or commands. A *step* is one optimizer update; a
+*micro-step* one forward and backward.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from runner.utils.agenda import Action, Agenda
 from runner.utils.distributed import generator_of
+from runner.utils.memory import is_out_of_memory, peak_gb
+from runner.utils.mishaps import Halt, Policy, explain
+from runner.utils.pace import Pace
 from runner.utils.utils import mix
 
 
@@ -26,16 +28,24 @@ class Trained(Protocol):
     def device(self) -> torch.device: ...
     @property
     def tokens(self) -> int: ...
+    @property
+    def is_updating(self) -> bool: ...
     def micro_step(self, batch: Any) -> None: ...
+    def step(self) -> Mapping[str, str]: ...
+    def discard(self) -> None: ...
+    def is_stopped_by(self, faults: Mapping[str, str], /) -> bool: ...
+    def find_late_faults(self) -> Mapping[str, str]: ...
     def take_metrics(self) -> dict[str, float]: ...
 
 
 class Stream(Protocol):
-    """An endless iterator of batches that knows how many samples it has given."""
+    """An endless iterator of batches that knows how many samples it has given, and goes back to a mark."""
 
     @property
     def num_samples_total(self) -> int: ...
     def __next__(self) -> Any: ...
+    def mark(self) -> Any: ...
+    def rewind(self, mark: Any, /) -> None: ...
 
 
 class Typed(Protocol):
@@ -60,18 +70,6 @@ class Screen(Protocol):
     def print(self, text: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Action:
-    """Something done every `every` steps and at the end; 0 switches it off."""
-
-    do: Callable[[], None]
-    every: int
-
-    def is_due(self, step: int, is_last: bool) -> bool:
-        """Says whether the boundary after `step` is one of its own."""
-        return self.every > 0 and (is_last or step % self.every == 0)
-
-
 class Stop(Exception):
     """Raised by a command to end the loop; its message is the reason."""
 
@@ -80,10 +78,11 @@ class Loop:
     """Trains for `steps` steps.
 
     Args:
-        actions: by name, in the order they are done at a boundary; a command of that name does it at once. A loop
-            that is stopped does `save`, and no other, before it returns.
+        actions: by name, in the order they are done at a boundary; a command of that name does it too. A loop
+            that is stopped does `save`, and no other, before it returns; what it owes is part of its state.
         commands: more commands by name, each called with its argument; `Stop` ends the loop.
         log: called as log(step, values) every `log_every` steps.
+        warn: called with what a person should know of a step that was left out.
         accumulate: micro-steps a step.
         rank: decides, with seed, step and micro-step, what is drawn at random in a forward.
     """
@@ -99,29 +98,33 @@ class Loop:
         rank: int = 0,
         log_every: int = 0,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
+        warn: Callable[[str], None] | None = None,
         actions: Mapping[str, Action] | None = None,
         commands: Mapping[str, Callable[[Any], None]] | None = None,
         inbox: Inbox | None = None,
         screen: Screen | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.engines = engines
         self.batches = batches
         self.steps = steps
         self.accumulate = accumulate
-        self.step = 0
+        self.step = self.num_skipped = 0
         self._seeds = (seed, rank)
         self._log = Action(self.log_metrics, log_every if log else 0)
         self._write = log
-        self._actions = dict(actions or {})
-        self._done_at: dict[str, int] = {}
+        self._warn = warn or (lambda text: None)
+        self.agenda = Agenda(actions or {})
+        self._saved_at: int | None = None
         self._commands = dict(commands or {})
         self._inbox = inbox
         self._screen = screen
+        self._policy = policy or Policy()
         self._stop: str | None = None
         self._generator = generator_of(engines.device)
-        self._started, self._first_step = time.perf_counter(), 0
+        self._halt: Halt | None = None
         self._shown: dict[str, float] = {}
-        self._restart_clock()
+        self.pace = Pace()
 
     def stop(self, reason: str) -> None:
         """Ends the loop at the next step boundary; only sets a flag, so a signal handler may call it."""
@@ -133,25 +136,87 @@ class Loop:
         return self._stop is not None
 
     def run(self) -> str:
-        """Trains to the last step or until it is stopped; returns "finished" or the reason it was stopped for."""
-        self._started, self._first_step = time.perf_counter(), self.step
-        self._restart_clock()
-        while self.step < self.steps and self._stop is None:
-            self._train_step()
-            self._boundary()
+        """Trains to the last step or until it is stopped; returns "finished" or the reason it was stopped for.
+
+        Raises:
+            Halt: it can't go on; saved, if the state is whole.
+        """
+        self.pace.begin(*self._done())
+        try:
+            self._do_owed()
+            while self.step < self.steps and self._stop is None:
+                self._train_step()
+                self._boundary()
+                if self._halt is not None:
+                    raise self._halt
+        except Halt as halt:
+            if halt.is_whole:
+                self._save_last()
+            raise
+        except Exception as error:
+            reason = explain(error, f"after step {self.step}", self.engines.device)
+            if reason is None:
+                raise
+            self._save_last()
+            raise Halt(reason) from error
         if self._stop is None:
             return "finished"
-        if "save" in self._actions and self._done_at.get("save") != self.step:
-            self.do("save")
+        self._save_last()
         return self._stop
 
+    def _save_last(self) -> None:
+        if "save" in self.agenda.actions and self._saved_at != self.step:
+            self.do("save")
+
     def _train_step(self) -> None:
+        mark, first_sample = self.batches.mark(), self.batches.num_samples_total
         seed, rank = self._seeds
-        for micro_step in range(self.accumulate):
-            batch = next(self.batches)
-            self._generator.manual_seed(mix(seed, self.step, micro_step, rank))
-            self.engines.micro_step(batch)
+        try:
+            for micro_step in range(self.accumulate):
+                batch = next(self.batches)
+                self._generator.manual_seed(mix(seed, self.step, micro_step, rank))
+                self.engines.micro_step(batch)
+            faults = self.engines.step()
+        except Exception as error:
+            faults = self._recover(error, mark)
+        if faults:
+            self._take(faults, mark, first_sample)
         self.step += 1
+
+    def _recover(self, error: Exception, mark: Any) -> dict[str, str]:
+        """Discards the step; returns why it is left out.
+
+        Raises:
+            Halt: it is not to be left out, or some of it was done.
+        """
+        reason = explain(error, f"in step {self.step + 1}", self.engines.device)
+        if reason is None:
+            raise error
+        if self.engines.is_updating:
+            raise Halt(f"{reason}. Its update was under way: go on from the last checkpoint", is_whole=False) from error
+        self._discard(mark)
+        if self._policy.on_oom == "stop" or not is_out_of_memory(error):
+            raise Halt(reason) from error
+        for _ in range(self.accumulate):
+            next(self.batches)
+        return {"": reason}
+
+    def _discard(self, mark: Any) -> None:
+        self.engines.discard()
+        self.batches.rewind(mark)
+
+    def _take(self, faults: Mapping[str, str], mark: Any, first_sample: int) -> None:
+        """Ends the loop with a step that is not to be left out, or counts it."""
+        samples = f"samples {first_sample} to {self.batches.num_samples_total - 1} of the stream"
+        told = "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())
+        message = f"Step {self.step + 1} ({samples}) went wrong. {told}"
+        if self.engines.is_stopped_by(faults):
+            self._discard(mark)
+            raise Halt(f"{message}. The step was discarded: the run stands at step {self.step}")
+        self.num_skipped += 1
+        self._warn(f"{message}. It is left out, as number {self.num_skipped} of at most {self._policy.max_skips}")
+        if self.num_skipped > self._policy.max_skips:
+            self._halt = Halt(f"More steps went wrong than the {self._policy.max_skips} that may be left out")
 
     def _boundary(self) -> None:
         step = self.step
@@ -160,71 +225,63 @@ class Loop:
             self._log.do()
         if self._screen is not None:
             self._screen.update(step, **self._shown)
-        if self._inbox is not None:
-            self._execute(self._inbox.due(step))
-        for name, action in self._actions.items():
-            if self._stop is None and action.is_due(step, is_last) and self._done_at.get(name) != step:
-                self.do(name)
+        typed = self._execute(self._inbox.due(step)) if self._inbox is not None else ()
+        if self.agenda.add_due(step, is_last, typed):
+            self._do_owed()
+
+    def _do_owed(self) -> None:
+        self.agenda.do_owed(self.do, lambda: self.is_stopping)
 
     def do(self, name: str) -> None:
         """Does an action now; the time it takes does not count as training."""
         began = time.perf_counter()
-        self._done_at[name] = self.step
-        self._actions[name].do()
-        self._paused_s += time.perf_counter() - began
+        if name == "save":
+            self._check_late()
+        self.agenda.actions[name].do()
+        if name == "save":
+            self._saved_at = self.step
+        self.pace.pause(time.perf_counter() - began)
 
-    def _execute(self, typed: Sequence[Typed]) -> None:
-        # Actions come last: what is saved at this boundary must hold what was typed for it.
-        for command in sorted(typed, key=lambda command: command.name in self._actions):
+    def _execute(self, typed: Sequence[Typed]) -> set[str]:
+        """Does what was typed but for actions, and returns those: they have their order."""
+        for command in typed:
             try:
-                if command.name in self._actions:
-                    self.do(command.name)
-                else:
+                if command.name not in self.agenda.actions:
                     self._commands[command.name](command.argument)
             except Stop as stop:
                 self._stop = str(stop)
+        return {command.name for command in typed if command.name in self.agenda.actions}
+
+    def _check_late(self) -> None:
+        faults = self.engines.find_late_faults()
+        if faults:
+            told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+            remedy = "go on from the last checkpoint, and skip such steps to have their gradients looked at before"
+            raise Halt(f"Up to step {self.step} something went wrong. {told}: {remedy}", is_whole=False)
 
     def log_metrics(self) -> None:
         """Writes the metrics gathered since the last time, and what the clock says of the steps since then."""
-        now = time.perf_counter()
-        num_steps = self.step - self._log_step
-        seconds = max(now - self._log_time - self._paused_s, 1e-9)
+        self._check_late()
         values = {f"train/{name}": value for name, value in self.engines.take_metrics().items()}
-        values["train/step_time_s"] = seconds / max(num_steps, 1)
-        values["train/samples_per_s"] = (self.batches.num_samples_total - self._log_samples) / seconds
-        if self.engines.tokens:
-            values["train/tokens_per_s"] = (self.engines.tokens - self._log_tokens) / seconds
-        values["train/memory_gb"] = memory_gb(self.engines.device)
+        for name, value in self.pace.look(*self._done()).items():
+            values[f"train/{name}"] = value
+        values["train/memory_gb"] = peak_gb(self.engines.device)
         assert self._write is not None
         self._write(self.step, values)
         self._shown = {key: values[key] for key in _SHOWN if key in values}
-        self._restart_clock(now)
 
-    def _restart_clock(self, now: float | None = None) -> None:
-        self._log_time = time.perf_counter() if now is None else now
-        self._log_step, self._log_samples = self.step, self.batches.num_samples_total
-        self._log_tokens, self._paused_s = self.engines.tokens, 0.0
-
-    def pace(self) -> tuple[float, float]:
-        """Returns seconds since `run` began, and seconds a step since then."""
-        elapsed_s = time.perf_counter() - self._started
-        return elapsed_s, elapsed_s / max(self.step - self._first_step, 1)
+    def _done(self) -> tuple[int, int, int]:
+        return self.step, self.batches.num_samples_total, self.engines.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of steps done."""
-        return {"step": self.step}
+        """Returns the number of steps done and of those left out, and the actions owed at this boundary."""
+        return {"step": self.step, "skipped": self.num_skipped, "owed": self.agenda.state_of(["save"])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the steps done."""
-        self.step = int(state["step"])
+        self.step, self.num_skipped = int(state["step"]), int(state["skipped"])
+        self.agenda.owed = list(state["owed"])
+        self._saved_at = self.step
 
 
 _SHOWN = ("train/loss", "train/tokens_per_s", "train/samples_per_s")
-_PEAK_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
-
-
-def memory_gb(device: torch.device) -> float:
-    """Returns the peak memory so far: the device's own, or on the CPU the process's resident set, in 1e9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT_BYTES / 1e9

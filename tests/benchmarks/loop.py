@@ -53,6 +53,12 @@ class Cycle:
         self.num_samples_total += BATCH
         return batch
 
+    def mark(self):
+        return self.num_samples_total
+
+    def rewind(self, mark):
+        self.num_samples_total = mark
+
 
 def make_model():
     torch.manual_seed(0)
@@ -71,7 +77,7 @@ def run_bare(batches, folder):
 
 def run_ours(batches, folder, stream=None):
     model, optimizer = make_model()
-    engines, tracker = Engines(model=Engine(model, optimizer)), Tracker(folder)
+    engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), Tracker(folder)
     console = Console(STEPS, stream=Terminal())
     inbox = Commands(lambda text: None)
     loop = Loop(

@@ -35,6 +35,13 @@ def make_engine(form="tensor", lr=0.1, optimizer=torch.optim.SGD, **settings):
     return Engine(module, optimizer(module.parameters(), lr=lr), **settings)
 
 
+def train(engine, batch):
+    """A micro-step, and the step when it is the last of the accumulated ones."""
+    engine.micro_step(batch)
+    if engine.micro_steps % engine.accumulate == 0:
+        assert engine.step() is None
+
+
 def make_batches(count, size=8, scale=1.0):
     generator = torch.Generator().manual_seed(1)
     return [
@@ -64,7 +71,7 @@ def train_by_hand(batches, lr=0.1, clip=None):
 def test_every_form_of_loss_trains_like_a_bare_loop(form):
     engine, batches = make_engine(form), make_batches(5)
     for batch in batches:
-        engine.micro_step(batch)
+        train(engine, batch)
     assert_same_weights(engine.module, train_by_hand(batches))
 
 
@@ -73,8 +80,8 @@ def test_a_tuple_is_passed_by_position_and_a_feeder_may_do_as_it_likes():
     engine = make_engine()
     fed = make_engine(feeder=lambda module, batch: module(batch["first"], batch["second"]))
     for batch in batches:
-        engine.micro_step((batch["x"], batch["y"]))
-        fed.micro_step({"first": batch["x"], "second": batch["y"]})
+        train(engine, (batch["x"], batch["y"]))
+        train(fed, {"first": batch["x"], "second": batch["y"]})
     assert_same_weights(engine.module, train_by_hand(batches))
     assert_same_weights(fed.module, engine.module)
 
@@ -82,12 +89,12 @@ def test_a_tuple_is_passed_by_position_and_a_feeder_may_do_as_it_likes():
 def test_a_forward_without_a_loss_is_an_error_that_says_what_is_expected():
     engine = make_engine(feeder=lambda module, batch: batch["x"])
     with pytest.raises(TypeError, match=r"Tensor of shape \[8, 4\]: expected a scalar loss.*feeder"):
-        engine.micro_step(make_batches(1)[0])
+        train(engine, make_batches(1)[0])
 
 
 def test_a_loss_left_on_a_module_counts_once():
     engine = make_engine("attribute")
-    engine.micro_step(make_batches(1)[0])
+    train(engine, make_batches(1)[0])
     assert engine.module.loss is None
     assert engine.module.linear.loss is None
 
@@ -97,7 +104,7 @@ def test_accumulation_steps_after_each_fourth_micro_step_and_equals_the_whole_ba
     parts = make_batches(8, size=2)
     steps = []
     for part in parts:
-        engine.micro_step(part)
+        train(engine, part)
         steps.append(engine.steps)
     assert steps == [0, 0, 0, 1, 1, 1, 1, 2]
     wholes = [{k: torch.cat([p[k] for p in parts[i : i + 4]]) for k in "xy"} for i in (0, 4)]
@@ -109,8 +116,8 @@ def test_clipping_equals_torch_and_zero_does_not_clip():
     batches = make_batches(4, scale=10.0)
     clipped, free = make_engine(clip_norm=0.5), make_engine(clip_norm=0.0)
     for batch in batches:
-        clipped.micro_step(batch)
-        free.micro_step(batch)
+        train(clipped, batch)
+        train(free, batch)
     assert_same_weights(clipped.module, train_by_hand(batches, clip=0.5))
     assert_same_weights(free.module, train_by_hand(batches))
     assert clipped.take_metrics()["grad_norm"] > 0.5
@@ -122,8 +129,8 @@ def test_clipping_comes_after_unscaling():
     plain, scaled = make_engine(clip_norm=0.5), make_engine(clip_norm=0.5, precision="fp16")
     scaled._dtype = None  # the scaler alone
     for batch in batches:
-        plain.micro_step(batch)
-        scaled.micro_step(batch)
+        train(plain, batch)
+        train(scaled, batch)
     for a, b in zip(scaled.module.parameters(), plain.module.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(scaled.grad_norm, plain.grad_norm)
@@ -135,7 +142,7 @@ def test_a_step_that_the_scaler_skips_moves_neither_scheduler_nor_counter():
     engine = Engine(module, optimizer, warmup(optimizer, warmup_steps=10), precision="fp16")
     before = [p.clone() for p in module.parameters()]
     lr, scale = engine.take_metrics()["lr"], engine.take_metrics()["loss_scale"]
-    engine.micro_step({"x": torch.full((2, 4), 1e30), "y": torch.zeros(2, 1)})
+    train(engine, {"x": torch.full((2, 4), 1e30), "y": torch.zeros(2, 1)})
     assert (engine.steps, engine.skipped_steps, engine.micro_steps) == (0, 1, 1)
     assert engine.take_metrics()["lr"] == lr
     assert engine.take_metrics()["loss_scale"] == scale / 2
@@ -149,7 +156,7 @@ def test_low_precision_learns_and_keeps_weights_in_fp32(precision):
     seen = []
     engine.module.linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     for _ in range(20):
-        engine.micro_step(batch)
+        train(engine, batch)
     assert set(seen) == {torch.bfloat16 if precision == "bf16" else torch.float16}
     first = Squared()(**batch)
     assert engine.module(**batch) < first
@@ -173,13 +180,13 @@ def test_metrics_are_the_means_since_the_last_call():
     engine, batches = make_engine("mapping", lr=0.0), make_batches(4)
     losses = [Squared()(**batch).item() for batch in batches]
     for batch in batches[:3]:
-        engine.micro_step(batch)
+        train(engine, batch)
     values = engine.take_metrics()
     assert values["loss"] == pytest.approx(sum(losses[:3]) / 3)
     assert values["error"] == pytest.approx(sum(loss**0.5 for loss in losses[:3]) / 3)
     assert "logits" not in values
     assert engine.tokens == 3 * 32
-    engine.micro_step(batches[3])
+    train(engine, batches[3])
     assert engine.take_metrics()["loss"] == losses[3]
 
 
@@ -190,12 +197,12 @@ def test_set_lr_scales_the_schedule_from_there_on():
     )
     engine = Engine(module, optimizer, warmup(optimizer, warmup_steps=4))
     batch = make_batches(1)[0]
-    engine.micro_step(batch)
+    train(engine, batch)
     assert engine.take_metrics()["lr"] == pytest.approx(0.4 * 2 / 4)
     engine.set_lr(0.8)
     values = engine.take_metrics()
     assert (values["lr"], values["lr_1"]) == pytest.approx((0.8 * 2 / 4, 0.4 * 2 / 4))
-    engine.micro_step(batch)
+    train(engine, batch)
     assert engine.take_metrics()["lr"] == pytest.approx(0.8 * 3 / 4)
 
 
@@ -213,14 +220,14 @@ def test_a_restored_engine_goes_on_bit_for_bit_even_between_micro_steps(cut, pre
     batches = make_batches(10)
     whole, first, second = (make_full_engine(precision=precision) for _ in range(3))
     for batch in batches[: 2 * cut]:
-        whole.micro_step(batch)
-        first.micro_step(batch)
+        train(whole, batch)
+        train(first, batch)
     io.save(first.state_dict(), tmp_path / "engine.safetensors")
     second.load_state_dict(io.load(tmp_path / "engine.safetensors"))
     second.module.load_state_dict(first.module.state_dict())
     for batch in batches[2 * cut :]:
-        whole.micro_step(batch)
-        second.micro_step(batch)
+        train(whole, batch)
+        train(second, batch)
     assert_same_weights(second.module, whole.module)
     assert second.take_metrics() == whole.take_metrics()
     assert (second.steps, second.micro_steps, second.tokens) == (whole.steps, whole.micro_steps, whole.tokens)
@@ -247,7 +254,7 @@ def test_an_optimizer_that_tells_training_from_evaluation_is_told():
     module = Squared()
     engine = Engine(module, schedulefree.AdamWScheduleFree(module.parameters(), lr=0.1))
     for batch in make_batches(5):
-        engine.micro_step(batch)
+        train(engine, batch)
     training = module.linear.weight.detach().clone()
     with engine.evaluating():
         assert not module.training

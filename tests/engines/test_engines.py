@@ -27,6 +27,11 @@ def make_engines():
     return engines
 
 
+def train(engines, batch):
+    engines.micro_step(batch)
+    assert engines.step() == {}
+
+
 def make_batches(count, size=4):
     generator = torch.Generator().manual_seed(3)
     return [{"x": torch.randn(size, 3, generator=generator)} for _ in range(count)]
@@ -41,7 +46,7 @@ def test_two_engines_see_the_same_batch_and_each_steps_once():
         )
     batches = make_batches(3)
     for batch in batches:
-        engines.micro_step(batch)
+        train(engines, batch)
     assert [e.steps for e in engines.values()] == [3, 3]
     assert all(torch.equal(a, b) for a, b in zip(seen["ar-a"], seen["ar-b"], strict=True))
     assert engines.tokens == 3 * 12
@@ -49,7 +54,7 @@ def test_two_engines_see_the_same_batch_and_each_steps_once():
 
 def test_metrics_of_two_engines_do_not_collide():
     engines = make_engines()
-    engines.micro_step(make_batches(1)[0])
+    train(engines, make_batches(1)[0])
     values = engines.take_metrics()
     assert {"ar-a/loss", "ar-b/loss", "ar-a/lr", "ar-b/lr", "ar-a/double"} <= values.keys()
     assert values["ar-a/loss"] != values["ar-b/loss"]
@@ -57,14 +62,14 @@ def test_metrics_of_two_engines_do_not_collide():
 
 def test_one_engine_has_metrics_without_a_prefix():
     engines = Engines(model=make_engines()["ar-a"])
-    engines.micro_step(make_batches(1)[0])
+    train(engines, make_batches(1)[0])
     assert {"loss", "double", "lr"} <= engines.take_metrics().keys()
 
 
 def test_evaluation_weights_batches_by_samples_and_leaves_training_as_it_was():
     engines = Engines(model=make_engines()["ar-a"])
     whole = torch.randn(10, 3)
-    engines.micro_step({"x": whole})
+    train(engines, {"x": whole})
     tokens, weights = engines.tokens, engines["model"].module.linear.weight.detach().clone()
     values = engines.evaluate([({"x": part}, len(part)) for part in whole.split(4)])
     module = engines["model"].module
@@ -89,7 +94,7 @@ def test_evaluating_on_nothing_is_an_error_and_a_cut_ends_it():
 def test_state_round_trips_under_the_users_names():
     engines, others = make_engines(), make_engines()
     for batch in make_batches(3):
-        engines.micro_step(batch)
+        train(engines, batch)
     state = engines.state_dict()
     assert list(state) == ["ar-a", "ar-a.optimizer", "ar-b", "ar-b.optimizer"]
     assert list(state["ar-a"]) == ["linear.weight", "linear.bias"]
@@ -97,7 +102,7 @@ def test_state_round_trips_under_the_users_names():
     for batch in make_batches(2):
         for each in (engines, others):
             torch.manual_seed(0)
-            each.micro_step(batch)
+            train(each, batch)
     for name in engines:
         assert torch.equal(engines[name].module.linear.weight, others[name].module.linear.weight)
 

@@ -819,3 +819,26 @@ def test_json_refuses_what_holds_itself_or_is_too_long_to_read(tmp_path):
     with pytest.raises(ValueError, match=r"^value\[0\] is an integer of over 4300 digits"):
         io.write_json([10**5000], tmp_path / "x.json")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".sft"])
+def test_a_snapshot_holds_what_the_value_was_ties_and_all(tmp_path, suffix):
+    weight = torch.arange(12.0).reshape(3, 4)
+    value = {"a": weight, "tied": weight, "turned": weight.T, "view": weight[1:], "rest": [1, "x", (2.5, None)]}
+    io.save(value, tmp_path / f"direct{suffix}")
+    snapshot = io.Snapshot(value)
+    weight.zero_()
+    value["rest"].append("later")
+    io.write_new(snapshot, tmp_path / f"late{suffix}")
+    found, expected = io.load(tmp_path / f"late{suffix}"), io.load(tmp_path / f"direct{suffix}")
+    assert found["rest"] == expected["rest"] == [1, "x", (2.5, None)]
+    assert found["tied"] is found["a"]
+    for name in ("a", "turned", "view"):
+        assert torch.equal(found[name], expected[name])
+    with pytest.raises(FileExistsError):
+        io.write_new(snapshot, tmp_path / f"late{suffix}")
+
+
+def test_a_snapshot_refuses_at_once_what_cannot_be_stored():
+    with pytest.raises(TypeError, match=r'value\["a"\]'):
+        io.Snapshot({"a": object()})

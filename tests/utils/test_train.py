@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runner.utils.train import Action, Loop, Stop
+from runner.utils.agenda import Action
+from runner.utils.train import Loop, Stop
 
 
 class Counting:
@@ -11,13 +12,29 @@ class Counting:
 
     device = torch.device("cpu")
     tokens = 0
+    is_updating = False
 
     def __init__(self):
         self.batches, self.drawn = [], []
+        self.num_steps = self.num_discarded = 0
+        self.faults, self.late_faults, self.stops = {}, {}, False
 
     def micro_step(self, batch):
         self.batches.append(batch)
         self.drawn.append(torch.rand(()).item())
+
+    def step(self):
+        self.num_steps += 1
+        return self.faults.pop(self.num_steps, {})
+
+    def discard(self):
+        self.num_discarded += 1
+
+    def is_stopped_by(self, faults):
+        return self.stops
+
+    def find_late_faults(self):
+        return self.late_faults
 
     def take_metrics(self):
         return {"loss": float(len(self.batches))}
@@ -30,6 +47,12 @@ class Numbers:
     def __next__(self):
         self.num_samples_total += 1
         return self.num_samples_total
+
+    def mark(self):
+        return self.num_samples_total
+
+    def rewind(self, mark):
+        self.num_samples_total = mark
 
 
 class Typed:
@@ -106,7 +129,7 @@ def test_a_step_can_be_replayed_alone():
     loop, _, _ = make_loop(steps=6)
     loop.run()
     later, _, _ = make_loop(steps=6)
-    later.load_state_dict({"step": 4})
+    later.load_state_dict({"step": 4, "skipped": 0, "owed": []})
     later.run()
     assert later.engines.drawn == loop.engines.drawn[4:]
 
@@ -115,7 +138,7 @@ def test_actions_between_steps_do_not_change_what_steps_draw():
     plain, _, _ = make_loop(steps=5)
     plain.run()
     busy, _, _ = make_loop(steps=5)
-    busy._actions["eval"] = Action(lambda: torch.rand(100), 1)
+    busy.agenda.actions["eval"] = Action(lambda: torch.rand(100), 1)
     busy.run()
     assert busy.engines.drawn == plain.engines.drawn
 
@@ -157,7 +180,7 @@ def test_a_stop_asked_for_from_outside_ends_at_the_next_boundary():
 
 def test_a_finished_loop_that_is_resumed_does_nothing():
     loop, done, _ = make_loop(steps=5, every={"save": 1})
-    loop.load_state_dict({"step": 5})
+    loop.load_state_dict({"step": 5, "skipped": 0, "owed": []})
     assert loop.run() == "finished"
     assert (done, loop.engines.batches) == ([], [])
 
@@ -170,7 +193,7 @@ def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
     def pass_time(seconds):
         now[0] += seconds
 
-    loop._actions["eval"] = Action(lambda: pass_time(100.0), 1)
+    loop.agenda.actions["eval"] = Action(lambda: pass_time(100.0), 1)
     loop.engines.micro_step = lambda batch: pass_time(1.0)
     loop.run()
     assert [values["train/step_time_s"] for _, values in logged] == pytest.approx([1.0, 1.0])

@@ -1,0 +1,77 @@
+"""The settings of an optimizer and its scheduler: as configured, as changed live, and as a resume finds them.
+
+Must not import a config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+_RATES = {"lr", "initial_lr"}  # they move with the schedule: the base rates are compared instead
+_POSITIONS = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial"}
+
+
+def base_lrs(optimizer: Optimizer | None) -> list[float]:
+    """Returns the rate of each group before its schedule's factor."""
+    return [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups] if optimizer else []
+
+
+def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int, lr: float) -> None:
+    """Makes `lr` the base rate of a group; its schedule goes on from there."""
+    group = optimizer.param_groups[index]
+    base = float(group.get("initial_lr", group["lr"]))
+    ratio = lr / base if base else 1.0
+    group["lr"] = lr if group["lr"] == base else group["lr"] * ratio
+    for key in group.keys() & {"max_lr", "min_lr"}:  # of torch's cyclic schedules
+        group[key] *= ratio
+    if scheduler is not None:
+        group["initial_lr"] = lr
+        scheduler.base_lrs[index] = lr
+
+
+def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
+    """Returns the settings of an optimizer and scheduler just built, as plain values."""
+    groups = [_plain(group, _RATES | {"params"}) for group in optimizer.param_groups] if optimizer else []
+    schedule = _plain(scheduler.state_dict(), _POSITIONS) if scheduler else {}
+    return {"base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
+
+
+def apply_changes(
+    optimizer: Optimizer, scheduler: LRScheduler | None, now: Mapping[str, Any], before: Mapping[str, Any]
+) -> None:
+    """Sets, in an optimizer and scheduler just restored, what the config says otherwise than when they were saved."""
+    for index, (new, old) in enumerate(zip(now["base_lrs"], before["base_lrs"], strict=True)):
+        if new != old:
+            set_base_lr(optimizer, scheduler, index, new)
+    for group, new, old in zip(optimizer.param_groups, now["groups"], before["groups"], strict=True):
+        group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
+    if scheduler is None:
+        return
+    old = before["scheduler"]
+    vars(scheduler).update({k: v for k, v in now["scheduler"].items() if k not in old or old[k] != v})
+    if isinstance(scheduler, LambdaLR):  # what its functions hold does not show in its state
+        _recompute(optimizer, scheduler)
+
+
+def _recompute(optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    for group, base, function in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        lr = base * function(scheduler.last_epoch)
+        if not math.isclose(group["lr"], lr, rel_tol=1e-9):  # nearer is a live change's own rounding
+            group["lr"] = lr
+
+
+def _plain(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    return {str(key): value for key, value in values.items() if key not in left_out and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(each) for each in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,39 @@
+"""What memory a run has used and what is left, and whether an error says that there was too little of it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+_PEAK_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+
+
+def peak_gb(device: torch.device) -> float:
+    """Returns the peak so far: the device's own, or on the CPU the process's resident set, in 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT_BYTES / 1e9
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error is of a device's or the machine's memory having run out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _CPU_MESSAGES)
+
+
+def describe(device: torch.device) -> str:
+    """Says what is used and what is free, in 1e9 bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return (
+            f"on {device} {free / 1e9:.2f} of {total / 1e9:.2f} GB are free; this process uses {used / 1e9:.2f} GB, "
+            f"holds {held / 1e9:.2f} GB, and had {peak_gb(device):.2f} GB in use at its peak"
+        )
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"this process had {peak_gb(device):.2f} GB at its peak; the machine has {total / 1e9:.2f} GB"

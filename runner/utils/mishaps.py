@@ -1,0 +1,46 @@
+"""What goes wrong in a step without being a mistake in the program, and what is to become of the step then.
+
+Imports `memory` of its siblings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runner.utils import memory
+
+_DEAD_WORKER = "DataLoader worker (pid"
+
+
+class Halt(Exception):
+    """Training can't go on; the message says why. With `is_whole`, the state is that of the last step done."""
+
+    def __init__(self, message: str, is_whole: bool = True) -> None:
+        super().__init__(message)
+        self.is_whole = is_whole
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of a step that went wrong.
+
+    Args:
+        on_oom: out of memory ends the loop (stop), or the step is left out (skip).
+        max_skips: steps that may be left out, for that or for what is not finite, before the loop ends.
+    """
+
+    on_oom: str = "stop"
+    max_skips: int = 100
+
+
+def explain(error: BaseException, when: str, device: torch.device) -> str | None:
+    """Returns what a person should know of an error that is no mistake in the program; None for any other."""
+    if memory.is_out_of_memory(error):
+        first = (str(error).splitlines() or [""])[0]
+        remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
+        return f"Out of memory {when}: {memory.describe(device)}; {remedy} ({type(error).__name__}: {first})"
+    if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
+        return f"A loader worker died {when}: {error}"
+    return None
