@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runner.config import CheckpointConfig, ConfigError, TrackingConfig, TrainerConfig, to_plain
-from runner.engines import Engine, Engines, freeze
+from runner.engines import Engine, Engines
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.targets import is_called_later, locate
 from runner.utils.batches import Batches, Samples, ignore_interrupts
 from runner.utils.distributed import pick_device
 from runner.utils.utils import mix
+from runner.utils.wrapper import freeze
 
 
 @dataclass

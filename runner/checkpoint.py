@@ -113,6 +113,17 @@ class Checkpoints:
             elif match:
                 shutil.rmtree(path)
 
+    def leave(self, step: int) -> None:
+        """Removes those of later steps: a run that goes on from this one has left them."""
+        for later, path in self._steps().items():
+            if later > step:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        pruned = self._beside(path, "pruned")
+        os.rename(path, pruned)  # from here on it is no checkpoint, however far the rest gets
+        shutil.rmtree(pruned, ignore_errors=True)
+
     def _prune(self, newest_step: int) -> None:
         steps = self._steps()
         kept = sorted(step for step in steps if step <= newest_step)  # later ones: a future that a resume has left
@@ -123,11 +134,8 @@ class Checkpoints:
             spared |= set([step for step in best if step <= newest_step][: self._keep_best])
             kept = [step for step in kept if step not in old or step in spared]
         for step in steps.keys() - set(kept):
-            if not (steps[step] / MANIFEST).is_file():
-                continue  # not one of ours
-            pruned = self._beside(steps[step], "pruned")
-            os.rename(steps[step], pruned)  # from here on it is no checkpoint, however far the rest gets
-            shutil.rmtree(pruned, ignore_errors=True)
+            if (steps[step] / MANIFEST).is_file():  # else it is not one of ours
+                self._remove(steps[step])
 
     def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
         for step, path in steps.items() if self._keep_best else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -71,7 +72,7 @@ class Session:
             keep_every=trainer.keep_every,
             keep_best=trainer.keep_best,
         )
-        checkpoints.recover()
+        self.checkpoints = checkpoints
         self.saver = Saver(
             checkpoints, before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
         )
@@ -83,6 +84,9 @@ class Session:
         self.loop = self._make_loop(console)
         if found:
             self._resume(*found)
+        checkpoints.recover()
+        if found:
+            checkpoints.leave(self.loop.step)  # before the numbers are cut back to that step
         tracking = experiment.tracking
         self.tracker = Tracker(
             folder,
@@ -235,7 +239,7 @@ class Session:
         values: dict[str, Any] = self.engines.evaluate(experiment.evaluation, lambda: self.loop.is_stopping)
         if experiment.report is not None:
             values |= self.engines.report(experiment.report, experiment.evaluation.dataset)
-        numbers = {f"eval/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
         with _told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
@@ -256,7 +260,7 @@ class Session:
             raise ConfigError(f"trainer.best_metric={name}: was not evaluated; there are: {', '.join(numbers)}")
         sign = -1 if trainer.best_mode.name == "max" else 1
         self.evaluated = step, sign * numbers[name]
-        if self.best is None or sign * numbers[name] < sign * self.best["value"]:
+        if math.isfinite(numbers[name]) and (self.best is None or sign * numbers[name] < sign * self.best["value"]):
             self.best = {"name": name, "value": numbers[name], "step": step}
             self.record.update(last_step=step, best=self.best)
 
@@ -287,6 +291,10 @@ def _told(what: str, as_error: type[Exception]) -> Iterator[None]:
     except OSError as error:
         remedy = "what was saved before is whole: make room or the folder writable, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)
 
 
 def _flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -6,9 +6,8 @@ Must not import a config or another model's code: what it drives is any `nn.Modu
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,28 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from runner.engines.faults import FiniteCheck, KeptBuffers, describe_gradients
 from runner.engines.forward import Feeder, feed, read_output
 from runner.engines.gathered import Gathered
-from runner.engines.settings import apply_changes, base_lrs, configured, set_base_lr
+from runner.engines.settings import apply_changes, base_lrs, configured, lrs, set_base_lr
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Freezes the parameters whose whole name matches one of the globs, and returns their names.
-
-    Raises:
-        ValueError: a pattern that matches nothing, with the names there are.
-    """
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    frozen: list[str] = []
-    for pattern in patterns:
-        matched = fnmatch.filter(parameters, pattern)
-        if not matched:
-            raise ValueError(f"freeze: {pattern!r} matches no parameter; there are: {', '.join(parameters)}")
-        frozen += matched
-    for name in frozen:
-        parameters[name].requires_grad_(False)
-    return list(dict.fromkeys(frozen))
 
 
 class Engine:
@@ -92,6 +73,7 @@ class Engine:
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" and optimizer else None
         self._trained = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self._configured = configured(optimizer, scheduler)
+        self._lrs = lrs(self.optimizer)
         self._gathered = Gathered()
         self._late: list[tuple[int, Tensor]] = []
         self._is_finite = FiniteCheck()
@@ -101,7 +83,8 @@ class Engine:
 
     def micro_step(self, batch: Any) -> None:
         """Runs forward and backward on one batch."""
-        loss, extras = self.forward(batch)
+        with torch.set_grad_enabled(self.optimizer is not None):
+            loss, extras = self.forward(batch)
         self._gathered.add(loss, extras)
         if self.optimizer is not None:
             self.backward(loss)
@@ -181,6 +164,7 @@ class Engine:
 
     def update(self) -> bool:
         """Updates the parameters and clears the gradients; returns False where the scaler skipped the update."""
+        self._lrs = lrs(self.optimizer)
         taken = self.optimizer is None or self._update(self.optimizer)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -244,15 +228,17 @@ class Engine:
             self.train()
 
     def take_metrics(self) -> dict[str, float]:
-        """Returns the means since the last call, the gradient norm and the learning rate of each group."""
+        """Returns the means since the last call, and the last update's gradient norm and rate of each group."""
         values = self._gathered.take()
+        own = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
         if self.grad_norm is not None:
-            values["grad_norm"] = float(self.grad_norm)
-        for index, group in enumerate(self.optimizer.param_groups if self.optimizer else ()):
-            values[f"lr_{index}" if index else "lr"] = float(group["lr"])
+            own["grad_norm"] = float(self.grad_norm)
         if self._scaler is not None:
-            values["loss_scale"] = self._scaler.get_scale()
-        return values
+            own["loss_scale"] = self._scaler.get_scale()
+        if clash := sorted(values.keys() & own):
+            found = f"{type(self.module).__name__}.forward returned a number named {clash[0]!r}"
+            raise ValueError(f"{found}, as the engine names one of its own: call it something else")
+        return values | own
 
     def set_lr(self, lr: float) -> None:
         """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
@@ -269,6 +255,7 @@ class Engine:
             "scaler": self._scaler.state_dict() if self._scaler else None,
             "counters": {name: getattr(self, name) for name in ("steps", "micro_steps", "skipped_steps", "tokens")},
             "configured": self._configured,
+            "lrs": self._lrs,
             "grad_norm": None if self.grad_norm is None else self.grad_norm.detach().clone(),
             "gathered": self._gathered.state_dict(),
         }
@@ -286,7 +273,7 @@ class Engine:
             setattr(self, name, value)
         if self.optimizer is not None:
             apply_changes(self.optimizer, self.scheduler, self._configured, state["configured"])
-        self.grad_norm = state["grad_norm"]
+        self.grad_norm, self._lrs = state["grad_norm"], list(state["lrs"])
         self._gathered.load_state_dict(state["gathered"])
         self._mark_step()
         self.train()

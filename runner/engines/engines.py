@@ -5,6 +5,7 @@ Must not import a config.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -151,7 +152,7 @@ class Engines(dict[str, Engine]):
         states = {}
         for name, engine in self.items():
             with engine.evaluating():
-                states[name] = {key: value.clone() for key, value in engine.module.state_dict().items()}
+                states[name] = copy.deepcopy(dict(engine.module.state_dict()))  # at once, so that ties stay ties
         return states
 
     def _prefix(self, name: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class FiniteCheck:
@@ -56,12 +57,13 @@ def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> s
 class KeptBuffers:
     """What a module's buffers were at the last `keep`, so that a step that is discarded leaves no statistics behind.
 
-    A buffer is copied when it has changed since the keep before, which its version tells at no cost.
+    A buffer is copied when it has changed since the keep before, which its version tells at no cost; but for running
+    statistics, which torch writes to without telling.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._places = [
-            (owner._buffers, name)
+            (owner._buffers, name, isinstance(owner, _NormBase))
             for owner in module.modules()
             for name, buffer in owner._buffers.items()
             if buffer is not None
@@ -72,20 +74,20 @@ class KeptBuffers:
 
     def keep(self) -> None:
         """Notes what the buffers are now."""
-        for index, (buffers, name) in enumerate(self._places):
+        for index, (buffers, name, is_silent) in enumerate(self._places):
             buffer = buffers[name]
             if buffer is None:
                 continue
             now = buffer, buffer._version
             seen = self._seen[index]
-            if seen is None or seen[0] is not buffer or seen[1] != now[1]:
+            if is_silent or seen is None or seen[0] is not buffer or seen[1] != now[1]:
                 self._seen[index] = now
                 self._copies[index] = buffer.detach().clone()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Makes the buffers what they were."""
-        for (buffers, name), copy in zip(self._places, self._copies, strict=True):
+        for (buffers, name, _), copy in zip(self._places, self._copies, strict=True):
             buffer = buffers[name]
             if buffer is not None and copy is not None:
                 buffer.copy_(copy)

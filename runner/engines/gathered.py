@@ -11,13 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST_APART = 1024  # micro-steps whose numbers are kept one by one
+
 
 class Gathered:
-    """Losses and extra numbers, one each a micro-step, of which those since the last `mark` can be dropped."""
+    """Losses and extra numbers, one each a micro-step, of which those since the last `mark` can be dropped.
+
+    Many are added up, in float64, so that a run that logs seldom or never does not grow.
+    """
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
         self._extras: list[dict[str, Tensor]] = []
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._mark = 0, 0
 
     def add(self, loss: Tensor, extras: Mapping[str, Tensor]) -> None:
@@ -33,6 +39,9 @@ class Gathered:
 
     def mark(self) -> None:
         """What is here now stays."""
+        if max(len(self._losses), len(self._extras)) > _MOST_APART:
+            self._sums = {name: _add(self._sums.get(name), values) for name, values in self._apart().items()}
+            self._losses, self._extras = [], []
         self._mark = len(self._losses), len(self._extras)
 
     def drop_unmarked(self) -> None:
@@ -41,23 +50,43 @@ class Gathered:
 
     def take(self) -> dict[str, float]:
         """Returns the means, and starts anew."""
-        values = {"loss": _mean(self._losses)} if self._losses else {}
-        for name in self._extras[-1] if self._extras else ():
-            values[name] = _mean([extras[name] for extras in self._extras if name in extras])
-        self._losses, self._extras, self._mark = [], [], (0, 0)
+        values = {name: _mean(self._sums.get(name), found) for name, found in self._apart().items()}
+        self._losses, self._extras, self._sums, self._mark = [], [], {}, (0, 0)
         return values
 
+    def _apart(self) -> dict[str, list[Tensor]]:
+        """The numbers kept one by one, by name; a name that is only in the sums has none."""
+        found: dict[str, list[Tensor]] = {name: [] for name in self._sums}
+        if self._losses:
+            found["loss"] = self._losses
+        for extras in self._extras:
+            for name, value in extras.items():
+                found.setdefault(name, []).append(value)
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns what is not yet taken."""
-        return {"losses": list(self._losses), "extras": list(self._extras)}
+        """Returns what is not yet taken, a tensor or two a name."""
+        apart = {name: torch.stack(values) if values else None for name, values in self._apart().items()}
+        return {"apart": apart, "sums": dict(self._sums)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes it back."""
-        self._losses, self._extras = list(state["losses"]), list(state["extras"])
+        apart = {name: [] if values is None else list(values.unbind()) for name, values in state["apart"].items()}
+        self._sums = dict(state["sums"])
+        self._losses = apart.pop("loss", [])
+        longest = max((len(values) for values in apart.values()), default=0)
+        self._extras = [{n: v[index] for n, v in apart.items() if index < len(v)} for index in range(longest)]
         self.mark()
 
 
-def _mean(values: Sequence[Tensor]) -> float:
-    if len(values) == 1:
+def _add(before: tuple[Tensor, int] | None, values: Sequence[Tensor]) -> tuple[Tensor, int]:
+    total = torch.stack(list(values)).double().sum() if values else torch.zeros((), dtype=torch.float64)
+    return (total, len(values)) if before is None else (before[0] + total, before[1] + len(values))
+
+
+def _mean(summed: tuple[Tensor, int] | None, values: Sequence[Tensor]) -> float:
+    if summed is None and len(values) == 1:
         return float(values[0])
-    return sum(torch.stack([value.float() for value in values]).tolist()) / len(values)
+    apart = sum(torch.stack([value.float() for value in values]).tolist()) if values else 0.0
+    total, count = (0.0, 0) if summed is None else (float(summed[0]), summed[1])
+    return (apart + total) / (len(values) + count)

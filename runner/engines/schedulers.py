@@ -49,6 +49,39 @@ def noam(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
+def onecycle(
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    pct_start: float = 0.3,
+    div_factor: float = 25.0,
+    final_div_factor: float = 1e4,
+) -> LambdaLR:
+    """Rises as half a cosine from 1 / div_factor of the rate to all of it, then falls to 1 / final_div_factor of that.
+
+    Source: https://arxiv.org/abs/1708.07120, as torch's OneCycleLR has it, but on every group's own rate, without
+    cycling the momentum, and staying down after `total_steps`.
+    """
+    if not 0 < pct_start < 1:
+        raise ValueError(f"scheduler.pct_start={pct_start}: expected a number between 0 and 1")
+    if div_factor < 1 or final_div_factor < 1:
+        raise ValueError(
+            f"scheduler: expected div_factor and final_div_factor >= 1, found {div_factor}, {final_div_factor}"
+        )
+    low, lowest, top = 1 / div_factor, 1 / div_factor / final_div_factor, pct_start * total_steps - 1
+
+    def factor(step: int) -> float:
+        if step <= top:
+            return _half_cosine(low, 1.0, step / top if top > 0 else 1.0)
+        return _half_cosine(1.0, lowest, min((step - top) / max(total_steps - 1 - top, 1), 1.0))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _half_cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
 def _rise(warmup_steps: int) -> Callable[[int], float]:
     if warmup_steps < 0:
         raise ValueError(f"scheduler.warmup_steps={warmup_steps}: expected 0 or more")

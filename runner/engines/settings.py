@@ -21,6 +21,11 @@ def base_lrs(optimizer: Optimizer | None) -> list[float]:
     return [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups] if optimizer else []
 
 
+def lrs(optimizer: Optimizer | None) -> list[float]:
+    """Returns the rate of each group as it stands."""
+    return [float(group["lr"]) for group in optimizer.param_groups] if optimizer else []
+
+
 def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int, lr: float) -> None:
     """Makes `lr` the base rate of a group; its schedule goes on from there."""
     group = optimizer.param_groups[index]
@@ -29,9 +34,12 @@ def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int,
     group["lr"] = lr if group["lr"] == base else group["lr"] * ratio
     for key in group.keys() & {"max_lr", "min_lr"}:  # of torch's cyclic schedules
         group[key] *= ratio
-    if scheduler is not None:
-        group["initial_lr"] = lr
-        scheduler.base_lrs[index] = lr
+    if scheduler is None:
+        return
+    group["initial_lr"] = lr
+    for each in [scheduler, *getattr(scheduler, "_schedulers", ())]:  # one of several has no rates of its own
+        if hasattr(each, "base_lrs"):
+            each.base_lrs[index] = lr
 
 
 def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:

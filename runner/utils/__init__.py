@@ -12,5 +12,6 @@ packing      a nest of values as JSON and named tensors
 permutation  a keyed permutation, block by block
 sampler      pool, ordered, batched and random samplers that save and load their state
 train        the loop
+wrapper      changes to a module that is there already
 utils        the few helpers without a file of their own
 """

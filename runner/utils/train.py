@@ -268,7 +268,7 @@ class Loop:
         values["train/memory_gb"] = peak_gb(self.engines.device)
         assert self._write is not None
         self._write(self.step, values)
-        self._shown = {key: values[key] for key in _SHOWN if key in values}
+        self._shown = {name: values[key] for key, name in _SHOWN.items() if key in values}
 
     def _done(self) -> tuple[int, int, int]:
         return self.step, self.batches.num_samples_total, self.engines.tokens
@@ -284,4 +284,4 @@ class Loop:
         self._saved_at = self.step
 
 
-_SHOWN = ("train/loss", "train/tokens_per_s", "train/samples_per_s")
+_SHOWN = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}

@@ -1,11 +1,12 @@
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from runner.engines import Engine, freeze
-from runner.engines.schedulers import warmup
+from runner.engines import Engine
+from runner.engines.schedulers import warmup, warmup_cosine
 from runner.utils import io
 
 
@@ -168,14 +169,6 @@ def test_an_unknown_precision_is_an_error_that_lists_the_names():
         make_engine(precision="fp8")
 
 
-def test_freezing_matches_whole_names_and_leaves_those_parameters_alone():
-    module = nn.ModuleDict({f"layer{n}": nn.Linear(2, 2) for n in (1, 10)})
-    assert freeze(module, ["layer1.*"]) == ["layer1.weight", "layer1.bias"]
-    assert all(p.requires_grad for p in module["layer10"].parameters())
-    with pytest.raises(ValueError, match=r"'layer2.*' matches no parameter; there are: layer1.weight"):
-        freeze(module, ["layer2.*"])
-
-
 def test_metrics_are_the_means_since_the_last_call():
     engine, batches = make_engine("mapping", lr=0.0), make_batches(4)
     losses = [Squared()(**batch).item() for batch in batches]
@@ -198,8 +191,9 @@ def test_set_lr_scales_the_schedule_from_there_on():
     engine = Engine(module, optimizer, warmup(optimizer, warmup_steps=4))
     batch = make_batches(1)[0]
     train(engine, batch)
-    assert engine.take_metrics()["lr"] == pytest.approx(0.4 * 2 / 4)
+    assert engine.take_metrics()["lr"] == pytest.approx(0.4 / 4)  # the rate of the update that was made
     engine.set_lr(0.8)
+    train(engine, batch)
     values = engine.take_metrics()
     assert (values["lr"], values["lr_1"]) == pytest.approx((0.8 * 2 / 4, 0.4 * 2 / 4))
     train(engine, batch)
@@ -239,8 +233,10 @@ def test_a_learning_rate_changed_in_the_config_takes_effect_and_one_typed_live_i
     same, other = make_full_engine(lr=0.1), make_full_engine(lr=0.7)
     same.load_state_dict(live.state_dict())
     other.load_state_dict(live.state_dict())
-    assert same.take_metrics()["lr"] == pytest.approx(0.5 / 6)
-    assert other.take_metrics()["lr"] == pytest.approx(0.7 / 6)
+    for engine, lr in ((same, 0.5), (other, 0.7)):
+        engine.micro_step(make_batches(1)[0])
+        engine.step()
+        assert engine.take_metrics()["lr"] == pytest.approx(lr / 6)
 
 
 def test_a_state_with_another_scheduler_is_refused():
@@ -260,3 +256,186 @@ def test_an_optimizer_that_tells_training_from_evaluation_is_told():
         assert not module.training
         assert not torch.equal(module.linear.weight, training)
     torch.testing.assert_close(module.linear.weight.detach(), training)
+
+
+@pytest.mark.parametrize("name", ["lr", "grad_norm"])
+def test_a_forward_may_not_take_a_name_of_the_engines_own(name):
+    engine = make_engine(feeder=lambda module, batch: {"loss": module(**batch), name: torch.ones(())}, clip_norm=1.0)
+    train(engine, make_batches(1)[0])
+    with pytest.raises(ValueError, match=f"number named '{name}'"):
+        engine.take_metrics()
+
+
+def test_an_engine_without_an_optimizer_is_run_and_not_trained():
+    engine = Engine(Squared("mapping"))
+    before = engine.module.linear.weight.detach().clone()
+    train(engine, make_batches(1)[0])
+    assert torch.equal(engine.module.linear.weight, before)
+    assert engine.module.linear.weight.grad is None
+    assert engine.take_metrics().keys() == {"loss", "error"}
+
+
+def test_settings_changed_in_the_config_take_effect_on_resume_and_others_stay():
+    def make(lr=0.1, weight_decay=0.1, total_steps=6):
+        module = Squared()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps)
+        return Engine(module, optimizer, schedule)
+
+    saved = make()
+    for batch in make_batches(4):
+        train(saved, batch)
+    saved.optimizer.param_groups[0]["eps"] = 1e-3  # changed by hand, not by the config
+    other = make(weight_decay=0.5, total_steps=12)
+    other.load_state_dict(saved.state_dict())
+    group = other.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["eps"]) == (0.5, 1e-3)
+    for batch in make_batches(8):
+        train(other, batch)
+    assert other.steps == 12
+
+
+def test_a_longer_schedule_takes_effect_with_the_next_step():
+    def make(total_steps):
+        module = Squared()
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        return Engine(module, optimizer, warmup_cosine(optimizer, warmup_steps=0, total_steps=total_steps))
+
+    saved, same, longer, whole = make(4), make(4), make(400), make(400)
+    for batch in make_batches(4):
+        train(saved, batch)
+        train(whole, batch)
+    for engine in (same, longer):
+        engine.load_state_dict(saved.state_dict())
+    assert same.optimizer.param_groups[0]["lr"] == saved.optimizer.param_groups[0]["lr"]
+    assert longer.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("make_schedule", [
+    lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [2]),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+])  # fmt: skip
+def test_a_rate_can_be_typed_under_any_schedule(make_schedule):
+    module = Squared()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    engine = Engine(module, optimizer, make_schedule(optimizer))
+    before = optimizer.param_groups[0]["lr"]
+    engine.set_lr(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(before / 2)
+
+
+class WithStatistics(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x, y):
+        self.seen = self.seen + 1  # rebound, not written to
+        loss = ((self.linear(self.norm(x)) - y) ** 2).mean()
+        return {"loss": loss, "tokens": len(x)}
+
+
+def make_statistical(**settings):
+    module = WithStatistics()
+    return Engine(module, torch.optim.AdamW(module.parameters(), lr=0.1), accumulate=2, clip_norm=1.0, **settings)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("num_micro_steps", [1, 2])
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_a_discarded_step_leaves_nothing_behind(precision, num_micro_steps, is_prepared):
+    whole, cut = make_statistical(precision=precision), make_statistical(precision=precision)
+    batches = make_batches(6)
+    for batch in batches[:2]:
+        train(whole, batch)
+        train(cut, batch)
+    for batch in batches[4 : 4 + num_micro_steps]:
+        cut.micro_step(batch)
+    if is_prepared:
+        cut.prepare()
+    cut.discard()
+    assert_same_weights(cut.module, whole.module)  # buffers too
+    for batch in batches[2:4]:
+        train(whole, batch)
+        train(cut, batch)
+    assert_same_weights(cut.module, whole.module)
+    assert (cut.steps, cut.micro_steps, cut.tokens) == (whole.steps, whole.micro_steps, whole.tokens)
+    assert cut.take_metrics() == whole.take_metrics()
+
+
+def poisoned(kind):
+    x = torch.ones(8, 4)
+    x[0, 0] = {"nan": float("nan"), "inf": float("inf")}[kind]
+    return {"x": x, "y": torch.zeros(8, 1)}
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_is_found_before_the_update_with_the_gradients_named(mode, clip_norm, kind):
+    engine = make_engine(on_nonfinite=mode, clip_norm=clip_norm)
+    engine.micro_step(poisoned(kind))
+    assert re.fullmatch(
+        r"its loss is (nan|inf); largest gradients: linear.weight \(\d of 4 not finite\), linear.bias .*", engine.step()
+    )
+    assert engine.steps == 0
+
+
+class ReachesTheEdge(nn.Module):
+    """A finite loss whose gradient is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.fine = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.weight.sqrt().sum() + self.fine.sum() * x.sum()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_gradients_that_are_not_finite_are_found_though_the_loss_is(clip_norm):
+    module = ReachesTheEdge()
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0), on_nonfinite="skip", clip_norm=clip_norm)
+    engine.micro_step({"x": torch.ones(2)})
+    fault = engine.step()
+    assert fault == "its gradients are not finite; largest: weight (3 of 3 not finite), fine (up to 2)"
+    engine.skip()
+    assert (engine.steps, engine.skipped_steps) == (0, 1)
+    assert module.weight.grad is None
+    assert engine.take_metrics().keys() == {"lr"}
+    ignoring = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0))
+    ignoring.micro_step({"x": torch.ones(2)})
+    assert ignoring.step() is None
+
+
+def test_a_device_that_is_not_waited_for_tells_of_the_first_bad_step_later():
+    engine = make_engine(on_nonfinite="stop")
+    assert not engine.looks_late
+    engine.looks_late = True  # as on an accelerator
+    good = make_batches(3)
+    for batch in [*good[:2], poisoned("nan"), good[2]]:
+        engine.micro_step(batch)
+        assert engine.step() is None
+    assert engine.find_late_fault().startswith("in its step 3 the loss or the gradients")
+    assert engine.find_late_fault() is None
+
+
+def test_metrics_of_many_steps_take_no_more_room_and_have_the_same_mean():
+    seldom, often = make_engine("mapping", lr=0.0), make_engine("mapping", lr=0.0)
+    batches = make_batches(4)
+    losses = []
+    for step in range(3000):
+        batch = batches[step % 4]
+        train(seldom, batch)
+        train(often, batch)
+        losses.append(often.take_metrics()["loss"])
+    state = seldom.state_dict()["gathered"]
+    assert sum(t.numel() for t in state["apart"].values() if t is not None) < 2100
+    restored = make_engine("mapping", lr=0.0)
+    restored.load_state_dict(seldom.state_dict())
+    assert restored.take_metrics() == (found := seldom.take_metrics())
+    assert found["loss"] == pytest.approx(sum(losses) / 3000, rel=1e-6)

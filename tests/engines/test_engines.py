@@ -117,6 +117,31 @@ def test_state_of_other_engines_or_shapes_is_refused():
         engines.load_state_dict(state)
 
 
+def test_of_two_engines_one_stops_both_before_any_update_and_one_skips_alone():
+    for mode, updated in (("stop", [0, 0]), ("skip", [1, 0])):
+        engines = make_engines()
+        for engine in engines.values():
+            engine.on_nonfinite = mode
+        with torch.no_grad():
+            engines["ar-b"].module.linear.weight.fill_(float("nan"))
+        before = engines["ar-a"].module.linear.weight.detach().clone()
+        engines.micro_step(make_batches(1)[0])
+        faults = engines.step()
+        assert list(faults) == ["ar-b"]
+        assert engines.is_stopped_by(faults) == (mode == "stop")
+        assert [engine.steps for engine in engines.values()] == updated
+        assert torch.equal(engines["ar-a"].module.linear.weight, before) == (mode == "stop")
+        assert not engines.is_updating
+
+
+def test_exported_ties_stay_ties():
+    module = nn.ModuleDict({"one": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    module["other"].weight = module["one"].weight
+    exported = Engines(model=Engine(module)).export_states()["model"]
+    assert exported["one.weight"].data_ptr() == exported["other.weight"].data_ptr()
+    assert exported["one.weight"].data_ptr() != module["one"].weight.data_ptr()
+
+
 def test_exported_weights_are_copies():
     engines = make_engines()
     states = engines.export_states()

@@ -42,6 +42,23 @@ def test_noam_falls_as_the_root_of_the_step_from_the_peak():
     assert found[15] == pytest.approx(2.0 * math.sqrt(4 / 16))
 
 
+def test_onecycle_is_torchs_on_every_groups_own_rate_and_stays_down():
+    found = rates(schedulers.onecycle, 24, total_steps=20)
+
+    def make(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2.0, total_steps=20, cycle_momentum=False)
+
+    assert found[:20] == pytest.approx([*rates(make, 19), found[19]])
+    assert found[19] == pytest.approx(2.0 / 25 / 1e4)
+    assert found[20:] == pytest.approx([found[19]] * 4)
+
+
+@pytest.mark.parametrize("settings", [{"pct_start": 0.0}, {"pct_start": 1.0}, {"div_factor": 0.5}])
+def test_a_onecycle_setting_out_of_range_is_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        rates(schedulers.onecycle, 1, total_steps=5, **settings)
+
+
 @pytest.mark.parametrize("settings", [{"warmup_steps": -1}, {"warmup_steps": 1, "final_factor": 2}])
 def test_a_setting_out_of_range_is_named(settings):
     with pytest.raises(ValueError, match="expected 0"):
