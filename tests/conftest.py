@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 MODEL = """
+import os
 import random
 import time
 
@@ -55,6 +56,22 @@ def feed(module, batch):
 
 def fail(module, batch):
     raise RuntimeError("the model's own mistake")
+
+
+calls = 0
+
+
+def misbehave(module, batch):
+    # OWN_MISHAP says what happens at which call, such as nan@7
+    global calls
+    calls += module.training
+    kind, _, call = os.environ.get("OWN_MISHAP", "").partition("@")
+    if module.training and call and calls in map(int, call.split(",")):
+        module(**batch)  # draws, and moves statistics
+        if kind == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return {"loss": module(**batch)["loss"] * float(kind)}
+    return module(**batch)
 """
 
 EXPERIMENT = """

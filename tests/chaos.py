@@ -1,0 +1,138 @@
+"""Runs that are killed at random instants and resumed, held against the run that nobody killed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from runner import checkpoint
+from runner.checkpoint import Checkpoints
+
+STEPS = 12
+TIMES = ("time_s", "train/step_time_s", "train/samples_per_s", "train/tokens_per_s", "train/memory_gb")
+OVERRIDES = [
+    "--config-dir", "conf", "experiment=mine", "model._target_=own.Heavy", "sampler=pool", "trainer.accumulate=2",
+    "trainer.precision=bf16", "trainer.save_every=2", "trainer.keep_last=2", "trainer.export_every=0",
+    "+data.train.sleep_s=0.002",
+]  # fmt: skip
+
+HEAVY = """
+
+class Heavy(Model):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ballast", torch.arange(2_000_000.0))  # a save takes a while
+"""
+
+
+class Zygote:
+    """Starts runs in real processes that have imported everything already."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("zygote.py")
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
+
+    def start(self, cwd: Path, argv: list[str], crash_at: int = 0) -> int:
+        request = {"cwd": str(cwd), "argv": argv, "output": str(cwd / "printed.txt"), "crash_at": crash_at}
+        return int(self._ask(request))
+
+    def wait(self, pid: int) -> int:
+        """Returns the exit status, or less than 0 for a signal."""
+        return os.waitstatus_to_exitcode(int(self._ask({"wait": pid})))
+
+    def _ask(self, request: dict) -> str:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Chaos:
+    """One experiment in a folder of its own: run whole once, then again and again with kills."""
+
+    def __init__(self, folder: Path, zygote: Zygote, overrides: list[str]) -> None:
+        self.folder, self.zygote, self.overrides = folder, zygote, overrides
+        began = time.monotonic()
+        assert self._session("whole", []) == 0, self.printed
+        self.whole_s = time.monotonic() - began
+        self.num_operations = int((folder / "printed.txt.count").read_text())
+        self.expected = self.content("whole")
+        self.num_kills = self.num_lost = 0
+
+    @property
+    def printed(self) -> str:
+        return (self.folder / "printed.txt").read_text()[-3000:]
+
+    def _session(self, run: str, extra: list[str], crash_at: int = 0, kill_after_s: float | None = None) -> int:
+        has_begun = (self.folder / run / "checkpoints").is_dir() and any(
+            (self.folder / run / "checkpoints").glob("step_*")
+        )
+        if not has_begun:
+            shutil.rmtree(self.folder / run, ignore_errors=True)
+        where = f"resume={run}" if has_begun else f"hydra.run.dir={run}"
+        pid = self.zygote.start(self.folder, [*self.overrides, where, *extra], crash_at)
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            os.killpg(pid, signal.SIGKILL)
+        return self.zygote.wait(pid)
+
+    def run_with_kills(self, run: str, generator: random.Random) -> None:
+        """Kills the run a few times, in a save or anywhere, then lets it end."""
+        newest = 0
+        for _ in range(generator.randint(1, 4)):
+            workers = [f"data.num_workers={generator.choice((0, 0, 0, 2))}"]
+            if generator.random() < 0.5:
+                status = self._session(run, workers, crash_at=generator.randint(1, self.num_operations))
+            else:
+                status = self._session(run, workers, kill_after_s=generator.uniform(0.1, self.whole_s))
+            self.num_kills += status == -signal.SIGKILL
+            found = self._newest(run)
+            self.num_lost += found < newest
+            newest = found
+        status = self._session(run, [])
+        assert status == 0, self.printed
+
+    def _newest(self, run: str) -> int:
+        checkpoints = Checkpoints(self.folder / run / "checkpoints")
+        if checkpoints.folder.is_dir():
+            checkpoints.recover()
+        path, faults = checkpoints.newest()
+        assert not faults, faults
+        return int(path.name.partition("_")[2]) if path else 0
+
+    def content(self, run: str) -> tuple[dict, list[dict]]:
+        """The last checkpoint, and the metrics but for what the clock says."""
+        folder = self.folder / run
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        state = checkpoint.load(folder / "checkpoints" / f"step_{STEPS:08d}")
+        return state, [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def find_difference(one: object, other: object, place: str = "state") -> str | None:
+    """Says where two nests differ, bit for bit, or None."""
+    if type(one) is not type(other):
+        return f"{place}: {type(one)} and {type(other)}"
+    if isinstance(one, dict):
+        if list(one) != list(other):
+            return f"{place}: keys {list(one)} and {list(other)}"
+        pairs = [(one[key], other[key], f"{place}[{key!r}]") for key in one]
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return f"{place}: {len(one)} and {len(other)} entries"
+        pairs = [(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        is_same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+        return None if is_same else f"{place}: {one} and {other}"
+    return next((found for a, b, where in pairs if (found := find_difference(a, b, where))), None)

@@ -1,0 +1,303 @@
+"""How a run ends when something goes wrong, and that nothing is lost by it: real signals, real full disks."""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import read_metrics
+from test_run import assert_same_run, wait_for_step
+
+from runner.checkpoint import Checkpoints, verify
+
+SLOW = ("+data.train.sleep_s=0.01", "trainer.steps=2000", "trainer.save_every=0", "hydra.run.dir=run")
+
+
+def record_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def newest_step(folder):
+    path, faults = Checkpoints(folder / "checkpoints").newest()
+    assert faults == []
+    return int(path.name.removeprefix("step_"))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_schedulers_signal_saves_and_ends_with_75(project, name):
+    process = project.start(*SLOW, "data.num_workers=2", start_new_session=True)
+    wait_for_step(project, 2)
+    os.killpg(process.pid, signal.Signals[name])  # as a scheduler may: every process of the group gets it
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, printed
+    assert "Traceback" not in printed
+    record = record_of(project.folder / "run")
+    assert (record["status"], record["reason"]) == ("preempted", name)
+    assert newest_step(project.folder / "run") == record["last_step"] > 0
+
+
+def test_a_preempted_run_that_goes_on_is_the_same_run(project):
+    project.run("hydra.run.dir=whole")
+    process = project.start("hydra.run.dir=cut", "+data.train.sleep_s=0.02")
+    wait_for_step(project, 3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    project.run("resume=cut")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(project):
+    slow_eval = "+data.eval.sleep_s=0.2"
+    process = project.start("hydra.run.dir=cut", slow_eval)
+    time.sleep(0.1)
+    wait_for_file(project.folder / "cut" / "run.json")
+    time.sleep(1.0)  # in the evaluation before the first step, which takes four seconds
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 75, printed
+    assert newest_step(project.folder / "cut") == 0
+    project.run("resume=cut")
+    lines = read_metrics(project.folder / "cut")
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6, 12]
+
+
+def wait_for_file(path, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_loses_only_the_steps_since_the_last_save(project, first):
+    process = project.start("+data.train.sleep_s=0.4", "trainer.save_every=1", "trainer.steps=50", "hydra.run.dir=run")
+    wait_for_file(project.folder / "run" / "checkpoints" / "step_00000001")
+    process.send_signal(first)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=3)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert record_of(project.folder / "run")["reason"].startswith("SIGTERM")
+    assert newest_step(project.folder / "run") >= 1
+
+
+def test_a_run_whose_process_has_gone_is_told_as_crashed(project):
+    process = project.start("+data.train.sleep_s=0.02", "trainer.save_every=1", "hydra.run.dir=run")
+    wait_for_file(project.folder / "run" / "checkpoints" / "step_00000002")
+    process.kill()
+    process.communicate()
+    assert record_of(project.folder / "run")["status"] == "running"
+    printed = project.run("resume=run")
+    assert re.search(rf"warning: The session of process {process.pid} on \S+ crashed", printed)
+    assert [session["status"] for session in record_of(project.folder / "run")["sessions"]] == ["crashed", "finished"]
+
+
+MISHAPS = ("feeder={_target_: own.misbehave}", "trainer.accumulate=2")
+
+
+def run_with(project, mishap, *overrides, status):
+    """`mishap` is as OWN_MISHAP is: nan@11 is the first micro-step of step 6."""
+    os.environ["OWN_MISHAP"] = mishap
+    try:
+        return project.run(*overrides, status=status)
+    finally:
+        del os.environ["OWN_MISHAP"]
+
+
+@pytest.mark.parametrize(
+    ("mishap", "told"),
+    [
+        ("nan@12", r"Step 6 \(samples 40 to 47 of the stream\) went wrong\. model: its loss of micro-step 2 is nan; "),
+        ("inf@11", r"Step 6 .*its loss of micro-step 1 is inf; largest gradients: \S+ \(\d+ of \d+ not finite\)"),
+        ("oom@12", r"Out of memory in step 6: this process had .* a smaller batch"),
+    ],
+)
+def test_a_step_that_went_wrong_is_discarded_whole_and_the_run_that_goes_on_is_the_same_run(project, mishap, told):
+    project.run(*MISHAPS, "hydra.run.dir=whole")
+    printed = run_with(project, mishap, *MISHAPS, "hydra.run.dir=cut", status=1)
+    assert re.search(f"error: The run ends: {told}", printed), printed
+    assert "Traceback" not in printed
+    record = record_of(project.folder / "cut")
+    assert (record["status"], record["last_step"]) == ("failed", 5)
+    assert re.search(told, record["reason"])
+    assert newest_step(project.folder / "cut") == 5
+    project.run("resume=cut")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
+@pytest.mark.parametrize("mishap", ["nan@7", "oom@8"])
+def test_a_step_that_went_wrong_can_be_left_out(project, mishap):
+    skip = ("trainer.on_nonfinite=skip", "trainer.on_oom=skip", "hydra.run.dir=run", *MISHAPS)
+    printed = run_with(project, mishap, *skip, status=0)
+    assert re.search(r"warning: Step 4 \(samples 24 to 31 of the stream\).* as number 1 of at most 100", printed)
+    lines = {line["step"]: line for line in read_metrics(project.folder / "run") if "train/lr" in line}
+    assert list(lines) == list(range(1, 13))
+    assert "train/loss" not in lines[4]
+    assert newest_step(project.folder / "run") == 12
+
+
+def test_more_steps_gone_wrong_than_may_be_left_out_end_the_run_and_it_can_go_on(project):
+    skip = ("trainer.on_nonfinite=skip", "trainer.max_skips=1", "hydra.run.dir=run", *MISHAPS)
+    printed = run_with(project, "nan@7,11", *skip, status=1)
+    assert "More steps went wrong than the 1 that may be left out" in printed
+    assert newest_step(project.folder / "run") == 6
+    project.run("resume=run")
+    lines = [line["step"] for line in read_metrics(project.folder / "run") if "train/lr" in line]
+    assert lines == list(range(1, 13))
+
+
+def test_ignoring_what_is_not_finite_trains_on(project):
+    run_with(project, "nan@7", *MISHAPS, "trainer.on_nonfinite=ignore", "hydra.run.dir=run", status=0)
+    assert newest_step(project.folder / "run") == 12
+
+
+def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
+    project.run("hydra.run.dir=whole", "trainer.steps=40", "trainer.eval_every=0", "trainer.save_every=40")
+    process = project.start(
+        "hydra.run.dir=cut", "trainer.steps=40", "trainer.eval_every=0", "trainer.save_every=40",
+        "data.num_workers=2", "+data.train.sleep_s=0.01",
+    )  # fmt: skip
+    wait_for_step(project, 40)  # of the whole one
+    deadline = time.monotonic() + 30
+    while (
+        not (project.folder / "cut" / "metrics.jsonl").exists()
+        or "train/" not in (project.folder / "cut" / "metrics.jsonl").read_text()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in map(int, children) if "python" in os.readlink(f"/proc/{pid}/exe")]
+    os.kill(workers[0], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 1, printed
+    assert re.search(rf"error: The run ends: A loader worker died .*{workers[0]}.*Killed", printed), printed
+    assert "Traceback" not in printed
+    assert newest_step(project.folder / "cut") == record_of(project.folder / "cut")["last_step"] > 0
+    project.run("resume=cut", "data.num_workers=0")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 40)
+
+
+def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(project):
+    process = project.start("+data.train.sleep_s=0.05", "trainer.save_every=1", "hydra.run.dir=run")
+    wait_for_file(project.folder / "run" / "checkpoints" / "step_00000001")
+    before = (project.folder / "run" / ".hydra" / "overrides.yaml").read_text()
+    printed = project.run("resume=run", "trainer.steps=99", status=2)
+    assert re.fullmatch(rf"run: another process runs there; process {process.pid} on .*\n", printed)
+    assert (project.folder / "run" / ".hydra" / "overrides.yaml").read_text() == before
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert newest_step(project.folder / "run") == 12
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a disk can't be mounted here; the limit on a file's size stands in for it")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_the_last_checkpoint_whole(project):
+    with small_disk(project.folder / "disk", 4) as disk:
+        process = project.start(
+            "hydra.run.dir=disk/run", "+data.train.sleep_s=0.02", "trainer.steps=500", "trainer.save_every=2"
+        )
+        wait_for_file(disk / "run" / "checkpoints" / "step_00000004")
+        with open(disk / "filler", "wb") as filler, contextlib.suppress(OSError):
+            while True:
+                filler.write(b"\0" * 4096)
+                filler.flush()
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 1, printed
+        assert "Traceback" not in printed
+        assert re.search(r"error: The run ends: the run's numbers can't be written: .*No space left", printed), printed
+        assert newest_step(disk / "run") >= 4
+        (disk / "filler").unlink()
+        project.run("resume=disk/run", "trainer.steps=60", "trainer.log_every=20")
+        assert newest_step(disk / "run") == 60
+
+
+def test_a_save_that_fails_is_told_tried_again_and_ends_the_run_with_1_if_it_is_the_last(project):
+    limit = 20_000  # bytes a file: metrics fit, a model of width 9000 does not
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = project.start(
+        "hydra.run.dir=run", "+model.width=9000", "tracking.tensorboard=false", preexec_fn=limit_files
+    )
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, printed
+    assert "Traceback" not in printed
+    assert [int(n) for n in re.findall(r"error: The checkpoint of step (\d+) could not be written", printed)] == [
+        4,
+        8,
+        12,
+    ]
+    assert "File too large" in printed
+    assert list((project.folder / "run" / "checkpoints").iterdir()) == []
+    assert record_of(project.folder / "run")["status"] == "failed"
+
+
+def test_a_save_that_failed_once_is_made_up_for_by_the_next(project):
+    process = project.start("hydra.run.dir=run", "+data.train.sleep_s=0.02", "trainer.save_every=3")
+    wait_for_file(project.folder / "run" / "checkpoints" / "step_00000003")
+    checkpoints = project.folder / "run" / "checkpoints"
+    checkpoints.rename(project.folder / "aside")
+    checkpoints.write_text("in the way")
+    deadline = time.monotonic() + 30
+    while "could not be written" not in (project.folder / "run" / "log.txt").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    checkpoints.unlink()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert newest_step(project.folder / "run") == 12
+
+
+def test_a_run_folder_that_was_deleted_ends_the_run_and_stays_deleted(project):
+    process = project.start(*SLOW)
+    wait_for_step(project, 2)
+    shutil.rmtree(project.folder / "run")
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 1, printed
+    assert "Traceback" not in printed
+    assert "error: The run ends: the run's numbers can't be written" in printed
+    assert not (project.folder / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_built(project):
+    with small_disk(project.folder / "disk", 1) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        printed = project.run("hydra.run.dir=disk/run", status=2)
+        assert printed == "hydra.run.dir=disk/run: can't be made (Read-only file system)\n"
+
+
+def test_a_checkpoint_of_pickles_is_read_without_executing_any(project):
+    project.run("hydra.run.dir=run", "checkpoint.format=pt", typed="quit@5\n")
+    assert verify(project.folder / "run" / "checkpoints" / "step_00000005")["files"].keys() == {
+        "model.pt", "model.optimizer.pt", "trainer.json",
+    }  # fmt: skip
+    project.run("resume=run")
+    project.run("hydra.run.dir=whole", "checkpoint.format=pt")
+    one, other = project.folder / "run", project.folder / "whole"
+    names = [path.name for path in (other / "checkpoints" / "step_00000012").glob("*.pt")]
+    assert len(names) == 2
+    from chaos import find_difference
+
+    from runner import checkpoint
+
+    states = [checkpoint.load(each / "checkpoints" / "step_00000012") for each in (one, other)]
+    assert find_difference(*states) is None

@@ -1,0 +1,93 @@
+"""A process that has imported everything once, and forks a real `python -m runner` for each request: fast to kill.
+
+Each line of stdin is a JSON object: `argv`, `cwd`, `output` (a file), and `crash_at`: the number of the file operation
+on checkpoints at which the child kills itself, 0 for none. The answer is the child's pid; a line `{"wait": pid}` is
+answered with its wait status and the number of operations that were noted in `output`.count.
+"""
+
+import json
+import os
+import signal
+import sys
+import traceback
+
+import tensorboard.compat.proto.event_pb2
+import torch
+
+import runner.__main__
+import runner.event_file
+import runner.run
+
+WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.fsync"}
+
+
+class Watch:
+    """Counts file operations on checkpoints before they are done, and kills the process at one of them."""
+
+    def __init__(self, crash_at: int, counted: str | os.PathLike) -> None:
+        self.crash_at, self.counted, self.count = crash_at, counted, 0
+        self.paths: dict[int, str] = {}
+        fsync = os.fsync
+
+        def watched_fsync(fd: int) -> None:
+            self.note("os.fsync", (os.readlink(f"/proc/self/fd/{fd}"),))
+            fsync(fd)
+
+        os.fsync = watched_fsync
+        sys.addaudithook(self.note)
+
+    def note(self, event: str, args: tuple) -> None:
+        if event not in WATCHED or not isinstance(args[0], (str, os.PathLike)):
+            return
+        if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        if "checkpoints" not in os.fspath(args[0]) and not (event in ("os.remove", "os.rmdir") and args[-1] != -1):
+            return
+        self.count += 1
+        if self.count == self.crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def tell(self) -> None:
+        with open(self.counted, "w") as file:
+            file.write(str(self.count))
+
+
+def run_child(request: dict) -> None:
+    os.setsid()
+    os.chdir(request["cwd"])
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for fd, source in ((0, null), (1, output), (2, output)):
+        os.dup2(source, fd)
+    sys.path.insert(0, request["cwd"])
+    sys.argv = ["runner", *request["argv"]]
+    status = 0
+    watch = Watch(request["crash_at"], request["output"] + ".count")
+    try:
+        runner.__main__.main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    watch.tell()
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    assert {tensorboard, runner.event_file}  # imported for the children
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitpid(request["wait"], 0)[1], flush=True)
+            continue
+        pid = os.fork()
+        if not pid:
+            run_child(request)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    main()
