@@ -44,7 +44,7 @@ def _check(cfg: DictConfig) -> None:
     config.check(cfg)
     from runner import targets  # what they name is imported, and torch with it, once the rest is right
 
-    targets.check_targets(cfg)
+    targets.check_targets(config.to_plain(cfg))
 
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:

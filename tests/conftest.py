@@ -115,5 +115,8 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
+CANARY = "import pathlib\npathlib.Path('canary').touch()\n\n\nclass Evil:\n    pass\n"
+
+
 def read_metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
