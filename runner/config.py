@@ -5,8 +5,12 @@ Must not import torch: a misspelt key ends before that second is spent.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -81,6 +85,8 @@ class Config:
     name: str = MISSING
     seed: int = MISSING
     resume: str | None = MISSING
+    resume_allow_changes: bool = MISSING
+    allow_targets: list[str] = MISSING
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING
@@ -146,9 +152,14 @@ def check(cfg: DictConfig) -> None:
         mistakes += _batch_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
+            mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
     for name in cfg.engines:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             mistakes.append(f"engines.{name}: expected a letter, then letters, digits, '_', '-' (it names files)")
+        elif not OmegaConf.is_dict(cfg.engines[name]):
+            mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
     if len({name.lower() for name in cfg.engines}) < len(cfg.engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     if mistakes:
@@ -162,7 +173,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
     return [
         f"{section}.{key!s}: no such key; {nearest(str(key), keys)}".lstrip(".")
         for section, keys in known.items()
-        for key in (OmegaConf.select(cfg, section) if section else cfg)
+        for key in ((OmegaConf.select(cfg, section) or {}) if section else cfg)
         if key not in keys
     ]
 
@@ -189,6 +200,19 @@ def nearest(name: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     listed = ", ".join(choices)
     return f"did you mean {close[0]}? (there are: {listed})" if close else f"there are: {listed}"
+
+
+@contextlib.contextmanager
+def told_in_one_message() -> Iterator[None]:
+    """Ends the program with status 2 and one message where a block meets a mistake of the user's."""
+    try:
+        yield
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(message, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def explain(error: BaseException) -> str | None:

@@ -6,11 +6,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoint
 from runner.build import build
-from runner.checkpoint import CheckpointError, Checkpoints
 from runner.config import ConfigError
 from runner.console import Console, open_log
+from runner.run_folder import find_checkpoint
 from runner.run_record import RunRecord
 from runner.session import Session
 
@@ -25,7 +24,7 @@ def run(cfg: Any, folder: Path) -> int:
     """
     try:
         experiment = build(cfg)
-        found = _find(Path(cfg.resume), folder) if cfg.resume else None
+        found = _find(Path(cfg.resume)) if cfg.resume else None
     except ConfigError:
         if not cfg.resume:
             _remove_unused(folder)
@@ -61,17 +60,12 @@ def _remove_unused(folder: Path) -> None:
         folder.rmdir()
 
 
-def _find(path: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
+def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     """Returns the checkpoint to go on from and its content."""
-    faults: list[str] = []
     try:
-        if (path / "checkpoints").is_dir():
-            newest, faults = Checkpoints(folder / "checkpoints").newest()
-            if newest is None:
-                raise CheckpointError(f"{path} has no whole checkpoint. {' '.join(faults)}")
-            path = newest
-        for fault in faults:
-            print(f"Passed over: {fault}")
-        return path, checkpoint.load(path)
-    except CheckpointError as error:
+        found, content, faults = find_checkpoint(path)
+    except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
+    for fault in faults:
+        print(f"Passed over: {fault}")
+    return found, content

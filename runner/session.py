@@ -171,12 +171,14 @@ class Session:
         try:
             trainer = files.pop("trainer.json")
             self.engines.load_state_dict({name.removesuffix(".safetensors"): v for name, v in files.items()})
-            self.experiment.batches.load_state_dict(trainer["batches"])
+            note = self.experiment.load_stream(trainer["batches"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(trainer["loop"])
         self.inbox.load_state_dict(trainer["commands"])
         self.best = trainer["best"]
+        if note:
+            self.log.warning("%s", note)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
     def evaluate(self) -> None:
