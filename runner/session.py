@@ -17,12 +17,11 @@ from runner.checkpoint import Checkpoints
 from runner.commands import HELP, Commands, describe_events, describe_time
 from runner.config import ConfigError
 from runner.console import Console
+from runner.evaluate import measure
+from runner.export import facts_of, last_evaluation, write
 from runner.run_record import RunRecord
 from runner.tracking import Tracker
-from runner.utils import io
-from runner.utils.distributed import generator_of
 from runner.utils.train import Action, Loop, Stop
-from runner.utils.utils import mix
 
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
@@ -58,6 +57,7 @@ class Session:
         self.engines, trainer = experiment.engines, experiment.trainer
         self.checkpoints = Checkpoints(folder / "checkpoints", trainer.keep_last)
         self.best: dict[str, Any] | None = None
+        self.evaluation: dict[str, Any] | None = None
         self._next_line = time.monotonic() + _LINE_EVERY_S
         self.inbox = Commands(self._answer)
         self.loop = self._make_loop(console)
@@ -176,7 +176,7 @@ class Session:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(trainer["loop"])
         self.inbox.load_state_dict(trainer["commands"])
-        self.best = trainer["best"]
+        self.best, self.evaluation = trainer["best"], last_evaluation(self.folder, self.loop.step)
         if note:
             self.log.warning("%s", note)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
@@ -187,22 +187,22 @@ class Session:
         if experiment.evaluation is None:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
-        generator_of(self.engines.device).manual_seed(mix(experiment.seed, step, -1))
         try:
-            values: dict[str, Any] = self.engines.evaluate(experiment.evaluation, lambda: self.loop.is_stopping)
+            numbers, shown = measure(
+                self.engines, experiment.evaluation, experiment.report,
+                seed=experiment.seed, step=step, is_cut=lambda: self.loop.is_stopping,
+            )  # fmt: skip
         except InterruptedError:
             return
-        if experiment.report is not None:
-            values |= self.engines.report(experiment.report, experiment.evaluation.dataset)
-        numbers = {f"eval/{k}": float(v) for k, v in values.items() if isinstance(v, (int, float))}
+        self.evaluation = {"step": step, **numbers}
         self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        for name, value in values.items():
+        for name, value in shown.items():
             if isinstance(value, str):
-                self.tracker.text(step, f"eval/{name}", value)
-                self.log.info("eval/%s:\n%s", name, value)
-            elif f"eval/{name}" not in numbers:
-                self.tracker.image(step, f"eval/{name}", value)
+                self.tracker.text(step, name, value)
+                self.log.info("%s:\n%s", name, value)
+            else:
+                self.tracker.image(step, name, value)
         self._keep_best(step, numbers)
 
     def _keep_best(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -212,10 +212,9 @@ class Session:
             self.record.update(last_step=step, best=self.best)
 
     def export(self) -> None:
-        """Writes each engine's weights alone."""
-        for name, state in self.engines.export_states().items():
-            path = self.folder / "exports" / f"{name}.safetensors"
-            io.save(state, path, {"step": str(self.loop.step)})
+        """Writes each engine's weights, with what they are from."""
+        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best, self.evaluation)
+        for path in write(self.engines, self.folder / "exports", facts):
             self.log.info("Exported %s", path)
 
     def _quit(self, _: Any) -> None:
