@@ -9,7 +9,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from runner import config, launch
+from runner import config, launch, mistakes
 
 
 @hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
@@ -27,7 +27,7 @@ def main() -> None:
         sys.argv[1:] = sorted(launch.with_resumed_overrides(sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
         _compose_and_launch()
     except Exception as error:
-        message = config.explain(error)
+        message = mistakes.explain(error)
         if wants_traceback or message is None:
             raise
         print(message, file=sys.stderr)

@@ -14,14 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from runner.config import CheckpointConfig, ConfigError, TrackingConfig, TrainerConfig, to_plain
+from runner.config import CheckpointConfig, TrackingConfig, TrainerConfig, to_plain
 from runner.engines import Engine, Engines
 from runner.engines.eager import defer_compiler, step_eagerly
+from runner.mistakes import ConfigError
 from runner.targets import is_called_later, locate
 from runner.utils.batches import Batches, Samples, ignore_interrupts
 from runner.utils.distributed import pick_device
 from runner.utils.utils import mix
 from runner.utils.wrapper import freeze
+
+Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
 
 @dataclass
@@ -33,11 +36,26 @@ class Experiment:
     engines: Engines
     batches: Batches
     evaluation: EvaluationData | None
-    report: Callable[[nn.Module, Any], Mapping[str, Any]] | None
+    report: Report | None
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     settings: dict[str, Any]
+
+    def load_stream(self, state: Mapping[str, Any]) -> str | None:
+        """Moves the batches to a saved position; says so where changes allow no more than the next epoch.
+
+        Raises:
+            ValueError: the sampler refuses the position, as that of another dataset, seed or setting.
+        """
+        try:
+            self.batches.load_state_dict(state)
+        except ValueError as error:
+            if not self.settings["resume_allow_changes"]:
+                raise ValueError(f"{error} Or go on with the next epoch: resume_allow_changes=true") from error
+            self.batches.start_epoch_after(state)
+            return f"The samples go on with the beginning of epoch {self.batches.epoch}: {error}"
+        return None
 
 
 @dataclass
@@ -76,23 +94,19 @@ def build(cfg: DictConfig) -> Experiment:
         ConfigError: naming the key whose target refused its arguments.
     """
     plain = to_plain(cfg)
-    try:
-        device = pick_device(cfg.distributed.device)
-    except ValueError as error:
-        raise ConfigError(f"distributed.{error}") from error
-    data, trainer = plain["data"], OmegaConf.to_object(cfg.trainer)
+    device = build_device(plain)
+    trainer, tracking = OmegaConf.to_object(cfg.trainer), OmegaConf.to_object(cfg.tracking)
     assert isinstance(trainer, TrainerConfig)
-    tracking, checkpoint = OmegaConf.to_object(cfg.tracking), OmegaConf.to_object(cfg.checkpoint)
+    checkpoint = OmegaConf.to_object(cfg.checkpoint)
     assert isinstance(tracking, TrackingConfig)
     assert isinstance(checkpoint, CheckpointConfig)
-    torch.manual_seed(cfg.seed)  # of the initial weights
     return Experiment(
         name=cfg.name,
         seed=cfg.seed,
-        engines=_build_engines(plain, trainer, device),
-        batches=_build_batches(plain, trainer, device),
-        evaluation=_build_evaluation(data, cfg.seed),
-        report=_make("report", plain["report"]),
+        engines=build_engines(plain, device),
+        batches=_build_batches(plain, device),
+        evaluation=build_evaluation(plain),
+        report=build_report(plain),
         trainer=trainer,
         checkpoint=checkpoint,
         tracking=tracking,
@@ -100,8 +114,28 @@ def build(cfg: DictConfig) -> Experiment:
     )
 
 
-def _build_engines(plain: dict[str, Any], trainer: TrainerConfig, device: torch.device) -> Engines:
-    """Returns the engines in the config's order; one named `model` where there is no `engines`."""
+def build_device(plain: dict[str, Any]) -> torch.device:
+    """Returns the device of a resolved config.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    try:
+        return pick_device(plain["distributed"]["device"])
+    except ValueError as error:
+        raise ConfigError(f"distributed.{error}") from error
+
+
+def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bool = True) -> Engines:
+    """Returns the engines of a resolved config in its order; one named `model` where there is no `engines`.
+
+    Args:
+        is_trained: False leaves out what only training needs: optimizers and schedulers.
+    Raises:
+        ConfigError: naming the key whose target refused its arguments.
+    """
+    trainer = plain["trainer"]
+    torch.manual_seed(plain["seed"])  # of the initial weights
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
     shared["freeze"] = plain["optimizations"]["freeze"]
     engines = Engines()
@@ -115,24 +149,25 @@ def _build_engines(plain: dict[str, Any], trainer: TrainerConfig, device: torch.
         module = module.to(device)
         _explained(place + "optimizations", partial(freeze, module, parts["freeze"]))
         trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-        optimizer = _make(place + "optimizer", parts["optimizer"], trained) if trained else None
+        optimizer = _make(place + "optimizer", parts["optimizer"], trained) if trained and is_trained else None
         step_eagerly(optimizer)
         scheduler = _make(place + "scheduler", parts["scheduler"], optimizer) if optimizer else None
         engines[name] = Engine(
             module,
             optimizer,
             scheduler,
-            precision=trainer.precision.name,
-            accumulate=trainer.accumulate,
-            clip_norm=trainer.clip_norm,
-            on_nonfinite=trainer.on_nonfinite.name,
+            precision=trainer["precision"],
+            accumulate=trainer["accumulate"],
+            clip_norm=trainer["clip_norm"],
+            on_nonfinite=trainer["on_nonfinite"],
             feeder=_make(place + "feeder", parts["feeder"]),
         )
     return engines
 
 
-def _build_batches(plain: dict[str, Any], trainer: TrainerConfig, device: torch.device) -> Batches:
+def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
     data = plain["data"]
+    torch.manual_seed(mix(plain["seed"], -2))  # of a dataset that draws when it is made, whatever was built before
     dataset = _make("data.train", data["train"])
     target = locate(plain["sampler"]["_target_"])
     is_batched = "lengths" in inspect.signature(target).parameters
@@ -141,7 +176,7 @@ def _build_batches(plain: dict[str, Any], trainer: TrainerConfig, device: torch.
     return Batches(
         dataset,
         sampler,
-        None if is_batched else data["batch_size"] // trainer.accumulate,
+        None if is_batched else data["batch_size"] // plain["trainer"]["accumulate"],
         seed=plain["seed"],
         num_workers=data["num_workers"],
         collate=_make("data.collate", data["collate"]),
@@ -156,13 +191,26 @@ def _lengths(dataset: Any) -> Any:
     return torch.ones(len(dataset), dtype=torch.int64) if lengths is None else lengths
 
 
-def _build_evaluation(data: dict[str, Any], seed: int) -> EvaluationData | None:
+def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
+    """Returns what a resolved config evaluates on, or None where it has no dataset for that.
+
+    Raises:
+        ConfigError: naming the key whose target refused its arguments.
+    """
+    data, seed = plain["data"], plain["seed"]
     if data["eval"] is None:
         return None
+    torch.manual_seed(mix(seed, -3))
     collate = _make("data.collate", data["collate"])
     dataset = _make("data.eval", data["eval"])
     sample_seed = mix(seed, -1) if data["seed_samples"] else None
     return EvaluationData(dataset, data["batch_size"], data["num_workers"], collate, sample_seed)
+
+
+def build_report(plain: dict[str, Any]) -> Report | None:
+    """Returns what shows more of an evaluation than its means, or None."""
+    report: Report | None = _make("report", plain["report"])
+    return report
 
 
 def _make(key: str, node: Any, *given: Any) -> Any:

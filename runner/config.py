@@ -5,25 +5,21 @@ Must not import torch: a misspelt key ends before that second is spent.
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+
+from runner.mistakes import ConfigError, nearest
 
 _PACKAGE = Path(__file__).resolve().parent
 _WHEEL_CONF = _PACKAGE / "conf"
 CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: printed as one message, without a traceback."""
 
 
 class Precision(Enum):
@@ -122,6 +118,8 @@ class Config:
     name: str = MISSING
     seed: int = MISSING
     resume: str | None = MISSING
+    resume_allow_changes: bool = MISSING
+    allow_targets: list[str] = MISSING
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING
@@ -192,9 +190,14 @@ def check(cfg: DictConfig) -> None:
         mistakes += _batch_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
+            mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
     for name in cfg.engines:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             mistakes.append(f"engines.{name}: expected a letter, then letters, digits, '_', '-' (it names files)")
+        elif not OmegaConf.is_dict(cfg.engines[name]):
+            mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
     if len({name.lower() for name in cfg.engines}) < len(cfg.engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     if mistakes:
@@ -208,7 +211,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
     return [
         f"{section}.{key!s}: no such key; {nearest(str(key), keys)}".lstrip(".")
         for section, keys in known.items()
-        for key in (OmegaConf.select(cfg, section) if section else cfg)
+        for key in ((OmegaConf.select(cfg, section) or {}) if section else cfg)
         if key not in keys
     ]
 
@@ -230,41 +233,12 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def nearest(name: str, choices: list[str]) -> str:
-    """Returns ' Did you mean ...?' where something is near, else what there is to choose from."""
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    listed = ", ".join(choices)
-    return f"did you mean {close[0]}? (there are: {listed})" if close else f"there are: {listed}"
-
-
-def explain(error: BaseException) -> str | None:
-    """Returns the one message for a mistake in a config, or None for any other error."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={name}: no such choice; {nearest(name, list(error.options))}"
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if cause is not None and cause.full_key:
-        return _explain_key(cause, str(error))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(dict.fromkeys(lines)) or None
-
-
-def _explain_key(cause: OmegaConfBaseException, context: str) -> str:
-    full_key = str(cause.full_key)
-    message = str(cause.msg or cause).splitlines()[0]
-    place = re.match(r"In '[^']+'", context)
-    where = f"{place.group()}: " if place else ""
-    parent = cause.parent_node
-    if not OmegaConf.is_dict(parent) or cause.key in parent:
-        return f"{where}{full_key}: {message}"
-    keys = [str(key) for key in parent]
-    hint = nearest(str(cause.key), keys)
-    if OmegaConf.get_type(parent) is dict:
-        hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."
-    return f"{where}{full_key}: no such key; {hint}"
+def flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    """Yields the dotted keys of a plain config with values that TensorBoard shows."""
+    if isinstance(node, dict) and node:
+        for name, value in node.items():
+            yield from flatten(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, (bool, int, float, str)):
+        yield key, node
+    else:
+        yield key, str(node)

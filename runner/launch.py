@@ -6,52 +6,71 @@ Must not import torch at the top: what is wrong in the config is told before tha
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 import sys
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import config
-from runner.config import ConfigError
+from runner import config, mistakes, resume
+from runner.mistakes import ConfigError
+from runner.resume import Resumption
+from runner.utils.files import replace_file
 
-OUTPUTS = Path("outputs")
+_resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
 
 
 class RunFolder(Callback):
     """Checks the config and claims the run's folder, before Hydra writes into it."""
 
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+    def on_run_start(self, config: DictConfig, **given: Any) -> None:
         """Ends the program with one message where the config is wrong: nothing was made yet."""
-        task = copy.deepcopy(config)
-        with read_write(task), open_dict(task):
-            del task["hydra"]
         try:
+            lines = _restore(config, given["config_name"], _resumption) if _resumption else []
+            task = copy.deepcopy(config)
+            with read_write(task), open_dict(task):
+                del task["hydra"]
             _check(task)
             folder = _claim(config, task)
-        except ConfigError as error:  # Hydra turns what a callback raises into a warning
+        except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
             _end(error)
-        with read_write(config):
+        for line in lines:
+            print(line)
+        with read_write(config), open_dict(config):
             config.hydra.run.dir = str(folder)
+            if _resumption is not None:  # the run's own files stay until the change is accepted
+                config.hydra.output_subdir = None
+
+
+def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    return resume.restore(cfg, asked, lambda overrides: hydra.compose_config(config_name, overrides, RunMode.RUN))
 
 
 def _check(cfg: DictConfig) -> None:
     config.check(cfg)
-    from runner import targets  # what they name is imported, and torch with it, once the rest is right
+    from runner import targets, trust  # what they name is imported, and torch with it, once the rest is right
 
-    targets.check_targets(cfg)
+    plain = config.to_plain(cfg)
+    if _resumption is not None:
+        assert _resumption.trust is not None
+        trust.check_objects(plain, _resumption.trust)
+    targets.check_targets(plain)
 
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     wanted = Path(cfg.hydra.run.dir)
     is_asked_for = any(str(o).startswith("hydra.run.dir=") for o in cfg.hydra.overrides.hydra)
     if task.resume is not None:
-        if not is_asked_for:
+        if _resumption is None:
             raise ConfigError(f"resume={task.resume}: give it on the command line; it stands in a YAML file")
         return wanted
     folder = wanted
@@ -78,7 +97,7 @@ def launch(cfg: DictConfig) -> None:
     from runner import run
 
     try:
-        status = run.run(cfg, folder)
+        status = run.run(cfg, folder, partial(_write_config, cfg, folder) if _resumption else None)
     except ConfigError as error:
         if hydra_config.mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra tells at the end
             raise
@@ -87,8 +106,20 @@ def launch(cfg: DictConfig) -> None:
         raise SystemExit(status)
 
 
-def _end(error: ConfigError) -> NoReturn:
-    print(error, file=sys.stderr)
+def _write_config(cfg: DictConfig, folder: Path) -> None:
+    """Puts the config in the run's folder as Hydra does, but each file whole at every moment."""
+    hydra_config: Any = HydraConfig.instance().cfg
+    contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
+    for name, content in contents.items():
+        replace_file(folder / ".hydra" / f"{name}.yaml", [OmegaConf.to_yaml(content).encode()])
+
+
+def _end(error: Exception) -> NoReturn:
+    message = mistakes.explain(error)
+    if message is None:
+        traceback.print_exception(error)
+        raise SystemExit(1) from None
+    print(message, file=sys.stderr)
     raise SystemExit(2) from None
 
 
@@ -109,50 +140,6 @@ def with_resumed_overrides(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: there is nothing to resume at that place.
     """
-    given = next((a.partition("=")[2] for a in reversed(arguments) if a.startswith("resume=")), "null")
-    if given in ("null", "") or {"--multirun", "-m"} & set(arguments):
-        return arguments
-    own = [argument for argument in arguments if not argument.startswith("resume=")]
-    if given == "latest":
-        experiment = next((a for a in own if a.startswith("experiment=")), None)
-        folder = checkpoint = _latest_run(experiment)
-    else:
-        folder, checkpoint = _run_folder_of(Path(given.strip("'\"")))
-    saved = [o for o in _saved_overrides(folder) if _key(o) != "resume"]
-    keys = {_key(argument) for argument in own}
-    kept = [override for override in saved if _key(override) not in keys]
-    return [*own, *kept, f"resume={_quote(checkpoint)}", f"hydra.run.dir={_quote(folder)}"]
-
-
-def _latest_run(experiment: str | None) -> Path:
-    runs = {folder.parent.parent: folder.stat().st_mtime for folder in sorted(OUTPUTS.glob("*/*/checkpoints/step_*"))
-            if (folder / "MANIFEST.json").is_file()}  # fmt: skip
-    of_it = [run for run in runs if experiment in (None, *_saved_overrides(run)) or experiment is None]
-    if not of_it:
-        raise ConfigError(
-            f"resume=latest: no run{f' of {experiment}' if experiment else ''} with a checkpoint under "
-            f"{OUTPUTS.resolve()}; start one, or give its path"
-        )
-    return max(of_it, key=lambda run: runs[run])
-
-
-def _run_folder_of(path: Path) -> tuple[Path, Path]:
-    if (path / "checkpoints").is_dir():
-        return path, path
-    if re.fullmatch(r"step_\d{8,}", path.resolve().name) and path.is_dir():
-        return path.resolve().parent.parent, path
-    found = "no such folder" if not path.exists() else "neither a run folder nor a checkpoint"
-    raise ConfigError(f"resume={path}: {found}; expected latest, a run folder, or one of its checkpoints/step_*")
-
-
-def _saved_overrides(folder: Path) -> list[str]:
-    path = folder / ".hydra" / "overrides.yaml"
-    return [str(override) for override in OmegaConf.load(path)] if path.is_file() else []
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _quote(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"
+    global _resumption
+    _resumption = resume.find(arguments)
+    return arguments if _resumption is None else _resumption.arguments

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner import checkpoint
-from runner.build import Experiment, build
-from runner.checkpoint import CheckpointError, Checkpoints
-from runner.config import ConfigError
+from runner.build import build
+from runner.checkpoint import FACTS
 from runner.console import Console, open_log
+from runner.mistakes import ConfigError
+from runner.run_folder import find_checkpoint
 from runner.run_record import RunRecord
 from runner.session import SIGNALS, RunError, Session
 from runner.utils import io
@@ -23,8 +24,10 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
 
 
-def run(cfg: Any, folder: Path) -> int:
+def run(cfg: Any, folder: Path, accept: Callable[[], None] | None = None) -> int:
     """Runs a composed config in its folder; returns the exit status.
+
+    `accept` is called when all is built and loaded: until then a run that goes on is as it was.
 
     It is 0 at the end and after `quit`, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1 (saved: start it again with
     resume), 1 where the run can't go on, and 128 + its number after a second signal, which waits for nothing.
@@ -40,27 +43,29 @@ def run(cfg: Any, folder: Path) -> int:
             raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
         try:
             experiment = build(cfg)
-            found = _find(Path(cfg.resume), folder) if cfg.resume else None
+            found = _find(Path(cfg.resume)) if cfg.resume else None
         except (ConfigError, KeyboardInterrupt):
             if not cfg.resume:
                 _remove_unused(folder)
             raise
-        first_step = found[1][checkpoint.FACTS]["loop"]["step"] if found else 0
+        first_step = found[1][FACTS]["loop"]["step"] if found else 0
         is_shown = None if experiment.tracking.progress else False
         console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
         stack.callback(console.close)
         log = stack.enter_context(open_log(folder, console))
-        return _run(experiment, folder, console, log, found)
+        record = RunRecord(folder)
+        session = Session(experiment, folder, record, console, log, found)
+        if accept is not None:
+            accept()
+        return _run(session, record, log)
 
 
-def _run(experiment: Experiment, folder: Path, console: Console, log: logging.Logger, found: Found | None) -> int:
-    record = RunRecord(folder)
-    record.start(name=experiment.name)
+def _run(session: Session, record: RunRecord, log: logging.Logger) -> int:
+    record.start(name=session.experiment.name)
     if record.crashed:
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None
     try:
-        session = Session(experiment, folder, record, console, log, found)
         status = session.run()
         reason = session.reason
     except KeyboardInterrupt as interrupt:
@@ -104,17 +109,12 @@ def _remove_unused(folder: Path) -> None:
         folder.rmdir()
 
 
-def _find(path: Path, folder: Path) -> Found:
+def _find(path: Path) -> Found:
     """Returns the checkpoint to go on from and its content."""
-    faults: list[str] = []
     try:
-        if (path / "checkpoints").is_dir():
-            newest, faults = Checkpoints(folder / "checkpoints").newest()
-            if newest is None:
-                raise CheckpointError(f"{path} has no whole checkpoint. {' '.join(faults)}")
-            path = newest
-        for fault in faults:
-            print(f"Passed over: {fault}")
-        return path, checkpoint.load(path)
-    except CheckpointError as error:
+        found, content, faults = find_checkpoint(path)
+    except ConfigError as error:
         raise ConfigError(f"resume: {error}") from error
+    for fault in faults:
+        print(f"Passed over: {fault}")
+    return found, content

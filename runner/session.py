@@ -16,17 +16,17 @@ from typing import Any
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
 from runner.commands import HELP, Commands, describe_events, describe_time
-from runner.config import ConfigError
+from runner.config import flatten
 from runner.console import Console
+from runner.evaluate import measure
+from runner.export import facts_of, last_evaluation, write
+from runner.mistakes import ConfigError
 from runner.run_record import RunRecord
 from runner.saver import Saver
 from runner.tracking import Tracker
-from runner.utils import io
 from runner.utils.agenda import Action
-from runner.utils.distributed import generator_of
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop, Stop
-from runner.utils.utils import mix
 
 SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
@@ -79,6 +79,7 @@ class Session:
         self.evaluated: tuple[int, float] | None = None  # the step of the last evaluation, and its deciding metric
         self.reason: str | None = None  # the signal that ended it
         self.best: dict[str, Any] | None = None
+        self.evaluation: dict[str, Any] | None = None
         self._next_line = time.monotonic() + _LINE_EVERY_S
         self.inbox = Commands(self._answer)
         self.loop = self._make_loop(console)
@@ -166,7 +167,7 @@ class Session:
             kind = type(engine.module).__name__
             self.log.info("%s: %s, %s parameters%s, on %s", name, kind, f"{total:,}", frozen, engine.device)
         self.log.info("%d steps into %s", self.experiment.trainer.steps, self.folder)
-        self.tracker.hparams(dict(_flatten(self.experiment.settings)))
+        self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -221,12 +222,14 @@ class Session:
         facts = saved.pop(FACTS)
         try:
             self.engines.load_state_dict(saved)
-            self.experiment.batches.load_state_dict(facts["batches"])
+            note = self.experiment.load_stream(facts["batches"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
         self.inbox.load_state_dict(facts["commands"])
-        self.best = facts["best"]
+        self.best, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
+        if note:
+            self.log.warning("%s", note)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
     def evaluate(self) -> None:
@@ -235,20 +238,20 @@ class Session:
         if experiment.evaluation is None:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
-        generator_of(self.engines.device).manual_seed(mix(experiment.seed, step, -1))
-        values: dict[str, Any] = self.engines.evaluate(experiment.evaluation, lambda: self.loop.is_stopping)
-        if experiment.report is not None:
-            values |= self.engines.report(experiment.report, experiment.evaluation.dataset)
-        numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
+        numbers, shown = measure(
+            self.engines, experiment.evaluation, experiment.report,
+            seed=experiment.seed, step=step, is_cut=lambda: self.loop.is_stopping,
+        )  # fmt: skip
+        self.evaluation = {"step": step, **numbers}
         with _told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        for name, value in values.items():
+        for name, value in shown.items():
             if isinstance(value, str):
-                self.tracker.text(step, f"eval/{name}", value)
-                self.log.info("eval/%s:\n%s", name, value)
-            elif f"eval/{name}" not in numbers:
-                self.tracker.image(step, f"eval/{name}", value)
+                self.tracker.text(step, name, value)
+                self.log.info("%s:\n%s", name, value)
+            else:
+                self.tracker.image(step, name, value)
         self._keep_best(step, numbers)
 
     def _keep_best(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -265,10 +268,9 @@ class Session:
             self.record.update(last_step=step, best=self.best)
 
     def export(self) -> None:
-        """Writes each engine's weights alone."""
-        for name, state in self.engines.export_states().items():
-            path = self.folder / "exports" / f"{name}.safetensors"
-            io.save(state, path, {"step": str(self.loop.step)})
+        """Writes each engine's weights, with what they are from."""
+        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best, self.evaluation)
+        for path in write(self.engines, self.folder / "exports", facts):
             self.log.info("Exported %s", path)
 
     def _quit(self, _: Any) -> None:
@@ -291,18 +293,3 @@ def _told(what: str, as_error: type[Exception]) -> Iterator[None]:
     except OSError as error:
         remedy = "what was saved before is whole: make room or the folder writable, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)
-
-
-def _flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Yields the dotted keys of a plain config with values that TensorBoard shows."""
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from _flatten(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, (bool, int, float, str)):
-        yield key, node
-    else:
-        yield key, str(node)

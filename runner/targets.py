@@ -8,11 +8,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-from omegaconf import DictConfig
-
-from runner.config import ConfigError, nearest, to_plain
+from runner.mistakes import ConfigError, nearest
 
 # How many arguments each role's target is given by position, beside its YAML.
 _ROLES = {
@@ -36,13 +35,13 @@ _EXTRAS = {
 }
 
 
-def check_targets(cfg: DictConfig) -> None:
-    """Checks that each `_target_` can be imported and takes the arguments it is given.
+def check_targets(plain: dict[str, Any]) -> None:
+    """Checks that each `_target_` of a resolved config can be imported and takes the arguments it is given.
 
     Raises:
         ConfigError: with every mistake, a line each.
     """
-    mistakes = [m for key, node, num_given in _targets(to_plain(cfg)) for m in _mistakes(key, node, num_given)]
+    mistakes = [m for key, node, num_given in _targets(plain) for m in _mistakes(key, node, num_given)]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
@@ -100,6 +99,16 @@ def locate(path: str) -> Any:
     Raises:
         ImportError: saying which part is not there, and what is.
     """
+    found, attributes = find_module(path)
+    return _descend(found, found.__name__, attributes)
+
+
+def find_module(path: str) -> tuple[ModuleType, list[str]]:
+    """Returns the innermost module of a dotted path, imported, and the attributes that lead on from it.
+
+    Raises:
+        ImportError: saying which part is not there.
+    """
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         name = ".".join(parts[:length])
@@ -109,7 +118,7 @@ def locate(path: str) -> Any:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                 raise ImportError(f"importing {name} failed: {error}{_extra(error.name)}") from error
             continue
-        return _descend(found, name, parts[length:])
+        return found, parts[length:]
     raise ImportError(
         f"there is no module {parts[0]!r}{_extra(parts[0])}; check the spelling, or start where Python finds it"
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,36 @@ class Project:
 @pytest.fixture
 def project(tmp_path):
     return Project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run of 12 steps with checkpoints at 4, 8 and 12 and a live export: for `trained` to copy."""
+    project = Project(tmp_path_factory.mktemp("finished"))
+    project.run("hydra.run.dir=run", "trainer.export_every=12", "trainer.eval_every=4")
+    return project.folder / "run"
+
+
+@pytest.fixture
+def trained(finished_run, project):
+    """A project with a finished run in its folder `run`."""
+    shutil.copytree(finished_run, project.folder / "run")
+    return project
+
+
+@pytest.fixture
+def at_home(trained, monkeypatch):
+    """The same, where this process stands, its module `own` importable and not imported yet."""
+    monkeypatch.chdir(trained.folder)
+    monkeypatch.syspath_prepend(trained.folder)
+    for name in ("own", "evil"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield trained
+    for name in ("own", "evil"):
+        sys.modules.pop(name, None)
+
+
+CANARY = "import pathlib\npathlib.Path('canary').touch()\n\n\nclass Evil:\n    pass\n"
 
 
 def read_metrics(folder):

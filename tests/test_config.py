@@ -5,8 +5,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from runner import config
-from runner.config import ConfigError
+from runner import config, mistakes
+from runner.mistakes import ConfigError
 
 config.register()
 
@@ -21,7 +21,7 @@ def told(*overrides):
     try:
         config.check(composed(*overrides))
     except Exception as error:
-        return config.explain(error) or f"not explained: {error}"
+        return mistakes.explain(error) or f"not explained: {error}"
     raise AssertionError(f"{overrides} was accepted")
 
 
@@ -59,7 +59,7 @@ def test_several_mistakes_are_told_at_once():
 
 
 def test_an_error_that_is_no_config_mistake_is_not_explained():
-    assert config.explain(RuntimeError("in the user's model")) is None
+    assert mistakes.explain(RuntimeError("in the user's model")) is None
 
 
 def test_every_choice_of_every_group_composes_and_passes():
@@ -91,7 +91,7 @@ def test_a_config_error_of_omegaconf_alone_is_explained_too():
     cfg = OmegaConf.create({"a": "${b}"})
     with pytest.raises(Exception, match="b") as caught:
         _ = cfg.a
-    assert "b" in (config.explain(caught.value) or "")
+    assert "b" in (mistakes.explain(caught.value) or "")
 
 
 def test_composing_does_not_import_torch():

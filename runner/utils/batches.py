@@ -132,6 +132,23 @@ class Batches:
             self._sampler.load_state_dict(mark[0])
             self._num_samples = 0
 
+    def start_epoch_after(self, state: Mapping[str, Any]) -> None:
+        """Moves to the first epoch of which a saved position had taken nothing; the ordinal goes on.
+
+        For a state that this sampler refuses: of another length, seed or setting.
+
+        Raises:
+            TypeError, ValueError: the state or this sampler's own has no epoch and position.
+        """
+        where = "Batches.start_epoch_after"
+        own, saved = dict(self._sampler.state_dict()), dict(state["sampler"])
+        for name in ("epoch", "position"):
+            if name not in own:
+                raise ValueError(f"{where}: this sampler has no {name} to start at, only {list(own)}.")
+            own[name] = checked_int(f"{where}: {name}", saved.get(name), 0)
+        moved = own | {"epoch": own["epoch"] + (own["position"] > 0), "position": 0}
+        self.load_state_dict({"sampler": moved, "ordinal": state["ordinal"]})
+
     def close(self) -> None:
         """Ends the workers and drops what they prefetched; `next` goes on from the batch delivered last."""
         stream, self._stream = self._stream, None

@@ -178,3 +178,43 @@ def test_closing_twice_is_as_closing_once_and_the_stream_goes_on():
 def test_torch_collates_by_default():
     batch = next(Batches([{"x": float(i)} for i in range(4)], OrderedSampler(4), 4))
     assert batch["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_data_of_another_length_begins_with_the_next_epoch_while_the_ordinal_goes_on(kind):
+    before, after = make(kind, 11), make(kind, 17)
+    take(before, 2)
+    state = before.state_dict()
+    with pytest.raises(ValueError, match="17"):
+        after.load_state_dict(state)
+    after.start_epoch_after(state)
+    moved = after.state_dict()
+    assert (moved["sampler"]["epoch"], moved["sampler"]["position"]) == (1, 0)
+    assert (after.num_samples_total, moved["ordinal"]) == (before.num_samples_total, state["ordinal"])
+    expected, _ = SAMPLERS[kind](17)
+    expected.load_state_dict(moved["sampler"])
+    indices = [index for batch in take(after, 2) for index, *_ in batch]
+    assert indices == list(np.concatenate([np.atleast_1d(item) for item in expected]))[: len(indices)]
+
+
+def test_an_epoch_of_which_nothing_was_taken_is_not_left_out():
+    before, after = make("random", 12), make("random", 8)
+    take(before, 3)
+    after.start_epoch_after(before.state_dict())
+    assert after.epoch == before.epoch == 1
+
+
+def test_a_sampler_without_an_epoch_has_no_next_one():
+    with pytest.raises(ValueError, match="has no epoch to start at"):
+        Batches(Noisy(3), Bare(), 1).start_epoch_after({"sampler": {}, "ordinal": 0})
+
+
+class Bare:
+    def __iter__(self):
+        return iter([0])
+
+    def state_dict(self):
+        return {"place": 0}
+
+    def load_state_dict(self, state):
+        pass

@@ -1,0 +1,102 @@
+"""`python -m runner.evaluate RUN_OR_CHECKPOINT_OR_EXPORT`: prints the evaluation of a saved model.
+
+Owns how a model is evaluated, in a run and after it, so that both give the same numbers. Must not import torch at the
+top: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.mistakes import ConfigError, told_in_one_message
+
+if TYPE_CHECKING:
+    from runner.build import EvaluationData, Report
+    from runner.engines import Engines
+    from runner.saved import Saved
+
+_HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
+
+
+def measure(
+    engines: Engines,
+    evaluation: EvaluationData,
+    report: Report | None,
+    *,
+    seed: int,
+    step: int,
+    is_cut: Callable[[], bool] = bool,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns an evaluation's numbers by `eval/<name>`, and the texts and pictures of its report likewise.
+
+    What is drawn at random on the way depends on seed and step alone.
+
+    Raises:
+        InterruptedError: where `is_cut`, asked before each batch, said so.
+        ValueError: there is no batch.
+    """
+    from runner.utils.distributed import generator_of
+    from runner.utils.utils import mix
+
+    generator_of(engines.device).manual_seed(mix(seed, step, -1))
+    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut))
+    if report is not None:
+        values |= engines.report(report, evaluation.dataset)
+    numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
+    return numbers, {f"eval/{k}": v for k, v in values.items() if not isinstance(v, (int, float))}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)
+
+
+def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the numbers, texts and pictures of a saved model's evaluation.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on, or something can't be built.
+    """
+    from runner import build
+
+    plain = saved.plain
+    if plain["data"]["eval"] is None:
+        raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
+    saved.check("data.eval", "data.collate", "report")
+    engines = saved.build_engines(build.build_device(plain))
+    evaluation, report = build.build_evaluation(plain), build.build_report(plain)
+    assert evaluation is not None
+    try:
+        return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
+    except ValueError as error:
+        raise ConfigError(f"{saved.path}: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    parser = argparse.ArgumentParser(prog="python -m runner.evaluate", description="Evaluates a saved model.")
+    parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT_OR_EXPORT", type=Path, help="a folder, or an exported file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")
+    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
+    given = parser.parse_intermixed_args(arguments)
+    prefixes = [each for each in given.allow_targets.split(",") if each]
+    with told_in_one_message():
+        from runner import saved
+
+        opening = saved.open_export if given.saved.is_file() else saved.open_saved
+        found = opening(given.saved, given.overrides, prefixes)
+        for note in found.notes:
+            print(note, file=sys.stderr)
+        numbers, shown = evaluate(found)
+    for name, number in numbers.items():
+        print(name, number)
+    for name, text in shown.items():
+        if isinstance(text, str):
+            print(f"{name}:\n{text}")
+
+
+if __name__ == "__main__":
+    main()

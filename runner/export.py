@@ -1,0 +1,161 @@
+"""`python -m runner.export RUN_OR_CHECKPOINT`: one SafeTensors file an engine, its metadata telling where it is from.
+
+Owns what an exported file holds, written in a run or after it. Must not import torch at the top: `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.mistakes import ConfigError, told_in_one_message
+from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from runner.engines import Engines
+    from runner.saved import Saved
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
+
+
+def write(engines: Engines, folder: Path, facts: Mapping[str, str], dtype: torch.dtype | None = None) -> list[Path]:
+    """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
+
+    Args:
+        facts: the metadata, beside the engine's name.
+        dtype: of the floating-point tensors; None leaves each its own.
+    Raises:
+        ValueError: a number that the dtype can't hold.
+    """
+    from runner.utils import io
+
+    paths = []
+    for name, state in engines.export_states().items():
+        path = folder / f"{name}.safetensors"
+        tied = _tie(engines[name].module.state_dict(), state)
+        io.save(_cast(tied, dtype), path, {**facts, "engine": name})
+        paths.append(path)
+    return paths
+
+
+def _tie(live: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a copied state in which what shared memory is one tensor again."""
+    first: dict[tuple[Any, ...], str] = {}
+    tied = {}
+    for name in state:
+        own = live[name]
+        view = (own.untyped_storage().data_ptr(), own.storage_offset(), own.shape, own.stride(), own.dtype)
+        tied[name] = state[first.setdefault(view, name) if own.numel() else name]
+    return tied
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if dtype is None:
+        return dict(state)
+    cast: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if id(tensor) in cast or not tensor.is_floating_point():
+            continue
+        cast[id(tensor)] = tensor.to(dtype)
+        if not cast[id(tensor)].isfinite().eq(tensor.isfinite()).all():
+            raise ValueError(f"{name}: holds a number that {dtype} can't; take bf16 or fp32")
+    return {name: cast.get(id(tensor), tensor) for name, tensor in state.items()}
+
+
+def facts_of(
+    plain: Mapping[str, Any], run: Path, step: int, best: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Returns what an exported file tells of where it is from: config, step, commit, metrics and the runner's version.
+
+    Args:
+        plain: the resolved config.
+        evaluation: the newest one's step and numbers.
+    """
+    config = {key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE}
+    finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
+    return {
+        "config": json.dumps(config, default=str),
+        "step": str(step),
+        "commit": str((read_record(run).get("git") or {}).get("commit") or ""),
+        "metrics": json.dumps({"best": best, "evaluation": finite or None}),
+        "runner_version": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("runner")
+    except metadata.PackageNotFoundError:  # it runs from its source
+        return ""
+
+
+def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
+    """Returns the step and numbers of the newest evaluation up to a step, as metrics.jsonl has it; None without one."""
+    path = run / "metrics.jsonl"
+    found = None
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            numbers = {key: value for key, value in values.items() if key.startswith("eval/")}
+            if numbers and values["step"] <= step:
+                found = {"step": values["step"], **numbers}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # torn by a kill in the middle of a write
+    return found
+
+
+def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -> list[Path]:
+    """Writes a saved model's exports, by default beside its run's checkpoints; returns the paths.
+
+    Raises:
+        ConfigError: its engines can't be built, or its numbers not be held by the dtype.
+    """
+    import torch
+
+    from runner import build
+
+    assert saved.run is not None
+    saved.check()
+    try:
+        device = build.build_device(saved.plain)
+    except ConfigError:  # another machine's: weights can be written anywhere
+        device = torch.device("cpu")
+    engines = saved.build_engines(device)
+    evaluation = last_evaluation(saved.run, saved.step)
+    facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation)
+    try:
+        return write(engines, folder or saved.run / "exports", facts, getattr(torch, DTYPES[dtype]) if dtype else None)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
+    parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
+    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the floating-point tensors; by default their own")
+    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
+    given = parser.parse_args(arguments)
+    with told_in_one_message():
+        from runner import saved
+
+        found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])
+        for note in found.notes:
+            print(note, file=sys.stderr)
+        for path in export(found, given.output, given.dtype):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What lies in a run's folder, read again: its config and overrides as they stand, its newest whole state, its record.
+
+Owns where each lies and what is told when it is not whole. Believes nothing of it: that is `trust`'s. Must not import
+torch at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from runner import mistakes
+from runner.mistakes import ConfigError
+
+OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets")  # never taken over from a run's config
+
+
+def find_run(path: Path) -> Path:
+    """Returns the run's folder of a run's folder or of one of its checkpoints.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if (path / "checkpoints").is_dir():
+        return path
+    if re.fullmatch(r"step_\d{8,}", path.resolve().name) and path.is_dir():
+        return path.resolve().parent.parent
+    raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Returns a run's own config, unresolved.
+
+    Raises:
+        ConfigError: it is not there or can't be read.
+    """
+    content = _read_yaml(run / ".hydra" / "config.yaml")
+    if not isinstance(content, dict) or "hydra" in content:
+        raise ConfigError(f"{run / '.hydra' / 'config.yaml'}: not the config of a run")
+    return {str(key): value for key, value in content.items()}
+
+
+def read_overrides(run: Path) -> list[str]:
+    """Returns the overrides that a run was last started with; none where no file tells."""
+    path = run / ".hydra" / "overrides.yaml"
+    content = _read_yaml(path) if path.is_file() else []
+    if not isinstance(content, list):
+        raise ConfigError(f"{path}: not the overrides of a run")
+    return [str(override) for override in content]
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; the run's folder is not whole") from None
+    except Exception as error:  # of YAML, of its encoding, of the disk
+        raise ConfigError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
+
+
+def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
+    """Puts values in the place of a config's own; a section with a schema keeps its types, and keys not given.
+
+    Raises:
+        ConfigError: a value of another type, or a key that the schema lacks.
+    """
+    try:
+        with read_write(cfg):
+            for key, value in values.items():
+                if is_dataclass(OmegaConf.get_type(cfg, key)) and isinstance(value, Mapping):
+                    put(cfg[key], value)
+                else:
+                    cfg[key] = value
+    except Exception as error:
+        if isinstance(error, ConfigError) or (message := mistakes.explain(error)) is None:
+            raise
+        raise ConfigError(message) from error
+
+
+def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """Returns a checkpoint, or a run's newest whole one, with its content and why newer ones were passed over.
+
+    Raises:
+        ConfigError: it is not whole, naming file and check; or the run has none that is.
+    """
+    from runner import checkpoint
+
+    faults: list[str] = []
+    try:
+        if (path / "checkpoints").is_dir():
+            newest, faults = checkpoint.Checkpoints(path / "checkpoints").newest()
+            if newest is None:
+                raise ConfigError(f"{path} has no whole checkpoint. {' '.join(faults)}")
+            path = newest
+        return path, checkpoint.load(path), faults
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Returns a run's run.json; nothing where it is not there or can't be read."""
+    try:
+        record = json.loads((run / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_crashed(record: Mapping[str, Any]) -> bool:
+    """Says whether a run.json says running while its process, of this host, is gone."""
+    pid = record.get("pid")
+    if record.get("status") != "running" or record.get("host") != socket.gethostname():
+        return False
+    if type(pid) is not int or pid < 1:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        return False
+    return False

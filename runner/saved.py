@@ -1,0 +1,187 @@
+"""A run, a checkpoint or an export, opened to be evaluated or exported: checked first, then built without its training.
+
+Owns the way from a path to a config that may be built, and to engines with the saved weights. Must not import torch at
+the top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from runner import config, run_folder, trust
+from runner.mistakes import ConfigError
+from runner.trust import Trust
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.engines import Engines
+
+SUFFIX = ".safetensors"
+_REMEDY = "--allow-targets {}"
+_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint or an export, opened: its config is checked by its letters, and nothing of it is imported yet.
+
+    `plain` is the resolved config. `parts` holds the weights by engine, with `<engine>.optimizer` where there is more.
+    `engine` is the one of an export. `notes` are what its reader should know.
+    """
+
+    path: Path
+    run: Path | None
+    plain: dict[str, Any]
+    trust: Trust
+    step: int
+    parts: dict[str, Any]
+    best: dict[str, Any] | None = None
+    engine: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, *roles: str) -> None:
+        """Imports what the engines and these roles name, and checks it; the other roles are left alone.
+
+        Raises:
+            ConfigError: a target that is not what its name says, not there, or takes other arguments.
+        """
+        from runner.targets import check_targets
+
+        wanted = (*_BUILDS_ENGINES, *roles)
+        used: dict[str, Any] = {key: value if key in wanted else None for key, value in self.plain.items()}
+        used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
+        if self.engine is not None:
+            used |= {"optimizer": None, "scheduler": None}
+        trust.check_objects(used, self.trust)
+        check_targets(used)
+
+    def build_engines(self, device: torch.device) -> Engines:
+        """Returns the engines with their saved weights, and what trained them where evaluation needs it.
+
+        Raises:
+            ConfigError: they can't be built, or the weights are of others.
+        """
+        from runner import build
+
+        engines = build.build_engines(self.plain, device, is_trained=self.engine is None)
+        try:
+            if self.engine is None:
+                engines.load_state_dict(self.parts)
+            else:
+                engines[self.engine].module.load_state_dict(self.parts[self.engine])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{self.path}: {error}") from error
+        return engines
+
+
+def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:
+    """Opens a run's folder (at its newest whole checkpoint) or a checkpoint, with overrides set on the run's config.
+
+    Args:
+        prefixes: modules that the config may name, beside the runner's and torch.nn.
+    Raises:
+        ConfigError: it is neither, is not whole, or its config names what it may not.
+    """
+    run = run_folder.find_run(path)
+    plain, trusted = _check_config(run_folder.read_config(run), run / ".hydra" / "config.yaml", overrides, prefixes)
+    found, content, faults = run_folder.find_checkpoint(path)
+    try:
+        trainer = content.pop("trainer")
+        step, best = int(trainer["loop"]["step"]), trainer["best"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{found}: it tells no step ({error})") from error
+    notes = [f"Passed over: {fault}" for fault in faults]
+    record = run_folder.read_record(run)
+    if run_folder.is_crashed(record):
+        notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
+    return Saved(found, run, plain, trusted, step, content, best, None, notes)
+
+
+def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:
+    """Opens an exported file by the config in its metadata, for the one engine that it holds.
+
+    Raises:
+        ConfigError: it is no export, is broken, or its config names what it may not.
+    """
+    from runner.utils import io
+
+    if path.suffix != SUFFIX:
+        raise ConfigError(f"{path}: neither a run folder, nor a checkpoint, nor an export (a {SUFFIX} file)")
+    try:
+        facts, weights = io.read_metadata(path), io.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    raw, name, step = _read_facts(facts, path)
+    plain, trusted = _check_config(raw, path, overrides, prefixes)
+    engines = plain["engines"] or {"model": {}}
+    if name not in engines:
+        raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
+    own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
+    plain["engines"] = {name: own} if plain["engines"] else {}
+    return Saved(path, None, plain, trusted, step, {name: weights}, engine=name)
+
+
+def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:
+    """Returns the config, engine and step that an export's metadata tells."""
+    try:
+        raw, name, step = json.loads(facts["config"]), facts["engine"], int(facts["step"])
+        if isinstance(raw, dict):
+            return raw, name, step
+        mistake = "its config is no mapping"
+    except KeyError as error:
+        mistake = f"it has no {error}"
+    except (ValueError, RecursionError) as error:
+        mistake = f"it can't be read ({error})"
+    raise ConfigError(f"{path}: no export of python -m runner.export: in its metadata, {mistake}")
+
+
+def _check_config(
+    raw: dict[str, Any], source: Path, overrides: Sequence[str], prefixes: Sequence[str]
+) -> tuple[dict[str, Any], Trust]:
+    """Returns the resolved config of a file with overrides set on it, once nothing it names is out of bounds."""
+    config.register()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        cfg = compose("config")
+    typed = OmegaConf.create({})
+    for override in overrides:
+        _set(typed, override, is_new=True)
+    own = _container(typed)
+    trusted = Trust(source, [*prefixes, *own.get("allow_targets", [])], [own], _REMEDY)
+    trust.check_interpolations(raw, trusted)
+    run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.OF_THE_COMMAND_LINE})
+    for override in overrides:
+        _set(cfg, override)
+    config.check(cfg)
+    plain = config.to_plain(cfg)
+    trust.check_resolved(plain, trusted)
+    return plain, trusted
+
+
+def _container(cfg: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _set(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
+    """Sets one `key=value`, or adds a `+key=value`, as Hydra reads them."""
+    override = OverridesParser.create().parse_override(text)
+    key, value = override.key_or_group, override.value()
+    if override.is_delete() or override.is_sweep_override() or override.package or "/" in key:
+        raise ConfigError(f"{text}: expected key=value")
+    if not is_new and isinstance(value, str) and OmegaConf.is_dict(OmegaConf.select(cfg, key)):
+        raise ConfigError(f"{text}: a choice of conf/ can't be made here; set its keys, or {key}={{_target_: ...}}")
+    is_added = is_new or override.is_add() or override.is_force_add()
+    is_whole = isinstance(value, dict) and "_target_" in value  # no argument of what it replaces is kept
+    OmegaConf.update(cfg, key, value, merge=not is_whole, force_add=is_added)

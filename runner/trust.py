@@ -1,0 +1,198 @@
+"""What a config that came out of a file may name: the file is a stranger's, until its user says otherwise.
+
+Owns the allow-list: strings are checked before anything of theirs is imported, what they turn out to be before it is
+called. It holds whatever Hydra's own list of blocked targets says. Must not import torch at the top.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hydra.utils import get_object
+
+from runner.mistakes import ConfigError
+from runner.targets import find_module
+
+BUILT_IN = ("runner.examples", "runner.engines", "runner.utils.sampler", "torch.nn", "torch.optim")
+SHIPPED = ("bitsandbytes.optim.AdamW8bit", "prodigyopt.Prodigy", "schedulefree.AdamWScheduleFree")  # what conf/ names
+_MAKERS = (
+    "runner.engines.optimizers",
+    "runner.engines.schedulers",
+)  # the built-in modules whose functions may be called
+_DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
+_HARMLESS = re.compile(r"\$\{(?:(?:now|run_label):[^${}]*|[^:${}]*)\}")  # a path, or a resolver that tells nothing
+_INDIRECT = (*sys.stdlib_module_names, "hydra")  # what these do, their arguments decide
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What one config may name, beside what the runner brings.
+
+    Args:
+        source: the file that the config stands in.
+        prefixes: modules that the user trusts, with all that is in them.
+        own: the user's own config, unresolved or not: what stands there, letter for letter, is trusted as well.
+        remedy: how more is allowed, with `{}` for the prefixes.
+    """
+
+    source: Path
+    prefixes: Sequence[str] = ()
+    own: Sequence[Mapping[str, Any]] = ()
+    remedy: str = "allow_targets=[{}]"
+
+    def is_own(self, node: Mapping[str, Any]) -> bool:
+        """Says whether the user's own config names the node's target; if that loads anything, with its arguments."""
+        target = node["_target_"]
+        owned = [each for config in self.own for _, each in _walk(config) if _is_node(each)]
+        if str(target).partition(".")[0] in _INDIRECT:
+            return node in owned
+        return any(each["_target_"] == target for each in owned)
+
+    def is_own_value(self, key: str, value: str) -> bool:
+        """Says whether the user's own config has that value at that key."""
+        return any((key, value) in [pair for pair in _walk(config) if isinstance(pair[1], str)] for config in self.own)
+
+
+def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
+    """Checks that an unresolved config reads nothing but itself: `${oc.env:SECRET}` would tell what the machine knows.
+
+    Raises:
+        ConfigError: naming every key with another resolver.
+    """
+    found = [
+        f"{key}={value}: a resolver other than now or run_label"
+        for key, value in _walk(config)
+        if isinstance(value, str) and reads_elsewhere(value) and not trust.is_own_value(key, value)
+    ]
+    if found:
+        raise ConfigError(_told(trust, found, "Where you want it, set that key on this command line"))
+
+
+def reads_elsewhere(text: str) -> bool:
+    """Says whether a text interpolates more than plain nodes, `now:` and `run_label:`."""
+    while (shorter := _HARMLESS.sub("", text)) != text:
+        text = shorter
+    return "${" in text
+
+
+def check_resolved(config: Mapping[str, Any], trust: Trust) -> None:
+    """Checks a resolved config before it is built: nothing in it is left to resolve, and it names what it may.
+
+    Raises:
+        ConfigError: naming every key, value and reason, the file, and the remedy.
+    """
+    left = [(key, text) for key, text in _walk(config) if isinstance(text, str) and "${" in text]
+    refused = [f"{key}={text}: still an interpolation once resolved" for key, text in left]
+    if any(not trust.is_own_value(key, text) for key, text in left):
+        raise ConfigError(_told(trust, refused, "Where you want it, set that key on this command line"))
+    check_names(config, trust)
+
+
+def check_names(config: Mapping[str, Any], trust: Trust) -> None:
+    """Checks every `_target_` by its letters; imports nothing.
+
+    Raises:
+        ConfigError: naming every key, target and reason, the file, and the remedy.
+    """
+    refused, roots = [], []
+    for key, node in _walk(config):
+        reason = _refuse_name(node, trust) if _is_node(node) else None
+        if reason:
+            refused.append(f"{key}._target_={node['_target_']}: {reason}")
+            roots += [str(node["_target_"]).partition(".")[0]]
+    if refused:
+        raise ConfigError(_told(trust, refused, _remedy(trust, roots)))
+
+
+def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
+    """Checks that each target, imported now, is really one of an allowed module's; calls nothing.
+
+    Run it after `check_names`, on what is to be built. A target that can't be imported is told elsewhere.
+
+    Raises:
+        ConfigError: naming every key, target and reason, and the file.
+    """
+    nodes = [(key, node) for key, node in _walk(config) if _is_node(node) and not trust.is_own(node)]
+    reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
+    refused = [f"{key}._target_={target}: {reason}" for key, target, reason in reasons if reason]
+    if refused:
+        raise ConfigError(_told(trust, refused, None))
+
+
+def _refuse_name(node: Mapping[str, Any], trust: Trust) -> str | None:
+    target = node["_target_"]
+    if not isinstance(target, str):
+        return "expected the dotted path of a class or function"
+    if trust.is_own(node) or target in SHIPPED:
+        return None
+    if not _DOTTED.fullmatch(target):
+        return "expected the dotted path of a class or function"
+    return None if is_under(target, (*BUILT_IN, *trust.prefixes)) else "its module is not on the allow-list"
+
+
+def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
+    if target in prefixes:
+        return None
+    try:
+        found, attributes = find_module(target)
+    except ImportError:
+        return None
+    for attribute in attributes:
+        if not hasattr(found, attribute):
+            return None
+        found = getattr(found, attribute)
+        if isinstance(found, ModuleType):
+            return f"it goes through the module {found.__name__}"
+    try:
+        found = get_object(target)  # what Hydra will call
+    except Exception as error:
+        return f"Hydra refuses it: {str(error).splitlines()[0]}"
+    module = getattr(found, "__module__", None)
+    if isinstance(module, str) and is_under(module, prefixes):
+        return None
+    if target not in SHIPPED and not (isinstance(module, str) and is_under(module, BUILT_IN)):
+        return f"what it names is defined in {module}, which is not on the allow-list"
+    if not _is_harmless(found, str(module)):
+        return "expected a class: a module, an optimizer, a schedule, or one of the runner's examples and samplers"
+    return None
+
+
+def _is_harmless(found: Any, module: str) -> bool:
+    if is_under(module, ["runner"]):
+        return isinstance(found, type) or (module in _MAKERS and vars(sys.modules[module]).get(found.__name__) is found)
+    from torch import nn, optim
+
+    return isinstance(found, type) and issubclass(found, (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler))
+
+
+def is_under(path: str, prefixes: Sequence[str]) -> bool:
+    """Says whether a dotted path is a prefix or lies under one: `own` has `own` and `own.a`, not `owner.a`."""
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every value of a nest with its dotted key, the nest itself first."""
+    yield key, value
+    children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        yield from _walk(child, f"{key}.{name}".lstrip("."))
+
+
+def _remedy(trust: Trust, roots: list[str]) -> str | None:
+    trusted = sorted({root for root in roots if re.fullmatch(r"\w+", root)}.difference(_INDIRECT, ["runner", "torch"]))
+    return f"If you trust that file and what is named: {trust.remedy.format(','.join(trusted))}" if trusted else None
+
+
+def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
+    head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
+    return "\n".join([head, *(f"  {line}" for line in refused), *([remedy] if remedy else [])])

@@ -1,0 +1,96 @@
+import pytest
+
+from runner import changes
+from runner.mistakes import ConfigError
+
+SAVED = {
+    "seed": 0,
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.003, "foo": 1},
+    "trainer": {"steps": 12, "precision": "fp32"},
+    "engines": {},
+    "report": None,
+}
+# What the YAML files say by now: another rate, one argument less, more steps.
+COMPOSED = SAVED | {
+    "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.1},
+    "trainer": {"steps": 99, "precision": "fp32"},
+}
+
+
+def applied(beside, *typed):
+    return changes.apply(SAVED, COMPOSED, COMPOSED | beside, list(typed))
+
+
+def test_a_yaml_that_changed_since_changes_nothing():
+    assert applied({}) == SAVED
+
+
+def test_a_value_typed_is_taken_and_what_stands_beside_it_stays():
+    wanted = applied({"optimizer": COMPOSED["optimizer"] | {"lr": 0.5}}, "optimizer.lr=0.5")
+    assert wanted["optimizer"] == SAVED["optimizer"] | {"lr": 0.5}
+    assert changes.tell(SAVED, wanted) == ["optimizer.lr: 0.003 -> 0.5"]
+
+
+def test_a_value_typed_counts_even_where_the_yaml_says_it_by_now():
+    assert applied({}, "optimizer.lr=0.1", "trainer={steps: 99}")["optimizer"]["lr"] == 0.1
+    assert applied({}, "trainer={steps: 99}")["trainer"] == {"steps": 99, "precision": "fp32"}
+
+
+def test_another_choice_of_a_group_replaces_the_node_whole():
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    wanted = applied({"optimizer": sgd}, "optimizer=sgd")
+    assert wanted["optimizer"] == sgd
+    assert "optimizer.foo: 1 -> (none)" in changes.tell(SAVED, wanted)
+
+
+def test_a_choice_that_is_the_default_by_now_is_taken_too():
+    saved = SAVED | {"optimizer": {"_target_": "torch.optim.SGD", "lr": 1.0}}
+    wanted = changes.apply(saved, COMPOSED, COMPOSED, ["optimizer=adamw", "experiment=mine"])
+    assert wanted["optimizer"] == COMPOSED["optimizer"]
+
+
+def test_a_key_added_or_deleted_is_added_or_deleted():
+    assert applied({"optimizer": COMPOSED["optimizer"] | {"eps": 1}}, "+optimizer.eps=1")["optimizer"]["eps"] == 1
+    without = {key: value for key, value in COMPOSED["optimizer"].items() if key != "lr"}
+    assert "lr" not in applied({"optimizer": without}, "~optimizer.lr")["optimizer"]
+
+
+def test_a_node_where_there_was_none_is_taken_whole():
+    report = {"_target_": "own.report", "count": 3}
+    assert applied({"report": report}, "+report.count=3")["report"] == report
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"model": {"width": 2}}, {"data": {"batch_size": 3}}, {"data": {"train": {"length": 3}}},
+        {"data": {"collate": {"_target_": "own.f"}}}, {"data": {"seed_samples": False}}, {"sampler": {"seed": 2}},
+        {"trainer": {"accumulate": 2}}, {"trainer": {"precision": "bf16"}}, {"feeder": {"_target_": "own.f"}},
+        {"optimizations": {"freeze": ["*"]}}, {"optimizer": {"_target_": "own.Other"}}, {"seed": True},
+        {"engines": {"a": {"model": 3}}}, {"engines": {"a": {"optimizer": {"_target_": "own.Other"}}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_change_that_makes_another_run_is_refused_with_its_values_and_the_remedy(change):
+    with pytest.raises(ConfigError, match=r"(?s) -> .*resume_allow_changes=true"):
+        changes.refuse({}, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": {"lr": 1}}, {"scheduler": {"_target_": "own.s", "a": 1}}, {"trainer": {"steps": 3}},
+        {"trainer": {"save_every": 3, "keep_last": 2}}, {"data": {"num_workers": 3}}, {"tracking": {"jsonl": False}},
+        {"data": {"eval": {"length": 3}}}, {"engines": {"a": {"optimizer": {"lr": 1}, "scheduler": {"a": 1}}}},
+        {"distributed": {"device": "cpu"}}, {"report": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_more_steps_another_rate_and_more_workers_are_taken(change):
+    changes.refuse({}, change)
+
+
+def test_all_that_is_refused_is_named_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        changes.refuse({"seed": 0, "model": {"width": 8}}, {"seed": 1, "model": {"width": None}})
+    assert "  seed: 0 -> 1\n  model.width: 8 -> null\n" in str(caught.value)

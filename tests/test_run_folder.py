@@ -1,0 +1,89 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from runner import config, run_folder
+from runner.mistakes import ConfigError
+
+
+def test_the_run_of_a_checkpoint_is_the_folder_it_lies_in(tmp_path):
+    step = tmp_path / "run" / "checkpoints" / "step_00000012"
+    step.mkdir(parents=True)
+    assert run_folder.find_run(step) == run_folder.find_run(tmp_path / "run") == tmp_path / "run"
+
+
+@pytest.mark.parametrize(("name", "told"), [("nothing", "no such folder"), (".", "neither a run folder nor a ")])
+def test_what_is_no_run_is_said_to_be_none(tmp_path, name, told):
+    with pytest.raises(ConfigError, match=told):
+        run_folder.find_run(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n", "a: [", "\xff\xfe", "hydra: {callbacks: {}}", "a: !!python/object/apply:os.system [touch canary]"]
+)
+def test_a_config_that_is_none_is_named_and_runs_nothing(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: "):
+        run_folder.read_config(tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_config_is_read_unresolved_and_one_that_is_missing_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
+        run_folder.read_config(tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("a: ${b}\nb: 1\n")
+    assert run_folder.read_config(tmp_path) == {"a": "${b}", "b": 1}
+    assert run_folder.read_overrides(tmp_path) == []
+
+
+def composed():
+    config.register()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return compose("config")
+
+
+def test_what_is_put_keeps_the_schemas_types_and_replaces_what_has_none():
+    cfg = composed()
+    run_folder.put(cfg, {"trainer": {"steps": "7", "precision": "bf16"}, "model": {"_target_": "own.Model"}, "seed": 3})
+    assert (cfg.trainer.steps, cfg.trainer.precision.name, cfg.seed) == (7, "bf16", 3)
+    assert cfg.trainer.log_every == 10  # what a newer schema has and the values lack
+    assert dict(cfg.model) == {"_target_": "own.Model"}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"trainer": {"stepz": 3}}, "trainer.stepz: no such key; did you mean steps"),
+        ({"trainer": {"steps": "many"}}, "trainer.steps: Value 'many'"),
+        ({"trainer": None}, "trainer"),
+        ({"seed": [1]}, "seed"),
+    ],
+)
+def test_what_does_not_fit_the_schema_is_told(values, told):
+    with pytest.raises(ConfigError, match=told):
+        run_folder.put(composed(), values)
+
+
+def test_a_run_whose_process_is_gone_has_crashed():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    record = {"status": "running", "host": socket.gethostname(), "pid": gone.pid}
+    assert run_folder.is_crashed(record)
+    for other in ({"status": "finished"}, {"host": "elsewhere"}, {"pid": os.getpid()}, {"pid": "1"}, {"pid": -1}):
+        assert not run_folder.is_crashed(record | other)
+
+
+def test_a_record_that_is_none_tells_nothing(tmp_path):
+    assert run_folder.read_record(tmp_path) == {}
+    (tmp_path / "run.json").write_text("[1]")
+    assert run_folder.read_record(tmp_path) == {}
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
+    assert run_folder.read_record(tmp_path) == {"status": "finished"}
