@@ -80,13 +80,13 @@ def _run(session: Session, record: RunRecord, log: logging.Logger) -> int:
         log.error("The run failed: %s", reason)
         raise
     finally:
-        _finish(record, status, reason, log)
+        _finish(session, record, status, reason, log)
     return STATUSES[status]
 
 
-def _finish(record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
+def _finish(session: Session, record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
     try:
-        record.finish(status, reason)
+        record.finish(status, reason, last_step=session.loop.step, best=session.best)
     except OSError as error:  # what ended the run is not to be hidden by it
         log.error("run.json can't be written: %s", error)
 

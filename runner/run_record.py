@@ -3,6 +3,7 @@
 It must not import torch, Hydra, OmegaConf, `build` or anything above.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -76,22 +77,23 @@ class RunRecord:
                 self._session["last_step"] = facts["last_step"]
             self._write()
 
-    def finish(self, status: str, reason: str | None = None) -> None:
-        """The session has ended with a status; a reason says what ended it early."""
+    def finish(self, status: str, reason: str | None = None, **facts: Any) -> None:
+        """The session has ended with a status; a reason says what ended it early; the facts are as in `update`."""
         if self._survey is not None:
             self._survey.join()
         with self._lock:
             ending = {"status": status, "reason": reason, "ended": _now()}
             self._session.update(ending)
             self._facts.update(ending)
-            self._write()
+            self.update(**facts)
 
     def _look_around(self, folder: str) -> None:
         packages = {name: _find_version(name) for name in _PACKAGES}
         git = _read_git(folder)
         with self._lock:
             self._session["git"] = git
-            self.update(packages=packages, git=git)
+            with contextlib.suppress(OSError):  # who can't write it is told by the next who writes
+                self.update(packages=packages, git=git)
 
     def _write(self) -> None:
         self._session["duration_s"] = round(time.perf_counter() - self._clock_zero, 3)

@@ -78,6 +78,7 @@ class Session:
         )
         self.evaluated: tuple[int, float] | None = None  # the step of the last evaluation, and its deciding metric
         self.reason: str | None = None  # the signal that ended it
+        self.is_new = found is None
         self.best: dict[str, Any] | None = None
         self.evaluation: dict[str, Any] | None = None
         self._next_line = time.monotonic() + _LINE_EVERY_S
@@ -136,7 +137,7 @@ class Session:
             with _lasting(), self._signals(), contextlib.closing(self.inbox), contextlib.closing(experiment.batches):
                 if experiment.tracking.stdin:
                     self.inbox.start(self.loop.step)
-                if self.loop.step == 0 and experiment.trainer.eval_at_start and experiment.evaluation:
+                if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
                     self.loop.agenda.owe("eval")
                 status = self._train()
         finally:
@@ -210,8 +211,9 @@ class Session:
         self.saver.save(step, self.engines.state_dict(), facts, metric)
 
     def _saved(self, step: int, path: Path) -> None:
-        self.record.update(last_step=step)
         self.log.info("Saved %s", path)
+        with contextlib.suppress(OSError):  # run.json tells it at the next occasion
+            self.record.update(last_step=step)
 
     def _save_failed(self, step: int, error: Exception) -> None:
         self.log.error("The checkpoint of step %d could not be written: %s", step, error)
@@ -265,12 +267,15 @@ class Session:
         self.evaluated = step, sign * numbers[name]
         if math.isfinite(numbers[name]) and (self.best is None or sign * numbers[name] < sign * self.best["value"]):
             self.best = {"name": name, "value": numbers[name], "step": step}
-            self.record.update(last_step=step, best=self.best)
+            with _told("run.json", Halt):
+                self.record.update(last_step=step, best=self.best)
 
     def export(self) -> None:
         """Writes each engine's weights, with what they are from."""
         facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best, self.evaluation)
-        for path in write(self.engines, self.folder / "exports", facts):
+        with _told("the export", Halt):
+            paths = write(self.engines, self.folder / "exports", facts)
+        for path in paths:
             self.log.info("Exported %s", path)
 
     def _quit(self, _: Any) -> None:

@@ -102,6 +102,7 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.started = []
         (folder / "own.py").write_text(MODEL)
         (folder / "conf" / "experiment").mkdir(parents=True)
         (folder / "conf" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
@@ -114,7 +115,9 @@ class Project:
         """Starts the runner, its output in one pipe."""
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
-        return subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
+        process = subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
+        self.started.append(process)
+        return process
 
     def run(self, *overrides, typed=None, status=0):
         """Runs to the end; returns what was printed."""
@@ -127,10 +130,19 @@ class Project:
     def runs(self):
         return sorted(path.parent for path in self.folder.glob("outputs/**/.hydra"))
 
+    def close(self):
+        """Leaves no process behind, however a test ended."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
 
 @pytest.fixture
 def project(tmp_path):
-    return Project(tmp_path)
+    made = Project(tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ def newest_step(folder):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_schedulers_signal_saves_and_ends_with_75(project, name):
     process = project.start(*SLOW, "data.num_workers=2", start_new_session=True)
-    wait_for_step(project, 2)
+    wait_for_step(project, 2, "run")
     os.killpg(process.pid, signal.Signals[name])  # as a scheduler may: every process of the group gets it
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 75, printed
@@ -46,7 +46,7 @@ def test_a_schedulers_signal_saves_and_ends_with_75(project, name):
 def test_a_preempted_run_that_goes_on_is_the_same_run(project):
     project.run("hydra.run.dir=whole")
     process = project.start("hydra.run.dir=cut", "+data.train.sleep_s=0.02")
-    wait_for_step(project, 3)
+    wait_for_step(project, 3, "cut")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
@@ -129,7 +129,7 @@ def test_a_step_that_went_wrong_is_discarded_whole_and_the_run_that_goes_on_is_t
     assert (record["status"], record["last_step"]) == ("failed", 5)
     assert re.search(told, record["reason"])
     assert newest_step(project.folder / "cut") == 5
-    project.run("resume=cut")
+    project.run("resume=cut", "allow_targets=[own]")
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
 
 
@@ -149,7 +149,7 @@ def test_more_steps_gone_wrong_than_may_be_left_out_end_the_run_and_it_can_go_on
     printed = run_with(project, "nan@7,11", *skip, status=1)
     assert "More steps went wrong than the 1 that may be left out" in printed
     assert newest_step(project.folder / "run") == 6
-    project.run("resume=run")
+    project.run("resume=run", "allow_targets=[own]", "trainer.max_skips=9")
     lines = [line["step"] for line in read_metrics(project.folder / "run") if "train/lr" in line]
     assert lines == list(range(1, 13))
 
@@ -165,7 +165,7 @@ def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
         "hydra.run.dir=cut", "trainer.steps=40", "trainer.eval_every=0", "trainer.save_every=40",
         "data.num_workers=2", "+data.train.sleep_s=0.01",
     )  # fmt: skip
-    wait_for_step(project, 40)  # of the whole one
+    wait_for_file(project.folder / "cut" / "metrics.jsonl")
     deadline = time.monotonic() + 30
     while (
         not (project.folder / "cut" / "metrics.jsonl").exists()
@@ -178,7 +178,7 @@ def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
     os.kill(workers[0], signal.SIGKILL)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 1, printed
-    assert re.search(rf"error: The run ends: A loader worker died .*{workers[0]}.*Killed", printed), printed
+    assert re.search(rf"error: The run ends: A loader worker died .*{workers[0]}\b", printed), printed
     assert "Traceback" not in printed
     assert newest_step(project.folder / "cut") == record_of(project.folder / "cut")["last_step"] > 0
     project.run("resume=cut", "data.num_workers=0")
@@ -190,7 +190,7 @@ def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(project):
     wait_for_file(project.folder / "run" / "checkpoints" / "step_00000001")
     before = (project.folder / "run" / ".hydra" / "overrides.yaml").read_text()
     printed = project.run("resume=run", "trainer.steps=99", status=2)
-    assert re.fullmatch(rf"run: another process runs there; process {process.pid} on .*\n", printed)
+    assert re.search(rf"/run: another process runs there; process {process.pid} on .*\n", printed)
     assert (project.folder / "run" / ".hydra" / "overrides.yaml").read_text() == before
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
@@ -215,14 +215,15 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_last_checkpoint_whole(p
             "hydra.run.dir=disk/run", "+data.train.sleep_s=0.02", "trainer.steps=500", "trainer.save_every=2"
         )
         wait_for_file(disk / "run" / "checkpoints" / "step_00000004")
-        with open(disk / "filler", "wb") as filler, contextlib.suppress(OSError):
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
                 filler.write(b"\0" * 4096)
-                filler.flush()
         printed, _ = process.communicate(timeout=60)
         assert process.returncode == 1, printed
         assert "Traceback" not in printed
-        assert re.search(r"error: The run ends: the run's numbers can't be written: .*No space left", printed), printed
+        assert re.search(
+            r"error: The run ends: (the run's numbers|run.json) can't be written: .*No space left", printed
+        ), printed
         assert newest_step(disk / "run") >= 4
         (disk / "filler").unlink()
         project.run("resume=disk/run", "trainer.steps=60", "trainer.log_every=20")
@@ -269,7 +270,7 @@ def test_a_save_that_failed_once_is_made_up_for_by_the_next(project):
 
 def test_a_run_folder_that_was_deleted_ends_the_run_and_stays_deleted(project):
     process = project.start(*SLOW)
-    wait_for_step(project, 2)
+    wait_for_step(project, 2, "run")
     shutil.rmtree(project.folder / "run")
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 1, printed

@@ -180,10 +180,10 @@ def test_any_stdin_will_do(project, redirection):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def wait_for_step(project, step):
+def wait_for_step(project, step, run="outputs/**"):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for path in project.folder.glob("outputs/**/metrics.jsonl"):
+        for path in project.folder.glob(f"{run}/metrics.jsonl"):
             lines = path.read_text().splitlines()
             if lines and any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
                 return

@@ -93,9 +93,14 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process holds it.
     """
-    with _naming(path), open(path, "a", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _naming(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        with _naming(path):
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    finally:
+        os.close(fd)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -157,8 +157,9 @@ class Loop:
             reason = explain(error, f"after step {self.step}", self.engines.device)
             if reason is None:
                 raise
-            self._save_last()
-            raise Halt(reason) from error
+            if self._stop is None:
+                self._save_last()
+                raise Halt(reason) from error
         if self._stop is None:
             return "finished"
         self._save_last()
@@ -195,6 +196,8 @@ class Loop:
         if self.engines.is_updating:
             raise Halt(f"{reason}. Its update was under way: go on from the last checkpoint", is_whole=False) from error
         self._discard(mark)
+        if self._stop is not None:  # the signal that asked for it may have ended a worker too
+            raise error
         if self._policy.on_oom == "stop" or not is_out_of_memory(error):
             raise Halt(reason) from error
         for _ in range(self.accumulate):
