@@ -30,10 +30,14 @@ def main() -> None:
         message = mistakes.explain(error)
         if wants_traceback or message is None:
             raise
-        print(message, file=sys.stderr)
+        if not getattr(error, "is_told", False):
+            print(message, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there was a run to save
+        sys.exit(130)
     finally:
         gc.enable()
+        launch.drop_unused()
         if not wants_traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 

@@ -142,7 +142,7 @@ def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bo
     defer_compiler()
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
-        parts = shared | {key: value for key, value in own.items() if value is not None}
+        parts = shared | own
         module = _make(place + "model", parts["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
@@ -162,21 +162,28 @@ def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bo
             on_nonfinite=trainer["on_nonfinite"],
             feeder=_make(place + "feeder", parts["feeder"]),
         )
+    if is_trained and not any(engine.optimizer for engine in engines.values()):
+        raise ConfigError(
+            "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
+        )
     return engines
 
 
 def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
     data = plain["data"]
     torch.manual_seed(mix(plain["seed"], -2))  # of a dataset that draws when it is made, whatever was built before
-    dataset = _make("data.train", data["train"])
-    target = locate(plain["sampler"]["_target_"])
+    dataset = _make_dataset("data.train", data["train"])
+    target, parts = locate(plain["sampler"]["_target_"]), plain["trainer"]["accumulate"]
     is_batched = "lengths" in inspect.signature(target).parameters
+    if is_batched and parts > 1:
+        remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
+        raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
     what = _lengths(dataset) if is_batched else len(dataset)
     sampler = _make("sampler", plain["sampler"], what)
     return Batches(
         dataset,
         sampler,
-        None if is_batched else data["batch_size"] // plain["trainer"]["accumulate"],
+        None if is_batched else data["batch_size"] // parts,
         seed=plain["seed"],
         num_workers=data["num_workers"],
         collate=_make("data.collate", data["collate"]),
@@ -202,7 +209,7 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
         return None
     torch.manual_seed(mix(seed, -3))
     collate = _make("data.collate", data["collate"])
-    dataset = _make("data.eval", data["eval"])
+    dataset = _make_dataset("data.eval", data["eval"])
     sample_seed = mix(seed, -1) if data["seed_samples"] else None
     return EvaluationData(dataset, data["batch_size"], data["num_workers"], collate, sample_seed)
 
@@ -220,11 +227,22 @@ def _make(key: str, node: Any, *given: Any) -> Any:
     return _explained(key, lambda: instantiate(node | later, *given, _convert_="all"))
 
 
+def _make_dataset(key: str, node: Any) -> Any:
+    dataset = _make(key, node)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        found = type(dataset).__name__
+        raise ConfigError(
+            f"{key}: expected a dataset with __len__ and __getitem__, for a position in it; found {found}"
+        )
+    if not len(dataset):
+        raise ConfigError(f"{key}: the dataset is empty")
+    return dataset
+
+
 def _explained(key: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:
         cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError, ImportError, OSError)):
-            raise ConfigError(f"{key}: {cause}") from error
-        raise
+        is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
+        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}") from error

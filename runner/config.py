@@ -155,6 +155,7 @@ _SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,
 }
+_LARGEST_SEED = 2**63 - 1
 _AT_LEAST = {
     "seed": 0,
     "data.batch_size": 1,
@@ -182,8 +183,10 @@ def check(cfg: DictConfig) -> None:
     mistakes = _unknown_keys(cfg)
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that nan is told too
             mistakes.append(f"{key}={value}: expected {least} or more")
+    if (OmegaConf.select(cfg, "seed", throw_on_missing=False) or 0) > _LARGEST_SEED:
+        mistakes.append(f"seed={cfg.seed}: expected at most {_LARGEST_SEED}")
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
@@ -217,6 +220,10 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
 
 def _batch_mistakes(cfg: DictConfig) -> list[str]:
+    has_own_models = cfg.engines and all("model" in engine for engine in cfg.engines.values())
+    needed = ["data.train", "sampler", *([] if has_own_models else ["model"])]
+    if empty := [key for key in needed if OmegaConf.select(cfg, key) is None]:
+        return [f"{key}: nothing is chosen; a run needs one" for key in empty]
     size, parts = cfg.data.batch_size, cfg.trainer.accumulate
     if size % parts:
         return [f"data.batch_size={size}: expected a multiple of trainer.accumulate={parts}, its number of parts"]

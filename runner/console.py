@@ -130,7 +130,7 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
-            self._console.print(level + self.format(record))
+            self._console.print(level + record.getMessage())  # a traceback is for log.txt
         except Exception:
             self.handleError(record)
 

@@ -45,7 +45,10 @@ def measure(
     generator_of(engines.device).manual_seed(mix(seed, step, -1))
     values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut))
     if report is not None:
-        values |= engines.report(report, evaluation.dataset)
+        shown = engines.report(report, evaluation.dataset)
+        if clash := sorted(values.keys() & shown):
+            raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
+        values |= shown
     numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
     return numbers, {f"eval/{k}": v for k, v in values.items() if not isinstance(v, (int, float))}
 

@@ -25,6 +25,7 @@ from runner.resume import Resumption
 from runner.utils.files import replace_file
 
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
+_made: Path | None = None  # the run's folder, if it was not there before
 
 
 class RunFolder(Callback):
@@ -73,19 +74,30 @@ def _claim(cfg: DictConfig, task: DictConfig) -> Path:
         if _resumption is None:
             raise ConfigError(f"resume={task.resume}: give it on the command line; it stands in a YAML file")
         return wanted
+    global _made
     folder = wanted
     for number in range(2, 1000):
+        is_there = folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=is_asked_for)
         except FileExistsError:
+            if is_asked_for:
+                raise ConfigError(f"hydra.run.dir={folder}: is a file") from None
             folder = wanted.with_name(f"{wanted.name}-{number}")  # another run of the same second
         except OSError as error:
             raise ConfigError(f"hydra.run.dir={folder}: can't be made ({error.strerror})") from error
         else:
+            _made = None if is_there else folder.resolve()
             break
     if (folder / "run.json").exists():
         raise ConfigError(f"hydra.run.dir={folder}: holds a run already; resume={folder} goes on with it")
     return folder
+
+
+def drop_unused() -> None:
+    """Removes the folder that was made for a run if none has begun in it."""
+    if _made is not None and not (_made / "run.json").exists():
+        shutil.rmtree(_made, ignore_errors=True)
 
 
 def launch(cfg: DictConfig) -> None:
@@ -99,8 +111,8 @@ def launch(cfg: DictConfig) -> None:
     try:
         status = run.run(cfg, folder, partial(_write_config, cfg, folder) if _resumption else None)
     except ConfigError as error:
-        if hydra_config.mode == RunMode.MULTIRUN:  # the other jobs go on; Hydra tells at the end
-            raise
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise _told(error) from None
         _end(error)
     if status:
         raise SystemExit(status)
@@ -131,7 +143,14 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
     except ConfigError as error:
         shutil.rmtree(folder / ".hydra", ignore_errors=True)
         folder.rmdir()
-        raise ConfigError(f"{folder.name}: {error}") from None
+        raise _told(ConfigError(f"{folder.name}: {error}")) from None
+
+
+def _told(error: ConfigError) -> ConfigError:
+    """The mistake of a sweep's job, told at once: the other jobs go on, and Hydra raises but one at the end."""
+    print(error, file=sys.stderr)
+    error.is_told = True
+    return error
 
 
 def with_resumed_overrides(arguments: list[str]) -> list[str]:

@@ -16,9 +16,13 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+_NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's own words, for model=null
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: printed as one message, without a traceback."""
+
+    is_told = False
 
 
 def nearest(name: str, choices: list[str]) -> str:
@@ -48,6 +52,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={name}: no such choice; {nearest(name, list(error.options))}"
+    if isinstance(error, ValueError) and str(error).startswith(_NULL_CHOICE):
+        return f"{error}; to leave it out, write override /GROUP: null in the defaults of an experiment"
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     cause: BaseException | None = error
@@ -67,7 +73,7 @@ def _explain_key(cause: OmegaConfBaseException, context: str) -> str:
     parent = cause.parent_node
     if not OmegaConf.is_dict(parent) or cause.key in parent:
         return f"{where}{full_key}: {message}"
-    keys = [str(key) for key in parent]
+    keys = [str(key) for key in parent] + (["experiment"] if "." not in full_key else [])
     hint = nearest(str(cause.key), keys)
     if OmegaConf.get_type(parent) is dict:
         hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."

@@ -52,7 +52,9 @@ def find(arguments: list[str]) -> Resumption | None:
     parsed = get_args_parser().parse_args(arguments)
     typed = [override for override in parsed.overrides if _key(override) != "resume"]
     given = [o.partition("=")[2].strip("'\"") for o in parsed.overrides if _key(o) == "resume"][-1]
-    if given in ("null", "") or parsed.multirun:
+    if not given:
+        raise ConfigError("resume=: expected latest, a run folder, or one of its checkpoints/step_*")
+    if given == "null" or parsed.multirun:
         return None
     experiment = next((o for o in typed if _key(o) == "experiment"), None)
     checkpoint = _latest_run(experiment) if given == "latest" else Path(given)

@@ -44,7 +44,7 @@ def run(cfg: Any, folder: Path, accept: Callable[[], None] | None = None) -> int
         try:
             experiment = build(cfg)
             found = _find(Path(cfg.resume)) if cfg.resume else None
-        except (ConfigError, KeyboardInterrupt):
+        except BaseException:
             if not cfg.resume:
                 _remove_unused(folder)
             raise
@@ -77,7 +77,7 @@ def _run(session: Session, record: RunRecord, log: logging.Logger) -> int:
         log.error("The run ends: %s", error)
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}"
-        log.error("The run failed: %s", reason)
+        log.error("The run failed: %s", reason, exc_info=True)
         raise
     finally:
         _finish(session, record, status, reason, log)

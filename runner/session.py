@@ -190,7 +190,7 @@ class Session:
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with _told("the run's numbers", Halt):
             self.tracker.log(step, values)
-        if time.monotonic() >= self._next_line:
+        if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
             shown = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values.items())
             self.log.info("Step %d of %d: %s", step, self.experiment.trainer.steps, shown)

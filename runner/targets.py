@@ -142,4 +142,4 @@ def _extra(module: str | None) -> str:
 
 def is_called_later(key: str, target: Any) -> bool:
     """Says whether a target is itself what is called, a plain function, and no maker of it."""
-    return key.endswith(_CALLED_LATER) and inspect.isfunction(target)
+    return key.endswith(_CALLED_LATER) and inspect.isroutine(target)

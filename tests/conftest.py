@@ -47,6 +47,16 @@ class Data:
         return {"x": self.x[index] + noise, "y": self.x[index].sum()[None]}
 
 
+class Raises(Model):
+    def __init__(self):
+        raise KeyError("its own mistake")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield {"x": torch.zeros(4), "y": torch.zeros(1)}
+
+
 def report(module, dataset):
     return {"words": "some `text`", "number": float(len(dataset)), "picture": torch.zeros(4, 6, 3, dtype=torch.uint8)}
 

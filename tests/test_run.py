@@ -258,6 +258,18 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["optimizations.freeze=[nothing]"], "optimizations: freeze: 'nothing' matches no parameter"),
         (["data.collate={_target_:own.no}", "+model.widht=1"], "data.collate._target_=own.no: own has no 'no'"),
+        (["optimizations.freeze=['*']"], "optimizer: nothing is left to train"),
+        (["model._target_=own.Raises"], "model: KeyError('its own mistake')"),
+        (["data.train.length=0"], "data.train: the dataset is empty"),
+        (["data.train=null"], "data.train: nothing is chosen"),
+        (["data.train._target_=own.Stream", "~data.train.length"], "data.train: expected a dataset with __len__"),
+        (["sampler=batched_ordered", "trainer.accumulate=2"], "trainer.accumulate=2: each batch of BatchedOrdered"),
+        (["seed=18446744073709551616"], "seed=18446744073709551616: expected at most"),
+        (["trainer.clip_norm=nan"], "trainer.clip_norm=nan: expected 0 or more"),
+        (["model=null"], "Config group override must be a string"),
+        (["experimnt=digits"], "did you mean experiment?"),
+        (["hydra.run.dir=own.py"], "hydra.run.dir=own.py: is a file"),
+        (["resume="], "resume=: expected latest"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -266,6 +278,56 @@ def test_a_mistake_ends_in_one_message_with_no_folder_left(project, overrides, e
     assert expected in printed
     assert "Traceback" not in printed
     assert project.runs == []
+
+
+@pytest.mark.parametrize("delay_s", [0.3, 0.7, 1.1, 1.5])
+def test_ctrl_c_while_it_starts_ends_with_130_and_leaves_nothing_half_made(project, delay_s):
+    process = project.start("trainer.eval_at_start=false", "+data.train.sleep_s=0.1")
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 or (process.returncode == -signal.SIGINT and not printed.strip()), printed
+    assert all((folder / "run.json").is_file() for folder in project.runs)
+
+
+def test_a_sweep_tells_each_job_that_fails_and_does_the_others(project):
+    printed = project.run("-m", "trainer.steps=2,0", "trainer.clip_norm=1,-1", status=2)
+    assert [name in printed for name in ("trainer.steps=0: expected", "trainer.clip_norm=-1.0: expected")] == [
+        True,
+        True,
+    ]
+    assert printed.count("trainer.clip_norm=-1.0: expected") == 2
+    (folder,) = project.runs
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(project):
+    project.run("hydra.run.dir=run", typed="quit@5\n")
+    folder = project.folder / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"}
+    for change in ("seed=5", "optimizer.lr=-1", "model.no=1", "+model.width=99"):
+        project.run("resume=run", change, status=2)
+        assert {path: path.read_bytes() for path in before} == before
+    project.run("resume=run")
+
+
+def test_going_on_from_an_earlier_checkpoint_and_dying_loses_no_number(project):
+    project.run("hydra.run.dir=run")
+    project.run("hydra.run.dir=whole")
+    fail = ("feeder={_target_: own.fail}", "resume_allow_changes=true", "trainer.eval_at_start=false")
+    project.run("resume=run/checkpoints/step_00000004", *fail, status=1)
+    project.run("resume=run", "feeder=null", "resume_allow_changes=true", "allow_targets=[own]")
+    assert_same_run(project.folder / "whole", project.folder / "run", 12)
+
+
+def test_several_engines_may_leave_out_what_the_others_have(project):
+    project.run("+engines.a={}", "+engines.teacher={optimizer: null}", "hydra.run.dir=run")
+    lines = read_metrics(project.folder / "run")
+    assert "train/a/lr" in lines[1]
+    assert "train/teacher/loss" in lines[1]
+    assert "train/teacher/lr" not in lines[1]
+    saved = [io.load(project.folder / "run" / "checkpoints" / f"step_{n:08d}" / "teacher.safetensors") for n in (4, 12)]
+    assert_equal(*saved)
 
 
 def test_all_mistakes_of_targets_are_told_at_once(project):

@@ -32,7 +32,7 @@ def read_output(module: nn.Module, output: Any) -> tuple[Tensor, dict[str, Tenso
             str(name): value for name, value in output.items()
             if isinstance(value, Tensor) and value.ndim == 0 and name not in ("loss", "tokens")
         }  # fmt: skip
-        return output["loss"], extras, int(output.get("tokens", 0))
+        return _scalar(output["loss"], module), extras, int(output.get("tokens", 0))
     loss = getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         loss = _collect_losses(module)
@@ -41,7 +41,15 @@ def read_output(module: nn.Module, output: Any) -> tuple[Tensor, dict[str, Tenso
             f"{type(module).__name__}.forward returned {_describe(output)}: expected a scalar loss, a mapping "
             "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
         )
-    return loss, {}, 0
+    return _scalar(loss, module), {}, 0
+
+
+def _scalar(loss: Any, module: nn.Module) -> Tensor:
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.reshape(()) if loss.ndim else loss
+    raise TypeError(
+        f"{type(module).__name__}.forward: its loss is a {_describe(loss)}: expected a tensor with one number"
+    )
 
 
 def _collect_losses(module: nn.Module) -> Tensor | None:

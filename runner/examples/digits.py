@@ -6,6 +6,7 @@ Imports torch only; scikit-learn and matplotlib, both extras, where they are use
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,7 @@ class HardestMistakes:
     def __init__(self, count: int = 16, columns: int = 8) -> None:
         if min(count, columns) < 1:
             raise ValueError(f"HardestMistakes: count and columns are at least 1, not {count}, {columns}")
+        require("matplotlib", find_only=True)
         self.count = count
         self.columns = columns
 
@@ -163,14 +165,16 @@ def draw(images: Tensor, labels: Tensor, chances: Tensor, columns: int) -> Figur
     return figure
 
 
-def require(name: str) -> Any:
-    """The module `name`.
+def require(name: str, find_only: bool = False) -> Any:
+    """The module `name`; with `find_only`, it is looked for and not imported.
 
     Raises:
         ImportError: it is not installed; the message names the extra that brings it.
     """
     try:
-        return importlib.import_module(name)
+        if find_only and importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name)
+        return None if find_only else importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ImportError(
             f'the digits example needs {name.partition(".")[0]}, which is not installed: pip install "runner[digits]"'
