@@ -35,6 +35,7 @@ class Saver:
         self._before_commit, self._saved, self._failed = before_commit, saved, failed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._snapshots: dict[str, Snapshot] = {}
 
     def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: float | None = None) -> None:
         """Copies the state, and has it committed; waits for a save that is still under way.
@@ -43,11 +44,16 @@ class Saver:
             TypeError, ValueError: something in it can't be stored.
         """
         self._wait()
-        snapshots = {name: Snapshot(value) for name, value in parts.items()}
+        old, self._snapshots = self._snapshots, {}
+        snapshots = {name: Snapshot(value, at_once=not old, over=old.get(name)) for name, value in parts.items()}
+        self._snapshots = snapshots
         arguments = step, snapshots, facts, metric
         # A daemon: a second signal ends the program in the midst of a write, which then never was.
         self._thread = threading.Thread(target=self._commit, args=arguments, name="saver", daemon=True)
         self._thread.start()
+        if old:  # it writes each tensor as soon as it is copied; the first time that would hold the loop longer
+            for snapshot in snapshots.values():
+                snapshot.copy()
 
     def close(self) -> None:
         """Waits for the save under way.

@@ -21,14 +21,16 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runner.utils.files import atomic_path
-from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, compact, dtype_of, text_of, unpack, where
+from runner.utils.files import EagerFile, atomic_path
+from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, dtype_of, text_of, unpack, where
+
+__all__ = ["Snapshot", "load", "read_json", "read_metadata", "save", "write_json", "write_new"]
 
 _PT, _SFT = (".pt", ".pth"), (".sft", ".safetensors")
 _OURS = "runner.keys"  # names, within a header's metadata, the keys that the user did not give
@@ -36,20 +38,6 @@ _PT_METADATA = "archive/metadata.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
 _MAX_INLINE_BYTES = 16_000_000
 _MAX_JSON_DIGITS = 4300  # of an integer: Python reads no longer ones
-
-
-class Snapshot:
-    """A copy of a value, its tensors on the CPU, for `save` to store later: what the value becomes does not reach it.
-
-    Raises:
-        TypeError, ValueError: as `save` does, for what can't be stored.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self._packed = Packed(value)
-        for name, tensor in self._packed.tensors.items():
-            plain = tensor.resolve_conj().resolve_neg()
-            self._packed.tensors[name] = plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def save(value: Any, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -71,13 +59,13 @@ def write_new(value: Any, path: str | os.PathLike[str]) -> None:
     """Stores `value` at `path` as `save` does, but neither atomic nor flushed: for a folder that nobody reads yet."""
     write = _writer(value, Path(path), None)
     with open(path, "x+b") as stream:
-        write(stream)
+        write(cast(BinaryIO, EagerFile(stream)))
 
 
 def _writer(value: Any, path: Path, metadata: Mapping[str, str] | None) -> Callable[[BinaryIO], None]:
     is_pt = _suffix(path) in _PT
     metadata = _checked_metadata(metadata or {})
-    packed = value._packed if isinstance(value, Snapshot) else Packed(value)
+    packed = value if isinstance(value, Packed) else Packed(value)
     return _pt_writer(packed, metadata) if is_pt else _sft_writer(packed, metadata, path)
 
 
@@ -146,6 +134,7 @@ def _pt_writer(packed: Packed, metadata: Mapping[str, str]) -> Callable[[BinaryI
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in packed.tensors.items():
+        packed.wait_for(name)
         plain = compact(tensor)  # and apart from another view of the same storage, which would be tied to it
         tensors[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
         storages.add(plain.untyped_storage().data_ptr())
@@ -188,6 +177,7 @@ def _sft_writer(packed: Packed, metadata: Mapping[str, str], path: Path) -> Call
     def write(stream: BinaryIO) -> None:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in ordered:
+            packed.wait_for(name)
             if tensors[name].numel():
                 stream.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
 

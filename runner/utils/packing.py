@@ -3,10 +3,13 @@
 Imports torch and the standard library. What is refused, and with which words, is decided here, for every format alike.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import math
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -116,6 +119,54 @@ class Packed:
         while name in self.tensors or name in ("__metadata__", STRUCTURE):
             name += "~"
         return name
+
+    def wait_for(self, name: str) -> None:
+        """Returns when a tensor holds its content: here, at once."""
+
+
+class Snapshot(Packed):
+    """A copy of a value, taken apart, its tensors on the CPU: what the value becomes does not reach it.
+
+    With `at_once=False` the copy is made by `copy`; meanwhile another thread may wait for the tensors one by one.
+    An earlier snapshot that nobody needs any more can be written over: its memory is there already, which makes the
+    copy two to three times faster.
+    """
+
+    def __init__(self, value: Any, at_once: bool = True, over: Snapshot | None = None) -> None:
+        super().__init__(value)
+        self._sources = self.tensors
+        old = {} if over is None else over.tensors
+        self.tensors = {
+            name: old[name]
+            if name in old and (old[name].shape, old[name].dtype) == (t.shape, t.dtype)
+            else torch.empty(t.shape, dtype=t.dtype)
+            for name, t in self._sources.items()
+        }
+        self._is_copied = {name: threading.Event() for name in self._sources}
+        self._error: BaseException | None = None
+        if at_once:
+            self.copy()
+
+    def copy(self) -> None:
+        """Copies the value; whatever is raised is raised to who waits too."""
+        try:
+            for name, tensor in self._sources.items():
+                self.tensors[name].copy_(tensor)
+                self._is_copied[name].set()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            self._sources = {}
+            for copied in self._is_copied.values():
+                copied.set()
+
+    def wait_for(self, name: str) -> None:
+        """Returns when a tensor is copied."""
+        if name in self._is_copied:
+            self._is_copied[name].wait()
+        if self._error is not None:
+            raise RuntimeError(f"the copy was not made: {self._error}")
 
 
 def unpack(document: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
