@@ -47,6 +47,12 @@ class Data:
         return {"x": self.x[index] + noise, "y": self.x[index].sum()[None]}
 
 
+class Normed(Model):
+    def __init__(self, width=8, dropout=0.3):
+        super().__init__(width, dropout)
+        self.first = nn.Sequential(self.first, nn.BatchNorm1d(width))
+
+
 class Raises(Model):
     def __init__(self):
         raise KeyError("its own mistake")

@@ -29,7 +29,7 @@ def test_every_module_stands_in_its_tree():
             assert path.stem in README, path
 
 
-@pytest.mark.parametrize("command", re.findall(r"^    (python -m runner.*?)(?: +#.*)?$", README, re.MULTILINE))
+@pytest.mark.parametrize("command", re.findall(r"^    (python -m runner .*?)(?: +#.*)?$", README, re.MULTILINE))
 def test_every_command_of_it_composes(command):
     words = re.sub(r"--config-dir \S+|experiment=mine|resume=\S+|<.*|-m ", "", command.removeprefix("python -m runner"))
     words = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in words.split()]

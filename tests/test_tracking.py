@@ -469,3 +469,26 @@ print(sorted({"torch", "tensorboard", "hydra", "omegaconf", "numpy", "tqdm"} & s
 """
     out, err = run_python(code, tmp_path).communicate(timeout=60)
     assert out.strip() == "[]", err
+
+
+def test_after_a_flush_what_was_logged_is_on_disk_and_more_may_follow(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, flush_s=60.0)
+    for step in range(500):
+        tracker.log(step, {"loss": float(step)})
+        if step % 100 == 99:
+            tracker.flush()
+            assert [line["step"] for line in read_lines(tmp_path)] == list(range(step + 1))
+    tracker.close()
+
+
+def test_a_flush_that_fails_says_so_and_leaves_the_error_to_the_next_call(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.flush()
+    (tmp_path / "metrics.jsonl").unlink()
+    tracker.log(1, {"loss": 1.0})
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"the run's numbers can't be written: .*deleted"):
+            tracker.flush()
+    with pytest.raises(FileNotFoundError, match="deleted"):
+        tracker.log(2, {"loss": 1.0})
+    tracker.close()

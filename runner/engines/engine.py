@@ -76,18 +76,20 @@ class Engine:
         self._lrs = lrs(self.optimizer)
         self._gathered = Gathered()
         self._late: list[tuple[int, Tensor]] = []
-        self._is_finite = FiniteCheck()
+        self._is_finite = FiniteCheck(self._trained)
         self._buffers = KeptBuffers(module)
         self._mark_step()
         self.train()
 
     def micro_step(self, batch: Any) -> None:
         """Runs forward and backward on one batch."""
-        with torch.set_grad_enabled(self.optimizer is not None):
+        if self.optimizer is None:
+            with torch.no_grad():
+                loss, extras = self.forward(batch)
+        else:
             loss, extras = self.forward(batch)
-        self._gathered.add(loss, extras)
-        if self.optimizer is not None:
             self.backward(loss)
+        self._gathered.add(loss, extras)
         self.micro_steps += 1
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -148,7 +150,7 @@ class Engine:
             self._late.append((self.steps + self.skipped_steps + 1, torch.stack(parts).sum()))
         if self.looks_late or self.on_nonfinite == "ignore" or self._scaler is not None:
             return None  # a scaler skips such a step itself, and scales the next ones less
-        if math.isfinite(float(norm)) if norm is not None else self._is_finite(self._trained):
+        if math.isfinite(float(norm)) if norm is not None else self._is_finite():
             return None
         return f"its gradients are not finite; largest: {describe_gradients(self.module.named_parameters())}"
 

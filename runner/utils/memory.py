@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
+import time
 
 import torch
 
@@ -17,6 +19,21 @@ def peak_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT_BYTES / 1e9
+
+
+class Peak:
+    """The peak so far, looked up at most twice a second: a kernel may take 10 us to tell it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._gb, self._next_look = 0.0, -math.inf
+
+    def read_gb(self) -> float:
+        """Returns `peak_gb` of at most half a second ago."""
+        now = time.perf_counter()
+        if now >= self._next_look:
+            self._gb, self._next_look = peak_gb(self._device), now + 0.5
+        return self._gb
 
 
 def is_out_of_memory(error: BaseException) -> bool:

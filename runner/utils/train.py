@@ -15,7 +15,7 @@ import torch
 
 from runner.utils.agenda import Action, Agenda
 from runner.utils.distributed import generator_of
-from runner.utils.memory import is_out_of_memory, peak_gb
+from runner.utils.memory import Peak, is_out_of_memory
 from runner.utils.mishaps import Halt, Policy, explain
 from runner.utils.pace import Pace
 from runner.utils.utils import mix
@@ -124,6 +124,7 @@ class Loop:
         self._generator = generator_of(engines.device)
         self._halt: Halt | None = None
         self._shown: dict[str, float] = {}
+        self._peak = Peak(engines.device)
         self.pace = Pace()
 
     def stop(self, reason: str) -> None:
@@ -268,7 +269,7 @@ class Loop:
         values = {f"train/{name}": value for name, value in self.engines.take_metrics().items()}
         for name, value in self.pace.look(*self._done()).items():
             values[f"train/{name}"] = value
-        values["train/memory_gb"] = peak_gb(self.engines.device)
+        values["train/memory_gb"] = self._peak.read_gb()
         assert self._write is not None
         self._write(self.step, values)
         self._shown = {name: values[key] for key, name in _SHOWN.items() if key in values}

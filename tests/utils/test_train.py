@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runner.utils.agenda import Action
+from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop, Stop
 
 
@@ -197,3 +198,139 @@ def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
     loop.engines.micro_step = lambda batch: pass_time(1.0)
     loop.run()
     assert [values["train/step_time_s"] for _, values in logged] == pytest.approx([1.0, 1.0])
+
+
+def out_of_memory(at, times=1):
+    """A micro-step that runs out of memory at its `at`-th call."""
+    calls = []
+
+    def micro_step(batch):
+        calls.append(batch)
+        if at <= len(calls) < at + times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return micro_step, calls
+
+
+def test_a_step_out_of_memory_is_discarded_saved_before_and_ends_the_loop():
+    loop, done, logged = make_loop(steps=9, accumulate=2, log_every=1, every={"save": 0, "eval": 1})
+    loop.engines.micro_step, _ = out_of_memory(at=6)
+    with pytest.raises(Halt, match=r"Out of memory in step 3: .*Tried to allocate 2.00 GiB"):
+        loop.run()
+    assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 4)
+    assert done == [("eval", 1), ("eval", 2), ("save", 2)]
+    assert [step for step, _ in logged] == [1, 2]
+
+
+def test_a_step_out_of_memory_can_be_left_out_with_its_batches():
+    warned = []
+    loop, _, _ = make_loop(steps=4, accumulate=2, policy=Policy(on_oom="skip"), warn=warned.append)
+    loop.engines.micro_step, calls = out_of_memory(at=3)
+    assert loop.run() == "finished"
+    assert calls == [1, 2, 3, 5, 6, 7, 8]
+    assert (loop.step, loop.num_skipped) == (4, 1)
+    assert "Step 2 (samples 2 to 3 of the stream) went wrong. Out of memory" in warned[0]
+
+
+def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def step():
+        loop.engines.is_updating = True
+        raise MemoryError
+
+    loop.engines.step = step
+    with pytest.raises(Halt, match="go on from the last checkpoint") as caught:
+        loop.run()
+    assert not caught.value.is_whole
+    assert done == []
+
+
+def test_a_mistake_in_the_program_is_raised_as_it_is():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+    loop.engines.micro_step = lambda batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+    assert done == []
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_is_not_finite_stops_or_is_counted(stops):
+    warned = []
+    loop, done, logged = make_loop(steps=5, log_every=1, every={"save": 0}, warn=warned.append)
+    loop.engines.faults, loop.engines.stops = {3: {"model": "its loss is nan"}}, stops
+    if stops:
+        with pytest.raises(Halt, match=r"Step 3 \(samples 2 to 2 of the stream\) went wrong. model: its loss is nan"):
+            loop.run()
+        assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 2)
+        assert done == [("save", 2)]
+    else:
+        assert loop.run() == "finished"
+        assert (loop.step, loop.num_skipped, loop.engines.num_discarded) == (5, 1, 0)
+        assert len(warned) == 1
+        assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+
+
+def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
+    loop, done, logged = make_loop(steps=9, log_every=1, every={"eval": 1, "save": 0}, policy=Policy(max_skips=1))
+    loop.engines.faults = {2: {"model": "nan"}, 4: {"model": "nan"}}
+    with pytest.raises(Halt, match="More steps went wrong than the 1 that may be left out"):
+        loop.run()
+    assert loop.state_dict() == {"step": 4, "skipped": 2, "owed": []}
+    assert [step for step, _ in logged] == [1, 2, 3, 4]
+    assert done[-2:] == [("eval", 4), ("save", 4)]
+
+
+@pytest.mark.parametrize("when", ["log", "save"])
+def test_what_went_wrong_unseen_is_told_before_it_is_logged_or_saved(when):
+    loop, done, logged = make_loop(steps=3, log_every=3 if when == "log" else 0, every={"save": 3})
+    loop.engines.late_faults = {"model": "in its step 1 the loss was not finite"}
+    with pytest.raises(Halt, match=r"Up to step 3 something went wrong. model: in its step 1"):
+        loop.run()
+    assert (done, logged) == ([], [])
+
+
+def test_an_action_that_was_cut_is_owed_and_done_by_who_goes_on():
+    loop, done, _ = make_loop(steps=4, every={"eval": 2, "export": 2, "save": 0})
+
+    def cut():
+        loop.stop("interrupted")
+        raise InterruptedError
+
+    loop.agenda.actions["eval"] = Action(cut, 2)
+    assert loop.run() == "interrupted"
+    assert done == [("save", 2)]
+    state = loop.state_dict()
+    assert state == {"step": 2, "skipped": 0, "owed": ["eval", "export"]}
+    later, done, _ = make_loop(steps=4, every={"eval": 2, "export": 2, "save": 0})
+    later.load_state_dict(state)
+    assert later.run() == "finished"
+    assert done == [("eval", 2), ("export", 2), ("eval", 4), ("export", 4)]
+
+
+def test_what_is_due_is_done_before_the_save_whatever_was_typed_first():
+    loop, done, _ = make_loop(
+        steps=2, every={"eval": 2, "save": 0}, inbox=Typed(_1=[("save", None), ("eval", None)], _2=[("save", None)])
+    )
+    loop.run()
+    assert done == [("eval", 1), ("save", 1), ("eval", 2), ("save", 2)]
+
+
+def test_a_worker_that_dies_ends_the_loop_named_unless_it_is_stopping_anyway():
+    for is_stopping in (False, True):
+        loop, done, _ = make_loop(steps=5, every={"save": 0})
+
+        def die(batch, loop=loop, is_stopping=is_stopping):
+            if batch == 3:
+                if is_stopping:
+                    loop.stop("preempted")
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+        loop.engines.micro_step = die
+        if is_stopping:
+            assert loop.run() == "preempted"
+        else:
+            with pytest.raises(Halt, match=r"A loader worker died in step 3: .*pid 7"):
+                loop.run()
+        assert done == [("save", 2)]
+        assert loop.batches.num_samples_total == 2

@@ -1,0 +1,54 @@
+"""What exactness costs, in microseconds a step, each part by itself: `python tests/benchmarks/exactness.py`.
+
+The model is that of loop.py; with it a step of a bare loop takes some 150 us.
+"""
+
+import timeit
+
+import torch
+from loop import BATCH, make_model
+from torch import nn
+
+from runner.engines.faults import FiniteCheck, KeptBuffers
+from runner.utils.batches import Batches, Samples
+from runner.utils.sampler import RandomSampler
+from runner.utils.utils import mix
+
+NUMBER, REPEATS = 20_000, 7
+
+
+def measure(function):
+    function()
+    return min(timeit.repeat(function, number=NUMBER, repeat=REPEATS)) / NUMBER * 1e6
+
+
+def main():
+    torch.set_num_threads(1)
+    model, _ = make_model()
+    model(torch.randn(BATCH, 16), torch.randn(BATCH, 1)).backward()
+    parameters = list(model.parameters())
+    generator = torch.default_generator
+    check, none = FiniteCheck(parameters), KeptBuffers(model)
+    normed = KeptBuffers(nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(10))))
+    sampler = RandomSampler(10**9)
+    data = torch.utils.data.TensorDataset(torch.zeros(1000, 16))
+    batches = Batches(data, RandomSampler(1000), BATCH, seed_samples=False)
+    next(batches)
+    samples = Samples(data, 1)
+    rows = {
+        "a step's randomness from (seed, step, micro-step, rank)": lambda: generator.manual_seed(mix(0, 7, 0, 0)),
+        "the position before the step, to go back to": batches.mark,
+        "the sampler's state after each batch": sampler.state_dict,
+        "gradients looked at for what is not finite": check,
+        "buffers kept, a model without": none.keep,
+        "buffers kept, ten BatchNorm layers": normed.keep,
+        "a sample's randomness from (seed, ordinal), a sample": lambda: samples._reseed(12345),
+        "for comparison: torch.manual_seed": lambda: torch.manual_seed(12345),
+    }
+    print(f"torch {torch.__version__}, one thread, best of {REPEATS} times {NUMBER:,}")
+    for name, function in rows.items():
+        print(f"{name:58}{measure(function):8.2f} us")
+
+
+if __name__ == "__main__":
+    main()
