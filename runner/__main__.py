@@ -9,7 +9,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from runner import config, launch, mistakes
+from runner import config, launch, mistakes, signals
 
 
 @hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
@@ -33,8 +33,8 @@ def main() -> None:
         if not getattr(error, "is_told", False):
             print(message, file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before there was a run to save
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:  # before there was a run to save
+        sys.exit(75 if signals.meaning_of(interrupt)[0] == "preempted" else 130)
     finally:
         gc.enable()
         launch.drop_unused()

@@ -110,6 +110,8 @@ class Checkpoints:
             match = _LEFTOVER.fullmatch(path.name)
             if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
                 os.rename(path, self.folder / match[1])
+            elif match and path.is_symlink():
+                path.unlink()
             elif match:
                 shutil.rmtree(path)
 
@@ -149,7 +151,11 @@ class Checkpoints:
     def _steps(self) -> dict[int, Path]:
         if not self.folder.is_dir():
             return {}
-        matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir() if path.is_dir())
+        matches = (
+            (_NAME.fullmatch(path.name), path)
+            for path in self.folder.iterdir()
+            if path.is_dir() and not path.is_symlink()
+        )
         return {int(match[1]): path for match, path in matches if match}
 
     def newest(self) -> tuple[Path | None, list[str]]:

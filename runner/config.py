@@ -199,6 +199,8 @@ def check(cfg: DictConfig) -> None:
     for name in cfg.engines:
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             mistakes.append(f"engines.{name}: expected a letter, then letters, digits, '_', '-' (it names files)")
+        elif name.lower() == "trainer":
+            mistakes.append("engines.trainer: this name is taken in checkpoints; call it something else")
         elif not OmegaConf.is_dict(cfg.engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
     if len({name.lower() for name in cfg.engines}) < len(cfg.engines):

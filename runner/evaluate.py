@@ -39,12 +39,12 @@ def measure(
         InterruptedError: where `is_cut`, asked before each batch, said so.
         ValueError: there is no batch.
     """
-    from runner.utils.distributed import generator_of
+    from runner.utils.distributed import seed_all
     from runner.utils.utils import mix
 
-    generator_of(engines.device).manual_seed(mix(seed, step, -1))
-    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut))
+    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1)))
     if report is not None:
+        seed_all(mix(seed, step, -2), engines.device)
         shown = engines.report(report, evaluation.dataset)
         if clash := sorted(values.keys() & shown):
             raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")

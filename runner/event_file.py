@@ -108,10 +108,13 @@ def encode_hparams_end(wall_time: float, status: str) -> bytes:
     return _frame_values(wall_time, 0, _hparams_value("session_end_info", session_end_info=end))
 
 
-def cut_event_file(path: Path, step: int) -> None:
-    """The file holds the records up to `step`, less a torn end and hparams, which a resume writes anew."""
+def cut_event_file(path: Path, step: int, is_eval_owed: bool = False) -> None:
+    """The file holds the records up to `step`, less a torn end and hparams, which a resume writes anew.
+
+    With `is_eval_owed`, that of the very step goes too.
+    """
     with open(path, "rb") as file:
-        replace_file(path, (frame(record) for record in read_records(file) if _is_kept(record, step)))
+        replace_file(path, (frame(record) for record in read_records(file) if _is_kept(record, step, is_eval_owed)))
 
 
 def read_records(file: BinaryIO) -> Iterator[bytes]:
@@ -142,10 +145,11 @@ def _masked_crc(data: bytes) -> bytes:
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _is_kept(record: bytes, step: int) -> bool:
+def _is_kept(record: bytes, step: int, is_eval_owed: bool) -> bool:
     event = Event.FromString(record)
-    values = event.summary.value
-    return event.step <= step and not (values and values[0].tag.startswith(_HPARAMS))
+    tag = event.summary.value[0].tag if event.summary.value else ""
+    is_made_again = is_eval_owed and event.step == step and tag.startswith("eval/")
+    return event.step <= step and not tag.startswith(_HPARAMS) and not is_made_again
 
 
 def _frame_values(wall_time: float, step: int, *values: Summary.Value) -> bytes:

@@ -103,7 +103,7 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     """Returns the step and numbers of the newest evaluation up to a step, as metrics.jsonl has it; None without one."""
     path = run / "metrics.jsonl"
     found = None
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
             numbers = {key: value for key, value in values.items() if key.startswith("eval/")}

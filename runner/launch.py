@@ -46,8 +46,7 @@ class RunFolder(Callback):
             print(line)
         with read_write(config), open_dict(config):
             config.hydra.run.dir = str(folder)
-            if _resumption is not None:  # the run's own files stay until the change is accepted
-                config.hydra.output_subdir = None
+            config.hydra.output_subdir = None  # written by `_write_config`, once all is built and the folder is held
 
 
 def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
@@ -109,7 +108,7 @@ def launch(cfg: DictConfig) -> None:
     from runner import run
 
     try:
-        status = run.run(cfg, folder, partial(_write_config, cfg, folder) if _resumption else None)
+        status = run.run(cfg, folder, partial(_write_config, cfg, folder))
     except ConfigError as error:
         if hydra_config.mode == RunMode.MULTIRUN:
             raise _told(error) from None
@@ -121,6 +120,7 @@ def launch(cfg: DictConfig) -> None:
 def _write_config(cfg: DictConfig, folder: Path) -> None:
     """Puts the config in the run's folder as Hydra does, but each file whole at every moment."""
     hydra_config: Any = HydraConfig.instance().cfg
+    (folder / ".hydra").mkdir(exist_ok=True)
     contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
     for name, content in contents.items():
         replace_file(folder / ".hydra" / f"{name}.yaml", [OmegaConf.to_yaml(content).encode()])

@@ -62,6 +62,7 @@ def find(arguments: list[str]) -> Resumption | None:
         run = run_folder.find_run(checkpoint)
     except ConfigError as error:
         raise ConfigError(f"resume={error}; expected latest, a run folder, or one of its checkpoints/step_*") from None
+    run_folder.refuse_links(run)
     own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
     keys = {_key(override) for override in typed}
     kept = [override for override in own if _key(override) not in keys]

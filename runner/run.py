@@ -15,7 +15,8 @@ from runner.console import Console, open_log
 from runner.mistakes import ConfigError
 from runner.run_folder import find_checkpoint
 from runner.run_record import RunRecord
-from runner.session import SIGNALS, RunError, Session
+from runner.session import RunError, Session
+from runner.signals import Signals, meaning_of
 from runner.utils import io
 from runner.utils.files import held
 
@@ -37,40 +38,59 @@ def run(cfg: Any, folder: Path, accept: Callable[[], None] | None = None) -> int
             in this folder.
     """
     with contextlib.ExitStack() as stack:
+        signals = Signals()
+        stack.enter_context(signals.taken())
         try:
             stack.enter_context(held(folder / LOCK))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
+        except OSError as error:
+            raise ConfigError(f"{folder}: can't be written to ({error.strerror})") from error
+        session, record, log = _open(cfg, folder, stack, accept)
+        signals.ask = session.stop
+        return _run(session, record, log, signals)
+
+
+def _open(
+    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None] | None
+) -> tuple[Session, RunRecord, logging.Logger]:
+    """Builds and loads all; where that can't be done, the folder is as it was."""
+    try:
+        experiment = build(cfg)
+        found = _find(Path(cfg.resume)) if cfg.resume else None
+        record = RunRecord(folder)
         try:
-            experiment = build(cfg)
-            found = _find(Path(cfg.resume)) if cfg.resume else None
-        except BaseException:
-            if not cfg.resume:
-                _remove_unused(folder)
-            raise
+            record.read()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         first_step = found[1][FACTS]["loop"]["step"] if found else 0
         is_shown = None if experiment.tracking.progress else False
         console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
         stack.callback(console.close)
         log = stack.enter_context(open_log(folder, console))
-        record = RunRecord(folder)
         session = Session(experiment, folder, record, console, log, found)
         if accept is not None:
             accept()
-        return _run(session, record, log)
+        record.start(name=experiment.name)
+        return session, record, log
+    except BaseException as error:
+        if not cfg.resume:
+            _remove_unused(folder)
+        if isinstance(error, OSError):
+            raise ConfigError(f"{folder}: can't be written to ({error.strerror or error})") from error
+        raise
 
 
-def _run(session: Session, record: RunRecord, log: logging.Logger) -> int:
-    record.start(name=session.experiment.name)
+def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Signals) -> int:
     if record.crashed:
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None
     try:
         status = session.run()
-        reason = session.reason
+        reason = signals.first
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        status, reason = SIGNALS[number], f"{signal.Signals(number).name}, which did not wait for a save"
+        status, number = meaning_of(interrupt)
+        reason = f"{signal.Signals(number).name}, which did not wait for a save"
         return 128 + number
     except RunError as error:
         reason = str(error)
@@ -80,6 +100,7 @@ def _run(session: Session, record: RunRecord, log: logging.Logger) -> int:
         log.error("The run failed: %s", reason, exc_info=True)
         raise
     finally:
+        signals.is_over = True
         _finish(session, record, status, reason, log)
     return STATUSES[status]
 
@@ -101,11 +122,13 @@ def _describe_runner(folder: Path) -> str:
 
 def _remove_unused(folder: Path) -> None:
     """Removes a folder in which nothing but the config was written yet."""
-    for file in (folder / ".hydra").glob("*.yaml"):
-        file.unlink()
     with contextlib.suppress(OSError):  # it holds something else
-        (folder / ".hydra").rmdir()
+        for file in (folder / ".hydra").glob("*.yaml"):
+            file.unlink()
         (folder / LOCK).unlink(missing_ok=True)
+        (folder / "log.txt").unlink(missing_ok=True)
+        if (folder / ".hydra").is_dir():
+            (folder / ".hydra").rmdir()
         folder.rmdir()
 
 

@@ -15,6 +15,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from runner import mistakes
@@ -34,6 +35,20 @@ def find_run(path: Path) -> Path:
     if re.fullmatch(r"step_\d{8,}", path.resolve().name) and path.is_dir():
         return path.resolve().parent.parent
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+
+
+def refuse_links(run: Path) -> None:
+    """Checks that nothing in a run's folder that a run writes to leads elsewhere.
+
+    Raises:
+        ConfigError: naming what does.
+    """
+    places = [run.glob("*"), run.glob(".hydra/*"), run.glob("exports/*"), run.glob("checkpoints/*")]
+    links = sorted(path for paths in places for path in paths if path.is_symlink())
+    if links:
+        raise ConfigError(
+            f"{links[0]}: a link; a run that goes on would write where it leads: put the file itself there"
+        )
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -59,7 +74,11 @@ def read_overrides(run: Path) -> list[str]:
 
 def _read_yaml(path: Path) -> Any:
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(encoding="utf-8"))):
+            raise ConfigError(f"{path}: has an alias (*), which a run's own config never has")
         return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the run's folder is not whole") from None
     except Exception as error:  # of YAML, of its encoding, of the disk

@@ -22,6 +22,7 @@ from runner.utils.files import replace_file
 
 _PACKAGES = ("runner", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _GIT_TIMEOUT_S = 5.0
+_SURVEY_WAIT_S = 1.0  # at the end of a run, for git to have answered
 
 
 class RunRecord:
@@ -51,7 +52,7 @@ class RunRecord:
         Raises: ValueError when the run.json that lies there can't be read.
         """
         self._clock_zero = time.perf_counter()
-        before = self._read()
+        before = self.read()
         sessions = before.get("sessions", [])
         for session in sessions:
             if session["status"] == "running":  # its process is gone: who lives to the end says how it ended
@@ -80,7 +81,7 @@ class RunRecord:
     def finish(self, status: str, reason: str | None = None, **facts: Any) -> None:
         """The session has ended with a status; a reason says what ended it early; the facts are as in `update`."""
         if self._survey is not None:
-            self._survey.join()
+            self._survey.join(_SURVEY_WAIT_S)
         with self._lock:
             ending = {"status": status, "reason": reason, "ended": _now()}
             self._session.update(ending)
@@ -101,13 +102,21 @@ class RunRecord:
         text = json.dumps(_without_nan(self._facts), indent=2, allow_nan=False)
         replace_file(self._path, [text.encode(), b"\n"])
 
-    def _read(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
+        """Returns what lies there; nothing where no run has begun.
+
+        Raises:
+            ValueError: it is no run.json.
+        """
         if not self._path.exists():
             return {}
         try:
             content: dict[str, Any] = json.loads(self._path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{self._path}: expected JSON, found {error}; move it away to resume the run") from None
+            for session in content.get("sessions", []):
+                float(session["duration_s"]), session["status"], int(session["pid"]), session["host"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            remedy = "move it away to resume the run"
+            raise ValueError(f"{self._path}: not the record of a run ({error}); {remedy}") from None
         return content
 
 

@@ -6,11 +6,9 @@ import contextlib
 import gc
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from runner.build import Experiment
@@ -28,7 +26,6 @@ from runner.utils.agenda import Action
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop, Stop
 
-SIGNALS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
 
@@ -77,7 +74,6 @@ class Session:
             checkpoints, before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
         )
         self.evaluated: tuple[int, float] | None = None  # the step of the last evaluation, and its deciding metric
-        self.reason: str | None = None  # the signal that ended it
         self.is_new = found is None
         self.best: dict[str, Any] | None = None
         self.evaluation: dict[str, Any] | None = None
@@ -86,15 +82,19 @@ class Session:
         self.loop = self._make_loop(console)
         if found:
             self._resume(*found)
-        checkpoints.recover()
-        if found:
-            checkpoints.leave(self.loop.step)  # before the numbers are cut back to that step
-        tracking = experiment.tracking
+
+    def _begin(self) -> None:
+        """Makes the folder one of a run at this step: what a crash left, and what this run has left, goes."""
+        self.checkpoints.recover()
+        if not self.is_new:
+            self.checkpoints.leave(self.loop.step)  # before the numbers are cut back to that step
+        tracking = self.experiment.tracking
         self.tracker = Tracker(
-            folder,
+            self.folder,
             tensorboard=tracking.tensorboard,
             jsonl=tracking.jsonl,
-            resume_step=self.loop.step if found else None,
+            resume_step=None if self.is_new else self.loop.step,
+            is_eval_owed="eval" in self.loop.agenda.owed,
         )
 
     def _make_loop(self, console: Console) -> Loop:
@@ -131,10 +131,12 @@ class Session:
         Raises:
             RunError: the run can't go on, for no mistake in the program.
         """
+        with _told("the run's folder", RunError):
+            self._begin()
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
-            with _lasting(), self._signals(), contextlib.closing(self.inbox), contextlib.closing(experiment.batches):
+            with _lasting(), contextlib.closing(self.inbox), contextlib.closing(experiment.batches):
                 if experiment.tracking.stdin:
                     self.inbox.start(self.loop.step)
                 if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
@@ -170,22 +172,10 @@ class Session:
         self.log.info("%d steps into %s", self.experiment.trainer.steps, self.folder)
         self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first signal asks the loop to save and end; the second ends at once."""
-
-        def take(number: int, frame: FrameType | None) -> None:
-            if self.loop.is_stopping:
-                raise KeyboardInterrupt(number)
-            self.reason = signal.Signals(number).name
-            self.loop.stop(SIGNALS[signal.Signals(number)])
-
-        before = {number: signal.signal(number, take) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def stop(self, reason: str) -> None:
+        """Has the run saved and ended at the next step boundary, if it is not ending already."""
+        if not self.loop.is_stopping:
+            self.loop.stop(reason)
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with _told("the run's numbers", Halt):
@@ -223,15 +213,15 @@ class Session:
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
         facts = saved.pop(FACTS)
         try:
-            self.engines.load_state_dict(saved)
+            notes = self.engines.load_state_dict(saved, self.experiment.settings["resume_allow_changes"])
             note = self.experiment.load_stream(facts["batches"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
         self.inbox.load_state_dict(facts["commands"])
         self.best, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
-        if note:
-            self.log.warning("%s", note)
+        for each in [*notes, *([note] if note else [])]:
+            self.log.warning("%s", each)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
     def evaluate(self) -> None:

@@ -36,7 +36,8 @@ class Tracker:
     event file holds one record a call, NaN included. Each number is on disk within about `flush_s` seconds.
 
     With `resume_step`, what lies in the folder is first cut back to the steps up to it, so each step stands
-    once; `hparams` is then to be called anew, as in a first session.
+    once; `hparams` is then to be called anew, as in a first session. With `is_eval_owed` the evaluation of that very
+    step is cut too: it is made again.
 
     An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
 
@@ -51,9 +52,11 @@ class Tracker:
         jsonl: bool = True,
         flush_s: float = 1.0,
         resume_step: int | None = None,
+        is_eval_owed: bool = False,
     ) -> None:
         self._folder = Path(folder)
         self._has_events, self._has_lines, self._resume_step = tensorboard, jsonl, resume_step
+        self._is_eval_owed = is_eval_owed
         if resume_step is None:
             self._refuse_numbers()
         self._started, self._clock_zero = time.time(), time.perf_counter()
@@ -182,7 +185,7 @@ class Tracker:
         if self._has_lines:
             path = self._folder / METRICS_NAME
             if self._resume_step is not None and path.exists():
-                self._earlier_s = _cut_lines(path, self._resume_step)
+                self._earlier_s = _cut_lines(path, self._resume_step, self._is_eval_owed)
             self._lines = AppendFile(path)
             files.append(self._lines)
         if self._has_events:
@@ -191,7 +194,7 @@ class Tracker:
             self._events = event_file
             if self._resume_step is not None:
                 for path in event_file.find_event_files(self._folder):
-                    event_file.cut_event_file(path, self._resume_step)
+                    event_file.cut_event_file(path, self._resume_step, self._is_eval_owed)
             self._records = AppendFile(event_file.name_next_file(self._folder))
             files.append(self._records)
             self._records.append(event_file.encode_header(self._started, self._resume_step))
@@ -255,7 +258,7 @@ def _encode_key(name: str) -> str:
     return f", {json.dumps(name)}: "
 
 
-def _cut_lines(path: Path, step: int) -> float:
+def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> float:
     """The file holds its whole lines up to `step`; returns the last one's `time_s`."""
     last_s = 0.0
 
@@ -264,11 +267,14 @@ def _cut_lines(path: Path, step: int) -> float:
         for line in lines:
             try:
                 values = json.loads(line)
+                time_s = float(values["time_s"])
                 is_kept = values["step"] <= step and line.endswith(b"\n")
+                if is_eval_owed and values["step"] == step:
+                    is_kept &= not any(name.startswith("eval/") for name in values)
             except (ValueError, TypeError, KeyError):
                 continue  # torn by a kill in the middle of a write
             if is_kept:
-                last_s = values["time_s"]
+                last_s = time_s
                 yield line
 
     with open(path, "rb") as file:

@@ -6,8 +6,10 @@ called. It holds whatever Hydra's own list of blocked targets says. Must not imp
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ _MAKERS = (
 )  # the built-in modules whose functions may be called
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
 _HARMLESS = re.compile(r"\$\{(?:(?:now|run_label):[^${}]*|[^:${}]*)\}")  # a path, or a resolver that tells nothing
-_INDIRECT = (*sys.stdlib_module_names, "hydra")  # what these do, their arguments decide
+_LIBRARIES = [
+    Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
+]
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,10 @@ class Trust:
     remedy: str = "allow_targets=[{}]"
 
     def is_own(self, node: Mapping[str, Any]) -> bool:
-        """Says whether the user's own config names the node's target; if that loads anything, with its arguments."""
+        """Says whether the user's own config names the node's target; if that is a library's, with its arguments."""
         target = node["_target_"]
         owned = [each for config in self.own for _, each in _walk(config) if _is_node(each)]
-        if str(target).partition(".")[0] in _INDIRECT:
+        if _is_of_a_library(str(target).partition(".")[0]):  # there are loaders of anything: arguments decide
             return node in owned
         return any(each["_target_"] == target for each in owned)
 
@@ -171,6 +175,19 @@ def _is_harmless(found: Any, module: str) -> bool:
     return isinstance(found, type) and issubclass(found, (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler))
 
 
+def _is_of_a_library(root: str) -> bool:
+    """Says whether a top-level module is installed, and not the user's own code; imports nothing."""
+    if root in sys.stdlib_module_names:
+        return True
+    try:
+        spec = importlib.util.find_spec(root)
+    except (ImportError, ValueError):
+        return True
+    places = [] if spec is None else [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
+    paths = [Path(place).resolve() for place in places]
+    return not paths or any(path.is_relative_to(library) for path in paths for library in _LIBRARIES)
+
+
 def is_under(path: str, prefixes: Sequence[str]) -> bool:
     """Says whether a dotted path is a prefix or lies under one: `own` has `own` and `own.a`, not `owner.a`."""
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
@@ -189,7 +206,8 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _remedy(trust: Trust, roots: list[str]) -> str | None:
-    trusted = sorted({root for root in roots if re.fullmatch(r"\w+", root)}.difference(_INDIRECT, ["runner", "torch"]))
+    never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
+    trusted = sorted({root for root in roots if re.fullmatch(r"\w+", root)} - never)
     return f"If you trust that file and what is named: {trust.remedy.format(','.join(trusted))}" if trusted else None
 
 

@@ -53,6 +53,19 @@ class Normed(Model):
         self.first = nn.Sequential(self.first, nn.BatchNorm1d(width))
 
 
+class Drawing(Model):
+    # from every generator, in training and in evaluation
+    def forward(self, x, y):
+        noise = random.random() + numpy.random.rand() + torch.randn_like(x)
+        return super().forward(x + 0.1 * noise, y)
+
+
+class SlowToBuild(Model):
+    def __init__(self):
+        super().__init__()
+        time.sleep(3.0)
+
+
 class Raises(Model):
     def __init__(self):
         raise KeyError("its own mistake")
@@ -61,6 +74,11 @@ class Raises(Model):
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield {"x": torch.zeros(4), "y": torch.zeros(1)}
+
+
+class Plain(Data):
+    def __getitem__(self, index):
+        return {"x": self.x[index], "y": self.x[index].sum()[None]}
 
 
 def report(module, dataset):

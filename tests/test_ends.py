@@ -69,6 +69,49 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(project):
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6, 12]
 
 
+def test_an_evaluation_owed_and_then_killed_stands_once(project):
+    slow = ("+data.eval.sleep_s=0.15", "trainer.eval_at_start=false", "trainer.save_every=6", "trainer.eval_every=6")
+    project.run(*slow, "hydra.run.dir=whole", "trainer.keep_last=1", "trainer.keep_best=1")
+    process = project.start(*slow, "hydra.run.dir=cut", "trainer.keep_last=1", "trainer.keep_best=1")
+    wait_for_step(project, 6, "cut")  # the evaluation after it takes three seconds
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+    process = project.start("resume=cut", "+data.train.sleep_s=0.1", "resume_allow_changes=true")
+    wait_for_step(project, 7, "cut")
+    process.kill()
+    process.communicate()
+    project.run("resume=cut", "+data.train.sleep_s=0", "resume_allow_changes=true")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+    kept = [sorted(p.name for p in (project.folder / run / "checkpoints").iterdir()) for run in ("whole", "cut")]
+    assert kept[0] == kept[1]
+
+
+def test_the_first_signal_after_quit_waits_for_the_save(project):
+    process = project.start(
+        "hydra.run.dir=run", "trainer.save_every=0", "trainer.eval_every=0",
+        "trainer.eval_at_start=false", "+model.width=400000", stdin=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdin.write("quit@3\n")
+    process.stdin.flush()
+    deadline = time.monotonic() + 30
+    while not list((project.folder / "run").glob("checkpoints/.step_*")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert newest_step(project.folder / "run") == 3
+
+
+def test_a_second_start_on_a_folder_leaves_what_the_first_is_doing_alone(project):
+    first = project.start("hydra.run.dir=run", "model._target_=own.SlowToBuild", "seed=1", "trainer.steps=3")
+    wait_for_file(project.folder / "run" / ".lock")
+    printed = project.run("hydra.run.dir=run", "seed=2", status=2)
+    assert "another process runs there" in printed
+    first.communicate(timeout=60)
+    assert first.returncode == 0
+    assert "seed: 1" in (project.folder / "run" / ".hydra" / "config.yaml").read_text()
+
+
 def wait_for_file(path, seconds=30):
     deadline = time.monotonic() + seconds
     while not path.exists():

@@ -216,6 +216,6 @@ def test_the_command_line_gets_the_runs_overrides_before_its_own_and_its_folder(
     assert resume.find([f"resume={step}"]).checkpoint == step
 
 
-@pytest.mark.parametrize("arguments", [[], ["seed=1"], ["resume=null"], ["resume="], ["-m", "resume=latest"]])
+@pytest.mark.parametrize("arguments", [[], ["seed=1"], ["resume=null"], ["-m", "resume=latest"]])
 def test_nothing_is_resumed_where_nothing_is_asked_for(arguments):
     assert resume.find(arguments) is None

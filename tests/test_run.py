@@ -108,6 +108,20 @@ def test_a_run_that_was_cut_is_the_same_run_bit_for_bit(project, overrides, work
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
 
 
+def test_what_a_forward_draws_depends_on_neither_workers_nor_the_cut(project):
+    drawing = (
+        "model._target_=own.Drawing",
+        "data.seed_samples=false",
+        *(f"data.{each}._target_=own.Plain" for each in ("train", "eval")),
+    )
+    project.run(*drawing, "hydra.run.dir=whole")
+    project.run(*drawing, "hydra.run.dir=workers", "data.num_workers=2")
+    project.run(*drawing, "hydra.run.dir=cut", typed="quit@5\n")
+    project.run("resume=cut", "allow_targets=[own]")
+    for other in ("workers", "cut"):
+        assert_same_run(project.folder / "whole", project.folder / other, 12)
+
+
 def test_resume_goes_on_in_the_same_folder_with_its_own_overrides(project):
     project.run("+model.width=16", typed="quit@5\n")
     (folder,) = project.runs
@@ -271,6 +285,7 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["model=null"], "Config group override must be a string"),
         (["experimnt=digits"], "did you mean experiment?"),
         (["hydra.run.dir=own.py"], "hydra.run.dir=own.py: is a file"),
+        (["+engines.trainer={}"], "engines.trainer: this name is taken in checkpoints"),
         (["resume="], "resume=: expected latest"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

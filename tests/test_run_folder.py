@@ -87,3 +87,24 @@ def test_a_record_that_is_none_tells_nothing(tmp_path):
     assert run_folder.read_record(tmp_path) == {}
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
     assert run_folder.read_record(tmp_path) == {"status": "finished"}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".hydra/config.yaml", "checkpoints/step_00000004", "exports"])
+def test_a_link_in_a_runs_folder_is_refused_by_name(tmp_path, name):
+    run = tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    run_folder.refuse_links(run)
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"{name}: a link"):
+        run_folder.refuse_links(run)
+
+
+def test_an_alias_is_refused_before_it_is_expanded(tmp_path):
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(bomb)
+    with pytest.raises(ConfigError, match="has an alias"):
+        run_folder.read_config(tmp_path)

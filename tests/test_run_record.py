@@ -202,6 +202,6 @@ def test_a_value_without_json_is_null(tmp_path: Path, outside: Path) -> None:
 
 def test_a_record_that_cannot_be_read_is_named_and_kept(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{half")
-    with pytest.raises(ValueError, match=r"run.json: expected JSON, found .*; move it away"):
+    with pytest.raises(ValueError, match=r"run.json: not the record of a run .*; move it away"):
         RunRecord(tmp_path).start()
     assert (tmp_path / "run.json").read_text() == "{half"

@@ -164,3 +164,11 @@ def test_what_resolves_to_an_interpolation_is_refused():
     plain = {"a": OmegaConf.to_container(OmegaConf.create({"b": r"\${oc.env:SECRET}"}), resolve=True)["b"]}
     with pytest.raises(ConfigError, match="still an interpolation"):
         trust.check_resolved(plain, Trust("file.yaml"))
+
+
+def test_a_librarys_function_is_the_users_own_only_with_the_users_own_arguments(stranger):
+    loaded = {"_target_": "torch.load", "f": "good.pt", "weights_only": False}
+    own = {"data": {"train": {"_target_": "own.mine", "table": loaded}}}
+    assert refused(loaded, own=[own]) == ""
+    assert "not on the allow-list" in refused({**loaded, "f": "evil.pt"}, own=[own])
+    assert refused({"_target_": "own.mine", "other": 1}, own=[own]) == ""  # the user's own code

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from runner.engines.faults import FiniteCheck, KeptBuffers, describe_gradients
 from runner.engines.forward import Feeder, feed, read_output
 from runner.engines.gathered import Gathered
-from runner.engines.settings import apply_changes, base_lrs, configured, lrs, set_base_lr
+from runner.engines.settings import apply_changes, base_lrs, configured, find_changed_kinds, lrs, set_base_lr
+from runner.utils.distributed import move
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,8 +149,10 @@ class Engine:
         if self.looks_late:
             parts = [loss.float() for loss in self._gathered.unmarked] + ([] if norm is None else [norm])
             self._late.append((self.steps + self.skipped_steps + 1, torch.stack(parts).sum()))
-        if self.looks_late or self.on_nonfinite == "ignore" or self._scaler is not None:
-            return None  # a scaler skips such a step itself, and scales the next ones less
+        if self.looks_late or self.on_nonfinite == "ignore":
+            return None
+        if self._scaler is not None and self._scaler.get_scale() > 1.0:
+            return None  # it skips such a step itself, and scales the next ones less
         if math.isfinite(float(norm)) if norm is not None else self._is_finite():
             return None
         return f"its gradients are not finite; largest: {describe_gradients(self.module.named_parameters())}"
@@ -170,10 +173,8 @@ class Engine:
         taken = self.optimizer is None or self._update(self.optimizer)
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        if taken:
-            self.steps += 1
-        else:
-            self.skipped_steps += 1
+        self.steps += taken
+        self.skipped_steps += not taken
         if taken and self.scheduler is not None:
             self.scheduler.step()
         self._mark_step()
@@ -262,23 +263,36 @@ class Engine:
             "gathered": self._gathered.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a state back, its tensors as its own; what the config says otherwise since then takes effect."""
-        for name in ("optimizer", "scheduler", "scaler"):
-            part = getattr(self, "_scaler" if name == "scaler" else name)
-            if (part is None) != (state[name] is None):
-                has, had = ("none", "one") if part is None else ("one", "none")
-                raise ValueError(f"{name}: this engine has {has}, the saved state {had}; resume with the same config")
-            if part is not None:
-                part.load_state_dict(state[name])
+    def load_state_dict(self, state: Mapping[str, Any], allows_changes: bool = False) -> list[str]:
+        """Takes a state back, its tensors as its own; what the config says otherwise since then takes effect.
+
+        Returns:
+            Which parts begin anew, as the state has none of their kind.
+        Raises:
+            ValueError: there is such a part, and changes are not allowed.
+        """
+        notes = self._load_parts(state, allows_changes)
         for name, value in state["counters"].items():
             setattr(self, name, value)
-        if self.optimizer is not None:
-            apply_changes(self.optimizer, self.scheduler, self._configured, state["configured"])
-        self.grad_norm, self._lrs = state["grad_norm"], list(state["lrs"])
-        self._gathered.load_state_dict(state["gathered"])
+        self.grad_norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
+        self._gathered.load_state_dict(move(state["gathered"], self.device))
         self._mark_step()
         self.train()
+        return notes
+
+    def _load_parts(self, state: Mapping[str, Any], allows_changes: bool) -> list[str]:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self._scaler}
+        before = state["configured"]
+        notes = find_changed_kinds(parts, state)
+        if notes and not allows_changes:
+            raise ValueError(f"{notes[0]}; resume with the same config, or allow changes: it then begins anew")
+        changed = {note.partition(":")[0] for note in notes}
+        for name, part in parts.items():
+            if part is not None and name not in changed:
+                part.load_state_dict(state[name])
+        if self.optimizer is not None and not changed & {"optimizer", "scheduler"}:
+            apply_changes(self.optimizer, self.scheduler, self._configured, before)
+        return [f"{note}: it begins anew" for note in notes]
 
 
 def _do_nothing() -> None:

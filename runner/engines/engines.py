@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
-from runner.utils.distributed import move
+from runner.utils.distributed import move, seed_all
+from runner.utils.utils import mix
 
 
 class Engines(dict[str, Engine]):
@@ -72,12 +73,15 @@ class Engines(dict[str, Engine]):
         """Returns every engine's metrics since the last call."""
         return {f"{self._prefix(name)}{key}": v for name, e in self.items() for key, v in e.take_metrics().items()}
 
-    def evaluate(self, batches: Iterable[tuple[Any, int]], is_cut: Callable[[], bool] = bool) -> dict[str, float]:
+    def evaluate(
+        self, batches: Iterable[tuple[Any, int]], is_cut: Callable[[], bool] = bool, seed: int = 0
+    ) -> dict[str, float]:
         """Returns the means of loss and the forward's other numbers, each batch weighted by its samples.
 
         Args:
             batches: pairs of a batch and the number of its samples.
             is_cut: asked before each batch; True ends at once.
+            seed: decides, with a batch's number, what is drawn at random in its forward.
         Raises:
             InterruptedError: where `is_cut` said so.
             ValueError: without a single batch.
@@ -87,7 +91,8 @@ class Engines(dict[str, Engine]):
             engine.eval()
         try:
             with torch.no_grad():
-                for batch, num_samples in batches:
+                for number, (batch, num_samples) in enumerate(batches):
+                    seed_all(mix(seed, number), self.device)
                     if is_cut():
                         raise InterruptedError("the evaluation was cut short")
                     total += num_samples
@@ -131,8 +136,8 @@ class Engines(dict[str, Engine]):
             state[f"{name}.optimizer"] = engine.state_dict()
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave.
+    def load_state_dict(self, state: Mapping[str, Any], allows_changes: bool = False) -> list[str]:
+        """Takes back what `state_dict` gave; returns which parts begin anew, where changes are allowed.
 
         Raises:
             ValueError: engines of other names, or weights of other names or shapes.
@@ -140,12 +145,18 @@ class Engines(dict[str, Engine]):
         saved = sorted(name for name in state if "." not in name)
         if saved != sorted(self):
             raise ValueError(f"engines: here {sorted(self)}, in the saved state {saved}; resume with the same config")
+        notes: list[str] = []
         for name, engine in self.items():
             try:
                 engine.module.load_state_dict(state[name])
             except RuntimeError as error:
                 raise ValueError(f"engine {name}: its saved weights do not fit: {error}") from error
-            engine.load_state_dict(state[f"{name}.optimizer"])
+            try:
+                found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes)
+            except (KeyError, RuntimeError) as error:
+                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {error!r}") from error
+            notes += [f"{name}.{note}" for note in found]
+        return notes
 
     def export_states(self) -> dict[str, dict[str, Tensor]]:
         """Returns each engine's weights as evaluation uses them."""

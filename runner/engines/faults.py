@@ -57,41 +57,35 @@ def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> s
     )
 
 
+_MOST_COPIED = 65536  # elements of a buffer that is copied at each step, however it is written to
+
+
 class KeptBuffers:
     """What a module's buffers were at the last `keep`, so that a step that is discarded leaves no statistics behind.
 
-    A buffer is copied when it has changed since the keep before, which its version tells at no cost; but for running
-    statistics, which torch writes to without telling.
+    A large buffer is copied only when its version says that it was written to since; running statistics, to which torch
+    writes without telling, and small buffers always. A write through `.data` to a large one goes unseen.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._places = [
-            (owner._buffers, name, isinstance(owner, _NormBase))
-            for owner in module.modules()
-            for name, buffer in owner._buffers.items()
-            if buffer is not None
-        ]
-        self._seen: list[tuple[Tensor, int] | None] = [None] * len(self._places)
-        self._copies: list[Tensor | None] = [None] * len(self._places)
+        self._owners = [(owner, isinstance(owner, _NormBase)) for owner in module.modules() if owner._buffers]
+        self._kept: dict[tuple[int, str], tuple[Tensor | None, Tensor | None, int]] = {}
         self.keep()
 
     def keep(self) -> None:
         """Notes what the buffers are now."""
-        for index, (buffers, name, is_silent) in enumerate(self._places):
-            buffer = buffers[name]
-            if buffer is None:
-                continue
-            now = buffer, buffer._version
-            seen = self._seen[index]
-            if is_silent or seen is None or seen[0] is not buffer or seen[1] != now[1]:
-                self._seen[index] = now
-                self._copies[index] = buffer.detach().clone()
+        for index, (owner, is_silent) in enumerate(self._owners):
+            for name, buffer in owner._buffers.items():
+                if buffer is None:
+                    self._kept[index, name] = None, None, 0
+                    continue
+                old, _, version = self._kept.get((index, name), (None, None, -1))
+                if is_silent or buffer.numel() <= _MOST_COPIED or old is not buffer or version != buffer._version:
+                    self._kept[index, name] = buffer, buffer.detach().clone(), buffer._version
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Makes the buffers what they were."""
-        for (buffers, name, _), copy in zip(self._places, self._copies, strict=True):
-            buffer = buffers[name]
+        for (index, name), (buffer, copy, _) in self._kept.items():
+            self._owners[index][0]._buffers[name] = buffer
             if buffer is not None and copy is not None:
-                buffer.copy_(copy)
-        self.keep()
+                buffer.data = copy.clone() if buffer.shape != copy.shape else buffer.data.copy_(copy)

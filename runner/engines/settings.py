@@ -45,8 +45,30 @@ def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int,
 def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the settings of an optimizer and scheduler just built, as plain values."""
     groups = [_plain(group, _RATES | {"params"}) for group in optimizer.param_groups] if optimizer else []
-    schedule = _plain(scheduler.state_dict(), _POSITIONS) if scheduler else {}
-    return {"base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
+    kinds = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
+    schedule = _configured_schedule(scheduler) if scheduler else {}
+    return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
+
+
+def _configured_schedule(scheduler: Any) -> dict[str, Any]:
+    """Returns the plain settings of a schedule, and those of the schedules that it is made of."""
+    parts = [_configured_schedule(each) for each in getattr(scheduler, "_schedulers", ())]
+    return {"own": _plain(vars(scheduler), _POSITIONS), "parts": parts}
+
+
+def _kind(part: Any) -> str | None:
+    return None if part is None else type(part).__name__
+
+
+def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """Returns which of optimizer, scheduler and scaler are of another kind than in a saved state, and how."""
+    notes = []
+    for name, part in parts.items():
+        was = state["configured"]["kinds"].get(name, None if state[name] is None else "one")
+        now = _kind(part) if name != "scaler" else None if part is None else "one"
+        if now != was:
+            notes.append(f"{name}: this engine has {now or 'none'}, the saved state {was or 'none'}")
+    return notes
 
 
 def apply_changes(
@@ -60,10 +82,16 @@ def apply_changes(
         group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
     if scheduler is None:
         return
-    old = before["scheduler"]
-    vars(scheduler).update({k: v for k, v in now["scheduler"].items() if k not in old or old[k] != v})
+    _apply_schedule(scheduler, now["scheduler"], before["scheduler"])
     if isinstance(scheduler, LambdaLR):  # what its functions hold does not show in its state
         _recompute(optimizer, scheduler)
+
+
+def _apply_schedule(scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    old = before["own"]
+    vars(scheduler).update({key: value for key, value in now["own"].items() if key not in old or old[key] != value})
+    for each, new, was in zip(getattr(scheduler, "_schedulers", ()), now["parts"], before["parts"], strict=False):
+        _apply_schedule(each, new, was)
 
 
 def _recompute(optimizer: Optimizer, scheduler: LambdaLR) -> None:

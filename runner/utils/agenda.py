@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 
@@ -48,6 +48,6 @@ class Agenda:
                 return
             self.owed.pop(0)
 
-    def state_of(self, left_out: Sequence[str]) -> list[str]:
-        """Returns the names owed but for those."""
-        return [name for name in self.owed if name not in left_out]
+    def state_dict(self) -> list[str]:
+        """Returns the names owed: nothing where it is the save alone, which is what asks."""
+        return [] if set(self.owed) <= {"save"} else list(self.owed)

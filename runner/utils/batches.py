@@ -7,17 +7,18 @@ iterable with `state_dict()` and `load_state_dict()` is one.
 
 import copy
 import itertools
-import random
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from runner.utils.distributed import seed_all
 from runner.utils.utils import checked_choice, checked_int, mix
+
+_CPU = torch.device("cpu")
 
 
 class Sampler(Protocol):
@@ -222,11 +223,7 @@ class Samples(Dataset[Any]):
     def _reseed(self, ordinal: int) -> None:
         if self._seed is None:
             return
-        seed = mix(self._seed, ordinal)
-        # Not torch.manual_seed: it also visits every device, at 90 times the cost.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
+        seed_all(mix(self._seed, ordinal), _CPU)
 
 
 def ignore_interrupts(worker: int) -> None:

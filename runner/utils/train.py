@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from runner.utils.agenda import Action, Agenda
-from runner.utils.distributed import generator_of
+from runner.utils.distributed import seed_all
 from runner.utils.memory import Peak, is_out_of_memory
 from runner.utils.mishaps import Halt, Policy, explain
 from runner.utils.pace import Pace
@@ -121,7 +121,6 @@ class Loop:
         self._screen = screen
         self._policy = policy or Policy()
         self._stop: str | None = None
-        self._generator = generator_of(engines.device)
         self._halt: Halt | None = None
         self._shown: dict[str, float] = {}
         self._peak = Peak(engines.device)
@@ -172,11 +171,11 @@ class Loop:
 
     def _train_step(self) -> None:
         mark, first_sample = self.batches.mark(), self.batches.num_samples_total
-        seed, rank = self._seeds
+        (seed, rank), device = self._seeds, self.engines.device
         try:
             for micro_step in range(self.accumulate):
                 batch = next(self.batches)
-                self._generator.manual_seed(mix(seed, self.step, micro_step, rank))
+                seed_all(mix(seed, self.step, micro_step, rank), device)
                 self.engines.micro_step(batch)
             faults = self.engines.step()
         except Exception as error:
@@ -279,7 +278,7 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps done and of those left out, and the actions owed at this boundary."""
-        return {"step": self.step, "skipped": self.num_skipped, "owed": self.agenda.state_of(["save"])}
+        return {"step": self.step, "skipped": self.num_skipped, "owed": self.agenda.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the steps done."""

@@ -239,9 +239,82 @@ def test_a_learning_rate_changed_in_the_config_takes_effect_and_one_typed_live_i
         assert engine.take_metrics()["lr"] == pytest.approx(lr / 6)
 
 
-def test_a_state_with_another_scheduler_is_refused():
-    with pytest.raises(ValueError, match="scheduler: this engine has none, the saved state one"):
+def test_a_state_with_another_optimizer_or_schedule_is_refused_or_begins_anew():
+    with pytest.raises(ValueError, match="optimizer: this engine has SGD, the saved state AdamW"):
         make_engine().load_state_dict(make_full_engine().state_dict())
+    saved, other = make_full_engine(), make_engine(precision="fp16")
+    for batch in make_batches(4):
+        train(saved, batch)
+    assert other.load_state_dict(saved.state_dict(), allows_changes=True) == [
+        "optimizer: this engine has SGD, the saved state AdamW: it begins anew",
+        "scheduler: this engine has none, the saved state LambdaLR: it begins anew",
+        "scaler: this engine has one, the saved state none: it begins anew",
+    ]
+    assert other.steps == 2
+    train(other, make_batches(1)[0])
+
+
+def test_schedules_made_of_others_take_a_longer_run(tmp_path):
+    def make(total_steps):
+        module = Squared()
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        parts = [
+            torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps),
+        ]
+        return Engine(module, optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [2]))
+
+    saved, longer, whole = make(6), make(12), make(12)
+    for batch in make_batches(4):
+        train(saved, batch)
+        train(whole, batch)
+    longer.load_state_dict(saved.state_dict())
+    for batch in make_batches(4):
+        train(longer, batch)
+        train(whole, batch)
+    assert longer.scheduler._schedulers[1].T_max == 12
+    assert longer.optimizer.param_groups[0]["lr"] > 0
+
+
+class Drifting(nn.Module):
+    """Buffers written to in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("none_yet", None)
+        self.register_buffer("grows", torch.zeros(1))
+
+    def forward(self, x):
+        self.average.data.mul_(0.9).add_(x.mean(0))
+        self.none_yet = x.clone()
+        self.grows = torch.zeros(len(self.grows) + 1)
+        return (self.weight * x).sum()
+
+
+def test_buffers_are_taken_back_however_they_were_written_to():
+    module = Drifting()
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    engine.micro_step({"x": torch.ones(3, 2)})
+    engine.step()
+    before = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    engine.micro_step({"x": torch.full((3, 2), 5.0)})
+    engine.discard()
+    for name, buffer in module._buffers.items():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_a_scaler_that_has_come_down_to_one_hides_no_gradient_that_is_not_finite():
+    module = ReachesTheEdge()
+    engine = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0), on_nonfinite="stop", precision="fp16")
+    fault, num_skipped = None, 0
+    while fault is None and num_skipped < 40:
+        engine.micro_step({"x": torch.ones(2)})
+        fault = engine.step()
+        num_skipped += fault is None
+    assert fault.startswith("its gradients are not finite")
+    assert num_skipped == 16  # from a scale of 65536 on
 
 
 def test_an_optimizer_that_tells_training_from_evaluation_is_told():

@@ -1,0 +1,48 @@
+"""The signals that end a run: the first asks it to save and end, the second ends it at once.
+
+Owns what a handler may do: it sets a flag, or raises. Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
+
+
+class Signals:
+    """What has come, and what to do about it: `ask` is called with its meaning, once.
+
+    Before there is a run to ask, the first one ends the program; once it `is_over`, the first one has nothing to do.
+    """
+
+    def __init__(self) -> None:
+        self.ask: Callable[[str], None] | None = None
+        self.is_over = False
+        self.first: str | None = None
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Takes the signals for the length of a block."""
+        before = {number: signal.signal(number, self._take) for number in MEANINGS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.first is not None or (self.ask is None and not self.is_over):
+            raise KeyboardInterrupt(number)
+        self.first = signal.Signals(number).name
+        if self.ask is not None and not self.is_over:
+            self.ask(MEANINGS[signal.Signals(number)])
+
+
+def meaning_of(interrupt: KeyboardInterrupt) -> tuple[str, int]:
+    """Returns what the signal means that ended a program at once, and its number."""
+    number = signal.Signals(interrupt.args[0]) if interrupt.args else signal.SIGINT
+    return MEANINGS[number], int(number)
