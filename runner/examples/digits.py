@@ -175,7 +175,7 @@ def require(name: str, find_only: bool = False) -> Any:
         if find_only and importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(name)
         return None if find_only else importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, ValueError) as error:
         raise ImportError(
             f'the digits example needs {name.partition(".")[0]}, which is not installed: pip install "runner[digits]"'
         ) from error
