@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 _KEPT_OFF = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
@@ -60,6 +61,15 @@ def step_eagerly(optimizer: Optimizer | None) -> None:
 
     @functools.wraps(own)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return (own if _COMPILER in sys.modules else light)(self, *args, **kwargs)
+        return (own if torch.compiler.is_compiling() else light)(self, *args, **kwargs)
 
     optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
+
+
+def clear_gradients(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Forgets the gradients of an optimizer's parameters, as its `zero_grad` does."""
+    if type(optimizer).zero_grad is not Optimizer.zero_grad:
+        optimizer.zero_grad(set_to_none=True)
+        return
+    for parameter in parameters:  # what torch's own does, but for 5 us around it
+        parameter.grad = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from runner.engines.eager import clear_gradients
 from runner.engines.faults import FiniteCheck, KeptBuffers, describe_gradients
 from runner.engines.forward import Feeder, feed, read_output
 from runner.engines.gathered import Gathered
@@ -172,7 +173,7 @@ class Engine:
         self._lrs = lrs(self.optimizer)
         taken = self.optimizer is None or self._update(self.optimizer)
         if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+            clear_gradients(self.optimizer, self._trained)
         self.steps += taken
         self.skipped_steps += not taken
         if taken and self.scheduler is not None:

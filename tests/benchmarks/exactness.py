@@ -11,6 +11,7 @@ from torch import nn
 
 from runner.engines.faults import FiniteCheck, KeptBuffers
 from runner.utils.batches import Batches, Samples
+from runner.utils.distributed import seed_all
 from runner.utils.sampler import RandomSampler
 from runner.utils.utils import mix
 
@@ -27,7 +28,7 @@ def main():
     model, _ = make_model()
     model(torch.randn(BATCH, 16), torch.randn(BATCH, 1)).backward()
     parameters = list(model.parameters())
-    generator = torch.default_generator
+    cpu = torch.device("cpu")
     check, none = FiniteCheck(parameters), KeptBuffers(model)
     normed = KeptBuffers(nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(10))))
     sampler = RandomSampler(10**9)
@@ -36,7 +37,7 @@ def main():
     next(batches)
     samples = Samples(data, 1)
     rows = {
-        "a step's randomness from (seed, step, micro-step, rank)": lambda: generator.manual_seed(mix(0, 7, 0, 0)),
+        "a step's randomness from (seed, step, micro-step, rank)": lambda: seed_all(mix(0, 7, 0, 0), cpu),
         "the position before the step, to go back to": batches.mark,
         "the sampler's state after each batch": sampler.state_dict,
         "gradients looked at for what is not finite": check,

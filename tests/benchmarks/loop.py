@@ -18,6 +18,7 @@ from torch import nn
 from runner.commands import Commands
 from runner.console import Console
 from runner.engines import Engine, Engines
+from runner.engines.eager import step_eagerly
 from runner.tracking import Tracker
 from runner.utils.batches import Batches
 from runner.utils.sampler import OrderedSampler
@@ -77,6 +78,7 @@ def run_bare(batches, folder):
 
 def run_ours(batches, folder, stream=None):
     model, optimizer = make_model()
+    step_eagerly(optimizer)  # as `build` does
     engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), Tracker(folder)
     console = Console(STEPS, stream=Terminal())
     inbox = Commands(lambda text: None)
