@@ -55,6 +55,7 @@ def _open(
     cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None] | None
 ) -> tuple[Session, RunRecord, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
+    has_log = (folder / "log.txt").exists()
     try:
         experiment = build(cfg)
         found = _find(Path(cfg.resume)) if cfg.resume else None
@@ -75,7 +76,7 @@ def _open(
         return session, record, log
     except BaseException as error:
         if not cfg.resume:
-            _remove_unused(folder)
+            _remove_unused(folder, has_log)
         if isinstance(error, OSError):
             raise ConfigError(f"{folder}: can't be written to ({error.strerror or error})") from error
         raise
@@ -120,13 +121,14 @@ def _describe_runner(folder: Path) -> str:
         return "it has only just begun"
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_unused(folder: Path, has_log: bool) -> None:
     """Removes a folder in which nothing but the config was written yet."""
     with contextlib.suppress(OSError):  # it holds something else
         for file in (folder / ".hydra").glob("*.yaml"):
             file.unlink()
         (folder / LOCK).unlink(missing_ok=True)
-        (folder / "log.txt").unlink(missing_ok=True)
+        if not has_log:
+            (folder / "log.txt").unlink(missing_ok=True)
         if (folder / ".hydra").is_dir():
             (folder / ".hydra").rmdir()
         folder.rmdir()

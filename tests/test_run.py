@@ -307,6 +307,14 @@ def test_ctrl_c_while_it_starts_ends_with_130_and_leaves_nothing_half_made(proje
     assert all((folder / "run.json").is_file() for folder in project.runs)
 
 
+def test_a_mistake_leaves_what_lay_in_the_folder_alone(project):
+    folder = project.folder / "mine"
+    folder.mkdir()
+    (folder / "log.txt").write_text("my own notes")
+    project.run("hydra.run.dir=mine", "optimizer.lr=-1", status=2)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"log.txt": "my own notes"}
+
+
 def test_a_sweep_tells_each_job_that_fails_and_does_the_others(project):
     printed = project.run("-m", "trainer.steps=2,0", "trainer.clip_norm=1,-1", status=2)
     assert [name in printed for name in ("trainer.steps=0: expected", "trainer.clip_norm=-1.0: expected")] == [
