@@ -50,7 +50,7 @@ def measure(
             raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
         values |= shown
     numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
-    return numbers, {f"eval/{k}": v for k, v in values.items() if not isinstance(v, (int, float))}
+    return numbers, {f"eval/{name}": value for name, value in values.items() if not _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:

@@ -82,7 +82,8 @@ class Plain(Data):
 
 
 def report(module, dataset):
-    return {"words": "some `text`", "number": float(len(dataset)), "picture": torch.zeros(4, 6, 3, dtype=torch.uint8)}
+    picture = torch.zeros(4, 6, 3, dtype=torch.uint8)
+    return {"words": "some `text`", "number": torch.tensor(float(len(dataset))), "picture": picture}
 
 
 def feed(module, batch):
