@@ -34,7 +34,7 @@ def main() -> None:
             print(message, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:  # before there was a run to save
-        sys.exit(75 if signals.meaning_of(interrupt)[0] == "preempted" else 130)
+        sys.exit(signals.STATUSES[signals.meaning_of(interrupt)[0]])
     finally:
         gc.enable()
         launch.drop_unused()

@@ -122,21 +122,22 @@ class Checkpoints:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
+        if not (path / MANIFEST).is_file():
+            return  # not one of ours
         pruned = self._beside(path, "pruned")
         os.rename(path, pruned)  # from here on it is no checkpoint, however far the rest gets
         shutil.rmtree(pruned, ignore_errors=True)
 
     def _prune(self, newest_step: int) -> None:
+        self.leave(newest_step)
+        if not self._keep_last:
+            return
         steps = self._steps()
-        kept = sorted(step for step in steps if step <= newest_step)  # later ones: a future that a resume has left
-        if self._keep_last:
-            old = kept[: -self._keep_last]
-            best = [step for step, _ in sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))]
-            spared = {step for step in old if self._keep_every and step % self._keep_every == 0}
-            spared |= set([step for step in best if step <= newest_step][: self._keep_best])
-            kept = [step for step in kept if step not in old or step in spared]
-        for step in steps.keys() - set(kept):
-            if (steps[step] / MANIFEST).is_file():  # else it is not one of ours
+        best = [step for step, _ in sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))]
+        spared = {step for step in steps if self._keep_every and step % self._keep_every == 0}
+        spared |= set(best[: self._keep_best])
+        for step in sorted(steps)[: -self._keep_last]:
+            if step not in spared:
                 self._remove(steps[step])
 
     def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:

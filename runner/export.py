@@ -42,34 +42,29 @@ def write(engines: Engines, folder: Path, facts: Mapping[str, str], dtype: torch
     paths = []
     for name, state in engines.export_states().items():
         path = folder / f"{name}.safetensors"
-        tied = _tie(engines[name].module.state_dict(), state)
-        io.save(_cast(tied, dtype), path, {**facts, "engine": name})
+        io.save(_cast(state, dtype), path, {**facts, "engine": name})
         paths.append(path)
     return paths
 
 
-def _tie(live: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a copied state in which what shared memory is one tensor again."""
-    first: dict[tuple[Any, ...], str] = {}
-    tied = {}
-    for name in state:
-        own = live[name]
-        view = (own.untyped_storage().data_ptr(), own.storage_offset(), own.shape, own.stride(), own.dtype)
-        tied[name] = state[first.setdefault(view, name) if own.numel() else name]
-    return tied
-
-
-def _cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Returns a state with its floating-point tensors in another dtype; what is tied stays one tensor."""
     if dtype is None:
         return dict(state)
-    cast: dict[int, Tensor] = {}
+    import torch
+
+    cast: dict[tuple[Any, ...], Tensor] = {}
+    found = dict(state)
     for name, tensor in state.items():
-        if id(tensor) in cast or not tensor.is_floating_point():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
-        cast[id(tensor)] = tensor.to(dtype)
-        if not cast[id(tensor)].isfinite().eq(tensor.isfinite()).all():
-            raise ValueError(f"{name}: holds a number that {dtype} can't; take bf16 or fp32")
-    return {name: cast.get(id(tensor), tensor) for name, tensor in state.items()}
+        view = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
+        if view not in cast:
+            cast[view] = tensor.to(dtype)
+            if not cast[view].isfinite().eq(tensor.isfinite()).all():
+                raise ValueError(f"{name}: holds a number that {dtype} can't; take bf16 or fp32")
+        found[name] = cast[view]
+    return found
 
 
 def facts_of(

@@ -44,9 +44,8 @@ class RunFolder(Callback):
             _end(error)
         for line in lines:
             print(line)
-        with read_write(config), open_dict(config):
+        with read_write(config):
             config.hydra.run.dir = str(folder)
-            config.hydra.output_subdir = None  # written by `_write_config`, once all is built and the folder is held
 
 
 def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
@@ -118,7 +117,7 @@ def launch(cfg: DictConfig) -> None:
 
 
 def _write_config(cfg: DictConfig, folder: Path) -> None:
-    """Puts the config in the run's folder as Hydra does, but each file whole at every moment."""
+    """Puts the config in the run's folder as Hydra would, but once all is built, each file whole at every moment."""
     hydra_config: Any = HydraConfig.instance().cfg
     (folder / ".hydra").mkdir(exist_ok=True)
     contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
@@ -141,7 +140,6 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
     except ConfigError as error:
-        shutil.rmtree(folder / ".hydra", ignore_errors=True)
         folder.rmdir()
         raise _told(ConfigError(f"{folder.name}: {error}")) from None
 

@@ -13,19 +13,17 @@ from runner.build import build
 from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.mistakes import ConfigError
-from runner.run_folder import find_checkpoint
+from runner.run_folder import find_checkpoint, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
-from runner.signals import Signals, meaning_of
-from runner.utils import io
+from runner.signals import STATUSES, Signals, meaning_of
 from runner.utils.files import held
 
 LOCK = ".lock"
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
-STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
 
 
-def run(cfg: Any, folder: Path, accept: Callable[[], None] | None = None) -> int:
+def run(cfg: Any, folder: Path, accept: Callable[[], None]) -> int:
     """Runs a composed config in its folder; returns the exit status.
 
     `accept` is called when all is built and loaded: until then a run that goes on is as it was.
@@ -47,12 +45,12 @@ def run(cfg: Any, folder: Path, accept: Callable[[], None] | None = None) -> int
         except OSError as error:
             raise ConfigError(f"{folder}: can't be written to ({error.strerror})") from error
         session, record, log = _open(cfg, folder, stack, accept)
-        signals.ask = session.stop
+        signals.ask = session.loop.stop
         return _run(session, record, log, signals)
 
 
 def _open(
-    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None] | None
+    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None]
 ) -> tuple[Session, RunRecord, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
@@ -70,8 +68,7 @@ def _open(
         stack.callback(console.close)
         log = stack.enter_context(open_log(folder, console))
         session = Session(experiment, folder, record, console, log, found)
-        if accept is not None:
-            accept()
+        accept()
         record.start(name=experiment.name)
         return session, record, log
     except BaseException as error:
@@ -114,10 +111,10 @@ def _finish(session: Session, record: RunRecord, status: str, reason: str | None
 
 
 def _describe_runner(folder: Path) -> str:
+    record = read_record(folder)
     try:
-        facts = io.read_json(folder / "run.json")
-        return f"process {facts['pid']} on {facts['host']}, since {facts['sessions'][-1]['started']}"
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return f"process {record['pid']} on {record['host']}, since {record['sessions'][-1]['started']}"
+    except (KeyError, IndexError, TypeError):
         return "it has only just begun"
 
 

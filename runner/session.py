@@ -73,7 +73,6 @@ class Session:
         self.saver = Saver(
             checkpoints, before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
         )
-        self.evaluated: tuple[int, float] | None = None  # the step of the last evaluation, and its deciding metric
         self.is_new = found is None
         self.best: dict[str, Any] | None = None
         self.evaluation: dict[str, Any] | None = None
@@ -172,11 +171,6 @@ class Session:
         self.log.info("%d steps into %s", self.experiment.trainer.steps, self.folder)
         self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
-    def stop(self, reason: str) -> None:
-        """Has the run saved and ended at the next step boundary, if it is not ending already."""
-        if not self.loop.is_stopping:
-            self.loop.stop(reason)
-
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with _told("the run's numbers", Halt):
             self.tracker.log(step, values)
@@ -197,7 +191,9 @@ class Session:
             "commands": self.inbox.state_dict(),
             "best": self.best,
         }
-        metric = self.evaluated[1] if self.evaluated and self.evaluated[0] == step else None
+        evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
+        name = self._deciding(evaluated)
+        metric = None if name is None or evaluated[name] is None else self._sign * evaluated[name]
         self.saver.save(step, self.engines.state_dict(), facts, metric)
 
     def _saved(self, step: int, path: Path) -> None:
@@ -246,17 +242,27 @@ class Session:
                 self.tracker.image(step, name, value)
         self._keep_best(step, numbers)
 
+    @property
+    def _sign(self) -> int:
+        """What makes the lower value of the deciding metric the better one."""
+        return -1 if self.experiment.trainer.best_mode.name == "max" else 1
+
+    def _deciding(self, numbers: Mapping[str, Any]) -> str | None:
+        """Returns the name among an evaluation's numbers that says which checkpoint is best."""
+        named = self.experiment.trainer.best_metric
+        if named is not None:
+            return named if named in numbers else None
+        return next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
+
     def _keep_best(self, step: int, numbers: Mapping[str, float]) -> None:
-        trainer = self.experiment.trainer
-        name = trainer.best_metric or next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
+        name = self._deciding(numbers)
         if name is None:
+            if named := self.experiment.trainer.best_metric:
+                raise ConfigError(f"trainer.best_metric={named}: was not evaluated; there are: {', '.join(numbers)}")
             return
-        if name not in numbers:
-            raise ConfigError(f"trainer.best_metric={name}: was not evaluated; there are: {', '.join(numbers)}")
-        sign = -1 if trainer.best_mode.name == "max" else 1
-        self.evaluated = step, sign * numbers[name]
-        if math.isfinite(numbers[name]) and (self.best is None or sign * numbers[name] < sign * self.best["value"]):
-            self.best = {"name": name, "value": numbers[name], "step": step}
+        value, sign = numbers[name], self._sign
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best["value"]):
+            self.best = {"name": name, "value": value, "step": step}
             with _told("run.json", Halt):
                 self.record.update(last_step=step, best=self.best)
 

@@ -1,4 +1,4 @@
-"""The signals that end a run: the first asks it to save and end, the second ends it at once.
+"""The signals that end a run: the first asks it to save and end, the second ends it at once; and the exit statuses.
 
 Owns what a handler may do: it sets a flag, or raises. Imports the standard library alone.
 """
@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
 MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chaos import find_difference
 from conftest import read_metrics
 from test_run import assert_same_run, wait_for_step
 
@@ -339,8 +340,6 @@ def test_a_checkpoint_of_pickles_is_read_without_executing_any(project):
     one, other = project.folder / "run", project.folder / "whole"
     names = [path.name for path in (other / "checkpoints" / "step_00000012").glob("*.pt")]
     assert len(names) == 2
-    from chaos import find_difference
-
     from runner import checkpoint
 
     states = [checkpoint.load(each / "checkpoints" / "step_00000012") for each in (one, other)]

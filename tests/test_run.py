@@ -9,12 +9,11 @@ import time
 
 import pytest
 import torch
+from chaos import TIMES, find_difference
 from conftest import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.utils import io
-
-TIMES = ("time_s", "train/step_time_s", "train/samples_per_s", "train/tokens_per_s", "train/memory_gb")
 
 
 def untimed(folder):
@@ -32,20 +31,8 @@ def assert_same_run(one, other, step):
         assert_equal(a, b)
 
 
-def assert_equal(a, b, place="state"):
-    assert type(a) is type(b), place
-    if isinstance(a, dict):
-        assert list(a) == list(b), place
-        for key in a:
-            assert_equal(a[key], b[key], f"{place}[{key!r}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), place
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{place}[{index}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), place
-    else:
-        assert a == b, place
+def assert_equal(a, b):
+    assert find_difference(a, b) is None
 
 
 def test_a_run_leaves_a_folder_that_answers_every_question(project):

@@ -127,8 +127,9 @@ class Loop:
         self.pace = Pace()
 
     def stop(self, reason: str) -> None:
-        """Ends the loop at the next step boundary; only sets a flag, so a signal handler may call it."""
-        self._stop = reason
+        """Ends the loop at the next step boundary, for the first reason given; a signal handler may call it."""
+        if self._stop is None:
+            self._stop = reason
 
     @property
     def is_stopping(self) -> bool:
@@ -211,8 +212,7 @@ class Loop:
     def _take(self, faults: Mapping[str, str], mark: Any, first_sample: int) -> None:
         """Ends the loop with a step that is not to be left out, or counts it."""
         samples = f"samples {first_sample} to {self.batches.num_samples_total - 1} of the stream"
-        told = "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())
-        message = f"Step {self.step + 1} ({samples}) went wrong. {told}"
+        message = f"Step {self.step + 1} ({samples}) went wrong. {_tell(faults)}"
         if self.engines.is_stopped_by(faults):
             self._discard(mark)
             raise Halt(f"{message}. The step was discarded: the run stands at step {self.step}")
@@ -252,15 +252,14 @@ class Loop:
                 if command.name not in self.agenda.actions:
                     self._commands[command.name](command.argument)
             except Stop as stop:
-                self._stop = str(stop)
+                self.stop(str(stop))
         return {command.name for command in typed if command.name in self.agenda.actions}
 
     def _check_late(self) -> None:
         faults = self.engines.find_late_faults()
         if faults:
-            told = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
             remedy = "go on from the last checkpoint, and skip such steps to have their gradients looked at before"
-            raise Halt(f"Up to step {self.step} something went wrong. {told}: {remedy}", is_whole=False)
+            raise Halt(f"Up to step {self.step} something went wrong. {_tell(faults)}: {remedy}", is_whole=False)
 
     def log_metrics(self) -> None:
         """Writes the metrics gathered since the last time, and what the clock says of the steps since then."""
@@ -285,6 +284,10 @@ class Loop:
         self.step, self.num_skipped = int(state["step"]), int(state["skipped"])
         self.agenda.owed = list(state["owed"])
         self._saved_at = self.step
+
+
+def _tell(faults: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())
 
 
 _SHOWN = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}
