@@ -23,19 +23,29 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; the message is made here
     config.register()
     gc.disable()  # importing torch makes no garbage, and looking for it takes a third of the time; `run` enables it
+    status = 1
     try:
+        if (followed := launch.join()) is not None:
+            sys.exit(followed)
         sys.argv[1:] = sorted(launch.with_resumed_overrides(sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
         _compose_and_launch()
+        status = 0
     except Exception as error:
         message = mistakes.explain(error)
         if wants_traceback or message is None:
             raise
         if not getattr(error, "is_told", False):
             print(message, file=sys.stderr)
-        sys.exit(2)
+        status = 2
+        sys.exit(status)
     except KeyboardInterrupt as interrupt:  # before there was a run to save
-        sys.exit(signals.STATUSES[signals.meaning_of(interrupt)[0]])
+        status = signals.STATUSES[signals.meaning_of(interrupt)[0]]
+        sys.exit(status)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
     finally:
+        launch.leave(status)
         gc.enable()
         launch.drop_unused()
         if not wants_traceback:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,15 +12,17 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.distributed import Store
 
 from runner.config import CheckpointConfig, TrackingConfig, TrainerConfig, to_plain
 from runner.engines import Engine, Engines
 from runner.engines.eager import defer_compiler, step_eagerly
+from runner.engines.layouts import Alone
 from runner.mistakes import ConfigError
 from runner.targets import is_called_later, locate
-from runner.utils.batches import Batches, Samples, ignore_interrupts
-from runner.utils.distributed import pick_device
+from runner.utils.agreement import Agreement
+from runner.utils.batches import Batches, EvaluationData
+from runner.utils.distributed import find_place, is_many, num_ranks, pick_device, rank, together
 from runner.utils.utils import mix
 from runner.utils.wrapper import freeze
 
@@ -41,6 +43,7 @@ class Experiment:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     settings: dict[str, Any]
+    agreement: Agreement
 
     def load_stream(self, state: Mapping[str, Any]) -> str | None:
         """Moves the batches to a saved position; says so where changes allow no more than the next epoch.
@@ -59,112 +62,123 @@ class Experiment:
 
 
 @dataclass
-class EvaluationData:
-    """One ordered pass over a dataset, the same each time: iterates pairs of a batch and the number of its samples."""
+class _Part:
+    """What an engine is made of, before it is spread over the ranks."""
 
-    dataset: Dataset[Any]
-    batch_size: int
-    num_workers: int
-    collate: Callable[[list[Any]], Any] | None
-    seed: int | None
+    place: str
+    settings: dict[str, Any]
+    module: nn.Module
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        length = len(self.dataset)  # type: ignore[arg-type]
-        draws = [
-            (first, [*range(first, min(first + self.batch_size, length))])
-            for first in range(0, length, self.batch_size)
-        ]
-        loader: DataLoader[Any] = DataLoader(
-            Samples(self.dataset, self.seed),
-            batch_size=None,
-            sampler=draws,
-            num_workers=self.num_workers,
-            collate_fn=self.collate or default_collate,
-            generator=torch.Generator(),  # else it draws from the global one
-            worker_init_fn=ignore_interrupts,
-        )
-        for batch, (_, indices) in zip(loader, draws, strict=True):
-            yield batch, len(indices)
+    @property
+    def is_trained(self) -> bool:
+        return self.settings["optimizer"] is not None and any(p.requires_grad for p in self.module.parameters())
 
 
-def build(cfg: DictConfig) -> Experiment:
-    """Builds an experiment.
+def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
+    """Builds this rank's share of an experiment; all ranks of a run call it.
 
+    Args:
+        store: where ranks leave word for each other.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
+        RankError: another rank could not build its share.
     """
     plain = to_plain(cfg)
-    device = build_device(plain)
     trainer, tracking = OmegaConf.to_object(cfg.trainer), OmegaConf.to_object(cfg.tracking)
-    assert isinstance(trainer, TrainerConfig)
     checkpoint = OmegaConf.to_object(cfg.checkpoint)
+    assert isinstance(trainer, TrainerConfig)
     assert isinstance(tracking, TrackingConfig)
     assert isinstance(checkpoint, CheckpointConfig)
+    made: dict[str, Any] = {}
+
+    def build_alone() -> None:  # a rank that fails here leaves nobody waiting
+        device = build_device(plain)
+        parts = _build_parts(plain, device)
+        batches = _build_batches(plain, device)
+        made.update(batches=batches, evaluation=build_evaluation(plain), report=build_report(plain))
+        is_late = device.type != "cpu" and "skip" not in (trainer.on_oom.name, trainer.on_nonfinite.name)
+        made.update(parts=parts, agreement=Agreement(store, is_late))
+
+    together(build_alone)
+    parts = made.pop("parts")
+    together(lambda: made.update(engines=_make_engines(plain, parts, made["agreement"])))
     return Experiment(
-        name=cfg.name,
-        seed=cfg.seed,
-        engines=build_engines(plain, device),
-        batches=_build_batches(plain, device),
-        evaluation=build_evaluation(plain),
-        report=build_report(plain),
-        trainer=trainer,
-        checkpoint=checkpoint,
-        tracking=tracking,
-        settings=plain,
+        cfg.name, cfg.seed, trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
     )
 
 
 def build_device(plain: dict[str, Any]) -> torch.device:
-    """Returns the device of a resolved config.
+    """Returns the device of a resolved config, of this rank's own where there are several.
 
     Raises:
         ConfigError: this machine has no such device.
     """
     try:
-        return pick_device(plain["distributed"]["device"])
+        return pick_device(plain["distributed"]["device"], find_place().local_rank if is_many() else None)
     except ValueError as error:
         raise ConfigError(f"distributed.{error}") from error
 
 
 def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bool = True) -> Engines:
-    """Returns the engines of a resolved config in its order; one named `model` where there is no `engines`.
+    """Returns the engines of a resolved config in its order, on this process alone.
 
     Args:
         is_trained: False leaves out what only training needs: optimizers and schedulers.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    trainer = plain["trainer"]
+    return _make_engines(plain, _build_parts(plain, device), None, is_trained=is_trained)
+
+
+def _build_parts(plain: dict[str, Any], device: torch.device) -> dict[str, _Part]:
+    """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     torch.manual_seed(plain["seed"])  # of the initial weights
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
     shared["freeze"] = plain["optimizations"]["freeze"]
-    engines = Engines()
-    defer_compiler()
+    found = {}
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
-        parts = shared | own
-        module = _make(place + "model", parts["model"])
+        settings = shared | own
+        module = _make(place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
         module = module.to(device)
-        _explained(place + "optimizations", partial(freeze, module, parts["freeze"]))
-        trained = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-        optimizer = _make(place + "optimizer", parts["optimizer"], trained) if trained and is_trained else None
+        _explained(place + "optimizations", partial(freeze, module, settings["freeze"]))
+        found[name] = _Part(place, settings, module)
+    return found
+
+
+def _make_engines(
+    plain: dict[str, Any], parts: dict[str, _Part], agreement: Agreement | None, *, is_trained: bool = True
+) -> Engines:
+    """Returns engines of their parts, spread over the ranks that have an agreement."""
+    trainer, strategy = plain["trainer"], plain["distributed"]["strategy"]
+    trained = [name for name, part in parts.items() if part.is_trained and is_trained]
+    if is_trained and not trained:
+        raise ConfigError(
+            "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
+        )
+    engines = Engines()
+    defer_compiler()
+    for name, part in parts.items():
+        place, settings, module = part.place, part.settings, part.module
+        layout = _make("distributed.strategy", strategy) if agreement and is_many() else Alone()
+        if agreement:
+            layout.join(agreement, name, name == trained[-1])
+        _explained("distributed.strategy", partial(layout.place, module))
+        named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+        optimizer = _make(place + "optimizer", settings["optimizer"], named) if name in trained else None
         step_eagerly(optimizer)
-        scheduler = _make(place + "scheduler", parts["scheduler"], optimizer) if optimizer else None
         engines[name] = Engine(
             module,
             optimizer,
-            scheduler,
+            _make(place + "scheduler", settings["scheduler"], optimizer) if optimizer else None,
             precision=trainer["precision"],
             accumulate=trainer["accumulate"],
             clip_norm=trainer["clip_norm"],
             on_nonfinite=trainer["on_nonfinite"],
-            feeder=_make(place + "feeder", parts["feeder"]),
-        )
-    if is_trained and not any(engine.optimizer for engine in engines.values()):
-        raise ConfigError(
-            "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
+            feeder=_make(place + "feeder", settings["feeder"]),
+            layout=layout,
         )
     return engines
 
@@ -178,6 +192,11 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
     if is_batched and parts > 1:
         remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
         raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
+    if not is_batched and data["batch_size"] // parts < num_ranks():
+        found = f"data.batch_size={data['batch_size']} with trainer.accumulate={parts}"
+        raise ConfigError(
+            f"{found}: {num_ranks()} ranks share {data['batch_size'] // parts}; expected one each or more"
+        )
     what = _lengths(dataset) if is_batched else len(dataset)
     sampler = _make("sampler", plain["sampler"], what)
     return Batches(
@@ -189,6 +208,8 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
         collate=_make("data.collate", data["collate"]),
         pin_memory=device.type == "cuda",
         seed_samples=data["seed_samples"],
+        rank=rank(),
+        num_ranks=num_ranks(),
     )
 
 
@@ -211,7 +232,8 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
     collate = _make("data.collate", data["collate"])
     dataset = _make_dataset("data.eval", data["eval"])
     sample_seed = mix(seed, -1) if data["seed_samples"] else None
-    return EvaluationData(dataset, data["batch_size"], data["num_workers"], collate, sample_seed)
+    size, workers = data["batch_size"], data["num_workers"]
+    return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), num_ranks())
 
 
 def build_report(plain: dict[str, Any]) -> Report | None:

@@ -20,12 +20,16 @@ from crc32c import crc32c
 
 from runner.utils import io
 from runner.utils.files import sync
+from runner.utils.packing import unpack
 
 MANIFEST = "MANIFEST.json"
 FACTS = "trainer"
+STRUCTURE = "structure"
+SHARDS = "shards"
 SUFFIXES = {"sft": ".safetensors", "pt": ".pt"}
 _LOADED: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
 _NAME = re.compile(r"step_(\d{8,})")
+_FILE = re.compile(rf"({SHARDS}/)?[^/.\\][^/\\]*")
 _LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 22
@@ -71,27 +75,48 @@ class Checkpoints:
         Raises:
             OSError: with what the disk said; every earlier checkpoint is untouched.
         """
-        final = self.folder / f"step_{step:08d}"
-        partial = self._beside(final, "partial")
-        _ensure_folder(self.folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial = self.begin(step)
         try:
             for name, value in parts.items():
                 io.write_new(value, partial / f"{name}{self._suffix}")
-            io.write_json(dict(facts), partial / f"{FACTS}.json")
-            sums = {path.name: _settle(path) for path in sorted(partial.iterdir())}
-            manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
-            io.write_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
-            sync(partial)
-            if before_commit is not None:
-                before_commit()
-            self._commit(partial, final)
+            return self.commit(partial, step, facts, metric, before_commit)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def begin(self, step: int) -> Path:
+        """Makes the folder that `commit` gives its final name; what is in it then is the checkpoint."""
+        partial = self._beside(self._final(step), "partial")
+        _ensure_folder(self.folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        return partial
+
+    def commit(
+        self,
+        partial: Path,
+        step: int,
+        facts: Mapping[str, Any],
+        metric: float | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> Path:
+        """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
+        io.write_json(dict(facts), partial / f"{FACTS}.json")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(partial)): _settle(path) for path in files}
+        manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
+        io.write_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
+        for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
+            sync(folder)
+        if before_commit is not None:
+            before_commit()
+        final = self._final(step)
+        self._commit(partial, final)
         self._prune(step)
         return final
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def _beside(self, final: Path, role: str) -> Path:
         return self.folder / f".{final.name}.{os.getpid()}.{role}"
@@ -180,7 +205,7 @@ def verify(path: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
-        if not name or Path(name).name != name or name.startswith(".") or Path(name).suffix not in _LOADED:
+        if not _FILE.fullmatch(name) or Path(name).suffix not in _LOADED:
             raise CheckpointError(f"{path}: {MANIFEST} names {name!r}, which is no file of a checkpoint")
         file = path / name
         if not file.is_file() or file.is_symlink():
@@ -201,12 +226,31 @@ def load(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file and the check that failed.
     """
     values = {}
-    for name in verify(path)["files"]:
-        try:
-            values[Path(name).stem] = _LOADED[Path(name).suffix](path / name)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+    names = verify(path)["files"]
+    try:
+        for name in names:
+            if "/" not in name:
+                values[Path(name).stem] = _LOADED[Path(name).suffix](path / name)
+        if STRUCTURE in values:
+            values |= _assemble(path, values.pop(STRUCTURE))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return values
+
+
+def _assemble(path: Path, documents: Any) -> dict[str, Any]:
+    """Returns the parts of a checkpoint whose tensors many ranks wrote, each its share."""
+    from runner import shards
+
+    tensors = shards.read(path / SHARDS)
+    by_part: dict[str, dict[str, Any]] = {part: {} for part in documents}
+    for name, tensor in tensors.items():
+        part, _, own = name.partition("/")
+        by_part.setdefault(part, {})[own] = tensor
+    try:
+        return {part: unpack(documents[part], found) for part, found in by_part.items()}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / STRUCTURE}.json: does not fit its tensors ({error!r})") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

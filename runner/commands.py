@@ -146,8 +146,11 @@ class Commands:
         self._next_step = math.inf  # the earliest boundary with something to do; 0 is the next one
         self._step = 0  # the last boundary seen
 
-    def start(self, step: int = 0) -> None:
-        """Begins to read, `step` steps being done; what lies ready in a pipe or file is taken at once."""
+    def start(self, step: int = 0, take: Callable[[str], bool] | None = None) -> None:
+        """Begins to read, `step` steps being done; what lies ready in a pipe or file is taken at once.
+
+        With `take` each line goes there: to who has all ranks of a run take it.
+        """
         self._step = step
         stream = sys.stdin if self._stream is None else self._stream
         if self._reader is not None or stream is None:
@@ -156,7 +159,7 @@ class Commands:
             fd = os.dup(stream.fileno())  # ours, whoever closes the original and reuses its number
         except (OSError, ValueError, AttributeError):
             return
-        self._reader = Reader(fd, self.take, self._answer)
+        self._reader = Reader(fd, take or self.take, self._answer)
         self._reader.start()
 
     def close(self) -> None:

@@ -93,6 +93,14 @@ class OptimizationsConfig:
 @dataclass
 class DistributedConfig:
     device: str = MISSING
+    nproc_per_node: Any = MISSING
+    nnodes: int = MISSING
+    rdzv_endpoint: str | None = MISSING
+    rdzv_timeout_s: float = MISSING
+    backend: str = MISSING
+    max_restarts: int = MISSING
+    timeout_s: float = MISSING
+    strategy: Any = MISSING
 
 
 @dataclass

@@ -88,16 +88,20 @@ class Console:
 
 
 @contextmanager
-def open_log(folder: str | Path, console: Console) -> Iterator[logging.Logger]:
+def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[logging.Logger]:
     """The logger "runner", whose messages go to `console` and, with time and level, to the end of `log.txt`.
 
-    It is as before afterwards, so one job of a sweep never writes to another's log.
+    Of a rank that only follows, what failed there alone goes to the file: the rest is the leader's to tell. It is as
+    before afterwards, so one job of a sweep never writes to another's log.
     """
     logger = logging.getLogger("runner")
     before = logger.level, logger.propagate
     to_file = _LogFile(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    handlers = [to_file, _ConsoleHandler(console)]
+    where = f"rank {rank}: " if rank else ""
+    to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
+    handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
+    if rank:
+        to_file.addFilter(lambda record: record.exc_info is not None)
     for handler in handlers:
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from runner.mistakes import ConfigError, told_in_one_message
 
 if TYPE_CHECKING:
-    from runner.build import EvaluationData, Report
+    from runner.build import Report
     from runner.engines import Engines
     from runner.saved import Saved
+    from runner.utils.batches import EvaluationData
 
 _HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
 
@@ -30,19 +31,26 @@ def measure(
     seed: int,
     step: int,
     is_cut: Callable[[], bool] = bool,
+    together: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns an evaluation's numbers by `eval/<name>`, and the texts and pictures of its report likewise.
 
-    What is drawn at random on the way depends on seed and step alone.
+    What is drawn at random on the way depends on seed and step alone. Of several ranks each evaluates its batches, and
+    all make the report.
+
+    Args:
+        together: calls a function on every rank and returns what each gave.
 
     Raises:
         InterruptedError: where `is_cut`, asked before each batch, said so.
         ValueError: there is no batch.
     """
+    from runner.utils import distributed
     from runner.utils.distributed import seed_all
     from runner.utils.utils import mix
 
-    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1)))
+    together = together or distributed.together
+    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1), together))
     if report is not None:
         seed_all(mix(seed, step, -2), engines.device)
         shown = engines.report(report, evaluation.dataset)

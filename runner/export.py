@@ -28,19 +28,28 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
 
 
-def write(engines: Engines, folder: Path, facts: Mapping[str, str], dtype: torch.dtype | None = None) -> list[Path]:
+def write(
+    engines: Engines,
+    folder: Path,
+    facts: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+    *,
+    writes: bool = True,
+) -> list[Path]:
     """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
 
     Args:
         facts: the metadata, beside the engine's name.
         dtype: of the floating-point tensors; None leaves each its own.
+        writes: False only takes part in making weights whole that are spread over ranks.
     Raises:
         ValueError: a number that the dtype can't hold.
     """
     from runner.utils import io
 
     paths = []
-    for name, state in engines.export_states().items():
+    states = engines.export_states()
+    for name, state in states.items() if writes else ():
         path = folder / f"{name}.safetensors"
         io.save(_cast(state, dtype), path, {**facts, "engine": name})
         paths.append(path)

@@ -1,4 +1,4 @@
-"""From a composed config to a run: its folder, then the run itself, in this process.
+"""From a composed config to a run: its folder, then the run itself, in this process or in workers.
 
 Must not import torch at the top: what is wrong in the config is told before that.
 """
@@ -9,7 +9,6 @@ import copy
 import shutil
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,11 +18,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import config, mistakes, resume
+from runner import agent, config, handover, mistakes, resume, worker
+from runner.handover import Handover
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
-from runner.utils.files import replace_file
 
+_joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
 _made: Path | None = None  # the run's folder, if it was not there before
 
@@ -99,30 +99,73 @@ def drop_unused() -> None:
 
 
 def launch(cfg: DictConfig) -> None:
-    """Runs the composed config in this process; ends the program where the run was cut short."""
+    """Runs the composed config in this process, or in workers; ends the program where the run was cut short."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode == RunMode.MULTIRUN:
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if is_sweep:
         _check_job(cfg, folder)
-    from runner import run
-
     try:
-        status = run.run(cfg, folder, partial(_write_config, cfg, folder))
+        status = _launch(handover.make(cfg, folder, goes_on=is_sweep and _is_same_run(cfg, folder)), is_sweep)
     except ConfigError as error:
-        if hydra_config.mode == RunMode.MULTIRUN:
+        if is_sweep:
             raise _told(error) from None
         _end(error)
     if status:
         raise SystemExit(status)
 
 
-def _write_config(cfg: DictConfig, folder: Path) -> None:
-    """Puts the config in the run's folder as Hydra would, but once all is built, each file whole at every moment."""
-    hydra_config: Any = HydraConfig.instance().cfg
-    (folder / ".hydra").mkdir(exist_ok=True)
-    contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
-    for name, content in contents.items():
-        replace_file(folder / ".hydra" / f"{name}.yaml", [OmegaConf.to_yaml(content).encode()])
+def _launch(job: Handover, is_sweep: bool) -> int:
+    settings = job.cfg.distributed
+    if _joined is not None:
+        if settings.strategy is None:
+            raise ConfigError(f"distributed: it trains on one process, and {_joined.place.num_ranks} were started")
+        if not is_sweep:
+            _joined.remember(job)
+        _joined.post.send(job)
+        return _joined.work(job)
+    num_local = agent.num_workers(settings)
+    if num_local == 1 and settings.nnodes == 1:
+        return worker.work(job)
+    return agent.start(job, num_local)
+
+
+def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
+    """Says whether a sweep's job stands in its folder already, as where a scheduler starts it again.
+
+    Raises:
+        ConfigError: another run does.
+    """
+    if not (folder / "run.json").exists():
+        return False
+    path = folder / ".hydra" / "config.yaml"
+    if path.is_file() and path.read_text() == OmegaConf.to_yaml(cfg):
+        return True
+    raise _told(ConfigError(f"{folder}: holds another run already; give the sweep another hydra.sweep.dir"))
+
+
+def join() -> int | None:
+    """Takes this process's place where several were started; returns the exit status of one that only follows.
+
+    Raises:
+        ConfigError: what has started it did not say where it stands.
+    """
+    global _joined
+    if not worker.is_joined():
+        return None
+    _joined = worker.Joined()
+    if _joined.is_leader and (job := _joined.recall()) is not None:
+        _joined.post.send(job)
+        status = _joined.work(job)
+        leave(status)
+        return status
+    return None if _joined.is_leader else _joined.follow()
+
+
+def leave(status: int) -> None:
+    """Sends home those that wait for a job."""
+    if _joined is not None and _joined.is_leader:
+        _joined.post.end(status)
 
 
 def _end(error: Exception) -> NoReturn:

@@ -9,74 +9,105 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runner.build import build
-from runner.checkpoint import FACTS
+from torch.distributed import Store
+
+from runner.build import Experiment, build
+from runner.checkpoint import FACTS, load
 from runner.console import Console, open_log
 from runner.mistakes import ConfigError
 from runner.run_folder import find_checkpoint, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
 from runner.signals import STATUSES, Signals, meaning_of
+from runner.silent import Silent
+from runner.utils.distributed import is_leader, is_many, num_ranks, of_leader, rank, together
 from runner.utils.files import held
+from runner.watch import watched
 
 LOCK = ".lock"
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 
 
-def run(cfg: Any, folder: Path, accept: Callable[[], None]) -> int:
-    """Runs a composed config in its folder; returns the exit status.
+def run(
+    cfg: Any, folder: Path, accept: Callable[[], None], store: Store | None = None, *, goes_on: bool = False
+) -> int:
+    """Runs a composed config in its folder, on this rank; returns the exit status.
 
-    `accept` is called when all is built and loaded: until then a run that goes on is as it was.
+    `accept` is called on the leader when all is built and loaded: until then a run that goes on is as it was.
 
     It is 0 at the end and after `quit`, 130 after Ctrl-C, 75 after SIGTERM or SIGUSR1 (saved: start it again with
     resume), 1 where the run can't go on, and 128 + its number after a second signal, which waits for nothing.
 
+    Args:
+        store: where the ranks of a run leave word for each other.
+        goes_on: the folder holds the run already, which goes on from its newest whole checkpoint, or begins again.
     Raises:
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
             in this folder.
+        RankError: one of these on another rank.
+        LostError: another rank is gone.
     """
     with contextlib.ExitStack() as stack:
         signals = Signals()
         stack.enter_context(signals.taken())
-        try:
-            stack.enter_context(held(folder / LOCK))
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
-        except OSError as error:
-            raise ConfigError(f"{folder}: can't be written to ({error.strerror})") from error
-        session, record, log = _open(cfg, folder, stack, accept)
+        together(lambda: _hold(folder, stack) if is_leader() else None)
+        if goes_on and of_leader(lambda: any((folder / "checkpoints").glob("step_*"))):
+            cfg.resume = str(folder)
+        session, record, log = _open(cfg, folder, stack, accept, store)
+        session.begins_again = goes_on and session.is_new
         signals.ask = session.loop.stop
         return _run(session, record, log, signals)
 
 
+def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    try:
+        stack.enter_context(held(folder / LOCK))
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: can't be written to ({error.strerror})") from error
+
+
 def _open(
-    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None]
-) -> tuple[Session, RunRecord, logging.Logger]:
+    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None], store: Store | None
+) -> tuple[Session, Any, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
     try:
-        experiment = build(cfg)
-        found = _find(Path(cfg.resume)) if cfg.resume else None
-        record = RunRecord(folder)
-        try:
-            record.read()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        first_step = found[1][FACTS]["loop"]["step"] if found else 0
-        is_shown = None if experiment.tracking.progress else False
-        console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
-        stack.callback(console.close)
-        log = stack.enter_context(open_log(folder, console))
-        session = Session(experiment, folder, record, console, log, found)
-        accept()
-        record.start(name=experiment.name)
+        experiment = build(cfg, store)
+        found = _find_together(Path(cfg.resume)) if cfg.resume else None
+        made: list[tuple[Session, Any, logging.Logger]] = []
+        together(lambda: made.append(_make_session(experiment, folder, stack, found)))
+        session, record, log = made[0]
+        together(lambda: _begin(session, record, accept) if is_leader() else None)
         return session, record, log
     except BaseException as error:
-        if not cfg.resume:
+        if not cfg.resume and is_leader() and not (folder / "run.json").exists():
             _remove_unused(folder, has_log)
         if isinstance(error, OSError):
             raise ConfigError(f"{folder}: can't be written to ({error.strerror or error})") from error
         raise
+
+
+def _make_session(
+    experiment: Experiment, folder: Path, stack: contextlib.ExitStack, found: Found | None
+) -> tuple[Session, Any, logging.Logger]:
+    record: Any = RunRecord(folder) if is_leader() else Silent()
+    try:
+        record.read()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    first_step = found[1][FACTS]["loop"]["step"] if found else 0
+    is_shown = None if experiment.tracking.progress and is_leader() else False
+    console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
+    stack.callback(console.close)
+    log = stack.enter_context(open_log(folder, console, rank()))
+    return Session(experiment, folder, record, console, log, found), record, log
+
+
+def _begin(session: Session, record: RunRecord, accept: Callable[[], None]) -> None:
+    accept()
+    record.start(name=session.experiment.name, ranks=num_ranks())
 
 
 def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Signals) -> int:
@@ -84,7 +115,8 @@ def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Sign
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None
     try:
-        status = session.run()
+        with _watched(session):
+            status = session.run()
         reason = signals.first
     except KeyboardInterrupt as interrupt:
         status, number = meaning_of(interrupt)
@@ -103,9 +135,16 @@ def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Sign
     return STATUSES[status]
 
 
+def _watched(session: Session) -> contextlib.AbstractContextManager[None]:
+    if not is_many():
+        return contextlib.nullcontext()
+    timeout_s = session.experiment.settings["distributed"]["timeout_s"]
+    return watched(lambda: session.progress, timeout_s, session.folder / "log.txt", f"rank {rank()}")
+
+
 def _finish(session: Session, record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
     try:
-        record.finish(status, reason, last_step=session.loop.step, best=session.best)
+        record.finish(status, reason, last_step=session.loop.step, best=session.best.found)
     except OSError as error:  # what ended the run is not to be hidden by it
         log.error("run.json can't be written: %s", error)
 
@@ -131,12 +170,20 @@ def _remove_unused(folder: Path, has_log: bool) -> None:
         folder.rmdir()
 
 
-def _find(path: Path) -> Found:
-    """Returns the checkpoint to go on from and its content."""
-    try:
-        found, content, faults = find_checkpoint(path)
-    except ConfigError as error:
-        raise ConfigError(f"resume: {error}") from error
-    for fault in faults:
-        print(f"Passed over: {fault}")
+def _find_together(path: Path) -> Found:
+    """Returns the checkpoint that the leader finds to go on from, and its content."""
+    content: dict[str, Any] = {}
+
+    def find() -> Path:
+        try:
+            found, loaded, faults = find_checkpoint(path)
+        except ConfigError as error:
+            raise ConfigError(f"resume: {error}") from error
+        for fault in faults:
+            print(f"Passed over: {fault}")
+        content.update(loaded)
+        return found
+
+    found = of_leader(find)
+    together(lambda: None if is_leader() else content.update(load(found)))
     return found, content

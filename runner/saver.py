@@ -8,10 +8,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from runner.checkpoint import Checkpoints
 from runner.utils.io import Snapshot
+
+
+class Writer(Protocol):
+    """What commits a checkpoint: `checkpoint.Checkpoints`, or all ranks at once."""
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Snapshot],
+        facts: Mapping[str, Any],
+        metric: float | None,
+        before_commit: Callable[[], None],
+        /,
+    ) -> Path: ...
 
 
 class Saver:
@@ -25,7 +38,7 @@ class Saver:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Writer,
         *,
         before_commit: Callable[[], None],
         saved: Callable[[int, Path], None],
@@ -71,7 +84,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _commit(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: float | None) -> None:
+    def _commit(self, step: int, parts: Mapping[str, Snapshot], facts: Mapping[str, Any], metric: float | None) -> None:
         try:
             path = self._checkpoints.save(step, parts, facts, metric, self._before_commit)
             self._error = None

@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from runner.best import Best
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
-from runner.commands import HELP, Commands, describe_events, describe_time
 from runner.config import flatten
 from runner.console import Console
+from runner.dialogue import Dialogue
 from runner.evaluate import measure
 from runner.export import facts_of, last_evaluation, write
 from runner.mistakes import ConfigError
 from runner.run_record import RunRecord
 from runner.saver import Saver
+from runner.silent import Silent
 from runner.tracking import Tracker
 from runner.utils.agenda import Action
+from runner.utils.distributed import LostError, RankError, is_leader, num_ranks, together
 from runner.utils.mishaps import Halt, Policy
-from runner.utils.train import Loop, Stop
+from runner.utils.train import Loop
 
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
@@ -61,29 +63,41 @@ class Session:
         found: tuple[Path, dict[str, Any]] | None,
     ) -> None:
         self.experiment, self.folder, self.record, self.log = experiment, folder, record, log
-        self.engines, trainer = experiment.engines, experiment.trainer
-        checkpoints = Checkpoints(
+        self.engines, trainer, self.agreement = experiment.engines, experiment.trainer, experiment.agreement
+        self.tracker: Any = Silent()
+        self.checkpoints = Checkpoints(
             folder / "checkpoints",
             format=experiment.checkpoint.format.name,
             keep_last=trainer.keep_last,
             keep_every=trainer.keep_every,
             keep_best=trainer.keep_best,
         )
-        self.checkpoints = checkpoints
-        self.saver = Saver(
-            checkpoints, before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
-        )
-        self.is_new = found is None
-        self.best: dict[str, Any] | None = None
+        self.saver: Any = Silent()
+        if is_leader() or self.engines.is_sharded:
+            self.saver = Saver(
+                self._writer(), before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
+            )
+        self.is_new, self.begins_again = found is None, False  # over what one left that saved nothing yet
+        self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
         self.evaluation: dict[str, Any] | None = None
-        self._next_line = time.monotonic() + _LINE_EVERY_S
-        self.inbox = Commands(self._answer)
-        self.loop = self._make_loop(console)
+        self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
+        self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
+        self.inbox = self.dialogue.inbox
+        self.loop = self.dialogue.loop = self._make_loop(console)
         if found:
             self._resume(*found)
 
+    def _writer(self) -> Any:
+        if not self.engines.is_sharded:
+            return self.checkpoints
+        from runner import sharded_checkpoint  # torch's distributed checkpoints are slow to import
+
+        return sharded_checkpoint.share(self.checkpoints, self.experiment.settings["distributed"]["timeout_s"])
+
     def _begin(self) -> None:
         """Makes the folder one of a run at this step: what a crash left, and what this run has left, goes."""
+        if not is_leader():
+            return
         self.checkpoints.recover()
         if not self.is_new:
             self.checkpoints.leave(self.loop.step)  # before the numbers are cut back to that step
@@ -92,8 +106,8 @@ class Session:
             self.folder,
             tensorboard=tracking.tensorboard,
             jsonl=tracking.jsonl,
-            resume_step=None if self.is_new else self.loop.step,
-            is_eval_owed="eval" in self.loop.agenda.owed,
+            resume_step=None if self.is_new and not self.begins_again else self.loop.step,
+            is_eval_owed=self.begins_again or "eval" in self.loop.agenda.owed,
         )
 
     def _make_loop(self, console: Console) -> Loop:
@@ -112,16 +126,11 @@ class Session:
                 "export": Action(self.export, trainer.export_every),
                 "save": Action(self.save, trainer.save_every),
             },
-            commands={
-                "quit": self._quit,
-                "lr": self._set_lr,
-                "time": self._tell_time,
-                "events": lambda _: self._answer(describe_events(self.inbox.pending)),
-                "help": lambda _: self._answer(HELP),
-            },
+            commands=self.dialogue.commands,
             inbox=self.inbox,
             screen=console,
             policy=Policy(trainer.on_oom.name, trainer.max_skips),
+            agreement=self.agreement,
         )
 
     def run(self) -> str:
@@ -131,21 +140,32 @@ class Session:
             RunError: the run can't go on, for no mistake in the program.
         """
         with _told("the run's folder", RunError):
-            self._begin()
+            together(self._begin)
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
             with _lasting(), contextlib.closing(self.inbox), contextlib.closing(experiment.batches):
                 if experiment.tracking.stdin:
-                    self.inbox.start(self.loop.step)
+                    self.dialogue.start(self.loop.step)
                 if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
                     self.loop.agenda.owe("eval")
-                status = self._train()
+                status = self._train_together()
         finally:
             with _told("the run's numbers", RunError):
                 self.tracker.close(status)
         self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
         return status
+
+    def _train_together(self) -> str:
+        """Runs the loop on every rank; what ends it on one of them ends it on all."""
+        try:
+            return together(self._train)[0]
+        except LostError as error:
+            if (reason := self.agreement.why_left(error)) is not None:
+                raise RunError(reason) from error
+            raise
+        except RankError as error:
+            raise (RunError(str(error)) if error.__cause__ is None else error.__cause__) from error
 
     def _train(self) -> str:
         """Runs the loop, and waits for its last save."""
@@ -154,7 +174,7 @@ class Session:
         except Exception as error:
             with contextlib.suppress(Exception):  # it was told when it failed
                 self.saver.close()
-            if isinstance(error, Halt):
+            if isinstance(error, (Halt, RankError)):
                 raise RunError(str(error)) from error
             raise
         with _told("the last checkpoint", RunError):
@@ -164,11 +184,12 @@ class Session:
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
             sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
-            total, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
-            frozen = "" if trained == total else f", {total - trained:,} of them frozen"
-            kind = type(engine.module).__name__
-            self.log.info("%s: %s, %s parameters%s, on %s", name, kind, f"{total:,}", frozen, engine.device)
-        self.log.info("%d steps into %s", self.experiment.trainer.steps, self.folder)
+            total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
+            left = f", {frozen:,} of them frozen" if frozen else ""
+            what = f"{type(engine.module).__name__}, {total:,} parameters{left}, on {engine.device}"
+            self.log.info("%s: %s", name, what)
+        ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
+        self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
         self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -184,17 +205,17 @@ class Session:
 
     def save(self) -> None:
         """Has a checkpoint committed beside the loop, which is held while the state is copied."""
+        self.agreement.together(bool)  # none of the ranks is in trouble
+        self.engines.share_metrics()
         step = self.loop.step
         facts = {
             "loop": self.loop.state_dict(),
             "batches": self.experiment.batches.state_dict(),
             "commands": self.inbox.state_dict(),
-            "best": self.best,
+            "best": self.best.found,
         }
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
-        name = self._deciding(evaluated)
-        metric = None if name is None or evaluated[name] is None else self._sign * evaluated[name]
-        self.saver.save(step, self.engines.state_dict(), facts, metric)
+        self.saver.save(step, self.engines.state_dict(), facts, self.best.rate(evaluated))
 
     def _saved(self, step: int, path: Path) -> None:
         self.log.info("Saved %s", path)
@@ -215,7 +236,7 @@ class Session:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
         self.inbox.load_state_dict(facts["commands"])
-        self.best, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
+        self.best.found, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
         for each in [*notes, *([note] if note else [])]:
             self.log.warning("%s", each)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
@@ -226,9 +247,10 @@ class Session:
         if experiment.evaluation is None:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
+        self.agreement.together(bool)  # none of the ranks is in trouble
         numbers, shown = measure(
-            self.engines, experiment.evaluation, experiment.report,
-            seed=experiment.seed, step=step, is_cut=lambda: self.loop.is_stopping,
+            self.engines, experiment.evaluation, experiment.report, seed=experiment.seed, step=step,
+            is_cut=self._is_cut, together=self.agreement.together,
         )  # fmt: skip
         self.evaluation = {"step": step, **numbers}
         with _told("the run's numbers", Halt):
@@ -240,50 +262,30 @@ class Session:
                 self.log.info("%s:\n%s", name, value)
             else:
                 self.tracker.image(step, name, value)
-        self._keep_best(step, numbers)
+        try:
+            is_best = self.best.take(step, numbers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if is_best:
+            with _told("run.json", Halt):
+                self.record.update(last_step=step, best=self.best.found)
 
     @property
-    def _sign(self) -> int:
-        """What makes the lower value of the deciding metric the better one."""
-        return -1 if self.experiment.trainer.best_mode.name == "max" else 1
+    def progress(self) -> tuple[int, int]:
+        """What changes as long as this rank gets on: steps, and batches evaluated."""
+        return self.loop.step, self._num_evaluated
 
-    def _deciding(self, numbers: Mapping[str, Any]) -> str | None:
-        """Returns the name among an evaluation's numbers that says which checkpoint is best."""
-        named = self.experiment.trainer.best_metric
-        if named is not None:
-            return named if named in numbers else None
-        return next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
-
-    def _keep_best(self, step: int, numbers: Mapping[str, float]) -> None:
-        name = self._deciding(numbers)
-        if name is None:
-            if named := self.experiment.trainer.best_metric:
-                raise ConfigError(f"trainer.best_metric={named}: was not evaluated; there are: {', '.join(numbers)}")
-            return
-        value, sign = numbers[name], self._sign
-        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best["value"]):
-            self.best = {"name": name, "value": value, "step": step}
-            with _told("run.json", Halt):
-                self.record.update(last_step=step, best=self.best)
+    def _is_cut(self) -> bool:
+        self._num_evaluated += 1
+        return self.loop.is_stopping
 
     def export(self) -> None:
         """Writes each engine's weights, with what they are from."""
-        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best, self.evaluation)
+        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best.found, self.evaluation)
         with _told("the export", Halt):
-            paths = write(self.engines, self.folder / "exports", facts)
+            paths = write(self.engines, self.folder / "exports", facts, writes=is_leader())
         for path in paths:
             self.log.info("Exported %s", path)
-
-    def _quit(self, _: Any) -> None:
-        raise Stop("quit")
-
-    def _set_lr(self, lr: float) -> None:
-        self.engines.set_lr(lr)
-        self._answer(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
-
-    def _tell_time(self, to: int | None) -> None:
-        elapsed_s, step_s = self.loop.pace.overall(self.loop.step)
-        self._answer(describe_time(self.loop.step, self.experiment.trainer.steps, step_s, elapsed_s, to))
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ _ROLES = {
     "scheduler": 1,
     "feeder": 0,
     "report": 0,
+    "distributed.strategy": 0,
 }
 _CALLED_LATER = ("data.collate", "feeder", "report")  # a plain function here is what is called, not what makes it
 _EXTRAS = {
@@ -54,7 +55,7 @@ def _targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
     for key, role, place in roles:
         node: Any = place
         for part in role.split("."):
-            node = node[part]
+            node = None if node is None else node[part]  # a role that is left out by who evaluates
         if node is not None:
             yield key, node, _ROLES[role]
             yield from ((k, n, 0) for k, n in _nested_targets(node, key))

@@ -40,8 +40,11 @@ class Zygote:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
 
-    def start(self, cwd: Path, argv: list[str], crash_at: int = 0) -> int:
+    def start(
+        self, cwd: Path, argv: list[str], crash_at: int = 0, environment: dict | None = None, typed: Path | None = None
+    ) -> int:
         request = {"cwd": str(cwd), "argv": argv, "output": str(cwd / "printed.txt"), "crash_at": crash_at}
+        request |= {"environment": environment or {}, "typed": str(typed) if typed else None}
         return int(self._ask(request))
 
     def wait(self, pid: int) -> int:

@@ -165,12 +165,20 @@ class Project:
     def runs(self):
         return sorted(path.parent for path in self.folder.glob("outputs/**/.hydra"))
 
+    def copy(self, name, other):
+        """Makes a run's folder another's copy."""
+        shutil.rmtree(self.folder / other, ignore_errors=True)
+        shutil.copytree(self.folder / name, self.folder / other)
+
     def close(self):
         """Leaves no process behind, however a test ended."""
         for process in self.started:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
 
 
 @pytest.fixture

@@ -1,14 +1,16 @@
 """A process that has imported everything once, and forks a real `python -m runner` for each request: fast to kill.
 
-Each line of stdin is a JSON object: `argv`, `cwd`, `output` (a file), and `crash_at`: the number of the file operation
-on checkpoints at which the child kills itself, 0 for none. The answer is the child's pid; a line `{"wait": pid}` is
-answered with its wait status and the number of operations that were noted in `output`.count.
+Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files), `environment` (beside this one's), and
+`crash_at`: the number of the file operation on checkpoints at which the child kills itself, 0 for none. The answer is
+the child's pid; a line `{"wait": pid}` is answered with its wait status and the number of operations that were noted in
+`output`.count; a child that does not end is killed.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 
 import tensorboard.compat.proto.event_pb2
@@ -18,6 +20,7 @@ import runner.__main__
 import runner.event_file
 import runner.run
 
+LIMIT_S = 90.0
 WATCHED = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "os.fsync"}
 
 
@@ -55,8 +58,9 @@ class Watch:
 def run_child(request: dict) -> None:
     os.setsid()
     os.chdir(request["cwd"])
+    os.environ.update(request["environment"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(os.devnull, os.O_RDONLY)
+    null = os.open(request["typed"] or os.devnull, os.O_RDONLY)
     for fd, source in ((0, null), (1, output), (2, output)):
         os.dup2(source, fd)
     sys.path.insert(0, request["cwd"])
@@ -75,13 +79,24 @@ def run_child(request: dict) -> None:
     os._exit(status)
 
 
+def wait(pid: int) -> int:
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     assert {tensorboard, runner.event_file}  # imported for the children
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            print(os.waitpid(request["wait"], 0)[1], flush=True)
+            print(wait(request["wait"]), flush=True)
             continue
         pid = os.fork()
         if not pid:

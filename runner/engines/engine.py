@@ -6,7 +6,6 @@ Must not import a config or another model's code: what it drives is any `nn.Modu
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from runner.engines.eager import clear_gradients
-from runner.engines.faults import FiniteCheck, KeptBuffers, describe_gradients
-from runner.engines.forward import Feeder, feed, read_output
+from runner.engines.faults import KeptBuffers
+from runner.engines.fed import Fed
+from runner.engines.forward import Feeder, feed
 from runner.engines.gathered import Gathered
+from runner.engines.gradients import Gradients
+from runner.engines.layouts import Alone
 from runner.engines.settings import apply_changes, base_lrs, configured, find_changed_kinds, lrs, set_base_lr
-from runner.utils.distributed import move
+from runner.utils.distributed import gather, move
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +42,7 @@ class Engine:
         feeder: called as feeder(module, batch) in place of the module.
         on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
             look for them. With stop, an accelerator is not waited for: `find_late_fault` tells after the update.
+        layout: how the module lies over the ranks of a run; it was placed already.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Engine:
         clip_norm: float = 0.0,
         feeder: Feeder | None = None,
         on_nonfinite: str = "ignore",
+        layout: Alone | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_AUTOCAST)}")
@@ -63,54 +66,67 @@ class Engine:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.accumulate = accumulate
-        self.clip_norm = clip_norm
         self.on_nonfinite = on_nonfinite
-        self.steps = self.micro_steps = self.skipped_steps = self.tokens = 0
-        self.grad_norm: Tensor | None = None
-        self._feeder = feeder or feed
+        self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._tokens_shared = 0
         first = next(module.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
-        self.looks_late = on_nonfinite == "stop" and self.device.type != "cpu"
+        self.layout = layout or Alone()
         self._dtype = _AUTOCAST[precision]
-        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" and optimizer else None
-        self._trained = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        self._gradients = Gradients(
+            module, optimizer, self.layout, self.device,
+            is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
+        self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
+        self._fed = Fed(module, feeder or feed)
+        self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
         self._configured = configured(optimizer, scheduler)
         self._lrs = lrs(self.optimizer)
-        self._gathered = Gathered()
-        self._late: list[tuple[int, Tensor]] = []
-        self._is_finite = FiniteCheck(self._trained)
+        self._gathered, self._is_exchanging = Gathered(), False
         self._buffers = KeptBuffers(module)
         self._mark_step()
         self.train()
 
-    def micro_step(self, batch: Any) -> None:
-        """Runs forward and backward on one batch."""
+    def micro_step(self, batch: Any, weight: float = 1.0) -> None:
+        """Runs forward and backward on one batch; its loss counts `weight` times."""
         if self.optimizer is None:
             with torch.no_grad():
                 loss, extras = self.forward(batch)
         else:
-            loss, extras = self.forward(batch)
-            self.backward(loss)
+            is_last = self.micro_steps - self._mark[1] + 1 >= self.accumulate
+            with self.layout.micro_step(is_last):
+                loss, extras = self.forward(batch, self._trained_fed)
+                self._is_exchanging = is_last
+                self._backward(loss if weight == 1.0 else loss * weight)
+                self._is_exchanging = False
+        if weight != 1.0:
+            loss, extras = loss * weight, {name: value * weight for name, value in extras.items()}
         self._gathered.add(loss, extras)
         self.micro_steps += 1
 
-    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, loss: Tensor) -> None:
+        self._gradients.backward(loss / self.accumulate if self.accumulate > 1 else loss)
+
+    @property
+    def can_make_up(self) -> bool:
+        """Whether this rank can still release the others from a step that it can't make."""
+        return self.optimizer is None or (self.layout.can_make_up and not self._is_exchanging)
+
+    def make_up(self) -> None:
+        """Takes part in the exchange of a step that this rank can't make, unless it has; then discard it."""
+        if self.optimizer is not None and self.micro_steps - self._mark[1] < self.accumulate:
+            self.layout.make_up()
+        self.layout.settle()
+
+    def forward(self, batch: Any, fed: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss (0-d) of a batch and the forward's other numbers (0-d each)."""
+        fed = fed or self._fed
         if self._dtype is None:
-            loss, extras, tokens = read_output(self.module, self._feeder(self.module, batch))
+            loss, extras, tokens = fed(batch)
         else:
             with torch.autocast(self.device.type, self._dtype):
-                loss, extras, tokens = read_output(self.module, self._feeder(self.module, batch))
+                loss, extras, tokens = fed(batch)
         self.tokens += tokens
         return loss, extras
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of loss / accumulate."""
-        if self.accumulate > 1:
-            loss = loss / self.accumulate
-        if self._scaler is not None:
-            loss = self._scaler.scale(loss)
-        loss.backward()
 
     def step(self) -> str | None:
         """Ends a step: `prepare`, and `update` unless a fault was found, which is returned."""
@@ -121,74 +137,46 @@ class Engine:
 
     def prepare(self) -> str | None:
         """Unscales and clips the gradients; returns what is not finite in the step, where that is looked for."""
-        if self.on_nonfinite != "ignore" and not self.looks_late and (fault := self._find_loss_fault()):
-            return fault
-        if self.optimizer is None:
-            return None
-        if self._scaler is not None:
-            self._scaler.unscale_(self.optimizer)
-        if self.clip_norm:
-            norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
-            self.grad_norm = norm
-        if fault := self._find_gradient_fault():
-            return fault
-        if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(self._trained, self.clip_norm, norm)
-        return None
+        fault = self._find_loss_fault()
+        if fault is None:
+            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._gathered.unmarked)
+        self.layout.settle()
+        return fault
 
     def _find_loss_fault(self) -> str | None:
-        for number, loss in enumerate(self._gathered.unmarked, 1):
-            value = float(loss)
-            if not math.isfinite(value):
-                part = f" of micro-step {number}" if self.accumulate > 1 else ""
-                grads = describe_gradients(self.module.named_parameters())
-                return f"its loss{part} is {value}; largest gradients: {grads or 'none'}"
+        if self._gradients.looks_at_losses and not self._looks_first:
+            for number, loss in enumerate(self._gathered.unmarked, 1):
+                if fault := self._describe(loss, number):
+                    return fault
         return None
 
-    def _find_gradient_fault(self) -> str | None:
-        norm = self.grad_norm if self.clip_norm else None
-        if self.looks_late:
-            parts = [loss.float() for loss in self._gathered.unmarked] + ([] if norm is None else [norm])
-            self._late.append((self.steps + self.skipped_steps + 1, torch.stack(parts).sum()))
-        if self.looks_late or self.on_nonfinite == "ignore":
-            return None
-        if self._scaler is not None and self._scaler.get_scale() > 1.0:
-            return None  # it skips such a step itself, and scales the next ones less
-        if math.isfinite(float(norm)) if norm is not None else self._is_finite():
-            return None
-        return f"its gradients are not finite; largest: {describe_gradients(self.module.named_parameters())}"
+    def _describe(self, loss: Tensor, number: int) -> str | None:
+        return self._gradients.describe(loss, number if self.accumulate > 1 else None)
+
+    def _look(self, loss: Tensor) -> None:
+        """Tells the other ranks of a loss that is not finite, before it goes into their gradients."""
+        if fault := self._describe(loss, self.micro_steps - self._mark[1] + 1):
+            self.layout.say_fault(fault)
+
+    @property
+    def looks_late(self) -> bool:
+        """Whether what is not finite is told after the update, by `find_late_fault`."""
+        return self._gradients.looks_late
 
     def find_late_fault(self) -> str | None:
         """Returns what was not finite in the steps since the last call, on a device that was not waited for."""
-        late, self._late = self._late, []
-        if not late:
-            return None
-        for (step, _), value in zip(late, torch.stack([total for _, total in late]).tolist(), strict=True):
-            if not math.isfinite(value):
-                return f"in its step {step} the loss or the gradients were not finite, and the update was made"
-        return None
+        return self._gradients.late.find()
 
     def update(self) -> bool:
         """Updates the parameters and clears the gradients; returns False where the scaler skipped the update."""
         self._lrs = lrs(self.optimizer)
-        taken = self.optimizer is None or self._update(self.optimizer)
-        if self.optimizer is not None:
-            clear_gradients(self.optimizer, self._trained)
+        taken = self._gradients.update()
         self.steps += taken
         self.skipped_steps += not taken
         if taken and self.scheduler is not None:
             self.scheduler.step()
         self._mark_step()
         return taken
-
-    def _update(self, optimizer: Optimizer) -> bool:
-        if self._scaler is None:
-            optimizer.step()
-            return True
-        before = self._scaler.get_scale()
-        self._scaler.step(optimizer)
-        self._scaler.update()
-        return self._scaler.get_scale() >= before
 
     def skip(self) -> None:
         """Leaves out a step: as `discard`, and it counts as skipped."""
@@ -197,19 +185,16 @@ class Engine:
 
     def discard(self) -> None:
         """Makes all as it was before the step's first micro-step: gradients, buffers, counters, metrics."""
-        self.tokens, self.micro_steps, self.grad_norm = self._mark
+        self.tokens, self.micro_steps, self._gradients.norm = self._mark
+        self._is_exchanging = False
         self._gathered.drop_unmarked()
         self._buffers.restore()
-        self.module.zero_grad(set_to_none=True)
-        if self._scaler is not None:  # it may be between unscaling and the update
-            scaler = torch.amp.GradScaler(self.device.type)
-            scaler.load_state_dict(self._scaler.state_dict())
-            self._scaler = scaler
+        self._gradients.discard()
 
     def _mark_step(self) -> None:
         self._buffers.keep()
         self._gathered.mark()
-        self._mark = self.tokens, self.micro_steps, self.grad_norm
+        self._mark = self.tokens, self.micro_steps, self._gradients.norm
 
     def train(self) -> None:
         """Puts the module, and an optimizer that tells the two apart, into training mode."""
@@ -231,14 +216,20 @@ class Engine:
         finally:
             self.train()
 
+    def share_metrics(self) -> None:
+        """Makes the numbers since the last call of `take_metrics`, and the tokens, those of all ranks together."""
+        if type(self.layout) is not Alone:
+            since = sum(gather(self.tokens - self._tokens_shared))
+            self.tokens = self._tokens_shared = self._tokens_shared + since
+            self._gathered.share()
+            self._mark_step()
+
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, and the last update's gradient norm and rate of each group."""
+        self.share_metrics()
         values = self._gathered.take()
-        own = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        if self.grad_norm is not None:
-            own["grad_norm"] = float(self.grad_norm)
-        if self._scaler is not None:
-            own["loss_scale"] = self._scaler.get_scale()
+        own: dict[str, float] = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
+        own |= self._gradients.metrics()
         if clash := sorted(values.keys() & own):
             found = f"{type(self.module).__name__}.forward returned a number named {clash[0]!r}"
             raise ValueError(f"{found}, as the engine names one of its own: call it something else")
@@ -254,13 +245,11 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the weights: optimizer, scheduler, scaler, counters, and metrics not yet taken."""
         return {
-            "optimizer": self.optimizer.state_dict() if self.optimizer else None,
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "scaler": self._scaler.state_dict() if self._scaler else None,
+            **{name: part.state_dict() if part is not None else None for name, part in self._parts.items()},
             "counters": {name: getattr(self, name) for name in ("steps", "micro_steps", "skipped_steps", "tokens")},
             "configured": self._configured,
             "lrs": self._lrs,
-            "grad_norm": None if self.grad_norm is None else self.grad_norm.detach().clone(),
+            "grad_norm": None if (norm := self._gradients.norm) is None else norm.detach().clone(),
             "gathered": self._gathered.state_dict(),
         }
 
@@ -275,14 +264,23 @@ class Engine:
         notes = self._load_parts(state, allows_changes)
         for name, value in state["counters"].items():
             setattr(self, name, value)
-        self.grad_norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
+        self._tokens_shared = self.tokens
+        self._gradients.norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
         self._gathered.load_state_dict(move(state["gathered"], self.device))
         self._mark_step()
         self.train()
         return notes
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self._gradients.scaler}
+
     def _load_parts(self, state: Mapping[str, Any], allows_changes: bool) -> list[str]:
-        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self._scaler}
+        parts: dict[str, Any] = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self._gradients.scaler,
+        }
         before = state["configured"]
         notes = find_changed_kinds(parts, state)
         if notes and not allows_changes:
@@ -290,7 +288,9 @@ class Engine:
         changed = {note.partition(":")[0] for note in notes}
         for name, part in parts.items():
             if part is not None and name not in changed:
-                part.load_state_dict(state[name])
+                is_optimizer = name == "optimizer"
+                own = self.layout.fitted_optimizer(state[name], part) if is_optimizer else state[name]
+                part.load_state_dict(own)
         if self.optimizer is not None and not changed & {"optimizer", "scheduler"}:
             apply_changes(self.optimizer, self.scheduler, self._configured, before)
         return [f"{note}: it begins anew" for note in notes]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
-from runner.utils.distributed import move, seed_all
+from runner.utils.distributed import gather, move, seed_all, together
 from runner.utils.utils import mix
 
 
@@ -32,19 +32,23 @@ class Engines(dict[str, Engine]):
 
     is_updating = False  # a step can be discarded whole until its first update
 
-    def micro_step(self, batch: Any) -> None:
-        """Runs one micro-step of every engine on the same batch."""
+    def micro_step(self, batch: Any, weight: float = 1.0) -> None:
+        """Runs one micro-step of every engine on the same batch, whose losses count `weight` times."""
         batch = move(batch, self.device)
         for engine in self.values():
-            engine.micro_step(batch)
+            engine.micro_step(batch, weight)
 
-    def step(self) -> dict[str, str]:
+    def step(self, hear: Callable[[], Mapping[str, str]] = dict) -> dict[str, str]:
         """Ends the step of every engine; returns what was not finite, by engine.
 
         Where an engine is to stop at that, none is updated, and the step is to be discarded; where it is to skip, it
         has skipped and the others are updated.
+
+        Args:
+            hear: called when all is exchanged and nothing updated; returns what else was not finite.
         """
         faults = {name: fault for name, engine in self.items() if (fault := engine.prepare())}
+        faults |= hear()
         if faults and self.is_stopped_by(faults):
             return faults
         self.is_updating = True
@@ -60,6 +64,16 @@ class Engines(dict[str, Engine]):
         """Says whether one of the engines at fault is to stop at that."""
         return any(name in self and self[name].on_nonfinite == "stop" for name in faults)
 
+    @property
+    def can_make_up(self) -> bool:
+        """Whether a rank that can't make its share of a step can release the others from it."""
+        return all(engine.can_make_up for engine in self.values())
+
+    def make_up(self) -> None:
+        """Takes part in what is left of a step's exchanges, with nothing to give but word of it."""
+        for engine in self.values():
+            engine.make_up()
+
     def discard(self) -> None:
         """Makes every engine what it was before the step's first micro-step."""
         for engine in self.values():
@@ -67,58 +81,85 @@ class Engines(dict[str, Engine]):
 
     def find_late_faults(self) -> dict[str, str]:
         """Returns what was not finite in steps already done, by engine; only where the device was not waited for."""
-        return {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
+        own = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
+        found = gather(own) if any(engine.looks_late for engine in self.values()) else [own]
+        return {name: fault for faults in reversed(found) for name, fault in faults.items()}
 
     def take_metrics(self) -> dict[str, float]:
         """Returns every engine's metrics since the last call."""
         return {f"{self._prefix(name)}{key}": v for name, e in self.items() for key, v in e.take_metrics().items()}
 
+    def share_metrics(self) -> None:
+        """Makes what was gathered since metrics were last taken the same on every rank."""
+        for engine in self.values():
+            engine.share_metrics()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds but a part of some weights."""
+        return any(engine.layout.is_sharded for engine in self.values())
+
     def evaluate(
-        self, batches: Iterable[tuple[Any, int]], is_cut: Callable[[], bool] = bool, seed: int = 0
+        self,
+        batches: Iterable[tuple[int, Any, int]],
+        is_cut: Callable[[], bool] = bool,
+        seed: int = 0,
+        together: Callable[[Callable[[], Any]], list[Any]] = together,
     ) -> dict[str, float]:
         """Returns the means of loss and the forward's other numbers, each batch weighted by its samples.
 
+        Of several ranks each takes its batches; the means are those of one process, to the last bit, where the
+        forwards are.
+
         Args:
-            batches: pairs of a batch and the number of its samples.
+            batches: a batch's number among all, the batch, and the number of its samples; 0 leaves it out.
             is_cut: asked before each batch; True ends at once.
             seed: decides, with a batch's number, what is drawn at random in its forward.
+            together: calls a function on every rank and returns what each gave.
         Raises:
-            InterruptedError: where `is_cut` said so.
+            InterruptedError: where `is_cut` said so, on whichever rank.
             ValueError: without a single batch.
         """
-        total, sums = 0, dict[str, Tensor]()
+
+        def run() -> list[tuple[int, int, dict[str, float]]] | None:
+            own: list[tuple[int, int, dict[str, Tensor]]] = []
+            with torch.no_grad():
+                for number, batch, num_samples in batches:
+                    seed_all(mix(seed, number), self.device)
+                    if is_cut() and not self.is_sharded:
+                        return None
+                    own.append((number, num_samples, self._forward(move(batch, self.device))))
+            is_late = self.is_sharded and is_cut()  # a rank that leaves before would leave the others waiting
+            return None if is_late else [(number, size, _floats(values)) for number, size, values in own]
+
         for engine in self.values():
             engine.eval()
+            engine.layout.sync_buffers(engine.module)
         try:
-            with torch.no_grad():
-                for number, (batch, num_samples) in enumerate(batches):
-                    seed_all(mix(seed, number), self.device)
-                    if is_cut():
-                        raise InterruptedError("the evaluation was cut short")
-                    total += num_samples
-                    self._add(sums, move(batch, self.device), num_samples)
+            parts = together(run)
         finally:
             for engine in self.values():
                 engine.train()
-        if not total:
-            raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
-        return {name: float(value) / total for name, value in sums.items()}
+        if any(part is None for part in parts):
+            raise InterruptedError("the evaluation was cut short")
+        return _means([each for part in parts for each in part or ()])
 
-    def _add(self, sums: dict[str, Tensor], batch: Any, num_samples: int) -> None:
+    def _forward(self, batch: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for name, engine in self.items():
             tokens = engine.tokens
             loss, extras = engine.forward(batch)
             engine.tokens = tokens  # evaluation is not throughput
-            for key, value in {"loss": loss, **extras}.items():
-                key = self._prefix(name) + key
-                term = value.detach().double() * num_samples
-                sums[key] = sums[key] + term if key in sums else term
+            found |= {
+                self._prefix(name) + key: value.detach().double() for key, value in {"loss": loss, **extras}.items()
+            }
+        return found
 
     def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
         """Returns what `function(module, dataset)` shows of each module, in evaluation mode."""
         shown: dict[str, Any] = {}
         for name, engine in self.items():
-            with engine.evaluating():
+            with engine.evaluating(), engine.layout.gathered():
                 shown |= {self._prefix(name) + key: value for key, value in function(engine.module, dataset).items()}
         return shown
 
@@ -148,7 +189,7 @@ class Engines(dict[str, Engine]):
         notes: list[str] = []
         for name, engine in self.items():
             try:
-                engine.module.load_state_dict(state[name])
+                engine.module.load_state_dict(engine.layout.fitted(state[name], engine.module))
             except RuntimeError as error:
                 raise ValueError(f"engine {name}: its saved weights do not fit: {error}") from error
             try:
@@ -163,8 +204,34 @@ class Engines(dict[str, Engine]):
         states = {}
         for name, engine in self.items():
             with engine.evaluating():
-                states[name] = copy.deepcopy(dict(engine.module.state_dict()))  # at once, so that ties stay ties
+                whole = engine.layout.whole(dict(engine.module.state_dict(keep_vars=True)))  # at once: ties stay ties
+                states[name] = copy.deepcopy(_detached(whole))
         return states
 
     def _prefix(self, name: str) -> str:
         return f"{name}/" if len(self) > 1 else ""
+
+
+def _detached(weights: Mapping[str, Any]) -> dict[str, Any]:
+    memo: dict[int, Tensor] = {}
+    return {
+        name: memo.setdefault(id(value), value.detach()) if isinstance(value, Tensor) else value
+        for name, value in weights.items()
+    }
+
+
+def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Returns 0-d tensors as numbers, read at once."""
+    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
+
+
+def _means(found: list[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
+    """Returns the means of batches' numbers, each weighted by its samples, added up in the order of the batches."""
+    counted = sorted((number, size, values) for number, size, values in found if size)
+    total, sums = sum(size for _, size, _ in counted), dict[str, float]()
+    if not total:
+        raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
+    for _, size, values in counted:
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * size
+    return {name: value / total for name, value in sums.items()}

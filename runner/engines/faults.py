@@ -5,11 +5,39 @@ Must not import a config.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+
+class LateFaults:
+    """Losses and norms of steps already done, on a device that was not waited for, until somebody looks."""
+
+    def __init__(self) -> None:
+        self._totals: list[tuple[int, Tensor]] = []
+
+    def note(self, step: int, numbers: Sequence[Tensor]) -> None:
+        """Takes the numbers (0-d each) of a step."""
+        self._totals.append((step, torch.stack([number.float() for number in numbers]).sum()))
+
+    def find(self) -> str | None:
+        """Returns what was not finite in the steps since the last call."""
+        totals, self._totals = self._totals, []
+        if not totals:
+            return None
+        for (step, _), value in zip(totals, torch.stack([total for _, total in totals]).tolist(), strict=True):
+            if not math.isfinite(value):
+                return f"in its step {step} the loss or the gradients were not finite, and the update was made"
+        return None
+
+
+def describe_loss(value: float, part: int | None, named: Iterable[tuple[str, Tensor]]) -> str:
+    """Tells of a loss that is not finite: of which micro-step, and which gradients are largest."""
+    where = "" if part is None else f" of micro-step {part}"
+    return f"its loss{where} is {value}; largest gradients: {describe_gradients(named) or 'none'}"
 
 
 class FiniteCheck:
@@ -38,7 +66,14 @@ class FiniteCheck:
 
 
 def _values(grad: Tensor) -> Tensor:
+    grad = _local(grad)
     return grad._values() if grad.is_sparse else grad
+
+
+def _local(grad: Tensor) -> Tensor:
+    """Returns this rank's part of a gradient that is spread over several."""
+    part: Tensor = grad if type(grad) in (Tensor, nn.Parameter) else getattr(grad, "_local_tensor", grad)
+    return part
 
 
 def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> str:
@@ -46,7 +81,9 @@ def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> s
     found = []
     for name, parameter in named:
         if parameter.grad is not None:
-            grad = parameter.grad.detach()
+            grad = _local(parameter.grad.detach())
+            if not grad.numel():
+                continue
             num_bad = int((~torch.isfinite(grad)).sum())
             largest = float(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).abs().max())
             found.append((num_bad, largest, name, grad.numel()))

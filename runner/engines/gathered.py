@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runner.utils.distributed import gather
+
 _MOST_APART = 1024  # micro-steps whose numbers are kept one by one
 
 
@@ -64,6 +66,24 @@ class Gathered:
                 found.setdefault(name, []).append(value)
         return found
 
+    def share(self) -> None:
+        """Makes the numbers the means over the ranks, micro-step by micro-step: to share them again changes nothing."""
+        own = {n: ([float(v) for v in values], *_plain(self._sums.get(n))) for n, values in self._apart().items()}
+        said = gather(own)
+        device = next((each.device for each in self._losses), torch.device("cpu"))
+        apart, sums = dict[str, list[Tensor]](), dict[str, tuple[Tensor, int]]()
+        for name in dict.fromkeys(name for values in said for name in values):
+            found = [values[name] for values in said if name in values]
+            lists = [each[0] for each in found]
+            if len({len(each) for each in lists}) > 1:  # a number that not every forward returned on every rank
+                lists = [[sum(each) / len(each)] for each in lists if each]
+            means = [sum(together) / len(together) for together in zip(*lists, strict=True)]
+            apart[name] = list(torch.tensor(means, dtype=torch.float32, device=device).unbind())
+            if count := found[0][2]:
+                total = sum(each[1] for each in found) / len(found)
+                sums[name] = torch.tensor(total, dtype=torch.float64, device=device), count
+        self._set(apart, sums)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what is not yet taken, a tensor or two a name."""
         apart = {name: torch.stack(values) if values else None for name, values in self._apart().items()}
@@ -72,11 +92,18 @@ class Gathered:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes it back."""
         apart = {name: [] if values is None else list(values.unbind()) for name, values in state["apart"].items()}
-        self._sums = dict(state["sums"])
+        self._set(apart, dict(state["sums"]))
+
+    def _set(self, apart: dict[str, list[Tensor]], sums: dict[str, tuple[Tensor, int]]) -> None:
+        self._sums = sums
         self._losses = apart.pop("loss", [])
         longest = max((len(values) for values in apart.values()), default=0)
         self._extras = [{n: v[index] for n, v in apart.items() if index < len(v)} for index in range(longest)]
         self.mark()
+
+
+def _plain(summed: tuple[Tensor, int] | None) -> tuple[float, int]:
+    return (0.0, 0) if summed is None else (float(summed[0]), summed[1])
 
 
 def _add(before: tuple[Tensor, int] | None, values: Sequence[Tensor]) -> tuple[Tensor, int]:

@@ -1,8 +1,8 @@
 """Batches: an endless stream of collated batches that knows which samples were delivered.
 
-Owns the way from a sampler's indices to a batch, in this process or through loader workers, the position of
-what was delivered, and the randomness of a sample. Imports torch and NumPy; must not import the samplers: any
-iterable with `state_dict()` and `load_state_dict()` is one.
+Owns the way from a sampler's indices to a batch, in this process or through loader workers, this rank's slice of it,
+the position of what was delivered, and the randomness of a sample. Must not import the samplers: any iterable with
+`state_dict()` and `load_state_dict()` is one.
 """
 
 import copy
@@ -10,6 +10,7 @@ import itertools
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Batches:
     the sample in the whole stream) before `dataset[i]`: its augmentation depends neither on the workers nor on
     where the run was cut. A dataset with `__getitems__` is called once a batch, seeded by the first ordinal.
     Without workers these are the generators of this process, left as the last sample left them.
+
+    Of `num_ranks` each takes its slice of every batch of the one global order, and `weight` says what it counts for:
+    where slices differ in size, the mean over the ranks of `weight` x a slice's mean is the batch's mean. Positions
+    are the global ones, whatever the number of ranks.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class Batches:
         pin_memory: bool = False,
         seed_samples: bool = True,
         prefetch_factor: int = 2,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self._seed = checked_int("Batches: seed", seed)
         self._sampler = sampler
@@ -65,14 +72,16 @@ class Batches:
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         self._samples = Samples(dataset, self._seed if is_seeded else None)
         self._collate = default_collate if collate is None else collate
+        self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
         self._stream: Iterator[Any] | None = None
-        self._drawn: deque[tuple[Mapping[str, Any], int]] = deque()
+        self._drawn: deque[tuple[tuple[Mapping[str, Any], int], float]] = deque()
         self._delivered: tuple[Mapping[str, Any], int] = (sampler.state_dict(), 0)
         self._num_samples = 0
+        self.weight = 1.0
 
     @property
     def num_samples(self) -> int:
-        """The number of samples in the batch delivered last; 0 before the first."""
+        """The number of samples in the batch delivered last, on all ranks; 0 before the first."""
         return self._num_samples
 
     @property
@@ -97,7 +106,7 @@ class Batches:
             self.close()
             raise
         ordinal = self._delivered[1]
-        self._delivered = self._drawn.popleft()
+        self._delivered, self.weight = self._drawn.popleft()
         self._num_samples = self._delivered[1] - ordinal
         return batch
 
@@ -185,8 +194,11 @@ class Batches:
         while True:
             draw = next(indices) if self._batch_size is None else list(itertools.islice(indices, self._batch_size))
             first, ordinal = ordinal, ordinal + len(draw)
-            self._drawn.append((self._sampler.state_dict(), ordinal))
-            yield first, draw
+            start, end = slice_of(len(draw), self._rank, self._num_ranks)
+            weight = 1.0 if self._num_ranks == 1 else (end - start) * self._num_ranks / max(len(draw), 1)
+            self._drawn.append(((self._sampler.state_dict(), ordinal), weight))
+            # A rank without a sample takes one all the same: it counts for nothing, but all ranks make every step.
+            yield (first + start, draw[start:end]) if start < end else (first, draw[:1])
 
     def _indices(self) -> Iterator[Any]:
         """Yields what the sampler yields, epoch after epoch."""
@@ -198,6 +210,11 @@ class Batches:
                 num_empty = 0
                 yield item
         raise ValueError("Batches: expected a sampler that yields something, found an empty one; is there any data?")
+
+
+def slice_of(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Returns where a rank's share of a batch starts and ends: neighbours, of sizes that differ by one at most."""
+    return rank * length // num_ranks, (rank + 1) * length // num_ranks
 
 
 class Samples(Dataset[Any]):
@@ -224,6 +241,43 @@ class Samples(Dataset[Any]):
         if self._seed is None:
             return
         seed_all(mix(self._seed, ordinal), _CPU)
+
+
+@dataclass
+class EvaluationData:
+    """One ordered pass over a dataset, the same each time: iterates a batch's number, the batch, its number of samples.
+
+    Of several ranks each takes every so many-th batch, and all as many: one that there is not is the last one again,
+    with no samples.
+    """
+
+    dataset: Dataset[Any]
+    batch_size: int
+    num_workers: int
+    collate: Callable[[list[Any]], Any] | None
+    seed: int | None
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __iter__(self) -> Iterator[tuple[int, Any, int]]:
+        length = len(self.dataset)  # type: ignore[arg-type]
+        draws = [
+            (first, [*range(first, min(first + self.batch_size, length))])
+            for first in range(0, length, self.batch_size)
+        ]
+        numbers = range(self.rank, -(-len(draws) // self.num_ranks) * self.num_ranks, self.num_ranks)
+        own = [draws[min(number, len(draws) - 1)] for number in numbers]
+        loader: DataLoader[Any] = DataLoader(
+            Samples(self.dataset, self.seed),
+            batch_size=None,
+            sampler=own,
+            num_workers=self.num_workers,
+            collate_fn=self.collate or default_collate,
+            generator=torch.Generator(),  # else it draws from the global one
+            worker_init_fn=ignore_interrupts,
+        )
+        for number, batch, (_, indices) in zip(numbers, loader, own, strict=True):
+            yield number, batch, len(indices) if number < len(draws) else 0
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -1,23 +1,39 @@
-"""What training needs to know of devices and processes. Must not import a sibling but `utils`."""
+"""What training needs to know of devices and processes: start-up, ranks, collectives that are no-ops on one process.
+
+Must not import a sibling but `utils`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pickle
 import random
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 
-def pick_device(name: str = "auto") -> torch.device:
+
+def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
     """Returns the device of that name; `auto` is the accelerator where there is one, else the CPU.
 
+    Args:
+        local_rank: of several processes on one machine each gets the accelerator of its number.
     Raises:
         ValueError: a name torch doesn't know, or a device this machine lacks.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if local_rank is not None and name in ("auto", "cuda") and accelerator is not None:
+        name = f"{accelerator.type}:{local_rank}"
     if name == "auto":
         return accelerator or torch.device("cpu")
     try:
@@ -65,3 +81,202 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(move(value, device) for value in batch)
     return batch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of its run, and where they meet."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    local_rank: int = 0
+    num_local: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    has_host: bool = False  # the store is another program's, such as torchrun's agent
+    restarts: int = 0
+    run_id: str = ""
+
+
+def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+    """Returns this process's place, from the variables of torch's launchers or, where one is missing, of Slurm's srun.
+
+    A Slurm batch script is no task of its own: outside a step it is one process, whatever its allocation.
+
+    Raises:
+        ValueError: variables that are no numbers, contradict each other, or do not say where to meet.
+    """
+    is_step = "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_STEP_ID") not in (None, "4294967291")
+    numbers = {}
+    for name, (own, of_slurm, default) in _VARIABLES.items():
+        text = environ.get(own, environ.get(of_slurm, default) if is_step else default)
+        try:
+            numbers[name] = int(text.split("(")[0])
+        except ValueError:
+            raise ValueError(f"the environment has {own} or {of_slurm}={text!r}: expected a number") from None
+    if not 0 <= numbers["rank"] < numbers["num_ranks"]:
+        raise ValueError(f"the environment has rank {numbers['rank']} of {numbers['num_ranks']} processes")
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if numbers["num_ranks"] > 1 and is_step:
+        address = address or _first_host(environ.get("SLURM_JOB_NODELIST", environ.get("SLURM_STEP_NODELIST", "")))
+        port = port or str(20000 + (int(environ.get("SLURM_JOB_ID", 0)) * 7 + int(environ["SLURM_STEP_ID"])) % 20000)
+    if numbers["num_ranks"] > 1 and not (address and port):
+        raise ValueError(f"the environment says {numbers['num_ranks']} processes, but no MASTER_ADDR and MASTER_PORT")
+    return Place(
+        **numbers,
+        address=address or "127.0.0.1",
+        port=int(port or 0),
+        has_host=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
+    )
+
+
+_VARIABLES = {  # a place's number: torch's variable, Slurm's, and what holds without them
+    "rank": ("RANK", "SLURM_PROCID", "0"),
+    "num_ranks": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
+    "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", "0"),
+    "num_local": ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "1"),
+    "restarts": ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "0"),
+}
+
+
+def _first_host(hosts: str) -> str:
+    """Returns the first host of Slurm's list: node-3 of node-[3-5,8],other."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)
+    return match[1] + (match[2] or "") if match else ""
+
+
+def connect(place: Place, timeout_s: float) -> dist.Store:
+    """Returns the store in which the processes of a run leave word for each other.
+
+    Raises:
+        RuntimeError: nobody answers there within the time.
+    """
+    is_host = place.rank == 0 and not place.has_host
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(
+        place.address, place.port, place.num_ranks, is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+
+
+@contextlib.contextmanager
+def process_group(place: Place, store: dist.Store | None, backend: str, timeout_s: float) -> Iterator[None]:
+    """Makes the ranks one group for the length of a block; with one rank, nothing.
+
+    Args:
+        store: of this group alone: a `PrefixStore` where several groups follow each other.
+        backend: gloo, nccl (with gloo for what lies on the CPU), or what torch knows else.
+        timeout_s: how long a rank waits for the others in a collective before it raises.
+    """
+    if place.num_ranks == 1:
+        yield
+        return
+    backends = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_many() -> bool:
+    """Says whether there is more than one rank."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def num_ranks() -> int:
+    """Returns the number of ranks: 1 where there is no group."""
+    return dist.get_world_size() if is_many() else 1
+
+
+def rank() -> int:
+    """Returns this process's rank: 0 where there is no group."""
+    return dist.get_rank() if is_many() else 0
+
+
+def is_leader() -> bool:
+    """Says whether this is the rank that writes what is written once."""
+    return rank() == 0
+
+
+class LostError(RuntimeError):
+    """Another rank is gone, or does not answer: nothing more can be agreed with it."""
+
+
+def is_of_connection(error: BaseException) -> bool:
+    """Says whether an error is of ranks that don't reach each other."""
+    if isinstance(error, (LostError, dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OF_CONNECTIONS)
+
+
+_OF_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Timed out waiting")
+
+
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Returns every rank's value, by rank, on every rank; values are pickled, and those of one's own processes.
+
+    Raises:
+        LostError: a rank is gone, or does not answer within the group's time.
+    """
+    if not is_many():
+        return [value]
+    data = pickle.dumps(value)
+    fitting = _gather_bytes(len(data).to_bytes(8, "little") + data[:_AT_ONCE], _AT_ONCE + 8, group)
+    sizes = [int.from_bytes(part[:8], "little") for part in fitting]
+    if max(sizes) <= _AT_ONCE:
+        return [pickle.loads(part[8 : 8 + size]) for part, size in zip(fitting, sizes, strict=True)]
+    parts = _gather_bytes(data, max(sizes), group)
+    return [pickle.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+_AT_ONCE = 2040  # bytes for which one collective is enough
+
+
+def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> list[bytes]:
+    own = torch.zeros(size, dtype=torch.uint8)
+    own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts = [torch.empty(size, dtype=torch.uint8) for _ in range(dist.get_world_size(group))]
+    try:
+        dist.all_gather(parts, own, group=group)
+    except RuntimeError as error:
+        raise LostError(str(error).splitlines()[0]) from error
+    return [part.numpy().tobytes() for part in parts]
+
+
+class RankError(RuntimeError):
+    """What failed on one rank, raised on every rank: the message says where and what; its cause, what failed here."""
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns what `work` gave on every rank, by rank; all ranks call it.
+
+    Raises:
+        RankError: it failed on one of them; on one process the error itself.
+    """
+    if not is_many():
+        return [work()]
+    cause: Exception | None = None
+    try:
+        own: tuple[Any, str | None] = (work(), None)
+    except LostError:
+        raise
+    except Exception as error:
+        own, cause = (None, str(error) or repr(error)), error
+    found = gather(own, group)
+    if cause is not None and all(message == own[1] for _, message in found):
+        raise cause  # of all, and the same
+    for number, (_, message) in enumerate(found):
+        if message is not None:
+            raise RankError(f"rank {number}: {message}") from cause
+    return [value for value, _ in found]
+
+
+def of_leader(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Returns on every rank what `work` gave on the leader, which alone calls it.
+
+    Raises:
+        RankError: it failed there; on one process the error itself.
+    """
+    return together(lambda: work() if is_leader() else None, group)[0]  # type: ignore[return-value]

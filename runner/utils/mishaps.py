@@ -22,6 +22,22 @@ class Halt(Exception):
         self.is_whole = is_whole
 
 
+class Cut(Exception):
+    """A step was not made, and the loop is stopping anyway."""
+
+
+class Elsewhere(Exception):
+    """What one rank can't do, as all ranks know it. `is_told`: it is no mistake in the program."""
+
+    def __init__(self, rank: int, reason: str, is_told: bool, is_oom: bool) -> None:
+        super().__init__(reason)
+        self.rank, self.reason, self.is_told, self.is_oom = rank, reason, is_told, is_oom
+
+    def describe(self) -> str:
+        """Says on which rank it was, and what."""
+        return f"rank {self.rank}: {self.reason}"
+
+
 @dataclass(frozen=True)
 class Policy:
     """What becomes of a step that went wrong.

@@ -46,6 +46,7 @@ class Packed:
 
     def __init__(self, value: Any) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.spread: dict[str, Any] = {}  # by the name of this rank's part: a DTensor of which it is
         self.is_picklable = True  # by plain values that torch's weights_only reader takes
         self._objects: list[dict[str, Any]] = []
         self._index_by_id: dict[int, int] = {}
@@ -72,7 +73,7 @@ class Packed:
             return {kind.__name__: base64.b64encode(value).decode()}
         if kind is torch.dtype:
             return {"dtype": name_of(value)}
-        if kind in (Tensor, Parameter):
+        if kind in (Tensor, Parameter) or is_spread(value):
             return {"tensor": self._object(value, path)}
         if kind not in _CONTAINERS.values():
             raise TypeError(f"{where(path)} is a {kind.__module__}.{kind.__qualname__}, which is not stored: {_REMEDY}")
@@ -103,11 +104,15 @@ class Packed:
         if id(tensor) in self._index_by_id:
             return self._index_by_id[id(tensor)]
         _check_dense(tensor, path)
-        plain = tensor.detach()
+        plain = _own_part(tensor).detach()
         start = plain.untyped_storage().data_ptr() or id(tensor)
+        if is_spread(tensor):  # an empty part has no address, and is to be tied where it is on the other ranks
+            start = plain.untyped_storage()._cdata
         layout = (plain.storage_offset(), plain.shape, plain.stride(), plain.is_conj(), plain.is_neg())
         name = self._name_by_view.setdefault((plain.device, plain.dtype, start, *layout), self._free_name(path))
         self.tensors.setdefault(name, plain)
+        if is_spread(tensor):
+            self.spread.setdefault(name, tensor.detach())
         flags = {"parameter": type(tensor) is Parameter, "requires_grad": tensor.requires_grad}
         self._objects.append({"name": name} | {flag: True for flag, is_set in flags.items() if is_set})
         self._index_by_id[id(tensor)] = len(self._objects) - 1
@@ -243,6 +248,16 @@ def compact(tensor: Tensor) -> Tensor:
     is_compact = plain.stride() == torch.empty(plain.shape, device="meta").stride()
     is_whole = plain.untyped_storage().nbytes() == plain.nbytes
     return plain if is_compact and is_whole else plain.clone(memory_format=torch.contiguous_format)
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    part: Tensor = tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def is_spread(value: Any) -> bool:
+    """Says whether a value is a tensor of which each rank has a part: torch's DTensor, which is not imported for it."""
+    return type(value).__name__ == "DTensor" and isinstance(value, Tensor)
 
 
 def _leaves(key: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
 """The loop: batches through every engine, and at step boundaries metrics, commands, and what is due every X steps.
 
-It owns the count of steps, and what becomes of a step that goes wrong: it is discarded whole. What it drives it knows
-by the Protocols below: it must not import engines, tracking or commands. A *step* is one optimizer update; a
-*micro-step* one forward and backward.
+It owns the count of steps. What it drives it knows by Protocols: it must not import engines, tracking or commands. A
+*step* is one optimizer update; a *micro-step* one forward and backward. Of several ranks each has its loop, and all do
+the same at the same step: what one of them alone is told goes through their agreement.
 """
 
 from __future__ import annotations
@@ -11,41 +11,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
-
+from runner.utils import distributed
 from runner.utils.agenda import Action, Agenda
-from runner.utils.distributed import seed_all
-from runner.utils.memory import Peak, is_out_of_memory
-from runner.utils.mishaps import Halt, Policy, explain
+from runner.utils.agreement import Agreement, Word
+from runner.utils.distributed import LostError, RankError
+from runner.utils.memory import Peak
+from runner.utils.mishaps import Cut, Halt, Policy, explain
 from runner.utils.pace import Pace
-from runner.utils.utils import mix
-
-
-class Trained(Protocol):
-    """What is trained: one engine or several."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def is_updating(self) -> bool: ...
-    def micro_step(self, batch: Any) -> None: ...
-    def step(self) -> Mapping[str, str]: ...
-    def discard(self) -> None: ...
-    def is_stopped_by(self, faults: Mapping[str, str], /) -> bool: ...
-    def find_late_faults(self) -> Mapping[str, str]: ...
-    def take_metrics(self) -> dict[str, float]: ...
-
-
-class Stream(Protocol):
-    """An endless iterator of batches that knows how many samples it has given, and goes back to a mark."""
-
-    @property
-    def num_samples_total(self) -> int: ...
-    def __next__(self) -> Any: ...
-    def mark(self) -> Any: ...
-    def rewind(self, mark: Any, /) -> None: ...
+from runner.utils.steps import Steps, Stream, Trained, tell
 
 
 class Typed(Protocol):
@@ -61,6 +34,7 @@ class Inbox(Protocol):
     """Commands that came in while the loop went on."""
 
     def due(self, step: int) -> Sequence[Typed]: ...
+    def take(self, line: str) -> bool: ...
 
 
 class Screen(Protocol):
@@ -84,7 +58,8 @@ class Loop:
         log: called as log(step, values) every `log_every` steps.
         warn: called with what a person should know of a step that was left out.
         accumulate: micro-steps a step.
-        rank: decides, with seed, step and micro-step, what is drawn at random in a forward.
+        seed: decides, with step, micro-step and rank, what is drawn at random in a forward.
+        agreement: of the ranks; by default this process is alone.
     """
 
     def __init__(
@@ -95,7 +70,6 @@ class Loop:
         steps: int,
         accumulate: int = 1,
         seed: int = 0,
-        rank: int = 0,
         log_every: int = 0,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
         warn: Callable[[str], None] | None = None,
@@ -104,55 +78,90 @@ class Loop:
         inbox: Inbox | None = None,
         screen: Screen | None = None,
         policy: Policy | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.engines = engines
         self.batches = batches
         self.steps = steps
-        self.accumulate = accumulate
-        self.step = self.num_skipped = 0
-        self._seeds = (seed, rank)
+        self.step = 0
+        self.agreement = agreement or Agreement()
+        self.maker = Steps(
+            engines, batches, self.agreement, accumulate=accumulate, seed=seed, policy=policy or Policy(),
+            hear=self._hear, warn=warn or (lambda text: None),
+        )  # fmt: skip
         self._log = Action(self.log_metrics, log_every if log else 0)
         self._write = log
-        self._warn = warn or (lambda text: None)
         self.agenda = Agenda(actions or {})
         self._saved_at: int | None = None
         self._commands = dict(commands or {})
         self._inbox = inbox
         self._screen = screen
-        self._policy = policy or Policy()
         self._stop: str | None = None
-        self._halt: Halt | None = None
+        self._asked: str | None = None
         self._shown: dict[str, float] = {}
         self._peak = Peak(engines.device)
         self.pace = Pace()
 
     def stop(self, reason: str) -> None:
-        """Ends the loop at the next step boundary, for the first reason given; a signal handler may call it."""
+        """Ends the loop at the next step boundary, for the first reason given; a signal handler may call it.
+
+        On several ranks it is the boundary of the next step whose exchange tells all of it.
+        """
+        if self._asked is None:
+            self._asked = reason
+            if distributed.is_many():
+                self.agreement.say("stop", reason)
+            else:
+                self._end(reason)
+
+    def _end(self, reason: str) -> None:
         if self._stop is None:
             self._stop = reason
 
+    def _hear(self, word: Word) -> None:
+        if word.topic == "stop":
+            self._end(word.content)
+        elif word.topic == "line" and self._inbox is not None:
+            self._inbox.take(word.content)
+
     @property
     def is_stopping(self) -> bool:
-        """Whether the loop was asked to end."""
-        return self._stop is not None
+        """Whether the loop was asked to end; it ends where all ranks know."""
+        return self._asked is not None or self._stop is not None
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of steps left out so far."""
+        return self.maker.num_skipped
+
+    def meet(self) -> None:
+        """Takes what any rank has said so far; all ranks call it between two steps."""
+        for word in self.agreement.meet():
+            self._hear(word)
 
     def run(self) -> str:
         """Trains to the last step or until it is stopped; returns "finished" or the reason it was stopped for.
 
         Raises:
             Halt: it can't go on; saved, if the state is whole.
+            LostError: another rank is gone.
         """
         self.pace.begin(*self._done())
         try:
             self._do_owed()
             while self.step < self.steps and self._stop is None:
-                self._train_step()
+                self.maker.take(self.step, lambda: self._stop is not None)
+                self.step += 1
                 self._boundary()
-                if self._halt is not None:
-                    raise self._halt
-        except Halt as halt:
-            if halt.is_whole:
+                if self.maker.too_many is not None:
+                    raise Halt(self.maker.too_many)
+        except Cut:
+            pass
+        except (Halt, RankError) as error:
+            if not isinstance(error, Halt) or error.is_whole:
                 self._save_last()
+            raise
+        except LostError:
             raise
         except Exception as error:
             reason = explain(error, f"after step {self.step}", self.engines.device)
@@ -170,77 +179,39 @@ class Loop:
         if "save" in self.agenda.actions and self._saved_at != self.step:
             self.do("save")
 
-    def _train_step(self) -> None:
-        mark, first_sample = self.batches.mark(), self.batches.num_samples_total
-        (seed, rank), device = self._seeds, self.engines.device
-        try:
-            for micro_step in range(self.accumulate):
-                batch = next(self.batches)
-                seed_all(mix(seed, self.step, micro_step, rank), device)
-                self.engines.micro_step(batch)
-            faults = self.engines.step()
-        except Exception as error:
-            faults = self._recover(error, mark)
-        if faults:
-            self._take(faults, mark, first_sample)
-        self.step += 1
-
-    def _recover(self, error: Exception, mark: Any) -> dict[str, str]:
-        """Discards the step; returns why it is left out.
-
-        Raises:
-            Halt: it is not to be left out, or some of it was done.
-        """
-        reason = explain(error, f"in step {self.step + 1}", self.engines.device)
-        if reason is None:
-            raise error
-        if self.engines.is_updating:
-            raise Halt(f"{reason}. Its update was under way: go on from the last checkpoint", is_whole=False) from error
-        self._discard(mark)
-        if self._stop is not None:  # the signal that asked for it may have ended a worker too
-            raise error
-        if self._policy.on_oom == "stop" or not is_out_of_memory(error):
-            raise Halt(reason) from error
-        for _ in range(self.accumulate):
-            next(self.batches)
-        return {"": reason}
-
-    def _discard(self, mark: Any) -> None:
-        self.engines.discard()
-        self.batches.rewind(mark)
-
-    def _take(self, faults: Mapping[str, str], mark: Any, first_sample: int) -> None:
-        """Ends the loop with a step that is not to be left out, or counts it."""
-        samples = f"samples {first_sample} to {self.batches.num_samples_total - 1} of the stream"
-        message = f"Step {self.step + 1} ({samples}) went wrong. {_tell(faults)}"
-        if self.engines.is_stopped_by(faults):
-            self._discard(mark)
-            raise Halt(f"{message}. The step was discarded: the run stands at step {self.step}")
-        self.num_skipped += 1
-        self._warn(f"{message}. It is left out, as number {self.num_skipped} of at most {self._policy.max_skips}")
-        if self.num_skipped > self._policy.max_skips:
-            self._halt = Halt(f"More steps went wrong than the {self._policy.max_skips} that may be left out")
-
     def _boundary(self) -> None:
         step = self.step
         is_last = step >= self.steps
         if self._log.is_due(step, is_last):
-            self._log.do()
+            self.agreement.guarded(self._log.do)
         if self._screen is not None:
             self._screen.update(step, **self._shown)
         typed = self._execute(self._inbox.due(step)) if self._inbox is not None else ()
         if self.agenda.add_due(step, is_last, typed):
             self._do_owed()
+        if self.agreement.trouble is not None:
+            self._share_trouble(self.agreement.trouble)
+
+    def _share_trouble(self, trouble: Exception) -> None:
+        """Raises what failed on this rank alone, once the others are on their way to know it."""
+        if self.step < self.steps and self._stop is None:
+            self.agreement.trouble = None
+            self.maker.share(trouble, explain(trouble, f"after step {self.step}", self.engines.device))
+        raise trouble
 
     def _do_owed(self) -> None:
-        self.agenda.do_owed(self.do, lambda: self.is_stopping)
+        self.agenda.do_owed(self.do, lambda: self._stop is not None)
 
     def do(self, name: str) -> None:
         """Does an action now; the time it takes does not count as training."""
         began = time.perf_counter()
         if name == "save":
             self._check_late()
-        self.agenda.actions[name].do()
+        try:
+            self.agreement.guarded(self.agenda.actions[name].do)
+        except InterruptedError:  # on whichever rank: why, all are to know
+            self.meet()
+            raise
         if name == "save":
             self._saved_at = self.step
         self.pace.pause(time.perf_counter() - began)
@@ -252,14 +223,14 @@ class Loop:
                 if command.name not in self.agenda.actions:
                     self._commands[command.name](command.argument)
             except Stop as stop:
-                self.stop(str(stop))
+                self._end(str(stop))  # all ranks have this command
         return {command.name for command in typed if command.name in self.agenda.actions}
 
     def _check_late(self) -> None:
         faults = self.engines.find_late_faults()
         if faults:
             remedy = "go on from the last checkpoint, and skip such steps to have their gradients looked at before"
-            raise Halt(f"Up to step {self.step} something went wrong. {_tell(faults)}: {remedy}", is_whole=False)
+            raise Halt(f"Up to step {self.step} something went wrong. {tell(faults)}: {remedy}", is_whole=False)
 
     def log_metrics(self) -> None:
         """Writes the metrics gathered since the last time, and what the clock says of the steps since then."""
@@ -277,17 +248,13 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps done and of those left out, and the actions owed at this boundary."""
-        return {"step": self.step, "skipped": self.num_skipped, "owed": self.agenda.state_dict()}
+        return {"step": self.step, "skipped": self.maker.num_skipped, "owed": self.agenda.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the steps done."""
-        self.step, self.num_skipped = int(state["step"]), int(state["skipped"])
+        self.step, self.maker.num_skipped = int(state["step"]), int(state["skipped"])
         self.agenda.owed = list(state["owed"])
         self._saved_at = self.step
-
-
-def _tell(faults: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())
 
 
 _SHOWN = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}

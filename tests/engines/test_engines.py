@@ -19,11 +19,11 @@ class Regressor(nn.Module):
         return {"loss": loss, "double": 2 * loss, "tokens": x.numel()}
 
 
-def make_engines():
+def make_engines(**settings):
     engines = Engines()
     for seed, (name, kind) in enumerate({"ar-a": torch.optim.SGD, "ar-b": torch.optim.AdamW}.items()):
         module = Regressor(seed)
-        engines[name] = Engine(module, kind(module.parameters(), lr=0.1))
+        engines[name] = Engine(module, kind(module.parameters(), lr=0.1), **settings)
     return engines
 
 
@@ -71,7 +71,7 @@ def test_evaluation_weights_batches_by_samples_and_leaves_training_as_it_was():
     whole = torch.randn(10, 3)
     train(engines, {"x": whole})
     tokens, weights = engines.tokens, engines["model"].module.linear.weight.detach().clone()
-    values = engines.evaluate([({"x": part}, len(part)) for part in whole.split(4)])
+    values = engines.evaluate([(number, {"x": part}, len(part)) for number, part in enumerate(whole.split(4))])
     module = engines["model"].module
     assert module.training
     assert engines.tokens == tokens
@@ -87,7 +87,7 @@ def test_evaluating_on_nothing_is_an_error_and_a_cut_ends_it():
         make_engines().evaluate([])
     engines = make_engines()
     with pytest.raises(InterruptedError):
-        engines.evaluate([(batch, 4) for batch in make_batches(2)], lambda: True)
+        engines.evaluate([(number, batch, 4) for number, batch in enumerate(make_batches(2))], lambda: True)
     assert all(engine.module.training for engine in engines.values())
 
 
@@ -119,9 +119,7 @@ def test_state_of_other_engines_or_shapes_is_refused():
 
 def test_of_two_engines_one_stops_both_before_any_update_and_one_skips_alone():
     for mode, updated in (("stop", [0, 0]), ("skip", [1, 0])):
-        engines = make_engines()
-        for engine in engines.values():
-            engine.on_nonfinite = mode
+        engines = make_engines(on_nonfinite=mode)
         with torch.no_grad():
             engines["ar-b"].module.linear.weight.fill_(float("nan"))
         before = engines["ar-a"].module.linear.weight.detach().clone()

@@ -20,11 +20,11 @@ class Counting:
         self.num_steps = self.num_discarded = 0
         self.faults, self.late_faults, self.stops = {}, {}, False
 
-    def micro_step(self, batch):
+    def micro_step(self, batch, weight=1.0):
         self.batches.append(batch)
         self.drawn.append(torch.rand(()).item())
 
-    def step(self):
+    def step(self, hear=dict):
         self.num_steps += 1
         return self.faults.pop(self.num_steps, {})
 
@@ -42,6 +42,8 @@ class Counting:
 
 
 class Numbers:
+    weight = 1.0
+
     def __init__(self, start=0):
         self.num_samples_total = start
 
@@ -112,7 +114,7 @@ def test_log_every_zero_logs_nothing():
     assert logged == []
 
 
-def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank():
+def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank(monkeypatch):
     def drawn(**settings):
         loop, _, _ = make_loop(**({"steps": 4, "accumulate": 2} | settings))
         loop.run()
@@ -123,7 +125,8 @@ def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank():
     torch.rand(17)  # what others have drawn does not matter
     assert drawn(seed=1) == first
     assert not set(drawn(seed=2)) & set(first)
-    assert not set(drawn(seed=1, rank=1)) & set(first)
+    monkeypatch.setattr("runner.utils.distributed.rank", lambda: 1)
+    assert not set(drawn(seed=1)) & set(first)
 
 
 def test_a_step_can_be_replayed_alone():
@@ -174,7 +177,7 @@ def test_stop_saves_once_and_returns_its_reason():
 
 def test_a_stop_asked_for_from_outside_ends_at_the_next_boundary():
     loop, done, _ = make_loop(steps=9, every={"save": 0})
-    loop.engines.micro_step = lambda batch: loop.stop("interrupted") if batch == 3 else None
+    loop.engines.micro_step = lambda batch, weight: loop.stop("interrupted") if batch == 3 else None
     assert loop.run() == "interrupted"
     assert done == [("save", 3)]
 
@@ -195,7 +198,7 @@ def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
         now[0] += seconds
 
     loop.agenda.actions["eval"] = Action(lambda: pass_time(100.0), 1)
-    loop.engines.micro_step = lambda batch: pass_time(1.0)
+    loop.engines.micro_step = lambda batch, weight: pass_time(1.0)
     loop.run()
     assert [values["train/step_time_s"] for _, values in logged] == pytest.approx([1.0, 1.0])
 
@@ -204,7 +207,7 @@ def out_of_memory(at, times=1):
     """A micro-step that runs out of memory at its `at`-th call."""
     calls = []
 
-    def micro_step(batch):
+    def micro_step(batch, weight):
         calls.append(batch)
         if at <= len(calls) < at + times:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -235,7 +238,7 @@ def test_a_step_out_of_memory_can_be_left_out_with_its_batches():
 def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
     loop, done, _ = make_loop(steps=4, every={"save": 0})
 
-    def step():
+    def step(hear):
         loop.engines.is_updating = True
         raise MemoryError
 
@@ -248,7 +251,7 @@ def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
 
 def test_a_mistake_in_the_program_is_raised_as_it_is():
     loop, done, _ = make_loop(steps=4, every={"save": 0})
-    loop.engines.micro_step = lambda batch: 1 / 0
+    loop.engines.micro_step = lambda batch, weight: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loop.run()
     assert done == []
@@ -320,7 +323,7 @@ def test_a_worker_that_dies_ends_the_loop_named_unless_it_is_stopping_anyway():
     for is_stopping in (False, True):
         loop, done, _ = make_loop(steps=5, every={"save": 0})
 
-        def die(batch, loop=loop, is_stopping=is_stopping):
+        def die(batch, weight, loop=loop, is_stopping=is_stopping):
             if batch == 3:
                 if is_stopping:
                     loop.stop("preempted")

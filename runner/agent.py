@@ -1,0 +1,162 @@
+"""N workers on this machine, through torch's elastic agent, which starts them all again where one dies.
+
+Owns what passes between this process and its workers: the hand-over, signals, the status. Must not import torch at the
+top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from runner import signals
+from runner.handover import Handover
+from runner.mistakes import ConfigError
+
+_GRACE_S = 5.0  # for workers to end after a second signal
+
+
+def num_workers(settings: Any) -> int:
+    """Returns how many processes this machine is to run.
+
+    Raises:
+        ConfigError: it is no number, or this machine has fewer accelerators.
+    """
+    wanted = settings.nproc_per_node
+    if wanted == 1 or settings.strategy is None:
+        return 1
+    import torch
+
+    is_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    count = 0 if is_cpu else torch.accelerator.device_count()
+    if wanted == "auto":
+        return max(count, 1)
+    if not is_cpu and wanted > count:
+        raise ConfigError(
+            f"distributed.nproc_per_node={wanted}: this machine has {count} accelerators, one a process; "
+            "or train on the CPU: distributed.device=cpu"
+        )
+    return int(wanted)
+
+
+def start(handover: Handover, num_local: int) -> int:
+    """Runs a hand-over in workers; returns the exit status of the run.
+
+    Raises:
+        ConfigError: the machines did not meet.
+    """
+    settings = handover.cfg.distributed
+    with tempfile.TemporaryDirectory(prefix="runner-") as name, _unchanged_environment():
+        folder = Path(name)
+        (folder / "handover").write_bytes(pickle.dumps(handover))
+        relay = _Relay(folder)
+        with relay.taken():
+            problem = _run_agent(settings, num_local, folder, handover.folder)
+        relay.close()
+        status = _read_status(folder)
+        if status is None and relay.seen:
+            status = signals.STATUSES[signals.MEANINGS[relay.seen[0]]]
+        if status is None and problem is not None:
+            print(problem, file=sys.stderr)
+        return 1 if status is None else status
+
+
+def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | None:
+    """Runs the workers to their end; returns what a person should know where that is not how they ended."""
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # the agent's own words: which worker failed, and how
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=settings.nnodes,
+        max_nodes=settings.nnodes,
+        nproc_per_node=num_local,
+        run_id="runner" if settings.rdzv_endpoint else folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=settings.rdzv_endpoint or "localhost:0",
+        rdzv_configs={"timeout": settings.rdzv_timeout_s},
+        max_restarts=settings.max_restarts,
+        monitor_interval=0.1,
+        signals_to_handle="SIGHUP",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
+        number = settings.max_restarts
+        return f"rank {rank} ended with {how}, after {number} restarts; go on with resume={run}"
+    except RendezvousError as error:
+        where = f"distributed.rdzv_endpoint={settings.rdzv_endpoint}"
+        raise ConfigError(f"{where}: the machines did not meet ({error})") from error
+    return None
+
+
+def _read_status(folder: Path) -> int | None:
+    path = folder / "status"
+    return int(path.read_text()) if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _unchanged_environment() -> Iterator[None]:
+    """Leaves nothing of one job to the next: no variable, no signal handler."""
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGHUP)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        signal.signal(signal.SIGHUP, handler)
+
+
+class _Relay:
+    """Passes the signals of this process on to its workers, which have sessions of their own, each signal once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.seen: list[signal.Signals] = []
+        self._last: threading.Timer | None = None
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Takes the signals for the length of a block."""
+        before = {number: signal.signal(number, self._take) for number in signals.MEANINGS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Ends the waiting."""
+        if self._last is not None:
+            self._last.cancel()
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.seen.append(signal.Signals(number))
+        (self._folder / "ended").touch()
+        pids = self._pids()
+        if not pids:
+            raise KeyboardInterrupt(number)
+        self._send(number)
+        if len(self.seen) == 2:
+            self._last = threading.Timer(_GRACE_S, self._send, (signal.SIGKILL,))
+            self._last.start()
+
+    def _pids(self) -> list[int]:
+        return [int(path.name.partition(".")[2]) for path in self._folder.glob("pid.*")]
+
+    def _send(self, number: int) -> None:
+        for pid in self._pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)

@@ -1,0 +1,80 @@
+"""What a person types while a run goes on: taken on the leader, done on every rank, answered once.
+
+Must not know how a run is saved or evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from runner.commands import HELP, CommandError, Commands, describe_events, describe_time, parse
+from runner.utils.agreement import Agreement
+from runner.utils.distributed import is_leader, is_many
+from runner.utils.pace import Pace
+from runner.utils.train import Stop
+
+
+class Running(Protocol):
+    """The loop that is talked to."""
+
+    step: int
+    steps: int
+    pace: Pace
+
+
+class Rated(Protocol):
+    """What has a learning rate."""
+
+    def set_lr(self, lr: float) -> None: ...
+
+
+class Dialogue:
+    """Commands and their answers.
+
+    Args:
+        answer: called with each answer.
+    """
+
+    def __init__(self, engines: Rated, agreement: Agreement, answer: Callable[[str], None]) -> None:
+        self._engines, self._agreement, self._answer = engines, agreement, answer
+        self.inbox = Commands(answer)
+        self.loop: Running | None = None
+
+    @property
+    def commands(self) -> Mapping[str, Callable[[Any], None]]:
+        """What is done at a command, by name."""
+        return {
+            "quit": self._quit,
+            "lr": self._set_lr,
+            "time": self._tell_time,
+            "events": lambda _: self._answer(describe_events(self.inbox.pending)),
+            "help": lambda _: self._answer(HELP),
+        }
+
+    def start(self, step: int) -> None:
+        """Begins to read what is typed, on the leader."""
+        if is_leader():
+            self.inbox.start(step, self._relay if is_many() else None)
+
+    def _relay(self, line: str) -> bool:
+        """Has all ranks take what was typed here, if it is a command."""
+        try:
+            parse(line)
+        except CommandError:
+            return self.inbox.take(line)  # it answers
+        self._agreement.say("line", line)
+        return True
+
+    def _quit(self, _: Any) -> None:
+        raise Stop("quit")
+
+    def _set_lr(self, lr: float) -> None:
+        assert self.loop is not None
+        self._engines.set_lr(lr)
+        self._answer(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
+
+    def _tell_time(self, to: int | None) -> None:
+        assert self.loop is not None
+        elapsed_s, step_s = self.loop.pace.overall(self.loop.step)
+        self._answer(describe_time(self.loop.step, self.loop.steps, step_s, elapsed_s, to))

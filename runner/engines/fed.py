@@ -1,0 +1,64 @@
+"""A module with its feeder as one forward that returns a loss: what a wrapper for many processes is put around.
+
+Must not import a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runner.engines.forward import Feeder, read_output
+
+Output = tuple[Tensor, dict[str, Tensor], int]
+
+
+class Fed(nn.Module):
+    """Calls feeder(module, batch) and reads its output: loss (0-d), other numbers (0-d each), tokens counted.
+
+    So a wrapper sees every tensor of the forward, a feeder sees the user's own module, and names stay the user's.
+    """
+
+    def __init__(self, module: nn.Module, feeder: Feeder) -> None:
+        super().__init__()
+        self.module = module
+        self._feeder = feeder
+
+    def forward(self, batch: Any) -> Output:
+        """Returns what the module makes of a batch."""
+        return read_output(self.module, self._feeder(self.module, batch))
+
+
+class Flagged(nn.Module):
+    """A `Fed` with a flag beside its loss: a parameter of one zero, whose gradient is 1 where the flag is up.
+
+    It lies in a bucket among the other gradients, so that their exchange tells every rank whether one of them has its
+    flag up. The loss is not changed by it.
+
+    Args:
+        is_raised: asked in each forward whether this rank's flag is up.
+        look: called with the loss before that, where this rank is to look at it.
+    """
+
+    def __init__(self, fed: Fed, is_raised: Callable[[], bool], look: Callable[[Tensor], None] | None) -> None:
+        super().__init__()
+        self.fed = fed
+        trained = [parameter for parameter in fed.parameters() if parameter.requires_grad]
+        self.flag = nn.Parameter(torch.zeros(1, device=trained[0].device, dtype=trained[0].dtype))
+        self._trained = trained
+        self._values = torch.zeros_like(self.flag.data), torch.ones_like(self.flag.data)
+        self._is_raised, self._look = is_raised, look
+        self.is_making_up = False
+
+    def forward(self, batch: Any) -> Output:
+        """Returns the same; while it is making up, a loss that gives every parameter a gradient of zeros."""
+        if self.is_making_up:
+            made_up = torch.stack([parameter.sum() * 0 for parameter in self._trained]).sum()
+            return made_up + torch.dot(self.flag, self._values[1]), {}, 0
+        loss, extras, tokens = self.fed(batch)
+        if self._look is not None:
+            self._look(loss)
+        return loss + torch.dot(self.flag, self._values[self._is_raised()]), extras, tokens

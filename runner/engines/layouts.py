@@ -1,0 +1,204 @@
+"""How an engine's module lies over the ranks of a run: alone, replicated (DDP), or sharded (FSDP2).
+
+A layout owns what the ranks exchange in a step. The order in which things go onto a module is settled: freeze and
+what replaces or adds modules, recomputation by block, compilation by block; then `place`, before the optimizer is made
+of the parameters; averages of the weights as placed; then `wrap`, outermost. Must not import a config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runner.engines.fed import Fed, Flagged, Output
+from runner.utils import distributed
+from runner.utils.agreement import Agreement
+
+Forward = Callable[[Any], Output]
+
+
+class Alone:
+    """One process: nothing is exchanged. The other layouts start from it."""
+
+    is_sharded = False  # each rank holds a part of every weight
+    can_make_up = False  # a rank that can't make its share of a step can release the others from it
+    agreement: Agreement | None = None
+    name, carries_flag = "", False
+
+    def join(self, agreement: Agreement, name: str, carries_flag: bool) -> None:
+        """Takes part in an agreement under an engine's name; its flag rides on the exchanges of one engine."""
+        self.agreement, self.name, self.carries_flag = agreement, name, carries_flag
+
+    def say_fault(self, fault: str) -> None:
+        """Tells the other ranks what is wrong with this one's share of a step."""
+        if self.agreement is not None:
+            self.agreement.say("fault", (self.name, fault))
+
+    def place(self, module: nn.Module) -> None:
+        """Spreads a module's weights, in place: an optimizer is made of what they are then."""
+
+    def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
+        """Returns the forward to train with.
+
+        Args:
+            look: called with each loss before it is exchanged.
+        """
+        return fed
+
+    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
+        return contextlib.nullcontext()
+
+    def norm(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Returns the norm (0-d) of all gradients on all ranks."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip(self, parameters: Sequence[Tensor], largest: float, norm: Tensor) -> None:
+        """Scales gradients of that norm down to the largest."""
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+    def is_true(self, of_mine: bool) -> bool:
+        """Says whether it is true of the gradients of every rank."""
+        return of_mine
+
+    def settle(self) -> None:
+        """Ends the exchanges of a step, before it is known what to make of it."""
+
+    def clear(self) -> None:
+        """Forgets what a step left behind."""
+
+    def make_up(self) -> None:
+        """Takes part, with zeros and the flag up, in the exchange of a step that this rank can't make."""
+
+    def sync_buffers(self, module: nn.Module) -> None:
+        """Makes buffers on every rank those of the leader."""
+
+    def gathered(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which any method of the module may be called, on all ranks alike."""
+        return contextlib.nullcontext()
+
+    def whole(self, state: Any) -> Any:
+        """Returns a state with its weights whole, on every rank."""
+        return state
+
+    def fitted(self, weights: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+        """Returns whole weights as this rank holds them."""
+        return weights
+
+    def fitted_optimizer(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
+        """Returns the whole state of an optimizer as this rank holds it."""
+        return state
+
+
+# Its name from torch 2.13 on, which warns of the older one.
+_IS_RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+_BROADCAST = "forward_sync_buffers" if _IS_RENAMED else "broadcast_buffers"
+
+
+class DDP(Alone):
+    """Each rank has all weights; gradients are averaged while backward runs.
+
+    Args:
+        bucket_cap_mb: gradients that are exchanged at once, in 2^20 bytes.
+        find_unused_parameters: for a forward that does not use every parameter each time; costs a walk of the graph.
+        static_graph: the graph is the same at each step; a rank that fails can then not release the others.
+        broadcast_buffers: each forward begins with the leader's buffers.
+        gradient_as_bucket_view: gradients are views of what is exchanged: less memory, no copy.
+    """
+
+    def __init__(
+        self,
+        *,
+        bucket_cap_mb: float = 25.0,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        broadcast_buffers: bool = True,
+        gradient_as_bucket_view: bool = True,
+    ) -> None:
+        self._settings: dict[str, Any] = {
+            "bucket_cap_mb": bucket_cap_mb,
+            "find_unused_parameters": find_unused_parameters,
+            "static_graph": static_graph,
+            _BROADCAST: broadcast_buffers,
+            "gradient_as_bucket_view": gradient_as_bucket_view,
+        }
+        self.can_make_up = not static_graph
+        self._module: nn.parallel.DistributedDataParallel | None = None
+        self._fed: nn.Module | None = None
+        self._has_begun = False
+
+    def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
+        """Returns the forward to train with; without anything to train, the module's own."""
+        if not distributed.is_many() or not any(p.requires_grad for p in fed.parameters()):
+            return fed
+        agreement = self.agreement if self.carries_flag else None
+        self._fed = Flagged(fed, bool if agreement is None else lambda: agreement.is_raised, look)
+        self._module = nn.parallel.DistributedDataParallel(self._fed, **self._settings)
+        return self._forward
+
+    def _forward(self, batch: Any) -> Output:
+        assert self._module is not None
+        self._has_begun = True
+        output: Output = self._module(batch)
+        return output
+
+    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
+        self._has_begun = False
+        return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
+
+    def settle(self) -> None:
+        """Tells whether a flag was up."""
+        if self._module is not None and self.carries_flag and self.agreement is not None:
+            assert isinstance(self._fed, Flagged)
+            assert self._fed.flag.grad is not None
+            self.agreement.arrive(self._fed.flag.grad)
+
+    def clear(self) -> None:
+        """Forgets the gradient of the flag."""
+        if isinstance(self._fed, Flagged):
+            self._fed.flag.grad = None
+
+    def make_up(self) -> None:
+        """Takes part, with zeros and the flag up, in the exchange of a step that this rank can't make."""
+        if self._module is None:
+            return
+        assert isinstance(self._fed, Flagged)
+        syncs_buffers, self._fed.is_making_up = self._module.require_forward_param_sync, True
+        if self._has_begun:  # buffers were exchanged already
+            self._module.require_forward_param_sync = False
+        try:
+            self._module(None)[0].backward()
+        finally:
+            self._fed.is_making_up, self._module.require_forward_param_sync = False, syncs_buffers
+
+    def sync_buffers(self, module: nn.Module) -> None:
+        """Makes buffers on every rank those of the leader."""
+        if self._module is not None:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Returns a nest of mappings, lists and tuples with its tensors changed; what is tied stays tied."""
+    memo: dict[Any, Tensor] = {}
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            key = id(node)
+            if key not in memo:
+                memo[key] = change(node)
+            return memo[key]
+        if isinstance(node, Mapping):
+            return type(node)((key, visit(value)) for key, value in node.items())  # type: ignore[call-arg]
+        if type(node) in (list, tuple):
+            return type(node)(visit(value) for value in node)
+        return node
+
+    return visit(state)

@@ -1,0 +1,88 @@
+"""Checkpoints that many ranks write, each its share of the tensors, and that one of them commits for all.
+
+Must not know what is in them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from runner import shards
+from runner.checkpoint import SHARDS, STRUCTURE, Checkpoints
+from runner.utils import io
+from runner.utils.distributed import of_leader
+from runner.utils.packing import Snapshot
+
+
+def share(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
+    """Returns the checkpoints that all ranks write; all call it."""
+    return ShardedCheckpoints(checkpoints, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+
+
+class ShardedCheckpoints:
+    """Saves as `Checkpoints` do, on all ranks at once; every rank calls what it has, in a thread of its own if need be.
+
+    Args:
+        checkpoints: of the leader's folder, on a disk that all ranks share.
+        group: of all ranks, on the CPU, that nothing else uses meanwhile.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, group: dist.ProcessGroup) -> None:
+        self._checkpoints, self._group = checkpoints, group
+        self._mesh = DeviceMesh.from_group(group, "cpu")
+
+    def save(
+        self,
+        step: int,
+        parts: Mapping[str, Snapshot],
+        facts: Mapping[str, Any],
+        metric: float | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> Path:
+        """Commits a checkpoint, and prunes older ones; the arguments are those of `Checkpoints.save`.
+
+        Raises:
+            OSError: the disk refused on one of the ranks; every earlier checkpoint is untouched.
+            RankError: something else failed on one of them.
+        """
+        partial = of_leader(lambda: self._begin(step), self._group)
+        tensors = {f"{part}/{name}": t for part, value in parts.items() for name, t in self._spread(value).items()}
+        documents = {part: value.document for part, value in parts.items()}
+
+        def commit() -> Path:
+            io.write_json(documents, partial / f"{STRUCTURE}.json", indent=None)
+            return self._checkpoints.commit(partial, step, facts, metric, before_commit)
+
+        try:
+            shards.write(tensors, partial / SHARDS, self._group)
+            return of_leader(commit, self._group)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _begin(self, step: int) -> Path:
+        partial = self._checkpoints.begin(step)
+        (partial / SHARDS).mkdir()
+        return partial
+
+    def _spread(self, value: Snapshot) -> dict[str, Any]:
+        """Returns copies of this rank's parts as parts of the whole that they are of."""
+        found: dict[str, Any] = {}
+        for name, tensor in value.tensors.items():
+            value.wait_for(name)
+            whole = value.spread.get(name)
+            found[name] = tensor if whole is None else self._part_of(whole, tensor)
+        return found
+
+    def _part_of(self, whole: DTensor, copy: Any) -> DTensor:
+        return DTensor.from_local(
+            copy, self._mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )

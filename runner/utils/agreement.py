@@ -1,0 +1,141 @@
+"""How the ranks of a run decide the same at the same step, without a collective that training would not make.
+
+A rank that has something to say raises a flag; the flag rides on what the ranks exchange anyway, and only where it
+arrives do they all meet. Imports `distributed` of its siblings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runner.utils import distributed
+from runner.utils.distributed import LostError, RankError, is_of_connection
+
+T = TypeVar("T")
+
+
+class Word(NamedTuple):
+    """What a rank said."""
+
+    rank: int
+    topic: str
+    content: Any
+
+
+class Agreement:
+    """What this rank has to say, and what all have said, in one order.
+
+    On one process there is nobody to wait for: what was said is heard at once.
+
+    Args:
+        store: where a rank that leaves in the midst of a step says why.
+        is_late: what arrives on an accelerator is read a step later, when it has been there for long, instead of
+            holding the step until the device is done. A step can then not be undone for it.
+    """
+
+    def __init__(self, store: dist.Store | None = None, is_late: bool = False) -> None:
+        self.is_late = is_late
+        self._store = store
+        self._is_many = distributed.is_many()
+        self._words: deque[tuple[str, Any]] = deque()
+        self._arrived: list[tuple[Tensor, Any]] = []
+        self.trouble: Exception | None = None  # of this rank alone, until the others know
+
+    def say(self, topic: str, content: Any = None) -> None:
+        """Has something to say at the next occasion; a signal handler or another thread may call it."""
+        self._words.append((topic, content))
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether this rank's flag is up."""
+        return bool(self._words)
+
+    def arrive(self, flag: Tensor) -> None:
+        """Takes what an exchange brought: above 0 where a rank's flag was up. The tensor must not change."""
+        if self.is_late and flag.is_cuda:
+            flag = flag.detach().to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._arrived.append((flag, event))
+        else:
+            self._arrived.append((flag.detach().clone() if self.is_late else flag.detach(), None))
+
+    def hear(self) -> list[Word]:
+        """Returns what all ranks said, where a flag was up in a step's exchange; else, at no cost, nothing."""
+        if not self._is_many:
+            return self.meet() if self._words else []
+        num_unread = 1 if self.is_late else 0
+        is_called = False
+        while len(self._arrived) > num_unread:
+            flag, event = self._arrived.pop(0)
+            if event is not None:
+                event.synchronize()
+            is_called |= bool(flag.any())
+        return self.meet() if is_called else []
+
+    def meet(self) -> list[Word]:
+        """Returns what all ranks have said so far; all ranks are here, and their flags are down."""
+        own = []
+        while self._words:
+            own.append(self._words.popleft())
+        self._arrived.clear()
+        said = distributed.gather(own)
+        return [Word(rank, topic, content) for rank, words in enumerate(said) for topic, content in words]
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Does what may fail on this rank alone: on several ranks that is kept for the next time that all meet."""
+        if not self._is_many:
+            work()
+            return
+        try:
+            work()
+        except (LostError, RankError, InterruptedError):  # all know
+            raise
+        except Exception as error:
+            self.trouble = self.trouble or error
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Returns what `work` gave on every rank, by rank; all ranks call it.
+
+        Raises:
+            RankError: it failed on one of them, or something before it did.
+        """
+
+        def untroubled() -> T:
+            if self.trouble is not None:
+                raise self.trouble
+            return work()
+
+        return distributed.together(untroubled)
+
+    def leave(self, reason: str) -> None:
+        """Leaves word of why this rank goes in the midst of what all do: the others find their connections closed."""
+        if self._store is not None and self._is_many:
+            with contextlib.suppress(RuntimeError):  # the store has gone before
+                self._store.set(_LEFT, f"rank {distributed.rank()}: {reason}")
+
+    def why_left(self, error: Exception) -> str | None:
+        """Returns why another rank has left, if `error` may come of that.
+
+        Raises:
+            LostError: it comes of that, and nobody has left word.
+        """
+        if not self._is_many or not is_of_connection(error):
+            return None
+        with contextlib.suppress(RuntimeError):  # the store has gone too
+            if self._store is not None:
+                self._store.wait([_LEFT], timedelta(seconds=_PATIENCE_S))
+                return self._store.get(_LEFT).decode()
+        raise LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})") from error
+
+
+_LEFT = "left"
+_PATIENCE_S = 2.0  # for a rank that closes its connections to have left word before

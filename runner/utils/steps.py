@@ -1,0 +1,192 @@
+"""One step: its batches through every engine, and what becomes of a step that goes wrong, on all ranks alike.
+
+A step that can't be made is discarded whole: afterwards all is as it was before its first micro-step. What it drives it
+knows by Protocols: it must not import engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from runner.utils import distributed
+from runner.utils.agreement import Agreement, Word
+from runner.utils.distributed import LostError, RankError, seed_all
+from runner.utils.memory import is_out_of_memory
+from runner.utils.mishaps import Cut, Elsewhere, Halt, Policy, explain
+from runner.utils.utils import mix
+
+
+class Trained(Protocol):
+    """What is trained: one engine or several."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def is_updating(self) -> bool: ...
+    @property
+    def can_make_up(self) -> bool: ...
+    def micro_step(self, batch: Any, weight: float, /) -> None: ...
+    def step(self, hear: Callable[[], Mapping[str, str]], /) -> Mapping[str, str]: ...
+    def make_up(self) -> None: ...
+    def discard(self) -> None: ...
+    def is_stopped_by(self, faults: Mapping[str, str], /) -> bool: ...
+    def find_late_faults(self) -> Mapping[str, str]: ...
+    def take_metrics(self) -> dict[str, float]: ...
+
+
+class Stream(Protocol):
+    """An endless iterator of batches that knows how many samples it has given, and goes back to a mark."""
+
+    weight: float
+
+    @property
+    def num_samples_total(self) -> int: ...
+    def __next__(self) -> Any: ...
+    def mark(self) -> Any: ...
+    def rewind(self, mark: Any, /) -> None: ...
+
+
+class Steps:
+    """Makes steps, one at a time, and counts those left out.
+
+    Args:
+        hear: called with what ranks have said of anything but a step.
+        warn: called with what a person should know of a step that was left out.
+    """
+
+    def __init__(
+        self,
+        engines: Trained,
+        batches: Stream,
+        agreement: Agreement,
+        *,
+        accumulate: int,
+        seed: int,
+        policy: Policy,
+        hear: Callable[[Word], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._engines, self._batches, self.agreement = engines, batches, agreement
+        self._accumulate, self._seeds, self._policy = accumulate, (seed, distributed.rank()), policy
+        self._hear_other, self._warn = hear, warn
+        self.num_skipped = 0
+        self.too_many: str | None = None  # why the loop is to end at the next boundary
+
+    def take(self, step: int, is_stopping: Callable[[], bool]) -> None:
+        """Makes the step after `step` steps.
+
+        Raises:
+            Halt: it can't be made, and is not to be left out; or some of it was done.
+            LostError: another rank is gone.
+        """
+        mark, first_sample = self._batches.mark(), self._batches.num_samples_total
+        (seed, rank), device = self._seeds, self._engines.device
+        try:
+            for micro_step in range(self._accumulate):
+                batch = next(self._batches)
+                seed_all(mix(seed, step, micro_step, rank), device)
+                self._engines.micro_step(batch, self._batches.weight)
+            faults = self._engines.step(self._hear)
+        except Exception as error:
+            faults = self._recover(error, step, mark, is_stopping)
+        if faults:
+            self._leave_out(faults, step, mark, first_sample)
+
+    def _hear(self) -> dict[str, str]:
+        """Returns the faults that ranks have found in their share of the step.
+
+        Raises:
+            Elsewhere: one of them can't make it.
+        """
+        words = self.agreement.hear()
+        faults: dict[str, str] = {}
+        for word in words:
+            if word.topic == "fault":
+                name, fault = word.content
+                faults.setdefault(name, f"on rank {word.rank} {fault}")
+            elif word.topic != "error":
+                self._hear_other(word)
+        for word in words:
+            if word.topic == "error":
+                raise Elsewhere(word.rank, *word.content)
+        return faults
+
+    def _recover(self, error: Exception, step: int, mark: Any, is_stopping: Callable[[], bool]) -> dict[str, str]:
+        """Discards the step; returns why it is left out."""
+        device = self._engines.device
+        reason, is_oom = explain(error, f"in step {step + 1}", device), is_out_of_memory(error)
+        if not isinstance(error, Elsewhere) and self._engines.is_updating and reason is not None:
+            message = f"{reason}. Its update was under way: go on from the last checkpoint"
+            self.agreement.leave(message)
+            raise Halt(message, is_whole=False) from error
+        if distributed.is_many():
+            shared = self.share(error, reason, is_oom)
+            reason, is_oom = shared.describe(), shared.is_oom
+            if not shared.is_told:  # a mistake in the program: where it was made it is raised as it is
+                self._discard(mark)
+                raise error if shared.rank == distributed.rank() else Halt(reason, is_whole=False)
+        if reason is None:
+            raise error
+        self._discard(mark)
+        if is_stopping():  # the signal that asked for it may have ended a worker too
+            raise Cut(reason) from error
+        if self._policy.on_oom == "stop" or not is_oom:
+            raise Halt(reason) from error
+        for _ in range(self._accumulate):
+            next(self._batches)
+        return {"": reason}
+
+    def share(self, error: Exception, reason: str | None = None, is_oom: bool = False) -> Elsewhere:
+        """Tells the other ranks, in their next exchange, of what this one can't do; returns what all know then.
+
+        Raises:
+            LostError, Halt: they are not there any more, or can't be told, and end by this rank's leaving.
+        """
+        if isinstance(error, Elsewhere):
+            return error
+        if isinstance(error, (RankError, LostError)):
+            raise error
+        left = self.agreement.why_left(error)
+        if left is not None:
+            raise Halt(left, is_whole=False) from error
+        message = reason or f"{type(error).__name__}: {error}"
+        is_told = reason is not None or isinstance(error, Halt)
+        if not self._engines.can_make_up:
+            self.agreement.leave(message)
+            if is_told:
+                raise Halt(message, is_whole=False) from error
+            raise error
+        self.agreement.say("error", (message, is_told, is_oom))
+        self._engines.make_up()
+        try:
+            self._hear()
+        except Elsewhere as elsewhere:
+            return elsewhere
+        raise AssertionError("a word was said and not heard")
+
+    def _discard(self, mark: Any) -> None:
+        self._engines.discard()
+        self._batches.rewind(mark)
+
+    def _leave_out(self, faults: Mapping[str, str], step: int, mark: Any, first_sample: int) -> None:
+        """Ends the loop with a step that is not to be left out, or counts it."""
+        samples = f"samples {first_sample} to {self._batches.num_samples_total - 1} of the stream"
+        message = f"Step {step + 1} ({samples}) went wrong. {tell(faults)}"
+        if self._engines.is_stopped_by(faults):
+            self._discard(mark)
+            raise Halt(f"{message}. The step was discarded: the run stands at step {step}")
+        self.num_skipped += 1
+        most = self._policy.max_skips
+        self._warn(f"{message}. It is left out, as number {self.num_skipped} of at most {most}")
+        if self.num_skipped > most:
+            self.too_many = f"More steps went wrong than the {most} that may be left out"
+
+
+def tell(faults: Mapping[str, str]) -> str:
+    """Returns what went wrong, by engine, as one text."""
+    return "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())

@@ -1,0 +1,199 @@
+"""One process of a run: alone, started by `agent`, or one of those that torchrun or srun have started.
+
+Owns joining: where this process stands, its group, and what its end means to whoever started it. Must not import torch
+at the top.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner import mistakes, signals
+from runner.handover import Handover, Post
+from runner.mistakes import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from runner.utils.distributed import Place
+
+_CONNECT_S = 300.0
+
+
+def is_joined() -> bool:
+    """Says whether this process was started as one of several, by torchrun or srun."""
+    several = [os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS")]
+    return any(text not in (None, "", "1") for text in several)
+
+
+class Joined:
+    """This process among several that something else has started."""
+
+    def __init__(self) -> None:
+        from torch.distributed import PrefixStore
+
+        from runner.utils import distributed
+
+        try:
+            self.place: Place = distributed.find_place()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        whole = distributed.connect(self.place, _CONNECT_S)
+        self._store = PrefixStore(f"runner/{self.place.run_id}", whole)
+        self.post = Post(PrefixStore(f"attempt/{self.place.restarts}", self._store), self.place)
+        self._num_jobs = 0
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process composes for all."""
+        return self.place.rank == 0
+
+    def follow(self) -> int:
+        """Runs the jobs that the leader composes; returns the exit status."""
+        while isinstance(handover := self.post.receive(), Handover):
+            with contextlib.suppress(ConfigError):  # the leader tells it
+                self.work(handover)
+        return handover
+
+    def remember(self, handover: Handover) -> None:
+        """Keeps the hand-over of the only job, for all to go on with after a restart."""
+        self._store.set("only", pickle.dumps(handover))  # type: ignore[arg-type]
+
+    def recall(self) -> Handover | None:
+        """Returns the hand-over that was kept before a restart."""
+        if not self.place.restarts or not self._store.check(["only"]):
+            return None
+        found: Handover = pickle.loads(self._store.get("only"))
+        return found
+
+    def work(self, handover: Handover) -> int:
+        """Runs this process's share of a job; returns the exit status."""
+        from torch.distributed import PrefixStore
+
+        self._num_jobs += 1
+        store = PrefixStore(f"attempt/{self.place.restarts}/job/{self._num_jobs}", self._store)
+        return work(handover, self.place, store)
+
+
+def work(handover: Handover, place: Place | None = None, store: Store | None = None) -> int:
+    """Runs this process's share of a run; returns the exit status.
+
+    Raises:
+        ConfigError: a mistake of the user's, on whichever rank.
+        LostError: another rank is gone.
+    """
+    from torch.distributed import PrefixStore
+
+    from runner import run
+    from runner.utils.distributed import RankError, process_group
+
+    settings = handover.cfg.distributed
+    if place is None or store is None:
+        return run.run(handover.cfg, handover.folder, handover.write_config, goes_on=handover.goes_on)
+    goes_on = handover.goes_on or place.restarts > 0
+    with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
+        try:
+            words = PrefixStore("words", store)
+            return run.run(handover.cfg, handover.folder, handover.write_config, words, goes_on=goes_on)
+        except RankError as error:
+            if isinstance(error.__cause__, ConfigError):
+                raise error.__cause__ from None
+            raise ConfigError(str(error)) from error
+
+
+def _pick_backend(settings: object, place: Place) -> str:
+    """Returns the backend for this rank's device; makes that device the current one."""
+    import torch
+
+    from runner.utils.distributed import pick_device
+
+    try:
+        device = pick_device(settings.device, place.local_rank)  # type: ignore[attr-defined]
+    except ValueError as error:
+        raise ConfigError(f"distributed.{error}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max((os.cpu_count() or 1) // place.num_local, 1))
+    backend: str = settings.backend  # type: ignore[attr-defined]
+    return backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+
+
+@contextlib.contextmanager
+def _quick_to_import() -> Iterator[None]:
+    gc.disable()  # `run` enables it
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def main(folder: Path) -> int:
+    """Runs one of the workers of `agent`, which left the hand-over in `folder`; returns what the agent is to see.
+
+    That is 0 where the run has ended, however, with its status in a file; anything else starts all workers again.
+    """
+    (folder / f"pid.{os.getpid()}").touch()
+    if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
+        return 0
+    _end_with_parent()
+    with _quick_to_import():
+        handover: Handover = pickle.loads((folder / "handover").read_bytes())
+        sys.argv = handover.command
+        joined = Joined()
+        if joined.place.rank == 0:  # of several machines, the first one's launcher has composed
+            joined.post.send(handover)
+        found = joined.post.receive() if joined.place.rank else handover
+        assert isinstance(found, Handover)
+        status = _run_told(joined, found)
+    if status is None:
+        return 1
+    if joined.place.local_rank == 0:
+        (folder / "status").write_text(str(status))
+    return 0
+
+
+def _run_told(joined: Joined, handover: Handover) -> int | None:
+    """Runs; returns the status, or None where starting again may help."""
+    from runner.utils.distributed import LostError, is_of_connection
+
+    try:
+        return joined.work(handover)
+    except KeyboardInterrupt as interrupt:
+        return signals.STATUSES[signals.meaning_of(interrupt)[0]]
+    except Exception as error:
+        if isinstance(error, LostError) or is_of_connection(error):
+            print(f"rank {joined.place.rank}: {error}", file=sys.stderr)
+            return None
+        message = mistakes.explain(error)
+        if joined.is_leader:
+            print(message or "".join(traceback.format_exception(error)), file=sys.stderr)
+        return 1 if message is None else 2
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM to this process when the one that started it dies, however: it saves and ends."""
+    parent = os.getppid()
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    ended = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended)  # all is closed: libraries that take themselves apart beside a group's threads may abort

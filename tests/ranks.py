@@ -1,0 +1,110 @@
+"""Real processes that are ranks of one group: forked functions, and whole runs started as torchrun starts them."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runner.utils.distributed import Place, process_group
+
+LIMIT_S = 60.0
+
+
+def run_ranks(count, function, *args, timeout_s=LIMIT_S):
+    """Returns what `function(*args)` gave in each of `count` processes; whatever one raises is raised here."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        context = multiprocessing.get_context("fork")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: they do nothing meanwhile
+            processes = [
+                context.Process(target=_run, args=(folder, rank, count, function, args)) for rank in range(count)
+            ]
+            for process in processes:
+                process.start()
+        deadline = time.monotonic() + timeout_s
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        results = []
+        for rank in range(count):
+            path = folder / f"result.{rank}"
+            if not path.exists():
+                raise AssertionError(f"rank {rank} gave nothing; late: {late}; {[p.exitcode for p in processes]}")
+            error, result = pickle.loads(path.read_bytes())
+            assert error is None, f"rank {rank}: {error}"
+            results.append(result)
+        return results
+
+
+def _run(folder, rank, count, function, args):
+    torch.set_num_threads(1)
+    error = result = None
+    try:
+        store = dist.FileStore(str(folder / "store"), count)
+        place = Place(rank=rank, num_ranks=count, local_rank=rank, num_local=count)
+        with process_group(place, dist.PrefixStore("group", store), "gloo", 20.0):
+            result = function(*args)
+    except BaseException:
+        error = traceback.format_exc()
+    path = folder / f"result.{rank}"
+    path.with_suffix(".part").write_bytes(pickle.dumps((error, result)))
+    os.rename(path.with_suffix(".part"), path)
+    os._exit(0)
+
+
+class Ranks:
+    """Starts `python -m runner` in several processes that a store of this one joins, as torchrun's agent does."""
+
+    def __init__(self, zygote):
+        self.zygote = zygote
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.number = 0
+
+    def start(self, cwd, count, *argv, typed=None, environment=None, by_rank=None, restarts=0, run_id=None):
+        self.number += run_id is None
+        shared = {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RUN_ID": run_id or f"test-{self.number}",
+            "TORCHELASTIC_RESTART_COUNT": str(restarts),
+            "OMP_NUM_THREADS": "1",
+        }
+        pids = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (by_rank or {}).get(rank, {})
+            text = None
+            if typed is not None and rank == 0:
+                text = Path(cwd) / "typed.txt"
+                text.write_text(typed)
+            pids.append(
+                self.zygote.start(Path(cwd), list(argv), environment=shared | (environment or {}) | own, typed=text)
+            )
+        return pids
+
+    def wait(self, pids):
+        return [self.zygote.wait(pid) for pid in pids]
+
+    def run(self, cwd, count, *argv, status=0, **settings):
+        """Runs to the end; returns what was printed."""
+        printed = Path(cwd) / "printed.txt"
+        with contextlib.suppress(FileNotFoundError):
+            printed.unlink()
+        statuses = self.wait(self.start(cwd, count, *argv, **settings))
+        text = printed.read_text()
+        assert statuses == [status] * count, (statuses, text[-4000:])
+        return text

@@ -1,0 +1,167 @@
+"""`python -m runner distributed=ddp` with workers of its own: deaths, restarts, signals, sweeps."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from chaos import TIMES, find_difference
+from conftest import read_metrics
+from test_ranks import wait_for
+
+from runner import checkpoint
+
+DDP = ("distributed=ddp", "distributed.nproc_per_node=2", "hydra.run.dir=run")
+LONG = ("+data.train.sleep_s=0.002", "trainer.steps=60", "trainer.save_every=10", "trainer.eval_every=30")
+
+
+def processes_of(pid):
+    """The pids below one: workers, by the order they were started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *processes_of(int(child))]
+    return found
+
+
+def workers_of(process):
+    """The workers' pids by rank."""
+    found = {}
+    for pid in processes_of(process.pid):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
+        if b"runner.worker" in Path(f"/proc/{pid}/cmdline").read_bytes() and ranks:
+            found[int(ranks[0][5:])] = pid
+    return found
+
+
+def is_there(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def content(run, step):
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run)]
+    return checkpoint.load(run / "checkpoints" / f"step_{step:08d}"), lines
+
+
+@pytest.fixture
+def whole(project):
+    project.run(*DDP[:2], *LONG, "hydra.run.dir=whole")
+    return content(project.folder / "whole", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("step", [5, 25])
+def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(project, whole, rank, step):
+    process = project.start(*DDP, *LONG)
+    run = project.folder / "run"
+    wait_for(run / "metrics.jsonl", b'"step": %d,' % step)
+    os.kill(workers_of(process)[rank], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert find_difference(content(run, 60), whole) is None
+    assert [session["status"] for session in json.loads((run / "run.json").read_text())["sessions"]][-1] == "finished"
+    assert len(list(project.folder.glob("outputs/*"))) == 0
+
+
+def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
+    process = project.start(*DDP, *LONG, "distributed.max_restarts=0")
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"rank 1 ended with SIGKILL, after 0 restarts; go on with resume=.*/run", printed)
+
+
+def test_a_killed_launcher_leaves_no_worker_behind(project):
+    process = project.start(*DDP, *LONG, "trainer.steps=100000")
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    pids = processes_of(process.pid)
+    assert len(pids) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_there, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    last = json.loads((project.folder / "run" / "run.json").read_text())
+    assert (project.folder / "run" / "checkpoints" / f"step_{last['last_step']:08d}").is_dir()
+    assert last["status"] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group", "status"),
+    [(signal.SIGINT, True, 130), (signal.SIGINT, False, 130), (signal.SIGTERM, False, 75), (signal.SIGUSR1, False, 75)],
+)
+def test_one_signal_saves_on_all_ranks_and_ends(project, number, to_group, status):
+    process = project.start(*DDP, *LONG, "trainer.steps=100000", start_new_session=True)
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == status, printed
+    record = json.loads((project.folder / "run" / "run.json").read_text())
+    assert (project.folder / "run" / "checkpoints" / f"step_{record['last_step']:08d}").is_dir()
+    assert record["reason"] == number.name
+
+
+def test_a_second_signal_ends_all_at_once(project):
+    process = project.start(*DDP, *LONG, "trainer.steps=100000", "+data.eval.sleep_s=1", "trainer.eval_every=10")
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 10,')
+    pids = processes_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, printed
+    assert not any(map(is_there, pids))
+
+
+def test_a_sweep_leaves_a_folder_a_job_and_nothing_of_one_in_the_next(project):
+    project.run("-m", *DDP[:2], "seed=1,2", "trainer.save_every=12", "hydra.sweep.dir=sweep")
+    jobs = sorted(path for path in (project.folder / "sweep").iterdir() if path.is_dir())
+    assert len(jobs) == 2
+    for job in jobs:
+        record = json.loads((job / "run.json").read_text())
+        assert (record["status"], record["ranks"], len(record["sessions"])) == ("finished", 2, 1)
+        assert (job / "checkpoints" / "step_00000012").is_dir()
+        assert len(list(job.glob("events.out.tfevents.*"))) == 1
+    assert not list((project.folder / "outputs").glob("*")) if (project.folder / "outputs").exists() else True
+
+
+def test_typed_commands_reach_the_leader_through_the_launcher(project):
+    printed = project.run(*DDP, typed="save@5\nquit@7\n")
+    assert "Quit at step 7" in printed
+    assert (project.folder / "run" / "checkpoints" / "step_00000005").is_dir()
+
+
+def test_a_mistake_is_told_before_any_worker_starts(project):
+    printed = project.run(*DDP, "distributed.nproc_per_nod=2", status=2)
+    assert "distributed.nproc_per_nod: no such key" in printed
+    assert not (project.folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_makes_the_same_run(project, whole):
+    command = ["torchrun", "--nproc-per-node", "2", *project.command[1:], "distributed=ddp", "hydra.run.dir=run", *LONG]
+    done = subprocess.run(command, cwd=project.folder, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert find_difference(content(project.folder / "run", 60), whole) is None
+
+
+@pytest.mark.slow
+def test_two_agents_that_meet_make_one_run(project, whole):
+    port = 20000 + os.getpid() % 20000
+    nodes = ["distributed.nnodes=2", f"distributed.rdzv_endpoint=localhost:{port}", "distributed.nproc_per_node=1"]
+    both = [project.start("distributed=ddp", *nodes, *LONG, "hydra.run.dir=run") for _ in range(2)]
+    printed = [process.communicate(timeout=90)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert find_difference(content(project.folder / "run", 60), whole) is None
+    assert json.loads((project.folder / "run" / "run.json").read_text())["ranks"] == 2

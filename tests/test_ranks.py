@@ -1,0 +1,271 @@
+"""Runs on 2 and 4 ranks, against the run of one process."""
+
+import json
+import os
+import re
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from chaos import Zygote, find_difference
+from conftest import read_metrics
+from ranks import Ranks
+
+from runner import checkpoint
+from runner.utils import io
+
+STEPS = 100
+BASE = ["--config-dir", "conf", "experiment=mine", "+model.dropout=0", "trainer.eval_every=0", "trainer.save_every=0"]
+DDP, FSDP = "distributed=ddp", "distributed=fsdp"
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def ranks(zygote):
+    return Ranks(zygote)
+
+
+def run_alone(ranks, project, *argv, status=0):
+    pid = ranks.zygote.start(project.folder, [*BASE, *argv])
+    assert ranks.zygote.wait(pid) == status, (project.folder / "printed.txt").read_text()[-3000:]
+
+
+def wait_for(path, content, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.exists() and content in path.read_bytes():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never had {content!r}")
+
+
+def losses(folder, names=("train/loss", "train/grad_norm")):
+    return torch.tensor([[line[name] for name in names] for line in read_metrics(folder) if names[0] in line])
+
+
+def state_of(run, step):
+    return checkpoint.load(run / "checkpoints" / f"step_{step:08d}")
+
+
+@pytest.mark.parametrize("sampler", ["pool", "batched_ordered"])
+def test_losses_norms_and_weights_are_those_of_one_process(ranks, project, sampler):
+    limit = ["sampler.max_cost=31", "sampler.max_size=null"] if sampler == "batched_ordered" else []
+    argv = [f"sampler={sampler}", *limit, f"trainer.steps={STEPS}", "trainer.save_every=100", "trainer.eval_every=50"]
+    run_alone(ranks, project, *argv, "hydra.run.dir=one")
+    one = state_of(project.folder / "one", STEPS)
+    for count, how in ((2, DDP), (4, DDP), (2, FSDP), (4, FSDP)):
+        name = f"{how[12:]}_{count}"
+        ranks.run(project.folder, count, *BASE, *argv, how, f"hydra.run.dir={name}")
+        run = project.folder / name
+        torch.testing.assert_close(losses(run), losses(project.folder / "one"), rtol=0, atol=1e-5)
+        expected = losses(project.folder / "one", ["eval/loss"])
+        torch.testing.assert_close(losses(run, ["eval/loss"]), expected, rtol=0, atol=1e-5)
+        state = state_of(run, STEPS)
+        assert state["trainer"]["batches"] == one["trainer"]["batches"]
+        for key, value in one["model"].items():
+            torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-5)
+        assert len(read_metrics(run)) == len(read_metrics(project.folder / "one"))
+        assert json.loads((run / "run.json").read_text())["ranks"] == count
+
+
+@pytest.mark.parametrize("how", [DDP, FSDP])
+def test_a_save_on_two_ranks_goes_on_on_any_number(ranks, project, how):
+    run_alone(ranks, project, "hydra.run.dir=one")
+    ranks.run(project.folder, 2, *BASE, how, "hydra.run.dir=two", typed="quit@8\n")
+    expected = losses(project.folder / "one")
+    for count, other in ((1, "distributed=single"), (4, DDP), (4, FSDP), (2, how)):
+        project.copy("two", "again")
+        argv = ["resume=again", other]
+        if count == 1:
+            run_alone(ranks, project, *argv)
+        else:
+            ranks.run(project.folder, count, *BASE, *argv)
+        torch.testing.assert_close(losses(project.folder / "again"), expected, rtol=0, atol=1e-5)
+        assert state_of(project.folder / "again", 8)["trainer"]["batches"]["ordinal"] == 64
+
+
+@pytest.mark.parametrize("how", [DDP, FSDP])
+def test_exports_are_those_of_one_process(ranks, project, how):
+    argv = ["trainer.steps=8", "trainer.export_every=8"]
+    run_alone(ranks, project, *argv, "hydra.run.dir=one")
+    ranks.run(project.folder, 2, *BASE, *argv, how, "hydra.run.dir=two")
+    one, two = (io.load(project.folder / name / "exports" / "model.safetensors") for name in ("one", "two"))
+    assert list(one) == list(two)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
+
+
+def test_the_same_ranks_give_the_same_bits_and_a_cut_changes_none(ranks, project):
+    argv = ["trainer.steps=12", "trainer.accumulate=2", "sampler=pool", "model.dropout=0.3", DDP]
+    base = [each for each in BASE if "dropout" not in each]
+    whole = [*base, *[a for a in argv if "dropout" not in a], "trainer.save_every=4"]
+    ranks.run(project.folder, 2, *whole, "hydra.run.dir=whole")
+    ranks.run(project.folder, 2, *whole, "hydra.run.dir=cut", typed="quit@6\n")
+    ranks.run(project.folder, 2, *whole, "resume=cut")
+    one, two = state_of(project.folder / "whole", 12), state_of(project.folder / "cut", 12)
+    assert find_difference(one, two) is None
+    assert torch.equal(losses(project.folder / "whole"), losses(project.folder / "cut"))
+
+
+MISHAPS = ("feeder={_target_: own.misbehave}", "trainer.accumulate=2", DDP)
+
+
+def run_with(ranks, project, mishap, *argv, rank=1, status):
+    """Runs with a mishap on one rank alone."""
+    return ranks.run(project.folder, 2, *BASE, *argv, status=status, by_rank={rank: {"OWN_MISHAP": mishap}})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("mishap", "said"),
+    [
+        ("nan@7", r"Step 4 .* on rank {rank} its loss of micro-step 1 is nan.* The step was discarded"),
+        ("nan@8", r"Step 4 .* on rank {rank} its loss of micro-step 2 is nan.* The step was discarded"),
+        ("oom@7", r"rank {rank}: Out of memory in step 4: this process had"),
+        ("oom@8", r"rank {rank}: Out of memory in step 4: this process had"),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_ends_all_whole_and_the_run_can_go_on(ranks, project, mishap, said, rank):
+    printed = run_with(ranks, project, mishap, *MISHAPS, "hydra.run.dir=cut", rank=rank, status=1)
+    assert re.search(said.format(rank=rank), printed), printed
+    assert [path.name for path in (project.folder / "cut" / "checkpoints").iterdir()] == ["step_00000003"]
+    record = json.loads((project.folder / "cut" / "run.json").read_text())
+    assert (record["status"], record["last_step"]) == ("failed", 3)
+    if rank == 1 and mishap != "nan@8":
+        ranks.run(project.folder, 2, *BASE, *MISHAPS, "hydra.run.dir=whole", "trainer.save_every=12")
+        ranks.run(project.folder, 2, *BASE, *MISHAPS, "resume=cut", "trainer.save_every=12")
+        one, two = state_of(project.folder / "whole", 12), state_of(project.folder / "cut", 12)
+        assert find_difference(one["model"], two["model"]) is None
+        assert torch.equal(losses(project.folder / "whole"), losses(project.folder / "cut"))
+
+
+@pytest.mark.parametrize("mishap", ["nan@7", "oom@8"])
+def test_a_step_that_one_rank_can_not_make_is_left_out_by_all(ranks, project, mishap):
+    skip = ("trainer.on_nonfinite=skip", "trainer.on_oom=skip", "trainer.save_every=12", *MISHAPS)
+    printed = run_with(ranks, project, mishap, *skip, "hydra.run.dir=one", rank=1, status=0)
+    assert "It is left out, as number 1 of at most 100" in printed
+    run_with(ranks, project, mishap, *skip, "hydra.run.dir=other", rank=0, status=0)
+    one, other = state_of(project.folder / "one", 12), state_of(project.folder / "other", 12)
+    assert find_difference(one["model"], other["model"]) is None
+    assert one["model.optimizer"]["counters"]["steps"] == 11
+
+
+def test_a_mistake_in_the_program_on_one_rank_ends_all_with_its_words(ranks, project):
+    text = (project.folder / "own.py").read_text()
+    bug = 'if kind == "bug":\n            1 / 0\n        if kind == "oom":'
+    (project.folder / "own.py").write_text(text.replace('if kind == "oom":', bug))
+    pids = ranks.start(project.folder, 2, *BASE, *MISHAPS, "hydra.run.dir=run", by_rank={1: {"OWN_MISHAP": "bug@5"}})
+    assert ranks.wait(pids) == [1, 1]
+    assert "rank 1: ZeroDivisionError: division by zero" in (project.folder / "printed.txt").read_text()
+    log = (project.folder / "run" / "log.txt").read_text()
+    assert "rank 1: The run failed" in log
+    assert "1 / 0" in log  # the traceback of where it happened
+    assert json.loads((project.folder / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_what_is_typed_at_the_leader_is_done_on_all(ranks, project):
+    typed = "lr 1e-3@4\nsave@5\nnonsense\neval@6\nquit@7\n"
+    printed = ranks.run(project.folder, 2, *BASE, DDP, "hydra.run.dir=run", typed=typed)
+    assert "'nonsense' is no command" in printed
+    lines = read_metrics(project.folder / "run")
+    rates = [line["train/lr"] for line in lines if "train/lr" in line]
+    assert rates[4] < 0.11 * rates[3]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6]
+    assert [path.name for path in sorted((project.folder / "run" / "checkpoints").iterdir())] == [
+        "step_00000005",
+        "step_00000007",
+    ]
+
+
+@pytest.mark.parametrize("how", [DDP, FSDP])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_saves_and_ends_all(ranks, project, how, rank):
+    argv = [how, "hydra.run.dir=run", "trainer.steps=100000", "trainer.log_every=100"]
+    pids = ranks.start(project.folder, 2, *BASE, *argv)
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 100,')
+    os.kill(pids[rank], signal.SIGTERM)
+    assert ranks.wait(pids) == [75, 75]
+    (found,) = (project.folder / "run" / "checkpoints").iterdir()
+    assert json.loads((project.folder / "run" / "run.json").read_text())["last_step"] == int(found.name[5:])
+
+
+def test_a_killed_rank_ends_the_others_without_a_hang(ranks, project):
+    argv = [DDP, "hydra.run.dir=run", "trainer.steps=100000", "trainer.log_every=100"]
+    pids = ranks.start(project.folder, 2, *BASE, *argv)
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 100,')
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    assert ranks.wait(pids) == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < 20
+    assert "another rank is gone" in (project.folder / "printed.txt").read_text()
+
+
+@pytest.mark.parametrize("when", ["train", "eval"])
+def test_a_rank_that_hangs_is_ended_within_the_timeout_its_stack_in_the_log(ranks, project, when):
+    hang = f"""
+
+class Hangs(Model):
+    def forward(self, x, y):
+        if os.environ.get("OWN_HANG") and self.training == {when == "train"}:
+            time.sleep(1000)
+        return super().forward(x, y)
+"""
+    with open(project.folder / "own.py", "a") as file:
+        file.write(hang)
+    argv = [DDP, "model._target_=own.Hangs", "hydra.run.dir=run", "distributed.timeout_s=3"]
+    statuses = ranks.wait(ranks.start(project.folder, 2, *BASE, *argv, by_rank={1: {"OWN_HANG": "1"}}))
+    assert statuses[1] == 1
+    assert statuses[0] != 0
+    log = (project.folder / "run" / "log.txt").read_text()
+    assert re.search(r"rank 1 made no step for \d s and is ended; its stacks:", log)
+    assert "in forward" in log.partition("rank 1 made no step")[2]
+
+
+def test_what_the_leader_can_not_write_ends_all_with_its_words(ranks, project, tmp_path):
+    argv = [DDP, "trainer.log_every=1", "hydra.run.dir=run", "trainer.steps=100000"]
+    pids = ranks.start(project.folder, 2, *BASE, *argv, environment={"OWN_LIMIT": "1"})
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 20,')
+    for name in ("metrics.jsonl",):
+        resource.prlimit(pids[0], resource.RLIMIT_FSIZE, (4096, 4096))
+        assert (project.folder / "run" / name).exists()
+    assert ranks.wait(pids) == [1, 1]
+    printed = (project.folder / "printed.txt").read_text()
+    assert "the run's numbers can't be written" in printed
+
+
+def test_mistakes_are_told_once_and_by_their_status(ranks, project):
+    for argv, said in (
+        (["trainer.stps=3"], "trainer.stps: no such key"),
+        (["distributed=single"], "it trains on one process, and 2 were started"),
+        ([DDP, "data.batch_size=1"], "2 ranks share 1"),
+        ([DDP, "data.train.length=0"], "data.train: the dataset is empty"),
+    ):
+        printed = ranks.run(project.folder, 2, *BASE, "hydra.run.dir=run", *argv, status=2)
+        assert printed.count(said) == 1, printed
+        assert not (project.folder / "run").exists()
+
+
+def test_a_sweep_of_joined_processes_leaves_a_folder_a_job(ranks, project):
+    ranks.run(project.folder, 2, *BASE, DDP, "-m", "seed=1,2", "trainer.save_every=12", "hydra.sweep.dir=sweep")
+    for job in (project.folder / "sweep").glob("*-*"):
+        assert {path.name for path in job.iterdir()} >= {
+            ".hydra",
+            "run.json",
+            "metrics.jsonl",
+            "log.txt",
+            "checkpoints",
+        }
+    assert len(list((project.folder / "sweep").glob("*-*"))) == 2
+
+
+def test_help_and_a_composed_config_end_all(ranks, project):
+    printed = ranks.run(project.folder, 2, *BASE, DDP, "--cfg", "job")
+    assert printed.count("batch_size: 8") == 1
