@@ -59,7 +59,7 @@ def start(handover: Handover, num_local: int) -> int:
         folder = Path(name)
         (folder / "handover").write_bytes(pickle.dumps(handover))
         relay = _Relay(folder)
-        with relay.taken():
+        with signals.taken(relay.take):
             problem = _run_agent(settings, num_local, folder, handover.folder)
         relay.close()
         status = _read_status(folder)
@@ -127,22 +127,13 @@ class _Relay:
         self.seen: list[signal.Signals] = []
         self._last: threading.Timer | None = None
 
-    @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Takes the signals for the length of a block."""
-        before = {number: signal.signal(number, self._take) for number in signals.MEANINGS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def close(self) -> None:
         """Ends the waiting."""
         if self._last is not None:
             self._last.cancel()
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Passes a signal on; after a second one, workers that do not end are killed."""
         self.seen.append(signal.Signals(number))
         (self._folder / "ended").touch()
         pids = self._pids()

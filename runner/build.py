@@ -22,7 +22,8 @@ from runner.mistakes import ConfigError
 from runner.targets import is_called_later, locate
 from runner.utils.agreement import Agreement
 from runner.utils.batches import Batches, EvaluationData
-from runner.utils.distributed import find_place, is_many, num_ranks, pick_device, rank, together
+from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
+from runner.utils.place import find_place
 from runner.utils.utils import mix
 from runner.utils.wrapper import freeze
 

@@ -22,7 +22,7 @@ from runner.utils.files import replace_file
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from runner.utils.distributed import Place
+    from runner.utils.place import Place
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Handover:
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     goes_on: bool = False
+    is_unclaimed: bool = False  # its folder is to be made by the first rank
+    is_asked_for: bool = False  # that folder and no other
 
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""

@@ -5,7 +5,9 @@ Must not import torch at the top: what is wrong in the config is told before tha
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import shutil
 import sys
 import traceback
@@ -18,10 +20,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, mistakes, resume, worker
+from runner import agent, config, handover, mistakes, resume, run_folder, worker
 from runner.handover import Handover
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
+from runner.utils.place import is_one_of_several
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
@@ -67,29 +70,20 @@ def _check(cfg: DictConfig) -> None:
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     wanted = Path(cfg.hydra.run.dir)
-    is_asked_for = any(str(o).startswith("hydra.run.dir=") for o in cfg.hydra.overrides.hydra)
     if task.resume is not None:
         if _resumption is None:
             raise ConfigError(f"resume={task.resume}: give it on the command line; it stands in a YAML file")
         return wanted
+    if task.distributed.nnodes > 1 and _joined is None:
+        return wanted  # of several machines the one with the first rank claims it
     global _made
-    folder = wanted
-    for number in range(2, 1000):
-        is_there = folder.exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=is_asked_for)
-        except FileExistsError:
-            if is_asked_for:
-                raise ConfigError(f"hydra.run.dir={folder}: is a file") from None
-            folder = wanted.with_name(f"{wanted.name}-{number}")  # another run of the same second
-        except OSError as error:
-            raise ConfigError(f"hydra.run.dir={folder}: can't be made ({error.strerror})") from error
-        else:
-            _made = None if is_there else folder.resolve()
-            break
-    if (folder / "run.json").exists():
-        raise ConfigError(f"hydra.run.dir={folder}: holds a run already; resume={folder} goes on with it")
+    folder, is_new = run_folder.claim(wanted, _is_folder_given(cfg.hydra.overrides.hydra), _is_requeued())
+    _made = folder.resolve() if is_new else None
     return folder
+
+
+def _is_folder_given(overrides: Any) -> bool:
+    return any(str(override).startswith("hydra.run.dir=") for override in overrides)
 
 
 def drop_unused() -> None:
@@ -106,11 +100,14 @@ def launch(cfg: DictConfig) -> None:
     if is_sweep:
         _check_job(cfg, folder)
     try:
-        status = _launch(handover.make(cfg, folder, goes_on=is_sweep and _is_same_run(cfg, folder)), is_sweep)
+        goes_on = _is_same_run(cfg, folder) if is_sweep else _is_requeued()
+        status = _launch(handover.make(cfg, folder, goes_on=goes_on), is_sweep)
     except ConfigError as error:
         if is_sweep:
             raise _told(error) from None
         _end(error)
+    if status and is_sweep and not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
+        raise RuntimeError(f"{folder}: the run ended with status {status}")  # a launcher takes an exit for a crash
     if status:
         raise SystemExit(status)
 
@@ -127,6 +124,10 @@ def _launch(job: Handover, is_sweep: bool) -> int:
     num_local = agent.num_workers(settings)
     if num_local == 1 and settings.nnodes == 1:
         return worker.work(job)
+    if settings.nnodes > 1 and job.cfg.resume is None and not is_sweep:
+        with contextlib.suppress(OSError):
+            job.folder.rmdir()  # Hydra's; the first rank makes the one that counts
+        job.is_unclaimed, job.is_asked_for = True, _is_folder_given(HydraConfig.get().overrides.hydra)
     return agent.start(job, num_local)
 
 
@@ -151,7 +152,7 @@ def join() -> int | None:
         ConfigError: what has started it did not say where it stands.
     """
     global _joined
-    if not worker.is_joined():
+    if not is_one_of_several():
         return None
     _joined = worker.Joined()
     if _joined.is_leader and (job := _joined.recall()) is not None:
@@ -183,7 +184,8 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
     except ConfigError as error:
-        folder.rmdir()
+        with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
+            folder.rmdir()
         raise _told(ConfigError(f"{folder.name}: {error}")) from None
 
 
@@ -194,6 +196,11 @@ def _told(error: ConfigError) -> ConfigError:
     return error
 
 
+def _is_requeued() -> bool:
+    """Says whether Slurm starts this job again, after a preemption: its folder, if it is given, may hold the run."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def with_resumed_overrides(arguments: list[str]) -> list[str]:
     """Returns the command line with what `resume=` stands for: the run's folder and overrides, beside the new ones.
 
@@ -201,5 +208,8 @@ def with_resumed_overrides(arguments: list[str]) -> list[str]:
         ConfigError: there is nothing to resume at that place.
     """
     global _resumption
+    given = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")]
+    if _is_requeued() and given and any(Path(given[-1], "checkpoints").glob("step_*")):
+        arguments = [*(a for a in arguments if not a.startswith("hydra.run.dir=")), f"resume={given[-1]}"]
     _resumption = resume.find(arguments)
     return arguments if _resumption is None else _resumption.arguments

@@ -37,6 +37,33 @@ def find_run(path: Path) -> Path:
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
 
 
+def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
+    """Returns a new run's folder, made, and whether it was not there before.
+
+    Args:
+        is_asked_for: it is this folder or none; otherwise another run of the same second makes it the next number's.
+        may_hold_run: as where a scheduler starts a job again.
+    Raises:
+        ConfigError: it can't be made, or holds a run already.
+    """
+    folder, is_new = wanted, True
+    for number in range(2, 1000):
+        is_new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=is_asked_for)
+        except FileExistsError:
+            if is_asked_for:
+                raise ConfigError(f"hydra.run.dir={folder}: is a file") from None
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise ConfigError(f"hydra.run.dir={folder}: can't be made ({error.strerror})") from error
+        else:
+            break
+    if (folder / "run.json").exists() and not may_hold_run:
+        raise ConfigError(f"hydra.run.dir={folder}: holds a run already; resume={folder} goes on with it")
+    return folder, is_new
+
+
 def refuse_links(run: Path) -> None:
     """Checks that nothing in a run's folder that a run writes to leads elsewhere.
 

@@ -2,9 +2,9 @@
 
 Owns the layout. `shards.json` has each tensor's dtype and whole shape and lists the files. `shard-00000.safetensors`
 has what rank 0 wrote: pieces under their tensors' names and, in its metadata, where each piece begins, in the words of
-`torch.distributed.checkpoint.HuggingFaceStorageReader`, which reads them too. Who writes and reads what is decided by
-the planners of torch.distributed.checkpoint. Must not know what the tensors are of. Importing it takes half a second:
-it is for those who have several ranks, or files of them.
+`torch.distributed.checkpoint.HuggingFaceStorageReader`, which reads them too. That package's planners tell which piece
+is whose; its `save`, which exchanges whole plans, takes several times as long. Must not know what the tensors are of.
+Importing it takes half a second: it is for those who have several ranks, or files of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import math
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,15 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, SavePlan
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, metadata
 
 from runner.utils import io
 from runner.utils.distributed import is_many, together
@@ -44,8 +37,7 @@ _FORMAT = 1
 _FILE = re.compile(r"shard-\d{5,}\.safetensors", re.ASCII)
 _STARTS, _START = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names for where a piece begins
 _DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
-_Known = dict[str, TensorStorageMetadata]
-_Places = dict[MetadataIndex, Path]
+_Piece = tuple[str, tuple[int, ...], tuple[int, ...]]  # of which tensor, where in it it begins, and its shape
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
 
 
@@ -62,21 +54,25 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
         OSError: on every rank, when the disk refused on one: which rank, which file, and what the disk said.
         TypeError, ValueError: something in it can't be stored; of several ranks a `RankError` that says so.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    plans, metadata = planner.create_global_plan(together(lambda: _plan(planner, tensors), group))
-    known = cast(_Known, metadata.state_dict_metadata)
-    for name, about in known.items():
-        _check_cover(name, about)
-    shares = [[item for item in plan.items if math.prod(_piece_of(item).sizes)] for plan in plans]
+    own: dict[_Piece, Tensor] = {}
+
+    def look() -> tuple[str, list[_Piece]]:
+        own.update(_local_pieces(tensors))
+        return sha256(json.dumps(_described(tensors), sort_keys=True).encode()).hexdigest(), [*own]
+
+    digests, held = zip(*together(look, group), strict=True)
+    if len(set(digests)) > 1:
+        raise ValueError("the names, dtypes or shapes of the tensors are not the same on every rank")
+    _check_cover(tensors, {piece for pieces in held for piece in pieces})
+    shares = _share_out(held, tensors)
     names = {number: f"shard-{number:05d}.safetensors" for number, share in enumerate(shares) if share}
     number = dist.get_rank(group) if is_many() else 0
 
     def write_share() -> None:
         if number in names:
-            _write_pieces(folder / names[number], shares[number], planner)
+            _write_pieces(folder / names[number], {piece: own[piece] for piece in shares[number]})
         if number == 0:
-            described = {name: _described(about) for name, about in known.items()}
-            document = {"format": _FORMAT, "files": [*names.values()], "tensors": described}
+            document = {"format": _FORMAT, "files": [*names.values()], "tensors": _described(tensors)}
             io.write_json(document, folder / INDEX, indent=None)
 
     refused = together(lambda: _refusal_of(write_share, folder / names.get(number, INDEX)), group)
@@ -93,8 +89,8 @@ def read(folder: Path) -> dict[str, Tensor]:
         OSError: the disk can't be read.
     """
     known, places = _scan(folder)
-    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in known.items()}
-    _fill(tensors, known, places)
+    tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in known.items()}
+    _fill(tensors, places)
     return tensors
 
 
@@ -109,15 +105,15 @@ def read_into(folder: Path, targets: Mapping[str, Tensor]) -> None:
     """
     known, places = _scan(folder)
     for name, target in targets.items():
-        about = known.get(name)
-        found = "not there" if about is None else _text_of(about.properties.dtype, about.size)
-        if found != _text_of(target.dtype, target.shape):
-            raise ValueError(f"{folder / INDEX}: {name!r} is {found}, not {_text_of(target.dtype, target.shape)}")
-    _fill(targets, known, places)
+        found, expected = _text_of(known.get(name)), _text_of(target)
+        if found != expected:
+            raise ValueError(f"{folder / INDEX}: {name!r} is {found}, not {expected}")
+    _fill(targets, places)
 
 
-def _plan(planner: DefaultSavePlanner, tensors: Mapping[str, Tensor]) -> SavePlan:
-    """Returns what this rank could write."""
+@torch.no_grad()
+def _local_pieces(tensors: Mapping[str, Tensor]) -> dict[_Piece, Tensor]:
+    """Returns what this rank has of tensors that can be written."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} is a {type(tensor).__qualname__}, expected a tensor")
@@ -125,26 +121,40 @@ def _plan(planner: DefaultSavePlanner, tensors: Mapping[str, Tensor]) -> SavePla
             raise TypeError(f"{name!r} is {name_of(tensor.dtype)} as {tensor.layout}, which SafeTensors can't hold")
         if name.encode() == b"__metadata__":  # a lone surrogate is a ValueError
             raise ValueError(f"{name!r} is a name that SafeTensors use themselves")
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors))
-    plan = planner.create_local_plan()
-    for item in plan.items:
-        found, expected = cast(Tensor, planner.resolve_data(item)).shape, _piece_of(item).sizes
-        if found != expected:  # such as DTensor.from_local makes of an uneven part when it isn't told the whole shape
-            raise ValueError(f"{item.index.fqn!r} has a local part {[*found]} where its placement says {[*expected]}")
-    return plan
+    pieces = {}
+    for item in planner.create_local_plan().items:
+        assert item.tensor_data is not None
+        chunk, local = item.tensor_data.chunk, cast(Tensor, planner.resolve_data(item)).detach()
+        if local.shape != chunk.sizes:  # as DTensor.from_local makes it of an uneven part without the whole's shape
+            raise ValueError(f"{item.index.fqn!r} has a part {[*local.shape]}, its placement says {[*chunk.sizes]}")
+        if local.numel():
+            pieces[item.index.fqn, tuple(chunk.offsets), tuple(chunk.sizes)] = local
+    return pieces
 
 
-def _piece_of(item: WriteItem) -> ChunkStorageMetadata:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk
+def _share_out(held: Sequence[Sequence[_Piece]], tensors: Mapping[str, Tensor]) -> list[list[_Piece]]:
+    """Returns what each rank writes of what each holds: what several hold goes to the one that has least to write."""
+    holders = defaultdict(list)
+    for number, pieces in enumerate(held):
+        for piece in pieces:
+            holders[piece].append(number)
+    bytes_of = {piece: math.prod(piece[2]) * tensors[piece[0]].dtype.itemsize for piece in holders}
+    loads, shares = [0] * len(held), [list[_Piece]() for _ in held]
+    for piece in sorted(holders, key=lambda piece: (len(holders[piece]), -bytes_of[piece])):
+        number = min(holders[piece], key=loads.__getitem__)
+        loads[number] += bytes_of[piece]
+        shares[number].append(piece)
+    return shares
 
 
-def _described(about: TensorStorageMetadata) -> dict[str, Any]:
-    return {"dtype": SFT_DTYPES[about.properties.dtype], "shape": [*about.size]}
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: {"dtype": SFT_DTYPES[each.dtype], "shape": [*each.shape]} for name, each in tensors.items()}
 
 
-def _text_of(dtype: torch.dtype, shape: Sequence[int]) -> str:
-    return f"{name_of(dtype)}{[*shape]}"
+def _text_of(tensor: Tensor | None) -> str:
+    return "not there" if tensor is None else f"{name_of(tensor.dtype)}{[*tensor.shape]}"
 
 
 def _refusal_of(work: Callable[[], None], path: Path) -> OSError | None:
@@ -156,17 +166,15 @@ def _refusal_of(work: Callable[[], None], path: Path) -> OSError | None:
     return None
 
 
-def _write_pieces(path: Path, items: Sequence[WriteItem], planner: DefaultSavePlanner) -> None:
-    """Writes a SafeTensors file, holding one piece at a time in memory."""
-    dtypes = {item.index: item.tensor_data.properties.dtype for item in items if item.tensor_data}
-    items = sorted(items, key=lambda item: -dtypes[item.index].itemsize)  # keeps every tensor aligned
-    starts = {item.index.fqn: {_START: [*_piece_of(item).offsets]} for item in items}
+def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
+    """Writes a SafeTensors file; of pieces on a device one at a time is copied."""
+    ordered = sorted(pieces.items(), key=lambda pair: -pair[1].dtype.itemsize)  # keeps every tensor aligned
+    starts = {name: {_START: [*start]} for name, start, _ in pieces}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0", _STARTS: json.dumps(starts)}}
     end = 0
-    for item in items:
-        dtype, sizes = dtypes[item.index], _piece_of(item).sizes
-        begin, end = end, end + math.prod(sizes) * dtype.itemsize
-        header[item.index.fqn] = {"dtype": SFT_DTYPES[dtype], "shape": [*sizes], "data_offsets": [begin, end]}
+    for (name, _, sizes), tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*sizes], "data_offsets": [begin, end]}
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > _MAX_HEADER_BYTES:
@@ -174,42 +182,39 @@ def _write_pieces(path: Path, items: Sequence[WriteItem], planner: DefaultSavePl
     with open(path, "xb") as file:
         stream = cast(BinaryIO, EagerFile(file))
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for item in items:
-            stream.write(_bytes_of(item, planner))
+        for _, tensor in ordered:
+            flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
 
 
-def _bytes_of(item: WriteItem, planner: DefaultSavePlanner) -> memoryview:
-    tensor = cast(Tensor, planner.resolve_data(item)).detach()
-    plain = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _scan(folder: Path) -> tuple[_Known, _Places]:
-    """Returns what is in a folder, checked: each tensor with its pieces, and which file each piece is in."""
+def _scan(folder: Path) -> tuple[dict[str, Tensor], dict[_Piece, Path]]:
+    """Returns what is in a folder, checked: tensors without content, and which file each piece of them is in."""
     index = folder / INDEX
     with _blaming(index):
-        _check_there(index)
         document = io.read_json(index)
         if type(document) is not dict or document.get("format") != _FORMAT:
             raise ValueError(f"is not of format {_FORMAT}")
-        known = {name: _about_of(name, entry) for name, entry in document["tensors"].items()}
+        known = {name: _described_by(name, entry) for name, entry in document["tensors"].items()}
         for name in document["files"]:
             if type(name) is not str or not _FILE.fullmatch(name):
                 raise ValueError(f"lists {name!r}, which is no file of it")
-    places: _Places = {}
+    places: dict[_Piece, Path] = {}
     for name in document["files"]:
         with _blaming(folder / name):
-            _check_there(folder / name)
-            _add_pieces(folder / name, known, places)
+            for piece in _pieces_in(folder / name, known):
+                if piece in places:
+                    raise ValueError(f"has a piece of {piece[0]!r} that {places[piece].name} has too")
+                places[piece] = folder / name
     with _blaming(index):
-        for name, about in known.items():
-            _check_cover(name, about)
+        _check_cover(known, places)
     return known, places
 
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
     try:
+        if path.is_symlink() or not path.is_file():
+            raise ValueError("is missing")
         yield
     except OSError:
         raise
@@ -219,75 +224,73 @@ def _blaming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: is not as it was written, {type(error).__name__}: {error}") from error
 
 
-def _check_there(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise ValueError("is missing")
-
-
 def _is_sizes(value: Any) -> bool:
     return type(value) is list and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
 
 
-def _about_of(name: str, entry: Any) -> TensorStorageMetadata:
-    """Returns a tensor as the index describes it, with no pieces yet."""
+def _described_by(name: str, entry: Any) -> Tensor:
+    """Returns a tensor without content; where its bytes can't be counted it raises."""
     if not _is_sizes(entry["shape"]):
         raise ValueError(f"{name!r} has the shape {entry['shape']!r}")
-    size, dtype = torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
-    torch.empty(size, dtype=dtype, device="meta")  # raises where an integer overflows
-    return TensorStorageMetadata(TensorProperties(dtype), size, [])
+    return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
 
 
-def _add_pieces(path: Path, known: _Known, places: _Places) -> None:
-    """Adds the pieces that a file holds."""
+def _pieces_in(path: Path, known: Mapping[str, Tensor]) -> Iterator[_Piece]:
+    """Yields the pieces that a file holds, each within its tensor."""
     with safe_open(path, framework="pt") as file:
         starts = json.loads((file.metadata() or {}).get(_STARTS, "{}"))
         for name in file.keys():  # noqa: SIM118
             if name not in known:
                 raise ValueError(f"holds {name!r}, which {INDEX} does not name")
-            piece, size, dtype = file.get_slice(name), known[name].size, known[name].properties.dtype
-            start, sizes, code = starts[name][_START], piece.get_shape(), piece.get_dtype()
-            if code != SFT_DTYPES[dtype]:
-                raise ValueError(f"holds {name!r} as {code}, {INDEX} says {SFT_DTYPES[dtype]}")
-            if not _is_sizes(start) or not len(start) == len(sizes) == len(size):
-                raise ValueError(f"has a piece of {name!r} of shape {sizes} that begins at {start!r} of {[*size]}")
-            if not math.prod(sizes) or any(a + n > whole for a, n, whole in zip(start, sizes, size, strict=True)):
-                raise ValueError(f"has a piece of {name!r}, {sizes} from {start}, that is not within {[*size]}")
-            if MetadataIndex(name, start) in places:
-                other = places[MetadataIndex(name, start)].name
-                raise ValueError(f"has a piece of {name!r} from {start}, where {other} has one")
-            places[MetadataIndex(name, start)] = path
-            known[name].chunks.append(ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)))
+            piece, whole, code = file.get_slice(name), known[name].shape, SFT_DTYPES[known[name].dtype]
+            start, sizes = starts[name][_START], piece.get_shape()
+            if piece.get_dtype() != code:
+                raise ValueError(f"holds {name!r} as {piece.get_dtype()}, {INDEX} says {code}")
+            if not _is_sizes(start) or not len(start) == len(sizes) == len(whole):
+                raise ValueError(f"has a piece of {name!r} of shape {sizes} that begins at {start!r} of {[*whole]}")
+            if not math.prod(sizes) or any(a + n > size for a, n, size in zip(start, sizes, whole, strict=True)):
+                raise ValueError(f"has a piece of {name!r}, {sizes} from {start}, that is not within {[*whole]}")
+            yield name, tuple(start), tuple(sizes)
 
 
-def _check_cover(name: str, about: TensorStorageMetadata) -> None:
-    """Checks that a tensor's pieces, no two of which begin at one place, are the cells of a grid that is all of it.
+def _check_cover(tensors: Mapping[str, Tensor], pieces: Iterable[_Piece]) -> None:
+    """Raises ValueError unless a tensor's pieces are the cells of a grid that is all of it, as meshes make them."""
+    cells_by_name = defaultdict(list)
+    for name, start, sizes in pieces:
+        cells_by_name[name].append((start, sizes))
+    for name, tensor in tensors.items():
+        cells = cells_by_name[name]
+        num_cells = 1 if tensor.numel() else 0
+        for dim, length in enumerate(tensor.shape) if num_cells else ():
+            cuts = sorted({(start[dim], sizes[dim]) for start, sizes in cells})
+            ends = [0, *(start + size for start, size in cuts)]
+            if [start for start, _ in cuts] != ends[:-1] or ends[-1] != length:
+                found = ", ".join(f"{start}-{start + size}" for start, size in cuts[:5]) or "nothing"
+                raise ValueError(f"the pieces of {name!r} have {found} of its 0-{length} in dimension {dim}")
+            num_cells *= len(cuts)
+        if len(cells) != num_cells:
+            raise ValueError(f"{name!r} has {len(cells)} pieces of {num_cells}")
 
-    Raises:
-        ValueError: there is a hole, or two overlap.
-    """
-    pieces = [piece for piece in about.chunks if math.prod(piece.sizes)]
-    num_cells = 1 if math.prod(about.size) else 0
-    for dim, length in enumerate(about.size) if num_cells else ():
-        cuts = sorted({(piece.offsets[dim], piece.sizes[dim]) for piece in pieces})
-        ends = [0, *(start + size for start, size in cuts)]
-        if [start for start, _ in cuts] != ends[:-1] or ends[-1] != length:
-            found = ", ".join(f"{start}-{start + size}" for start, size in cuts[:5])
-            raise ValueError(f"the pieces of {name!r} have {found or 'nothing'} of its 0-{length} in dimension {dim}")
-        num_cells *= len(cuts)
-    if len(pieces) != num_cells:
-        raise ValueError(f"{name!r} has {len(pieces)} pieces of {num_cells}")
 
-
-def _fill(targets: Mapping[str, Tensor], known: _Known, places: _Places) -> None:
+@torch.no_grad()
+def _fill(targets: Mapping[str, Tensor], places: Mapping[_Piece, Path]) -> None:
+    """Copies into tensors, or this rank's parts of them, what of the pieces belongs there."""
+    known, path_of = {}, {}
+    for name, target in targets.items():
+        known[name] = metadata.TensorStorageMetadata(metadata.TensorProperties(target.dtype), target.shape, [])
+    for (name, start, sizes), path in places.items():
+        if name in known:
+            known[name].chunks.append(metadata.ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)))
+            path_of[metadata.MetadataIndex(name, start)] = path
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(targets), Metadata(dict(known)))
+    planner.set_up_planner(dict(targets), metadata.Metadata(dict(known)))
     items_by_path = defaultdict(list)
     for item in planner.create_local_plan().items:
-        items_by_path[places[item.storage_index]].append(item)
+        items_by_path[path_of[item.storage_index]].append(item)
     for path, items in items_by_path.items():
-        with _blaming(path), safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             for item in items:
                 piece = file.get_tensor(item.storage_index.fqn)  # mapped: what is not copied is not read
                 spans = zip(item.storage_offsets, item.lengths, strict=True)
                 part = piece[tuple(slice(start, start + length) for start, length in spans)]
-                planner.resolve_tensor(item).detach().copy_(part)
+                planner.resolve_tensor(item).copy_(part)

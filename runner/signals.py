@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
-MEANINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted", signal.SIGUSR1: "preempted"}
+MEANINGS = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "preempted",
+    signal.SIGUSR1: "preempted",
+    signal.SIGUSR2: "preempted",
+}
+REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 
 
 class Signals:
@@ -28,19 +34,40 @@ class Signals:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """Takes the signals for the length of a block."""
-        before = {number: signal.signal(number, self._take) for number in MEANINGS}
-        try:
+        with taken(self._take):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if number == REPEATED and self.first is not None:
+            return
         if self.first is not None or (self.ask is None and not self.is_over):
             raise KeyboardInterrupt(number)
         self.first = signal.Signals(number).name
         if self.ask is not None and not self.is_over:
             self.ask(MEANINGS[signal.Signals(number)])
+
+
+@contextlib.contextmanager
+def taken(take: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has `take` called with the signals for the length of a block.
+
+    SIGUSR2, which asks a job of submitit to be queued again, then goes on to the handler that was there before.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        take(number, frame)
+
+    before = {number: signal.signal(number, note) for number in MEANINGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    handler = before[signal.SIGUSR2]
+    if signal.SIGUSR2 in came and callable(handler):
+        handler(signal.SIGUSR2, None)
 
 
 def meaning_of(interrupt: KeyboardInterrupt) -> tuple[str, int]:

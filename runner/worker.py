@@ -10,29 +10,21 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import mistakes, signals
+from runner import mistakes, run_folder, signals
 from runner.handover import Handover, Post
 from runner.mistakes import ConfigError
+from runner.utils.place import Place, find_place
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from runner.utils.distributed import Place
-
 _CONNECT_S = 300.0
-
-
-def is_joined() -> bool:
-    """Says whether this process was started as one of several, by torchrun or srun."""
-    several = [os.environ.get("WORLD_SIZE"), os.environ.get("SLURM_STEP_NUM_TASKS")]
-    return any(text not in (None, "", "1") for text in several)
 
 
 class Joined:
@@ -44,7 +36,7 @@ class Joined:
         from runner.utils import distributed
 
         try:
-            self.place: Place = distributed.find_place()
+            self.place = find_place()
         except ValueError as error:
             raise ConfigError(str(error)) from error
         whole = distributed.connect(self.place, _CONNECT_S)
@@ -150,11 +142,7 @@ def main(folder: Path) -> int:
         handover: Handover = pickle.loads((folder / "handover").read_bytes())
         sys.argv = handover.command
         joined = Joined()
-        if joined.place.rank == 0:  # of several machines, the first one's launcher has composed
-            joined.post.send(handover)
-        found = joined.post.receive() if joined.place.rank else handover
-        assert isinstance(found, Handover)
-        status = _run_told(joined, found)
+        status = _run_told(joined, handover)
     if status is None:
         return 1
     if joined.place.local_rank == 0:
@@ -167,7 +155,8 @@ def _run_told(joined: Joined, handover: Handover) -> int | None:
     from runner.utils.distributed import LostError, is_of_connection
 
     try:
-        return joined.work(handover)
+        found = _agree_on(joined, handover)
+        return joined.work(found) if isinstance(found, Handover) else found
     except KeyboardInterrupt as interrupt:
         return signals.STATUSES[signals.meaning_of(interrupt)[0]]
     except Exception as error:
@@ -180,16 +169,32 @@ def _run_told(joined: Joined, handover: Handover) -> int | None:
         return 1 if message is None else 2
 
 
+def _agree_on(joined: Joined, handover: Handover) -> Handover | int:
+    """Returns the hand-over of the first rank, of several machines that have composed one each; or a status."""
+    if not joined.is_leader:
+        return joined.post.receive()
+    if handover.is_unclaimed and not joined.place.restarts:
+        try:
+            handover.folder, _ = run_folder.claim(handover.folder, is_asked_for=handover.is_asked_for)
+        except ConfigError:
+            joined.post.end(2)
+            raise
+        joined.remember(handover)
+    handover = joined.recall() or handover
+    joined.post.send(handover)
+    return handover
+
+
 def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM to this process when the one that started it dies, however: it saves and ends."""
+    """Has the kernel send a signal to this process when the one that started it dies, however: it saves and ends."""
     parent = os.getppid()
     if sys.platform != "linux":
         return
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(1, signals.REPEATED)  # PR_SET_PDEATHSIG: it comes as often as the launcher had threads
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signals.REPEATED)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ class Project:
 
     def start(self, *overrides, **settings):
         """Starts the runner, its output in one pipe."""
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | settings.pop("environment", {})
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
         process = subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
         self.started.append(process)

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runner.utils.distributed import Place, process_group
+from runner.utils.distributed import process_group
+from runner.utils.place import Place
 
 LIMIT_S = 60.0
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -25,6 +25,8 @@ from runner.utils.distributed import RankError
 from runner.utils.packing import SFT_DTYPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of Python 3.12 on
+
+A, B = "shard-00000.safetensors", "shard-00001.safetensors"
 
 
 def run_ranks(folder, num_ranks, work):
@@ -308,11 +310,64 @@ def test_what_cannot_be_stored_on_one_rank_raises_on_every_rank_before_anything_
             with pytest.raises(RankError, match=f"rank 1: {message}"):
                 shards.write({"good": torch.zeros(3), "bad": bad if is_second else torch.zeros(2)}, folder)
         lame = DTensor.from_local(torch.zeros(3 - is_second, 2), mesh, [Shard(0)], shape=(6, 2), stride=(2, 1))
-        with pytest.raises(RankError, match=r"rank 1: 'lame' has a local part \[2, 2\] .* says \[3, 2\]"):
+        with pytest.raises(RankError, match=r"rank 1: 'lame' has a part \[2, 2\], its placement says \[3, 2\]"):
             shards.write({"lame": lame}, folder)
 
     run_ranks(tmp_path, 2, work)
     assert names_in(folder) == []
+
+
+def test_ranks_that_hold_other_tensors_are_told(tmp_path):
+    folder = fresh(tmp_path / "shards")
+
+    def work(mesh):
+        own = mesh.get_local_rank()
+        for tensors in ({"weight": torch.zeros(3 + own)}, {f"weight{own}": torch.zeros(3)}):
+            with pytest.raises(ValueError, match="not the same on every rank"):
+                shards.write(tensors, folder)
+
+    run_ranks(tmp_path, 2, work)
+    assert names_in(folder) == []
+
+
+def test_some_of_the_ranks_write_what_they_hold_and_no_less(tmp_path):
+    folder = fresh(tmp_path / "shards")
+
+    def work(_):
+        group, alone = dist.new_group([1, 2]), dist.new_group([1])
+        mesh = DeviceMesh("cpu", [1, 2])
+        if dist.get_rank() == 0:
+            return
+        state = {"weight": distribute_tensor(torch.arange(5.0), mesh, [Shard(0)]), "step": torch.tensor(1)}
+        if dist.get_rank() == 1:
+            with pytest.raises(ValueError, match="'weight' have 0-3 of its 0-5 in dimension 0"):
+                shards.write(state, folder, alone)
+        shards.write(state, folder, group)
+
+    run_ranks(tmp_path, 3, work)
+    assert names_in(folder) == [A, B, "shards.json"]
+    found = shards.read(folder)
+    assert found["weight"].tolist() == [0, 1, 2, 3, 4]
+    assert found["step"].item() == 1
+
+
+def test_lazy_and_strided_views_are_written_as_they_read_and_every_tensor_lies_aligned(tmp_path):
+    number = torch.tensor([[1 + 2j, 3 - 4j]])
+    tensors = {
+        "conj": number.conj(),
+        "neg": torch._neg_view(torch.arange(3.0)),
+        "t": number.T,
+        "rows": torch.arange(9.0)[::3],
+    }
+    tensors |= {"odd": torch.ones(3, dtype=torch.uint8), "tied": number}
+    shards.write(tensors, tmp_path)
+    found = shards.read(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    content = (tmp_path / A).read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
@@ -359,9 +414,6 @@ def forge(folder, files, known, /, **changes):
     (folder / "shards.json").write_text(json.dumps(document))
 
 
-A, B = "shard-00000.safetensors", "shard-00001.safetensors"
-
-
 def row(start, *, name="w", dtype="U8", length=1, width=2):
     return (name, dtype, [length, width], [start, 0], bytes(length * width))
 
@@ -391,7 +443,7 @@ LIES = {
         "shards.json: 'v' has 0 pieces of 1",
     ),
     "an overlap": ({A: [row(0, length=2)], B: [row(1)]}, {"w": ("U8", [2, 2])}, "have 0-2, 1-2 of its 0-2"),
-    "one piece twice": ({A: [row(0)], B: [row(0)]}, {"w": ("U8", [1, 2])}, f"{B}: .*where {A} has one"),
+    "one piece twice": ({A: [row(0)], B: [row(0)]}, {"w": ("U8", [1, 2])}, f"{B}: .*that {A} has too"),
     "a piece out of bounds": ({A: [row(0, length=3)]}, {"w": ("U8", [2, 2])}, f"{A}: .*not within"),
     "a piece far out": ({A: [row(HUGE)]}, {"w": ("U8", [2, 2])}, f"{A}: .*not within"),
     "a negative start": ({A: [row(-1)]}, {"w": ("U8", [1, 2])}, f"{A}: .*begins at"),
@@ -437,7 +489,7 @@ GOOD = ({A: [row(0)], B: [row(1)]}, {"w": ("U8", [2, 2])})
         ({"files": [A, "/etc/passwd"]}, "lists '/etc/passwd'"),
         ({"files": [A, ".metadata"]}, "lists '.metadata'"),
         ({"files": [A, 1]}, "lists 1"),
-        ({"files": [A, B, A]}, "where .* has one"),
+        ({"files": [A, B, A]}, "that .* has too"),
         ({"files": [A]}, "have 0-1 of its 0-2"),
         ({"files": [A, B, "shard-00009.safetensors"]}, r"shard-00009\.safetensors: is missing"),
         ({"tensors": []}, "AttributeError"),
@@ -504,6 +556,30 @@ def test_a_pickle_beside_the_shards_is_not_read(tmp_path):
     with pytest.raises(ValueError, match=A):
         shards.read(tmp_path)
     assert not canary.exists()
+
+
+def test_weights_that_are_trained_are_filled_as_they_are(tmp_path):
+    folder = fresh(tmp_path / "shards")
+
+    def work(mesh):
+        values = torch.arange(3.0)
+        shards.write({"sharded": distribute_tensor(values, mesh, [Shard(0)]), "plain": values}, folder)
+        sharded = nn.Parameter(distribute_tensor(torch.zeros(3), mesh, [Shard(0)]))
+        plain = nn.Parameter(torch.zeros(3))
+        shards.read_into(folder, {"sharded": sharded, "plain": plain})
+        for weight in (sharded, plain):
+            assert weight.is_leaf
+            assert weight.requires_grad
+            assert torch.equal(whole(weight.detach()), values)
+
+    run_ranks(tmp_path, 2, work)
+
+
+def test_a_folder_that_has_shards_already_is_left_as_it_is(tmp_path):
+    shards.write({"weight": torch.ones(1)}, tmp_path)
+    with pytest.raises(FileExistsError, match=A):
+        shards.write({"weight": torch.zeros(1)}, tmp_path)
+    assert shards.read(tmp_path)["weight"].item() == 1.0
 
 
 @pytest.mark.parametrize(

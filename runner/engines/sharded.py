@@ -63,6 +63,7 @@ class FSDP(Alone):
                 if settings.get(key) not in (None, *_DTYPES):
                     raise ValueError(f"{key}={settings[key]!r}: expected one of {', '.join(_DTYPES)}, or null")
         self._blocks, self._offloads, self._methods = blocks, offload_to_cpu, forward_methods
+        self._globs = None if blocks is None else list(blocks)
         self._module: Any = None
         self._is_settled = False
 
@@ -70,11 +71,12 @@ class FSDP(Alone):
         """Spreads a module's weights, in place, as they are on the leader."""
         if not distributed.is_many():
             return
+        _refuse_ties(module, [name for found in find_blocks(module, self._globs).values() for name in found])
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         first = next(module.parameters(), None)
         mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.num_ranks(),))
-        for glob, blocks in find_blocks(module, None if self._blocks is None else list(self._blocks)).items():
+        for glob, blocks in find_blocks(module, self._globs).items():
             for block in blocks.values():
                 fully_shard(block, mesh=mesh, **self._arguments((self._blocks or {}).get(glob, {})))
         # What stands in no block stays gathered after forward: backward begins with it.
@@ -179,6 +181,17 @@ class FSDP(Alone):
             for index, values in state["state"].items()
         }
         return {**state, "state": fitted}
+
+
+def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
+    """Checks that no weight is shared between two blocks, or a block and what stands in none: they come untied."""
+    owners: dict[int, tuple[str, str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        block = next((each for each in blocks if name.startswith(each + ".")), "")
+        other, first = owners.setdefault(id(parameter), (block, name))
+        if other != block:
+            remedy = "give both to one block, or leave both out of distributed.strategy.blocks"
+            raise ValueError(f"blocks: {first} and {name} are one weight, in two blocks; {remedy}")
 
 
 def _locals(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ mishaps      what goes wrong in a step, and the policy for it
 pace         what the clock says of steps
 packing      a nest of values as JSON and named tensors
 permutation  a keyed permutation, block by block
+place        where a process stands among those of its run
 sampler      pool, ordered, batched and random samplers that save and load their state
 steps        one step on every rank, and what becomes of one that goes wrong
 train        the loop

@@ -285,6 +285,6 @@ def ignore_interrupts(worker: int) -> None:
 
     The first SIGTERM counts as such; the second, which the loader sends to a worker that hangs, ends it.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

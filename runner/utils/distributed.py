@@ -1,17 +1,14 @@
 """What training needs to know of devices and processes: start-up, ranks, collectives that are no-ops on one process.
 
-Must not import a sibling but `utils`.
+Must not import a sibling but `place` and `utils`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from runner.utils.place import Place
 
 T = TypeVar("T")
 
@@ -81,69 +80,6 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(move(value, device) for value in batch)
     return batch
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands among those of its run, and where they meet."""
-
-    rank: int = 0
-    num_ranks: int = 1
-    local_rank: int = 0
-    num_local: int = 1
-    address: str = "127.0.0.1"
-    port: int = 0
-    has_host: bool = False  # the store is another program's, such as torchrun's agent
-    restarts: int = 0
-    run_id: str = ""
-
-
-def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Returns this process's place, from the variables of torch's launchers or, where one is missing, of Slurm's srun.
-
-    A Slurm batch script is no task of its own: outside a step it is one process, whatever its allocation.
-
-    Raises:
-        ValueError: variables that are no numbers, contradict each other, or do not say where to meet.
-    """
-    is_step = "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_STEP_ID") not in (None, "4294967291")
-    numbers = {}
-    for name, (own, of_slurm, default) in _VARIABLES.items():
-        text = environ.get(own, environ.get(of_slurm, default) if is_step else default)
-        try:
-            numbers[name] = int(text.split("(")[0])
-        except ValueError:
-            raise ValueError(f"the environment has {own} or {of_slurm}={text!r}: expected a number") from None
-    if not 0 <= numbers["rank"] < numbers["num_ranks"]:
-        raise ValueError(f"the environment has rank {numbers['rank']} of {numbers['num_ranks']} processes")
-    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if numbers["num_ranks"] > 1 and is_step:
-        address = address or _first_host(environ.get("SLURM_JOB_NODELIST", environ.get("SLURM_STEP_NODELIST", "")))
-        port = port or str(20000 + (int(environ.get("SLURM_JOB_ID", 0)) * 7 + int(environ["SLURM_STEP_ID"])) % 20000)
-    if numbers["num_ranks"] > 1 and not (address and port):
-        raise ValueError(f"the environment says {numbers['num_ranks']} processes, but no MASTER_ADDR and MASTER_PORT")
-    return Place(
-        **numbers,
-        address=address or "127.0.0.1",
-        port=int(port or 0),
-        has_host=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
-    )
-
-
-_VARIABLES = {  # a place's number: torch's variable, Slurm's, and what holds without them
-    "rank": ("RANK", "SLURM_PROCID", "0"),
-    "num_ranks": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
-    "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", "0"),
-    "num_local": ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "1"),
-    "restarts": ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "0"),
-}
-
-
-def _first_host(hosts: str) -> str:
-    """Returns the first host of Slurm's list: node-3 of node-[3-5,8],other."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)
-    return match[1] + (match[2] or "") if match else ""
 
 
 def connect(place: Place, timeout_s: float) -> dist.Store:
