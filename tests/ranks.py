@@ -59,9 +59,8 @@ def _run(folder, rank, count, function, args):
             result = function(*args)
     except BaseException:
         error = traceback.format_exc()
-    path = folder / f"result.{rank}"
-    path.with_suffix(".part").write_bytes(pickle.dumps((error, result)))
-    os.rename(path.with_suffix(".part"), path)
+    (folder / f"part.{rank}").write_bytes(pickle.dumps((error, result)))
+    os.rename(folder / f"part.{rank}", folder / f"result.{rank}")
     os._exit(0)
 
 

@@ -162,6 +162,7 @@ class DDP(Alone):
 
     def clear(self) -> None:
         """Forgets the gradient of the flag."""
+        self._has_begun = False
         if isinstance(self._fed, Flagged):
             self._fed.flag.grad = None
 

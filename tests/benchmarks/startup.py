@@ -20,14 +20,14 @@ import builtins
 original = builtins.__import__
 def watching(name, *args, **kwargs):
     module = original(name, *args, **kwargs)
-    train = sys.modules.get("runner.utils.train")
-    if train is not None and hasattr(train, "Loop") and not hasattr(train, "is_watched"):
-        train.is_watched = True
-        step = train.Loop._train_step
-        def stepped(loop):
-            step(loop)
+    steps = sys.modules.get("runner.utils.steps")
+    if steps is not None and hasattr(steps, "tell") and not hasattr(steps, "is_watched"):
+        steps.is_watched = True
+        take = steps.Steps.take
+        def taken(*arguments):
+            take(*arguments)
             moments.append(time.time())
-        train.Loop._train_step = stepped
+        steps.Steps.take = taken
     return module
 builtins.__import__ = watching
 main()
