@@ -179,7 +179,12 @@ _AT_LEAST = {
     "trainer.keep_every": 0,
     "trainer.keep_best": 0,
     "trainer.max_skips": 0,
+    "distributed.nnodes": 1,
+    "distributed.max_restarts": 0,
+    "distributed.timeout_s": 1,
+    "distributed.rdzv_timeout_s": 1,
 }
+_BACKENDS = ("auto", "gloo", "nccl")
 
 
 def check(cfg: DictConfig) -> None:
@@ -198,7 +203,7 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
-        mistakes += _batch_mistakes(cfg)
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
@@ -241,6 +246,22 @@ def _batch_mistakes(cfg: DictConfig) -> list[str]:
         every = cfg.trainer.eval_every
         return [f"trainer.eval_every={every}: data.eval has no dataset; add one, or set trainer.eval_every=0"]
     return []
+
+
+def _process_mistakes(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of how many processes are to be started, and where they meet."""
+    mistakes, count = [], cfg.nproc_per_node
+    if count != "auto" and (type(count) is not int or count < 1):
+        mistakes.append(f"distributed.nproc_per_node={count}: expected auto, or a number from 1 on")
+    if cfg.backend not in _BACKENDS:
+        mistakes.append(f"distributed.backend={cfg.backend}: {nearest(str(cfg.backend), list(_BACKENDS))}")
+    if cfg.strategy is None and (count not in (1, "auto") or cfg.nnodes > 1):
+        key = "nnodes" if cfg.nnodes > 1 else "nproc_per_node"
+        mistakes.append(f"distributed.{key}={cfg[key]}: it trains on one process; choose distributed=ddp or fsdp")
+    if cfg.nnodes > 1 and not re.fullmatch(r"[^:]+:\d+", cfg.rdzv_endpoint or ""):
+        found = f"distributed.nnodes={cfg.nnodes} with rdzv_endpoint={cfg.rdzv_endpoint}"
+        mistakes.append(f"{found}: expected host:port of one of the machines, the same on all")
+    return mistakes
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
