@@ -35,10 +35,10 @@ class Heavy(Model):
 class Zygote:
     """Starts runs in real processes that have imported everything already."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         script = Path(__file__).with_name("zygote.py")
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen([sys.executable, script, *modules], stdin=pipe, stdout=pipe, text=True)
 
     def start(
         self, cwd: Path, argv: list[str], crash_at: int = 0, environment: dict | None = None, typed: Path | None = None

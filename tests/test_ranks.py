@@ -23,7 +23,7 @@ DDP, FSDP = "distributed=ddp", "distributed=fsdp"
 
 @pytest.fixture(scope="module")
 def zygote():
-    started = Zygote()
+    started = Zygote("torch._dynamo", "runner.engines.sharded", "runner.sharded_checkpoint")
     yield started
     started.close()
 
@@ -61,7 +61,8 @@ def test_losses_norms_and_weights_are_those_of_one_process(ranks, project, sampl
     argv = [f"sampler={sampler}", *limit, f"trainer.steps={STEPS}", "trainer.save_every=100", "trainer.eval_every=50"]
     run_alone(ranks, project, *argv, "hydra.run.dir=one")
     one = state_of(project.folder / "one", STEPS)
-    for count, how in ((2, DDP), (4, DDP), (2, FSDP), (4, FSDP)):
+    every = ((2, DDP), (4, DDP), (2, FSDP), (4, FSDP))
+    for count, how in every if sampler == "pool" else every[1:3]:
         name = f"{how[12:]}_{count}"
         ranks.run(project.folder, count, *BASE, *argv, how, f"hydra.run.dir={name}")
         run = project.folder / name

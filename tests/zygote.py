@@ -6,6 +6,7 @@ the child's pid; a line `{"wait": pid}` is answered with its wait status and the
 `output`.count; a child that does not end is killed.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -92,6 +93,8 @@ def wait(pid: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    for name in sys.argv[1:]:  # what children would import, each for itself
+        importlib.import_module(name)
     assert {tensorboard, runner.event_file}  # imported for the children
     for line in sys.stdin:
         request = json.loads(line)
