@@ -1,5 +1,7 @@
 """A user's own project: a model, its data and a config, nothing of it subclassed; and the runner started on it."""
 
+import atexit
+import functools
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chaos import Zygote
 
 MODEL = """
 import os
@@ -132,6 +135,13 @@ trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0
 """
 
 
+@functools.cache
+def shared_zygote():
+    zygote = Zygote()
+    atexit.register(zygote.close)
+    return zygote
+
+
 class Project:
     """A folder with a user's module `own` and `conf/experiment/mine.yaml`."""
 
@@ -155,7 +165,20 @@ class Project:
         return process
 
     def run(self, *overrides, typed=None, status=0):
-        """Runs to the end; returns what was printed."""
+        """Runs to the end, in a process forked from one that has imported torch already; returns what was printed."""
+        zygote, output = shared_zygote(), self.folder / "printed.txt"
+        output.unlink(missing_ok=True)
+        keyboard = None
+        if typed is not None:
+            keyboard = self.folder / "typed.txt"
+            keyboard.write_text(typed)
+        pid = zygote.start(self.folder, [*self.command[3:], *overrides], environment=dict(os.environ), typed=keyboard)
+        found, printed = zygote.wait(pid), output.read_text()
+        assert found == status, printed
+        return printed
+
+    def run_afresh(self, *overrides, typed=None, status=0):
+        """Runs to the end, in a process of its own; returns what was printed."""
         process = self.start(*overrides, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE)
         printed, _ = process.communicate(typed, timeout=120)
         assert process.returncode == status, printed

@@ -64,6 +64,7 @@ def run_child(request: dict) -> None:
     null = os.open(request["typed"] or os.devnull, os.O_RDONLY)
     for fd, source in ((0, null), (1, output), (2, output)):
         os.dup2(source, fd)
+    sys.stdout.reconfigure(line_buffering=True)
     sys.path.insert(0, request["cwd"])
     sys.argv = ["runner", *request["argv"]]
     status = 0
@@ -71,7 +72,7 @@ def run_child(request: dict) -> None:
     try:
         runner.__main__.main()
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        status = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
         status = 1
