@@ -90,7 +90,7 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         signals_to_handle="SIGHUP",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder))
+        elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder), str(os.getpid()))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name

@@ -50,7 +50,7 @@ def run(
     with contextlib.ExitStack() as stack:
         signals = Signals()
         stack.enter_context(signals.taken())
-        together(lambda: _hold(folder, stack) if is_leader() else None)
+        together(lambda: _hold(folder, stack, goes_on) if is_leader() else None)
         if goes_on and of_leader(lambda: any((folder / "checkpoints").glob("step_*"))):
             cfg.resume = str(folder)
         session, record, log = _open(cfg, folder, stack, accept, store)
@@ -59,8 +59,10 @@ def run(
         return _run(session, record, log, signals)
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool) -> None:
     try:
+        if goes_on:  # a start that was cut before the run had begun has removed it
+            folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(held(folder / LOCK))
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None

@@ -37,6 +37,7 @@ class ShardedCheckpoints:
 
     def __init__(self, checkpoints: Checkpoints, group: dist.ProcessGroup) -> None:
         self._checkpoints, self._group = checkpoints, group
+        self._commits = dist.get_rank(group) == 0
         self._mesh = DeviceMesh.from_group(group, "cpu")
 
     def save(
@@ -65,7 +66,8 @@ class ShardedCheckpoints:
             shards.write(tensors, partial / SHARDS, self._group)
             return of_leader(commit, self._group)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self._commits:  # no other knows how far the one that commits has come
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _begin(self, step: int) -> Path:

@@ -129,7 +129,7 @@ def _quick_to_import() -> Iterator[None]:
         gc.enable()
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, launcher: int) -> int:
     """Runs one of the workers of `agent`, which left the hand-over in `folder`; returns what the agent is to see.
 
     That is 0 where the run has ended, however, with its status in a file; anything else starts all workers again.
@@ -137,12 +137,12 @@ def main(folder: Path) -> int:
     (folder / f"pid.{os.getpid()}").touch()
     if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
         return 0
-    _end_with_parent()
+    _end_with(launcher)
     with _quick_to_import():
         handover: Handover = pickle.loads((folder / "handover").read_bytes())
         sys.argv = handover.command
         joined = Joined()
-        status = _run_told(joined, handover)
+        status = _run_told(joined, handover, folder)
     if status is None:
         return 1
     if joined.place.local_rank == 0:
@@ -150,7 +150,7 @@ def main(folder: Path) -> int:
     return 0
 
 
-def _run_told(joined: Joined, handover: Handover) -> int | None:
+def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
     """Runs; returns the status, or None where starting again may help."""
     from runner.utils.distributed import LostError, is_of_connection
 
@@ -158,6 +158,8 @@ def _run_told(joined: Joined, handover: Handover) -> int | None:
         found = _agree_on(joined, handover)
         return joined.work(found) if isinstance(found, Handover) else found
     except KeyboardInterrupt as interrupt:
+        if not (folder / "ended").exists():  # the agent's own signal, for all to start again
+            return None
         return signals.STATUSES[signals.meaning_of(interrupt)[0]]
     except Exception as error:
         if isinstance(error, LostError) or is_of_connection(error):
@@ -185,20 +187,19 @@ def _agree_on(joined: Joined, handover: Handover) -> Handover | int:
     return handover
 
 
-def _end_with_parent() -> None:
+def _end_with(launcher: int) -> None:
     """Has the kernel send a signal to this process when the one that started it dies, however: it saves and ends."""
-    parent = os.getppid()
     if sys.platform != "linux":
         return
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signals.REPEATED)  # PR_SET_PDEATHSIG: it comes as often as the launcher had threads
-    if os.getppid() != parent:
+    if os.getppid() != launcher:  # it has died before
         os.kill(os.getpid(), signals.REPEATED)
 
 
 if __name__ == "__main__":
-    ended = main(Path(sys.argv[1]))
+    ended = main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ended)  # all is closed: libraries that take themselves apart beside a group's threads may abort

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,6 +46,7 @@ class Agreement:
         self._is_many = distributed.is_many()
         self._words: deque[tuple[str, Any]] = deque()
         self._arrived: list[tuple[Tensor, Any]] = []
+        self._lost: LostError | None = None  # nobody has left word of why
         self.trouble: Exception | None = None  # of this rank alone, until the others know
 
     def say(self, topic: str, content: Any = None) -> None:
@@ -130,11 +130,13 @@ class Agreement:
         """
         if not self._is_many or not is_of_connection(error):
             return None
+        if error is self._lost:
+            raise error
         with contextlib.suppress(RuntimeError):  # the store has gone too
-            if self._store is not None:
-                self._store.wait([_LEFT], timedelta(seconds=_PATIENCE_S))
+            if self._store is not None and distributed.wait_for(self._store, [_LEFT], _PATIENCE_S):
                 return self._store.get(_LEFT).decode()
-        raise LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})") from error
+        self._lost = LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
+        raise self._lost from error
 
 
 _LEFT = "left"

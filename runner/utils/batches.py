@@ -6,8 +6,10 @@ the position of what was delivered, and the randomness of a sample. Must not imp
 """
 
 import copy
+import ctypes
 import itertools
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -280,11 +282,18 @@ class EvaluationData:
             yield number, batch, len(indices) if number < len(draws) else 0
 
 
+def die_with_parent() -> None:
+    """Has the kernel kill this process when the one that forked it dies, however; where it is no Linux, nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
 def ignore_interrupts(worker: int) -> None:
     """Lets a loader worker live through the signals that a terminal or scheduler sends to all processes of a run.
 
     The first SIGTERM counts as such; the second, which the loader sends to a worker that hangs, ends it.
     """
+    die_with_parent()  # which may be killed: what it has open, such as connections to other ranks, is to close then
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

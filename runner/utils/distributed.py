@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -95,6 +96,17 @@ def connect(place: Place, timeout_s: float) -> dist.Store:
     )
 
 
+def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
+    """Says whether a store has all of the keys within the time; unlike `store.wait`, it hears signals meanwhile."""
+    deadline = time.monotonic() + timeout_s
+    while not (has_all := store.check(keys)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return has_all
+
+
+_POLL_S = 0.01
+
+
 @contextlib.contextmanager
 def process_group(place: Place, store: dist.Store | None, backend: str, timeout_s: float) -> Iterator[None]:
     """Makes the ranks one group for the length of a block; with one rank, nothing.
@@ -109,6 +121,9 @@ def process_group(place: Place, store: dist.Store | None, backend: str, timeout_
         return
     backends = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
     timeout = timedelta(seconds=timeout_s)
+    if store is not None:  # what follows waits for the others without hearing a signal
+        store.set(f"here/{place.rank}", "")
+        wait_for(store, [f"here/{number}" for number in range(place.num_ranks)], timeout_s)
     dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
     try:
         yield
