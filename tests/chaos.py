@@ -38,14 +38,27 @@ class Zygote:
     def __init__(self, *modules: str) -> None:
         script = Path(__file__).with_name("zygote.py")
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen([sys.executable, script, *modules], stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, text=True)
+        if modules:
+            self.load([*modules])
 
     def start(
-        self, cwd: Path, argv: list[str], crash_at: int = 0, environment: dict | None = None, typed: Path | None = None
+        self,
+        cwd: Path,
+        argv: list[str],
+        crash_at: int = 0,
+        environment: dict | None = None,
+        typed: Path | None = None,
+        forks_workers: bool = False,
+        finalizes: bool = False,
     ) -> int:
         request = {"cwd": str(cwd), "argv": argv, "output": str(cwd / "printed.txt"), "crash_at": crash_at}
         request |= {"environment": environment or {}, "typed": str(typed) if typed else None}
-        return int(self._ask(request))
+        return int(self._ask(request | {"forks_workers": forks_workers, "finalizes": finalizes}))
+
+    def load(self, modules: list[str]) -> None:
+        """Has more imported already."""
+        self._ask({"load": modules})
 
     def wait(self, pid: int) -> int:
         """Returns the exit status, or less than 0 for a signal."""

@@ -72,7 +72,9 @@ class Ranks:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.number = 0
 
-    def start(self, cwd, count, *argv, typed=None, environment=None, by_rank=None, restarts=0, run_id=None):
+    def start(self, cwd, count, *argv, typed=None, environment=None, by_rank=None, restarts=0, run_id=None,
+        crashes=None, finalizes=False,
+    ):  # fmt: skip
         self.number += run_id is None
         shared = {
             "WORLD_SIZE": str(count),
@@ -91,9 +93,9 @@ class Ranks:
             if typed is not None and rank == 0:
                 text = Path(cwd) / "typed.txt"
                 text.write_text(typed)
-            pids.append(
-                self.zygote.start(Path(cwd), list(argv), environment=shared | (environment or {}) | own, typed=text)
-            )
+            own = shared | (environment or {}) | own
+            crash_at = (crashes or {}).get(rank, 0)
+            pids.append(self.zygote.start(Path(cwd), list(argv), crash_at, own, text, finalizes=finalizes))
         return pids
 
     def wait(self, pids):

@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from chaos import HEAVY, OVERRIDES, Chaos, Zygote, find_difference
+from rank_chaos import RankChaos
 from zygote import Watch
 
 from runner.checkpoint import Checkpoints, load
@@ -38,6 +39,26 @@ def test_a_run_killed_anywhere_and_resumed_is_the_same_run_bit_for_bit(chaos, se
     assert chaos.num_lost == 0
     assert find_difference(chaos.content(f"run_{seed}"), chaos.expected) is None
     assert seed < SEEDS - 1 or chaos.num_kills >= SEEDS  # most were killed before they had ended
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def rank_chaos(request, zygote, tmp_path_factory):
+    from conftest import Project
+
+    project = Project(tmp_path_factory.mktemp("rank_chaos"))
+    with open(project.folder / "own.py", "a") as file:
+        file.write(HEAVY)
+    return RankChaos(project.folder, zygote, request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "way"), [(1, "by_ranks"), (2, "by_ranks"), (3, "by_launcher")])
+def test_a_run_of_which_a_rank_or_the_launcher_is_killed_is_the_same_run_bit_for_bit(rank_chaos, seed, way):
+    getattr(rank_chaos, way)(f"run_{seed}", random.Random(seed))
+    assert rank_chaos.troubles == [], rank_chaos.printed[-4000:]
+    assert rank_chaos.num_lost == 0
+    assert find_difference(rank_chaos.content(f"run_{seed}"), rank_chaos.expected) is None
+    assert rank_chaos.num_kills > 0
 
 
 def make_parts(step):

@@ -1,18 +1,22 @@
 """A process that has imported everything once, and forks a real `python -m runner` for each request: fast to kill.
 
 Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files), `environment` (beside this one's), and
-`crash_at`: the number of the file operation on checkpoints at which the child kills itself, 0 for none. The answer is
-the child's pid; a line `{"wait": pid}` is answered with its wait status and the number of operations that were noted in
-`output`.count; a child that does not end is killed.
+`crash_at`: the number of the file operation on checkpoints at which the child kills itself, 0 for none. With
+`forks_workers`, a child that is a launcher forks its workers instead of executing them; one that `finalizes` ends as
+Python does, which takes a moment. The answer is the child's pid; a line `{"wait": pid}` is answered with its wait
+status and the number of operations that were noted in `output`.count and its rank, if it has one; a child that does not
+end is killed. A line `{"load": modules}` has them imported beforehand.
 """
 
 import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import tensorboard.compat.proto.event_pb2
 import torch
@@ -68,7 +72,9 @@ def run_child(request: dict) -> None:
     sys.path.insert(0, request["cwd"])
     sys.argv = ["runner", *request["argv"]]
     status = 0
-    watch = Watch(request["crash_at"], request["output"] + ".count")
+    watch = Watch(request["crash_at"], request["output"] + ".count" + os.environ.get("RANK", ""))
+    if request["forks_workers"]:
+        fork_workers()
     try:
         runner.__main__.main()
     except SystemExit as end:
@@ -78,7 +84,60 @@ def run_child(request: dict) -> None:
         status = 1
     watch.tell()
     sys.stdout.flush()
+    if request["finalizes"]:
+        sys.exit(status)
     os._exit(status)
+
+
+class ForkedWorker:
+    """What the elastic agent uses of a `Popen`, of a worker that is a fork of its launcher as if it were executed."""
+
+    def __init__(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
+        assert args[1:3] == ("-m", "runner.worker")
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(args, environment)
+
+    def _run(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
+        status = 1
+        try:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.setsid()
+            os.closerange(3, 4096)
+            os.environ.clear()
+            os.environ.update(environment)
+            from runner import worker
+
+            status = worker.main(Path(args[3]), int(args[4]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.005)
+        return status
+
+
+def fork_workers() -> None:
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda self, args, environment: ForkedWorker(args, environment)
 
 
 def wait(pid: int) -> int:
@@ -94,13 +153,16 @@ def wait(pid: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name in sys.argv[1:]:  # what children would import, each for itself
-        importlib.import_module(name)
     assert {tensorboard, runner.event_file}  # imported for the children
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             print(wait(request["wait"]), flush=True)
+            continue
+        if "load" in request:
+            for name in request["load"]:
+                importlib.import_module(name)
+            print("done", flush=True)
             continue
         pid = os.fork()
         if not pid:
