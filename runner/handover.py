@@ -9,6 +9,7 @@ import contextlib
 import copy
 import pickle
 import sys
+import uuid
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +41,7 @@ class Handover:
     goes_on: bool = False
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""

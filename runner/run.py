@@ -29,7 +29,13 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 
 
 def run(
-    cfg: Any, folder: Path, accept: Callable[[], None], store: Store | None = None, *, goes_on: bool = False
+    cfg: Any,
+    folder: Path,
+    accept: Callable[[], None],
+    store: Store | None = None,
+    *,
+    goes_on: bool = False,
+    launch: str = "",
 ) -> int:
     """Runs a composed config in its folder, on this rank; returns the exit status.
 
@@ -41,6 +47,7 @@ def run(
     Args:
         store: where the ranks of a run leave word for each other.
         goes_on: the folder holds the run already, which goes on from its newest whole checkpoint, or begins again.
+        launch: the same for each start of all ranks by one launcher.
     Raises:
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
             in this folder.
@@ -51,12 +58,18 @@ def run(
         signals = Signals()
         stack.enter_context(signals.taken())
         together(lambda: _hold(folder, stack, goes_on) if is_leader() else None)
-        if goes_on and of_leader(lambda: any((folder / "checkpoints").glob("step_*"))):
+        if goes_on and of_leader(lambda: _has_begun(folder, cfg.resume, launch)):
             cfg.resume = str(folder)
-        session, record, log = _open(cfg, folder, stack, accept, store)
+        session, record, log = _open(cfg, folder, stack, accept, store, launch)
         session.begins_again = goes_on and session.is_new
         signals.ask = session.loop.stop
         return _run(session, record, log, signals)
+
+
+def _has_begun(folder: Path, resume: str | None, launch: str) -> bool:
+    """Says whether a run that is started again is to go on from its newest checkpoint, whatever it was to resume."""
+    is_of_this = read_record(folder).get("launch") == launch
+    return (resume is None or is_of_this) and any((folder / "checkpoints").glob("step_*"))
 
 
 def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool) -> None:
@@ -71,7 +84,7 @@ def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool) -> None:
 
 
 def _open(
-    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None], store: Store | None
+    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None], store: Store | None, launch: str
 ) -> tuple[Session, Any, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
@@ -81,7 +94,7 @@ def _open(
         made: list[tuple[Session, Any, logging.Logger]] = []
         together(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
-        together(lambda: _begin(session, record, accept) if is_leader() else None)
+        together(lambda: _begin(session, record, accept, launch) if is_leader() else None)
         return session, record, log
     except BaseException as error:
         if not cfg.resume and is_leader() and not (folder / "run.json").exists():
@@ -107,9 +120,10 @@ def _make_session(
     return Session(experiment, folder, record, console, log, found), record, log
 
 
-def _begin(session: Session, record: RunRecord, accept: Callable[[], None]) -> None:
+def _begin(session: Session, record: RunRecord, accept: Callable[[], None], launch: str) -> None:
     accept()
-    record.start(name=session.experiment.name, ranks=num_ranks())
+    session.leave_later()
+    record.start(name=session.experiment.name, ranks=num_ranks(), launch=launch)
 
 
 def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Signals) -> int:

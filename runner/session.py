@@ -94,13 +94,14 @@ class Session:
 
         return sharded_checkpoint.share(self.checkpoints, self.experiment.settings["distributed"]["timeout_s"])
 
-    def _begin(self) -> None:
-        """Makes the folder one of a run at this step: what a crash left, and what this run has left, goes."""
-        if not is_leader():
-            return
+    def leave_later(self) -> None:
+        """Removes checkpoints that a crash left half-written, or this run has left; its numbers are cut back later."""
         self.checkpoints.recover()
         if not self.is_new:
-            self.checkpoints.leave(self.loop.step)  # before the numbers are cut back to that step
+            self.checkpoints.leave(self.loop.step)
+
+    def _begin(self) -> None:
+        """Makes the numbers in the folder those of a run at this step."""
         tracking = self.experiment.tracking
         self.tracker = Tracker(
             self.folder,
@@ -140,7 +141,7 @@ class Session:
             RunError: the run can't go on, for no mistake in the program.
         """
         with _told("the run's folder", RunError):
-            together(self._begin)
+            together(self._begin if is_leader() else bool)
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:

@@ -88,14 +88,14 @@ def work(handover: Handover, place: Place | None = None, store: Store | None = N
     from runner import run
     from runner.utils.distributed import RankError, process_group
 
-    settings = handover.cfg.distributed
+    settings, given = handover.cfg.distributed, (handover.cfg, handover.folder, handover.write_config)
     if place is None or store is None:
-        return run.run(handover.cfg, handover.folder, handover.write_config, goes_on=handover.goes_on)
+        return run.run(*given, goes_on=handover.goes_on, launch=handover.name)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            return run.run(handover.cfg, handover.folder, handover.write_config, words, goes_on=goes_on)
+            return run.run(*given, words, goes_on=goes_on, launch=handover.name)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None

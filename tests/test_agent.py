@@ -166,3 +166,20 @@ def test_two_agents_that_meet_make_one_run(project, whole):
     assert [process.returncode for process in both] == [0, 0], printed
     assert find_difference(content(project.folder / "run", STEPS), whole) is None
     assert json.loads((project.folder / "run" / "run.json").read_text())["ranks"] == 2
+
+
+def test_a_death_before_an_earlier_checkpoint_is_resumed_does_not_go_on_from_a_later_one(project):
+    project.run("hydra.run.dir=run")
+    text = (project.folder / "own.py").read_text()
+    dies = """
+
+def build_or_die(**settings):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 and os.environ.get("RANK") == "1":
+        os._exit(3)  # while all build
+    return Model(**settings)
+"""
+    (project.folder / "own.py").write_text(text + dies)
+    model = ["model._target_=own.build_or_die", "resume_allow_changes=true"]
+    printed = project.run(*DDP[:2], "resume=run/checkpoints/step_00000004", *model)
+    assert "Going on after step 4" in printed
+    assert "Going on after step 12" not in printed
