@@ -73,6 +73,7 @@ def start(handover: Handover, num_local: int) -> int:
 def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | None:
     """Runs the workers to their end; returns what a person should know where that is not how they ended."""
     os.environ.setdefault("LOGLEVEL", "ERROR")  # the agent's own words: which worker failed, and how
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -88,6 +89,7 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         max_restarts=settings.max_restarts,
         monitor_interval=0.1,
         signals_to_handle="SIGHUP",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),  # it makes a folder of its own, and would leave it behind
     )
     try:
         elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder), str(os.getpid()))
