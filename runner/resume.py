@@ -66,6 +66,8 @@ def find(arguments: list[str]) -> Resumption | None:
     own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
     keys = {_key(override) for override in typed}
     kept = [override for override in own if _key(override) not in keys]
+    if "distributed" in keys:  # where the run goes on is chosen anew, with nothing of where it was
+        kept = [override for override in kept if _root(override) != "distributed"]
     _check_overrides(own, kept, run / ".hydra" / "overrides.yaml")
     place = [f"resume={_quote(checkpoint)}", f"hydra.run.dir={_quote(run)}"]
     count = len(parsed.overrides)

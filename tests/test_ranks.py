@@ -80,7 +80,8 @@ def test_losses_norms_and_weights_are_those_of_one_process(ranks, project, sampl
 @pytest.mark.parametrize("how", [DDP, FSDP])
 def test_a_save_on_two_ranks_goes_on_on_any_number(ranks, project, how):
     run_alone(ranks, project, "hydra.run.dir=one")
-    ranks.run(project.folder, 2, *BASE, how, "hydra.run.dir=two", typed="quit@8\n")
+    count = "distributed.nproc_per_node=2"  # which torchrun's own number stands above
+    ranks.run(project.folder, 2, *BASE, how, count, "hydra.run.dir=two", typed="quit@8\n")
     expected = losses(project.folder / "one")
     for count, other in ((1, "distributed=single"), (4, DDP), (4, FSDP), (2, how)):
         project.copy("two", "again")
