@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -72,6 +73,13 @@ def start(handover: Handover, num_local: int) -> int:
 
 def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | None:
     """Runs the workers to their end; returns what a person should know where that is not how they ended."""
+    if settings.rdzv_endpoint is not None:
+        host, _, port = settings.rdzv_endpoint.rpartition(":")
+        try:
+            socket.getaddrinfo(host, int(port))
+        except OSError as error:
+            where = f"distributed.rdzv_endpoint={settings.rdzv_endpoint}"
+            raise ConfigError(f"{where}: there is no such host ({error.strerror})") from error
     os.environ.setdefault("LOGLEVEL", "ERROR")  # the agent's own words: which worker failed, and how
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -85,7 +93,7 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         run_id="runner" if settings.rdzv_endpoint else folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint=settings.rdzv_endpoint or "localhost:0",
-        rdzv_configs={"timeout": settings.rdzv_timeout_s},
+        rdzv_configs={"timeout": int(settings.rdzv_timeout_s), "join_timeout": int(settings.rdzv_timeout_s)},
         max_restarts=settings.max_restarts,
         monitor_interval=0.1,
         signals_to_handle="SIGHUP",
@@ -147,9 +155,10 @@ class _Relay:
             self._last.start()
 
     def _pids(self) -> list[int]:
-        return [int(path.name.partition(".")[2]) for path in self._folder.glob("pid.*")]
+        found = [tuple(map(int, path.name.split(".")[1:])) for path in self._folder.glob("pid.*")]
+        return [pid for attempt, pid in found if attempt == max(found)[0]]
 
     def _send(self, number: int) -> None:
         for pid in self._pids():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)

@@ -103,6 +103,9 @@ def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
     together(build_alone)
     parts = made.pop("parts")
     together(lambda: made.update(engines=_make_engines(plain, parts, made["agreement"])))
+    if made["engines"].is_sharded and checkpoint.format.name != "sft":
+        raise ConfigError("checkpoint.format: weights that are spread over the ranks are stored as sft; choose that")
+    made["agreement"].is_spread = made["engines"].is_sharded
     return Experiment(
         cfg.name, cfg.seed, trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
     )

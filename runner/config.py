@@ -258,8 +258,9 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
     if cfg.strategy is None and (count not in (1, "auto") or cfg.nnodes > 1):
         key = "nnodes" if cfg.nnodes > 1 else "nproc_per_node"
         mistakes.append(f"distributed.{key}={cfg[key]}: it trains on one process; choose distributed=ddp or fsdp")
-    if cfg.nnodes > 1 and not re.fullmatch(r"[^:]+:\d+", cfg.rdzv_endpoint or ""):
-        found = f"distributed.nnodes={cfg.nnodes} with rdzv_endpoint={cfg.rdzv_endpoint}"
+    is_address = re.fullmatch(r"[^:]+:\d+", cfg.rdzv_endpoint or "") is not None
+    if not is_address and (cfg.nnodes > 1 or cfg.rdzv_endpoint is not None):
+        found = f"distributed.rdzv_endpoint={cfg.rdzv_endpoint} with nnodes={cfg.nnodes}"
         mistakes.append(f"{found}: expected host:port of one of the machines, the same on all")
     return mistakes
 

@@ -53,7 +53,8 @@ def measure(
     values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1), together))
     if report is not None:
         seed_all(mix(seed, step, -2), engines.device)
-        shown = engines.report(report, evaluation.dataset)
+        shown: dict[str, Any] = {}
+        together(lambda: shown.update(engines.report(report, evaluation.dataset)))
         if clash := sorted(values.keys() & shown):
             raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
         values |= shown

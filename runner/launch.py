@@ -106,8 +106,9 @@ def launch(cfg: DictConfig) -> None:
         if is_sweep:
             raise _told(error) from None
         _end(error)
-    if status and is_sweep and not hydra_config.launcher["_target_"].endswith(".BasicLauncher"):
-        raise RuntimeError(f"{folder}: the run ended with status {status}")  # a launcher takes an exit for a crash
+    is_basic = hydra_config.launcher["_target_"].endswith(".BasicLauncher")
+    if is_sweep and (status == 1 or (status and not is_basic)):  # the other jobs go on
+        raise RuntimeError(f"{folder}: the run ended with status {status}; log.txt there says why")
     if status:
         raise SystemExit(status)
 

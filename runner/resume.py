@@ -25,6 +25,7 @@ from runner.run_folder import OF_THE_COMMAND_LINE
 from runner.trust import Trust
 
 OUTPUTS = Path("outputs")
+_OF_THIS_PLACE = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")  # whom a run talks to, no file of it says
 Compose = Callable[[list[str]], DictConfig]
 
 
@@ -136,6 +137,7 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     saved, trusted = _read_run(asked, list(typed.allow_targets), _forms(typed))
     beside = _without_hydra(cfg)
     wanted = changes.apply(saved, _own_part(_without_hydra(compose(asked.own))), _own_part(beside), _own(asked.typed))
+    wanted["distributed"] = {**wanted["distributed"], **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
     before, after = copy.deepcopy(beside), copy.deepcopy(beside)
     run_folder.put(before, saved)
     run_folder.put(after, wanted | mine)

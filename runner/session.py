@@ -24,7 +24,7 @@ from runner.saver import Saver
 from runner.silent import Silent
 from runner.tracking import Tracker
 from runner.utils.agenda import Action
-from runner.utils.distributed import LostError, RankError, is_leader, num_ranks, together
+from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, together
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop
 
@@ -82,7 +82,6 @@ class Session:
         self.evaluation: dict[str, Any] | None = None
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
-        self.inbox = self.dialogue.inbox
         self.loop = self.dialogue.loop = self._make_loop(console)
         if found:
             self._resume(*found)
@@ -90,7 +89,7 @@ class Session:
     def _writer(self) -> Any:
         if not self.engines.is_sharded:
             return self.checkpoints
-        from runner import sharded_checkpoint  # torch's distributed checkpoints are slow to import
+        from runner import sharded_checkpoint  # which is slow
 
         return sharded_checkpoint.share(self.checkpoints, self.experiment.settings["distributed"]["timeout_s"])
 
@@ -128,7 +127,7 @@ class Session:
                 "save": Action(self.save, trainer.save_every),
             },
             commands=self.dialogue.commands,
-            inbox=self.inbox,
+            inbox=self.dialogue.inbox,
             screen=console,
             policy=Policy(trainer.on_oom.name, trainer.max_skips),
             agreement=self.agreement,
@@ -145,7 +144,7 @@ class Session:
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
-            with _lasting(), contextlib.closing(self.inbox), contextlib.closing(experiment.batches):
+            with _lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
                 if experiment.tracking.stdin:
                     self.dialogue.start(self.loop.step)
                 if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
@@ -161,12 +160,12 @@ class Session:
         """Runs the loop on every rank; what ends it on one of them ends it on all."""
         try:
             return together(self._train)[0]
+        except LeftError as error:
+            raise (RunError(str(error)) if error.is_told or not error.__cause__ else error.__cause__) from error
         except LostError as error:
-            if (reason := self.agreement.why_left(error)) is not None:
-                raise RunError(reason) from error
-            raise
+            raise (RunError(reason) if (reason := self.agreement.why_left(error)) else error) from error
         except RankError as error:
-            raise (RunError(str(error)) if error.__cause__ is None else error.__cause__) from error
+            raise (error.__cause__ or RunError(str(error))) from error
 
     def _train(self) -> str:
         """Runs the loop, and waits for its last save."""
@@ -175,9 +174,10 @@ class Session:
         except Exception as error:
             with contextlib.suppress(Exception):  # it was told when it failed
                 self.saver.close()
-            if isinstance(error, (Halt, RankError)):
+            cause = error.__cause__ if isinstance(error, RankError) else error
+            if cause is None or isinstance(cause, Halt):
                 raise RunError(str(error)) from error
-            raise
+            raise cause from cause.__cause__
         with _told("the last checkpoint", RunError):
             self.saver.close()
         return status
@@ -187,7 +187,7 @@ class Session:
             sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
             total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
             left = f", {frozen:,} of them frozen" if frozen else ""
-            what = f"{type(engine.module).__name__}, {total:,} parameters{left}, on {engine.device}"
+            what = f"{engine.kind}, {total:,} parameters{left}, on {engine.device}"
             self.log.info("%s: %s", name, what)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
@@ -208,11 +208,12 @@ class Session:
         """Has a checkpoint committed beside the loop, which is held while the state is copied."""
         self.agreement.together(bool)  # none of the ranks is in trouble
         self.engines.share_metrics()
+        self.engines.sync_buffers()
         step = self.loop.step
         facts = {
             "loop": self.loop.state_dict(),
             "batches": self.experiment.batches.state_dict(),
-            "commands": self.inbox.state_dict(),
+            "commands": self.dialogue.inbox.state_dict(),
             "best": self.best.found,
         }
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
@@ -236,9 +237,9 @@ class Session:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
-        self.inbox.load_state_dict(facts["commands"])
+        self.dialogue.inbox.load_state_dict(facts["commands"])
         self.best.found, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
-        for each in [*notes, *([note] if note else [])]:
+        for each in filter(None, [*notes, note]):
             self.log.warning("%s", each)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 

@@ -271,3 +271,86 @@ def test_a_sweep_of_joined_processes_leaves_a_folder_a_job(ranks, project):
 def test_help_and_a_composed_config_end_all(ranks, project):
     printed = ranks.run(project.folder, 2, *BASE, DDP, "--cfg", "job")
     assert printed.count("batch_size: 8") == 1
+
+
+FAILING = """
+
+class Fails(Normed):
+    # in forward or backward, in training or evaluation, where OWN_FAILS says so
+    count = 0
+
+    def forward(self, x, y):
+        kind, _, when = os.environ.get("OWN_FAILS", "").partition("@")
+        found = super().forward(x, y)
+        self.count += self.training == (when != "eval")
+        if kind and self.count == 5 and self.training == (when != "eval"):
+            if kind == "raise":
+                raise RuntimeError("the model's own mistake")
+            found["loss"].register_hook(lambda grad: 1 / 0)
+        return found
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "fails", "said"),
+    [
+        (FSDP, "raise@train", "rank 1: RuntimeError: the model's own mistake"),
+        (FSDP, "raise@eval", "rank 1: RuntimeError: the model's own mistake"),
+        (FSDP, "hook@train", "rank 1: ZeroDivisionError: division by zero"),
+        (DDP, "hook@train", "rank 1: ZeroDivisionError: division by zero"),
+        (DDP, "raise@eval", "rank 1: the model's own mistake"),
+    ],
+)
+def test_what_fails_in_the_midst_of_an_exchange_ends_all_at_once_with_its_words(ranks, project, how, fails, said):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(FAILING)
+    argv = [how, "model._target_=own.Fails", "hydra.run.dir=run", "trainer.eval_every=2", "data.eval.length=100"]
+    began = time.monotonic()
+    pids = ranks.start(project.folder, 2, *BASE, *argv, by_rank={1: {"OWN_FAILS": fails}})
+    assert ranks.wait(pids) == [1, 1]
+    assert time.monotonic() - began < 20  # and not after the timeout
+    assert said in (project.folder / "printed.txt").read_text()
+    log = (project.folder / "run" / "log.txt").read_text()
+    assert "in forward" in log or "in <lambda>" in log  # the traceback of where it happened
+    assert json.loads((project.folder / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("how", [DDP, FSDP])
+def test_buffers_are_the_leaders_so_a_cut_run_is_the_same_run(ranks, project, how):
+    argv = [how, "model._target_=own.Normed", "trainer.save_every=4", "trainer.eval_every=4"]
+    ranks.run(project.folder, 2, *BASE, *argv, "hydra.run.dir=whole")
+    ranks.run(project.folder, 2, *BASE, *argv, "hydra.run.dir=cut", typed="quit@5\n")
+    ranks.run(project.folder, 2, *BASE, *argv, "resume=cut")
+    assert find_difference(state_of(project.folder / "whole", 12), state_of(project.folder / "cut", 12)) is None
+    names = ["eval/loss"]
+    assert torch.equal(losses(project.folder / "whole", names), losses(project.folder / "cut", names))
+
+
+def test_whom_a_run_talks_to_is_not_taken_from_its_file(project):
+    project.run("distributed=ddp", "hydra.run.dir=run", typed="quit@6\n")
+    path = project.folder / "run" / ".hydra" / "config.yaml"
+    text = path.read_text().replace("nnodes: 1", "nnodes: 2").replace("rdzv_endpoint: null", "rdzv_endpoint: evil:1")
+    assert "evil:1" in text
+    path.write_text(text)
+    assert "Finished at step 12" in project.run("resume=run", "allow_targets=[own]")
+
+
+def test_a_method_that_uses_sharded_weights_is_told_with_its_remedy(ranks, project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write("\n\ndef by_method(module, batch):\n    return module.first(batch['x']).square().mean()\n")
+    argv = [FSDP, "feeder={_target_: own.by_method}", "hydra.run.dir=run"]
+    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1)
+    assert "name it in distributed.strategy.forward_methods" in printed
+
+
+def test_a_parameter_without_a_gradient_is_named_with_the_remedy(ranks, project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write("\n\ndef by_part(module, batch):\n    return module.first(batch['x']).square().mean()\n")
+    argv = [DDP, "feeder={_target_: own.by_part}", "hydra.run.dir=run"]
+    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1)
+    assert "does not depend on parameters second.weight, second.bias: freeze them, or set" in printed
+
+
+def test_weights_spread_over_ranks_are_not_stored_as_pickles(ranks, project):
+    printed = ranks.run(project.folder, 2, *BASE, FSDP, "checkpoint.format=pt", "hydra.run.dir=run", status=2)
+    assert "checkpoint.format: weights that are spread over the ranks are stored as sft" in printed

@@ -71,11 +71,13 @@ class Engine:
         first = next(module.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
         self.layout = layout or Alone()
+        self.kind = type(module).__name__.removeprefix("FSDP" if self.layout.is_sharded else "")
         self._dtype = _AUTOCAST[precision]
         self._gradients = Gradients(
             module, optimizer, self.layout, self.device,
             is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
         )  # fmt: skip
+        self.looks_late = self._gradients.looks_late  # what is not finite is told by `find_late_fault`
         self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
         self._fed = Fed(module, feeder or feed)
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
@@ -88,23 +90,24 @@ class Engine:
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
         """Runs forward and backward on one batch; its loss counts `weight` times."""
+        tokens = self.tokens
         if self.optimizer is None:
             with torch.no_grad():
                 loss, extras = self.forward(batch)
+            loss = loss * weight
         else:
             is_last = self.micro_steps - self._mark[1] + 1 >= self.accumulate
-            with self.layout.micro_step(is_last):
+            with self.layout.micro_step(is_last, weight):
                 loss, extras = self.forward(batch, self._trained_fed)
+                loss = loss if weight == 1.0 or self.layout.weighs else loss * weight
                 self._is_exchanging = is_last
-                self._backward(loss if weight == 1.0 else loss * weight)
+                self._gradients.backward(loss / self.accumulate if self.accumulate > 1 else loss)
                 self._is_exchanging = False
         if weight != 1.0:
-            loss, extras = loss * weight, {name: value * weight for name, value in extras.items()}
+            extras = {name: value * weight for name, value in extras.items()}
+            self.tokens = self.tokens if weight else tokens
         self._gathered.add(loss, extras)
         self.micro_steps += 1
-
-    def _backward(self, loss: Tensor) -> None:
-        self._gradients.backward(loss / self.accumulate if self.accumulate > 1 else loss)
 
     @property
     def can_make_up(self) -> bool:
@@ -157,11 +160,6 @@ class Engine:
         """Tells the other ranks of a loss that is not finite, before it goes into their gradients."""
         if fault := self._describe(loss, self.micro_steps - self._mark[1] + 1):
             self.layout.say_fault(fault)
-
-    @property
-    def looks_late(self) -> bool:
-        """Whether what is not finite is told after the update, by `find_late_fault`."""
-        return self._gradients.looks_late
 
     def find_late_fault(self) -> str | None:
         """Returns what was not finite in the steps since the last call, on a device that was not waited for."""

@@ -94,6 +94,11 @@ class Engines(dict[str, Engine]):
         for engine in self.values():
             engine.share_metrics()
 
+    def sync_buffers(self) -> None:
+        """Makes buffers on every rank those of the leader."""
+        for engine in self.values():
+            engine.layout.sync_buffers(engine.module)
+
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds but a part of some weights."""
@@ -132,9 +137,9 @@ class Engines(dict[str, Engine]):
             is_late = self.is_sharded and is_cut()  # a rank that leaves before would leave the others waiting
             return None if is_late else [(number, size, _floats(values)) for number, size, values in own]
 
+        self.sync_buffers()
         for engine in self.values():
             engine.eval()
-            engine.layout.sync_buffers(engine.module)
         try:
             parts = together(run)
         finally:
@@ -202,6 +207,7 @@ class Engines(dict[str, Engine]):
     def export_states(self) -> dict[str, dict[str, Tensor]]:
         """Returns each engine's weights as evaluation uses them."""
         states = {}
+        self.sync_buffers()
         for name, engine in self.items():
             with engine.evaluating():
                 whole = engine.layout.whole(dict(engine.module.state_dict(keep_vars=True)))  # at once: ties stay ties
@@ -228,10 +234,10 @@ def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
 def _means(found: list[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
     """Returns the means of batches' numbers, each weighted by its samples, added up in the order of the batches."""
     counted = sorted((number, size, values) for number, size, values in found if size)
-    total, sums = sum(size for _, size, _ in counted), dict[str, float]()
-    if not total:
+    sums, totals = dict[str, float](), dict[str, int]()
+    if not counted:
         raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
     for _, size, values in counted:
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * size
-    return {name: value / total for name, value in sums.items()}
+            sums[name], totals[name] = sums.get(name, 0.0) + value * size, totals.get(name, 0) + size
+    return {name: value / totals[name] for name, value in sums.items()}

@@ -26,17 +26,23 @@ class Fed(nn.Module):
         super().__init__()
         self.module = module
         self._feeder = feeder
+        self.explain: Callable[[RuntimeError], str | None] | None = None  # what an error is to be told as
 
     def forward(self, batch: Any) -> Output:
         """Returns what the module makes of a batch."""
-        return read_output(self.module, self._feeder(self.module, batch))
+        try:
+            return read_output(self.module, self._feeder(self.module, batch))
+        except RuntimeError as error:
+            if self.explain is not None and (said := self.explain(error)) is not None:
+                raise RuntimeError(said) from error
+            raise
 
 
 class Flagged(nn.Module):
     """A `Fed` with a flag beside its loss: a parameter of one zero, whose gradient is 1 where the flag is up.
 
     It lies in a bucket among the other gradients, so that their exchange tells every rank whether one of them has its
-    flag up. The loss is not changed by it.
+    flag up. The loss is not changed by it, but counts `weight` times: the flag counts always.
 
     Args:
         is_raised: asked in each forward whether this rank's flag is up.
@@ -51,7 +57,7 @@ class Flagged(nn.Module):
         self._trained = trained
         self._values = torch.zeros_like(self.flag.data), torch.ones_like(self.flag.data)
         self._is_raised, self._look = is_raised, look
-        self.is_making_up = False
+        self.is_making_up, self.weight = False, 1.0
 
     def forward(self, batch: Any) -> Output:
         """Returns the same; while it is making up, a loss that gives every parameter a gradient of zeros."""
@@ -61,4 +67,5 @@ class Flagged(nn.Module):
         loss, extras, tokens = self.fed(batch)
         if self._look is not None:
             self._look(loss)
-        return loss + torch.dot(self.flag, self._values[self._is_raised()]), extras, tokens
+        weighted = loss if self.weight == 1.0 else loss * self.weight
+        return weighted + torch.dot(self.flag, self._values[self._is_raised()]), extras, tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Alone:
     """One process: nothing is exchanged. The other layouts start from it."""
 
     is_sharded = False  # each rank holds a part of every weight
+    weighs = False  # its forward returns losses that count as they are to
     can_make_up = False  # a rank that can't make its share of a step can release the others from it
     agreement: Agreement | None = None
     name, carries_flag = "", False
@@ -51,7 +53,7 @@ class Alone:
         """
         return fed
 
-    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
         return contextlib.nullcontext()
 
@@ -140,17 +142,33 @@ class DDP(Alone):
         agreement = self.agreement if self.carries_flag else None
         self._fed = Flagged(fed, bool if agreement is None else lambda: agreement.is_raised, look)
         self._module = nn.parallel.DistributedDataParallel(self._fed, **self._settings)
+        self.weighs = True
         return self._forward
 
     def _forward(self, batch: Any) -> Output:
         assert self._module is not None
         self._has_begun = True
-        output: Output = self._module(batch)
+        try:
+            output: Output = self._module(batch)
+        except RuntimeError as error:
+            if "find_unused_parameters" not in str(error):
+                raise
+            assert self._fed is not None
+            self.can_make_up = False  # the exchange of the step before never ended
+            names = [name for name, p in self._fed.named_parameters() if p.requires_grad]
+            found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+            unused = (
+                [names[int(index)].removeprefix("fed.module.") for index in found[1].split()] if found else ["some"]
+            )
+            remedy = "freeze them, or set distributed.strategy.find_unused_parameters=true"
+            raise RuntimeError(f"the loss does not depend on parameters {', '.join(unused)}: {remedy}") from None
         return output
 
-    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
         self._has_begun = False
+        if isinstance(self._fed, Flagged):
+            self._fed.weight = weight
         return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
 
     def settle(self) -> None:

@@ -13,7 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -65,7 +71,7 @@ class FSDP(Alone):
         self._blocks, self._offloads, self._methods = blocks, offload_to_cpu, forward_methods
         self._globs = None if blocks is None else list(blocks)
         self._module: Any = None
-        self._is_settled = False
+        self._is_settled, self._is_first = False, True
 
     def place(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place, as they are on the leader."""
@@ -97,6 +103,7 @@ class FSDP(Alone):
 
     def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
         """Returns the forward to train with: the module itself does what is to be done."""
+        fed.explain = _explain
         if look is None:
             return fed
 
@@ -107,12 +114,19 @@ class FSDP(Alone):
 
         return forward
 
-    def micro_step(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+    def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
         self._is_settled = False
         if self._module is not None:
             self._module.set_requires_gradient_sync(is_last)
+            if self._is_first:
+                self.sync_buffers(self._module)
+        self._is_first = False
         return contextlib.nullcontext()
+
+    def clear(self) -> None:
+        """Forgets what a step left behind."""
+        self._is_first = True
 
     def _sum(self, number: Tensor) -> Tensor:
         """Returns the sum of a number over the ranks; whether a flag was up comes with it."""
@@ -153,13 +167,17 @@ class FSDP(Alone):
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Returns a context in which any method of the module may be called, on all ranks alike."""
-        if self._module is not None:
-            self._module.unshard()
+        parts = [] if self._module is None else [m for m in self._module.modules() if isinstance(m, FSDPModule)]
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
         try:
             yield
         finally:
-            if self._module is not None:
-                self._module.reshard()
+            for part in parts:
+                part.reshard()
+                is_block = part is not self._module
+                part.set_reshard_after_forward(is_block and self._settings["reshard_after_forward"], recurse=False)
 
     def whole(self, state: Any) -> Any:
         """Returns a state with its weights whole, on every rank."""
@@ -181,6 +199,12 @@ class FSDP(Alone):
             for index, values in state["state"].items()
         }
         return {**state, "state": fitted}
+
+
+def _explain(error: RuntimeError) -> str | None:
+    if "mixed torch.Tensor and DTensor" not in str(error):
+        return None
+    return "a method other than forward used the module's weights: name it in distributed.strategy.forward_methods"
 
 
 def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runner.utils import distributed
-from runner.utils.distributed import LostError, RankError, is_of_connection
+from runner.utils.distributed import LeftError, LostError, RankError, is_of_connection
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ class Agreement:
         self._is_many = distributed.is_many()
         self._words: deque[tuple[str, Any]] = deque()
         self._arrived: list[tuple[Tensor, Any]] = []
+        self.is_spread = False  # each rank has a part of the model: any use of it is an exchange
         self._lost: LostError | None = None  # nobody has left word of why
         self.trouble: Exception | None = None  # of this rank alone, until the others know
 
@@ -107,20 +108,32 @@ class Agreement:
 
         Raises:
             RankError: it failed on one of them, or something before it did.
+            LeftError: it failed here, where the others may wait in the midst of it.
         """
 
         def untroubled() -> T:
             if self.trouble is not None:
                 raise self.trouble
-            return work()
+            if not self.is_spread:
+                return work()
+            try:
+                return work()
+            except LostError:
+                raise
+            except Exception as error:
+                raise self.leave(f"{type(error).__name__}: {error}", is_told=False) from error
 
         return distributed.together(untroubled)
 
-    def leave(self, reason: str) -> None:
-        """Leaves word of why this rank goes in the midst of what all do: the others find their connections closed."""
+    def leave(self, reason: str, is_told: bool) -> LeftError:
+        """Leaves word of why this rank goes in the midst of what all do, and returns what is to be raised.
+
+        Nothing more is to be exchanged then: the others find their connections closed, and read it.
+        """
         if self._store is not None and self._is_many:
             with contextlib.suppress(RuntimeError):  # the store has gone before
                 self._store.set(_LEFT, f"rank {distributed.rank()}: {reason}")
+        return LeftError(reason, is_told)
 
     def why_left(self, error: Exception) -> str | None:
         """Returns why another rank has left, if `error` may come of that.

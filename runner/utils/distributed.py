@@ -125,10 +125,16 @@ def process_group(place: Place, store: dist.Store | None, backend: str, timeout_
         store.set(f"here/{place.rank}", "")
         wait_for(store, [f"here/{number}" for number in range(place.num_ranks)], timeout_s)
     dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
+    global _words
+    _words = dist.new_group(backend="gloo", timeout=timeout)  # what goes through `gather` never meets a gradient
     try:
         yield
     finally:
+        _words = None
         dist.destroy_process_group()
+
+
+_words: dist.ProcessGroup | None = None
 
 
 def is_many() -> bool:
@@ -155,6 +161,14 @@ class LostError(RuntimeError):
     """Another rank is gone, or does not answer: nothing more can be agreed with it."""
 
 
+class LeftError(LostError):
+    """This rank goes in the midst of what all do, and has left word of why: its message. The cause is what it was."""
+
+    def __init__(self, message: str, is_told: bool) -> None:
+        super().__init__(message)
+        self.is_told = is_told
+
+
 def is_of_connection(error: BaseException) -> bool:
     """Says whether an error is of ranks that don't reach each other."""
     if isinstance(error, (LostError, dist.DistBackendError, dist.DistNetworkError)):
@@ -173,6 +187,7 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """
     if not is_many():
         return [value]
+    group = group or _words
     data = pickle.dumps(value)
     fitting = _gather_bytes(len(data).to_bytes(8, "little") + data[:_AT_ONCE], _AT_ONCE + 8, group)
     sizes = [int.from_bytes(part[:8], "little") for part in fitting]

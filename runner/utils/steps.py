@@ -122,7 +122,8 @@ class Steps:
         reason, is_oom = explain(error, f"in step {step + 1}", device), is_out_of_memory(error)
         if not isinstance(error, Elsewhere) and self._engines.is_updating and reason is not None:
             message = f"{reason}. Its update was under way: go on from the last checkpoint"
-            self.agreement.leave(message)
+            if distributed.is_many():
+                raise self.agreement.leave(message, is_told=True) from error
             raise Halt(message, is_whole=False) from error
         if distributed.is_many():
             shared = self.share(error, reason, is_oom)
@@ -145,7 +146,7 @@ class Steps:
         """Tells the other ranks, in their next exchange, of what this one can't do; returns what all know then.
 
         Raises:
-            LostError, Halt: they are not there any more, or can't be told, and end by this rank's leaving.
+            LostError, Halt: they are not there any more, or can't be told but by this rank's leaving.
         """
         if isinstance(error, Elsewhere):
             return error
@@ -157,10 +158,7 @@ class Steps:
         message = reason or f"{type(error).__name__}: {error}"
         is_told = reason is not None or isinstance(error, Halt)
         if not self._engines.can_make_up:
-            self.agreement.leave(message)
-            if is_told:
-                raise Halt(message, is_whole=False) from error
-            raise error
+            raise self.agreement.leave(message, is_told) from error
         self.agreement.say("error", (message, is_told, is_oom))
         self._engines.make_up()
         try:

@@ -208,12 +208,30 @@ def test_blocks_are_the_children_of_outermost_lists_or_what_globs_name_segment_b
         find_blocks(module, ["layers.*"])
 
 
-def test_one_process_is_not_wrapped():
-    assert not dist.is_initialized()
-    module = Net()
-    layout = DDP()
+def _say_without_samples():
+    agreement, layout, module = Agreement(), DDP(), Net()
+    layout.join(agreement, "model", True)
+    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), layout=layout)
+    is_empty = distributed.rank() == 1
+    if is_empty:
+        agreement.say("stop", "mine")
+    engine.micro_step({"x": torch.ones(2, 5)}, 0.0 if is_empty else 2.0)
+    engine.prepare()
+    return [tuple(word) for word in agreement.hear()]
+
+
+def test_a_rank_whose_sample_counts_for_nothing_is_heard_all_the_same():
+    assert run_ranks(2, _say_without_samples) == [[(1, "stop", "mine")]] * 2
+
+
+def _be_alone():
+    module, layout = Net(), DDP()
     layout.place(module)
     engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), layout=layout)
     engine.micro_step({"x": torch.ones(2, 5)})
     engine.step()
-    assert list(module.state_dict()) == list(Net().state_dict())
+    return dist.is_initialized(), list(module.state_dict())
+
+
+def test_one_process_is_not_wrapped():
+    assert run_ranks(1, _be_alone) == [(False, list(Net().state_dict()))]
