@@ -79,6 +79,7 @@ class Engine:
         )  # fmt: skip
         self.looks_late = self._gradients.looks_late  # what is not finite is told by `find_late_fault`
         self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
+        self._looks = self._gradients.looks_at_losses and not self._looks_first
         self._fed = Fed(module, feeder or feed)
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
         self._configured = configured(optimizer, scheduler)
@@ -122,7 +123,7 @@ class Engine:
 
     def forward(self, batch: Any, fed: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss (0-d) of a batch and the forward's other numbers (0-d each)."""
-        fed = fed or self._fed
+        fed = fed or self._fed.forward
         if self._dtype is None:
             loss, extras, tokens = fed(batch)
         else:
@@ -140,17 +141,16 @@ class Engine:
 
     def prepare(self) -> str | None:
         """Unscales and clips the gradients; returns what is not finite in the step, where that is looked for."""
-        fault = self._find_loss_fault()
+        fault = self._find_loss_fault() if self._looks else None
         if fault is None:
             fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._gathered.unmarked)
         self.layout.settle()
         return fault
 
     def _find_loss_fault(self) -> str | None:
-        if self._gradients.looks_at_losses and not self._looks_first:
-            for number, loss in enumerate(self._gathered.unmarked, 1):
-                if fault := self._describe(loss, number):
-                    return fault
+        for number, loss in enumerate(self._gathered.unmarked, 1):
+            if fault := self._describe(loss, number):
+                return fault
         return None
 
     def _describe(self, loss: Tensor, number: int) -> str | None:

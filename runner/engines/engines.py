@@ -81,8 +81,10 @@ class Engines(dict[str, Engine]):
 
     def find_late_faults(self) -> dict[str, str]:
         """Returns what was not finite in steps already done, by engine; only where the device was not waited for."""
+        if not any(engine.looks_late for engine in self.values()):
+            return {}
         own = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
-        found = gather(own) if any(engine.looks_late for engine in self.values()) else [own]
+        found = gather(own)
         return {name: fault for faults in reversed(found) for name, fault in faults.items()}
 
     def take_metrics(self) -> dict[str, float]:

@@ -25,13 +25,13 @@ class Fed(nn.Module):
     def __init__(self, module: nn.Module, feeder: Feeder) -> None:
         super().__init__()
         self.module = module
-        self._feeder = feeder
+        self._run = lambda batch: read_output(module, feeder(module, batch))  # an attribute that is a module is slow
         self.explain: Callable[[RuntimeError], str | None] | None = None  # what an error is to be told as
 
     def forward(self, batch: Any) -> Output:
         """Returns what the module makes of a batch."""
         try:
-            return read_output(self.module, self._feeder(self.module, batch))
+            return self._run(batch)
         except RuntimeError as error:
             if self.explain is not None and (said := self.explain(error)) is not None:
                 raise RuntimeError(said) from error

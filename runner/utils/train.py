@@ -118,6 +118,9 @@ class Loop:
         if self._stop is None:
             self._stop = reason
 
+    def _is_ending(self) -> bool:
+        return self._stop is not None
+
     def _hear(self, word: Word) -> None:
         if word.topic == "stop":
             self._end(word.content)
@@ -150,7 +153,7 @@ class Loop:
         try:
             self._do_owed()
             while self.step < self.steps and self._stop is None:
-                self.maker.take(self.step, lambda: self._stop is not None)
+                self.maker.take(self.step, self._is_ending)
                 self.step += 1
                 self._boundary()
                 if self.maker.too_many is not None:

@@ -46,6 +46,8 @@ class Terminal(io.StringIO):
 class Cycle:
     """The same batches in memory for all contenders."""
 
+    weight = 1.0
+
     def __init__(self, batches):
         self.batches, self.num_samples_total = batches, 0
 
