@@ -293,7 +293,7 @@ def ignore_interrupts(worker: int) -> None:
 
     The first SIGTERM counts as such; the second, which the loader sends to a worker that hangs, ends it.
     """
-    die_with_parent()  # which may be killed: what it has open, such as connections to other ranks, is to close then
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    die_with_parent()  # which may be killed: what it has open, such as connections to other ranks, is to close then
