@@ -155,7 +155,7 @@ def main(folder: Path, launcher: int) -> int:
 
 def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
     """Runs; returns the status, or None where starting again may help."""
-    from runner.utils.distributed import LostError, is_of_connection
+    from runner.utils.distributed import is_of_connection
 
     try:
         found = _agree_on(joined, handover)
@@ -165,7 +165,7 @@ def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
             return None
         return signals.STATUSES[signals.meaning_of(interrupt)[0]]
     except Exception as error:
-        if isinstance(error, LostError) or is_of_connection(error):
+        if is_of_connection(error):
             print(f"rank {joined.place.rank}: {error}", file=sys.stderr)
             return None
         message = mistakes.explain(error)

@@ -335,20 +335,18 @@ def test_whom_a_run_talks_to_is_not_taken_from_its_file(project):
     assert "Finished at step 12" in project.run("resume=run", "allow_targets=[own]")
 
 
-def test_a_method_that_uses_sharded_weights_is_told_with_its_remedy(ranks, project):
-    with open(project.folder / "own.py", "a") as file:
-        file.write("\n\ndef by_method(module, batch):\n    return module.first(batch['x']).square().mean()\n")
-    argv = [FSDP, "feeder={_target_: own.by_method}", "hydra.run.dir=run"]
-    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1)
-    assert "name it in distributed.strategy.forward_methods" in printed
-
-
-def test_a_parameter_without_a_gradient_is_named_with_the_remedy(ranks, project):
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (FSDP, "name it in distributed.strategy.forward_methods"),  # it uses sharded weights by another method
+        (DDP, "does not depend on parameters second.weight, second.bias: freeze them, or set"),
+    ],
+)
+def test_a_feeder_that_uses_a_part_of_the_model_is_told_with_the_remedy(ranks, project, how, said):
     with open(project.folder / "own.py", "a") as file:
         file.write("\n\ndef by_part(module, batch):\n    return module.first(batch['x']).square().mean()\n")
-    argv = [DDP, "feeder={_target_: own.by_part}", "hydra.run.dir=run"]
-    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1)
-    assert "does not depend on parameters second.weight, second.bias: freeze them, or set" in printed
+    argv = [how, "feeder={_target_: own.by_part}", "hydra.run.dir=run"]
+    assert said in ranks.run(project.folder, 2, *BASE, *argv, status=1)
 
 
 def test_weights_spread_over_ranks_are_not_stored_as_pickles(ranks, project):

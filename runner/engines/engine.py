@@ -274,11 +274,7 @@ class Engine:
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self._gradients.scaler}
 
     def _load_parts(self, state: Mapping[str, Any], allows_changes: bool) -> list[str]:
-        parts: dict[str, Any] = {
-            "optimizer": self.optimizer,
-            "scheduler": self.scheduler,
-            "scaler": self._gradients.scaler,
-        }
+        parts = self._parts
         before = state["configured"]
         notes = find_changed_kinds(parts, state)
         if notes and not allows_changes:

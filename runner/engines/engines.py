@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
+from runner.engines.layouts import map_tensors
 from runner.utils.distributed import gather, move, seed_all, together
 from runner.utils.utils import mix
 
@@ -213,19 +214,11 @@ class Engines(dict[str, Engine]):
         for name, engine in self.items():
             with engine.evaluating():
                 whole = engine.layout.whole(dict(engine.module.state_dict(keep_vars=True)))  # at once: ties stay ties
-                states[name] = copy.deepcopy(_detached(whole))
+                states[name] = copy.deepcopy(map_tensors(whole, Tensor.detach))
         return states
 
     def _prefix(self, name: str) -> str:
         return f"{name}/" if len(self) > 1 else ""
-
-
-def _detached(weights: Mapping[str, Any]) -> dict[str, Any]:
-    memo: dict[int, Tensor] = {}
-    return {
-        name: memo.setdefault(id(value), value.detach()) if isinstance(value, Tensor) else value
-        for name, value in weights.items()
-    }
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -83,6 +83,8 @@ class Alone:
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Makes buffers on every rank those of the leader."""
+        for buffer in module.buffers() if distributed.is_many() else ():
+            dist.broadcast(buffer, 0)
 
     def gathered(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context in which any method of the module may be called, on all ranks alike."""
@@ -141,7 +143,7 @@ class DDP(Alone):
     def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
         """Returns the forward to train with; without anything to train, the module's own."""
         if not distributed.is_many() or not any(p.requires_grad for p in fed.parameters()):
-            return fed
+            return super().wrap(fed, look)
         agreement = self.agreement if self.carries_flag else None
         self._fed = Flagged(fed, bool if agreement is None else lambda: agreement.is_raised, look)
         self._module = nn.parallel.DistributedDataParallel(self._fed, **self._settings)
@@ -199,12 +201,6 @@ class DDP(Alone):
             self._module(None)[0].backward()
         finally:
             self._fed.is_making_up, self._module.require_forward_param_sync = False, syncs_buffers
-
-    def sync_buffers(self, module: nn.Module) -> None:
-        """Makes buffers on every rank those of the leader."""
-        if self._module is not None:
-            for buffer in module.buffers():
-                dist.broadcast(buffer, 0)
 
 
 def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -77,12 +77,13 @@ class FSDP(Alone):
         """Spreads a module's weights, in place, as they are on the leader."""
         if not distributed.is_many():
             return
-        _refuse_ties(module, [name for found in find_blocks(module, self._globs).values() for name in found])
+        found = find_blocks(module, self._globs)
+        _refuse_ties(module, [name for blocks in found.values() for name in blocks])
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         first = next(module.parameters(), None)
         mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.num_ranks(),))
-        for glob, blocks in find_blocks(module, self._globs).items():
+        for glob, blocks in found.items():
             for block in blocks.values():
                 fully_shard(block, mesh=mesh, **self._arguments((self._blocks or {}).get(glob, {})))
         # What stands in no block stays gathered after forward: backward begins with it.
@@ -158,11 +159,6 @@ class FSDP(Alone):
         """Ends the exchanges of a step: without a norm the flags have one of their own."""
         if self.carries_flag and not self._is_settled:
             self._sum(torch.zeros(()))
-
-    def sync_buffers(self, module: nn.Module) -> None:
-        """Makes buffers on every rank those of the leader."""
-        for buffer in module.buffers() if distributed.is_many() else ():
-            dist.broadcast(buffer, 0)
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
