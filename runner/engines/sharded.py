@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from runner.engines.fed import Fed
 from runner.engines.layouts import Alone, Forward, map_tensors
 from runner.utils import distributed
-from runner.utils.wrapper import find_blocks
+from runner.utils.blocks import find_blocks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BY_BLOCK = ("param_dtype", "reduce_dtype", "output_dtype", "reshard_after_forward")

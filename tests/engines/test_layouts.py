@@ -13,7 +13,8 @@ from runner.engines.layouts import DDP, Alone
 from runner.engines.sharded import FSDP
 from runner.utils import distributed
 from runner.utils.agreement import Agreement
-from runner.utils.wrapper import find_blocks, freeze
+from runner.utils.blocks import find_blocks
+from runner.utils.wrapper import freeze
 
 
 class Net(nn.Module):
