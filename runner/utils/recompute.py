@@ -1,0 +1,216 @@
+"""Any module, recomputed in the backward pass: between forward and backward it keeps only its inputs.
+
+Torch's checkpoint does it; this hands it every tensor of any call by position, and keeps the module what it is for all
+others: its names, its repr, its copies and pickles. Imports torch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from runner.utils.offload import Offloader
+from runner.utils.surroundings import Replay, Surroundings
+
+_STATE, _OWN = "_recompute", "_recompute_own_forward"
+_NOTHING = contextlib.nullcontext()
+
+
+class Block:
+    """What is known of a wrapped block; it stands in the block's own `__dict__` and is copied with it."""
+
+    def __init__(self, module: nn.Module, name: str, engine: Offloader | None) -> None:
+        self.name, self.engine = name, engine
+        self.surroundings = Surroundings(module, name)
+        self.calls = self.input_bytes = self.spared_bytes = 0
+        self.is_counting = True  # what its forward would have kept; in its first step only
+        self.gauge = engine.gauge() if engine is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "engine": None, "gauge": None}  # streams and host memory are this process's own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Block:
+        copied = Block.__new__(Block)
+        memo[id(self)] = copied
+        for key, value in vars(self).items():
+            vars(copied)[key] = value if key in ("engine", "gauge") else copy.deepcopy(value, memo)
+        return copied
+
+    def contexts(self) -> tuple[Any, Any]:
+        """Returns what its forward and its recomputations run in."""
+        is_watched = self.is_counting or (self.gauge is not None and self.gauge.is_measuring)
+        return (_Watched(self) if is_watched else _NOTHING), Replay(self.surroundings)
+
+
+class _Watched:
+    """A forward whose time is taken, or of which is counted what it hands to autograd to keep.
+
+    It is torch's checkpoint that it is handed to, whose hooks are called, and which keeps none of it.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._block, self._seen = block, set[int]()
+        self._hooks: Any = None
+        self._begun: Any = None
+
+    def __enter__(self) -> None:
+        if self._block.gauge is not None:
+            self._begun = self._block.gauge.begin()
+        if self._block.is_counting:
+            self._count()
+
+    def _count(self) -> None:
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+        hooks = top(False) if top is not None else None
+        if hooks is None:  # another torch: nothing is counted
+            return
+        pack, unpack = hooks[:2]
+
+        def count(tensor: Tensor) -> Any:
+            if not tensor.is_leaf or not tensor.requires_grad:  # a parameter is there anyway
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._seen:
+                    self._seen.add(storage.data_ptr())
+                    self._block.spared_bytes += tensor.nbytes
+            return pack(tensor)
+
+        self._hooks = saved_tensors_hooks(count, unpack)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__(*error)
+            self._hooks = None  # it holds this
+        if self._block.gauge is not None:
+            self._block.gauge.end(self._begun)
+
+
+def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block") -> None:
+    """Has a module keep only its inputs, and recompute the rest in the backward pass; what is wrapped stays as it is.
+
+    Args:
+        engine: moves the inputs away meanwhile; None leaves them where they are.
+        name: what a message calls it.
+    Raises:
+        ValueError: the module is compiled as a whole.
+    """
+    if is_wrapped(module):
+        return
+    if is_compiled(module):
+        raise ValueError(
+            f"{name}: it is compiled with its call, and recomputation would stand inside: compile its forward"
+        )
+    own = module.__dict__.get("forward")
+    if own is not None:
+        module.__dict__[_OWN] = own
+    module.__dict__[_STATE] = Block(module, name, engine)
+    module.__dict__["forward"] = types.MethodType(_wrapping(type(module).forward if own is None else own), module)
+
+
+def unwrap(module: nn.Module) -> None:
+    """Makes a wrapped module what it was; another is left alone."""
+    if module.__dict__.pop(_STATE, None) is None:
+        return
+    module.__dict__.pop("forward", None)
+    if (own := module.__dict__.pop(_OWN, None)) is not None:
+        module.__dict__["forward"] = own
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Says whether a module is recomputed in the backward pass."""
+    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), _STATE)
+
+
+def _wrapping(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method with the signature of another.
+
+    One that is a function and bound, so that a copy of its module runs with the copy's weights; and without the other's
+    `__dict__`, where torch.compile leaves its marks.
+    """
+
+    @functools.wraps(own, updated=())
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, args, kwargs)
+
+    forward.__name__ = "forward"  # by which a pickle finds the class's own
+    setattr(forward, _STATE, True)
+    return forward
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
+    if torch.compiler.is_compiling():
+        _refuse_compiler()
+    if not torch.is_grad_enabled():
+        return own(*args, **kwargs)
+    block: Block = module.__dict__[_STATE]
+    tensors, function = _by_position(own, args, kwargs)
+    block.calls += 1
+    for tensor in tensors:
+        if tensor.requires_grad and not tensor.is_leaf:
+            block.input_bytes += tensor.nbytes
+    before = block.surroundings.versions()
+    engine, gauge = block.engine, block.gauge
+    if engine is None or gauge is None or not gauge.is_worth_it:
+        output = checkpoint(function, *tensors, use_reentrant=False, context_fn=block.contexts)
+    else:  # torch's checkpoint hands the inputs to the outer hooks, and nothing else
+        with saved_tensors_hooks(functools.partial(engine.pack, gauge=gauge), engine.unpack):
+            output = checkpoint(function, *tensors, use_reentrant=False, context_fn=block.contexts)
+    if before:
+        block.surroundings.look(before)
+    return output
+
+
+def _by_position(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Tensor], Callable[..., Any]]:
+    """Returns the tensors of a call, and a function that takes them alone: checkpoint sees no others."""
+    if not kwargs and all(isinstance(each, Tensor) for each in args):
+        return args, function
+    leaves, spec = tree_flatten((args, kwargs))
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[index] for index in places]
+    for index in places:
+        leaves[index] = None
+
+    def run(*tensors: Tensor) -> Any:
+        filled = list(leaves)
+        for index, tensor in zip(places, tensors, strict=True):
+            filled[index] = tensor
+        args, kwargs = tree_unflatten(filled, spec)
+        return function(*args, **kwargs)
+
+    return tensors, run
+
+
+def _refuse_compiler() -> None:
+    from torch._dynamo.comptime import comptime
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError(
+            "torch.compile was put around a block that is recomputed in the backward pass, which would break its graph "
+            "at each block: compile the blocks instead (optimizations.compile.scope=blocks)"
+        )
+
+    comptime(refuse)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Says whether a module's call, hooks and all, is compiled."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def block_of(module: nn.Module) -> Block:
+    """Returns what is known of a wrapped module."""
+    block: Block = module.__dict__[_STATE]
+    return block

@@ -1,0 +1,108 @@
+"""Copies between an accelerator and the host, on streams of their own beside its computing. Imports torch only."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transport(Protocol):
+    """What a device can do: it computes in order, and copies beside that, each copy waiting for what it is told to."""
+
+    device: torch.device
+
+    def mark(self) -> Any:
+        """Returns an event: what computing was asked to do so far."""
+
+    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        """Copies to the host once the events have passed; returns the events of its begin and end."""
+
+    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        """Copies to the device once the events have passed; returns the event of its end."""
+
+    def wait(self, event: Any) -> None:
+        """Has computing wait for an event; the program does not."""
+
+    def is_done(self, event: Any) -> bool:
+        """Says whether an event has passed."""
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Returns the time between two events that have passed."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Returns memory of the host, uint8 [num_bytes], that the device can copy to by itself."""
+
+    def is_capturing(self) -> bool:
+        """Says whether a graph of the device's work is being recorded, in which nothing may be moved."""
+
+
+class Streams:
+    """The `Transport` of an accelerator: two streams, one a direction, and events.
+
+    Computing is whatever stream is current when it is asked for, not the one that was when this was made.
+
+    Args:
+        is_timed: events tell the time, too, and cost a little more.
+    """
+
+    def __init__(self, device: torch.device, is_timed: bool = False) -> None:
+        self.device = device
+        self._module = torch.get_device_module(device)
+        self._out, self._back = self._module.Stream(device), self._module.Stream(device)
+        self._is_timed = is_timed
+
+    def mark(self) -> Any:
+        """Returns an event of the current stream."""
+        return self._record(self._module.current_stream(self.device))
+
+    def _record(self, stream: Any) -> Any:
+        event = self._module.Event(enable_timing=self._is_timed)
+        event.record(stream)
+        return event
+
+    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        """Copies to the host once the events have passed; returns the events of its begin and end."""
+        return self._copy(self._out, source, buffer, after)
+
+    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        """Copies to the device once the events have passed; returns the event of its end."""
+        return self._copy(self._back, buffer, target, after)[1]
+
+    def _copy(self, stream: Any, source: Tensor, target: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        for event in after:
+            stream.wait_event(event)
+        begin = self._record(stream) if self._is_timed else None
+        with torch.no_grad(), self._module.stream(stream):
+            target.copy_(source, non_blocking=True)
+        return begin, self._record(stream)
+
+    def wait(self, event: Any) -> None:
+        """Has the current stream wait for an event."""
+        self._module.current_stream(self.device).wait_event(event)
+
+    def is_done(self, event: Any) -> bool:
+        """Says whether an event has passed."""
+        return bool(event.query())
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Returns the time between two events that have passed."""
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Returns page-locked memory of the host, uint8 [num_bytes]; torch's own is rounded up to a power of two."""
+        if self.device.type == "cuda":
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            runtime: Any = torch.cuda.cudart()
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)) == 0:
+                weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+                return buffer
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def is_capturing(self) -> bool:
+        """Says whether a graph of the device's work is being recorded."""
+        asked = getattr(self._module, "is_current_stream_capturing", None)
+        return asked is not None and bool(asked())

@@ -1,0 +1,99 @@
+"""A device of the tests' own, on the CPU: its copies are done as late as its events allow, and mistakes show as NaN."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Event:
+    """A point in the work of one stream."""
+
+    work: Callable[[], None] | None = None
+    after: list[Event] = field(default_factory=list)
+
+    def pass_(self) -> None:
+        after, self.after = self.after, []
+        for event in after:
+            event.pass_()
+        work, self.work = self.work, None
+        if work is not None:
+            work()
+
+    @property
+    def has_passed(self) -> bool:
+        return self.work is None and all(event.has_passed for event in self.after)
+
+
+class LazyDevice:
+    """A `Transport` whose computing is the program's own, and whose copies wait until they are waited for.
+
+    A source that is freed before its copy is done, and a target freed before its own, are counted as mistakes; what is
+    read before it has arrived is NaN.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.device = torch.device("cpu")
+        self.mistakes: list[str] = []
+        self.num_allocated = self.num_sent = self.num_brought = self.num_waits = 0
+        self._last: dict[str, Event] = {}
+        self._random = random.Random(seed)
+
+    def mark(self) -> Event:
+        return Event()
+
+    def _copy(self, stream: str, source: Tensor, target: Tensor, after: Sequence[Event]) -> Event:
+        kept, goal = weakref.ref(source), weakref.ref(target)
+
+        def work() -> None:
+            from_, to = kept(), goal()
+            if from_ is None or to is None:
+                self.mistakes.append(
+                    f"{stream}: {'source' if from_ is None else 'target'} freed before its copy was done"
+                )
+            else:
+                with torch.no_grad():
+                    to.copy_(from_)
+
+        before = [self._last[stream]] if stream in self._last else []
+        self._last[stream] = event = Event(work, [*before, *after])
+        return event
+
+    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Event]) -> tuple[None, Event]:
+        self.num_sent += 1
+        event = self._copy("out", source, buffer, after)
+        event.buffer = buffer  # type: ignore[attr-defined]  # a view; what it shows is the pool's
+        return None, event
+
+    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Event]) -> Event:
+        self.num_brought += 1
+        with torch.no_grad():
+            target.fill_(float("nan"))
+        event = self._copy("back", buffer, target, after)
+        event.buffer = buffer  # type: ignore[attr-defined]
+        return event
+
+    def wait(self, event: Event) -> None:
+        self.num_waits += 1
+        event.pass_()
+
+    def is_done(self, event: Event) -> bool:
+        if self._random.random() < 0.2:
+            event.pass_()
+        return event.has_passed
+
+    def seconds(self, begin: Event, end: Event) -> float:
+        return 1.0
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        self.num_allocated += 1
+        return torch.full((num_bytes,), 255, dtype=torch.uint8)
+
+    def is_capturing(self) -> bool:
+        return False

@@ -1,0 +1,481 @@
+"""`runner.utils.unsloth`: a model whose blocks are recomputed is, bit for bit, the model that it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from runner.utils import unsloth
+from runner.utils.offload import Offloader
+from runner.utils.wrapper import freeze
+from tests.lazy_device import LazyDevice
+
+WIDTH = 8
+
+
+class Mlp(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.dropout = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.narrow(torch.tanh(self.wide(x))))
+
+
+class Keyword(Mlp):
+    def forward(self, *, x: Tensor, gate: Tensor | None = None, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+        mixed = super().forward(x) * scale
+        return mixed if gate is None else mixed * gate
+
+
+class Nested(Mlp):
+    def forward(self, given: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        x, (gate, other) = given["x"], given["rest"]
+        return {"x": super().forward(x) * gate, "rest": (gate.sin(), other + x)}
+
+
+class Several(Mlp):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x * y.cos()), super().forward(y)
+
+
+class Views(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(2, -1, WIDTH).transpose(0, 1).flatten(0, 1)
+
+
+class Normed(Mlp):
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        self.norm, self.other = nn.BatchNorm1d(WIDTH, momentum=momentum), nn.InstanceNorm1d(3, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(super().forward(x))
+        return self.other(x.view(-1, 3, WIDTH)).view(-1, WIDTH)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        return self.lstm(x, state)
+
+
+class Attention(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = super().forward(x).view(2, -1, 2, WIDTH // 2).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3)
+        return mixed.transpose(1, 2).reshape(-1, WIDTH)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: list[nn.Module], call: Callable[[nn.Module, Any], Any] | None = None) -> None:
+        super().__init__()
+        self.blocks, self.call = nn.ModuleList(blocks), call or (lambda block, x: block(x))
+
+    def forward(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (6, WIDTH)))
+
+
+def _looped() -> Model:
+    block = Mlp(0.3)
+    tied = Mlp(0.3)
+    tied.wide.weight = block.wide.weight
+    return Model([block, tied, Mlp()], lambda each, x: each(each(x)))
+
+
+def _frozen() -> Model:
+    model = Model([Mlp(0.1) for _ in range(3)])
+    freeze(model, ["blocks.0.*", "blocks.2.wide.*"])
+    return model
+
+
+def _keyword_call(block: nn.Module, x: Any) -> Any:
+    return block(x=x, gate=torch.rand_like(x), scale=0.5)
+
+
+def _lstm_call(block: nn.Module, x: Any) -> Any:
+    out, state = block(x) if isinstance(x, Tensor) else block(x[0], x[1])
+    return out, state
+
+
+CASES: dict[str, tuple[Callable[[], Model], Callable[[], Any]]] = {
+    "dropout": (lambda: Model([Mlp(0.5) for _ in range(4)]), _noise),
+    "keywords": (lambda: Model([Keyword(0.5) for _ in range(4)], _keyword_call), _noise),
+    "nested": (
+        lambda: Model([Nested(0.2) for _ in range(4)]),
+        lambda: {"x": _noise().requires_grad_(), "rest": (_noise().requires_grad_(), torch.ones(6, WIDTH))},
+    ),
+    "two gradient tensors": (
+        lambda: Model([Several(0.2) for _ in range(4)], lambda block, pair: block(*pair)),
+        lambda: (_noise().requires_grad_(), _noise().requires_grad_()),
+    ),
+    "inputs without gradient": (lambda: Model([Mlp(0.1), Mlp(0.1)]), _noise),
+    "transposed input": (lambda: Model([Mlp() for _ in range(3)], lambda b, x: b(x.T.contiguous().T)), _noise),
+    "tied and looped": (_looped, _noise),
+    "views": (lambda: Model([Views(0.1) for _ in range(3)]), _noise),
+    "lstm": (lambda: Model([Recurrent() for _ in range(3)], _lstm_call), lambda: _noise(3, 5, WIDTH).requires_grad_()),
+    "batch norm": (lambda: Model([Normed() for _ in range(3)]), _noise),
+    "cumulative batch norm": (lambda: Model([Normed(None) for _ in range(3)]), _noise),
+    "frozen": (_frozen, _noise),
+    "attention": (lambda: Model([Attention(0.1) for _ in range(3)]), _noise),
+}
+ENGINES = ["recomputed", "offloaded"]
+
+
+def made(case: str) -> tuple[Model, Any]:
+    torch.manual_seed(0)
+    build, give = CASES[case]
+    return build(), give()
+
+
+def wrapped(model: nn.Module, how: str, **settings: Any) -> LazyDevice | None:
+    """Wraps every block, on a device that copies lazily or none."""
+    if how == "recomputed":
+        unsloth.apply(model)
+        return None
+    device = LazyDevice()
+    engine = Offloader(device, **{"min_bytes": 0, **settings})
+    for name, block in model.blocks.named_children():  # type: ignore[union-attr]
+        unsloth.wrap(block, engine, name)
+    return device
+
+
+def total(output: Any) -> Tensor:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return torch.stack([leaf.square().mean() for leaf in leaves if isinstance(leaf, Tensor)]).sum()
+
+
+def learned(model: nn.Module, given: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Returns loss, gradients, buffers and the generator's state after one pass."""
+    torch.manual_seed(1)
+    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if leaf.requires_grad]
+    for each in (*model.parameters(), *inputs):
+        each.grad = None
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = total(model(given))
+    loss.backward()
+    grads = [torch.zeros(()) if each.grad is None else each.grad for each in (*model.parameters(), *inputs)]
+    return [loss.detach(), *grads, *(b.clone() for b in model.buffers()), torch.get_rng_state()]
+
+
+def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrapped_model_learns_the_same_to_the_bit(case: str, dtype: torch.dtype | None, how: str) -> None:
+    model, given = made(case)
+    twin = copy.deepcopy(model)
+    device = wrapped(model, how, keep_last=0, in_flight=1)
+    for _ in range(2):  # statistics go on
+        assert_equal(learned(model, given, dtype), learned(twin, given, dtype))
+    if device is not None:
+        assert not device.mistakes
+        assert device.num_sent
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_a_generator_of_the_users_own_is_replayed(how: str) -> None:
+    class Noisy(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.rand(x.shape, generator=self.generator)
+
+    outcomes = []
+    for is_wrapped in (True, False):
+        torch.manual_seed(0)
+        model = Model([Noisy() for _ in range(3)])
+        if is_wrapped:
+            wrapped(model, how)
+        found = learned(model, _noise().requires_grad_())
+        outcomes.append([*found, *(block.generator.get_state() for block in model.blocks)])
+    assert_equal(*outcomes)
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_the_attention_backend_of_the_forward_is_that_of_the_recomputation(how: str) -> None:
+    seen = []
+
+    class Spy(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+            return super().forward(x)
+
+    model = Model([Spy(), Spy()])
+    wrapped(model, how)
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        loss = total(model(_noise()))
+    loss.backward()
+    assert seen == [False] * 4
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_a_buffer_that_a_forward_changes_is_changed_once_and_warned_of(how: str) -> None:
+    class Counting(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x) * self.count
+
+    model, twin = Model([Counting(), Counting()]), Model([Counting(), Counting()])
+    twin.load_state_dict(model.state_dict())
+    wrapped(model, how)
+    given = _noise()
+    with pytest.warns(UserWarning, match="changes the buffer 'count' of Counting"):
+        learned(model, given)
+    learned(twin, given)
+    assert_equal(learned(model, given), learned(twin, given))
+    assert [block.count.item() for block in model.blocks] == [2, 2]
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("case", ["dropout", "batch norm", "nested", "two gradient tensors"])
+def test_a_retained_graph_gives_the_same_gradients_each_time(case: str, how: str) -> None:
+    model, given = made(case)
+    twin = copy.deepcopy(model)
+    wrapped(model, how)
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        loss = total(each(given))
+        parameters = list(each.parameters())
+        twice = [torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) for _ in range(2)]
+        for one, other in zip(*twice, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+        found.append([grad for grad in twice[0] if grad is not None])
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_double_backward(how: str) -> None:
+    model, _ = made("dropout")
+    twin = copy.deepcopy(model)
+    wrapped(model, how)
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        x = torch.ones(6, WIDTH, requires_grad=True)
+        (grad,) = torch.autograd.grad(total(each(x)), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([grad.detach(), x.grad, *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert_equal(*found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_part_of_the_gradients_alone(how: str) -> None:
+    model, given = made("dropout")
+    twin = copy.deepcopy(model)
+    wrapped(model, how)
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        last = list(each.blocks[-1].parameters())
+        found.append(list(torch.autograd.grad(total(each(given)), last)))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_live_graphs_in_either_order(order: tuple[int, int], how: str) -> None:
+    model, _ = made("dropout")
+    twin = copy.deepcopy(model)
+    device = wrapped(model, how, keep_last=0, in_flight=1)
+    batches = [_noise().requires_grad_(), _noise().requires_grad_()]
+    found = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        losses = [total(each(batch)) for batch in batches]
+        for index in order:
+            losses[index].backward()
+        found.append([p.grad for p in each.parameters()])
+    assert_equal(*found)  # type: ignore[arg-type]
+    assert device is None or not device.mistakes
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_a_forward_that_is_abandoned_leaves_nothing_behind(how: str) -> None:
+    model, given = made("dropout")
+    device = wrapped(model, how, keep_last=1, in_flight=1)
+    held = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: held.append(weakref.ref(args[0])))
+    for _ in range(5):
+        model(given)
+    learned(model, given)
+    gc.collect()
+    allowed = {id(given)}
+    alive = [each() for each in held if each() is not None and id(each()) not in allowed]
+    assert len(alive) <= 2  # a copy that is still under way
+    assert device is None or (not device.mistakes and device.num_allocated <= 8)
+
+
+@pytest.mark.parametrize("how", ENGINES)
+def test_an_input_changed_in_place_raises(how: str) -> None:
+    model = Model([Mlp(), Mlp()])
+    wrapped(model, how)
+    x = _noise().requires_grad_() * 1
+    loss = total(model(x))
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_gradients_nothing_is_kept_or_recomputed() -> None:
+    calls = []
+    model = Model([Mlp(), Mlp()])
+    unsloth.apply(model)
+    model.blocks[0].wide.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(_noise())
+    assert calls == [1]
+
+
+def test_wrapping_twice_and_unwrapping_twice_is_doing_it_once() -> None:
+    model = Model([Mlp(), Mlp()])
+    before, keys = repr(model), list(model.state_dict())
+    attributes = [sorted(vars(block)) for block in model.blocks]
+    for _ in range(2):
+        report = unsloth.apply(model)
+    assert (repr(model), list(model.state_dict())) == (before, keys)
+    assert all(unsloth.is_wrapped(block) for block in model.blocks)
+    for _ in range(2):
+        report.undo()
+    assert [sorted(vars(block)) for block in model.blocks] == attributes
+    assert not any(unsloth.is_wrapped(block) for block in model.blocks)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("how", ENGINES)
+def test_a_copy_computes_with_its_own_weights(how: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(Mlp(0.2), Mlp(0.2))
+    given, engine = _noise(), Offloader(LazyDevice(), min_bytes=0)
+    for block in model:
+        unsloth.wrap(block, None if how == "recomputed" else engine)
+    other = copied(model)
+    assert_equal(learned(other, given), learned(model, given))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(model(given), given)
+    assert not torch.equal(other(given), given)
+    other(given).sum().backward()
+    assert other[0].wide.weight.grad is not None  # type: ignore[index,union-attr]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of any compiled function's inputs
+@pytest.mark.parametrize("how", ENGINES)
+def test_blocks_compiled_inside(how: str) -> None:
+    model, given = made("dropout")
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(twin.blocks, model.blocks, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+        mine.forward = torch.compile(type(mine).forward.__get__(mine), backend="aot_eager")
+    wrapped(model, how)
+    assert_equal(learned(model, given), learned(twin, given))
+
+
+def test_compiling_the_whole_around_it_is_refused_with_the_reason() -> None:
+    model = Model([Mlp(), Mlp()])
+    unsloth.apply(model)
+    with pytest.raises(Exception, match=r"compile the blocks instead \(optimizations.compile.scope=blocks\)"):
+        torch.compile(model, backend="eager")(_noise())
+    with pytest.raises(ValueError, match="compiled as a whole"):
+        unsloth.apply(torch.compile(Model([Mlp(), Mlp()]), backend="eager"))  # type: ignore[arg-type]
+
+
+def test_every_outermost_list_of_one_class_gives_blocks() -> None:
+    model = nn.ModuleDict(
+        {
+            "encoder": nn.ModuleList([nn.Sequential(Mlp(), Mlp()), nn.Sequential(Mlp(), Mlp())]),
+            "decoder": nn.Sequential(Mlp(), Mlp(), Mlp()),
+            "head": nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU()),
+        }
+    )
+    assert list(unsloth.apply(model).modules) == ["encoder.0", "encoder.1", "decoder.0", "decoder.1", "decoder.2"]
+
+
+def test_globs_choose_and_leave_out() -> None:
+    model = Model([Mlp() for _ in range(12)])
+    assert list(unsloth.apply(model, ["blocks.1?"], ["blocks.10"]).modules) == ["blocks.11"]
+    assert list(unsloth.apply(Model([Mlp() for _ in range(5)]), every=2).modules) == [
+        "blocks.0",
+        "blocks.2",
+        "blocks.4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"include": ["layers.*"]}, r"'layers.\*' matches no module; blocks are: blocks.0, blocks.1"),
+        ({"exclude": ["block.*"]}, r"exclude: 'block.\*' matches none of the blocks: blocks.0, blocks.1"),
+        ({"exclude": ["blocks.*"]}, "no block is found: all are excluded"),
+        ({"offload": "sometimes"}, "offload='sometimes': expected one of auto, always, never"),
+        ({"in_flight": 0}, "in_flight=0: expected 1 or more"),
+        ({"every": 0, "keep_last": -1}, "every=0: expected 1 or more; keep_last=-1: expected 0 or more"),
+    ],
+)
+def test_what_can_not_be_done_is_an_error(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unsloth.apply(Model([Mlp(), Mlp()]), **settings)
+
+
+def test_a_model_without_blocks_is_an_error_that_lists_its_modules() -> None:
+    with pytest.raises(ValueError, match=r"no block is found: .*Modules are: wide, narrow, dropout"):
+        unsloth.apply(Mlp())
+
+
+def test_a_block_that_was_never_called_is_an_error() -> None:
+    model = Model([Mlp() for _ in range(3)], lambda block, x: block(x) if isinstance(block, Mlp) else x)
+    report = unsloth.apply(model)
+    model.call = lambda block, x: block(x) if block is not model.blocks[1] else x
+    learned(model, _noise())
+    with pytest.raises(ValueError, match=r"never called in the first step: blocks.1; leave them out"):
+        report.check()
+
+
+def test_the_report_tells_what_the_blocks_were_given_and_what_was_spared() -> None:
+    model = Model([Mlp() for _ in range(3)])
+    report = unsloth.apply(model)
+    total(model(_noise().requires_grad_() * 1)).backward()
+    report.check()
+    assert report.input_bytes == 3 * 6 * WIDTH * 4
+    kept = list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        Mlp()(_noise().requires_grad_() * 1)
+    of_one = {t.data_ptr(): t.nbytes for t in kept if not (t.is_leaf and t.requires_grad)}
+    assert report.spared_bytes == 3 * sum(of_one.values())
+    assert report.describe().splitlines()[1].split()[:2] == ["blocks.0", "1"]
+    learned(model, _noise())
+    assert report.spared_bytes == 3 * sum(of_one.values())  # of the first step
