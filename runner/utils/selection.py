@@ -1,0 +1,82 @@
+"""Which modules of a model a change may reach: globs and their mistakes, children that are read and never called.
+
+Must not import a model library.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from runner.utils.blocks import matches
+
+_READ = {"MultiheadAttention": "out_proj", "LinearCrossEntropyLoss": "linear"}  # of torch.nn: a class, and its child
+_FUSED = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+
+
+def name_modules(module: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
+    """Returns each module, by its id, with every name that it has."""
+    named: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, each in module.named_modules(remove_duplicate=False):
+        named.setdefault(id(each), (each, []))[1].append(name)
+    return named
+
+
+def fits(names: Iterable[str], globs: Sequence[str]) -> bool:
+    """Says whether a glob fits one of the names that a module has."""
+    return any(matches(name, glob) for name in names for glob in globs)
+
+
+def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
+    """Checks that every glob fits a module.
+
+    Raises:
+        ValueError: one string for a list; a glob that fits no module, with the names nearest to it.
+    """
+    if isinstance(globs, str):
+        raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    for glob in globs:
+        if not fits(names, [glob]):
+            raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_near(glob, names)}")
+
+
+def list_near(wanted: str, choices: Iterable[str], limit: int = 8) -> str:
+    """Lists a few choices, the nearest ones first."""
+    distinct = list(dict.fromkeys(each for each in choices if each))
+    near = difflib.get_close_matches(wanted, distinct, n=limit, cutoff=0.3)
+    listed = [*near, *(each for each in distinct if each not in near)][:limit]
+    more = f" and {len(distinct) - len(listed)} more" if len(distinct) > len(listed) else ""
+    return (", ".join(listed) or "none") + more
+
+
+def find_uncalled(module: nn.Module) -> dict[int, str]:
+    """Returns why a change to them would be without effect, by the id of modules that torch reads and never calls."""
+    found = {}
+    for parent in module.modules():
+        for kind, name in _READ.items():
+            reader = getattr(nn, kind, None)
+            if reader and isinstance(parent, reader) and type(parent).forward is reader.forward:
+                found[id(parent._modules[name])] = f"{kind} reads its weight and does not call it"
+    return found
+
+
+def call_within_fused(module: nn.Module, changed: Collection[int]) -> list[tuple[nn.Module, str, Any]]:
+    """Has torch's encoder layers call the modules changed within them; returns the attributes set, as they were.
+
+    In eval mode an encoder layer is one fused operation that reads the weights of its children: what a changed child
+    does would be left out of evaluation without a word.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    for each in module.modules():
+        for kind, name, off in _FUSED:
+            if isinstance(each, kind) and any(id(part) in changed for part in each.modules() if part is not each):
+                before.append((each, name, getattr(each, name)))
+                setattr(each, name, off)
+    return before
