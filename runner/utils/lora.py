@@ -105,9 +105,9 @@ class Adapted:
         for _, names in self._found.linears:
             weight, lora_a, lora_b = (state[_key(names[0], each)].detach() for each in ("weight", *_ADAPTER))
             wide = torch.promote_types(weight.dtype, torch.float32)
-            total = weight.to(wide) + self._scale * (lora_b.to(wide) @ lora_a.to(wide))
+            total = (weight.to(wide) + self._scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
             for name in names:
-                merged[_key(name, "weight")] = total.to(weight.dtype)
+                merged[_key(name, "weight")] = total
                 for each in _ADAPTER:
                     del merged[_key(name, each)]
         return merged
@@ -147,7 +147,7 @@ def add_lora(
         exclude: globs of layers that are left alone.
         also_train: globs over whole names of parameters that are trained too.
     Raises:
-        ValueError: a setting out of its range; a glob that fits nothing, or no nn.Linear; adapters that are there already.
+        ValueError: a setting out of its range; a glob that fits nothing, or no nn.Linear; adapters that are there.
 
     Source: https://arxiv.org/abs/2106.09685
     """
@@ -155,25 +155,26 @@ def add_lora(
     found = _find(module, include, exclude)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     also = _find_also(also_train, parameters)
-    flags = [(each, each.requires_grad) for each in module.parameters()]
-    trained = {id(parameters[name]) for name in also}
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) in trained)
     scale = (rank if alpha is None else alpha) / rank
+    flags = _train_only(module, [parameters[name] for name in also])
     for linear, _ in found.linears:
         _adapt(linear, rank, scale, dropout)
-    after = list(module.parameters())
-    return Adapted(
-        names=[name for _, names in found.linears for name in names],
-        skipped=found.skipped,
-        num_trained=sum(each.numel() for each in after if each.requires_grad),
-        num_frozen=sum(each.numel() for each in after if not each.requires_grad),
-        _scale=scale,
-        _found=found,
-        _also=also,
-        _flags=flags,
-        _fused=call_within_fused(module, {id(linear) for linear, _ in found.linears}),
-    )
+    fused = call_within_fused(module, {id(linear) for linear, _ in found.linears})
+    names = [name for _, its in found.linears for name in its]
+    num_trained, num_frozen = (_count(module, is_trained) for is_trained in (True, False))
+    return Adapted(names, found.skipped, num_trained, num_frozen, scale, found, also, flags, fused)
+
+
+def _count(module: nn.Module, is_trained: bool) -> int:
+    return sum(each.numel() for each in module.parameters() if each.requires_grad is is_trained)
+
+
+def _train_only(module: nn.Module, trained: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
+    """Freezes all parameters but some, and returns each with its flag as it was."""
+    flags = [(each, each.requires_grad) for each in module.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(any(parameter is each for each in trained))
+    return flags
 
 
 def _adapt(linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
@@ -210,8 +211,8 @@ def _find(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[st
         if others:
             found.tied[names[0]] = others[0]
     if not found.linears:
-        listed = list_near("", (f"{name}, for {why}" for name, why in found.skipped.items()))
-        raise ValueError(f"add_lora: expected an nn.Linear to adapt, found none; not {listed}")
+        listed = list_near("", (f"{name}, as {why}" for name, why in found.skipped.items()))
+        raise ValueError(f"add_lora: expected an nn.Linear to adapt, found none; skipped: {listed}")
     return found
 
 

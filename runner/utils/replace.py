@@ -146,7 +146,7 @@ def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Seq
 
 def _list_what_there_is(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
     if skipped:
-        return "not " + list_near("", (f"{name}, for {why}" for name, why in skipped.items()))
+        return "skipped: " + list_near("", (f"{name}, as {why}" for name, why in skipped.items()))
     own = [name for name, each in module.named_modules() if isinstance(each, rule.match)]
     if own:
         return f"modules of that class are: {list_near((rule.include or [''])[0], own)}"

@@ -50,8 +50,7 @@ def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
 def list_near(wanted: str, choices: Iterable[str], limit: int = 8) -> str:
     """Lists a few choices, the nearest ones first."""
     distinct = list(dict.fromkeys(each for each in choices if each))
-    near = difflib.get_close_matches(wanted, distinct, n=limit, cutoff=0.3)
-    listed = [*near, *(each for each in distinct if each not in near)][:limit]
+    listed = sorted(distinct, key=lambda each: -difflib.SequenceMatcher(None, wanted, each).ratio())[:limit]
     more = f" and {len(distinct) - len(listed)} more" if len(distinct) > len(listed) else ""
     return (", ".join(listed) or "none") + more
 
