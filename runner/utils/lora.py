@@ -172,8 +172,9 @@ def _count(module: nn.Module, is_trained: bool) -> int:
 def _train_only(module: nn.Module, trained: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
     """Freezes all parameters but some, and returns each with its flag as it was."""
     flags = [(each, each.requires_grad) for each in module.parameters()]
+    kept = {id(each) for each in trained}
     for parameter, _ in flags:
-        parameter.requires_grad_(any(parameter is each for each in trained))
+        parameter.requires_grad_(id(parameter) in kept)
     return flags
 
 

@@ -6,7 +6,7 @@ Must not import a model library.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,10 +67,9 @@ def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
 
     A new module holds the very parameters and buffers of the old one, is in its mode and calls its hooks. A class is
     called with the attributes of the old module that bear the names of its arguments, on the meta device: no memory
-    and no random number is spent. A class with a from_module, called with the old module, is a converter. What a
-    converter returns keeps those of its tensors that the old module has no like of: of one name, kind, shape and class.
-    Of a module that stands within another that the same rule replaces, the outer one is replaced. On an error nothing
-    is replaced.
+    and no random number is spent. A class with a from_module is a converter, by that. What a converter returns
+    keeps the tensors that the old module has no like of: of that name, kind, shape and class. Where one module that a
+    rule fits stands within another, the outer one is replaced. On an error nothing is.
 
     Raises:
         ValueError: a glob or a rule that fits nothing; the module itself, which nothing here holds; an argument that
@@ -96,10 +95,12 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
         for name, child in parent._modules.items():
             if id(child) in slots:
                 slots[id(child)].append((parent, name))
+    held = _find_held(module)
     replaced: dict[str, str] = {}
     for key, (old, names) in found.items():
         place = f"{where}: {names[0]}"
-        _check_held(module, old, place)
+        if key in held:
+            raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
         new, is_built = _make(old, rule, place)
         adoption = adopt(old, new, place, is_strict=is_built)
         report._swaps.append((adoption, slots[key]))
@@ -118,10 +119,10 @@ def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn
     uncalled = find_uncalled(module)
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     skipped: dict[str, str] = {}
+    outer: set[str] = set()
     for key, (each, names) in name_modules(module).items():
         if not isinstance(each, rule.match) or (rule.include is not None and not fits(names, rule.include)):
             continue
-        outer = [name for _, taken in found.values() for name in taken]
         why = uncalled.get(key) or _find_reason(each, names, rule, outer)
         if why:
             skipped |= dict.fromkeys(names, why)
@@ -129,18 +130,20 @@ def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn
             raise ValueError(f"{where}: the root module can't be replaced, as nothing here holds it; put '' in exclude")
         else:
             found[key] = each, names
+            outer.update(names)
     if not found:
         raise ValueError(f"{where}: fits no module; {_list_what_there_is(module, rule, skipped)}")
     return found, skipped
 
 
-def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Sequence[str]) -> str | None:
+def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Collection[str]) -> str | None:
     if type(module) is not rule.match and not rule.subclasses:
         return f"{type(module).__name__} is a subclass of {rule.match.__name__}"
     glob = next((glob for glob in rule.exclude if fits(names, [glob])), None)
     if glob is not None:
         return f"{glob!r} excludes it"
-    within = next((each for each in outer if any(name.startswith(each + ".") for name in names)), None)
+    parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
+    within = next((each for each in parents if each in outer), None)
     return None if within is None else f"it stands within {within}, which is replaced"
 
 
@@ -153,8 +156,9 @@ def _list_what_there_is(module: nn.Module, rule: Rule, skipped: Mapping[str, str
     return f"classes are: {list_near(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
 
 
-def _check_held(module: nn.Module, old: nn.Module, where: str) -> None:
-    """Checks that no plain attribute holds the old module too: what is called by it would stay what it was."""
+def _find_held(module: nn.Module) -> dict[int, str]:
+    """Returns, by a module's id, the plain attribute that holds it too: what is called by it would stay what it was."""
+    held = {}
     for name, parent in module.named_modules():
         for attribute, value in vars(parent).items():
             if attribute == "_modules":
@@ -162,9 +166,9 @@ def _check_held(module: nn.Module, old: nn.Module, where: str) -> None:
             values = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
             )
-            if any(each is old for each in values):
-                holder = f"{name}.{attribute}" if name else attribute
-                raise ValueError(f"{where}: the attribute {holder} would still hold the old module; exclude it")
+            holder = f"{name}.{attribute}" if name else attribute
+            held.update({id(each): holder for each in values if isinstance(each, nn.Module)})
+    return held
 
 
 def _make(old: nn.Module, rule: Rule, where: str) -> tuple[nn.Module, bool]:

@@ -278,6 +278,54 @@ def test_a_weight_that_the_converter_used_is_not_used_twice() -> None:
     assert torch.equal(module[0].weight, torch.zeros(3, 3))
 
 
+def test_what_a_converter_goes_on_using_keeps_its_own_mode_and_hooks() -> None:
+    module, seen = nn.Sequential(nn.Sequential(nn.Dropout(), nn.Linear(3, 3))), []
+    dropout, linear = module[0]
+    dropout.eval()
+    linear.register_forward_hook(lambda *_: seen.append(1))
+    replace(module, [Rule(nn.Sequential, lambda old: nn.Sequential(nn.Identity(), *old), exclude=[""])])
+    module(torch.ones(1, 3))
+    assert seen == [1]
+    assert (dropout.training, linear.training) == (False, True)
+
+
+def test_a_quantized_weight_of_a_converter_is_its_own() -> None:
+    class Packed(torch.Tensor):
+        pass
+
+    def pack(old: nn.Linear) -> nn.Module:
+        new = nn.Linear(3, 3, bias=False)
+        new.weight = nn.Parameter(old.weight.detach().round().as_subclass(Packed))
+        return new
+
+    module = nn.Sequential(nn.Linear(3, 3))
+    report = replace(module, [Rule(nn.Linear, pack)])
+    assert type(module[0].weight) is Packed
+    assert report.left_out == ["0.weight", "0.bias"]
+
+
+def test_an_argument_with_the_name_of_a_method_is_not_told_by_it() -> None:
+    class Typed(nn.Linear):
+        def __init__(self, type: str = "plain", **settings: Any) -> None:
+            super().__init__(**settings)
+            self.kind = type
+
+    module = nn.Sequential(nn.Linear(3, 3))
+    replace(module, [Rule(nn.Linear, Typed)])
+    assert module[0].kind == "plain"
+
+
+def test_a_child_is_replaced_where_a_class_of_its_own_calls_it() -> None:
+    class Calling(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.out_proj(x)
+
+    module, x = Calling(4, 2), torch.randn(2, 4)
+    expected = 2 * module(x)
+    replace(module, [Rule(nn.Linear, Doubled, subclasses=True)])
+    assert torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
