@@ -14,18 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed import Store
 
-from runner.config import CheckpointConfig, TrackingConfig, TrainerConfig, to_plain
+from runner import optimizations
+from runner.config import to_plain
 from runner.engines import Engine, Engines
+from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.engines.layouts import Alone
 from runner.mistakes import ConfigError
+from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
 from runner.targets import is_called_later, locate
 from runner.utils.agreement import Agreement
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
 from runner.utils.place import find_place
 from runner.utils.utils import mix
-from runner.utils.wrapper import freeze
+from runner.utils.wrapper import Changes, optimize
 
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -69,6 +72,7 @@ class _Part:
     place: str
     settings: dict[str, Any]
     module: nn.Module
+    changes: Changes
 
     @property
     def is_trained(self) -> bool:
@@ -131,24 +135,24 @@ def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bo
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    return _make_engines(plain, _build_parts(plain, device), None, is_trained=is_trained)
+    return _make_engines(plain, _build_parts(plain, device, is_trained), None, is_trained=is_trained)
 
 
-def _build_parts(plain: dict[str, Any], device: torch.device) -> dict[str, _Part]:
+def _build_parts(plain: dict[str, Any], device: torch.device, is_trained: bool = True) -> dict[str, _Part]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     torch.manual_seed(plain["seed"])  # of the initial weights
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
-    shared["freeze"] = plain["optimizations"]["freeze"]
     found = {}
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
         settings = shared | own
+        changed = optimizations.of_engine(plain, name)
         module = _make(place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
-        module = module.to(device)
-        _explained(place + "optimizations", partial(freeze, module, settings["freeze"]))
-        found[name] = _Part(place, settings, module)
+        wanted = optimizations.arguments(changed, is_trained=is_trained)
+        changes = _explained(place + "optimizations", partial(optimize, module, device, **wanted))
+        found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found
 
 
@@ -173,6 +177,7 @@ def _make_engines(
         named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
         optimizer = _make(place + "optimizer", settings["optimizer"], named) if name in trained else None
         step_eagerly(optimizer)
+        _check_held(place, named, optimizer)
         engines[name] = Engine(
             module,
             optimizer,
@@ -183,8 +188,27 @@ def _make_engines(
             on_nonfinite=trainer["on_nonfinite"],
             feeder=_make(place + "feeder", settings["feeder"]),
             layout=layout,
+            averages=_make_averages(place, module, settings["ema"], optimizer),
+            changes=part.changes,
         )
     return engines
+
+
+def _check_held(place: str, named: list[tuple[str, nn.Parameter]], optimizer: Any) -> None:
+    """Checks that the optimizer holds every parameter that is trained: another would stay as it is, silently."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
+    if optimizer and (left := [name for name, parameter in named if id(parameter) not in held]):
+        remedy = f"freeze them ({place}optimizations.freeze), or give them to it"
+        raise ConfigError(f"{place}optimizer: it lacks parameters that are trained: {', '.join(left)}; {remedy}")
+
+
+def _make_averages(place: str, module: nn.Module, ema: dict[str, Any], optimizer: Any) -> Averages | None:
+    if not optimizer or not ema["decay"]:
+        return None
+    if hasattr(optimizer, "eval"):
+        kind = type(optimizer).__name__
+        raise ConfigError(f"{place}optimizations.ema: {kind} evaluates an average of its own; set ema.decay=0")
+    return Averages(module, ema["decay"], warmup=ema["warmup"])
 
 
 def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:

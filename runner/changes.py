@@ -19,10 +19,12 @@ Nest = dict[str, Any]
 
 _ABSENT = object()
 _FIXED: list[KeyPath] = [  # what makes a run the one it is
-    ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("optimizations",), ("optimizer", "_target_"),
+    ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
+    *(("optimizations", key) for key in ("freeze", "lora", "replace", "fp8", "compile", "ema")),
 ]  # fmt: skip
+_BY_KEY = ("optimizer", "scheduler", "optimizations")
 
 
 def apply(saved: Nest, without: Nest, beside: Nest, typed: list[str]) -> Nest:
@@ -110,7 +112,7 @@ def refuse(saved: Nest, wanted: Nest) -> None:
 
 
 def _is_fixed(path: KeyPath) -> bool:
-    if path[0] == "engines" and path[2:3] in (("optimizer",), ("scheduler",)):  # an engine's own: by the same rule
+    if path[0] == "engines" and path[2:3] and path[2] in _BY_KEY:  # an engine's own: by the same rule
         path = path[2:]
     return any(path[: len(fixed)] == fixed for fixed in _FIXED)
 

@@ -1,4 +1,4 @@
-"""The schema of what the runner owns, its checks, and what a mistake in a config is told as.
+"""The checks of a composed config that types can't make, and what becomes of it then.
 
 Must not import torch: a misspelt key ends before that second is spent.
 """
@@ -7,140 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from enum import Enum
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from runner.mistakes import ConfigError, nearest
+from runner.optimizations import find_mistakes
+from runner.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    OptimizationsConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
 
 _PACKAGE = Path(__file__).resolve().parent
 _WHEEL_CONF = _PACKAGE / "conf"
 CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
-
-
-class Precision(Enum):
-    """Arithmetic of forward and backward; weights stay fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class OnNonfinite(Enum):
-    """What becomes of a step whose loss or gradients are not finite."""
-
-    stop = "stop"
-    skip = "skip"
-    ignore = "ignore"
-
-
-class OnOom(Enum):
-    """What becomes of a step for which memory runs out."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class Mode(Enum):
-    """Which of two values of a metric is better."""
-
-    min = "min"
-    max = "max"
-
-
-class Format(Enum):
-    """How tensors are stored: SafeTensors, or pickles that are read without executing anything."""
-
-    sft = "sft"
-    pt = "pt"
-
-
-@dataclass
-class TrainerConfig:
-    steps: int = MISSING
-    accumulate: int = MISSING
-    clip_norm: float = MISSING
-    precision: Precision = MISSING
-    log_every: int = MISSING
-    save_every: int = MISSING
-    eval_every: int = MISSING
-    eval_at_start: bool = MISSING
-    export_every: int = MISSING
-    keep_last: int = MISSING
-    keep_every: int = MISSING
-    keep_best: int = MISSING
-    best_metric: str | None = MISSING
-    best_mode: Mode = MISSING
-    on_nonfinite: OnNonfinite = MISSING
-    on_oom: OnOom = MISSING
-    max_skips: int = MISSING
-
-
-@dataclass
-class CheckpointConfig:
-    format: Format = MISSING
-
-
-@dataclass
-class OptimizationsConfig:
-    freeze: list[str] = MISSING
-
-
-@dataclass
-class DistributedConfig:
-    device: str = MISSING
-    nproc_per_node: Any = MISSING
-    nnodes: int = MISSING
-    rdzv_endpoint: str | None = MISSING
-    rdzv_timeout_s: float = MISSING
-    backend: str = MISSING
-    max_restarts: int = MISSING
-    timeout_s: float = MISSING
-    strategy: Any = MISSING
-
-
-@dataclass
-class TrackingConfig:
-    tensorboard: bool = MISSING
-    jsonl: bool = MISSING
-    progress: bool = MISSING
-    stdin: bool = MISSING
-
-
-@dataclass
-class DataConfig:
-    train: Any = MISSING
-    eval: Any = None
-    batch_size: int = MISSING
-    num_workers: int = MISSING
-    collate: Any = None
-    seed_samples: bool = True
-
-
-@dataclass
-class Config:
-    name: str = MISSING
-    seed: int = MISSING
-    resume: str | None = MISSING
-    resume_allow_changes: bool = MISSING
-    allow_targets: list[str] = MISSING
-    model: Any = MISSING
-    data: DataConfig = MISSING
-    sampler: Any = MISSING
-    optimizer: Any = MISSING
-    scheduler: Any = MISSING
-    optimizations: OptimizationsConfig = MISSING
-    distributed: DistributedConfig = MISSING
-    trainer: TrainerConfig = MISSING
-    checkpoint: CheckpointConfig = MISSING
-    tracking: TrackingConfig = MISSING
-    engines: dict[str, Any] = field(default_factory=dict)
-    feeder: Any = None
-    report: Any = None
 
 
 def register() -> None:
@@ -154,7 +42,7 @@ def run_label(overrides: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", overrides)[:80] or "job"
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze"]
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations"]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizations": OptimizationsConfig,
@@ -203,7 +91,7 @@ def check(cfg: DictConfig) -> None:
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
-        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed)
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + find_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:

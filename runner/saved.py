@@ -77,7 +77,7 @@ class Saved:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
             else:
-                engines[self.engine].module.load_state_dict(self.parts[self.engine])
+                engines[self.engine].changes.load_exported(self.parts[self.engine])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.path}: {error}") from error
         return engines

@@ -18,6 +18,7 @@ from runner.console import Console
 from runner.dialogue import Dialogue
 from runner.evaluate import measure
 from runner.export import facts_of, last_evaluation, write
+from runner.first_step import introduce
 from runner.mistakes import ConfigError
 from runner.run_record import RunRecord
 from runner.saver import Saver
@@ -184,11 +185,7 @@ class Session:
 
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
-            sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
-            total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
-            left = f", {frozen:,} of them frozen" if frozen else ""
-            what = f"{engine.kind}, {total:,} parameters{left}, on {engine.device}"
-            self.log.info("%s: %s", name, what)
+            introduce(name, engine, self.log.info)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
         self.tracker.hparams(dict(flatten(self.experiment.settings)))

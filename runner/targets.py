@@ -33,6 +33,8 @@ _EXTRAS = {
     "bitsandbytes": "adamw8bit",
     "sklearn": "digits",
     "matplotlib": "digits",
+    "torchao": "torchao",
+    "liger_kernel": "liger",
 }
 
 
@@ -43,6 +45,7 @@ def check_targets(plain: dict[str, Any]) -> None:
         ConfigError: with every mistake, a line each.
     """
     mistakes = [m for key, node, num_given in _targets(plain) for m in _mistakes(key, node, num_given)]
+    mistakes += [f"{key}={path}: {error}" for key, path in rule_paths(plain) if (error := _find_import_error(path))]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
@@ -92,6 +95,23 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
     for name in taken:
         if parameters[name].default is inspect.Parameter.empty and name not in given:
             yield f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..."
+
+
+def rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields keys and dotted paths of every rule {match, with} of a nest: what it names is imported and called, too."""
+    if isinstance(value, dict) and {"match", "with"} <= value.keys():
+        yield from ((f"{key}.{name}", str(value[name])) for name in ("match", "with"))
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        yield from rule_paths(child, f"{key}.{name}".lstrip("."))
+
+
+def _find_import_error(path: str) -> str | None:
+    try:
+        locate(path)
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def locate(path: str) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from runner.mistakes import ConfigError
-from runner.targets import find_module
+from runner.targets import find_module, rule_paths
 
 BUILT_IN = ("runner.examples", "runner.engines", "runner.utils.sampler", "torch.nn", "torch.optim")
 SHIPPED = ("bitsandbytes.optim.AdamW8bit", "prodigyopt.Prodigy", "schedulefree.AdamWScheduleFree")  # what conf/ names
@@ -53,7 +53,7 @@ class Trust:
     def is_own(self, node: Mapping[str, Any]) -> bool:
         """Says whether the user's own config names the node's target; if that is a library's, with its arguments."""
         target = node["_target_"]
-        owned = [each for config in self.own for _, each in _walk(config) if _is_node(each)]
+        owned = [each for config in self.own for _, each in _nodes(config)]
         if _is_of_a_library(str(target).partition(".")[0]):  # there are loaders of anything: arguments decide
             return node in owned
         return any(each["_target_"] == target for each in owned)
@@ -105,10 +105,9 @@ def check_names(config: Mapping[str, Any], trust: Trust) -> None:
         ConfigError: naming every key, target and reason, the file, and the remedy.
     """
     refused, roots = [], []
-    for key, node in _walk(config):
-        reason = _refuse_name(node, trust) if _is_node(node) else None
-        if reason:
-            refused.append(f"{key}._target_={node['_target_']}: {reason}")
+    for key, node in _nodes(config):
+        if reason := _refuse_name(node, trust):
+            refused.append(f"{key}={node['_target_']}: {reason}")
             roots += [str(node["_target_"]).partition(".")[0]]
     if refused:
         raise ConfigError(_told(trust, refused, _remedy(trust, roots)))
@@ -122,9 +121,9 @@ def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
     Raises:
         ConfigError: naming every key, target and reason, and the file.
     """
-    nodes = [(key, node) for key, node in _walk(config) if _is_node(node) and not trust.is_own(node)]
+    nodes = [(key, node) for key, node in _nodes(config) if not trust.is_own(node)]
     reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
-    refused = [f"{key}._target_={target}: {reason}" for key, target, reason in reasons if reason]
+    refused = [f"{key}={target}: {reason}" for key, target, reason in reasons if reason]
     if refused:
         raise ConfigError(_told(trust, refused, None))
 
@@ -193,8 +192,13 @@ def is_under(path: str, prefixes: Sequence[str]) -> bool:
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Mapping) and "_target_" in value
+def _nodes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields all that names something to be called: nodes with `_target_`, and what rules {match, with} name."""
+    for key, value in _walk(config):
+        if isinstance(value, Mapping) and "_target_" in value:
+            yield f"{key}._target_", value
+    for key, path in rule_paths(config):
+        yield key, {"_target_": path}
 
 
 def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,7 +29,7 @@ def told(*overrides):
     ("override", "expected"),
     [
         ("trainer.stepz=3", "trainer.stepz: no such key; did you mean steps?"),
-        ("optimizations.unsloht=true", "optimizations.unsloht: no such key; there are: "),
+        ("optimizations.unsloht=true", "optimizations.unsloht: no such key; did you mean unsloth?"),
         ("trainer.steps=many", "trainer.steps: Value 'many' of type 'str' could not be converted to Integer"),
         ("sampler=poool", "sampler=poool: no such choice; did you mean pool? (there are: batched_ordered, ordered,"),
         ("model.no_such_arg=1", "model.no_such_arg: no such key; there are: "),

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from runner.engines.averages import Averages
 from runner.engines.faults import KeptBuffers
-from runner.engines.fed import Fed
+from runner.engines.fed import Fed, First
 from runner.engines.forward import Feeder, feed
 from runner.engines.gathered import Gathered
 from runner.engines.gradients import Gradients
 from runner.engines.layouts import Alone
-from runner.engines.settings import apply_changes, base_lrs, configured, find_changed_kinds, lrs, set_base_lr
+from runner.engines.settings import configured, load_parts, lrs, set_base_lrs
 from runner.utils.distributed import gather, move
+from runner.utils.wrapper import Changes
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +45,8 @@ class Engine:
         on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
             look for them. With stop, an accelerator is not waited for: `find_late_fault` tells after the update.
         layout: how the module lies over the ranks of a run; it was placed already.
+        averages: of the weights, for evaluations and exports.
+        changes: what was done to the module, which exports undo.
     """
 
     def __init__(
@@ -57,20 +61,21 @@ class Engine:
         feeder: Feeder | None = None,
         on_nonfinite: str = "ignore",
         layout: Alone | None = None,
+        averages: Averages | None = None,
+        changes: Changes | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_AUTOCAST)}")
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(ON_NONFINITE)}")
-        self.module = module
-        self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.accumulate = accumulate
         self.on_nonfinite = on_nonfinite
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._tokens_shared = 0
         first = next(module.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
-        self.layout = layout or Alone()
+        self.layout, self.averages, self.changes = layout or Alone(), averages, changes or Changes(module)
+        self.first: First | None = None
         self.kind = type(module).__name__.removeprefix("FSDP" if self.layout.is_sharded else "")
         self._dtype = _AUTOCAST[precision]
         self._gradients = Gradients(
@@ -81,6 +86,7 @@ class Engine:
         self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
         self._looks = self._gradients.looks_at_losses and not self._looks_first
         self._fed = Fed(module, feeder or feed)
+        self.look_once = self._fed.look_once
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
         self._configured = configured(optimizer, scheduler)
         self._lrs = lrs(self.optimizer)
@@ -141,6 +147,8 @@ class Engine:
 
     def prepare(self) -> str | None:
         """Unscales and clips the gradients; returns what is not finite in the step, where that is looked for."""
+        if self.first is not None:
+            self.first.prepared()
         fault = self._find_loss_fault() if self._looks else None
         if fault is None:
             fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._gathered.unmarked)
@@ -148,10 +156,8 @@ class Engine:
         return fault
 
     def _find_loss_fault(self) -> str | None:
-        for number, loss in enumerate(self._gathered.unmarked, 1):
-            if fault := self._describe(loss, number):
-                return fault
-        return None
+        found = (self._describe(loss, number) for number, loss in enumerate(self._gathered.unmarked, 1))
+        return next(filter(None, found), None)
 
     def _describe(self, loss: Tensor, number: int) -> str | None:
         return self._gradients.describe(loss, number if self.accumulate > 1 else None)
@@ -173,6 +179,11 @@ class Engine:
         self.skipped_steps += not taken
         if taken and self.scheduler is not None:
             self.scheduler.step()
+        if taken and self.averages is not None:
+            self.averages.update()
+        if taken and self.first is not None:
+            self.first.updated()
+            self.first = None
         self._mark_step()
         return taken
 
@@ -197,12 +208,18 @@ class Engine:
     def train(self) -> None:
         """Puts the module, and an optimizer that tells the two apart, into training mode."""
         self.module.train()
-        getattr(self.optimizer, "train", _do_nothing)()
+        getattr(self.optimizer, "train", bool)()
+        self._use_averages(False)
 
     def eval(self) -> None:
         """Puts the module, and an optimizer that tells the two apart, into evaluation mode."""
         self.module.eval()
-        getattr(self.optimizer, "eval", _do_nothing)()
+        getattr(self.optimizer, "eval", bool)()
+        self._use_averages(True)
+
+    def _use_averages(self, is_wanted: bool) -> None:
+        if self.averages is not None and self.averages.is_swapped is not is_wanted:
+            self.averages.swap()
 
     @contextlib.contextmanager
     def evaluating(self) -> Any:
@@ -236,9 +253,7 @@ class Engine:
     def set_lr(self, lr: float) -> None:
         """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
         assert self.optimizer is not None
-        bases = base_lrs(self.optimizer)
-        for index, base in enumerate(bases):
-            set_base_lr(self.optimizer, self.scheduler, index, lr if base == bases[0] else lr * base / bases[0])
+        set_base_lrs(self.optimizer, self.scheduler, lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the weights: optimizer, scheduler, scaler, counters, and metrics not yet taken."""
@@ -259,7 +274,8 @@ class Engine:
         Raises:
             ValueError: there is such a part, and changes are not allowed.
         """
-        notes = self._load_parts(state, allows_changes)
+        self._use_averages(False)
+        notes = load_parts(self._parts, state, self._configured, self._fitted, allows_changes)
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._tokens_shared = self.tokens
@@ -271,24 +287,11 @@ class Engine:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self._gradients.scaler}
+        scaler = self._gradients.scaler
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler, "averages": self.averages}
 
-    def _load_parts(self, state: Mapping[str, Any], allows_changes: bool) -> list[str]:
-        parts = self._parts
-        before = state["configured"]
-        notes = find_changed_kinds(parts, state)
-        if notes and not allows_changes:
-            raise ValueError(f"{notes[0]}; resume with the same config, or allow changes: it then begins anew")
-        changed = {note.partition(":")[0] for note in notes}
-        for name, part in parts.items():
-            if part is not None and name not in changed:
-                is_optimizer = name == "optimizer"
-                own = self.layout.fitted_optimizer(state[name], part) if is_optimizer else state[name]
-                part.load_state_dict(own)
-        if self.optimizer is not None and not changed & {"optimizer", "scheduler"}:
-            apply_changes(self.optimizer, self.scheduler, self._configured, before)
-        return [f"{note}: it begins anew" for note in notes]
-
-
-def _do_nothing() -> None:
-    return None
+    def _fitted(self, name: str, state: Any) -> Any:
+        """Returns the whole state of one of its parts as this rank holds it."""
+        if name == "averages":
+            return {**state, "weights": self.layout.fitted(state["weights"], self.module)}
+        return self.layout.fitted_optimizer(state, self._parts[name]) if name == "optimizer" else state

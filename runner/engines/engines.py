@@ -214,7 +214,8 @@ class Engines(dict[str, Engine]):
         for name, engine in self.items():
             with engine.evaluating():
                 whole = engine.layout.whole(dict(engine.module.state_dict(keep_vars=True)))  # at once: ties stay ties
-                states[name] = copy.deepcopy(map_tensors(whole, Tensor.detach))
+                state = copy.deepcopy(map_tensors(whole, Tensor.detach))
+                states[name] = engine.changes.exported(state)
         return states
 
     def _prefix(self, name: str) -> str:

@@ -6,7 +6,8 @@ Must not import a config.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from runner.engines.forward import Feeder, read_output
 
 Output = tuple[Tensor, dict[str, Tensor], int]
+
+
+class First(Protocol):
+    """What looks at an engine's first step."""
+
+    def prepared(self) -> None: ...
+    def updated(self) -> None: ...
 
 
 class Fed(nn.Module):
@@ -27,6 +35,19 @@ class Fed(nn.Module):
         self.module = module
         self._run = lambda batch: read_output(module, feeder(module, batch))  # an attribute that is a module is slow
         self.explain: Callable[[RuntimeError], str | None] | None = None  # what an error is to be told as
+
+    def look_once(self, context: AbstractContextManager[None]) -> None:
+        """Has the next forward that is trained on run in a context."""
+        run = self._run
+
+        def look(batch: Any) -> Output:
+            if not torch.is_grad_enabled():
+                return run(batch)
+            self._run = run
+            with context:
+                return run(batch)
+
+        self._run = look
 
     def forward(self, batch: Any) -> Output:
         """Returns what the module makes of a batch."""

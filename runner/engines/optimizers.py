@@ -1,14 +1,20 @@
-"""Optimizers that torch has only in parts."""
+"""Optimizers that torch has only in parts, and a library's that are to be kept as torch's own are."""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from runner.utils.distributed import generator_of
+from runner.utils.float8 import import_torchao
+from runner.utils.packing import is_spread
+from runner.utils.utils import mix
 
 
 class Joined(Optimizer):
@@ -77,3 +83,139 @@ def muon(
         first, second = adamw_betas
         optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(first, second), weight_decay=weight_decay))
     return optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
+
+
+class TorchaoAdamW(Optimizer):
+    """torchao's AdamW, which rounds bf16 weights stochastically: updates below a weight's last bit count on average.
+
+    Around it, rates are floats as in any optimizer, a state is plain tensors, and what the rounding draws is a function
+    of seed and step alone: the same after a resume, and on all ranks that hold the same weights.
+
+    Args:
+        params: parameters, or (name, parameter) pairs.
+        stochastic_rounding: of weights in bf16; any others are updated in their own precision.
+        seed: of the rounding.
+        compile: fuses the update by torch.compile, once a shape; None does where the weights are on an accelerator.
+    Raises:
+        ImportError: torchao is not installed.
+        ValueError: the moments can't be kept so.
+    Source: https://arxiv.org/abs/2010.06192
+    """
+
+    _kind = "_AdamW"
+    _packed_kind: tuple[str, str] | None = None  # module and class of the moments
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        compile: bool | None = None,
+    ) -> None:
+        make = getattr(import_torchao("torchao.optim"), self._kind)
+        self._packed: Any = None
+        if self._packed_kind is not None:
+            self._packed = getattr(import_torchao(self._packed_kind[0]), self._packed_kind[1])
+        first, second = betas
+        given = list(params)
+        self._inner: Optimizer = make(
+            given,
+            lr=lr,
+            betas=(first, second),
+            eps=eps,
+            weight_decay=weight_decay,
+            bf16_stochastic_round=stochastic_rounding,
+        )
+        groups = self._inner.param_groups
+        for group, each in zip(groups, given, strict=False):  # it has rounded them to float32
+            group["lr"] = each.get("lr", lr) if isinstance(each, dict) else lr
+        super().__init__([{"params": group["params"]} for group in groups], self._inner.defaults)
+        self._share()
+        parameters = [p for group in groups for p in group["params"]]
+        if self._packed is not None and any(map(is_spread, parameters)):
+            remedy = "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
+            raise ValueError(f"{type(self).__name__} can't store moments that are spread over the ranks; {remedy}")
+        self._devices = {p.device for p in parameters}
+        self._compiles = any(device.type != "cpu" for device in self._devices) if compile is None else compile
+        self._rounds = stochastic_rounding and any(p.dtype is torch.bfloat16 for p in parameters)
+        self._seed, self._num_steps = seed, 0
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self._inner.param_groups, self._inner.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates the parameters; a closure runs before that."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._num_steps += 1
+        stance = contextlib.nullcontext() if self._compiles else torch.compiler.set_stance("force_eager")
+        with self._rates_as_tensors(), self._drawing(), stance:
+            self._inner.step()
+        return loss
+
+    @contextlib.contextmanager
+    def _rates_as_tensors(self) -> Iterator[None]:
+        """What torchao insists on, and what schedules and live changes would not keep up."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = torch.tensor(float(rate))
+        try:
+            yield
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Seeds what the rounding draws from, and leaves the generators as they were."""
+        generators = [generator_of(device) for device in self._devices] if self._rounds else []
+        states = [generator.get_state() for generator in generators]
+        for generator in generators:
+            generator.manual_seed(mix(self._seed, self._num_steps, -4))
+        try:
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state in torch's layout; a moment of a class of torchao's is a dict of what it is made of."""
+        whole = self._inner.state_dict()
+        state = {index: {n: self._flatten(v) for n, v in values.items()} for index, values in whole["state"].items()}
+        return {**whole, "state": state, "num_steps": self._num_steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        state = {i: {n: self._unflatten(v) for n, v in values.items()} for i, values in state_dict["state"].items()}
+        self._inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+        self._num_steps = state_dict["num_steps"]
+        self._share()
+
+    def _flatten(self, value: Any) -> Any:
+        if self._packed is None or not isinstance(value, self._packed):
+            return value
+        names, context = value.__tensor_flatten__()
+        return {name: getattr(value, name) for name in names} | {"context": list(context)}
+
+    def _unflatten(self, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        parts = {name: part for name, part in value.items() if name != "context"}
+        return self._packed.__tensor_unflatten__(parts, value["context"])
+
+
+class TorchaoAdamW8bit(TorchaoAdamW):
+    """The same with its moments in 8 bits, blocks of 256 sharing a scale; small tensors (under 4096 elements) don't.
+
+    Source: https://arxiv.org/abs/2110.02861
+    """
+
+    _kind = "AdamW8bit"
+    _packed_kind = ("torchao.optim.subclass_8bit", "OptimState8bit")

@@ -6,12 +6,13 @@ Must not import a config.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+_KINDS = ("optimizer", "scheduler")
 _RATES = {"lr", "initial_lr"}  # they move with the schedule: the base rates are compared instead
 _POSITIONS = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial"}
 
@@ -42,10 +43,17 @@ def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int,
             each.base_lrs[index] = lr
 
 
+def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:
+    """Makes `lr` the base rate of the first group, scaling the others alike."""
+    bases = base_lrs(optimizer)
+    for index, base in enumerate(bases):
+        set_base_lr(optimizer, scheduler, index, lr if base == bases[0] else lr * base / bases[0])
+
+
 def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the settings of an optimizer and scheduler just built, as plain values."""
     groups = [_plain(group, _RATES | {"params"}) for group in optimizer.param_groups] if optimizer else []
-    kinds = {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)}
+    kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))
     schedule = _configured_schedule(scheduler) if scheduler else {}
     return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
 
@@ -61,14 +69,43 @@ def _kind(part: Any) -> str | None:
 
 
 def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Returns which of optimizer, scheduler and scaler are of another kind than in a saved state, and how."""
+    """Returns which of an engine's parts are of another kind than in a saved state, and how."""
     notes = []
     for name, part in parts.items():
-        was = state["configured"]["kinds"].get(name, None if state[name] is None else "one")
-        now = _kind(part) if name != "scaler" else None if part is None else "one"
+        was = state["configured"]["kinds"].get(name, None if state.get(name) is None else "one")
+        now = _kind(part) if name in _KINDS else None if part is None else "one"
         if now != was:
             notes.append(f"{name}: this engine has {now or 'none'}, the saved state {was or 'none'}")
     return notes
+
+
+def load_parts(
+    parts: Mapping[str, Any],
+    state: Mapping[str, Any],
+    now: Mapping[str, Any],
+    fit: Callable[[str, Any], Any],
+    allows_changes: bool,
+) -> list[str]:
+    """Has an engine's parts take back their states, and what the config says otherwise by now take effect.
+
+    Args:
+        now: the settings as configured.
+        fit: called with a part's name and its whole state; returns the state as this rank holds it.
+    Returns:
+        Which parts begin anew, as the state has none of their kind.
+    Raises:
+        ValueError: there is such a part, and changes are not allowed.
+    """
+    notes = find_changed_kinds(parts, state)
+    if notes and not allows_changes:
+        raise ValueError(f"{notes[0]}; resume with the same config, or allow changes: it then begins anew")
+    changed = {note.partition(":")[0] for note in notes}
+    for name, part in parts.items():
+        if part is not None and name not in changed:
+            part.load_state_dict(fit(name, state[name]))
+    if parts["optimizer"] is not None and not changed & set(_KINDS):
+        apply_changes(parts["optimizer"], parts["scheduler"], now, state["configured"])
+    return [f"{note}: it begins anew" for note in notes]
 
 
 def apply_changes(

@@ -33,6 +33,7 @@ class Block:
         self.name, self.engine = name, engine
         self.surroundings = Surroundings(module, name)
         self.calls = self.input_bytes = self.spared_bytes = 0
+        self.input_places: set[int] = set()  # in memory, likewise
         self.is_counting = True  # what its forward would have kept; in its first step only
         self.gauge = engine.gauge() if engine is not None else None
 
@@ -159,6 +160,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     for tensor in tensors:
         if tensor.requires_grad and not tensor.is_leaf:
             block.input_bytes += tensor.nbytes
+            if block.is_counting:
+                block.input_places.add(tensor.untyped_storage().data_ptr())
     before = block.surroundings.versions()
     engine, gauge = block.engine, block.gauge
     if engine is None or gauge is None or not gauge.is_worth_it:

@@ -60,22 +60,27 @@ class Report:
 
     def describe(self) -> str:
         """Returns the blocks' calls, bytes and stalls so far, a line each, and their sums."""
-        rows: list[tuple[str, ...]] = [("block", "calls", "inputs", "moved", "stalls", "spared")]
+        rows = [("block", "calls", "inputs", "moved", "stalls", "not kept")]
+        totals = [0] * 5
         for name, block in self.blocks.items():
-            gauge = block.gauge
-            moved, stalls = (gauge.moved_bytes, gauge.stalls) if gauge is not None else (0, 0)
-            left = "" if gauge is None or gauge.is_worth_it else " (left alone: moving costs more than it hides)"
-            sizes = tuple(map(mib, (block.input_bytes, moved)))
-            rows.append((name, str(block.calls), *sizes, str(stalls), mib(block.spared_bytes) + left))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[5]]) for row in rows
-        )
+            moved, stalls = (block.gauge.moved_bytes, block.gauge.stalls) if block.gauge is not None else (0, 0)
+            own = [block.calls, block.input_bytes, moved, stalls, block.spared_bytes]
+            totals = [total + each for total, each in zip(totals, own, strict=True)]
+            is_left = block.gauge is not None and not block.gauge.is_worth_it
+            rows.append(_row(name, own, " (left alone: moving costs more than it hides)" if is_left else ""))
+        rows.append(_row("all", totals))
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def undo(self) -> None:
         """Makes every block what it was."""
         for module in self.modules.values():
             unwrap(module)
+
+
+def _row(name: str, numbers: Sequence[int], remark: str = "") -> tuple[str, str, str, str, str, str]:
+    calls, inputs, moved, stalls, spared = numbers
+    return name, str(calls), mib(inputs), mib(moved), str(stalls), mib(spared) + remark
 
 
 def mib(num_bytes: float) -> str:

@@ -1,0 +1,63 @@
+"""What is looked at in a run's first step, and told after it: what was put into a module and never called, its memory.
+
+Must not import a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runner.engines import Engine
+from runner.utils.attribution import Attribution
+from runner.utils.mishaps import Halt
+
+
+class FirstStep:
+    """The first step of one engine whose module was changed; after it, nothing is looked at any more.
+
+    Args:
+        tell: called with each line.
+    """
+
+    def __init__(self, name: str, engine: Engine, tell: Callable[[str], None]) -> None:
+        self._name, self._engine, self._tell = name, engine, tell
+        recomputed = engine.changes.recomputed
+        self._attribution = None if recomputed is None else Attribution(engine.module, recomputed)
+        if self._attribution is not None:
+            engine.look_once(self._attribution.forward())
+
+    def prepared(self) -> None:
+        """Looks at the step's gradients.
+
+        Raises:
+            Halt: something that was put in was never called.
+        """
+        changes = self._engine.changes
+        try:
+            changes.check_calls()
+            if changes.recomputed is not None:
+                changes.recomputed.check()
+        except ValueError as error:
+            raise Halt(f"optimizations of {self._name}: {error}") from error
+        if self._attribution is not None:
+            self._attribution.gradients()
+
+    def updated(self) -> None:
+        """Tells what was found."""
+        recomputed = self._engine.changes.recomputed
+        if recomputed is None or self._attribution is None:
+            return
+        self._attribution.optimizer(self._engine.optimizer)
+        self._tell(f"{self._name}, after the first step:\n{recomputed.describe()}")
+        self._tell(self._attribution.describe())
+
+
+def introduce(name: str, engine: Engine, tell: Callable[[str], None]) -> None:
+    """Tells what an engine is and what was done to its module, and looks at its first step where there is reason to."""
+    sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
+    total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
+    left = f", {frozen:,} of them frozen" if frozen else ""
+    tell(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
+    if table := engine.changes.table():
+        tell("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
+        engine.first = FirstStep(name, engine, tell) if engine.optimizer is not None else None
