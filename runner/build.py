@@ -188,7 +188,7 @@ def _make_engines(
             on_nonfinite=trainer["on_nonfinite"],
             feeder=_make(place + "feeder", settings["feeder"]),
             layout=layout,
-            averages=_make_averages(place, module, settings["ema"], optimizer),
+            averages=_make_averages(part, optimizer),
             changes=part.changes,
         )
     return engines
@@ -202,13 +202,15 @@ def _check_held(place: str, named: list[tuple[str, nn.Parameter]], optimizer: An
         raise ConfigError(f"{place}optimizer: it lacks parameters that are trained: {', '.join(left)}; {remedy}")
 
 
-def _make_averages(place: str, module: nn.Module, ema: dict[str, Any], optimizer: Any) -> Averages | None:
+def _make_averages(part: _Part, optimizer: Any) -> Averages | None:
+    ema = part.settings["ema"]
     if not optimizer or not ema["decay"]:
         return None
     if hasattr(optimizer, "eval"):
         kind = type(optimizer).__name__
-        raise ConfigError(f"{place}optimizations.ema: {kind} evaluates an average of its own; set ema.decay=0")
-    return Averages(module, ema["decay"], warmup=ema["warmup"])
+        raise ConfigError(f"{part.place}optimizations.ema: {kind} evaluates an average of its own; set ema.decay=0")
+    part.changes.rows.append(("ema", f"decay {ema['decay']}: evaluations and exports use the averages"))
+    return Averages(part.module, ema["decay"], warmup=ema["warmup"])
 
 
 def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:

@@ -93,6 +93,9 @@ def _find_contradiction(plain: Plain) -> str | None:
         return "compile.scope=whole: recomputed blocks break the graph of the whole; take scope=blocks"
     if budget is not None and (scope == "off" or not 0 <= budget <= 1):
         return f"checkpointing.memory_budget={budget}: expected 0 to 1, where compile.scope is blocks or whole"
+    budgets = plain["device_map"]["budgets"]
+    if budgets is not None and not (isinstance(budgets, dict) and budgets):
+        return f"device_map.budgets={budgets}: expected devices with bytes, such as {{cpu: 8GB}}, or null"
     if plain["lora"]["rank"] < 0:
         return f"lora.rank={plain['lora']['rank']}: expected 1 or more, or 0 for none"
     if not 0 <= plain["ema"]["decay"] < 1:
@@ -146,7 +149,7 @@ def arguments(settings: Plain, *, is_trained: bool) -> Plain:
         "exports_adapter": export == "adapter",
         "replace": [_rule(each) for each in settings["replace"]],
         "fp8": fp8 if is_fp8 else None,
-        "device_map": spread if spread["budgets"] else None,
+        "device_map": spread if spread["budgets"] is not None else None,
         "compile": {**compiled, "memory_budget": budget} if scope != "off" else None,
         "unsloth": settings["unsloth"] if is_trained else None,
         "checkpointing": checkpointing if recomputes and is_trained else None,

@@ -136,7 +136,7 @@ class CompileConfig:
 
 @dataclass
 class DeviceMapConfig:
-    budgets: dict[str, Any] = MISSING
+    budgets: Any = MISSING
     bytes_factor: float = MISSING
 
 
