@@ -1,7 +1,7 @@
 """How an engine's module lies over the ranks of a run: alone, replicated (DDP), or sharded (FSDP2).
 
 A layout owns what the ranks exchange in a step. The order in which things go onto a module is settled: freeze and
-what replaces or adds modules, recomputation by block, compilation by block; then `place`, before the optimizer is made
+what replaces or adds modules, compilation by block, recomputation by block; then `place`, before the optimizer is made
 of the parameters; averages of the weights as placed; then `wrap`, outermost. Must not import a config.
 """
 
