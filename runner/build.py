@@ -150,7 +150,7 @@ def _build_parts(plain: dict[str, Any], device: torch.device, is_trained: bool =
         module = _make(place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
-        wanted = optimizations.arguments(changed, is_trained=is_trained)
+        wanted = optimizations.arguments(changed, device, is_trained=is_trained)
         changes = _explained(place + "optimizations", partial(optimize, module, device, **wanted))
         found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found

@@ -6,10 +6,13 @@ Must not import a config.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from runner.engines import Engine
-from runner.utils.attribution import Attribution
 from runner.utils.mishaps import Halt
+
+if TYPE_CHECKING:
+    from runner.utils.attribution import Attribution
 
 
 class FirstStep:
@@ -22,8 +25,11 @@ class FirstStep:
     def __init__(self, name: str, engine: Engine, tell: Callable[[str], None]) -> None:
         self._name, self._engine, self._tell = name, engine, tell
         recomputed = engine.changes.recomputed
-        self._attribution = None if recomputed is None else Attribution(engine.module, recomputed)
-        if self._attribution is not None:
+        self._attribution: Attribution | None = None
+        if recomputed is not None:
+            from runner.utils.attribution import Attribution
+
+            self._attribution = Attribution(engine.module, recomputed)
             engine.look_once(self._attribution.forward())
 
     def prepared(self) -> None:

@@ -15,9 +15,12 @@ from runner.mistakes import ConfigError, nearest
 from runner.schema import CheckpointingConfig, OptimizationsConfig, RuleConfig, UnslothConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from runner.utils.replace import Rule
 
 Plain = dict[str, Any]
+_ON_GPUS = "liger_kernel."
 
 
 def read(shared: Mapping[str, Any], own: Mapping[str, Any] | None = None, place: str = "optimizations") -> Plain:
@@ -131,11 +134,13 @@ def of_engine(plain: Plain, name: str) -> Plain:
     return {**settings, "freeze": own["freeze"]} if "freeze" in own else settings
 
 
-def arguments(settings: Plain, *, is_trained: bool) -> Plain:
+def arguments(settings: Plain, device: torch.device, *, is_trained: bool) -> Plain:
     """Returns the arguments with which `wrapper.optimize` carries settings out.
 
     Args:
         is_trained: False leaves out what only training needs; adapters that were merged into an export are there.
+    Raises:
+        ConfigError: a rule names what this device can't run.
     """
     lora, fp8, compiled, spread = (dict(settings[key]) for key in ("lora", "fp8", "compile", "device_map"))
     export, is_fp8, scope = lora.pop("export"), fp8.pop("enabled"), compiled["scope"]
@@ -147,7 +152,7 @@ def arguments(settings: Plain, *, is_trained: bool) -> Plain:
         "freeze": settings["freeze"] if is_trained else [],
         "lora": lora if has_adapters else None,
         "exports_adapter": export == "adapter",
-        "replace": [_rule(each) for each in settings["replace"]],
+        "replace": [_rule(each, device) for each in settings["replace"]],
         "fp8": fp8 if is_fp8 else None,
         "device_map": spread if spread["budgets"] is not None else None,
         "compile": {**compiled, "memory_budget": budget} if scope != "off" else None,
@@ -156,9 +161,11 @@ def arguments(settings: Plain, *, is_trained: bool) -> Plain:
     }
 
 
-def _rule(settings: Plain) -> Rule:
+def _rule(settings: Plain, device: torch.device) -> Rule:
     from runner.targets import locate
     from runner.utils.replace import Rule
 
+    if settings["with"].startswith(_ON_GPUS) and device.type == "cpu":
+        raise ConfigError(f"replace: {settings['with']} is made of kernels for a GPU, and the run is on the CPU")
     rest = {key: settings[key] for key in ("include", "exclude", "subclasses", "arguments")}
     return Rule(locate(settings["match"]), locate(settings["with"]), **rest)

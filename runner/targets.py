@@ -35,6 +35,7 @@ _EXTRAS = {
     "matplotlib": "digits",
     "torchao": "torchao",
     "liger_kernel": "liger",
+    "triton": "liger",
 }
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from runner.utils.unsloth import Report, mib
+from runner.utils.memory import mib
+from runner.utils.unsloth import Report
 
 
 class Attribution:

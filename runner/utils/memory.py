@@ -36,6 +36,11 @@ class Peak:
         return self._gb
 
 
+def mib(num_bytes: float) -> str:
+    """Returns a number of bytes in 2^20 bytes."""
+    return f"{num_bytes / 2**20:.2f} MiB"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Says whether an error is of a device's or the machine's memory having run out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

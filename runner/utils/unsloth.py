@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from runner.utils.blocks import find_blocks, matches
+from runner.utils.memory import mib
 from runner.utils.offload import Offloader
 from runner.utils.recompute import Block, block_of, is_compiled, is_wrapped, unwrap, wrap
 from runner.utils.streams import Streams
@@ -81,11 +82,6 @@ class Report:
 def _row(name: str, numbers: Sequence[int], remark: str = "") -> tuple[str, str, str, str, str, str]:
     calls, inputs, moved, stalls, spared = numbers
     return name, str(calls), mib(inputs), mib(moved), str(stalls), mib(spared) + remark
-
-
-def mib(num_bytes: float) -> str:
-    """Returns a number of bytes in 2^20 bytes."""
-    return f"{num_bytes / 2**20:.2f} MiB"
 
 
 def apply(

@@ -10,19 +10,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from runner.utils import unsloth as recomputation
-from runner.utils.compiled import compile_module
-from runner.utils.device_map import plan, spread
-from runner.utils.float8 import from_float8, to_float8
-from runner.utils.lora import Adapted, add_lora
-from runner.utils.replace import Rule
-from runner.utils.replace import replace as replace_modules
-from runner.utils.unsloth import Report, mib
+from runner.utils.memory import mib
+
+if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
+    from runner.utils.lora import Adapted
+    from runner.utils.replace import Rule
+    from runner.utils.unsloth import Report
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -192,19 +190,25 @@ def _change_parts(
         changes.later(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
         changes.told("freeze", freeze(module, patterns))
     if lora is not None:
+        from runner.utils.lora import add_lora
+
         changes.adapted = adapted = add_lora(module, **lora)
         changes.later(adapted.undo)
         changes.told(f"lora (rank {lora['rank']})", adapted.names)
         changes.left("lora", adapted.skipped)
         changes.expect_calls("lora", adapted.names)
     if rules:
-        replaced = replace_modules(module, rules)
+        from runner.utils import replace
+
+        replaced = replace.replace(module, rules)
         changes.later(replaced.undo)
         for names, skipped in zip(replaced.replaced, replaced.skipped, strict=True):
             changes.told(f"replace {next(iter(names.values()), '')}", names)
             changes.left("replace", skipped)
             changes.expect_calls("replace", names)
     if fp8 is not None:
+        from runner.utils.float8 import from_float8, to_float8
+
         converted = to_float8(module, **fp8)
         changes.later(lambda: from_float8(module))
         changes.told("fp8", converted.names)
@@ -213,20 +217,26 @@ def _change_parts(
 
 
 def _spread(changes: Changes, device_map: Mapping[str, Any]) -> None:
+    from runner.utils.device_map import plan, spread
+
     planned = plan(changes.module, device_map["budgets"], bytes_factor=device_map.get("bytes_factor", 1.0))
     changes.later(spread(changes.module, planned).undo)
     changes.rows += [("device_map", line) for line in str(planned).splitlines()]
 
 
 def _compile(changes: Changes, settings: Mapping[str, Any]) -> None:
+    from runner.utils.compiled import compile_module
+
     names, undo = compile_module(changes.module, **settings)
     changes.later(undo)
     changes.told(f"compile ({settings.get('backend', 'inductor')})", names if names != [""] else ["the whole"])
 
 
 def _recompute(changes: Changes, unsloth: Mapping[str, Any] | None, checkpointing: Mapping[str, Any] | None) -> None:
+    from runner.utils.unsloth import apply
+
     settings = dict(unsloth) if unsloth is not None else {**(checkpointing or {}), "offload": "never"}
-    changes.recomputed = report = recomputation.apply(changes.module, **settings)
+    changes.recomputed = report = apply(changes.module, **settings)
     changes.later(report.undo)
     remark = ", recomputed in the backward pass"
     if unsloth is not None and not report.engines:
