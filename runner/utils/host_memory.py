@@ -49,20 +49,23 @@ class HostMemory:
             self._make_room(size)
             if self._limit is not None and self.held_bytes + size > self._limit:
                 return None
+            buffer = self._transport.allocate(size)
             self.held_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return Lease(self, self._transport.allocate(size))
+        return Lease(self, buffer)
 
     def _make_room(self, size: int) -> None:
         """Gives up buffers that fit nothing, the oldest first: over the limit, or once they are half of all."""
         idle = sum(buffer.numel() for buffer, _ in self._free)
-        for entry in list(self._free):
+        kept = []
+        for buffer, last in self._free:
             is_over = self._limit is not None and self.held_bytes + size > self._limit
-            if not (is_over or idle > self.held_bytes / 2) or not all(map(self._transport.is_done, entry[1])):
-                continue
-            self._free.remove(entry)
-            self.held_bytes -= entry[0].numel()
-            idle -= entry[0].numel()
+            if (is_over or idle > self.held_bytes / 2) and all(map(self._transport.is_done, last)):
+                self.held_bytes -= buffer.numel()
+                idle -= buffer.numel()
+            else:
+                kept.append((buffer, last))
+        self._free = kept
 
     def take_back(self, buffer: Tensor, last: list[Any]) -> None:
         """Has a buffer again, to be written once these events have passed."""

@@ -34,7 +34,8 @@ class Handle:
         self.ready, self.gauge = transport.mark(), gauge
         self.buffer: Lease | None = None
         self.is_changed = False
-        self.coming: tuple[Tensor, Any] | None = None  # brought ahead of need, and not asked for yet
+        self.stream = transport.current()
+        self.coming: tuple[Tensor, Any, Any] | None = None  # brought ahead of need, not asked for yet; its stream
         self.brought: weakref.ref[Tensor] | None = None
         self.before: weakref.ref[Handle] | None = None
 
@@ -46,49 +47,53 @@ class Handle:
 
     def __del__(self) -> None:
         if getattr(self, "coming", None) is not None:  # nobody asked for it: its memory is computing's again
-            self._transport.wait(self.coming[1])  # type: ignore[index]
+            self._transport.wait(*self.coming[1:])  # type: ignore[index]
 
 
 class Gauge:
     """What one block's inputs took to move, and, where that is to be found out, whether it hides behind the block."""
 
-    _ENOUGH = 3
+    _ENOUGH, _MOST = 3, 10  # calls
 
     def __init__(self, transport: Transport, is_auto: bool) -> None:
         self._transport, self.is_measuring = transport, is_auto
         self.is_worth_it = True
         self.moved_bytes = self.stalls = 0
-        self._runs, self._copies = list[tuple[Any, Any]](), list[tuple[Any, Any]]()
+        self._calls: list[tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]] = []  # spans of forward and of copies
 
     def begin(self) -> Any:
         """Returns what `end` is to be given after a forward of the block; its inputs are on their way already."""
-        if not self.is_measuring:
+        if not self.is_measuring or self._transport.is_capturing():
             return None
         self._decide()
+        self._calls.append(([], []))
         return self._transport.mark()
 
     def end(self, begun: Any) -> None:
         """Takes the time of a forward."""
-        if begun is not None and self.is_measuring:
-            self._runs.append((begun, self._transport.mark()))
+        if begun is not None and self._calls:
+            self._calls[-1][0].append((begun, self._transport.mark()))
 
     def moved(self, num_bytes: int, begin: Any, end: Any) -> None:
         """Counts a copy to the host, between two events."""
         self.moved_bytes += num_bytes
-        if self.is_measuring:
-            self._copies.append((begin, end))
+        if self._calls:
+            self._calls[-1][1].append((begin, end))
 
     def _decide(self) -> None:
-        """Leaves the inputs alone from now on, where a copy takes longer than the forward that it hides behind."""
-        runs, copies = self._passed(self._runs), self._passed(self._copies)
-        if min(len(runs), len(copies)) < self._ENOUGH:
-            return
-        self.is_worth_it = min(copies[1:]) <= min(runs[1:])  # the first ones load kernels
-        self.is_measuring, self._runs, self._copies = False, [], []
+        """Leaves the inputs alone from now on, where copying takes longer than the forward that it hides behind."""
+        ended = [call for call in self._calls if all(call) and all(map(self._has_passed, (*call[0], *call[1])))]
+        if len(ended) > self._ENOUGH:  # the first one loads kernels
+            forward_s, copy_s = (min(self._seconds(call[part]) for call in ended[1:]) for part in (0, 1))
+            self.is_worth_it = copy_s <= forward_s
+        if len(ended) > self._ENOUGH or len(self._calls) > self._MOST:  # or nothing of it is ever moved
+            self.is_measuring, self._calls = False, []
 
-    def _passed(self, spans: list[tuple[Any, Any]]) -> list[float]:
-        ended = [span for span in spans if self._transport.is_done(span[1])]
-        return [self._transport.seconds(begin, end) for begin, end in ended]
+    def _has_passed(self, span: tuple[Any, Any]) -> bool:
+        return self._transport.is_done(span[1])
+
+    def _seconds(self, spans: list[tuple[Any, Any]]) -> float:
+        return sum(self._transport.seconds(begin, end) for begin, end in spans)
 
 
 class Offloader:
@@ -118,7 +123,9 @@ class Offloader:
         self.min_bytes, self.keep_last, self.in_flight, self.prefetch = min_bytes, keep_last, in_flight, prefetch
         self.memory = HostMemory(transport, host_limit)
         self._kept: deque[weakref.ref[Handle]] = deque()
-        self._under_way: deque[tuple[Any, Tensor, weakref.ref[Handle]]] = deque()
+        self._under_way: deque[tuple[Any, Any, Tensor, weakref.ref[Handle]]] = (
+            deque()
+        )  # end, stream, source, its handle
         self._by_tensor: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
         self._newest: weakref.ref[Handle] | None = None
         self._lock = threading.RLock()  # backward has a thread of its own
@@ -169,11 +176,11 @@ class Offloader:
         handle.buffer = lease
         if handle.gauge is not None:
             handle.gauge.moved(handle.num_bytes, begin, end)
-        self._under_way.append((end, handle.source, weakref.ref(handle)))
+        self._under_way.append((end, handle.stream, handle.source, weakref.ref(handle)))
         while len(self._under_way) > self.in_flight:
             if handle.gauge is not None and not self.transport.is_done(self._under_way[0][0]):
                 handle.gauge.stalls += 1
-            self.transport.wait(self._under_way[0][0])  # what is computed next may have the memory
+            self.transport.wait(*self._under_way[0][:2])  # what is computed next may have the memory
             self._end_oldest()
 
     def _settle(self) -> None:
@@ -182,7 +189,7 @@ class Offloader:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
-        if (handle := self._under_way.popleft()[2]()) is not None:
+        if (handle := self._under_way.popleft()[3]()) is not None:
             handle.let_go()
 
     def unpack(self, packed: Any) -> Tensor:
@@ -213,18 +220,18 @@ class Offloader:
             if handle.gauge is not None:
                 handle.gauge.stalls += 1
             handle.coming = self._bring(handle)
-        (target, event), handle.coming = handle.coming, None
-        self.transport.wait(event)
+        (target, event, _), handle.coming = handle.coming, None
+        self.transport.wait(event, self.transport.current())
         handle.brought = weakref.ref(target)
         return target
 
-    def _bring(self, handle: Handle) -> tuple[Tensor, Any]:
+    def _bring(self, handle: Handle) -> tuple[Tensor, Any, Any]:
         assert handle.buffer is not None
         target = torch.empty_strided(handle.shape, handle.stride, dtype=handle.dtype, device=self.transport.device)
         after = [self.transport.mark(), *handle.buffer.last]  # the memory may have been in use until now
         event = self.transport.bring(_shaped(handle.buffer, handle), target, after)
         handle.buffer.last[1:] = [event]
-        return target, event
+        return target, event, self.transport.current()
 
     def _bring_ahead(self, handle: Handle) -> None:
         """Begins to bring back what was packed before; a guess, for backward goes from the last to the first."""

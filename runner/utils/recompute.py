@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,7 @@ from runner.utils.offload import Offloader
 from runner.utils.surroundings import Replay, Surroundings
 
 _STATE, _OWN = "_recompute", "_recompute_own_forward"
+_LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 _NOTHING = contextlib.nullcontext()
 
 
@@ -60,7 +62,7 @@ class _Watched:
     """
 
     def __init__(self, block: Block) -> None:
-        self._block, self._seen = block, set[int]()
+        self._block, self._seen = block, dict[int, StorageWeakRef]()
         self._hooks: Any = None
         self._begun: Any = None
 
@@ -79,9 +81,9 @@ class _Watched:
 
         def count(tensor: Tensor) -> Any:
             if not tensor.is_leaf or not tensor.requires_grad:  # a parameter is there anyway
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._seen:
-                    self._seen.add(storage.data_ptr())
+                place = tensor.untyped_storage().data_ptr()
+                if place not in self._seen or self._seen[place].expired():  # checkpoint frees it: another may lie there
+                    self._seen[place] = StorageWeakRef(tensor.untyped_storage())
                     self._block.spared_bytes += tensor.nbytes
             return pack(tensor)
 
@@ -180,7 +182,20 @@ def _by_position(
     """Returns the tensors of a call, and a function that takes them alone: checkpoint sees no others."""
     if not kwargs and all(isinstance(each, Tensor) for each in args):
         return args, function
+    values = [*args, *kwargs.values()]
+    if all(isinstance(each, _LEAVES) for each in values):  # the ordinary call, without a walk through nests
+        names, num_args = list(kwargs), len(args)
+        return _by_place(values, lambda v: function(*v[:num_args], **dict(zip(names, v[num_args:], strict=True))))
     leaves, spec = tree_flatten((args, kwargs))
+
+    def call(leaves: list[Any]) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        return function(*args, **kwargs)
+
+    return _by_place(leaves, call)
+
+
+def _by_place(leaves: list[Any], call: Callable[[list[Any]], Any]) -> tuple[Sequence[Tensor], Callable[..., Any]]:
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[index] for index in places]
     for index in places:
@@ -190,8 +205,7 @@ def _by_position(
         filled = list(leaves)
         for index, tensor in zip(places, tensors, strict=True):
             filled[index] = tensor
-        args, kwargs = tree_unflatten(filled, spec)
-        return function(*args, **kwargs)
+        return call(filled)
 
     return tensors, run
 

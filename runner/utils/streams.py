@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+_PAGE, _PORTABLE = 4096, 1
 
 
 class Transport(Protocol):
@@ -24,8 +27,11 @@ class Transport(Protocol):
     def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
         """Copies to the device once the events have passed; returns the event of its end."""
 
-    def wait(self, event: Any) -> None:
-        """Has computing wait for an event; the program does not."""
+    def current(self) -> Any:
+        """Returns the stream that computing is asked of now: memory belongs to the one that it was allocated on."""
+
+    def wait(self, event: Any, stream: Any) -> None:
+        """Has a stream wait for an event; the program does not."""
 
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""
@@ -57,7 +63,7 @@ class Streams:
 
     def mark(self) -> Any:
         """Returns an event of the current stream."""
-        return self._record(self._module.current_stream(self.device))
+        return self._record(self.current())
 
     def _record(self, stream: Any) -> Any:
         event = self._module.Event(enable_timing=self._is_timed)
@@ -80,9 +86,13 @@ class Streams:
             target.copy_(source, non_blocking=True)
         return begin, self._record(stream)
 
-    def wait(self, event: Any) -> None:
-        """Has the current stream wait for an event."""
-        self._module.current_stream(self.device).wait_event(event)
+    def current(self) -> Any:
+        """Returns the current stream."""
+        return self._module.current_stream(self.device)
+
+    def wait(self, event: Any, stream: Any) -> None:
+        """Has a stream wait for an event."""
+        stream.wait_event(event)
 
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""
@@ -95,14 +105,24 @@ class Streams:
     def allocate(self, num_bytes: int) -> Tensor:
         """Returns page-locked memory of the host, uint8 [num_bytes]; torch's own is rounded up to a power of two."""
         if self.device.type == "cuda":
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            size = -(-num_bytes // _PAGE) * _PAGE  # whole pages: others may be locked through another buffer already
+            raw = torch.empty(size + _PAGE, dtype=torch.uint8)
+            start = -raw.data_ptr() % _PAGE
+            buffer = raw[start : start + size]
             runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)) == 0:
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), size, _PORTABLE)) == 0:
                 weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
                 return buffer
+            with contextlib.suppress(RuntimeError):  # the next call is told of it, whatever it is
+                torch.zeros((), device=self.device)
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def is_capturing(self) -> bool:
         """Says whether a graph of the device's work is being recorded."""
         asked = getattr(self._module, "is_current_stream_capturing", None)
         return asked is not None and bool(asked())
+
+
+def has_streams(device: torch.device) -> bool:
+    """Says whether copies to and from a device can go on beside its computing."""
+    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")

@@ -17,7 +17,7 @@ from runner.utils.blocks import find_blocks, matches
 from runner.utils.memory import mib
 from runner.utils.offload import Offloader
 from runner.utils.recompute import Block, block_of, is_compiled, is_wrapped, unwrap, wrap
-from runner.utils.streams import Streams
+from runner.utils.streams import Streams, has_streams
 
 __all__ = ["OFFLOADS", "Block", "Report", "apply", "is_wrapped", "unwrap", "wrap"]
 OFFLOADS = ("auto", "always", "never")
@@ -122,7 +122,7 @@ def apply(
     engines: dict[torch.device, Offloader] = {}
     for name, module in modules.items():
         device = _device_of(module, model)
-        if device.type not in ("cpu", "meta") and offload != "never" and device not in engines:
+        if has_streams(device) and offload != "never" and device not in engines:
             engines[device] = Offloader(
                 Streams(device, is_timed=offload == "auto"), is_auto=offload == "auto", min_bytes=min_bytes,
                 keep_last=keep_last, in_flight=in_flight, prefetch=prefetch, host_limit=host_limit,

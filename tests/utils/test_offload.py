@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from runner.utils.host_memory import HostMemory
 from runner.utils.offload import Gauge, Offloader
 from tests.lazy_device import LazyDevice
 
@@ -175,17 +176,41 @@ class Clock(LazyDevice):
         return self.copy_s if begin == "copy" else self.forward_s
 
 
-@pytest.mark.parametrize(("forward_s", "copy_s", "is_worth_it"), [(2e-3, 1e-3, True), (1e-3, 2e-3, False)])
+@pytest.mark.parametrize(("copies", "is_worth_it"), [(1, True), (2, False)])
 @pytest.mark.parametrize("is_auto", [True, False])
 def test_auto_leaves_alone_what_takes_longer_to_move_than_it_hides(
-    forward_s: float, copy_s: float, is_worth_it: bool, is_auto: bool
+    copies: int, is_auto: bool, is_worth_it: bool
 ) -> None:
-    device = Clock(forward_s, copy_s)
+    device = Clock(forward_s=1.5e-3, copy_s=1e-3)
     gauge = Gauge(device, is_auto)
-    for _ in range(4):
+    for _ in range(5):
         begun = gauge.begin()
-        gauge.moved(10, "copy", device.mark())
+        for _ in range(copies):
+            gauge.moved(10, "copy", device.mark())
         gauge.end(begun)
     gauge.begin()
     assert gauge.is_worth_it is (is_worth_it or not is_auto)
-    assert gauge.moved_bytes == 40
+    assert not gauge.is_measuring
+    assert gauge.moved_bytes == 50 * copies
+
+
+def test_a_block_of_which_nothing_is_moved_is_not_measured_for_ever() -> None:
+    gauge = Gauge(Clock(1.0, 1.0), is_auto=True)
+    for _ in range(20):
+        gauge.end(gauge.begin())
+    assert gauge.is_worth_it
+    assert not gauge.is_measuring
+
+
+def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
+    class Stubborn(LazyDevice):
+        def is_done(self, event: Any) -> bool:
+            return event != "busy"
+
+    memory = HostMemory(Stubborn(), limit=3000)
+    for size, last in ((600, []), (1200, ["busy"]), (900, [])):
+        memory.take_back(torch.empty(size, dtype=torch.uint8), last)
+    memory.held_bytes = 2700
+    lease = memory.lease(1500)
+    assert lease is not None
+    assert [buffer.numel() for buffer, _ in memory._free] == [1200]
