@@ -57,7 +57,7 @@ class Case:
         return torch.bfloat16 if self.device == "cuda" else torch.float32
 
 
-CPU = Case("cpu", 12, 256, 8, 512, device="cpu", warm=1, steps=1, turns=2)
+CPU = Case("cpu", 12, 256, 4, 512, device="cpu", warm=1, steps=1, turns=2)
 CASES = (
     Case("wide", 24, 2048, 8, 4096, goal=1.02, limit=16 << 30),
     Case("long", 24, 2048, 1, 131072, goal=1.02, warm=4, steps=2, turns=1),
