@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 from runner.engines import Engine
 from runner.utils.mishaps import Halt
+from runner.utils.wrapper import shorten
 
 if TYPE_CHECKING:
     from runner.utils.attribution import Attribution
 
 
+_PATIENCE_STEPS = 10  # of a layer that is skipped at random
+
+
 class FirstStep:
-    """The first step of one engine whose module was changed; after it, nothing is looked at any more.
+    """The first step of one engine whose module was changed; what may be skipped at random is waited for a few more.
 
     Args:
         tell: called with each line.
@@ -31,6 +35,7 @@ class FirstStep:
 
             self._attribution = Attribution(engine.module, recomputed)
             engine.look_once(self._attribution.forward())
+        self._num_steps, self._waits_for = 0, list[str]()
 
     def prepared(self) -> None:
         """Looks at the step's gradients.
@@ -38,24 +43,32 @@ class FirstStep:
         Raises:
             Halt: something that was put in was never called.
         """
-        changes = self._engine.changes
+        changes, is_last = self._engine.changes, self._num_steps + 1 >= _PATIENCE_STEPS
         try:
-            changes.check_calls()
+            self._waits_for = changes.check_calls(is_last)
             if changes.recomputed is not None:
-                changes.recomputed.check()
+                self._waits_for += changes.recomputed.check(is_last)
         except ValueError as error:
             raise Halt(f"optimizations of {self._name}: {error}") from error
         if self._attribution is not None:
             self._attribution.gradients()
 
-    def updated(self) -> None:
-        """Tells what was found."""
+    def updated(self) -> bool:
+        """Tells what was found; says whether there is nothing left to look at."""
+        self._num_steps += 1
+        if self._num_steps == 1:
+            self._tell_memory()
+            if self._waits_for:
+                idle = shorten(self._waits_for)
+                self._tell(f"{self._name}: not called in the first step, and waited for: {idle}")
+        return not self._waits_for
+
+    def _tell_memory(self) -> None:
         recomputed = self._engine.changes.recomputed
-        if recomputed is None or self._attribution is None:
-            return
-        self._attribution.optimizer(self._engine.optimizer)
-        self._tell(f"{self._name}, after the first step:\n{recomputed.describe()}")
-        self._tell(self._attribution.describe())
+        if recomputed is not None and self._attribution is not None:
+            self._attribution.optimizer(self._engine.optimizer)
+            self._tell(f"{self._name}, after the first step:\n{recomputed.describe()}")
+            self._tell(self._attribution.describe())
 
 
 def introduce(name: str, engine: Engine, tell: Callable[[str], None]) -> None:

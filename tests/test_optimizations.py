@@ -185,7 +185,7 @@ def test_a_mistake_is_told_before_anything_is_written(project, given, status, ex
     assert not (project.folder / "run").exists()
 
 
-def test_a_block_that_is_never_called_ends_the_run_at_its_first_step(project):
+def test_a_block_that_is_never_called_ends_the_run_within_ten_steps(project):
     (project.folder / "own.py").write_text(
         "from runner.examples.byte_gpt import ByteGPT\n"
         "class Skips(ByteGPT):\n"
@@ -197,10 +197,12 @@ def test_a_block_that_is_never_called_ends_the_run_at_its_first_step(project):
         "            self.blocks = kept\n"
     )
     for given, expected in (
-        (UNSLOTH, "blocks never called in the first step: blocks.2; leave them out with exclude"),
-        (LORA, "never called in the first step: lora: blocks.2.attention_out, blocks.2.mlp_in ... blocks.2.qkv"),
+        (UNSLOTH, "blocks never called so far: blocks.2; leave them out with exclude"),
+        (LORA, "never called so far: lora: blocks.2.attention_out, blocks.2.mlp_in ... blocks.2.qkv"),
     ):
-        printed = project.run("model._target_=own.Skips", given, "hydra.run.dir=run", status=1)
+        printed = project.run("model._target_=own.Skips", given, "trainer.steps=12", "hydra.run.dir=run", status=1)
+        assert "not called in the first step, and waited for" in printed
+        assert "Saved" in printed
         assert f"The run ends: optimizations of model: {expected}" in printed
         shutil.rmtree(project.folder / "run")
 

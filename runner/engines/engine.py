@@ -181,8 +181,7 @@ class Engine:
             self.scheduler.step()
         if taken and self.averages is not None:
             self.averages.update()
-        if taken and self.first is not None:
-            self.first.updated()
+        if taken and self.first is not None and self.first.updated():
             self.first = None
         self._mark_step()
         return taken

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from runner.utils.memory import mib
+from runner.utils.memory import mib, place_of
 from runner.utils.unsloth import Report
 
 
@@ -34,13 +34,17 @@ class Attribution:
         """Looks at what autograd is given to keep in a forward, beside the insides of the blocks."""
 
         def pack(tensor: Tensor) -> Tensor:
-            if not (tensor.is_leaf and tensor.requires_grad):
+            found = place_of(tensor)
+            if found is not None and not (tensor.is_leaf and tensor.requires_grad):
                 shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                self._kept.setdefault(tensor.untyped_storage().data_ptr(), (tensor.nbytes, shape))
-            return tensor
+                self._kept.setdefault(found[0], (found[1], shape))
+            return tensor.detach()  # an output that held itself would never be freed
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield
+        try:
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+        finally:
+            self._recomputed.stop_counting()
 
     def gradients(self) -> None:
         """Looks at the gradients, once they are all there."""

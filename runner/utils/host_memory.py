@@ -37,7 +37,7 @@ class HostMemory:
         self._lock = threading.RLock()  # a lease may end in any thread, and while another is made
 
     def lease(self, num_bytes: int) -> Lease | None:
-        """Returns a buffer of that size or up to an eighth more, or None where the limit leaves none."""
+        """Returns a buffer of that size or up to an eighth more, or None where the limit or the host leaves none."""
         size = _rounded(num_bytes)
         with self._lock:
             for index, (buffer, last) in enumerate(self._free):
@@ -49,7 +49,10 @@ class HostMemory:
             self._make_room(size)
             if self._limit is not None and self.held_bytes + size > self._limit:
                 return None
-            buffer = self._transport.allocate(size)
+            try:
+                buffer = self._transport.allocate(size)
+            except RuntimeError:  # the host has no more that can be locked: as beyond the limit
+                return None
             self.held_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         return Lease(self, buffer)

@@ -41,6 +41,14 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.2f} MiB"
 
 
+def place_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Returns where a tensor's numbers lie and their bytes; None for one that has no memory of its own to tell of."""
+    try:
+        return tensor.untyped_storage().data_ptr(), tensor.nbytes
+    except (RuntimeError, NotImplementedError):  # sparse, nested, or of a transform of functions
+        return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Says whether an error is of a device's or the machine's memory having run out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -35,8 +35,9 @@ class Handle:
         self.buffer: Lease | None = None
         self.is_changed = False
         self.stream = transport.current()
+        self.is_used = False
         self.coming: tuple[Tensor, Any, Any] | None = None  # brought ahead of need, not asked for yet; its stream
-        self.brought: weakref.ref[Tensor] | None = None
+        self.brought: tuple[weakref.ref[Tensor], Any] | None = None  # and the event of its arrival
         self.before: weakref.ref[Handle] | None = None
 
     def let_go(self) -> None:
@@ -160,7 +161,7 @@ class Offloader:
             and not tensor.is_leaf
             and tensor.device == self.transport.device
             and tensor.layout is torch.strided
-            and tensor.nbytes >= self.min_bytes
+            and tensor.nbytes >= max(self.min_bytes, 1)
             and _is_dense(tensor)
             and not self.transport.is_capturing()
         )
@@ -214,15 +215,18 @@ class Offloader:
         _check_unchanged(is_unchanged, handle.shape)
         if handle.source is not None:
             return handle.source
-        if handle.brought is not None and (found := handle.brought()) is not None:
+        handle.is_used = True
+        if handle.brought is not None and (found := handle.brought[0]()) is not None:
+            self.transport.wait(handle.brought[1], self.transport.current())
             return found
         if handle.coming is None:
             if handle.gauge is not None:
                 handle.gauge.stalls += 1
             handle.coming = self._bring(handle)
-        (target, event, _), handle.coming = handle.coming, None
+        (target, event, stream), handle.coming = handle.coming, None
         self.transport.wait(event, self.transport.current())
-        handle.brought = weakref.ref(target)
+        self.transport.lend(target, stream)
+        handle.brought = weakref.ref(target), event
         return target
 
     def _bring(self, handle: Handle) -> tuple[Tensor, Any, Any]:
@@ -240,7 +244,7 @@ class Offloader:
             if before is None:
                 return
             is_there = before.source is not None or before.coming is not None or before.buffer is None
-            if not is_there and (before.brought is None or before.brought() is None):
+            if not is_there and not before.is_used and (before.brought is None or before.brought[0]() is None):
                 before.coming = self._bring(before)
             handle = before
 
@@ -248,8 +252,8 @@ class Offloader:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"unsloth: host_limit is reached at {self.memory.held_bytes} bytes: what goes beyond stays on "
-                f"{self.transport.device}; raise host_limit, or take a smaller batch",
+                f"unsloth: host_limit, or what the host can lock, is reached at {self.memory.held_bytes} bytes: what "
+                f"is more stays on the device; raise host_limit, or take a smaller batch",
                 stacklevel=2,
             )
 

@@ -10,21 +10,21 @@ import contextlib
 import copy
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from runner.utils.memory import place_of
 from runner.utils.offload import Offloader
+from runner.utils.positional import Call
 from runner.utils.surroundings import Replay, Surroundings
 
 _STATE, _OWN = "_recompute", "_recompute_own_forward"
-_LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 _NOTHING = contextlib.nullcontext()
 
 
@@ -38,9 +38,25 @@ class Block:
         self.input_places: set[int] = set()  # in memory, likewise
         self.is_counting = True  # what its forward would have kept; in its first step only
         self.gauge = engine.gauge() if engine is not None else None
+        self.is_here = True
+        first = next(module.parameters(), None)
+        self._anchor = None if first is None or first.device.type == "cpu" else first
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "engine": None, "gauge": None}  # streams and host memory are this process's own
+        return {**vars(self), "engine": None, "gauge": None, "is_here": False}  # a pickle has the class's own forward
+
+    def anchored(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns tensors with one of the block's device among them: checkpoint keeps that device's generator."""
+        if self._anchor is None or any(tensor.device == self._anchor.device for tensor in tensors):
+            return tensors
+        return [*tensors, self._anchor]
+
+    def count_inputs(self, tensors: Sequence[Tensor]) -> None:
+        """Counts what a forward is given and has to keep."""
+        for tensor in tensors:
+            if tensor.requires_grad and not tensor.is_leaf and (found := place_of(tensor)) is not None:
+                self.input_places.add(found[0])
+                self.input_bytes += found[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Block:
         copied = Block.__new__(Block)
@@ -49,10 +65,10 @@ class Block:
             vars(copied)[key] = value if key in ("engine", "gauge") else copy.deepcopy(value, memo)
         return copied
 
-    def contexts(self) -> tuple[Any, Any]:
-        """Returns what its forward and its recomputations run in."""
+    def contexts(self, generators: Sequence[torch.Generator]) -> tuple[Any, Any]:
+        """Returns what a forward and its recomputations run in, with generators that it was given."""
         is_watched = self.is_counting or (self.gauge is not None and self.gauge.is_measuring)
-        return (_Watched(self) if is_watched else _NOTHING), Replay(self.surroundings)
+        return (_Watched(self) if is_watched else _NOTHING), Replay(self.surroundings, generators)
 
 
 class _Watched:
@@ -80,11 +96,12 @@ class _Watched:
         pack, unpack = hooks[:2]
 
         def count(tensor: Tensor) -> Any:
-            if not tensor.is_leaf or not tensor.requires_grad:  # a parameter is there anyway
-                place = tensor.untyped_storage().data_ptr()
+            found = place_of(tensor)
+            if found is not None and not (tensor.is_leaf and tensor.requires_grad):  # a parameter is there anyway
+                place, num_bytes = found
                 if place not in self._seen or self._seen[place].expired():  # checkpoint frees it: another may lie there
                     self._seen[place] = StorageWeakRef(tensor.untyped_storage())
-                    self._block.spared_bytes += tensor.nbytes
+                    self._block.spared_bytes += num_bytes
             return pack(tensor)
 
         self._hooks = saved_tensors_hooks(count, unpack)
@@ -107,7 +124,8 @@ def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block"
     Raises:
         ValueError: the module is compiled as a whole.
     """
-    if is_wrapped(module):
+    known = module.__dict__.get(_STATE)
+    if known is not None and known.is_here:
         return
     if is_compiled(module):
         raise ValueError(
@@ -122,9 +140,10 @@ def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block"
 
 def unwrap(module: nn.Module) -> None:
     """Makes a wrapped module what it was; another is left alone."""
-    if module.__dict__.pop(_STATE, None) is None:
+    if not is_wrapped(module):  # or its user has put another forward over it
         return
-    module.__dict__.pop("forward", None)
+    del module.__dict__[_STATE]
+    del module.__dict__["forward"]
     if (own := module.__dict__.pop(_OWN, None)) is not None:
         module.__dict__["forward"] = own
 
@@ -152,62 +171,34 @@ def _wrapping(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
-    if torch.compiler.is_compiling():
-        _refuse_compiler()
+    block: Block = module.__dict__[_STATE]
+    block.calls += 1
     if not torch.is_grad_enabled():
         return own(*args, **kwargs)
-    block: Block = module.__dict__[_STATE]
-    tensors, function = _by_position(own, args, kwargs)
-    block.calls += 1
-    for tensor in tensors:
-        if tensor.requires_grad and not tensor.is_leaf:
-            block.input_bytes += tensor.nbytes
-            if block.is_counting:
-                block.input_places.add(tensor.untyped_storage().data_ptr())
-    before = block.surroundings.versions()
+    if torch.compiler.is_compiling():
+        _refuse_compiler()
+    call = Call(own, args, kwargs)
+    tensors = block.anchored(call.tensors)
+    if block.is_counting:
+        block.count_inputs(tensors)
+    before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
+    contexts = functools.partial(block.contexts, call.generators)
     engine, gauge = block.engine, block.gauge
     if engine is None or gauge is None or not gauge.is_worth_it:
-        output = checkpoint(function, *tensors, use_reentrant=False, context_fn=block.contexts)
+        output = checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
     else:  # torch's checkpoint hands the inputs to the outer hooks, and nothing else
         with saved_tensors_hooks(functools.partial(engine.pack, gauge=gauge), engine.unpack):
-            output = checkpoint(function, *tensors, use_reentrant=False, context_fn=block.contexts)
+            output = checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
+    if call.error is not None:
+        raise call.error
     if before:
         block.surroundings.look(before)
+    if versions != [tensor._version for tensor in tensors]:
+        raise RuntimeError(
+            f"{block.name}: its forward has modified an input by an inplace operation, and recomputing it needs the "
+            "input as it was; have it change a copy (inplace=False), or leave the block out with exclude"
+        )
     return output
-
-
-def _by_position(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Sequence[Tensor], Callable[..., Any]]:
-    """Returns the tensors of a call, and a function that takes them alone: checkpoint sees no others."""
-    if not kwargs and all(isinstance(each, Tensor) for each in args):
-        return args, function
-    values = [*args, *kwargs.values()]
-    if all(isinstance(each, _LEAVES) for each in values):  # the ordinary call, without a walk through nests
-        names, num_args = list(kwargs), len(args)
-        return _by_place(values, lambda v: function(*v[:num_args], **dict(zip(names, v[num_args:], strict=True))))
-    leaves, spec = tree_flatten((args, kwargs))
-
-    def call(leaves: list[Any]) -> Any:
-        args, kwargs = tree_unflatten(leaves, spec)
-        return function(*args, **kwargs)
-
-    return _by_place(leaves, call)
-
-
-def _by_place(leaves: list[Any], call: Callable[[list[Any]], Any]) -> tuple[Sequence[Tensor], Callable[..., Any]]:
-    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    tensors = [leaves[index] for index in places]
-    for index in places:
-        leaves[index] = None
-
-    def run(*tensors: Tensor) -> Any:
-        filled = list(leaves)
-        for index, tensor in zip(places, tensors, strict=True):
-            filled[index] = tensor
-        return call(filled)
-
-    return tensors, run
 
 
 def _refuse_compiler() -> None:

@@ -20,6 +20,20 @@ _FUSED = (
 )
 
 
+def split_idle(idle: Iterable[str], called: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns names of modules that were not called: those of which none alike was, and the others.
+
+    Alike are names that differ in numbers alone: a layer that is skipped at random has others beside it that were not.
+    """
+    alike = {_unnumbered(name) for name in called}
+    names = list(idle)
+    return [name for name in names if _unnumbered(name) not in alike], [n for n in names if _unnumbered(n) in alike]
+
+
+def _unnumbered(name: str) -> tuple[str, ...]:
+    return tuple("*" if part.isdigit() else part for part in name.split("."))
+
+
 def name_modules(module: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
     """Returns each module, by its id, with every name that it has."""
     named: dict[int, tuple[nn.Module, list[str]]] = {}

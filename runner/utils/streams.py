@@ -33,6 +33,9 @@ class Transport(Protocol):
     def wait(self, event: Any, stream: Any) -> None:
         """Has a stream wait for an event; the program does not."""
 
+    def lend(self, tensor: Tensor, owner: Any) -> None:
+        """Has what computing is asked of now use a tensor that was allocated on another stream, perhaps."""
+
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""
 
@@ -94,6 +97,11 @@ class Streams:
         """Has a stream wait for an event."""
         stream.wait_event(event)
 
+    def lend(self, tensor: Tensor, owner: Any) -> None:
+        """Tells the allocator of another stream than the tensor's own, if it is another."""
+        if (current := self.current()) != owner:
+            tensor.record_stream(current)
+
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""
         return bool(event.query())
@@ -106,7 +114,7 @@ class Streams:
         """Returns page-locked memory of the host, uint8 [num_bytes]; torch's own is rounded up to a power of two."""
         if self.device.type == "cuda":
             size = -(-num_bytes // _PAGE) * _PAGE  # whole pages: others may be locked through another buffer already
-            raw = torch.empty(size + _PAGE, dtype=torch.uint8)
+            raw = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu")
             start = -raw.data_ptr() % _PAGE
             buffer = raw[start : start + size]
             runtime: Any = torch.cuda.cudart()
@@ -115,7 +123,7 @@ class Streams:
                 return buffer
             with contextlib.suppress(RuntimeError):  # the next call is told of it, whatever it is
                 torch.zeros((), device=self.device)
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def is_capturing(self) -> bool:
         """Says whether a graph of the device's work is being recorded."""

@@ -17,6 +17,7 @@ from runner.utils.blocks import find_blocks, matches
 from runner.utils.memory import mib
 from runner.utils.offload import Offloader
 from runner.utils.recompute import Block, block_of, is_compiled, is_wrapped, unwrap, wrap
+from runner.utils.selection import split_idle
 from runner.utils.streams import Streams, has_streams
 
 __all__ = ["OFFLOADS", "Block", "Report", "apply", "is_wrapped", "unwrap", "wrap"]
@@ -46,18 +47,26 @@ class Report:
         """What autograd would have kept of the blocks' insides, in bytes."""
         return sum(block.spared_bytes for block in self.blocks.values())
 
-    def check(self) -> None:
-        """Checks, after a first step, that every block was called, and counts no longer.
+    def stop_counting(self) -> None:
+        """Ends the counting of bytes, after a first forward."""
+        for block in self.blocks.values():
+            block.is_counting = False
 
+    def check(self, is_last: bool = True) -> list[str]:
+        """Checks, after a step, that every block was called by now; returns what was not, and still may be.
+
+        Args:
+            is_last: no block is waited for; else one is whose neighbours were called, for it may be skipped at random.
         Raises:
             ValueError: naming the blocks that were not.
         """
-        idle = [name for name, block in self.blocks.items() if not block.calls]
-        for block in self.blocks.values():
-            block.is_counting = False
-        if idle:
+        self.stop_counting()
+        called = [name for name, block in self.blocks.items() if block.calls]
+        hopeless, waiting = split_idle([name for name, block in self.blocks.items() if not block.calls], called)
+        if wrong := [*hopeless, *waiting] if is_last else hopeless:
             remedy = "leave them out with exclude, or name what is called with include"
-            raise ValueError(f"blocks never called in the first step: {', '.join(idle)}; {remedy}")
+            raise ValueError(f"blocks never called so far: {', '.join(wrong)}; {remedy}")
+        return waiting
 
     def describe(self) -> str:
         """Returns the blocks' calls, bytes and stalls so far, a line each, and their sums."""
@@ -154,6 +163,8 @@ def _choose(
         there_are = ", ".join(dict(model.named_modules())).lstrip(", ")
         what = "no ModuleList or Sequential holds two or more modules of one class" if not found else "all are excluded"
         raise ValueError(f"no block is found: {what}; name them with include. Modules are: {there_are}")
+    if compiled := [name for name, block in chosen.items() if is_compiled(block)]:
+        raise ValueError(f"{compiled[0]}: it is compiled with its call; compile its forward, which is then recomputed")
     return {name: block for index, (name, block) in enumerate(chosen.items()) if index % every == 0}
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.utils.memory import mib
+from runner.utils.selection import split_idle
 
 if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
     from runner.utils.lora import Adapted
@@ -52,7 +53,7 @@ class Changes:
     exports_adapter: bool = False
     _put_in: dict[str, str] = field(default_factory=dict)  # module names that must be called, and by what they came in
     _called: set[str] = field(default_factory=set)
-    _hooks: list[Any] = field(default_factory=list)
+    _hooks: dict[str, Any] = field(default_factory=dict)
     _undo: list[Callable[[], Any]] = field(default_factory=list)
 
     def told(self, what: str, names: Iterable[str], remark: str = "") -> None:
@@ -80,26 +81,30 @@ class Changes:
         """Has `check_calls` look for modules that were put in: one that is never called has no effect."""
         for name in names:
             self._put_in[name] = what
-            hook = self.module.get_submodule(name).register_forward_hook(lambda *_, name=name: self._called.add(name))
-            self._hooks.append(hook)
+            part = self.module.get_submodule(name)
+            self._hooks[name] = part.register_forward_hook(lambda *_, name=name: self._called.add(name))
 
-    def check_calls(self) -> None:
-        """Checks, after a first step, that all that was put in was called.
+    def check_calls(self, is_last: bool = True) -> list[str]:
+        """Checks, after a step, that all that was put in was called by now; returns what was not, and still may be.
 
+        Args:
+            is_last: nothing that was not called is waited for; else what others alike were called beside is.
         Raises:
             ValueError: naming what was not.
         """
-        for hook in self._hooks:
-            hook.remove()
-        idle: dict[str, list[str]] = {}
-        for name in self._put_in.keys() - self._called:
-            if not self._has_effect(name):
-                idle.setdefault(self._put_in[name], []).append(name)
-        self._hooks, self._put_in = [], {}
-        if idle:
-            told = "; ".join(f"{what}: {shorten(sorted(names))}" for what, names in idle.items())
+        self._called |= {name for name in self._put_in if self._has_effect(name)}
+        hopeless, waiting = split_idle(self._put_in.keys() - self._called, self._called)
+        wrong: dict[str, list[str]] = {}
+        for name in sorted([*hopeless, *waiting] if is_last else hopeless):
+            wrong.setdefault(self._put_in[name], []).append(name)
+        self._put_in = {} if wrong or is_last else {name: self._put_in[name] for name in waiting}
+        for name in self._hooks.keys() - self._put_in.keys():
+            self._hooks.pop(name).remove()
+        if wrong:
+            told = "; ".join(f"{what}: {shorten(names)}" for what, names in wrong.items())
             remedy = "what uses their weights without calling them is left without the change; put them in exclude"
-            raise ValueError(f"never called in the first step: {told}; {remedy}")
+            raise ValueError(f"never called so far: {told}; {remedy}")
+        return waiting
 
     def _has_effect(self, name: str) -> bool:
         """Says whether a module's parameters got a gradient: one in a compiled graph is not seen to be called."""
@@ -127,7 +132,7 @@ class Changes:
 
     def undo(self) -> None:
         """Makes the module what it was, but for what training has made of its weights."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
         while self._undo:
             self._undo.pop()()
