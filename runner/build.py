@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -20,15 +21,17 @@ from runner.engines import Engine, Engines
 from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.engines.layouts import Alone
+from runner.engines.optimizers import check_held
 from runner.mistakes import ConfigError
+from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
 from runner.targets import is_called_later, locate
 from runner.utils.agreement import Agreement
+from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
 from runner.utils.place import find_place
 from runner.utils.utils import mix
-from runner.utils.wrapper import Changes, optimize
 
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -127,18 +130,19 @@ def build_device(plain: dict[str, Any]) -> torch.device:
         raise ConfigError(f"distributed.{error}") from error
 
 
-def build_engines(plain: dict[str, Any], device: torch.device, *, is_trained: bool = True) -> Engines:
+def build_engines(plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train) -> Engines:
     """Returns the engines of a resolved config in its order, on this process alone.
 
     Args:
-        is_trained: False leaves out what only training needs: optimizers and schedulers.
+        purpose: to use exported weights takes no optimizer or schedule, nor other things that only training needs.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    return _make_engines(plain, _build_parts(plain, device, is_trained), None, is_trained=is_trained)
+    is_trained = purpose is not Purpose.use
+    return _make_engines(plain, _build_parts(plain, device, purpose), None, is_trained=is_trained)
 
 
-def _build_parts(plain: dict[str, Any], device: torch.device, is_trained: bool = True) -> dict[str, _Part]:
+def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train) -> dict[str, _Part]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     torch.manual_seed(plain["seed"])  # of the initial weights
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
@@ -150,8 +154,8 @@ def _build_parts(plain: dict[str, Any], device: torch.device, is_trained: bool =
         module = _make(place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
-        wanted = optimizations.arguments(changed, device, is_trained=is_trained)
-        changes = _explained(place + "optimizations", partial(optimize, module, device, **wanted))
+        change = partial(optimizations.carry_out, module, device, changed, purpose)
+        changes = _explained(place + "optimizations", change)
         found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found
 
@@ -177,7 +181,7 @@ def _make_engines(
         named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
         optimizer = _make(place + "optimizer", settings["optimizer"], named) if name in trained else None
         step_eagerly(optimizer)
-        _check_held(place, named, optimizer)
+        _explained(place + "optimizer", partial(check_held, optimizer, named))
         engines[name] = Engine(
             module,
             optimizer,
@@ -192,14 +196,6 @@ def _make_engines(
             changes=part.changes,
         )
     return engines
-
-
-def _check_held(place: str, named: list[tuple[str, nn.Parameter]], optimizer: Any) -> None:
-    """Checks that the optimizer holds every parameter that is trained: another would stay as it is, silently."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} if optimizer else set()
-    if optimizer and (left := [name for name, parameter in named if id(parameter) not in held]):
-        remedy = f"freeze them ({place}optimizations.freeze), or give them to it"
-        raise ConfigError(f"{place}optimizer: it lacks parameters that are trained: {', '.join(left)}; {remedy}")
 
 
 def _make_averages(part: _Part, optimizer: Any) -> Averages | None:
@@ -295,6 +291,6 @@ def _explained(key: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
         raise ConfigError(f"{key}: {cause if is_said else repr(cause)}") from error

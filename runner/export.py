@@ -134,7 +134,7 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
         device = build.build_device(saved.plain)
     except ConfigError:  # another machine's: weights can be written anywhere
         device = torch.device("cpu")
-    engines = saved.build_engines(device)
+    engines = saved.build_engines(device, to_write=True)
     evaluation = last_evaluation(saved.run, saved.step)
     facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation)
     try:

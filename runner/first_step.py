@@ -5,12 +5,13 @@ Must not import a config.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from runner.engines import Engine
+from runner.utils.altered import shorten
 from runner.utils.mishaps import Halt
-from runner.utils.wrapper import shorten
 
 if TYPE_CHECKING:
     from runner.utils.attribution import Attribution
@@ -34,8 +35,25 @@ class FirstStep:
             from runner.utils.attribution import Attribution
 
             self._attribution = Attribution(engine.module, recomputed)
-            engine.look_once(self._attribution.forward())
+        engine.changes.watch_calls()
+        engine.look_once(self._forward())
         self._num_steps, self._waits_for = 0, list[str]()
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
+            yield
+        if not self._engine.changes.is_compiled:  # backward would fail where nothing that is trained was called
+            self._check(is_last=False)
+
+    def _check(self, is_last: bool) -> None:
+        changes = self._engine.changes
+        try:
+            self._waits_for = changes.check_calls(is_last)
+            if changes.recomputed is not None:
+                self._waits_for += changes.recomputed.check(is_last)
+        except ValueError as error:
+            raise Halt(f"optimizations of {self._name}: {error}") from error
 
     def prepared(self) -> None:
         """Looks at the step's gradients.
@@ -43,13 +61,7 @@ class FirstStep:
         Raises:
             Halt: something that was put in was never called.
         """
-        changes, is_last = self._engine.changes, self._num_steps + 1 >= _PATIENCE_STEPS
-        try:
-            self._waits_for = changes.check_calls(is_last)
-            if changes.recomputed is not None:
-                self._waits_for += changes.recomputed.check(is_last)
-        except ValueError as error:
-            raise Halt(f"optimizations of {self._name}: {error}") from error
+        self._check(is_last=self._num_steps + 1 >= _PATIENCE_STEPS)
         if self._attribution is not None:
             self._attribution.gradients()
 

@@ -6,6 +6,7 @@ An engine's own stand on top of those of all. Must not import torch at the top: 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,11 +17,23 @@ from runner.schema import CheckpointingConfig, OptimizationsConfig, RuleConfig, 
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from runner.utils.altered import Changes
     from runner.utils.replace import Rule
 
 Plain = dict[str, Any]
+
+
 _ON_GPUS = "liger_kernel."
+
+
+class Purpose(Enum):
+    """What engines are built for: to train, or evaluate what trained; to use exported weights; to write weights."""
+
+    train = "train"
+    use = "use"
+    write = "write"
 
 
 def read(shared: Mapping[str, Any], own: Mapping[str, Any] | None = None, place: str = "optimizations") -> Plain:
@@ -83,6 +96,8 @@ def _read_rule(value: Any, place: str) -> Plain:
     if not isinstance(value, dict) or not isinstance(value.get("with"), str):
         raise ConfigError(f"{place}: expected {{match: class path, with: class or converter path}}; found {value!r}")
     rest = {key: each for key, each in value.items() if key != "with"}
+    if not isinstance(rest.get("match"), str):
+        raise ConfigError(f"{place}.match: expected the path of a class of modules; found {rest.get('match')!r}")
     read = _plain(_merged(OmegaConf.structured(RuleConfig), rest, place))
     return {**read, "with": value["with"]}
 
@@ -96,7 +111,15 @@ def _find_contradiction(plain: Plain) -> str | None:
         return "compile.scope=whole: recomputed blocks break the graph of the whole; take scope=blocks"
     if budget is not None and (scope == "off" or not 0 <= budget <= 1):
         return f"checkpointing.memory_budget={budget}: expected 0 to 1, where compile.scope is blocks or whole"
+    if budget is not None and plain["compile"]["backend"] == "eager":
+        return "checkpointing.memory_budget: the backend eager compiles nothing that would heed it; take inductor"
+    if not 0 <= plain["lora"]["dropout"] < 1:
+        return f"lora.dropout={plain['lora']['dropout']}: expected at least 0 and less than 1"
+    if not plain["device_map"]["bytes_factor"] > 0:
+        return f"device_map.bytes_factor={plain['device_map']['bytes_factor']}: expected more than 0"
     budgets = plain["device_map"]["budgets"]
+    if isinstance(budgets, dict) and (odd := [name for name in budgets if str(name).startswith("meta")]):
+        return f"device_map.budgets.{odd[0]}: nothing is computed there; expected devices such as cuda:0 and cpu"
     if budgets is not None and not (isinstance(budgets, dict) and budgets):
         return f"device_map.budgets={budgets}: expected devices with bytes, such as {{cpu: 8GB}}, or null"
     if plain["lora"]["rank"] < 0:
@@ -134,28 +157,38 @@ def of_engine(plain: Plain, name: str) -> Plain:
     return {**settings, "freeze": own["freeze"]} if "freeze" in own else settings
 
 
-def arguments(settings: Plain, device: torch.device, *, is_trained: bool) -> Plain:
+def carry_out(module: nn.Module, device: torch.device, settings: Plain, purpose: Purpose = Purpose.train) -> Changes:
+    """Changes a module as the settings say; returns what was done.
+
+    Raises:
+        ConfigError, ValueError: something can't be done, and nothing was.
+    """
+    from runner.utils.wrapper import optimize
+
+    return optimize(module, device, **arguments(settings, device, purpose))
+
+
+def arguments(settings: Plain, device: torch.device, purpose: Purpose = Purpose.train) -> Plain:
     """Returns the arguments with which `wrapper.optimize` carries settings out.
 
-    Args:
-        is_trained: False leaves out what only training needs; adapters that were merged into an export are there.
     Raises:
         ConfigError: a rule names what this device can't run.
     """
     lora, fp8, compiled, spread = (dict(settings[key]) for key in ("lora", "fp8", "compile", "device_map"))
     export, is_fp8, scope = lora.pop("export"), fp8.pop("enabled"), compiled["scope"]
-    has_adapters = lora["rank"] > 0 and (is_trained or export == "adapter")
     checkpointing = dict(settings["checkpointing"] or {})
     budget = checkpointing.pop("memory_budget", None)
     recomputes = settings["checkpointing"] is not None and budget is None
+    is_trained, is_run = purpose is Purpose.train, purpose is not Purpose.write
     return {
         "freeze": settings["freeze"] if is_trained else [],
-        "lora": lora if has_adapters else None,
+        "lora": lora if lora["rank"] > 0 else None,
         "exports_adapter": export == "adapter",
+        "is_merged": purpose is Purpose.use and export == "merged",
         "replace": [_rule(each, device) for each in settings["replace"]],
-        "fp8": fp8 if is_fp8 else None,
-        "device_map": spread if spread["budgets"] is not None else None,
-        "compile": {**compiled, "memory_budget": budget} if scope != "off" else None,
+        "fp8": fp8 if is_fp8 and is_run else None,
+        "device_map": spread if spread["budgets"] is not None and is_run else None,
+        "compile": {**compiled, "memory_budget": budget} if scope != "off" and is_run else None,
         "unsloth": settings["unsloth"] if is_trained else None,
         "checkpointing": checkpointing if recomputes and is_trained else None,
     }

@@ -14,6 +14,7 @@ from torch.distributed import Store
 from runner.build import Experiment, build
 from runner.checkpoint import FACTS, load
 from runner.console import Console, open_log
+from runner.engines.eager import forget_compiled
 from runner.mistakes import ConfigError
 from runner.run_folder import find_checkpoint, read_record
 from runner.run_record import RunRecord
@@ -57,6 +58,7 @@ def run(
     with contextlib.ExitStack() as stack:
         signals = Signals()
         stack.enter_context(signals.taken())
+        stack.callback(forget_compiled)
         together(lambda: _hold(folder, stack, goes_on) if is_leader() else None)
         if goes_on and of_leader(lambda: _has_begun(folder, cfg.resume, launch)):
             cfg.resume = str(folder)

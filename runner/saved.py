@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import config, run_folder, trust
 from runner.mistakes import ConfigError
+from runner.optimizations import Purpose
 from runner.trust import Trust
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 _REMEDY = "--allow-targets {}"
-_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines")
+_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines", "optimizations")
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,19 @@ class Saved:
         trust.check_objects(used, self.trust)
         check_targets(used)
 
-    def build_engines(self, device: torch.device) -> Engines:
+    def build_engines(self, device: torch.device, *, to_write: bool = False) -> Engines:
         """Returns the engines with their saved weights, and what trained them where evaluation needs it.
+
+        Args:
+            to_write: the weights are written and nothing is run: what needs the hardware of training is left out.
 
         Raises:
             ConfigError: they can't be built, or the weights are of others.
         """
         from runner import build
 
-        engines = build.build_engines(self.plain, device, is_trained=self.engine is None)
+        purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
+        engines = build.build_engines(self.plain, device, purpose)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)

@@ -2,14 +2,15 @@
 
 import atexit
 import functools
+import json
 import shutil
 import sys
 
 import pytest
 from chaos import Zygote
-from conftest import Project, read_metrics
+from conftest import CANARY, Project, read_metrics
 
-from runner import evaluate, saved
+from runner import evaluate, export, saved
 from runner.utils import io
 
 SMALL = [
@@ -164,6 +165,15 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
         (["optimizations.unsloth={include:[layers.*]}"], 2, "blocks: 'layers.*' matches no module; blocks are:"),
         (["optimizations.unsloth={offload:sometimes}"], 2, "optimizations.unsloth.offload: Invalid value 'sometimes'"),
         (["optimizations.checkpointing=some"], 2, "optimizations.checkpointing=some: expected none, full, or a"),
+        (["optimizations.unsloth={host_limit:-1}"], 2, "host_limit=-1: expected 0 or more"),
+        ([TRACED, "optimizations.checkpointing={memory_budget:0.5}"], 2, "the backend eager compiles nothing"),
+        (["optimizations.replace=[{with:own.Norm}]"], 2, "optimizations.replace[0].match: expected the path"),
+        (["optimizations.replace=[{match:torch.relu,with:own.Norm}]"], 2, "expected a class of modules"),
+        ([REPLACE.replace("include:[blocks.*.*]", "arguments:{foo:1}")], 2, "blocks.0.attention_norm"),
+        (["optimizations.device_map.budgets={meta:null}"], 2, "device_map.budgets.meta: nothing is computed there"),
+        (["optimizations.device_map.budgets={cuda:null}"], 2, "there is no device cuda here"),
+        (["optimizations.device_map.bytes_factor=-1"], 2, "device_map.bytes_factor=-1.0: expected more than 0"),
+        (["optimizations.lora.dropout=1.5"], 2, "optimizations.lora.dropout=1.5: expected at least 0 and less than 1"),
         ([UNSLOTH, FULL], 2, "optimizations.checkpointing: unsloth recomputes the blocks already"),
         ([UNSLOTH, "optimizations.compile.scope=whole"], 2, "optimizations.compile.scope=whole: recomputed blocks"),
         (["optimizations.compile={scope:blocks,backend:fast}"], 2, "compile: backend='fast': expected one of"),
@@ -223,17 +233,71 @@ def test_memory_may_change_on_resume_and_what_changes_the_numbers_may_not(projec
     assert "optimizations.ema.decay: 0.0 -> 0.5" in printed
 
 
-def test_a_rule_of_a_strangers_config_is_refused_before_it_is_imported(project, plain_run):
+THROUGH = "torch.nn.modules.module.torch.save"  # of a module that another brings in
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("evil.touch", "its module is not on the allow-list"), (THROUGH, "it goes through the module torch")],
+)
+@pytest.mark.parametrize("key", ["with", "match"])
+def test_a_rule_of_a_strangers_config_is_refused_before_it_is_imported(project, plain_run, path, reason, key, capsys):
     shutil.copytree(plain_run, project.folder / "run")
     config = project.folder / "run/.hydra/config.yaml"
-    rule = "replace: [{match: torch.nn.RMSNorm, with: evil.touch}]"
-    config.write_text(config.read_text().replace("replace: []", rule))
-    (project.folder / "evil.py").write_text(
-        "import pathlib\npathlib.Path('canary').touch()\ndef touch(old): return old\n"
-    )
-    printed = project.run("resume=run", "trainer.steps=6", status=2)
-    assert "optimizations.replace.0.with=evil.touch: its module is not on the allow-list" in printed
+    rule = {"match": "torch.nn.RMSNorm", "with": "torch.nn.LayerNorm", "arguments": {"f": "canary"}} | {key: path}
+    config.write_text(config.read_text().replace("replace: []", f"replace: [{json.dumps(rule)}]"))
+    (project.folder / "evil.py").write_text(CANARY + "touch = Evil\n")
+    expected = f"optimizations.replace.0.{key}={path}: {reason}"
+    assert expected in project.run("resume=run", "trainer.steps=6", status=2)
+    for main in (evaluate.main, export.main):
+        with pytest.raises(SystemExit):
+            main(["run"])
+        assert expected in capsys.readouterr().err
     assert not (project.folder / "canary").exists()
+
+
+def test_a_rule_of_an_exports_metadata_is_refused(project, plain_run, capsys):
+    path = project.folder / "model.safetensors"
+    facts, weights = (
+        io.read_metadata(plain_run / "exports/model.safetensors"),
+        io.load(plain_run / "exports/model.safetensors"),
+    )
+    config = json.loads(facts["config"])
+    config["optimizations"]["replace"] = [{"match": "torch.nn.RMSNorm", "with": THROUGH, "arguments": {"f": "canary"}}]
+    io.save(weights, path, {**facts, "config": json.dumps(config)})
+    with pytest.raises(SystemExit):
+        evaluate.main([str(path)])
+    assert "it goes through the module torch" in capsys.readouterr().err
+    assert not (project.folder / "canary").exists()
+
+
+def test_weights_are_exported_where_their_hardware_is_not(project, plain_run):
+    shutil.copytree(plain_run, project.folder / "run")
+    config = project.folder / "run/.hydra/config.yaml"
+    text = (
+        config.read_text()
+        .replace("enabled: false", "enabled: true")
+        .replace("budgets: null", "budgets: {'cuda:0': null}")
+    )
+    config.write_text(text)
+    export.main(["run", "--output", "out"])
+    assert (
+        io.load(project.folder / "out/model.safetensors").keys()
+        == io.load(plain_run / "exports/model.safetensors").keys()
+    )
+
+
+def test_an_adapter_that_reaches_nothing_ends_the_run_before_its_backward(project):
+    (project.folder / "own.py").write_text(
+        "import torch\nfrom runner.examples.byte_gpt import ByteGPT\n"
+        "class Reads(ByteGPT):\n"
+        "    def __init__(self, **rest):\n"
+        "        super().__init__(**rest)\n"
+        "        self.extra = torch.nn.Linear(4, 4)\n"
+    )
+    given = "optimizations.lora={rank:2,include:[extra]}"
+    printed = project.run("model._target_=own.Reads", given, "hydra.run.dir=run", status=1)
+    assert "The run ends: optimizations of model: never called so far: lora: extra" in printed
 
 
 @pytest.mark.parametrize("preset", ["low_vram", "fast"])

@@ -73,3 +73,9 @@ def clear_gradients(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         return
     for parameter in parameters:  # what torch's own does, but for 5 us around it
         parameter.grad = None
+
+
+def forget_compiled() -> None:
+    """Has torch's compiler, where it is loaded, forget what it compiled: a process may run several experiments."""
+    if (compiler := sys.modules.get(_COMPILER)) is not None:
+        compiler.reset()

@@ -22,8 +22,8 @@ from runner.engines.gathered import Gathered
 from runner.engines.gradients import Gradients
 from runner.engines.layouts import Alone
 from runner.engines.settings import configured, load_parts, lrs, set_base_lrs
+from runner.utils.altered import Changes
 from runner.utils.distributed import gather, move
-from runner.utils.wrapper import Changes
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

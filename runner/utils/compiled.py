@@ -47,13 +47,15 @@ def compile_module(
             "compile: no ModuleList or Sequential holds two or more modules of one class; take scope=whole"
         )
     programs: dict[Any, Any] = {}
-    for block in blocks.values():
-        own = type(block).forward
+    before = [(block, block.__dict__.get("forward")) for block in blocks.values()]
+    for block, instead in before:
+        own = type(block).forward if instead is None else instead
         if own not in programs:
             compiled = torch.compile(own, **settings)
             programs[own] = compiled if memory_budget is None else _budgeted(compiled, memory_budget)
-        block.__dict__["forward"] = types.MethodType(programs[own], block)  # a copy of the block computes with its own
-    return list(blocks), functools.partial(_give_back, list(blocks.values()))
+        program = programs[own]  # bound to the block: a copy of it computes with its own weights
+        block.__dict__["forward"] = types.MethodType(program, block) if instead is None else program
+    return list(blocks), functools.partial(_give_back, before)
 
 
 def _check(scope: str, backend: str, mode: str | None) -> None:
@@ -81,9 +83,11 @@ def _budgeted(compiled: Any, budget: float) -> Any:
     return run
 
 
-def _give_back(blocks: Iterable[nn.Module]) -> None:
-    for block in blocks:
-        block.__dict__.pop("forward", None)
+def _give_back(before: Iterable[tuple[nn.Module, Any]]) -> None:
+    for block, forward in before:
+        del block.__dict__["forward"]
+        if forward is not None:
+            block.__dict__["forward"] = forward
 
 
 def _reset(module: nn.Module) -> None:

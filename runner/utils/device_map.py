@@ -222,11 +222,13 @@ def spread(module: nn.Module, device_map: DeviceMap) -> Spread:
     parameter that it uses directly (which lies where the first units are), must be on that device.
 
     Raises:
-        ValueError: a plan that is not of this module's units.
+        ValueError: a plan that is not of this module's units, or a device that is not there.
     """
     units = _units(module)
     if differing := sorted({unit.name for unit in units} ^ device_map.devices.keys()):
         raise ValueError(f"the plan is of another module: {_shorten(differing)} only in one of the two")
+    for name in dict.fromkeys(device_map.devices.values()):
+        _check_there(torch.device(name))
     made = Spread()
     try:
         for unit in units:
@@ -235,6 +237,16 @@ def spread(module: nn.Module, device_map: DeviceMap) -> Spread:
         made.undo()
         raise
     return made
+
+
+def _check_there(device: torch.device) -> None:
+    if device.type in ("cpu", "meta"):
+        return
+    there = torch.get_device_module(device).device_count() if torch.accelerator.is_available() else 0
+    if torch.accelerator.current_accelerator() != torch.device(device.type) or (device.index or 0) >= there:
+        raise ValueError(
+            f"device_map: there is no device {device} here; this machine has {there or 'none but the CPU'}"
+        )
 
 
 @torch.no_grad()

@@ -74,6 +74,11 @@ class Adapted:
     _fused: list[tuple[nn.Module, str, Any]] = field(repr=False)
     _is_undone: bool = field(default=False, repr=False)
 
+    @property
+    def tied(self) -> dict[str, str]:
+        """The layers adapted whose weight another module holds too, and that one: they can't be merged."""
+        return self._found.tied
+
     def undo(self) -> None:
         """Takes the adapters away; classes and requires_grad are as they were before."""
         if self._is_undone:

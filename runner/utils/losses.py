@@ -146,6 +146,8 @@ def _sum_losses(logits: Tensor, targets: Tensor, ignore_index: int, is_graded: b
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float16:  # a sum over positions may be more than it holds
+        left, right = left.float(), right.float()
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

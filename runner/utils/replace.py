@@ -175,7 +175,10 @@ def _make(old: nn.Module, rule: Rule, where: str) -> tuple[nn.Module, bool]:
     """Returns the new module, and whether it was built as a class with tensors yet to come."""
     if isinstance(rule.make, type) and not hasattr(rule.make, "from_module"):
         return _build(rule.make, old, rule.arguments, where), True
-    new = getattr(rule.make, "from_module", rule.make)(old, **rule.arguments)
+    try:
+        new = getattr(rule.make, "from_module", rule.make)(old, **rule.arguments)
+    except Exception as error:
+        raise ValueError(f"{where}: the converter failed: {type(error).__name__}: {error}") from error
     if not isinstance(new, nn.Module):
         raise ValueError(f"{where}: the converter returned {new!r}, expected a module")
     if new is old:

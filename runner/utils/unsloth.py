@@ -125,8 +125,9 @@ def apply(
             number out of range.
     """
     _check_settings(
-        offload, every=(every, 1), in_flight=(in_flight, 1), keep_last=(keep_last, 0), prefetch=(prefetch, 0)
-    )
+        offload, every=(every, 1), in_flight=(in_flight, 1), keep_last=(keep_last, 0), prefetch=(prefetch, 0),
+        min_bytes=(min_bytes, 0), host_limit=(host_limit or 0, 0),
+    )  # fmt: skip
     modules = _choose(model, include, exclude, every)
     engines: dict[torch.device, Offloader] = {}
     for name, module in modules.items():

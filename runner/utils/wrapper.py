@@ -7,21 +7,21 @@ not import a model library.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from runner.utils.altered import Changes
 from runner.utils.memory import mib
-from runner.utils.selection import split_idle
+from runner.utils.selection import call_within_fused
 
 if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
-    from runner.utils.lora import Adapted
     from runner.utils.replace import Rule
-    from runner.utils.unsloth import Report
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -42,103 +42,6 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(frozen))
 
 
-@dataclass
-class Changes:
-    """What was done to a module, and the way back."""
-
-    module: nn.Module
-    rows: list[tuple[str, str]] = field(default_factory=list)
-    adapted: Adapted | None = None
-    recomputed: Report | None = None
-    exports_adapter: bool = False
-    _put_in: dict[str, str] = field(default_factory=dict)  # module names that must be called, and by what they came in
-    _called: set[str] = field(default_factory=set)
-    _hooks: dict[str, Any] = field(default_factory=dict)
-    _undo: list[Callable[[], Any]] = field(default_factory=list)
-
-    def told(self, what: str, names: Iterable[str], remark: str = "") -> None:
-        """Adds a row to the table: what was done, to which."""
-        listed = list(names)
-        self.rows.append((what, f"{len(listed)}: {shorten(listed)}{remark}"))
-
-    def left(self, what: str, skipped: Mapping[str, str]) -> None:
-        """Adds what was left out, and why."""
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in skipped.items():
-            by_reason.setdefault(reason, []).append(name)
-        self.rows += [(f"{what}, skipped", f"{shorten(names)}: {reason}") for reason, names in by_reason.items()]
-
-    def later(self, undo: Callable[[], Any]) -> None:
-        """Adds a step to the way back."""
-        self._undo.append(undo)
-
-    def table(self) -> list[str]:
-        """Returns what was done, a line each; nothing for a module that was left alone."""
-        width = max((len(what) for what, _ in self.rows), default=0)
-        return [f"{what.ljust(width)}  {rest}" for what, rest in self.rows]
-
-    def expect_calls(self, what: str, names: Iterable[str]) -> None:
-        """Has `check_calls` look for modules that were put in: one that is never called has no effect."""
-        for name in names:
-            self._put_in[name] = what
-            part = self.module.get_submodule(name)
-            self._hooks[name] = part.register_forward_hook(lambda *_, name=name: self._called.add(name))
-
-    def check_calls(self, is_last: bool = True) -> list[str]:
-        """Checks, after a step, that all that was put in was called by now; returns what was not, and still may be.
-
-        Args:
-            is_last: nothing that was not called is waited for; else what others alike were called beside is.
-        Raises:
-            ValueError: naming what was not.
-        """
-        self._called |= {name for name in self._put_in if self._has_effect(name)}
-        hopeless, waiting = split_idle(self._put_in.keys() - self._called, self._called)
-        wrong: dict[str, list[str]] = {}
-        for name in sorted([*hopeless, *waiting] if is_last else hopeless):
-            wrong.setdefault(self._put_in[name], []).append(name)
-        self._put_in = {} if wrong or is_last else {name: self._put_in[name] for name in waiting}
-        for name in self._hooks.keys() - self._put_in.keys():
-            self._hooks.pop(name).remove()
-        if wrong:
-            told = "; ".join(f"{what}: {shorten(names)}" for what, names in wrong.items())
-            remedy = "what uses their weights without calling them is left without the change; put them in exclude"
-            raise ValueError(f"never called so far: {told}; {remedy}")
-        return waiting
-
-    def _has_effect(self, name: str) -> bool:
-        """Says whether a module's parameters got a gradient: one in a compiled graph is not seen to be called."""
-        return any(parameter.grad is not None for parameter in self.module.get_submodule(name).parameters())
-
-    def exported(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a state of the module as it is to be exported: adapters merged in, or alone."""
-        if self.adapted is None:
-            return dict(state)
-        return self.adapted.adapter(state) if self.exports_adapter else self.adapted.merged(state)
-
-    def load_exported(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `exported` gave.
-
-        Raises:
-            RuntimeError: names or shapes that are not those of the module.
-        """
-        if self.adapted is None or not self.exports_adapter:
-            self.module.load_state_dict(state)
-            return
-        expected = set(self.adapted.adapter(self.module.state_dict()))
-        if wrong := sorted(expected ^ set(state)):
-            raise RuntimeError(f"the adapter lacks, or has beside what it should: {', '.join(wrong)}")
-        self.module.load_state_dict(state, strict=False)
-
-    def undo(self) -> None:
-        """Makes the module what it was, but for what training has made of its weights."""
-        for hook in self._hooks.values():
-            hook.remove()
-        while self._undo:
-            self._undo.pop()()
-        self.recomputed = self.adapted = None
-
-
 def optimize(
     module: nn.Module,
     device: torch.device | None = None,
@@ -146,6 +49,7 @@ def optimize(
     freeze: Sequence[str] = (),
     lora: Mapping[str, Any] | None = None,
     exports_adapter: bool = False,
+    is_merged: bool = False,
     replace: Sequence[Rule] = (),
     fp8: Mapping[str, Any] | None = None,
     device_map: Mapping[str, Any] | None = None,
@@ -161,6 +65,7 @@ def optimize(
         lora, fp8, compile, unsloth: arguments of `lora.add_lora`, `float8.to_float8`, `compiled.compile_module`,
             `unsloth.apply`.
         exports_adapter: what is exported are the adapters alone.
+        is_merged: the adapters are in the weights already: none are added, and what took them is not replaced.
         device_map: `budgets` and `bytes_factor` of `device_map.plan`.
         checkpointing: include, exclude and every of `unsloth.apply`: blocks are recomputed, nothing is moved.
     Raises:
@@ -171,13 +76,12 @@ def optimize(
     try:
         if device is not None and device_map is None:
             module.to(device)
-        _change_parts(changes, freeze, lora, replace, fp8)
+        _adapt(changes, freeze, lora, is_merged)
+        _replace(changes, replace, fp8, _names_adapted(module, lora) if is_merged and lora is not None else [])
         if device_map is not None:
             _spread(changes, device_map)
-        if compile is not None:
-            _compile(changes, compile)
-        if unsloth is not None or checkpointing is not None:
-            _recompute(changes, unsloth, checkpointing)
+        _compile(changes, compile)
+        _recompute(changes, unsloth, checkpointing)
     except BaseException:
         changes.undo()
         raise
@@ -186,39 +90,67 @@ def optimize(
     return changes
 
 
-def _change_parts(
-    changes: Changes, patterns: Sequence[str], lora: Any, rules: Sequence[Rule], fp8: Mapping[str, Any] | None
-) -> None:
+def _adapt(changes: Changes, patterns: Sequence[str], lora: Mapping[str, Any] | None, is_merged: bool) -> None:
     module = changes.module
     if patterns:
         flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         changes.later(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
         changes.told("freeze", freeze(module, patterns))
-    if lora is not None:
-        from runner.utils.lora import add_lora
+    if lora is None or is_merged:
+        return
+    from runner.utils.lora import add_lora
 
-        changes.adapted = adapted = add_lora(module, **lora)
-        changes.later(adapted.undo)
-        changes.told(f"lora (rank {lora['rank']})", adapted.names)
-        changes.left("lora", adapted.skipped)
-        changes.expect_calls("lora", adapted.names)
+    changes.adapted = adapted = add_lora(module, **lora)
+    changes.later(adapted.undo)
+    for name, other in {} if changes.exports_adapter else adapted.tied.items():
+        remedy = f"put {name} in lora.exclude, or set lora.export=adapter"
+        raise ValueError(f"lora: {name}.weight is {other} too, and exports would merge the adapter into both; {remedy}")
+    changes.told(f"lora (rank {lora['rank']})", adapted.names)
+    changes.left("lora", adapted.skipped)
+    changes.expect_calls("lora", adapted.names)
+
+
+def _names_adapted(module: nn.Module, lora: Mapping[str, Any]) -> list[str]:
+    from runner.utils.lora import add_lora
+
+    adapted = add_lora(module, **lora)
+    adapted.undo()
+    return adapted.names
+
+
+def _replace(changes: Changes, rules: Sequence[Rule], fp8: Mapping[str, Any] | None, but: Sequence[str]) -> None:
+    module = changes.module
     if rules:
         from runner.utils import replace
 
-        replaced = replace.replace(module, rules)
+        spared = [dataclasses.replace(rule, exclude=(*rule.exclude, *but)) for rule in rules]
+        replaced = replace.replace(module, spared)
         changes.later(replaced.undo)
         for names, skipped in zip(replaced.replaced, replaced.skipped, strict=True):
             changes.told(f"replace {next(iter(names.values()), '')}", names)
-            changes.left("replace", skipped)
+            changes.left("replace", {name: why for name, why in skipped.items() if name not in but})
             changes.expect_calls("replace", names)
     if fp8 is not None:
-        from runner.utils.float8 import from_float8, to_float8
+        from runner.utils.float8 import to_float8
 
-        converted = to_float8(module, **fp8)
-        changes.later(lambda: from_float8(module))
+        before = dict(module.named_modules(remove_duplicate=False))
+        converted = to_float8(module, **{**fp8, "exclude": [*fp8.get("exclude", ()), *but]})
+        if not converted.names:
+            why = "; ".join(f"{name}: {reason}" for name, reason in converted.skipped.items())
+            raise ValueError(f"fp8: no Linear is converted ({why or 'there is none of that very class'})")
+        changes.later(lambda: _put_back(module, {name: before[name] for name in converted.names}))
+        for owner, key, value in call_within_fused(module, {id(module.get_submodule(n)) for n in converted.names}):
+            changes.later(functools.partial(setattr, owner, key, value))
         changes.told("fp8", converted.names)
         changes.left("fp8", converted.skipped)
         changes.expect_calls("fp8", converted.names)
+
+
+def _put_back(module: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    for name, old in before.items():
+        parent, _, own = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        owner._modules[own] = old.train(owner.get_submodule(own).training)
 
 
 def _spread(changes: Changes, device_map: Mapping[str, Any]) -> None:
@@ -229,15 +161,23 @@ def _spread(changes: Changes, device_map: Mapping[str, Any]) -> None:
     changes.rows += [("device_map", line) for line in str(planned).splitlines()]
 
 
-def _compile(changes: Changes, settings: Mapping[str, Any]) -> None:
+def _compile(changes: Changes, settings: Mapping[str, Any] | None) -> None:
+    if settings is None:
+        return
     from runner.utils.compiled import compile_module
 
     names, undo = compile_module(changes.module, **settings)
     changes.later(undo)
-    changes.told(f"compile ({settings.get('backend', 'inductor')})", names if names != [""] else ["the whole"])
+    changes.is_compiled = True
+    budget = settings.get("memory_budget")
+    remark = "" if budget is None else f", keeping {budget:g} of what backward would be given"
+    what = f"compile ({settings.get('backend', 'inductor')})"
+    changes.told(what, names if names != [""] else ["the whole"], remark)
 
 
 def _recompute(changes: Changes, unsloth: Mapping[str, Any] | None, checkpointing: Mapping[str, Any] | None) -> None:
+    if unsloth is None and checkpointing is None:
+        return
     from runner.utils.unsloth import apply
 
     settings = dict(unsloth) if unsloth is not None else {**(checkpointing or {}), "offload": "never"}
@@ -256,8 +196,3 @@ def _size(module: nn.Module) -> str:
     sizes = [(p.numel(), p.nbytes, p.requires_grad) for p in module.parameters()]
     total, trained = sum(n for n, _, _ in sizes), sum(n for n, _, is_trained in sizes if is_trained)
     return f"{total:,} ({trained:,} trained), {mib(sum(num_bytes for _, num_bytes, _ in sizes))}"
-
-
-def shorten(names: Sequence[str], most: int = 3) -> str:
-    """Returns some of the names, where there are many the first and the last."""
-    return ", ".join(names) if len(names) <= most else f"{', '.join(names[: most - 1])} ... {names[-1]}"

@@ -17,6 +17,10 @@ class Norm(nn.LayerNorm):
     pass
 
 
+class Linear(nn.Linear):
+    pass
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -92,6 +96,7 @@ def test_the_table_tells_to_what_from_how_much_to_how_much():
 def test_what_was_put_in_and_never_called_is_an_error():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
     changes = optimize(model, lora={"rank": 2})
+    changes.watch_calls()
     model["used"](torch.ones(1, 8)).sum().backward()
     with pytest.raises(ValueError, match=r"never called so far: lora: idle; .* put them in exclude"):
         changes.check_calls()
@@ -102,6 +107,8 @@ def test_what_was_put_in_and_never_called_is_an_error():
 def test_what_stands_in_a_compiled_graph_is_found_by_its_gradient():
     model = Model()
     changes = optimize(model, lora={"rank": 2}, compile={"scope": "blocks", "backend": "eager"})
+    changes.watch_calls()
+    assert not any(module._forward_hooks for module in model.modules())  # it would be compiled with it
     model(torch.randn(2, 16)).sum().backward()
     changes.check_calls()
 
@@ -145,3 +152,81 @@ def test_compiling_leaves_names_and_copies_sound(scope):
     changes.undo()
     assert model._compiled_call_impl is None
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_is_read_and_never_called_is_told_though_it_gets_a_gradient():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.proj = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return nn.functional.linear(self.norm(x), self.proj.weight)
+
+    class Own(nn.Linear):
+        pass
+
+    model = Reads()
+    changes = optimize(model, replace=[Rule(nn.Linear, Own)])
+    changes.watch_calls()
+    model(torch.ones(1, 8)).sum().backward()
+    with pytest.raises(ValueError, match="never called so far: replace: proj"):
+        changes.check_calls(is_last=False)
+
+
+def test_adapters_that_could_not_be_merged_are_refused_at_once():
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 8), "head": nn.Linear(8, 4, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    lora = {"rank": 2, "include": ["head"]}
+    with pytest.raises(ValueError, match=r"head.weight is embedding.weight too, .* set lora.export=adapter"):
+        optimize(model, lora=lora)
+    assert type(model["head"]) is nn.Linear
+    optimize(model, lora=lora, exports_adapter=True)
+
+
+def test_what_took_adapters_is_not_replaced_once_they_are_merged():
+    rules = [Rule(nn.Linear, Linear)]
+    trained, used = Model(), Model()
+    optimize(trained, lora={"rank": 2, "exclude": ["head"]}, replace=rules)
+    optimize(used, lora={"rank": 2, "exclude": ["head"]}, replace=rules, is_merged=True)
+    assert {name for name, each in used.named_modules() if type(each) is Linear} == {"head"}
+    assert type(trained.head) is Linear
+
+
+def test_an_adapter_alone_brings_statistics_along():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    twin = copy.deepcopy(model)
+    changes = optimize(model, lora={"rank": 2}, exports_adapter=True)
+    for _ in range(3):
+        model(torch.randn(8, 4) + 3)
+    other = optimize(twin, lora={"rank": 2}, exports_adapter=True)
+    other.load_exported(changes.exported(model.state_dict()))
+    given = torch.randn(2, 4)
+    assert torch.equal(twin.eval()(given), model.eval()(given))
+
+
+def test_float8_that_converts_nothing_is_an_error_and_undone_it_is_the_very_modules():
+    pytest.importorskip("torchao")
+    with pytest.raises(ValueError, match=r"fp8: no Linear is converted .*not multiples of 16"):
+        optimize(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), fp8={"emulate": True})
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    before, given = list(encoder.modules()), torch.randn(2, 3, 16)
+    with torch.no_grad():
+        expected = encoder(given)
+        changes = optimize(encoder, fp8={"emulate": True})
+        assert not torch.equal(encoder(given), expected)  # not past it, in torch's fast path
+        changes.undo()
+        assert list(map(id, encoder.modules())) == list(map(id, before))
+        assert torch.equal(encoder(given), expected)
+
+
+def test_a_forward_of_a_blocks_own_is_compiled_and_put_back():
+    model, given = Model(), torch.randn(2, 16)
+    for block in model.blocks:
+        block.forward = own = lambda x: x * 2
+    expected = model(given)
+    changes = optimize(model, compile={"scope": "blocks", "backend": "eager"})
+    assert torch.equal(model(given), expected)
+    changes.undo()
+    assert model.blocks[2].forward is own
+    assert torch.equal(model(given), expected)
