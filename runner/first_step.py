@@ -35,12 +35,14 @@ class FirstStep:
             from runner.utils.attribution import Attribution
 
             self._attribution = Attribution(engine.module, recomputed)
-        engine.changes.watch_calls()
         engine.look_once(self._forward())
         self._num_steps, self._waits_for = 0, list[str]()
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
+        self._engine.changes.watch_calls()  # from here on: an evaluation before it calls all there is
+        if (recomputed := self._engine.changes.recomputed) is not None:
+            recomputed.forget_calls()
         with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
             yield
         if not self._engine.changes.is_compiled:  # backward would fail where nothing that is trained was called

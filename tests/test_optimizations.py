@@ -154,6 +154,7 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
     assert "unsloth     3: blocks.0, blocks.1, blocks.2, recomputed in the backward pass" in printed
     assert "there is no accelerator to move them from" in printed
     assert "block     calls  inputs" in printed
+    assert "blocks.0  1      0.02 MiB" in printed  # and not what the evaluation before it called
     assert "Memory of a step: parameters 0.20 MiB, gradients 0.20 MiB, optimizer 0.41 MiB, block inputs" in printed
 
 

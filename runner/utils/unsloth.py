@@ -47,6 +47,11 @@ class Report:
         """What autograd would have kept of the blocks' insides, in bytes."""
         return sum(block.spared_bytes for block in self.blocks.values())
 
+    def forget_calls(self) -> None:
+        """Begins to count calls anew."""
+        for block in self.blocks.values():
+            block.calls = 0
+
     def stop_counting(self) -> None:
         """Ends the counting of bytes, after a first forward."""
         for block in self.blocks.values():
