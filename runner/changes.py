@@ -19,7 +19,7 @@ Nest = dict[str, Any]
 
 _ABSENT = object()
 _FIXED: list[KeyPath] = [  # what makes a run the one it is
-    ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("optimizer", "_target_"),
+    ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("pattern",), ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
     *(("optimizations", key) for key in ("freeze", "replace", "fp8", "compile", "ema")),

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from runner.mistakes import ConfigError, nearest
 from runner.optimizations import find_mistakes
@@ -92,6 +93,7 @@ def check(cfg: DictConfig) -> None:
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + find_mistakes(cfg)
+        mistakes += _pattern_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
@@ -120,6 +122,25 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
         for key in ((OmegaConf.select(cfg, section) or {}) if section else cfg)
         if key not in keys
     ]
+
+
+def _pattern_mistakes(cfg: DictConfig) -> list[str]:
+    if cfg.pattern is None:
+        return []
+    remedy = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
+    try:
+        plain = to_plain(cfg)
+    except InterpolationKeyError as error:
+        if "pattern.num_codebooks" not in str(error.full_key):
+            raise
+        return [f"pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... ({remedy})"]
+    pattern = plain.pop("pattern")
+    return [] if _holds(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
+
+
+def _holds(node: Any, wanted: Any) -> bool:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return node == wanted or any(_holds(child, wanted) for child in children)
 
 
 def _batch_mistakes(cfg: DictConfig) -> list[str]:

@@ -7,11 +7,13 @@ top: `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.fingerprint import find_change
 from runner.mistakes import ConfigError, told_in_one_message
 
 if TYPE_CHECKING:
@@ -66,6 +68,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "ndim", 0) == 0)
 
 
+def show(
+    tracker: Any, log: logging.Logger, folder: Path, step: int, shown: Mapping[str, Any], *, writes: bool = True
+) -> None:
+    """Shows what a report gave: all in TensorBoard, texts in the log too, and sounds as files if it `writes`."""
+    from runner.utils.files import replace_file
+    from runner.utils.media import Audio
+
+    for name, value in shown.items():
+        if isinstance(value, str):
+            tracker.text(step, name, value)
+            log.info("%s:\n%s", name, value)
+        elif isinstance(value, Audio):
+            tracker.audio(step, name, value)
+            if writes:
+                path = folder / "audio" / f"{name.removeprefix('eval/')}-{step:08d}.wav"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, [value.encode()])
+                log.info("%s: %s", name, path)
+        else:
+            tracker.image(step, name, value)
+
+
 def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the numbers, texts and pictures of a saved model's evaluation.
 
@@ -81,6 +105,8 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
     engines = saved.build_engines(build.build_device(plain))
     evaluation, report = build.build_evaluation(plain), build.build_report(plain)
     assert evaluation is not None
+    if changed := find_change(evaluation.dataset, saved.fingerprint):
+        print(changed, file=sys.stderr)
     try:
         return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
     except ValueError as error:
@@ -103,11 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for note in found.notes:
             print(note, file=sys.stderr)
         numbers, shown = evaluate(found)
+        from runner.utils.media import Audio
+
     for name, number in numbers.items():
         print(name, number)
-    for name, text in shown.items():
-        if isinstance(text, str):
-            print(f"{name}:\n{text}")
+    for name, value in shown.items():
+        if isinstance(value, str):
+            print(f"{name}:\n{value}")
+        elif isinstance(value, Audio):
+            print(f"{name}: a sound of {value.num_samples / value.sample_rate:.1f} s, which a run writes to its folder")
 
 
 if __name__ == "__main__":

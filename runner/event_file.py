@@ -85,6 +85,18 @@ def encode_image(wall_time: float, step: int, name: str, image: Any) -> bytes:
     return _frame_values(wall_time, step, Summary.Value(tag=name, image=picture))
 
 
+def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate: int) -> bytes:
+    """A record with a sound, the bytes of a WAV file of 16 bits and one channel, that TensorBoard's AUDIO tab plays."""
+    sound = Summary.Audio(
+        sample_rate=sample_rate,
+        num_channels=1,
+        length_frames=(len(wav) - 44) // 2,
+        encoded_audio_string=wav,
+        content_type="audio/wav",
+    )
+    return _frame_values(wall_time, step, Summary.Value(tag=name, audio=sound))
+
+
 def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], metrics: list[str] | None) -> bytes:
     """A record that enters the run in TensorBoard's HPARAMS tab."""
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=wall_time)

@@ -48,6 +48,7 @@ class Saved:
     best: dict[str, Any] | None = None
     engine: str | None = None
     notes: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
 
     def check(self, *roles: str) -> None:
         """Imports what the engines and these roles name, and checks it; the other roles are left alone.
@@ -101,14 +102,14 @@ def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str
     found, content, faults = run_folder.find_checkpoint(path)
     try:
         trainer = content.pop("trainer")
-        step, best = int(trainer["loop"]["step"]), trainer["best"]
+        step, best, fingerprint = int(trainer["loop"]["step"]), trainer["best"], trainer.get("fingerprint")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{found}: it tells no step ({error})") from error
     notes = [f"Passed over: {fault}" for fault in faults]
     record = run_folder.read_record(run)
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
-    return Saved(found, run, plain, trusted, step, content, best, None, notes)
+    return Saved(found, run, plain, trusted, step, content, best, None, notes, fingerprint)
 
 
 def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:

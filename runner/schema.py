@@ -235,6 +235,7 @@ class Config:
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING
+    pattern: Any = None
     optimizer: Any = MISSING
     scheduler: Any = MISSING
     optimizations: OptimizationsConfig = MISSING

@@ -16,8 +16,9 @@ from runner.checkpoint import FACTS, Checkpoints
 from runner.config import flatten
 from runner.console import Console
 from runner.dialogue import Dialogue
-from runner.evaluate import measure
+from runner.evaluate import measure, show
 from runner.export import facts_of, last_evaluation, write
+from runner.fingerprint import find_change, fingerprint_of
 from runner.first_step import introduce
 from runner.mistakes import ConfigError
 from runner.run_record import RunRecord
@@ -212,6 +213,7 @@ class Session:
             "batches": self.experiment.batches.state_dict(),
             "commands": self.dialogue.inbox.state_dict(),
             "best": self.best.found,
+            "fingerprint": fingerprint_of(self.experiment.batches.dataset),
         }
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
         self.saver.save(step, self.engines.state_dict(), facts, self.best.rate(evaluated))
@@ -229,14 +231,16 @@ class Session:
     def _resume(self, path: Path, saved: dict[str, Any]) -> None:
         facts = saved.pop(FACTS)
         try:
-            notes = self.engines.load_state_dict(saved, self.experiment.settings["resume_allow_changes"])
+            allows = self.experiment.settings["resume_allow_changes"]
+            changed = find_change(self.experiment.batches.dataset, facts.get("fingerprint"), allows)
+            notes = self.engines.load_state_dict(saved, allows)
             note = self.experiment.load_stream(facts["batches"])
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
         self.dialogue.inbox.load_state_dict(facts["commands"])
         self.best.found, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
-        for each in filter(None, [*notes, note]):
+        for each in filter(None, [*notes, note, changed]):
             self.log.warning("%s", each)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
@@ -255,12 +259,8 @@ class Session:
         with _told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        for name, value in shown.items():
-            if isinstance(value, str):
-                self.tracker.text(step, name, value)
-                self.log.info("%s:\n%s", name, value)
-            else:
-                self.tracker.image(step, name, value)
+        with _told("the run's sounds", Halt):
+            show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         try:
             is_best = self.best.take(step, numbers)
         except ValueError as error:

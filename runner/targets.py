@@ -36,6 +36,7 @@ _EXTRAS = {
     "torchao": "torchao",
     "liger_kernel": "liger",
     "triton": "liger",
+    "soundfile": "audio",
 }
 
 

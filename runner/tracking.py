@@ -5,7 +5,6 @@ import torch, Hydra, OmegaConf, `build` or anything above; a tensor is whatever 
 """
 
 import atexit
-import io
 import json
 import threading
 import time
@@ -94,8 +93,16 @@ class Tracker:
         Raises: ValueError when an array is of another type or shape.
         """
         if self._has_events:
-            image = _render_figure(picture) if hasattr(picture, "savefig") else _copy_pixels(name, picture)
+            from runner.utils.media import read_picture
+
+            image = read_picture(name, picture)
             self._enqueue(step, lambda events, wall_time: events.encode_image(wall_time, step, name, image))
+
+    def audio(self, step: int, name: str, audio: Any) -> None:
+        """TensorBoard's AUDIO tab plays an `Audio`, whose wave may be changed afterwards."""
+        if self._has_events:
+            sound = audio.encode()
+            self._enqueue(step, lambda events, wall: events.encode_audio(wall, step, name, sound, audio.sample_rate))
 
     def hparams(self, values: Mapping[str, bool | float | str], metrics: list[str] | None = None) -> None:
         """TensorBoard's HPARAMS tab shows the run with these values and the last values of `metrics`.
@@ -280,21 +287,3 @@ def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> float:
     with open(path, "rb") as file:
         replace_file(path, keep(file))
     return last_s
-
-
-def _render_figure(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _copy_pixels(name: str, picture: Any) -> Any:
-    import numpy
-
-    array = numpy.array(picture.detach().cpu().numpy() if hasattr(picture, "detach") else picture)
-    if array.dtype != numpy.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
-            f"image {name!r}: expected uint8 [height, width, 3], found {array.dtype} {list(array.shape)}; "
-            "convert it first"
-        )
-    return array

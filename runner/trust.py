@@ -21,7 +21,14 @@ from hydra.utils import get_object
 from runner.mistakes import ConfigError
 from runner.targets import find_module, rule_paths
 
-BUILT_IN = ("runner.examples", "runner.engines", "runner.utils.sampler", "torch.nn", "torch.optim")
+BUILT_IN = (
+    "runner.examples",
+    "runner.engines",
+    "runner.utils.sampler",
+    "runner.utils.pattern",
+    "torch.nn",
+    "torch.optim",
+)
 SHIPPED = ("bitsandbytes.optim.AdamW8bit", "prodigyopt.Prodigy", "schedulefree.AdamWScheduleFree")  # what conf/ names
 _MAKERS = (
     "runner.engines.optimizers",

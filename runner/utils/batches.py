@@ -72,6 +72,7 @@ class Batches:
         self._prefetch_factor = checked_int("Batches: prefetch_factor", prefetch_factor, 1)
         self._pin_memory = checked_choice("Batches: pin_memory", pin_memory, (False, True))
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
+        self.dataset = dataset
         self._samples = Samples(dataset, self._seed if is_seeded else None)
         self._collate = default_collate if collate is None else collate
         self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
