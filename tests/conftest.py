@@ -1,9 +1,13 @@
 """A user's own project: a model, its data and a config, nothing of it subclassed; and the runner started on it."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: each of one thread, and so what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import atexit
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys

@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_two_commands_stand_in_it():
     assert "pip install -e . -c constraints.txt && python -m runner\n" in README
-    assert 'pip install -e ".[test]" -c constraints.txt && python -m pytest\n' in README
+    assert 'pip install -e ".[test]" -c constraints.txt && python -m pytest -n 2 --dist loadfile\n' in README
 
 
 def test_every_path_of_its_tree_is_there():
