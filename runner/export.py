@@ -77,13 +77,19 @@ def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]
 
 
 def facts_of(
-    plain: Mapping[str, Any], run: Path, step: int, best: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None
+    plain: Mapping[str, Any],
+    run: Path,
+    step: int,
+    best: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+    fingerprint: str | None = None,
 ) -> dict[str, str]:
     """Returns what an exported file tells of where it is from: config, step, commit, metrics and the runner's version.
 
     Args:
         plain: the resolved config.
         evaluation: the newest one's step and numbers.
+        fingerprint: of the data, where it has one.
     """
     config = {key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE}
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
@@ -93,6 +99,7 @@ def facts_of(
         "commit": str((read_record(run).get("git") or {}).get("commit") or ""),
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
+        **({"fingerprint": fingerprint} if fingerprint is not None else {}),
     }
 
 
@@ -136,7 +143,7 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
         device = torch.device("cpu")
     engines = saved.build_engines(device, to_write=True)
     evaluation = last_evaluation(saved.run, saved.step)
-    facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation)
+    facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation, saved.fingerprint)
     try:
         return write(engines, folder or saved.run / "exports", facts, getattr(torch, DTYPES[dtype]) if dtype else None)
     except (ValueError, OSError) as error:

@@ -135,7 +135,8 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
     own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
     plain["engines"] = {name: own} if plain["engines"] else {}
-    return Saved(path, None, plain, trusted, step, {name: weights}, engine=name)
+    told = facts.get("fingerprint")
+    return Saved(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=told)
 
 
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:

@@ -280,7 +280,8 @@ class Session:
 
     def export(self) -> None:
         """Writes each engine's weights, with what they are from."""
-        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best.found, self.evaluation)
+        data = fingerprint_of(self.experiment.batches.dataset)
+        facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best.found, self.evaluation, data)
         with _told("the export", Halt):
             paths = write(self.engines, self.folder / "exports", facts, writes=is_leader())
         for path in paths:
