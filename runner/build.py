@@ -21,7 +21,7 @@ from runner.engines import Engine, Engines
 from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.engines.layouts import Alone
-from runner.engines.optimizers import check_held
+from runner.engines.settings import check_held
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig

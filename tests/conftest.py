@@ -140,14 +140,16 @@ trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0
 
 
 @functools.cache
-def shared_zygote():
-    zygote = Zygote()
+def shared_zygote(*modules):
+    zygote = Zygote(*modules)
     atexit.register(zygote.close)
     return zygote
 
 
 class Project:
     """A folder with a user's module `own` and `conf/experiment/mine.yaml`."""
+
+    loaded = ()  # modules that the process has imported from which runs are forked
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -170,7 +172,7 @@ class Project:
 
     def run(self, *overrides, typed=None, status=0):
         """Runs to the end, in a process forked from one that has imported torch already; returns what was printed."""
-        zygote, output = shared_zygote(), self.folder / "printed.txt"
+        zygote, output = shared_zygote(*self.loaded), self.folder / "printed.txt"
         output.unlink(missing_ok=True)
         keyboard = None
         if typed is not None:
@@ -243,6 +245,11 @@ def at_home(trained, monkeypatch):
 
 
 CANARY = "import pathlib\npathlib.Path('canary').touch()\n\n\nclass Evil:\n    pass\n"
+
+
+def read_numbers(folder):
+    """What is logged and no measurement of this machine."""
+    return [{k: v for k, v in line.items() if not k.endswith(("_s", "_gb"))} for line in read_metrics(folder)]
 
 
 def read_metrics(folder):

@@ -1,15 +1,12 @@
 """`experiment=audio_codes` in whole runs, on audio files that the test makes: every pattern, resumed, heard."""
 
-import atexit
-import functools
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from chaos import Zygote
-from conftest import Project, read_metrics
+from conftest import Project, read_numbers
 from tensorboard.compat.proto.event_pb2 import Event
 
 from runner import evaluate, saved
@@ -26,23 +23,9 @@ SMALL = [
 PATTERNS = ["parallel", "delayed", "unrolled", "coarse_first", "musiclm", "vall_e"]
 
 
-@functools.cache
-def zygote():
-    made = Zygote("runner.examples.speech_codes", "soundfile")
-    atexit.register(made.close)
-    return made
-
-
 class AudioCodes(Project):
     command = property(lambda self: [sys.executable, "-m", "runner", *SMALL])
-
-    def run(self, *overrides, status=0):
-        output = self.folder / "printed.txt"
-        output.unlink(missing_ok=True)
-        pid = zygote().start(self.folder, [*self.command[3:], *overrides], environment={}, typed=None)
-        found, printed = zygote().wait(pid), output.read_text()
-        assert found == status, printed
-        return printed
+    loaded = ("runner.examples.speech_codes", "soundfile")
 
 
 @pytest.fixture
@@ -62,14 +45,10 @@ def project(tmp_path, monkeypatch):
     made.close()
 
 
-def numbers(folder):
-    return [{k: v for k, v in line.items() if not k.endswith(("_s", "_gb"))} for line in read_metrics(folder)]
-
-
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_trains_and_each_codebook_has_its_loss(project, pattern):
     project.run(f"pattern={pattern}", "hydra.run.dir=run", "trainer.steps=2")
-    (first, *_, last) = [line for line in numbers(project.folder / "run") if "eval/loss" in line]
+    (first, *_, last) = [line for line in read_numbers(project.folder / "run") if "eval/loss" in line]
     own = [last[f"eval/loss_{number}"] for number in (1, 2, 3)]
     assert last["eval/loss"] == pytest.approx(sum(own) / 3)
     assert abs(first["eval/loss"] - np.log(8)) < 0.1
@@ -80,12 +59,12 @@ def test_it_resumes_exactly_evaluates_alike_and_can_be_heard(project):
     folder = project.folder / "run"
     shutil.copytree(folder, project.folder / "again")
     project.run("resume=again/checkpoints/step_00000002")
-    assert numbers(project.folder / "again") == numbers(folder)
+    assert read_numbers(project.folder / "again") == read_numbers(folder)
     for name in ("model.safetensors", "model.optimizer.safetensors"):
         one, other = (each / "checkpoints/step_00000004" / name for each in (folder, project.folder / "again"))
         assert one.read_bytes() == other.read_bytes()
 
-    (last,) = [line for line in numbers(folder) if line["step"] == 4 and "eval/loss" in line]
+    (last,) = [line for line in read_numbers(folder) if line["step"] == 4 and "eval/loss" in line]
     found, shown = evaluate.evaluate(saved.open_saved(folder))
     assert {name: value for name, value in last.items() if name.startswith("eval/")} == found
 

@@ -1,14 +1,11 @@
 """Each optimization in whole runs of the default experiment: it trains, resumes exactly, exports, evaluates alike."""
 
-import atexit
-import functools
 import json
 import shutil
 import sys
 
 import pytest
-from chaos import Zygote
-from conftest import CANARY, Project, read_metrics
+from conftest import CANARY, Project, read_numbers
 
 from runner import evaluate, export, saved
 from runner.utils import io
@@ -65,27 +62,11 @@ SAME_NUMBERS = ("unsloth", "checkpointing", "every other block", "replace", "dev
 MERGED = [case for case, given in CASES.items() if LORA in given and case != "adapter"]  # rounded in another order
 
 
-@functools.cache
-def compiling_zygote():
-    zygote = Zygote("torch._dynamo")
-    atexit.register(zygote.close)
-    return zygote
-
-
 class Default(Project):
     """The default experiment, made small."""
 
     command = property(lambda self: [sys.executable, "-m", "runner", *SMALL])
-
-    def run(self, *overrides, status=0):
-        zygote, output = compiling_zygote(), self.folder / "printed.txt"
-        output.unlink(missing_ok=True)
-        pid = zygote.start(
-            self.folder, [*self.command[3:], *overrides], environment={"OMP_NUM_THREADS": "1"}, typed=None
-        )
-        found, printed = zygote.wait(pid), output.read_text()
-        assert found == status, printed
-        return printed
+    loaded = ("torch._dynamo",)
 
 
 @pytest.fixture
@@ -107,12 +88,6 @@ def plain_run(tmp_path_factory):
     return project.folder / "run"
 
 
-def numbers(folder):
-    """What is logged and no measurement of this machine."""
-    measured = ("_s", "_gb")
-    return [{key: v for key, v in line.items() if not key.endswith(measured)} for line in read_metrics(folder)]
-
-
 def evaluated(place):
     opening = saved.open_export if place.is_file() else saved.open_saved
     numbers, _ = evaluate.evaluate(opening(place, ["report.num_bytes=0"], ["own"]))
@@ -126,13 +101,13 @@ def test_it_trains_resumes_exactly_exports_and_evaluates_to_the_same_number(case
     printed = project.run(*CASES[case], "hydra.run.dir=run")
     folder = project.folder / "run"
     assert "optimizations:" in printed
-    (last,) = [line for line in numbers(folder) if "eval/loss" in line]
+    (last,) = [line for line in read_numbers(folder) if "eval/loss" in line]
     if case in SAME_NUMBERS:
-        assert numbers(folder) == numbers(plain_run)
+        assert read_numbers(folder) == read_numbers(plain_run)
 
     shutil.copytree(folder, project.folder / "again")
     project.run("resume=again/checkpoints/step_00000002", "allow_targets=[own]")
-    assert numbers(project.folder / "again") == numbers(folder)
+    assert read_numbers(project.folder / "again") == read_numbers(folder)
     for name in ("model.safetensors", "model.optimizer.safetensors"):
         one, other = (each / "checkpoints/step_00000004" / name for each in (folder, project.folder / "again"))
         assert one.read_bytes() == other.read_bytes()
@@ -229,7 +204,7 @@ def test_an_engines_own_optimizations_stand_on_top(project):
 def test_memory_may_change_on_resume_and_what_changes_the_numbers_may_not(project, plain_run):
     shutil.copytree(plain_run, project.folder / "run")
     project.run("resume=run/checkpoints/step_00000002", UNSLOTH)
-    assert numbers(project.folder / "run") == numbers(plain_run)
+    assert read_numbers(project.folder / "run") == read_numbers(plain_run)
     printed = project.run("resume=run", EMA, "trainer.steps=6", status=2)
     assert "optimizations.ema.decay: 0.0 -> 0.5" in printed
 

@@ -17,20 +17,6 @@ from runner.utils.packing import is_spread
 from runner.utils.utils import mix
 
 
-def check_held(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Checks that an optimizer holds every parameter that is to be trained: another would stay as it is, silently.
-
-    Raises:
-        ValueError: naming those that it does not hold.
-    """
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if left := [name for name, parameter in named if id(parameter) not in held]:
-        remedy = "freeze them (optimizations.freeze), or give them to it"
-        raise ValueError(f"it lacks parameters that are trained: {', '.join(left)}; {remedy}")
-
-
 class Joined(Optimizer):
     """Several optimizers over different parameters, stepped as one; their groups stand in one list."""
 

@@ -6,9 +6,10 @@ Must not import a config.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -41,6 +42,20 @@ def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int,
     for each in [scheduler, *getattr(scheduler, "_schedulers", ())]:  # one of several has no rates of its own
         if hasattr(each, "base_lrs"):
             each.base_lrs[index] = lr
+
+
+def check_held(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Checks that an optimizer holds every parameter that is to be trained: another would stay as it is, silently.
+
+    Raises:
+        ValueError: naming those that it does not hold.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if left := [name for name, parameter in named if id(parameter) not in held]:
+        remedy = "freeze them (optimizations.freeze), or give them to it"
+        raise ValueError(f"it lacks parameters that are trained: {', '.join(left)}; {remedy}")
 
 
 def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:
