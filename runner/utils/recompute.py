@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Block:
         self.is_here = True
         first = next(module.parameters(), None)
         self._anchor = None if first is None or first.device.type == "cpu" else first
+        self._is_on_cuda = first is not None and first.device.type == "cuda"
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "engine": None, "gauge": None, "is_here": False}  # a pickle has the class's own forward
@@ -50,6 +53,22 @@ class Block:
         if self._anchor is None or any(tensor.device == self._anchor.device for tensor in tensors):
             return tensors
         return [*tensors, self._anchor]
+
+    def is_captured(self) -> bool:
+        """Returns whether a CUDA graph is being captured; the block is then run as it is, with one warning.
+
+        A recomputation restores the state of the CUDA generator, which is impossible during a capture.
+        """
+        if not self._is_on_cuda or not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.name}: it is captured in a CUDA graph, where it can't be recomputed: the graph keeps its "
+                "activations; leave the block out with exclude, or don't capture it",
+                stacklevel=2,
+            )
+        return True
 
     def count_inputs(self, tensors: Sequence[Tensor]) -> None:
         """Counts what a forward is given and has to keep."""
@@ -122,7 +141,7 @@ def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block"
         engine: moves the inputs away meanwhile; None leaves them where they are.
         name: what a message calls it.
     Raises:
-        ValueError: the module is compiled as a whole.
+        ValueError: the module is compiled as a whole, or draws random numbers that can't be replayed.
     """
     known = module.__dict__.get(_STATE)
     if known is not None and known.is_here:
@@ -131,11 +150,29 @@ def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block"
         raise ValueError(
             f"{name}: it is compiled with its call, and recomputation would stand inside: compile its forward"
         )
+    _refuse_cudnn_dropout(module, name)
     own = module.__dict__.get("forward")
     if own is not None:
         module.__dict__[_OWN] = own
     module.__dict__[_STATE] = Block(module, name, engine)
     module.__dict__["forward"] = types.MethodType(_wrapping(type(module).forward if own is None else own), module)
+
+
+def _refuse_cudnn_dropout(module: nn.Module, name: str) -> None:
+    """Checks that no dropout between the layers of an RNN is drawn by cuDNN.
+
+    cuDNN keeps a random state of its own on the device: a recomputation would drop other elements than the forward.
+    """
+    for key, part in module.named_modules():
+        if not isinstance(part, nn.RNNBase) or not part.dropout or part.num_layers == 1:
+            continue
+        if torch.backends.cudnn.enabled and next(part.parameters()).is_cuda:
+            path = f"{name}.{key}" if key else name
+            raise ValueError(
+                f"{path}: cuDNN draws the dropout of this {type(part).__name__} from a state that can't be replayed, "
+                "so recomputing it would give wrong gradients: leave the block out with exclude, set its dropout=0, or "
+                "set torch.backends.cudnn.enabled = False"
+            )
 
 
 def unwrap(module: nn.Module) -> None:
@@ -173,7 +210,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
     block: Block = module.__dict__[_STATE]
     block.calls += 1
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or block.is_captured():
         return own(*args, **kwargs)
     if torch.compiler.is_compiling():
         _refuse_compiler()

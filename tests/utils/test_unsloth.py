@@ -12,137 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runner.utils import unsloth
 from runner.utils.offload import Offloader
-from runner.utils.wrapper import freeze
+from tests.block_cases import CASES, WIDTH, Mlp, Model, assert_equal, learned, made, noise, total
 from tests.lazy_device import LazyDevice
 
-WIDTH = 8
-
-
-class Mlp(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.wide, self.narrow, self.dropout = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH), nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.narrow(torch.tanh(self.wide(x))))
-
-
-class Keyword(Mlp):
-    def forward(self, *, x: Tensor, gate: Tensor | None = None, scale: float = 1.0) -> Tensor:  # type: ignore[override]
-        mixed = super().forward(x) * scale
-        return mixed if gate is None else mixed * gate
-
-
-class Nested(Mlp):
-    def forward(self, given: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
-        x, (gate, other) = given["x"], given["rest"]
-        return {"x": super().forward(x) * gate, "rest": (gate.sin(), other + x)}
-
-
-class Several(Mlp):
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return super().forward(x * y.cos()), super().forward(y)
-
-
-class Views(Mlp):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).view(2, -1, WIDTH).transpose(0, 1).flatten(0, 1)
-
-
-class Normed(Mlp):
-    def __init__(self, momentum: float | None = 0.1) -> None:
-        super().__init__()
-        self.norm, self.other = nn.BatchNorm1d(WIDTH, momentum=momentum), nn.InstanceNorm1d(3, track_running_stats=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(super().forward(x))
-        return self.other(x.view(-1, 3, WIDTH)).view(-1, WIDTH)
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(WIDTH, WIDTH, 2, dropout=0.5, batch_first=True)
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        return self.lstm(x, state)
-
-
-class Attention(Mlp):
-    def forward(self, x: Tensor) -> Tensor:
-        heads = super().forward(x).view(2, -1, 2, WIDTH // 2).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3)
-        return mixed.transpose(1, 2).reshape(-1, WIDTH)
-
-
-class Model(nn.Module):
-    def __init__(self, blocks: list[nn.Module], call: Callable[[nn.Module, Any], Any] | None = None) -> None:
-        super().__init__()
-        self.blocks, self.call = nn.ModuleList(blocks), call or (lambda block, x: block(x))
-
-    def forward(self, x: Any) -> Any:
-        for block in self.blocks:
-            x = self.call(block, x)
-        return x
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (6, WIDTH)))
-
-
-def _looped() -> Model:
-    block = Mlp(0.3)
-    tied = Mlp(0.3)
-    tied.wide.weight = block.wide.weight
-    return Model([block, tied, Mlp()], lambda each, x: each(each(x)))
-
-
-def _frozen() -> Model:
-    model = Model([Mlp(0.1) for _ in range(3)])
-    freeze(model, ["blocks.0.*", "blocks.2.wide.*"])
-    return model
-
-
-def _keyword_call(block: nn.Module, x: Any) -> Any:
-    return block(x=x, gate=torch.rand_like(x), scale=0.5)
-
-
-def _lstm_call(block: nn.Module, x: Any) -> Any:
-    out, state = block(x) if isinstance(x, Tensor) else block(x[0], x[1])
-    return out, state
-
-
-CASES: dict[str, tuple[Callable[[], Model], Callable[[], Any]]] = {
-    "dropout": (lambda: Model([Mlp(0.5) for _ in range(4)]), _noise),
-    "keywords": (lambda: Model([Keyword(0.5) for _ in range(4)], _keyword_call), _noise),
-    "nested": (
-        lambda: Model([Nested(0.2) for _ in range(4)]),
-        lambda: {"x": _noise().requires_grad_(), "rest": (_noise().requires_grad_(), torch.ones(6, WIDTH))},
-    ),
-    "two gradient tensors": (
-        lambda: Model([Several(0.2) for _ in range(4)], lambda block, pair: block(*pair)),
-        lambda: (_noise().requires_grad_(), _noise().requires_grad_()),
-    ),
-    "inputs without gradient": (lambda: Model([Mlp(0.1), Mlp(0.1)]), _noise),
-    "transposed input": (lambda: Model([Mlp() for _ in range(3)], lambda b, x: b(x.T.contiguous().T)), _noise),
-    "tied and looped": (_looped, _noise),
-    "views": (lambda: Model([Views(0.1) for _ in range(3)]), _noise),
-    "lstm": (lambda: Model([Recurrent() for _ in range(3)], _lstm_call), lambda: _noise(3, 5, WIDTH).requires_grad_()),
-    "batch norm": (lambda: Model([Normed() for _ in range(3)]), _noise),
-    "cumulative batch norm": (lambda: Model([Normed(None) for _ in range(3)]), _noise),
-    "frozen": (_frozen, _noise),
-    "attention": (lambda: Model([Attention(0.1) for _ in range(3)]), _noise),
-}
 ENGINES = ["recomputed", "offloaded"]
-
-
-def made(case: str) -> tuple[Model, Any]:
-    torch.manual_seed(0)
-    build, give = CASES[case]
-    return build(), give()
 
 
 def wrapped(model: nn.Module, how: str, **settings: Any) -> LazyDevice | None:
@@ -155,30 +32,6 @@ def wrapped(model: nn.Module, how: str, **settings: Any) -> LazyDevice | None:
     for name, block in model.blocks.named_children():  # type: ignore[union-attr]
         unsloth.wrap(block, engine, name)
     return device
-
-
-def total(output: Any) -> Tensor:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return torch.stack([leaf.square().mean() for leaf in leaves if isinstance(leaf, Tensor)]).sum()
-
-
-def learned(model: nn.Module, given: Any, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Returns loss, gradients, buffers and the generator's state after one pass."""
-    torch.manual_seed(1)
-    inputs = [leaf for leaf in torch.utils._pytree.tree_leaves(given) if leaf.requires_grad]
-    for each in (*model.parameters(), *inputs):
-        each.grad = None
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = total(model(given))
-    loss.backward()
-    grads = [torch.zeros(()) if each.grad is None else each.grad for each in (*model.parameters(), *inputs)]
-    return [loss.detach(), *grads, *(b.clone() for b in model.buffers()), torch.get_rng_state()]
-
-
-def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
-    assert len(one) == len(other)
-    for mine, theirs in zip(one, other, strict=True):
-        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("how", ENGINES)
@@ -211,7 +64,7 @@ def test_a_generator_of_the_users_own_is_replayed(how: str) -> None:
         model = Model([Noisy() for _ in range(3)])
         if is_wrapped:
             wrapped(model, how)
-        found = learned(model, _noise().requires_grad_())
+        found = learned(model, noise().requires_grad_())
         outcomes.append([*found, *(block.generator.get_state() for block in model.blocks)])
     assert_equal(*outcomes)
 
@@ -228,7 +81,7 @@ def test_the_attention_backend_of_the_forward_is_that_of_the_recomputation(how: 
     model = Model([Spy(), Spy()])
     wrapped(model, how)
     with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        loss = total(model(_noise()))
+        loss = total(model(noise()))
     loss.backward()
     assert seen == [False] * 4
     assert torch.backends.cuda.flash_sdp_enabled()
@@ -248,7 +101,7 @@ def test_a_buffer_that_a_forward_changes_is_changed_once_and_warned_of(how: str)
     model, twin = Model([Counting(), Counting()]), Model([Counting(), Counting()])
     twin.load_state_dict(model.state_dict())
     wrapped(model, how)
-    given = _noise()
+    given = noise()
     with pytest.warns(UserWarning, match="changes the buffer 'count' of Counting"):
         learned(model, given)
     learned(twin, given)
@@ -308,7 +161,7 @@ def test_two_live_graphs_in_either_order(order: tuple[int, int], how: str) -> No
     model, _ = made("dropout")
     twin = copy.deepcopy(model)
     device = wrapped(model, how, keep_last=0, in_flight=1)
-    batches = [_noise().requires_grad_(), _noise().requires_grad_()]
+    batches = [noise().requires_grad_(), noise().requires_grad_()]
     found = []
     for each in (model, twin):
         torch.manual_seed(1)
@@ -341,7 +194,7 @@ def test_a_forward_that_is_abandoned_leaves_nothing_behind(how: str) -> None:
 def test_an_input_changed_in_place_raises(how: str) -> None:
     model = Model([Mlp(), Mlp()])
     wrapped(model, how)
-    x = _noise().requires_grad_() * 1
+    x = noise().requires_grad_() * 1
     loss = total(model(x))
     with torch.no_grad():
         x.mul_(2)
@@ -355,7 +208,7 @@ def test_without_gradients_nothing_is_kept_or_recomputed() -> None:
     unsloth.apply(model)
     model.blocks[0].wide.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        model(_noise())
+        model(noise())
     assert calls == [1]
 
 
@@ -377,7 +230,7 @@ def test_wrapping_twice_and_unwrapping_twice_is_doing_it_once() -> None:
 @pytest.mark.parametrize("how", ENGINES)
 def test_a_copy_computes_with_its_own_weights(how: str, copied: Callable[[nn.Module], nn.Module]) -> None:
     model = nn.Sequential(Mlp(0.2), Mlp(0.2))
-    given, engine = _noise(), Offloader(LazyDevice(), min_bytes=0)
+    given, engine = noise(), Offloader(LazyDevice(), min_bytes=0)
     for block in model:
         unsloth.wrap(block, None if how == "recomputed" else engine)
     other = copied(model)
@@ -409,7 +262,7 @@ def test_compiling_the_whole_around_it_is_refused_with_the_reason() -> None:
     model = Model([Mlp(), Mlp()])
     unsloth.apply(model)
     with pytest.raises(Exception, match=r"compile the blocks instead \(optimizations.compile.scope=blocks\)"):
-        torch.compile(model, backend="eager")(_noise())
+        torch.compile(model, backend="eager")(noise())
     with pytest.raises(ValueError, match="compiled as a whole"):
         unsloth.apply(torch.compile(Model([Mlp(), Mlp()]), backend="eager"))  # type: ignore[arg-type]
 
@@ -459,7 +312,7 @@ def test_a_model_without_blocks_is_an_error_that_lists_its_modules() -> None:
 def test_blocks_that_are_never_called_are_an_error() -> None:
     model = nn.ModuleDict({"used": Model([Mlp(), Mlp()]), "idle": nn.ModuleList([Mlp(), Mlp()])})
     report = unsloth.apply(model)
-    learned(model["used"], _noise())
+    learned(model["used"], noise())
     with pytest.raises(ValueError, match=r"never called so far: idle.0, idle.1; leave them out with exclude"):
         report.check(is_last=False)
 
@@ -468,7 +321,7 @@ def test_a_block_whose_neighbours_are_called_may_be_skipped_at_random() -> None:
     model = Model([Mlp() for _ in range(3)], lambda block, x: x)
     report = unsloth.apply(model)
     model.call = lambda block, x: block(x) if block is not model.blocks[1] else x
-    learned(model, _noise())
+    learned(model, noise())
     assert report.check(is_last=False) == ["blocks.1"]
     with pytest.raises(ValueError, match=r"never called so far: blocks.1"):
         report.check()
@@ -478,23 +331,23 @@ def test_a_block_that_runs_without_gradients_counts_as_called() -> None:
     model = Model([Mlp(), Mlp()])
     report = unsloth.apply(model)
     with torch.no_grad():
-        model(_noise())
+        model(noise())
     assert report.check() == []
 
 
 def test_the_report_tells_what_the_blocks_were_given_and_what_was_spared() -> None:
     model = Model([Mlp() for _ in range(3)])
     report = unsloth.apply(model)
-    total(model(_noise().requires_grad_() * 1)).backward()
+    total(model(noise().requires_grad_() * 1)).backward()
     report.check()
     assert report.input_bytes == 3 * 6 * WIDTH * 4
     kept = list[Tensor]()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        Mlp()(_noise().requires_grad_() * 1)
+        Mlp()(noise().requires_grad_() * 1)
     of_one = {t.data_ptr(): t.nbytes for t in kept if not (t.is_leaf and t.requires_grad)}
     assert report.spared_bytes == 3 * sum(of_one.values())
     assert report.describe().splitlines()[1].split()[:2] == ["blocks.0", "1"]
-    learned(model, _noise())
+    learned(model, noise())
     assert report.spared_bytes == 3 * sum(of_one.values())  # of the first step
 
 
@@ -514,7 +367,7 @@ def test_what_a_block_puts_into_its_callers_list_is_there(how: str) -> None:
     model = Model([Appends(0.2) for _ in range(3)], _append)
     twin = copy.deepcopy(model)
     wrapped(model, how)
-    given = _noise().requires_grad_()
+    given = noise().requires_grad_()
     assert len(model(given)[1]) == 3
     assert_equal(learned(model, given), learned(twin, given))
 
@@ -532,7 +385,7 @@ def test_a_generator_that_is_an_argument_is_replayed(how: str) -> None:
         model = Model([Noisy() for _ in range(3)], lambda block, x, generator=generator: block(x, generator))
         if is_wrapped:
             wrapped(model, how)
-        outcomes.append([*learned(model, _noise().requires_grad_()), generator.get_state()])
+        outcomes.append([*learned(model, noise().requires_grad_()), generator.get_state()])
     assert_equal(*outcomes)
 
 
@@ -552,7 +405,7 @@ def test_buffers_that_are_put_anew_or_change_later_than_others() -> None:
             return super().forward(x) * self.mean.clone()
 
     model = Model([Late(), Late()])
-    twin, given = copy.deepcopy(model), _noise().requires_grad_()
+    twin, given = copy.deepcopy(model), noise().requires_grad_()
     unsloth.apply(model)
     for step in range(5):
         mine, theirs = learned(model, given), learned(twin, given)
@@ -565,7 +418,7 @@ def test_buffers_that_are_put_anew_or_change_later_than_others() -> None:
 def test_parameters_changed_between_forward_and_backward_raise() -> None:
     model = Model([Mlp(), Mlp()])
     unsloth.apply(model)
-    loss = total(model(_noise()))
+    loss = total(model(noise()))
     with torch.no_grad():
         model.blocks[1].wide.weight.add_(1)
     with pytest.raises(RuntimeError, match=r"weight of Linear in blocks.1, .* was changed after its forward"):
@@ -574,7 +427,7 @@ def test_parameters_changed_between_forward_and_backward_raise() -> None:
 
 def test_a_functional_call_learns_the_parameters_that_it_was_given() -> None:
     model = Model([Mlp(), Mlp()])
-    twin, given = copy.deepcopy(model), _noise()
+    twin, given = copy.deepcopy(model), noise()
     unsloth.apply(model)
     others = {name: (value.detach() * 2).requires_grad_() for name, value in model.named_parameters()}
     found = []
@@ -595,7 +448,7 @@ def test_an_error_in_a_block_leaves_nothing_behind(how: str) -> None:
             return super().forward(x)
 
     model = Model([Mlp(0.2), Fails(0.2), Mlp(0.2)])
-    twin, given = copy.deepcopy(model), _noise().requires_grad_()
+    twin, given = copy.deepcopy(model), noise().requires_grad_()
     wrapped(model, how)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         model(given)
@@ -609,7 +462,7 @@ def test_a_block_that_changes_its_input_in_place_is_named(how: str) -> None:
     model = Model([nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)) for _ in range(2)])
     wrapped(model, how)
     with pytest.raises(RuntimeError, match=r"^\S+: its forward has modified an input by an inplace operation"):
-        model(_noise().requires_grad_() * 1)
+        model(noise().requires_grad_() * 1)
 
 
 def test_sparse_tensors_are_left_alone() -> None:
@@ -619,7 +472,7 @@ def test_sparse_tensors_are_left_alone() -> None:
 
     links = torch.eye(6).to_sparse()
     model = Model([Graph(), Graph()], lambda block, x: block(x, links))
-    twin, given = copy.deepcopy(model), _noise().requires_grad_()
+    twin, given = copy.deepcopy(model), noise().requires_grad_()
     unsloth.apply(model)
     assert_equal(learned(model, given), learned(twin, given))
 
@@ -630,6 +483,52 @@ def test_a_forward_of_the_users_own_put_over_it_stays() -> None:
     inner = model.blocks[0].forward
     model.blocks[0].forward = own = lambda x: inner(x) * 2
     unsloth.apply(model)
-    model(_noise())
+    model(noise())
     report.undo()
     assert model.blocks[0].forward is own
+
+
+def on_fake_cuda(module: nn.Module) -> nn.Module:
+    """Gives a module parameters that are on a CUDA device by name, and hold nothing."""
+    with FakeTensorMode():
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+    return module
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_that_cudnn_draws_is_refused(kind: type[nn.RNNBase]) -> None:
+    """cuDNN keeps a random state of its own, which a recomputation can't restore."""
+    block = on_fake_cuda(nn.Sequential(kind(WIDTH, WIDTH, 2, dropout=0.5, device="meta")))
+    with pytest.raises(ValueError, match=rf"^blocks.3.0: cuDNN draws the dropout of this {kind.__name__}"):
+        unsloth.wrap(block, name="blocks.3")
+    assert not unsloth.is_wrapped(block)
+
+
+@pytest.mark.parametrize(("num_layers", "dropout", "has_cudnn"), [(2, 0.0, True), (2, 0.5, False)])
+def test_an_rnn_whose_dropout_can_be_replayed_is_wrapped(num_layers: int, dropout: float, has_cudnn: bool) -> None:
+    block = on_fake_cuda(nn.LSTM(WIDTH, WIDTH, num_layers, dropout=dropout, device="meta"))
+    with torch.backends.cudnn.flags(enabled=has_cudnn):
+        unsloth.wrap(block)
+    assert unsloth.is_wrapped(block)
+
+
+def test_a_block_that_is_captured_in_a_cuda_graph_runs_as_it_is_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, given = made("dropout")
+    twin = copy.deepcopy(model)
+    unsloth.apply(model)
+    for block in model.blocks:
+        block.__dict__["_recompute"]._is_on_cuda = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(UserWarning, match=r"blocks.\d: it is captured in a CUDA graph") as said:
+        first = learned(model, given)
+    assert len(said) == 4
+    assert_equal(first, learned(twin, given))
+    calls = []
+    model.blocks[0].wide.register_forward_hook(lambda *_: calls.append(1))
+    assert_equal(learned(model, given), learned(twin, given))
+    assert calls == [1]
