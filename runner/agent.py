@@ -41,10 +41,11 @@ def num_workers(settings: Any) -> int:
     count = 0 if is_cpu else torch.accelerator.device_count()
     if wanted == "auto":
         return max(count, 1)
-    if not is_cpu and wanted > count:
+    is_shared = ":" in settings.device  # the name of one accelerator
+    if not is_cpu and not is_shared and wanted > count:
         raise ConfigError(
-            f"distributed.nproc_per_node={wanted}: this machine has {count} accelerators, one a process; "
-            "or train on the CPU: distributed.device=cpu"
+            f"distributed.nproc_per_node={wanted}: this machine has {count} accelerators, one a process; let the "
+            "processes share one: distributed.device=cuda:0; or train on the CPU: distributed.device=cpu"
         )
     return int(wanted)
 

@@ -118,7 +118,10 @@ def _pick_backend(settings: object, place: Place) -> str:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // place.num_local, 1))
     backend: str = settings.backend  # type: ignore[attr-defined]
-    return backend if backend != "auto" else "nccl" if device.type == "cuda" else "gloo"
+    if backend != "auto":
+        return backend
+    is_shared = ":" in settings.device and place.num_local > 1  # type: ignore[attr-defined]
+    return "nccl" if device.type == "cuda" and not is_shared else "gloo"  # nccl refuses two ranks on one GPU
 
 
 @contextlib.contextmanager

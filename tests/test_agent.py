@@ -7,17 +7,47 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from chaos import TIMES, find_difference
 from conftest import Project, read_metrics
 from test_ranks import wait_for
 
-from runner import checkpoint
+from runner import agent, checkpoint, worker
+from runner.mistakes import ConfigError
+from runner.utils.place import Place
 
 DDP = ("distributed=ddp", "distributed.nproc_per_node=2", "hydra.run.dir=run")
 STEPS = 40
 LONG = ("+data.train.sleep_s=0.002", f"trainer.steps={STEPS}", "trainer.save_every=10", "trainer.eval_every=20")
+
+
+@pytest.mark.parametrize(("device", "wanted", "expected"), [("cuda:0", 2, 2), ("cuda", "auto", 1), ("cpu", 3, 3)])
+def test_ranks_share_an_accelerator_that_is_named(device, wanted, expected, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    settings = SimpleNamespace(device=device, nproc_per_node=wanted, strategy={})
+    assert agent.num_workers(settings) == expected
+
+
+def test_more_ranks_than_accelerators_are_refused_with_the_remedies(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"this machine has 1 accelerators.*device=cuda:0; or.*device=cpu"):
+        agent.num_workers(SimpleNamespace(device="auto", nproc_per_node=2, strategy={}))
+
+
+def test_ranks_that_share_a_gpu_meet_through_gloo(monkeypatch):
+    """nccl refuses two ranks on one GPU."""
+    monkeypatch.setattr("runner.utils.distributed.pick_device", lambda name, rank: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    place = Place(num_ranks=2, num_local=2)
+    chosen = {}
+    for device in ("cuda:0", "cuda", "auto"):
+        chosen[device] = worker._pick_backend(SimpleNamespace(device=device, backend="auto"), place)
+    assert chosen == {"cuda:0": "gloo", "cuda": "nccl", "auto": "nccl"}
 
 
 def processes_of(pid):
