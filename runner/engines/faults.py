@@ -16,21 +16,31 @@ from torch.nn.modules.batchnorm import _NormBase
 class LateFaults:
     """Losses and norms of steps already done, on a device that was not waited for, until somebody looks."""
 
+    _MOST = 1024  # sums kept one by one; older ones become one, so that a run that never logs needs no more memory
+
     def __init__(self) -> None:
-        self._totals: list[tuple[int, Tensor]] = []
+        self._totals: list[tuple[int, int, Tensor]] = []  # first step, last step, their sum (0-d)
 
     def note(self, step: int, numbers: Sequence[Tensor]) -> None:
         """Takes the numbers (0-d each) of a step."""
-        self._totals.append((step, torch.stack([number.float() for number in numbers]).sum()))
+        if len(self._totals) >= self._MOST:
+            first, last = self._totals[0][0], self._totals[-1][1]
+            self._totals = [(first, last, self._stacked().sum())]  # a sum with an infinity or NaN in it stays one
+        self._totals.append((step, step, torch.stack([number.float() for number in numbers]).sum()))
+
+    def _stacked(self) -> Tensor:
+        return torch.stack([total for _, _, total in self._totals])
 
     def find(self) -> str | None:
         """Returns what was not finite in the steps since the last call."""
-        totals, self._totals = self._totals, []
-        if not totals:
+        if not self._totals:
             return None
-        for (step, _), value in zip(totals, torch.stack([total for _, total in totals]).tolist(), strict=True):
+        values = self._stacked().tolist()
+        totals, self._totals = self._totals, []
+        for (first, last, _), value in zip(totals, values, strict=True):
             if not math.isfinite(value):
-                return f"in its step {step} the loss or the gradients were not finite, and the update was made"
+                where = f"its step {first}" if first == last else f"one of its steps {first} to {last}"
+                return f"in {where} the loss or the gradients were not finite, and the update was made"
         return None
 
 

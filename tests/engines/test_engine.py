@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from runner.engines import Engine
+from runner.engines.faults import LateFaults
 from runner.engines.schedulers import warmup, warmup_cosine
 from runner.utils import io
 
@@ -483,6 +484,15 @@ def test_gradients_that_are_not_finite_are_found_though_the_loss_is(clip_norm):
     ignoring = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0))
     ignoring.micro_step({"x": torch.ones(2)})
     assert ignoring.step() is None
+
+
+def test_steps_that_nobody_asks_about_are_kept_as_one_number():
+    late = LateFaults()
+    for step in range(1, 3001):
+        late.note(step, [torch.tensor(float("inf") if step == 7 else 1.0), torch.tensor(2.0)])
+    assert len(late._totals) <= 1024
+    assert late.find().startswith("in one of its steps 1 to 2047 the loss or the gradients were not finite")
+    assert late.find() is None
 
 
 def test_a_device_that_is_not_waited_for_tells_of_the_first_bad_step_later():
