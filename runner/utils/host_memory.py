@@ -5,6 +5,7 @@ Imports torch only.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -35,6 +36,12 @@ class HostMemory:
         self._free: list[tuple[Tensor, list[Any]]] = []
         self.held_bytes = self.peak_bytes = 0
         self._lock = threading.RLock()  # a lease may end in any thread, and while another is made
+
+    def __del__(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the device is gone
+            for _, last in self._free:  # a copy may still read or write what is freed now
+                for event in last:
+                    self._transport.finish(event)
 
     def lease(self, num_bytes: int) -> Lease | None:
         """Returns a buffer of that size or up to an eighth more, or None where the limit or the host leaves none."""

@@ -9,6 +9,7 @@ until its copy has ended, whoever else lets go of it; and what is brought back i
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 import weakref
@@ -37,7 +38,7 @@ class Handle:
         self.stream = transport.current()
         self.is_used = False
         self.coming: tuple[Tensor, Any, Any] | None = None  # brought ahead of need, not asked for yet; its stream
-        self.brought: tuple[weakref.ref[Tensor], Any] | None = None  # and the event of its arrival
+        self.brought: tuple[weakref.ref[Tensor], Any, Any] | None = None  # and the event of its arrival; its stream
         self.before: weakref.ref[Handle] | None = None
 
     def let_go(self) -> None:
@@ -131,6 +132,13 @@ class Offloader:
         self._newest: weakref.ref[Handle] | None = None
         self._lock = threading.RLock()  # backward has a thread of its own
         self._has_warned = False
+        self._stream = transport.current()
+        self._is_on_one_stream = True  # every block ran on the stream that was current here
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, RuntimeError):  # it was never made whole; the device is gone
+            for under_way in self._under_way:  # its source and buffer are freed now
+                self.transport.finish(under_way[0])
 
     def gauge(self) -> Gauge:
         """Returns what is to be given to `pack` with the inputs of one block."""
@@ -146,6 +154,7 @@ class Offloader:
             if handle is not None and handle.origin() is tensor and handle.version == tensor._version:
                 return handle  # the input of several blocks
             handle = Handle(tensor, self.transport, gauge)
+            self._is_on_one_stream = self._is_on_one_stream and handle.stream == self._stream
             self._by_tensor[id(tensor)] = handle
             handle.before, self._newest = self._newest, weakref.ref(handle)
             self._kept.append(self._newest)
@@ -174,6 +183,8 @@ class Offloader:
         assert handle.source is not None
         begin, end = self.transport.send(handle.source, _shaped(lease, handle), [handle.ready, *lease.last])
         lease.last[:] = [end]
+        if not self._is_on_one_stream:  # the source may be of another stream than the one that waits for its copy
+            self.transport.keep(handle.source)
         handle.buffer = lease
         if handle.gauge is not None:
             handle.gauge.moved(handle.num_bytes, begin, end)
@@ -218,6 +229,7 @@ class Offloader:
         handle.is_used = True
         if handle.brought is not None and (found := handle.brought[0]()) is not None:
             self.transport.wait(handle.brought[1], self.transport.current())
+            self.transport.lend(found, handle.brought[2])
             return found
         if handle.coming is None:
             if handle.gauge is not None:
@@ -226,7 +238,7 @@ class Offloader:
         (target, event, stream), handle.coming = handle.coming, None
         self.transport.wait(event, self.transport.current())
         self.transport.lend(target, stream)
-        handle.brought = weakref.ref(target), event
+        handle.brought = weakref.ref(target), event, stream
         return target
 
     def _bring(self, handle: Handle) -> tuple[Tensor, Any, Any]:

@@ -36,6 +36,12 @@ class Transport(Protocol):
     def lend(self, tensor: Tensor, owner: Any) -> None:
         """Has what computing is asked of now use a tensor that was allocated on another stream, perhaps."""
 
+    def keep(self, source: Tensor) -> None:
+        """Keeps a source's memory from being used again, on whichever stream, before its copy to the host is done."""
+
+    def finish(self, event: Any) -> None:
+        """Waits for an event in the program itself."""
+
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""
 
@@ -101,6 +107,17 @@ class Streams:
         """Tells the allocator of another stream than the tensor's own, if it is another."""
         if (current := self.current()) != owner:
             tensor.record_stream(current)
+
+    def keep(self, source: Tensor) -> None:
+        """Tells the allocator that the copy stream reads the source; its memory is then free only when that is done.
+
+        Not for every copy: the program is ahead of the device, and meanwhile each such source would need its memory.
+        """
+        source.record_stream(self._out)
+
+    def finish(self, event: Any) -> None:
+        """Waits for an event in the program itself."""
+        event.synchronize()
 
     def is_done(self, event: Any) -> bool:
         """Says whether an event has passed."""

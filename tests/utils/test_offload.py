@@ -207,6 +207,9 @@ def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
         def is_done(self, event: Any) -> bool:
             return event != "busy"
 
+        def finish(self, event: Any) -> None:
+            assert event == "busy"
+
     memory = HostMemory(Stubborn(), limit=3000)
     for size, last in ((600, []), (1200, ["busy"]), (900, [])):
         memory.take_back(torch.empty(size, dtype=torch.uint8), last)
@@ -214,3 +217,55 @@ def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
     lease = memory.lease(1500)
     assert lease is not None
     assert [buffer.numel() for buffer, _ in memory._free] == [1200]
+
+
+class SeveralStreams(LazyDevice):
+    """Computing on one stream or another; what is lent between them is noted."""
+
+    stream = "first"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lent: list[tuple[str, str]] = []
+
+    def current(self) -> str:
+        return self.stream
+
+    def lend(self, tensor: Tensor, owner: str) -> None:
+        self.lent.append((owner, self.stream))
+
+
+def test_sources_are_kept_by_the_allocator_once_blocks_run_on_several_streams() -> None:
+    """The stream that waits for a copy need not be the one whose memory the source is."""
+    device = SeveralStreams()
+    offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1)
+    packed = [offloader.pack(computed(number)) for number in range(3)]
+    assert (device.num_sent, device.num_kept) == (3, 0)
+    device.stream = "second"
+    packed += [offloader.pack(computed(number)) for number in range(3, 6)]
+    device.stream = "first"
+    packed += [offloader.pack(computed(number)) for number in range(6, 9)]
+    assert (device.num_sent, device.num_kept) == (9, 6)
+    assert [offloader.unpack(handle)[0].item() for handle in packed] == [*range(9)]
+
+
+def test_a_tensor_that_was_brought_back_on_one_stream_is_lent_to_another() -> None:
+    device = SeveralStreams()
+    offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1, prefetch=0)
+    handles = [offloader.pack(computed(number)) for number in range(4)]
+    found = offloader.unpack(handles[0])
+    device.stream = "second"
+    assert offloader.unpack(handles[0]) is found
+    assert device.lent == [("first", "first"), ("first", "second")]
+
+
+def test_an_offloader_ends_after_its_copies() -> None:
+    device = LazyDevice()
+    offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=3)
+    source = computed(5)
+    handle = offloader.pack(source)
+    buffer = handle.buffer.buffer
+    del offloader, handle, source
+    gc.collect()
+    assert not device.mistakes
+    assert buffer[:128].view(torch.float32).eq(5).all()
