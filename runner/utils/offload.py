@@ -60,7 +60,7 @@ class Gauge:
     def __init__(self, transport: Transport, is_auto: bool) -> None:
         self._transport, self.is_measuring = transport, is_auto
         self.is_worth_it = True
-        self.moved_bytes = self.stalls = 0
+        self.moved_bytes = self.stalls = 0  # stalls: inputs that backward asked for before they were on their way
         self._calls: list[tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]] = []  # spans of forward and of copies
 
     def begin(self) -> Any:
@@ -190,8 +190,6 @@ class Offloader:
             handle.gauge.moved(handle.num_bytes, begin, end)
         self._under_way.append((end, handle.stream, handle.source, weakref.ref(handle)))
         while len(self._under_way) > self.in_flight:
-            if handle.gauge is not None and not self.transport.is_done(self._under_way[0][0]):
-                handle.gauge.stalls += 1
             self.transport.wait(*self._under_way[0][:2])  # what is computed next may have the memory
             self._end_oldest()
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runner.utils import unsloth
 from runner.utils.offload import Offloader
-from tests.block_cases import CASES, WIDTH, Mlp, Model, assert_equal, learned, made, noise, total
+from tests.block_cases import CASES, WIDTH, Mlp, Model, Several, assert_equal, learned, made, noise, total
 from tests.lazy_device import LazyDevice
 
 ENGINES = ["recomputed", "offloaded"]
@@ -486,6 +486,16 @@ def test_a_forward_of_the_users_own_put_over_it_stays() -> None:
     model(noise())
     report.undo()
     assert model.blocks[0].forward is own
+
+
+def test_an_input_that_all_blocks_share_is_moved_once() -> None:
+    model = Model([Several() for _ in range(4)])
+    device = wrapped(model, "offloaded", keep_last=0, in_flight=1)
+    shared = noise().requires_grad_() * 1
+    model.call = lambda block, x: block(x, shared)[0]
+    learned(model, noise().requires_grad_())
+    assert device is not None
+    assert device.num_sent == 3 + 1  # the first block is given a leaf, which stays where it is
 
 
 def on_fake_cuda(module: nn.Module) -> nn.Module:
