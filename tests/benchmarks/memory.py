@@ -1,299 +1,282 @@
-"""What recomputing and offloading save and cost, beside torch's own and torchtune's way.
+"""Memory and step time of recomputed and offloaded blocks, beside torch's own ways.
 
-    python tests/benchmarks/memory.py [--only CASE] [--rows ROW ...] [--overhead] [--tiny]
+    python tests/benchmarks/memory.py [--only CASE] [--rows ROW ...] [--json FILE] [--budget SECONDS] [--overhead]
+    python tests/benchmarks/memory.py --tiny    # all cases on the CPU, far smaller, to see that they run
 
-A row runs in fresh processes, which take turns; a step is forward and backward. Peak: the device's own; on the CPU, of
-one step, what the resident set grew to above that before it, with a malloc told to give memory back at once. Host: what
-is page-locked. Step: median of all; its ratio to checkpoint's is the median over turns. Longest sequence: by doubling
-and bisection to an eighth, within `limit` bytes of the device; the CPU has none of its own to run out of. Without an
-accelerator, rows that only move are left out ("no device"), and ours recomputes. --tiny: all cases on the CPU, far
-smaller, to see that they run. Overhead: us a block, of 20 tiny ones on one thread of the CPU, contenders in turns,
-differences as medians of those of a turn; goal: 60 us above torch's checkpoint.
+A GPU case is one fresh process (memory_rows.py). The rows of a case share parameters, gradients and input. They are
+measured one after another, and are then timed in turns. The cases run in order of value until the budget is spent.
+
+kept: device memory that a forward adds, once the device is idle. peak: device memory that a step takes above
+parameters, gradients and input. host: page-locked memory. step: forward and backward, median of the turns; its ratio
+to checkpoint's is the median of the ratios of the turns. blocks moved: blocks whose inputs offload=auto moves. inputs
+off the GPU: bytes that checkpoint keeps and ours does not, over the bytes of the blocks' inputs. Longest sequence:
+within a limit on the process's device memory, to a 32nd.
+
+The CPU case is a fresh process a row and turn. Its peak is what the resident set grows by in one step.
+Overhead: us a block, of 20 tiny blocks on one thread of the CPU, contenders in turns.
 """
 
 import argparse
-import collections
 import contextlib
-import dataclasses
-import functools
 import json
+import math
 import os
+import queue
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.nn.functional import gelu, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from figures import Figures
+from memory_rows import BASE, MIB, NEVER, NONE, ON_CPU, OURS, ROWS, Case
 
-from runner.utils import unsloth
+STYLES = ("positional", "keyword")
+SILENCE_S = 45  # a process that says nothing for so long is taken for hung
+MIN_LEFT_S = 5  # no case starts with less of the budget left
+OUT_OF_TIME = "out of time"
 
-KEEP_LAST, IN_FLIGHT = 1, 2
-ROWS = ("none", "checkpoint", "checkpoint + save_on_cpu", "checkpoint + side stream", "ours")
-PEERS = ROWS[2:4]
+CPU = Case("cpu", 256, 512, layers=12, batch=4, goal=None, device="cpu", task="resident")
+CASES = (  # in order of value
+    Case("2048 x 8192", 2048, 8192),
+    Case("longest", 2048, 512, task="longest", limit=8 << 30),
+    Case("4096 x 8192", 4096, 8192),
+    Case("1024 x 8192", 1024, 8192),
+    Case("2048 x 32768", 2048, 32768),
+    Case("4096 x 2048", 4096, 2048),
+    Case("2048 x 2048", 2048, 2048),
+    Case("1024 x 32768", 1024, 32768),
+    Case("1024 x 2048", 1024, 2048),
+    Case("convolutional", 64, 1024, batch=64, goal=1.10, is_image=True),
+    Case("4096 x 32768", 4096, 32768),
+)
+OVERHEAD = Case("overhead", 8, 4, layers=20, goal=60, device="cpu", task="overhead", max_turns=300)
+ALL = (CPU, *CASES, OVERHEAD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    layers: int
-    width: int
-    batch: int
-    time: int
-    goal: float | None = None  # of our step over torch checkpoint's
-    device: str = "cuda"
-    kind: str = "transformer"
-    warm: int = 5  # steps, in which offload=auto makes up its mind
-    steps: int = 5
-    turns: int = 3
-    limit: int = 0  # bytes within which the longest sequence is searched; 0 leaves it out
+class Child:
+    """A process of memory_rows.py."""
+
+    def __init__(self, **environ):
+        command = [sys.executable, str(Path(__file__).with_name("memory_rows.py"))]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes, env={**os.environ, **environ})
+        self._lines = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def run(self, request, deadline, on_answer):
+        """Hands each answer to a function; returns why the process was ended or failed, or None."""
+        try:
+            with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+                pipe.write(json.dumps(request))
+            while (line := self._lines.get(timeout=max(min(deadline - time.monotonic(), SILENCE_S), 0))) is not None:
+                on_answer(json.loads(line))
+            status = self.process.wait(SILENCE_S)
+        except queue.Empty:
+            return OUT_OF_TIME if time.monotonic() >= deadline else f"hung: silent for {SILENCE_S} s"
+        finally:
+            self.close()
+        return f"the process ended with status {status}" if status else None
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Collector:
+    """Turns the answers of a case's processes into figures."""
+
+    def __init__(self, figures, case, names):
+        self.figures, self.case, self.names = figures, case, names
+        self.current = None  # the row that the process is at
+        self.errors, self.memory, self.fits, self.longest = {}, {}, {}, {}
+        self.seconds = {name: {} for name in names}
+        self._measured = set()
+
+    def add(self, name, column, value, unit="", **goal):
+        self._measured.add(name)
+        self.figures.add(self.case.title, name, column, value, unit, **goal)
+
+    def take(self, answer):
+        """Takes a line of JSON: what was measured of a row, or, with its name alone, that it goes on."""
+        if "device" in answer:
+            return self.add("all", "device", answer["device"])
+        self.current = name = answer.pop("row")
+        takers = {
+            "error": self._take_error, "memory": self._take_memory, "seconds": self._take_seconds,
+            "fits": self._take_fits, "resident": self._take_resident, "overhead": self._take_overhead,
+        }  # fmt: skip
+        for key in takers.keys() & answer.keys():
+            takers[key](name, **answer)
+
+    def _take_error(self, name, error):
+        self.errors[name] = error
+        self.add(name, "outcome", error)
+
+    def _take_seconds(self, name, turn, seconds):
+        self.seconds[name][turn] = seconds
+
+    def _take_fits(self, name, fits, is_last):
+        if self.case.device == "cpu":  # there only the code is tried
+            return self._measured.add(name)
+        self.fits[name] = fits
+        if is_last:
+            self.longest[name] = fits
+            self.add(name, "longest sequence", fits, "tokens")
+
+    def _take_resident(self, name, resident):
+        self.add(name, "peak", resident / MIB, "MiB")
+
+    def _take_overhead(self, name, overhead):
+        """Adds medians; those of differences are of the differences of a turn."""
+        for contender, values in overhead.items():
+            self.add(name, contender, statistics.median(values), "us")
+        for base, goal in ((BASE, self.case.goal), (NONE, None)):
+            above = [a - b for a, b in zip(overhead[OURS], overhead[base], strict=True)]
+            self.add(name, f"ours above {base}", statistics.median(above), "us", at_most=goal)
+
+    def _take_memory(self, name, memory):
+        case = self.case
+        if case.device == "cpu" or name in self.memory:  # on the CPU only the code is tried
+            return
+        self.memory[name] = memory
+        for column in ("kept", "peak", "host"):
+            self.add(name, column, memory[column] / MIB, "MiB")
+        if name != OURS:
+            return
+        self.add(name, "blocks moved", memory["moved"], f"of {case.layers}", at_most=0 if case.is_image else None)
+        if BASE in self.memory and not case.is_image:
+            share = (self.memory[BASE]["kept"] - memory["kept"]) / case.input_bytes
+            self.add(name, "inputs off the GPU", share, "of their bytes", at_least=0.85)
+
+    def finish(self, reason):
+        """Adds what compares rows, and says of each row that was not measured why."""
+        for name in self.names:
+            self._add_times(name)
+            if name not in self.longest and name in self.fits and name not in self.errors:
+                self.add(name, "longest sequence", f"at least {self.fits[name]}", "tokens")
+            if name != BASE and self.longest.get(name) and self.longest.get(BASE):
+                self.add(name, "longest / checkpoint's", self.longest[name] / self.longest[BASE], "x")
+            if name not in self._measured:
+                self.figures.skip(f"{self.case.title}, {name}", reason or "it gave no answer")
+            elif not self.seconds[name] and name not in self.errors and self.case.task in ("rows", "resident"):
+                self.figures.skip(f"{self.case.title}, {name}: step", reason or "it was not timed")
+
+    def _add_times(self, name):
+        goal = {"at_most": self.case.goal} if name == OURS else {}
+        base = self.seconds.get(BASE, {})
+        ratios = [seconds / base[turn] for turn, seconds in self.seconds[name].items() if turn in base]
+        if self.seconds[name]:
+            self.add(name, "step", statistics.median(self.seconds[name].values()) * 1e3, "ms")
+        if ratios and name != BASE:
+            self.add(name, "step / checkpoint's", statistics.median(ratios), "x", **goal)
+        elif name == OURS and name in self.errors and self.case.task == "rows":
+            self.add(name, "step / checkpoint's", self.errors[name], **goal)
+
+
+class Benchmark:
+    """Runs cases, one process after another, until the budget is spent."""
+
+    def __init__(self, figures, budget_s):
+        self.figures, self.budget_s = figures, budget_s
+        self.deadline = time.monotonic() + budget_s
+        self.hung = set()  # rows that hung in one case are left out of the next
+        self._spare = None
 
     @property
-    def dtype(self):
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+    def spent(self):
+        return f"the budget of {self.budget_s:g} s was spent"
+
+    def run(self, case, names):
+        """Runs a case. Whatever fails in it is told, and the next case runs."""
+        if self.deadline - time.monotonic() < MIN_LEFT_S:
+            return self.figures.skip(case.title, self.spent)
+        collector = Collector(self.figures, case, names)
+        try:
+            end = (self._run_resident if case.task == "resident" else self._run)(case, collector)
+        except Exception as error:
+            traceback.print_exc()
+            end = f"{type(error).__name__}: {error}"
+        collector.finish(self.spent if end == OUT_OF_TIME else end)
+
+    def _run(self, case, collector):
+        for name in self.hung.intersection(collector.names):
+            collector.take({"row": name, "error": "left out: it hung in an earlier case"})
+        collector.current = None
+        while names := [name for name in collector.names if name not in collector.errors]:
+            end = self._next_child().run({"case": vars(case), "names": names}, self.deadline, collector.take)
+            if end is None or end == OUT_OF_TIME or collector.current is None:
+                return end
+            # The process died or hung, and its row with it. A fresh process measures the other rows.
+            if collector.current not in collector.errors:
+                collector.take({"row": collector.current, "error": end})
+            if end.startswith("hung"):
+                self.hung.add(collector.current)
+
+    def _run_resident(self, case, collector):
+        """Runs a fresh process a row, first for the peak, then for each of two turns."""
+        for turn in (None, 0, 1):
+            # Else the heap's holes are counted.
+            environ = {"MALLOC_MMAP_THRESHOLD_": str(MIB)} if turn is None else {}
+            for name in collector.names[:: -1 if turn == 1 else 1]:
+                request = {"case": vars(case), "names": [name], "turn": turn}
+                end = Child(**environ).run(request, self.deadline, collector.take)
+                if end == OUT_OF_TIME:
+                    return end
+                if end is not None:
+                    collector.take({"row": name, "error": end})
+
+    def _next_child(self):
+        """Returns a process, and starts the next one, whose imports are done by the time it is needed."""
+        child = self._spare or Child()
+        self._spare = Child()
+        return child
+
+    def close(self):
+        if self._spare is not None:
+            self._spare.close()
 
 
-CPU = Case("cpu", 12, 256, 4, 512, device="cpu", warm=1, steps=1, turns=2)
-CASES = (
-    Case("wide", 24, 2048, 8, 4096, goal=1.02, limit=16 << 30),
-    Case("long", 24, 2048, 1, 131072, goal=1.02, warm=4, steps=2, turns=1),
-    Case("narrow", 24, 1024, 64, 1024, goal=1.10),
-    Case("convolutional", 24, 64, 64, 1024, goal=1.10, kind="convolutional"),
-)
-TINY = {"device": "cpu", "layers": 5, "width": 64, "batch": 2, "time": 128, "warm": 1, "steps": 1, "turns": 1}
+def names_of(case, rows):
+    """Returns the rows of a case; without a GPU there is no device to move inputs from."""
+    if case.task == "overhead":
+        return list(STYLES)
+    return [name for name in ROWS if name in rows and (case.device == "cuda" or name not in (NEVER, ON_CPU))]
 
 
-class Transformer(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        q, k, v = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in self.qkv(self.first(x)).chunk(3, -1))
-        x = x + self.out(scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.down(gelu(self.up(self.second(x))))
-
-
-class Model(nn.Module):
-    def __init__(self, case):
-        super().__init__()
-        is_image, width = case.kind == "convolutional", case.width
-        project = functools.partial(nn.Conv2d, kernel_size=1) if is_image else nn.Linear
-        self.stem, self.head = project(16, width), project(width, 16)
-        make = (lambda width: nn.Sequential(nn.Conv2d(width, width, 3), nn.ZeroPad2d(1))) if is_image else Transformer
-        self.blocks = nn.ModuleList(make(width) for _ in range(case.layers))
-        self.call, self.around = (lambda block, x: block(x)), contextlib.nullcontext
-
-    def forward(self, x):
-        x = self.stem(x)
-        with self.around():
-            for block in self.blocks:
-                x = self.call(block, x)
-        return self.head(x).float().square().mean()
-
-
-class SideStream:
-    """Moves what is saved, all but the last; as torchtune does (https://github.com/meta-pytorch/torchtune, BSD-3)."""
-
-    def __init__(self, device, num_blocks):
-        self.device, self.num_blocks, self.module = device, num_blocks, torch.get_device_module(device)
-        self.side, self.under_way, self.count = self.module.Stream(), collections.deque(), 0
-
-    def __call__(self):
-        self.count = 0
-        return saved_tensors_hooks(self.pack, self.unpack)
-
-    def wait(self, num_left):
-        while len(self.under_way) > num_left:
-            self.under_way.popleft()[0].wait(self.module.current_stream())
-
-    def pack(self, tensor):
-        self.count += tensor.numel() > 0  # checkpoint has an empty one saved, too
-        if self.count >= self.num_blocks or not tensor.numel():
-            return tensor, None
-        copy, event = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda), self.module.Event()
-        self.side.wait_stream(self.module.current_stream())
-        with torch.no_grad(), self.module.stream(self.side):
-            copy.copy_(tensor, non_blocking=True)
-            event.record(self.side)
-        self.under_way.append((event, tensor))  # held until its copy has ended
-        self.wait(5)
-        return None, copy
-
-    def unpack(self, packed):
-        tensor, copy = packed
-        self.wait(0)
-        if tensor is None:
-            with self.module.stream(self.side):
-                tensor = copy.to(self.device, non_blocking=True)
-            self.module.current_stream().wait_stream(self.side)
-            if tensor.is_cuda:  # its memory is the side stream's
-                tensor.record_stream(self.module.current_stream())
-        return tensor
-
-
-def arrange(model, row, device):
-    if row == "ours":
-        return unsloth.apply(model, keep_last=KEEP_LAST, in_flight=IN_FLIGHT)
-    if row != "none":
-        model.call = functools.partial(checkpoint, use_reentrant=False)
-    if row == "checkpoint + save_on_cpu":
-        model.around = functools.partial(save_on_cpu, pin_memory=device.type == "cuda")
-    elif row == "checkpoint + side stream":
-        model.around = SideStream(device, len(model.blocks))
-
-
-def status(key):
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
-
-
-def take_steps(case, row, limit):
-    device, is_cuda = torch.device(case.device), case.device == "cuda"
-    torch.manual_seed(0)
-    shape = (case.batch, 16, 32, case.time // 32) if case.kind == "convolutional" else (case.batch, case.time, 16)
-    model, x = Model(case).to(device, case.dtype), torch.randn(shape, device=device, dtype=case.dtype)
-    report = arrange(model, row, device)
-    checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False).backward()  # its imports: 70 MiB
-    if limit and is_cuda:
-        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
-    before, times = status("VmRSS"), []
-    for step in range(case.warm + case.steps):
-        if is_cuda and step == case.warm:
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        model(x).backward()
-        if is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        model.zero_grad()
-        report and report.check()
-    peak = torch.cuda.max_memory_allocated() if is_cuda else status("VmHWM") - before
-    host = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) if is_cuda else 0
-    host += sum(engine.memory.peak_bytes for engine in report.engines) if report else 0
-    gauges = [block.gauge for block in report.blocks.values() if block.gauge] if report else []
-    moved = sum(gauge.moved_bytes > 0 and gauge.is_worth_it for gauge in gauges)
-    return {"times": times[case.warm :], "peak": peak, "host": host, "moved": moved}
-
-
-def start(case, row, limit=0, **changes):
-    """Returns what a fresh process finds, or None where memory ran out."""
-    case = dataclasses.replace(case, **changes)
-    command = [sys.executable, __file__, "--request", json.dumps([vars(case), row, limit])]
-    exact = {} if case.warm else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # else the heap's holes are counted
-    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **exact})
-    return json.loads(ran.stdout)
-
-
-def search(case, row):
-    """Returns the longest sequence that fits, to an eighth: doubles it until one does not, then takes half steps."""
-    longest, gap, is_doubling = 0, case.time // 8, True
-    while is_doubling or gap >= max(longest // 8, 1):
-        found = start(case, row, case.limit, time=longest + gap, warm=0, steps=1)
-        if found is not None and found["peak"] <= case.limit:
-            longest += gap
-            gap = longest if is_doubling else gap // 2
-        else:
-            gap, is_doubling = gap // 2, False
-    return longest
-
-
-def measure(case, rows):
-    turns = {row: [] for row in rows}
-    for number in range(case.turns):
-        for row in rows[number % len(rows) :] + rows[: number % len(rows)]:
-            turns[row].append(start(case, row))
-    for row in rows if case.device == "cpu" else ():
-        turns[row][0]["peak"] = start(case, row, warm=0, steps=1)["peak"]
-    return {row: None if None in found else found for row, found in turns.items()}
-
-
-def ratio(found, base):
-    seconds = [[statistics.median(each["times"]) for each in turns or ()] for turns in (found, base)]
-    return statistics.median([a / b for a, b in zip(*seconds, strict=False)] or [float("nan")])
-
-
-def tell(case, rows, is_tiny):
-    print(f"\n{case.name}: {case.layers} layers of {case.width}, {case.batch} x {case.time}, {case.turns} turns")
-    if case.device == "cuda" and not torch.cuda.is_available():
-        return print("  not measured: no accelerator")
-    measured = [row for row in rows if row not in PEERS or case.device == "cuda" or is_tiny]
-    figures = measure(case, measured)
-    print(f"  {'':26}{'peak MiB':>10}{'host MiB':>10}{'step ms':>10}{'ratio':>8}  longest in {case.limit >> 20} MiB")
-    for row in rows:
-        found, cells = figures.get(row), f"{'out of memory' if row in measured else 'no device':>38}"
-        if found is not None:
-            seconds = statistics.median(each for turn in found for each in turn["times"])
-            cells = f"{found[0]['peak'] / 2**20:10.0f}{found[0]['host'] / 2**20:10.0f}{seconds * 1e3:10.1f}"
-            cells += f"{ratio(found, figures.get('checkpoint')):8.3f}"
-        longest = search(case, row) if case.limit and row in measured else "not measured"
-        print(f"  {row:26}{cells}  {longest}", flush=True)
-    if figures.get("ours") and figures.get("checkpoint") and (case.device == "cuda" or is_tiny):
-        judge(case, figures)
-
-
-def judge(case, figures):
-    base, ours = figures["checkpoint"], figures["ours"]
-    goal = 0 if case.kind == "convolutional" else case.layers - KEEP_LAST
-    print(f"  inputs are moved of {ours[0]['moved']} blocks (goal with offload=auto: {goal})")
-    freed, size = base[0]["peak"] - ours[0]["peak"], case.dtype.itemsize * case.batch * case.time * case.width
-    if goal:
-        share = freed / size / (goal - IN_FLIGHT)
-        print(f"  freed {freed / 2**20:.0f} MiB, {share:.3f} of what is to be (goal: within 0.03 of 1)")
-    for row, most in (("checkpoint", case.goal), *((peer, 1) for peer in PEERS)):
-        print(f"  step over that of {row}: {ratio(ours, figures.get(row)):.3f} (goal: at most {most})")
-
-
-def tell_overhead(num_blocks=20, turns=300):
-    torch.set_num_threads(1)
-    bare, ours = (nn.ModuleList(nn.Bilinear(8, 8, 8) for _ in range(num_blocks)) for _ in range(2))
-    report, again = unsloth.apply(ours, include=["*"]), functools.partial(checkpoint, use_reentrant=False)
-    contenders = {"bare": bare, "checkpoint": [functools.partial(again, block) for block in bare], "ours": ours}
-    other, x = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
-    print(f"\noverhead: us a block, {num_blocks} tiny blocks, one thread, median of {turns} turns")
-    print(f"  {'call':12}{'bare':>8}{'checkpoint':>12}{'ours':>8}{'above checkpoint':>18}{'above bare':>12}")
-    for style in ("positional", "keyword"):
-        times, names = {name: [] for name in contenders}, list(contenders)
-        for _ in range(turns + 10):
-            for name in names:
-                began, y = time.perf_counter(), x
-                for call in contenders[name]:
-                    y = call(y, other) if style == "positional" else call(input1=y, input2=other)
-                y.sum().backward()
-                times[name].append((time.perf_counter() - began) / num_blocks * 1e6)
-            names = names[1:] + names[:1]
-            report.check()
-        kept = [each[10:] for each in times.values()]
-        above = [[a - b for a, b in zip(kept[2], base, strict=True)] for base in (kept[1], kept[0])]
-        cells = zip(map(statistics.median, [*kept, *above]), (8, 12, 8, 18, 12), strict=True)
-        print(f"  {style:12}" + "".join(f"{value:{width}.1f}" for value, width in cells))
+def choose(asked, has_cuda):
+    """Returns the cases to run, in order."""
+    if asked.overhead:
+        return [OVERHEAD]
+    if asked.only is not None:
+        return [case for case in ALL if case.name == asked.only]
+    return [*CASES, OVERHEAD] if has_cuda and not asked.tiny else list(ALL)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=[case.name for case in (CPU, *CASES)])
+    parser.add_argument("--only", choices=[case.name for case in ALL])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--json", help="file that the figures are written to")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds")
     for flag in ("--overhead", "--tiny"):
         parser.add_argument(flag, action="store_true")
-    parser.add_argument("--request", help=argparse.SUPPRESS)
-    asked, has_device = parser.parse_args(), torch.cuda.is_available()
-    if asked.request:
-        found, (case, row, limit) = None, json.loads(asked.request)
-        with contextlib.suppress(torch.OutOfMemoryError):
-            found = take_steps(Case(**case), row, limit)
-        return print(json.dumps(found))
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if has_device else 'no accelerator'}")
-    for case in () if asked.overhead else (CPU, *CASES):
-        if asked.only == case.name or (asked.only is None and not (case is CPU and has_device)):
-            small = dataclasses.replace(case, **TINY, limit=min(case.limit, 24 << 20))
-            tell(small if asked.tiny else case, list(asked.rows), asked.tiny)
-    if asked.overhead or asked.only is None:
-        tell_overhead()
+    asked, has_cuda = parser.parse_args(), torch.cuda.is_available()
+    figures = Figures(asked.json)
+    with contextlib.closing(Benchmark(figures, asked.budget)) as benchmark:
+        for case in choose(asked, has_cuda):
+            if case.device == "cuda" and not has_cuda and not asked.tiny:
+                figures.skip(case.title, "needs a CUDA GPU")
+            else:
+                benchmark.run(case.shrunk() if asked.tiny else case, names_of(case, asked.rows))
 
 
 if __name__ == "__main__":

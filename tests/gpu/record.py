@@ -1,0 +1,34 @@
+"""A pytest plugin that writes each outcome down at once, so that a run that hangs or is killed keeps those before it.
+
+GPU_CHECK_OUTCOMES=FILE python -m pytest -p tests.gpu.record ...
+"""
+
+import json
+import os
+
+_FILE = open(os.environ["GPU_CHECK_OUTCOMES"], "a", buffering=1)  # noqa: SIM115  # lines go out one by one, to the end
+
+
+def _write(**facts):
+    _FILE.write(json.dumps(facts) + "\n")
+
+
+def pytest_runtest_logstart(nodeid):
+    _write(test=nodeid, outcome="started")
+
+
+def pytest_runtest_logreport(report):
+    """Writes what a test came to; of a setup or teardown only what went wrong."""
+    if report.when != "call" and report.passed:
+        return
+    facts = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+    if report.skipped:
+        facts["reason"] = report.longrepr[2].removeprefix("Skipped: ")  # after its file and line
+    elif report.failed:
+        facts["text"] = f"{report.longreprtext}\n{report.capstdout}{report.capstderr}"[-20_000:]
+    _write(**facts)
+
+
+def pytest_collectreport(report):
+    if report.failed:
+        _write(test=report.nodeid, outcome="failed", text=str(report.longrepr))

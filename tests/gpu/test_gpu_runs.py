@@ -1,0 +1,290 @@
+"""Whole runs on a GPU: exact, resumed, evaluated, on two ranks of one GPU, and without waiting for the device.
+
+Without a GPU the same runs are made on the CPU; what needs a GPU is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project, read_numbers
+
+from runner.utils import io
+from runner.utils.batches import Batches
+from runner.utils.sampler import RandomSampler
+from tests.gpu.accelerator import DEVICE, HAS_GPU, needs_gpu
+
+pytestmark = pytest.mark.gpu
+ON_DEVICE = f"distributed.device={DEVICE.type}"
+OFFLOADED = "optimizations.unsloth={offload:always,min_bytes:0,keep_last:0}"
+FINAL = Path("checkpoints/step_00000012")
+OWN = """
+
+import json
+import traceback
+import warnings
+
+torch.use_deterministic_algorithms(True)  # what is compared to the bit is to repeat
+
+
+class Block(nn.Module):
+    def __init__(self, width, dropout):
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.drop(self.down(torch.relu(self.up(self.norm(x)))))
+
+
+class Blocks(nn.Module):
+    def __init__(self, width=64, depth=4, dropout=0.1):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, width), nn.Linear(width, 1)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+
+    def forward(self, x, y):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        loss = ((self.last(x) - y) ** 2).mean()
+        return {"loss": loss, "error": loss.detach().sqrt()}
+
+
+waits = []
+SEEN, LAST = 5, 10  # training calls between which waits are counted: the undisturbed steps
+
+
+def note_wait(message, *place, **more):
+    if "called a synchronizing" in str(message):
+        waits.append("".join(traceback.format_stack(limit=14)))
+
+
+def count_waits(module, batch):
+    # writes down each place that waits for the device, as torch tells of it
+    global calls
+    calls += module.training
+    if module.training and calls == SEEN:
+        warnings.simplefilter("always")
+        warnings.showwarning = note_wait
+        torch.cuda.set_sync_debug_mode("warn")
+    if module.training and calls == LAST:
+        torch.cuda.set_sync_debug_mode("default")
+        pathlib.Path("waits.json").write_text(json.dumps(waits))
+    output = module(**batch)
+    if os.environ.get("OWN_WAITS"):
+        output["loss"].item()
+    return output
+
+
+def take_too_much(*ignored, device="cpu"):
+    torch.empty(1 << 50, dtype=torch.uint8, device=device)
+
+
+def go_wrong(module, batch):
+    # in the fifth training call, as OWN_FAULT says
+    global calls
+    calls += module.training
+    fault = os.environ["OWN_FAULT"] if module.training and calls == 5 else ""
+    output = module(**batch)
+    device = output["loss"].device
+    if fault == "nan":
+        output["loss"] = output["loss"] * float("nan")
+    elif fault == "forward":
+        take_too_much(device=device)
+    elif fault == "backward":
+        output["loss"].register_hook(lambda grad: take_too_much(device=device))
+    return output
+"""
+MAPPED = """
+# @package _global_
+defaults: [mine]
+optimizations: {device_map: {budgets: BUDGETS, bytes_factor: 1.0}}
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    made = Project(tmp_path)
+    path = tmp_path / "own.py"
+    path.write_text("import pathlib\n" + path.read_text() + OWN)
+    yield made
+    made.close()
+
+
+def train(project: Project, folder: str, *overrides: str, status: int = 0) -> str:
+    """Runs the experiment with a model of blocks on the device; returns what was printed."""
+    given = ["model._target_=own.Blocks", ON_DEVICE, f"hydra.run.dir={folder}", "tracking.tensorboard=false"]
+    return project.run(*given, *overrides, status=status)
+
+
+def weights(project: Project, folder: str, step: Path = FINAL) -> list[bytes]:
+    path = project.folder / folder / step
+    return [(path / name).read_bytes() for name in ("model.safetensors", "model.optimizer.safetensors")]
+
+
+def losses(project: Project, folder: str) -> list[float]:
+    return [line["train/loss"] for line in read_numbers(project.folder / folder) if "train/loss" in line]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_with_offloaded_blocks_is_the_same_run_cut_or_whole(project: Project, precision: str) -> None:
+    same = f"trainer.precision={precision}"
+    train(project, "plain", same)
+    train(project, "run", same, OFFLOADED)
+    assert read_numbers(project.folder / "run") == read_numbers(project.folder / "plain")
+    assert weights(project, "run") == weights(project, "plain")
+    project.copy("run", "again")
+    project.run("resume=again/checkpoints/step_00000004", "allow_targets=[own]", ON_DEVICE)
+    assert read_numbers(project.folder / "again") == read_numbers(project.folder / "run")
+    assert weights(project, "again") == weights(project, "run")
+
+
+def test_a_run_is_evaluated_to_the_number_it_logged_and_goes_on_where_there_is_no_gpu(project: Project) -> None:
+    train(project, "run", OFFLOADED)
+    logged = read_numbers(project.folder / "run")[-1]["eval/loss"]
+    command = [sys.executable, "-m", "runner.evaluate", "run", "--allow-targets", "own"]
+    for device, expected in ((DEVICE.type, logged), ("cpu", pytest.approx(logged, rel=1e-5))):
+        done = subprocess.run(
+            [*command, f"distributed.device={device}"], cwd=project.folder, capture_output=True, text=True, check=True
+        )
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("eval/loss ")]
+        assert float(line.split()[1]) == expected
+    project.copy("run", "again")
+    from_gpu = ["resume=again/checkpoints/step_00000008", "allow_targets=[own]", "distributed.device=cpu"]
+    project.run(*from_gpu)  # draws other dropout there, on the same samples
+    assert len(losses(project, "again")) == 12
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_on_one_device_agree_with_one_process_and_offloading_changes_nothing(
+    project: Project, strategy: str
+) -> None:
+    alike = ("model.dropout=0.0", "data.seed_samples=true")
+    device = "cuda:0" if HAS_GPU else "cpu"
+    ranks = (f"distributed={strategy}", "distributed.nproc_per_node=2", f"distributed.device={device}")
+    train(project, "one", *(f"+{alike[0]}", alike[1]))
+    train(project, "plain", f"+{alike[0]}", alike[1], *ranks)
+    train(project, "run", f"+{alike[0]}", alike[1], *ranks, OFFLOADED)
+    assert read_numbers(project.folder / "run") == read_numbers(project.folder / "plain")
+    assert losses(project, "run") == pytest.approx(losses(project, "one"), rel=1e-4)
+    assert json.loads((project.folder / "run/run.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.parametrize("fault", ["forward", "backward"])
+def test_a_step_that_runs_out_of_memory_is_left_out_whole(
+    project: Project, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip = ("trainer.on_oom=skip", "trainer.on_nonfinite=skip", "feeder={_target_:own.go_wrong}", OFFLOADED)
+    for folder, own in (("nan", "nan"), ("oom", fault)):
+        monkeypatch.setenv("OWN_FAULT", own)
+        printed = train(project, folder, *skip)
+    assert "Out of memory in step 5" in printed
+    assert "left out" in printed
+    one, other = (io.load(project.folder / folder / FINAL / "model.safetensors") for folder in ("nan", "oom"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    one, other = (io.load(project.folder / folder / FINAL / "model.optimizer.safetensors") for folder in ("nan", "oom"))
+    assert one["counters"]["steps"] == other["counters"]["steps"] == 11
+    for index, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][index][name]) for name, value in state.items())
+
+
+@needs_gpu
+@pytest.mark.parametrize("given", [[], [OFFLOADED], ["trainer.precision=bf16", "data.num_workers=2"]], ids=str)
+def test_an_undisturbed_step_waits_for_no_device(project: Project, given: list[str]) -> None:
+    quiet = ("trainer.log_every=12", "trainer.save_every=0", "trainer.eval_every=0")
+    train(project, "run", *quiet, "feeder={_target_:own.count_waits}", *given)
+    waits = json.loads((project.folder / "waits.json").read_text())
+    assert not waits, f"{len(waits)} waits; the first:\n{waits[0]}"
+
+
+@needs_gpu
+def test_a_wait_in_a_step_is_counted(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_WAITS", "1")
+    quiet = ("trainer.log_every=12", "trainer.save_every=0", "trainer.eval_every=0")
+    train(project, "run", *quiet, "feeder={_target_:own.count_waits}")
+    assert len(json.loads((project.folder / "waits.json").read_text())) == 5
+
+
+def test_a_model_spread_over_the_gpu_and_the_cpu_trains_as_on_one_device(project: Project) -> None:
+    budgets = "{'cuda:0': 140000, cpu: null}" if HAS_GPU else "{cpu: null}"  # first and last layer, 2 of 4 blocks
+    (project.folder / "conf/experiment/mapped.yaml").write_text(MAPPED.replace("BUDGETS", budgets))
+    train(project, "plain", "+model.dropout=0.0")
+    printed = train(project, "run", "experiment=mapped", "+model.dropout=0.0")
+    assert losses(project, "run") == pytest.approx(losses(project, "plain"), rel=1e-4)
+    if HAS_GPU:
+        assert "blocks.0" in next(line for line in printed.splitlines() if "cuda:0:" in line)
+        assert "blocks.3" in next(line for line in printed.splitlines() if "cpu:" in line)
+    else:
+        assert weights(project, "run") == weights(project, "plain")
+
+
+def test_float8_trains_near_its_emulation(project: Project) -> None:
+    if HAS_GPU and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU of compute capability 8.9 or more")
+    pytest.importorskip("torchao")
+    given = ("data.batch_size=32", "trainer.precision=bf16", "optimizer.lr=3e-2", "+model.dropout=0.0")
+    train(project, "emulated", *given, "optimizations.fp8={enabled:true,emulate:true}")
+    printed = train(project, "run", *given, f"optimizations.fp8={{enabled:true,emulate:{str(not HAS_GPU).lower()}}}")
+    assert "fp8" in printed
+    found = losses(project, "run")
+    assert found[-1] < 0.5 * found[0]
+    assert found == pytest.approx(losses(project, "emulated"), rel=0.1)
+
+
+def stream(num_workers: int, is_pinned: bool) -> Batches:
+    dataset = [{"x": torch.full((3,), float(i)), "pair": (torch.tensor(i), f"text {i}")} for i in range(40)]
+    sampler = RandomSampler(len(dataset), seed=3)
+    return Batches(dataset, sampler, 8, num_workers=num_workers, pin_memory=is_pinned)
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_batches_are_the_same_batches_and_resume_where_they_were(num_workers: int) -> None:
+    plain, pinned = stream(0, False), stream(num_workers, True)
+    try:
+        for number in range(12):
+            expected, found = next(plain), next(pinned)
+            assert found["x"].is_pinned()
+            assert found["pair"][0].is_pinned()
+            assert torch.equal(found["x"], expected["x"])
+            assert found["pair"][1] == expected["pair"][1]
+            assert torch.equal(found["x"].to(DEVICE, non_blocking=True).cpu(), expected["x"])
+            assert pinned.state_dict() == plain.state_dict()
+            if number == 6:
+                state = pinned.state_dict()
+                pinned.close()
+                pinned = stream(num_workers, True)
+                pinned.load_state_dict(state)
+    finally:
+        pinned.close()
+
+
+@needs_gpu
+def test_batches_on_their_way_to_the_device_are_not_overwritten() -> None:
+    """The next batches are pinned and copied while the device is still busy with work before them."""
+    batches, found, expected = stream(0, True), [], []
+    torch.cuda._sleep(20_000_000)
+    for _ in range(50):
+        batch: Any = next(batches)
+        expected.append(batch["x"].clone())
+        found.append(batch["x"].to(DEVICE, non_blocking=True))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".sft"])
+def test_weights_of_the_device_are_stored_and_loaded_anywhere(suffix: str, tmp_path: Path) -> None:
+    state = {"weight": torch.randn(5, 7, device=DEVICE), "half": torch.randn(3, device=DEVICE).half()}
+    io.save(state, tmp_path / f"state{suffix}")
+    for place in (DEVICE, torch.device("cpu")):
+        loaded = io.load(tmp_path / f"state{suffix}", map_location=place)
+        assert all(tensor.device.type == place.type for tensor in loaded.values())
+        assert all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in loaded.items())
