@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,3 +145,14 @@ def test_a_budget_that_is_spent_skips_by_name(tmp_path):
         found = json.loads(path.read_text())
         assert found["skipped"]
         assert not found["figures"]
+
+
+def test_the_wheels_that_are_downloaded_are_those_that_are_installed_in_the_versions_that_are_tested():
+    command = next(line for line in (ROOT / "tests/gpu/README.md").read_text().splitlines() if "pip download" in line)
+    downloaded = dict(re.findall(r"([\w-]+)==(\S+)", command))
+    (installed,) = re.findall(
+        r"^    (hydra-core [\w ./-]+) \|\| \{$", (ROOT / "tests/gpu/run.sh").read_text(), re.MULTILINE
+    )
+    assert set(installed.split()) == set(downloaded)
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert downloaded == {name: pinned[name] for name in downloaded}
