@@ -227,7 +227,11 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         with saved_tensors_hooks(functools.partial(engine.pack, gauge=gauge), engine.unpack):
             output = checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
     if call.error is not None:
-        raise call.error
+        error, call.error = call.error, None  # the graph holds the call: with its error it would keep all frames alive
+        try:
+            raise error
+        finally:
+            del error
     if before:
         block.surroundings.look(before)
     if versions != [tensor._version for tensor in tensors]:

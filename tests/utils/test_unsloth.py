@@ -191,6 +191,34 @@ def test_a_forward_that_is_abandoned_leaves_nothing_behind(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("num_calls", [1, 4])  # in the first forward, or in the recomputation of the third block
+def test_an_error_in_a_block_keeps_none_of_its_tensors_alive(num_calls: int, how: str) -> None:
+    seen = []
+
+    class Fails(Mlp):
+        calls_left = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.wide(x))
+            seen.extend([weakref.ref(x), weakref.ref(hidden)])
+            type(self).calls_left -= 1
+            if not type(self).calls_left:
+                raise RuntimeError("its own mistake")
+            return self.narrow(hidden)
+
+    model = Model([Fails() for _ in range(3)])
+    device = wrapped(model, how, keep_last=0, in_flight=1)
+    Fails.calls_left = num_calls
+    with pytest.raises(RuntimeError, match="its own mistake"):
+        total(model(noise())).backward()
+    failed = [*seen]
+    learned(model, noise())  # copies that were under way are found done
+    gc.collect()
+    assert [each() for each in failed if each() is not None] == []
+    assert device is None or not device.mistakes
+
+
+@pytest.mark.parametrize("how", ENGINES)
 def test_an_input_changed_in_place_raises(how: str) -> None:
     model = Model([Mlp(), Mlp()])
     wrapped(model, how)
