@@ -26,7 +26,9 @@ class LateFaults:
         if len(self._totals) >= self._MOST:
             first, last = self._totals[0][0], self._totals[-1][1]
             self._totals = [(first, last, self._stacked().sum())]  # a sum with an infinity or NaN in it stays one
-        self._totals.append((step, step, torch.stack([number.float() for number in numbers]).sum()))
+        # A module over several devices may return its loss from the CPU; the accelerator is not waited for.
+        device = next((number.device for number in numbers if number.device.type != "cpu"), numbers[0].device)
+        self._totals.append((step, step, torch.stack([number.to(device).float() for number in numbers]).sum()))
 
     def _stacked(self) -> Tensor:
         return torch.stack([total for _, _, total in self._totals])

@@ -486,6 +486,12 @@ def test_gradients_that_are_not_finite_are_found_though_the_loss_is(clip_norm):
     assert ignoring.step() is None
 
 
+def test_a_loss_on_the_cpu_and_a_norm_on_an_accelerator_are_noted_on_the_accelerator():
+    late = LateFaults()
+    late.note(1, [torch.tensor(1.0), torch.tensor(2.0, device="meta")])
+    assert late._totals[0][2].device.type == "meta"
+
+
 def test_steps_that_nobody_asks_about_are_kept_as_one_number():
     late = LateFaults()
     for step in range(1, 3001):
