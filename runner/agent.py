@@ -94,6 +94,8 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         run_id="runner" if settings.rdzv_endpoint else folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint=settings.rdzv_endpoint or "localhost:0",
+        # Else the workers meet at this machine's host name, which need not resolve.
+        local_addr=None if settings.rdzv_endpoint else "127.0.0.1",
         rdzv_configs={"timeout": int(settings.rdzv_timeout_s), "join_timeout": int(settings.rdzv_timeout_s)},
         max_restarts=settings.max_restarts,
         monitor_interval=0.1,
