@@ -74,6 +74,11 @@ class Zygote:
         self._process.wait()
         self._process.stdout.close()
 
+    def kill(self) -> None:
+        """Ends it in the midst of an answer, as where a test was cut short."""
+        self._process.kill()
+        self.close()
+
 
 class Chaos:
     """One experiment in a folder of its own: run whole once, then again and again with kills."""

@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,13 @@ class Project:
             keyboard = self.folder / "typed.txt"
             keyboard.write_text(typed)
         pid = zygote.start(self.folder, [*self.command[3:], *overrides], environment=dict(os.environ), typed=keyboard)
-        found, printed = zygote.wait(pid), output.read_text()
+        try:
+            found, printed = zygote.wait(pid), output.read_text()
+        except BaseException:  # such as a timeout of the test: the next one shall not wait for this run
+            shared_zygote.cache_clear()
+            os.killpg(pid, signal.SIGKILL)
+            zygote.kill()
+            raise
         assert found == status, printed
         return printed
 

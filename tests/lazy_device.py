@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(eq=False)
 class Event:
-    """A point in the work of one stream."""
+    """A point in the work of one stream; a `mark` of computing has a number."""
 
     work: Callable[[], None] | None = None
     after: list[Event] = field(default_factory=list)
+    mark: int = 0
 
     def pass_(self) -> None:
         after, self.after = self.after, []
@@ -31,28 +32,50 @@ class Event:
         return self.work is None and all(event.has_passed for event in self.after)
 
 
+class Region:
+    """A tensor's place in memory, which it does not keep alive.
+
+    A weak reference to the tensor itself would not do: the garbage collector clears it before finalizers run.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._dtype = tensor.dtype
+        self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    def find(self) -> Tensor | None:
+        """Returns the numbers there, or None once the memory is freed."""
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        return None if storage is None else torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
+
+
 class LazyDevice:
     """A `Transport` whose computing is the program's own, and whose copies wait until they are waited for.
 
-    A source that is freed before its copy is done, and a target freed before its own, are counted as mistakes; what is
-    read before it has arrived is NaN.
+    These are counted as mistakes: a source that is freed before its copy is done, a target freed before its own, a copy
+    that does not wait for computing. What is read before it has arrived is NaN.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.device = torch.device("cpu")
         self.mistakes: list[str] = []
         self.num_allocated = self.num_sent = self.num_brought = self.num_waits = self.num_kept = 0
+        self._num_marks = 0
         self._last: dict[str, Event] = {}
         self._random = random.Random(seed)
 
     def mark(self) -> Event:
-        return Event()
+        self._num_marks += 1
+        return Event(mark=self._num_marks)
 
-    def _copy(self, stream: str, source: Tensor, target: Tensor, after: Sequence[Event]) -> Event:
-        kept, goal = weakref.ref(source), weakref.ref(target)
+    def _copy(self, stream: str, source: Tensor, target: Tensor, after: Sequence[Event], least: int) -> Event:
+        """Notes a copy that waits for the events; one of them has to be a mark of that number or later."""
+        if max((event.mark for event in after), default=0) < least:
+            self.mistakes.append(f"{stream}: a copy does not wait for what was computed before")
+        kept, goal = Region(source), Region(target)
 
         def work() -> None:
-            from_, to = kept(), goal()
+            from_, to = kept.find(), goal.find()
             if from_ is None or to is None:
                 self.mistakes.append(
                     f"{stream}: {'source' if from_ is None else 'target'} freed before its copy was done"
@@ -67,7 +90,7 @@ class LazyDevice:
 
     def send(self, source: Tensor, buffer: Tensor, after: Sequence[Event]) -> tuple[None, Event]:
         self.num_sent += 1
-        event = self._copy("out", source, buffer, after)
+        event = self._copy("out", source, buffer, after, least=1)
         event.buffer = buffer  # type: ignore[attr-defined]  # a view; what it shows is the pool's
         return None, event
 
@@ -75,7 +98,7 @@ class LazyDevice:
         self.num_brought += 1
         with torch.no_grad():
             target.fill_(float("nan"))
-        event = self._copy("back", buffer, target, after)
+        event = self._copy("back", buffer, target, after, least=self._num_marks)  # the memory may have been in use
         event.buffer = buffer  # type: ignore[attr-defined]
         return event
 
