@@ -25,12 +25,13 @@ from figures import Budget, BudgetSpentError, Figures
 
 # Nothing here imports torch at the top: the bare script's time to its first step includes that import.
 
-STEPS = {"cuda": 1000, "cpu": 40}
-ROUNDS = {"cuda": 2, "cpu": 1}
+STEPS = {"cuda": 600, "cpu": 40}
+ROUNDS = {"cuda": 1, "cpu": 1}
 LEAST_STEPS = 40
 STEPS_OF_A_TURN = {"cuda": 20, "cpu": 10}
 MOST_US_ABOVE = 100  # the goal on an accelerator, where a step takes milliseconds; on the CPU it takes 100 or more
-PART_OF_TURNS = 0.4  # of the budget, at most
+MOST_OF_TURNS_S = 25  # of which some go to the imports
+STOPPING_S = 4  # for a turn that has begun
 QUIET = ["trainer.save_every=0", "trainer.eval_every=0", "trainer.eval_at_start=false", "trainer.export_every=0"]
 RUNNER, BARE = "runner", "bare loop"
 STEP_TABLE = "speed: the default experiment"
@@ -327,7 +328,7 @@ def tell_starts(figures, found):
 
 def measure_turns(processes, figures):
     """Measures both loops in one process, turn by turn."""
-    ends_at = time.time() + PART_OF_TURNS * processes.budget.left()
+    ends_at = time.time() + min(processes.budget.left() - STOPPING_S, MOST_OF_TURNS_S)
     seconds, _ = processes.by_hand("train_in_turns", processes.settings | {"ends_at": ends_at})
     pairs = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
     if not pairs:
@@ -361,10 +362,10 @@ def measure_all(asked, figures):
 
     parts = {
         "speed: preparation": prepare,
-        TURNS_TABLE: lambda: measure_turns(prepared(), figures),
         "speed: rounds": lambda: measure_rounds(prepared(), made["steps"], made["rounds"], figures, found),
         STEP_TABLE: lambda: tell_rounds(figures, some(found["steps"]), made["processes"].settings),
         START_TABLE: lambda: tell_starts(figures, {n: some(firsts) for n, firsts in found["first"].items()}),
+        TURNS_TABLE: lambda: measure_turns(prepared(), figures),
     }
     worked = [measure_part(name, part, figures) for name, part in parts.items()]
     return all(worked)

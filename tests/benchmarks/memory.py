@@ -107,8 +107,6 @@ class Collector:
 
     def take(self, answer):
         """Takes a line of JSON: what was measured of a row, or, with its name alone, that it goes on."""
-        if "device" in answer:
-            return self.add("all", "device", answer["device"])
         self.current = name = answer.pop("row")
         takers = {
             "error": self._take_error, "memory": self._take_memory, "seconds": self._take_seconds,

@@ -242,8 +242,6 @@ def measure_rows(case, names):
     hold_gradients(model)
     x = make_input(case, case.time)
     memory.release()
-    if memory.is_cuda:
-        say(device=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     rows = {name: attempt(name, memory, start_row, model, name, memory, x) for name in names}
     time_rows(case, {name: row for name, row in rows.items() if row is not None}, memory, x)
 
@@ -382,6 +380,8 @@ TASKS = {"rows": measure_rows, "longest": measure_longest, "resident": measure_r
 
 
 def main():
+    # cuDNN builds a plan for each new length; the same kernel serves all rows without it.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # The imports of a first checkpoint take 70 MiB and a second.
     checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
     if line := sys.stdin.readline():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,48 +21,61 @@ from tests.lazy_device import LazyDevice
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-DELAY_CYCLES = 400_000  # some 0.2 ms on an H100: a copy that is used too early, or whose source is freed, shows
+DELAY_CYCLES = 200_000  # some 0.1 ms on an H100
+LONG_DELAY_CYCLES = 4_000_000  # some 2 ms: longer than the program takes until it frees and overwrites a source
+
+# Streams are handed out from a pool for each priority: of another priority they are never an offloader's own.
+OTHER_STREAMS = [torch.cuda.Stream(DEVICE, priority=-1) for _ in range(2)] if HAS_GPU else []
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 
 
-class LateStreams(Streams):
-    """Streams whose copies begin late, so that a missing wait gives wrong numbers instead of luck."""
+class CountingStreams(Streams):
+    """Streams that count copies, and begin each late: a missing wait for one gives wrong numbers."""
 
-    def __init__(self, device: torch.device, is_timed: bool = False) -> None:
+    def __init__(self, device: torch.device, is_timed: bool, delay_cycles: int) -> None:
         super().__init__(device, is_timed)
         self.num_sent = self.num_brought = 0
+        self._delay_cycles = delay_cycles
 
     def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
-        """Copies to the host, late."""
+        """Copies to the host."""
         self.num_sent += 1
         self._delay(self._out)
         return super().send(source, buffer, after)
 
     def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
-        """Copies to the device, late."""
+        """Copies to the device."""
         self.num_brought += 1
         self._delay(self._back)
         return super().bring(buffer, target, after)
 
     def _delay(self, stream: Any) -> None:
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(DELAY_CYCLES)
+        if self._delay_cycles:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(self._delay_cycles)
 
 
 class Accelerator:
-    """Wraps blocks so that their inputs are offloaded from the device, with late copies."""
+    """Wraps blocks so that their inputs are offloaded from the device.
+
+    Either its copies are late or, with `computing_is_late`, the work before them: a missing wait for the one or the
+    other then gives wrong numbers. The simulated device finds both without that.
+    """
 
     def __init__(self) -> None:
         self.device = DEVICE
         self.transports: list[Any] = []
+        self._streams: Iterator[Any] = itertools.cycle(OTHER_STREAMS)
+        self.computing_is_late, self.delay_cycles = False, DELAY_CYCLES
 
     def offloader(self, **settings: Any) -> Offloader:
         """Returns an offloader of the device; `is_auto` and the other settings are those of `Offloader`."""
         is_auto = settings.get("is_auto", False)
-        transport = LateStreams(self.device, is_timed=is_auto) if HAS_GPU else LazyDevice()
-        self.transports.append(transport)
-        return Offloader(transport, **{"min_bytes": 0, **settings})
+        delay_cycles = 0 if self.computing_is_late else self.delay_cycles
+        made = CountingStreams(self.device, is_auto, delay_cycles) if HAS_GPU else LazyDevice()
+        self.transports.append(made)
+        return Offloader(made, **{"min_bytes": 0, **settings})
 
     def wrap(self, model: nn.Module, **settings: Any) -> Any:
         """Wraps every block of a model to be offloaded; returns the transport, which counts copies."""
@@ -70,6 +84,11 @@ class Accelerator:
             unsloth.wrap(block, offloader, f"blocks.{name}")
         return offloader.transport
 
+    def delay_computing(self) -> None:
+        """Keeps the device busy before what it is asked for next, where computing is to be late."""
+        if self.computing_is_late and HAS_GPU:
+            torch.cuda._sleep(self.delay_cycles)
+
     def check(self) -> None:
         """Checks that no copy lost its source or target; on a GPU such a mistake gives wrong numbers instead."""
         if HAS_GPU:
@@ -77,14 +96,14 @@ class Accelerator:
         for transport in self.transports:
             assert not getattr(transport, "mistakes", []), transport.mistakes
 
-    def new_stream(self) -> Any:
-        """Returns a context that runs the work inside it on a stream of the user's, after all work before it."""
-        return _on_new_stream() if HAS_GPU else contextlib.nullcontext()
+    def other_stream(self) -> Any:
+        """Returns a context that runs the work inside it on one of two streams in turn, after all work before it."""
+        return _on_stream(next(self._streams)) if HAS_GPU else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _on_new_stream() -> Iterator[None]:
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+def _on_stream(stream: Any) -> Iterator[None]:
+    current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
@@ -107,8 +126,8 @@ def overwrite_freed_memory(like: Tensor) -> None:
     """Takes memory of a tensor's size that was freed just now, and fills it with NaN: here and on other streams."""
     _fill_with_nan(like)
     if like.is_cuda:
-        for _ in range(2):
-            with torch.cuda.stream(torch.cuda.Stream()):
+        for stream in OTHER_STREAMS:
+            with torch.cuda.stream(stream):
                 _fill_with_nan(like)
 
 

@@ -13,6 +13,12 @@ def _write(**facts):
     _FILE.write(json.dumps(facts) + "\n")
 
 
+def pytest_collection_finish(session):
+    """Writes which tests are to run, to know of those that a crash leaves out."""
+    for item in session.items:
+        _write(test=item.nodeid, outcome="not run")
+
+
 def pytest_runtest_logstart(nodeid):
     _write(test=nodeid, outcome="started")
 

@@ -2,7 +2,7 @@
 
     python tests/gpu/report.py PARTS OUT SECONDS
 
-The exit status is 0 if tests ran and none of them failed or was cut short.
+The exit status is 0 if tests ran, and none of them failed or was cut short.
 """
 
 import json
@@ -13,62 +13,100 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from figures import describe_value
 
+CUT_SHORT = (124, 137)  # the statuses of a part that exceeded its time
 
-def read_outcomes(path):
-    """Returns the last outcome of each test; one that began and never ended was killed, perhaps in a hang."""
-    last = {}
-    for line in path.read_text().splitlines():
-        facts = json.loads(line)
-        before = last.get(facts["test"], {})
-        if before.get("outcome") != "failed":
-            last[facts["test"]] = facts
-    for facts in last.values():
-        if facts["outcome"] == "started":
-            facts |= {"outcome": "failed", "text": "killed: it hung, or the time of its part was spent"}
-    return list(last.values())
+
+def read_json(path):
+    """Returns a file's content; None where it is missing, or was cut short by a kill."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def read_parts(folder):
-    """Returns the exit status and seconds of each part, from the lines that `run.sh` wrote."""
-    lines = (line.split() for line in (folder / "parts.txt").read_text().splitlines())
-    return {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in lines}
+    """Returns the exit status and seconds of each part, from the lines that `run.sh` wrote, and its last output."""
+    parts, path = {}, folder / "parts.txt"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, status, seconds = line.split()
+        path = folder / f"tail-{name}.txt"
+        tail = path.read_text(errors="replace") if path.exists() else ""
+        parts[name] = {"status": int(status), "seconds": int(seconds), "tail": tail}
+    return parts
+
+
+def read_outcomes(path, status):
+    """Returns the last outcome of each test of a part.
+
+    Args:
+        status: of the part; None while it runs.
+    """
+    last = {}
+    for line in path.read_text().splitlines():
+        try:
+            facts = json.loads(line)
+        except ValueError:  # the last line, where the process was killed in the midst of it
+            continue
+        if last.get(facts["test"], {}).get("outcome") != "failed":
+            last[facts["test"]] = facts
+    for facts in last.values():
+        if facts["outcome"] == "started":
+            cause = "it hung, or the time of its part was spent" if status in CUT_SHORT else "its process ended with it"
+            facts |= {"outcome": "failed", "text": f"{cause} (status {status}): see the output of its part"}
+        elif facts["outcome"] == "not run":
+            facts["reason"] = f"not run: its part ended before it (status {status})"
+    return list(last.values())
 
 
 def make_report(folder, seconds):
     """Returns the whole report as plain data."""
-    machine = folder / "machine.json"
-    tests = [facts for path in sorted(folder.glob("outcomes-*.jsonl")) for facts in read_outcomes(path)]
-    benchmarks = [json.loads(path.read_text()) for path in sorted(folder.glob("figures-*.json"))]
+    parts, tests = read_parts(folder), []
+    for path in sorted(folder.glob("outcomes-*.jsonl")):
+        part = parts.get(f"correctness-{path.stem.removeprefix('outcomes-')}", {})
+        tests += read_outcomes(path, part.get("status"))
+    benchmarks = [found for path in sorted(folder.glob("figures-*.json")) if (found := read_json(path)) is not None]
+    skipped = [{"name": facts["test"], "reason": facts["reason"]} for facts in tests if "reason" in facts]
     return {
-        "machine": json.loads(machine.read_text()) if machine.exists() else {"gpu": "unknown"},
+        "machine": read_json(folder / "machine.json") or {"gpu": "unknown: see the output of the part machine"},
         "seconds": seconds,
-        "parts": read_parts(folder),
+        "parts": parts,
         "tests": dict(Counter(facts["outcome"] for facts in tests)),
         "failures": [facts for facts in tests if facts["outcome"] == "failed"],
-        "skipped": [{"name": facts["test"], "reason": facts["reason"]} for facts in tests if "reason" in facts]
-        + [skipped for benchmark in benchmarks for skipped in benchmark["skipped"]],
+        "skipped": skipped + [each for benchmark in benchmarks for each in benchmark["skipped"]],
         "figures": [figure for benchmark in benchmarks for figure in benchmark["figures"]],
     }
 
 
 def find_trouble(report):
-    """Returns why the check did not succeed, a line each."""
+    """Returns what a person has to look at, a line each, and whether that is a failure of correctness."""
     trouble = [f"{facts['test']} failed" for facts in report["failures"]]
     for name, part in report["parts"].items():
-        if name.startswith("correctness") and part["status"] not in (0, 1):
-            trouble.append(f"{name} ended with status {part['status']} after {part['seconds']} s")
-    return trouble if report["tests"] else [*trouble, "no test ran"]
+        is_known = name.startswith("correctness") and part["status"] == 1 and report["failures"]
+        if part["status"] and not is_known:
+            trouble.append(f"part {name} ended with status {part['status']} after {part['seconds']} s")
+    if "passed" not in report["tests"]:
+        trouble.append("no test passed")
+    is_failure = any(not line.startswith("part ") or line.startswith("part correctness") for line in trouble)
+    return trouble, is_failure
 
 
-def to_markdown(report, trouble):
+def to_markdown(report, trouble, is_failure):
     """Returns the report for a person."""
+    has_gpu = report["machine"]["gpu"] != "none"
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report["tests"].items()) or "no test ran"
-    lines = ["# GPU check", "", f"Correctness: {counts}; {'not ' if trouble else ''}all is well.", ""]
-    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
-    lines.append(f"- seconds in all: {report['seconds']}")
-    lines += [f"- part {name}: status {part['status']}, {part['seconds']} s" for name, part in report["parts"].items()]
+    goals = Counter(figure["is_met"] for figure in report["figures"] if "goal" in figure)
+    lines = [
+        f"# GPU check: {report['machine']['gpu'] if has_gpu else 'no GPU, a rehearsal on the simulated device'}",
+        "",
+        f"Correctness: {counts}; {'FAILED' if is_failure else 'no failure'}.",
+        f"Goals of the benchmarks: {goals[True]} met, {goals[False]} missed.",
+        "",
+        *(f"- {name}: {value}" for name, value in report["machine"].items()),
+        f"- seconds in all: {report['seconds']}",
+        *(f"- part {name}: status {part['status']}, {part['seconds']} s" for name, part in report["parts"].items()),
+    ]
     if trouble:
-        lines += ["", "## Failures (failures.log has the details)", "", *(f"- {line}" for line in trouble)]
+        lines += ["", "## Trouble (failures.log has the details)", "", *(f"- {line}" for line in trouble)]
     for table in dict.fromkeys(figure["table"] for figure in report["figures"]):
         lines += ["", *_table_of(table, [figure for figure in report["figures"] if figure["table"] == table])]
     lines += ["", "## Skipped", ""]
@@ -89,16 +127,24 @@ def _table_of(table, figures):
     return lines
 
 
+def list_failures(report):
+    """Returns the text of each failed test, and the last output of each part that did not end well."""
+    texts = {facts["test"]: facts.get("text", "") for facts in report["failures"]}
+    texts |= {f"part {name}": part["tail"] for name, part in report["parts"].items() if part["status"]}
+    return "".join(f"{'=' * 100}\n{name}\n{text}\n" for name, text in texts.items()) or "Nothing failed.\n"
+
+
 def main():
     parts, folder, seconds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     report = make_report(parts, seconds)
-    trouble = find_trouble(report)
+    trouble, is_failure = find_trouble(report)
+    (folder / "failures.log").write_text(list_failures(report))
+    for part in report["parts"].values():
+        del part["tail"]
     (folder / "report.json").write_text(json.dumps(report, indent=1))
-    (folder / "report.md").write_text(to_markdown(report, trouble))
-    failures = [f"{'=' * 100}\n{facts['test']}\n{facts.get('text', '')}\n" for facts in report["failures"]]
-    (folder / "failures.log").write_text("".join(failures) or "No test failed.\n")
+    (folder / "report.md").write_text(to_markdown(report, trouble, is_failure))
     print((folder / "report.md").read_text())
-    sys.exit(1 if trouble else 0)
+    sys.exit(is_failure)
 
 
 if __name__ == "__main__":
