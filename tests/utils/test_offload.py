@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -78,6 +79,50 @@ def test_what_comes_next_is_brought_ahead() -> None:
         offloader.unpack(handle)
     assert device.num_brought == 5  # the last was not gone yet
     assert gauge.stalls - stalls <= 1
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_as_many_inputs_are_brought_ahead_as_is_asked_for(prefetch: int) -> None:
+    device = LazyDevice()
+    offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1, prefetch=prefetch)
+    handles = [offloader.pack(computed(number)) for number in range(6)]
+    offloader.unpack(handles[4])
+    assert device.num_brought == 1 + prefetch
+
+
+class Noting(LazyDevice):
+    """Notes what each copy waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[str, Any, Sequence[Any]]] = []  # direction, its end, what it waits for
+
+    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[None, Any]:
+        begin, end = super().send(source, buffer, after)
+        self.copies.append(("out", end, list(after)))
+        return begin, end
+
+    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        end = super().bring(buffer, target, after)
+        self.copies.append(("back", end, list(after)))
+        return end
+
+
+def test_a_copy_waits_for_the_last_one_of_its_host_buffer() -> None:
+    """Its source may be older than that copy, so that what was computed before says nothing of it."""
+    device = Noting()
+    offloader = Offloader(device, min_bytes=0, keep_last=1, in_flight=1, prefetch=0)
+    first, second, third = (offloader.pack(computed(number)) for number in range(3))
+    assert [direction for direction, _, _ in device.copies] == ["out", "out"]  # the third stays
+    offloader.unpack(first)
+    (_, sent, _), _, (_, brought, after) = device.copies
+    assert sent in after
+    del first
+    gc.collect()
+    offloader.pack(computed(4))  # sends the third, into the buffer that the first had
+    assert device.num_allocated == 2
+    assert brought in device.copies[3][2]
+    assert [offloader.unpack(handle)[0].item() for handle in (second, third)] == [1, 2]
 
 
 def test_strides_and_values_come_back_as_they_were() -> None:
@@ -227,6 +272,11 @@ class SeveralStreams(LazyDevice):
     def __init__(self) -> None:
         super().__init__()
         self.lent: list[tuple[str, str]] = []
+        self.waiting: list[str] = []
+
+    def wait(self, event: Any, stream: str) -> None:
+        self.waiting.append(stream)
+        super().wait(event, stream)
 
     def current(self) -> str:
         return self.stream
@@ -254,8 +304,9 @@ def test_a_tensor_that_was_brought_back_on_one_stream_is_lent_to_another() -> No
     offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1, prefetch=0)
     handles = [offloader.pack(computed(number)) for number in range(4)]
     found = offloader.unpack(handles[0])
-    device.stream = "second"
+    device.stream, device.waiting = "second", []
     assert offloader.unpack(handles[0]) is found
+    assert device.waiting == ["second"]  # it may be on its way still
     assert device.lent == [("first", "first"), ("first", "second")]
 
 
