@@ -210,10 +210,12 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
     block: Block = module.__dict__[_STATE]
     block.calls += 1
-    if not torch.is_grad_enabled() or block.is_captured():
+    if not torch.is_grad_enabled():
         return own(*args, **kwargs)
     if torch.compiler.is_compiling():
         _refuse_compiler()
+    if block.is_captured():
+        return own(*args, **kwargs)
     call = Call(own, args, kwargs)
     tensors = block.anchored(call.tensors)
     if block.is_counting:
