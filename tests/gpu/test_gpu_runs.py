@@ -305,16 +305,6 @@ def test_batches_on_their_way_to_the_device_are_not_overwritten() -> None:
         assert torch.equal(mine.cpu(), theirs)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".sft"])
-def test_weights_of_the_device_are_stored_and_loaded_anywhere(suffix: str, tmp_path: Path) -> None:
-    state = {"weight": torch.randn(5, 7, device=DEVICE), "half": torch.randn(3, device=DEVICE).half()}
-    io.save(state, tmp_path / f"state{suffix}")
-    for place in (DEVICE, torch.device("cpu")):
-        loaded = io.load(tmp_path / f"state{suffix}", map_location=place)
-        assert all(tensor.device.type == place.type for tensor in loaded.values())
-        assert all(torch.equal(tensor.cpu(), state[name].cpu()) for name, tensor in loaded.items())
-
-
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_on_one_device_agree_with_one_process_and_offloading_changes_nothing(
     project: Project, strategy: str
