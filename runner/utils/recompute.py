@@ -42,7 +42,6 @@ class Block:
         self.is_here = True
         first = next(module.parameters(), None)
         self._anchor = None if first is None or first.device.type == "cpu" else first
-        self._is_on_cuda = first is not None and first.device.type == "cuda"
         self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,7 +58,8 @@ class Block:
 
         A recomputation restores the state of the CUDA generator, which is impossible during a capture.
         """
-        if not self._is_on_cuda or not torch.cuda.is_current_stream_capturing():
+        is_on_cuda = self._anchor is not None and self._anchor.device.type == "cuda"
+        if not is_on_cuda or not torch.cuda.is_current_stream_capturing():
             return False
         if not self._has_warned:
             self._has_warned = True

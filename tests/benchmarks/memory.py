@@ -26,12 +26,11 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
 import torch
-from figures import Figures
+from figures import Budget, Figures
 from memory_rows import BASE, MIB, NEVER, NONE, ON_CPU, OURS, ROWS, Case
 
 STYLES = ("positional", "keyword")
@@ -72,16 +71,16 @@ class Child:
             self._lines.put(line)
         self._lines.put(None)
 
-    def run(self, request, deadline, on_answer):
+    def run(self, request, budget, on_answer):
         """Hands each answer to a function; returns why the process was ended or failed, or None."""
         try:
             with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
                 pipe.write(json.dumps(request))
-            while (line := self._lines.get(timeout=max(min(deadline - time.monotonic(), SILENCE_S), 0))) is not None:
+            while (line := self._lines.get(timeout=max(min(budget.left(), SILENCE_S), 0))) is not None:
                 on_answer(json.loads(line))
             status = self.process.wait(SILENCE_S)
         except queue.Empty:
-            return OUT_OF_TIME if time.monotonic() >= deadline else f"hung: silent for {SILENCE_S} s"
+            return OUT_OF_TIME if budget.left() <= 0 else f"hung: silent for {SILENCE_S} s"
         finally:
             self.close()
         return f"the process ended with status {status}" if status else None
@@ -184,18 +183,17 @@ class Benchmark:
     """Runs cases, one process after another, until the budget is spent."""
 
     def __init__(self, figures, budget_s):
-        self.figures, self.budget_s = figures, budget_s
-        self.deadline = time.monotonic() + budget_s
+        self.figures, self.budget = figures, Budget(budget_s)
         self.hung = set()  # rows that hung in one case are left out of the next
         self._spare = None
 
     @property
     def spent(self):
-        return f"the budget of {self.budget_s:g} s was spent"
+        return f"the budget of {self.budget.seconds:g} s was spent"
 
     def run(self, case, names):
         """Runs a case. Whatever fails in it is told, and the next case runs."""
-        if self.deadline - time.monotonic() < MIN_LEFT_S:
+        if self.budget.left() < MIN_LEFT_S:
             return self.figures.skip(case.title, self.spent)
         collector = Collector(self.figures, case, names)
         try:
@@ -210,7 +208,7 @@ class Benchmark:
             collector.take({"row": name, "error": "left out: it hung in an earlier case"})
         collector.current = None
         while names := [name for name in collector.names if name not in collector.errors]:
-            end = self._next_child().run({"case": vars(case), "names": names}, self.deadline, collector.take)
+            end = self._next_child().run({"case": vars(case), "names": names}, self.budget, collector.take)
             if end is None or end == OUT_OF_TIME or collector.current is None:
                 return end
             # The process died or hung, and its row with it. A fresh process measures the other rows.
@@ -226,7 +224,7 @@ class Benchmark:
             environ = {"MALLOC_MMAP_THRESHOLD_": str(MIB)} if turn is None else {}
             for name in collector.names[:: -1 if turn == 1 else 1]:
                 request = {"case": vars(case), "names": [name], "turn": turn}
-                end = Child(**environ).run(request, self.deadline, collector.take)
+                end = Child(**environ).run(request, self.budget, collector.take)
                 if end == OUT_OF_TIME:
                     return end
                 if end is not None:

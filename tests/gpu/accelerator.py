@@ -64,7 +64,6 @@ class Accelerator:
     """
 
     def __init__(self) -> None:
-        self.device = DEVICE
         self.transports: list[Any] = []
         self._streams: Iterator[Any] = itertools.cycle(OTHER_STREAMS)
         self.computing_is_late, self.delay_cycles = False, DELAY_CYCLES
@@ -73,7 +72,7 @@ class Accelerator:
         """Returns an offloader of the device; `is_auto` and the other settings are those of `Offloader`."""
         is_auto = settings.get("is_auto", False)
         delay_cycles = 0 if self.computing_is_late else self.delay_cycles
-        made = CountingStreams(self.device, is_auto, delay_cycles) if HAS_GPU else LazyDevice()
+        made = CountingStreams(DEVICE, is_auto, delay_cycles) if HAS_GPU else LazyDevice()
         self.transports.append(made)
         return Offloader(made, **{"min_bytes": 0, **settings})
 

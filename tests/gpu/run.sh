@@ -12,7 +12,7 @@ fail() {
     exit 2
 }
 
-mkdir -p "$out" && out=$(cd "$out" && pwd) && : >"$out/log.txt" || fail "$out: expected a folder that can be written to"
+mkdir -p "$out" && out=$(cd "$out" && pwd) && : >>"$out/log.txt" || fail "$out: expected a folder that can be written to"
 python=$(command -v "${PYTHON:-python3}") || fail "PYTHON=${PYTHON:-python3}: no such program; see tests/gpu/README.md"
 python=$(realpath --no-symlinks "$python") # a relative path would end at the next cd
 work=$(mktemp -d) || fail "TMPDIR=${TMPDIR:-/tmp}: no temporary folder can be made there"
@@ -24,7 +24,7 @@ mkdir "$work/parts" "$work/tmp"
     --find-links "$root/tests/gpu/wheels" --target "$work/site" \
     hydra-core omegaconf antlr4-python3-runtime crc32c torchao schedulefree prodigyopt ||
     fail "$("$python" --version): not installed from tests/gpu/wheels, as pip says above; see tests/gpu/README.md"
-rm -f "$out"/{report.json,report.md,failures.log}
+rm -f "$out"/{report.json,report.md,failures.log,log.txt}
 export PYTHONPATH="$root:$work/site" PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 cd "$root" || exit 2
 

@@ -81,8 +81,8 @@ def test_every_setting_of_offloading_gives_the_same_numbers(
     assert transport.num_sent or keep_last  # the shortest models have two inputs to keep; auto moves what it measures
 
 
-def large_model(seed: int = 0, num_blocks: int = 6) -> tuple[Model, Tensor]:
-    torch.manual_seed(seed)
+def large_model(num_blocks: int = 6) -> tuple[Model, Tensor]:
+    torch.manual_seed(0)
     model = Model([Mlp(0.1) for _ in range(num_blocks)]).to(DEVICE)
     return model, noise(SIZE // WIDTH, WIDTH).to(DEVICE).requires_grad_()
 
@@ -200,8 +200,8 @@ def test_odd_shapes_strides_and_types_come_back_as_they_were(accelerator: Accele
     offloader = accelerator.offloader(keep_last=0, in_flight=1)
     torch.manual_seed(0)
 
-    def computed(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() * 1
+    def computed(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).requires_grad_() * 1
 
     base = computed(7, 11, 13)
     tensors = [
@@ -457,10 +457,8 @@ def test_auto_moves_the_inputs_of_heavy_blocks_and_leaves_those_of_light_ones() 
         for _ in range(8):
             model(given).sum().backward()
             torch.cuda.synchronize()
-        gauges = [
-            report.blocks[f"blocks.{index}"].gauge for index in (1, 2)
-        ]  # the last input stays, the first is a leaf
-        assert [gauge.is_worth_it for gauge in gauges if gauge is not None] == [is_moved] * 2
+        middle = [report.blocks[f"blocks.{index}"] for index in (1, 2)]  # the first input is a leaf, the last stays
+        assert [each.gauge is not None and each.gauge.is_worth_it for each in middle] == [is_moved] * 2
 
 
 @needs_gpu

@@ -120,7 +120,8 @@ def copy(tmp_path):
     folder.mkdir(parents=True)
     (folder / "run.sh").write_text((ROOT / "tests/gpu/run.sh").read_text())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/report.md").write_text("an earlier one")
+    for name in ("report.md", "log.txt"):
+        (tmp_path / "out" / name).write_text("an earlier one")
     return folder / "run.sh"
 
 
@@ -137,7 +138,7 @@ def test_a_check_that_can_not_start_says_why_and_keeps_the_report_of_the_last(co
     done = run("bash", copy, out, env=os.environ | {"PYTHON": sys.executable} | environment)
     assert done.returncode == 2
     assert message in done.stderr
-    assert (out / "report.md").read_text() == "an earlier one"
+    assert (out / "report.md").read_text() == (out / "log.txt").read_text() == "an earlier one"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -142,10 +142,10 @@ def project(tmp_path, monkeypatch):
     made.close()
 
 
-def train(project: Project, folder: str, *overrides: str, status: int = 0) -> str:
+def train(project: Project, folder: str, *overrides: str) -> str:
     """Runs the experiment with a model of blocks on the device; returns what was printed."""
     given = ["model._target_=own.Blocks", ON_DEVICE, f"hydra.run.dir={folder}", "tracking.tensorboard=false"]
-    printed = project.run(*given, *overrides, status=status)
+    printed = project.run(*given, *overrides)
     if OFFLOADED in overrides:
         assert "recomputed in the backward pass" in printed
         (total,) = re.findall(r"^all +\d+ +([\d.]+) MiB +([\d.]+) MiB", printed, re.MULTILINE)
@@ -153,8 +153,8 @@ def train(project: Project, folder: str, *overrides: str, status: int = 0) -> st
     return printed
 
 
-def weights(project: Project, folder: str, step: Path = FINAL) -> list[bytes]:
-    path = project.folder / folder / step
+def weights(project: Project, folder: str) -> list[bytes]:
+    path = project.folder / folder / FINAL
     return [(path / name).read_bytes() for name in ("model.safetensors", "model.optimizer.safetensors")]
 
 

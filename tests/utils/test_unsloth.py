@@ -560,7 +560,7 @@ def test_a_block_that_is_captured_in_a_cuda_graph_runs_as_it_is_and_says_so_once
     twin = copy.deepcopy(model)
     unsloth.apply(model)
     for block in model.blocks:
-        block.__dict__["_recompute"]._is_on_cuda = True
+        block.__dict__["_recompute"]._anchor = on_fake_cuda(nn.Linear(1, 1, device="meta")).weight
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.warns(UserWarning, match=r"blocks.\d: it is captured in a CUDA graph") as said:
         first = learned(model, given)
