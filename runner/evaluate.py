@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import signals
 from runner.fingerprint import find_change
 from runner.mistakes import ConfigError, told_in_one_message
 
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
     given = parser.parse_intermixed_args(arguments)
     prefixes = [each for each in given.allow_targets.split(",") if each]
-    with told_in_one_message():
+    with told_in_one_message(), signals.exit_at_once():
         from runner import saved
 
         opening = saved.open_export if given.saved.is_file() else saved.open_saved

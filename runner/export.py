@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner import signals
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
 
@@ -159,9 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
     given = parser.parse_args(arguments)
     with told_in_one_message():
-        from runner import saved
+        with signals.exit_at_once():
+            from runner import saved
 
-        found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])
+            found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])
         for note in found.notes:
             print(note, file=sys.stderr)
         for path in export(found, given.output, given.dtype):

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, mistakes, resume, run_folder, worker
+from runner import agent, config, handover, mistakes, resume, run_folder, signals, worker
 from runner.handover import Handover
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
@@ -33,6 +33,11 @@ _made: Path | None = None  # the run's folder, if it was not there before
 
 class RunFolder(Callback):
     """Checks the config and claims the run's folder, before Hydra writes into it."""
+
+    def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
+        """Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them."""
+        if not _is_basic(config.hydra.launcher):
+            signals.raise_on_interrupt()
 
     def on_run_start(self, config: DictConfig, **given: Any) -> None:
         """Ends the program with one message where the config is wrong: nothing was made yet."""
@@ -106,11 +111,14 @@ def launch(cfg: DictConfig) -> None:
         if is_sweep:
             raise _told(error) from None
         _end(error)
-    is_basic = hydra_config.launcher["_target_"].endswith(".BasicLauncher")
-    if is_sweep and (status == 1 or (status and not is_basic)):  # the other jobs go on
+    if is_sweep and (status == 1 or (status and not _is_basic(hydra_config.launcher))):  # the other jobs go on
         raise RuntimeError(f"{folder}: the run ended with status {status}; log.txt there says why")
     if status:
         raise SystemExit(status)
+
+
+def _is_basic(launcher: Any) -> bool:
+    return bool(launcher["_target_"].endswith(".BasicLauncher"))
 
 
 def _launch(job: Handover, is_sweep: bool) -> int:

@@ -34,9 +34,11 @@ def nearest(name: str, choices: list[str]) -> str:
 
 @contextlib.contextmanager
 def told_in_one_message() -> Iterator[None]:
-    """Ends the program with status 2 and one message where a block meets a mistake of the user's."""
+    """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":

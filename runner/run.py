@@ -64,7 +64,7 @@ def run(
             cfg.resume = str(folder)
         session, record, log = _open(cfg, folder, stack, accept, store, launch)
         session.begins_again = goes_on and session.is_new
-        signals.ask = session.loop.stop
+        signals.connect(session.loop.stop)
         return _run(session, record, log, signals)
 
 

@@ -6,7 +6,9 @@ Owns what a handler may do: it sets a flag, or raises. Imports the standard libr
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -20,6 +22,57 @@ MEANINGS = {
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 
 
+_Handler = Callable[[int, FrameType | None], None] | int | None
+
+_clean_ups: list[Callable[[], None]] = []  # of the blocks of `exit_at_once`, the outermost first
+
+
+def exit_on_signals() -> dict[signal.Signals, _Handler]:
+    """Has the signals end the process inside their handler: for a program with nothing to save, yet or any more.
+
+    An exception isn't enough there: `KeyboardInterrupt` aborts the process when C++ code is importing a module, and
+    some code drops it. A signal that something else handles or ignores is left alone.
+
+    Returns:
+        The handlers that were replaced.
+    """
+    default = (signal.SIG_DFL, signal.default_int_handler, _exit)
+    replaced = {number: handler for number in MEANINGS if (handler := signal.getsignal(number)) in default}
+    for number in replaced:
+        signal.signal(number, _exit)
+    return replaced
+
+
+@contextlib.contextmanager
+def exit_at_once(clean_up: Callable[[], None] | None = None) -> Iterator[None]:
+    """The same for the length of a block, with something to clean up before the process ends."""
+    replaced = exit_on_signals()
+    if clean_up is not None:
+        _clean_ups.append(clean_up)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if clean_up is not None:
+            _clean_ups.remove(clean_up)
+
+
+def raise_on_interrupt() -> None:
+    """Has Ctrl-C raise `KeyboardInterrupt` again, after `exit_on_signals`."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    try:
+        for clean_up in reversed(_clean_ups):
+            clean_up()
+        sys.stdout.flush()
+    finally:
+        os._exit(STATUSES[MEANINGS[signal.Signals(number)]])
+
+
 class Signals:
     """What has come, and what to do about it: `ask` is called with its meaning, once.
 
@@ -30,6 +83,7 @@ class Signals:
         self.ask: Callable[[str], None] | None = None
         self.is_over = False
         self.first: str | None = None
+        self._raised: int | None = None
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -37,11 +91,21 @@ class Signals:
         with taken(self._take):
             yield
 
+    def connect(self, ask: Callable[[str], None]) -> None:
+        """Has `ask` called from now on: at once where a signal came before and the code it interrupted dropped it."""
+        self.ask = ask
+        if self._raised is not None:
+            self._ask(self._raised)
+
     def _take(self, number: int, frame: FrameType | None) -> None:
         if number == REPEATED and self.first is not None:
             return
         if self.first is not None or (self.ask is None and not self.is_over):
+            self._raised = number
             raise KeyboardInterrupt(number)
+        self._ask(number)
+
+    def _ask(self, number: int) -> None:
         self.first = signal.Signals(number).name
         if self.ask is not None and not self.is_over:
             self.ask(MEANINGS[signal.Signals(number)])

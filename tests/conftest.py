@@ -79,6 +79,15 @@ class Raises(Model):
         raise KeyError("its own mistake")
 
 
+class DropsInterrupt(Model):
+    def __init__(self):
+        super().__init__()
+        try:
+            os.kill(os.getpid(), 2)
+        except BaseException:
+            pass
+
+
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield {"x": torch.zeros(4), "y": torch.zeros(1)}

@@ -100,7 +100,7 @@ def test_a_config_error_of_omegaconf_alone_is_explained_too():
 
 
 def test_composing_does_not_import_torch():
-    script = "import sys; from runner import __main__, config, launch; assert 'torch' not in sys.modules"
+    script = "import sys; from runner import command, config, launch; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -5,6 +5,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -212,8 +213,11 @@ def test_ctrl_c_once_saves_and_ends_with_130(project, workers):
 
 
 def test_ctrl_c_twice_ends_at_once(project):
-    process = project.start(*SLOW[2:], "data.train.length=50", "+data.train.sleep_s=1.0")
-    time.sleep(4)
+    overrides = ("data.train.length=50", "+data.train.sleep_s=1.0", "trainer.eval_at_start=false")
+    process = project.start(*SLOW[2:], *overrides)
+    while "steps into" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1)  # in the midst of the first batch, which takes 8 s
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -284,13 +288,47 @@ def test_a_mistake_ends_in_one_message_with_no_folder_left(project, overrides, e
     assert project.runs == []
 
 
+INTERRUPTED_AT_AN_IMPORT = """
+import os, runpy, signal, sys
+
+number, count = int(sys.argv[1]), 0
+
+def interrupt(event, arguments):
+    global count
+    count += event == "import"
+    if count == number and event == "import":
+        os.kill(os.getpid(), signal.SIGINT)
+
+del sys.argv[1]
+import runner.signals  # Ctrl-C before this is Python's own
+sys.addaudithook(interrupt)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", [10, 200, 340, 372, 425, 500, 700, 900, 1100])
+def test_ctrl_c_at_any_import_ends_with_130_and_leaves_nothing(project, number):
+    command = [sys.executable, "-c", INTERRUPTED_AT_AN_IMPORT, str(number), "runner", *project.command[3:]]
+    done = subprocess.run(command, cwd=project.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert project.runs == []
+
+
+def test_ctrl_c_that_a_model_drops_while_it_is_built_ends_the_run_saved(project):
+    project.run("model._target_=own.DropsInterrupt", status=130)
+    (folder,) = project.runs
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert (folder / "checkpoints" / "step_00000000" / "MANIFEST.json").is_file()
+
+
 @pytest.mark.parametrize("delay_s", [0.3, 0.7, 1.1, 1.5])
 def test_ctrl_c_while_it_starts_ends_with_130_and_leaves_nothing_half_made(project, delay_s):
     process = project.start("trainer.eval_at_start=false", "+data.train.sleep_s=0.1")
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 or (process.returncode == -signal.SIGINT and not printed.strip()), printed
+    is_of_python = process.returncode == -signal.SIGINT and "runner/command.py" not in printed  # before it was loaded
+    assert process.returncode == 130 or is_of_python, printed
     assert all((folder / "run.json").is_file() for folder in project.runs)
 
 

@@ -1,14 +1,16 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
-from runner.signals import Signals, meaning_of
+from runner.signals import STATUSES, Signals, meaning_of
 
 
 def test_the_first_signal_asks_and_the_second_ends_at_once():
     signals, asked = Signals(), []
-    signals.ask = asked.append
+    signals.connect(asked.append)
     with signals.taken():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (asked, signals.first) == (["preempted"], "SIGUSR1")
@@ -33,3 +35,46 @@ def test_handlers_are_as_they_were_afterwards():
     with Signals().taken():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_was_dropped_before_there_was_a_run_asks_it_as_soon_as_there_is_one():
+    signals, asked = Signals(), []
+    with signals.taken():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        signals.connect(asked.append)
+        assert (asked, signals.first) == (["preempted"], "SIGTERM")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+EXITING = """
+import os, signal, sys
+from runner import signals
+
+number = int(sys.argv[1])
+with signals.exit_at_once(lambda: print("outer")), signals.exit_at_once(lambda: print("inner")):
+    print("began")
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException:
+        print("raised")
+print("ended")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, STATUSES["interrupted"]), (signal.SIGTERM, STATUSES["preempted"])],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_signal_ends_the_process_after_the_clean_ups_the_innermost_first(number, status):
+    done = subprocess.run([sys.executable, "-c", EXITING, str(int(number))], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout.split()) == (status, ["began", "inner", "outer"])
+
+
+def test_a_signal_that_is_ignored_from_outside_stays_ignored():
+    command = [sys.executable, "-c", EXITING, str(int(signal.SIGINT))]
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+    done = subprocess.run(ignoring, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["began", "ended"])

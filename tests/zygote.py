@@ -22,6 +22,7 @@ import tensorboard.compat.proto.event_pb2
 import torch
 
 import runner.__main__
+import runner.command
 import runner.event_file
 import runner.run
 

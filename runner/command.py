@@ -1,0 +1,62 @@
+"""The command line of `python -m runner`: composes the config, then launches it. Must not import torch."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from runner import config, launch, mistakes, signals
+
+
+@hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
+def _compose_and_launch(cfg: DictConfig) -> None:
+    launch.launch(cfg)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    with signals.exit_at_once(_clean_up):
+        _run()
+
+
+def _clean_up() -> None:
+    launch.leave(signals.STATUSES["interrupted"])
+    launch.drop_unused()
+
+
+def _run() -> None:
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; the message is made here
+    config.register()
+    gc.disable()  # importing torch makes no garbage, and looking for it takes a third of the time; `run` enables it
+    status = 1
+    try:
+        if (followed := launch.join()) is not None:
+            sys.exit(followed)
+        sys.argv[1:] = sorted(launch.with_resumed_overrides(sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
+        _compose_and_launch()
+        status = 0
+    except Exception as error:
+        message = mistakes.explain(error)
+        if wants_traceback or message is None:
+            raise
+        if not getattr(error, "is_told", False):
+            print(message, file=sys.stderr)
+        status = 2
+        sys.exit(status)
+    except KeyboardInterrupt as interrupt:  # before there was a run to save
+        status = signals.STATUSES[signals.meaning_of(interrupt)[0]]
+        sys.exit(status)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        launch.leave(status)
+        gc.enable()
+        launch.drop_unused()
+        if not wants_traceback:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
