@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
@@ -22,12 +22,10 @@ MEANINGS = {
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 
 
-_Handler = Callable[[int, FrameType | None], None] | int | None
-
 _clean_ups: list[Callable[[], None]] = []  # of the blocks of `exit_at_once`, the outermost first
 
 
-def exit_on_signals() -> dict[signal.Signals, _Handler]:
+def exit_on_signals() -> Mapping[signal.Signals, Callable[[int, FrameType | None], object] | int | None]:
     """Has the signals end the process inside their handler: for a program with nothing to save, yet or any more.
 
     An exception isn't enough there: `KeyboardInterrupt` aborts the process when C++ code is importing a module, and
