@@ -23,8 +23,8 @@ def main() -> None:
         _run()
 
 
-def _clean_up() -> None:
-    launch.leave(signals.STATUSES["interrupted"])
+def _clean_up(status: int) -> None:
+    launch.leave(status)
     launch.drop_unused()
 
 
@@ -55,8 +55,7 @@ def _run() -> None:
         status = end.code if isinstance(end.code, int) else 1
         raise
     finally:
-        launch.leave(status)
+        _clean_up(status)
         gc.enable()
-        launch.drop_unused()
         if not wants_traceback:
             os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -22,7 +22,7 @@ MEANINGS = {
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 
 
-_clean_ups: list[Callable[[], None]] = []  # of the blocks of `exit_at_once`, the outermost first
+_clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_at_once`, the outermost first
 
 
 def exit_on_signals() -> Mapping[signal.Signals, Callable[[int, FrameType | None], object] | int | None]:
@@ -42,8 +42,8 @@ def exit_on_signals() -> Mapping[signal.Signals, Callable[[int, FrameType | None
 
 
 @contextlib.contextmanager
-def exit_at_once(clean_up: Callable[[], None] | None = None) -> Iterator[None]:
-    """The same for the length of a block, with something to clean up before the process ends."""
+def exit_at_once(clean_up: Callable[[int], None] | None = None) -> Iterator[None]:
+    """The same for the length of a block; `clean_up` is called with the exit status before the process ends."""
     replaced = exit_on_signals()
     if clean_up is not None:
         _clean_ups.append(clean_up)
@@ -63,12 +63,14 @@ def raise_on_interrupt() -> None:
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the clean-up
+    status = STATUSES[MEANINGS[signal.Signals(number)]]
     try:
         for clean_up in reversed(_clean_ups):
-            clean_up()
+            clean_up(status)
         sys.stdout.flush()
     finally:
-        os._exit(STATUSES[MEANINGS[signal.Signals(number)]])
+        os._exit(status)
 
 
 class Signals:

@@ -53,7 +53,7 @@ import os, signal, sys
 from runner import signals
 
 number = int(sys.argv[1])
-with signals.exit_at_once(lambda: print("outer")), signals.exit_at_once(lambda: print("inner")):
+with signals.exit_at_once(lambda status: print("outer", status)), signals.exit_at_once(lambda _: print("inner")):
     print("began")
     try:
         os.kill(os.getpid(), number)
@@ -70,7 +70,7 @@ print("ended")
 )
 def test_a_signal_ends_the_process_after_the_clean_ups_the_innermost_first(number, status):
     done = subprocess.run([sys.executable, "-c", EXITING, str(int(number))], stdout=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stdout.split()) == (status, ["began", "inner", "outer"])
+    assert (done.returncode, done.stdout.split()) == (status, ["began", "inner", "outer", str(status)])
 
 
 def test_a_signal_that_is_ignored_from_outside_stays_ignored():
