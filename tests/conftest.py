@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 from chaos import Zygote
 
+# where the suite was started in the background, the shell has had SIGINT ignored, for all that it starts as well
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODEL = """
 import os
 import random
