@@ -19,7 +19,7 @@ def _compose_and_launch(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    with signals.exit_at_once(_clean_up):
+    with signals.exit_on_interrupt(_clean_up):
         _run()
 
 

@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
     given = parser.parse_intermixed_args(arguments)
     prefixes = [each for each in given.allow_targets.split(",") if each]
-    with told_in_one_message(), signals.exit_at_once():
+    with told_in_one_message(), signals.exit_on_interrupt():
         from runner import saved
 
         opening = saved.open_export if given.saved.is_file() else saved.open_saved

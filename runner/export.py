@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
     given = parser.parse_args(arguments)
     with told_in_one_message():
-        with signals.exit_at_once():
+        with signals.exit_on_interrupt():
             from runner import saved
 
             found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])

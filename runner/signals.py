@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
@@ -22,42 +22,36 @@ MEANINGS = {
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 
 
-_clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_at_once`, the outermost first
-
-
-def exit_on_signals() -> Mapping[signal.Signals, Callable[[int, FrameType | None], object] | int | None]:
-    """Has the signals end the process inside their handler: for a program with nothing to save, yet or any more.
-
-    An exception isn't enough there: `KeyboardInterrupt` aborts the process when C++ code is importing a module, and
-    some code drops it. A signal that something else handles or ignores is left alone.
-
-    Returns:
-        The handlers that were replaced.
-    """
-    default = (signal.SIG_DFL, signal.default_int_handler, _exit)
-    replaced = {number: handler for number in MEANINGS if (handler := signal.getsignal(number)) in default}
-    for number in replaced:
-        signal.signal(number, _exit)
-    return replaced
+_clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_on_interrupt`, the outermost first
 
 
 @contextlib.contextmanager
-def exit_at_once(clean_up: Callable[[int], None] | None = None) -> Iterator[None]:
-    """The same for the length of a block; `clean_up` is called with the exit status before the process ends."""
-    replaced = exit_on_signals()
+def exit_on_interrupt(clean_up: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Has Ctrl-C end the process inside the signal handler, for the length of a block with nothing to save.
+
+    `KeyboardInterrupt` isn't enough there: it aborts the process when C++ code is importing a module, and some code
+    drops it. A handler other than Python's own is left alone, and so are the other signals, whose default action ends a
+    process even while C++ code waits.
+
+    Args:
+        clean_up: called with the exit status before the process ends.
+    """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
+        signal.signal(signal.SIGINT, _exit)
     if clean_up is not None:
         _clean_ups.append(clean_up)
     try:
         yield
     finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if clean_up is not None:
             _clean_ups.remove(clean_up)
 
 
 def raise_on_interrupt() -> None:
-    """Has Ctrl-C raise `KeyboardInterrupt` again, after `exit_on_signals`."""
+    """Has Ctrl-C raise `KeyboardInterrupt` again, inside a block of `exit_on_interrupt`."""
     if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
