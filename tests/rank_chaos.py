@@ -4,6 +4,7 @@ Ranks are started as torchrun's agent starts them (`by_ranks`), or by the runner
 launcher that has imported everything forks its workers, or a real one executes them.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -43,6 +44,15 @@ def children_of(pid: int) -> list[int]:
                 found += [int(child), *children_of(int(child))]
     except (FileNotFoundError, ProcessLookupError):
         pass  # it has ended meanwhile
+    return found
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Returns the processes below a launcher that lead a session: its workers, and not theirs."""
+    found = []
+    for pid in children_of(launcher):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            found += [pid] if os.getsid(pid) == pid else []
     return found
 
 
@@ -172,9 +182,11 @@ class RankChaos:
         self.num_starts += 1
         pid, process = self._start_launcher([*self.overrides, *argv], is_real)
         sessions = {pid}
-        for _ in range(generator.randint(0, 2)):  # within max_restarts
-            time.sleep(generator.uniform(0.1, whole_s))
-            workers = [child for child in children_of(pid) if os.getsid(child) == child] if living_of({pid}) else []
+        for number in range(generator.randint(0 if has_begun else 1, 2)):  # within max_restarts
+            is_sure = not number and not has_begun  # to meet its workers
+            time.sleep(generator.uniform(0.1, whole_s / 2 if is_sure else whole_s))
+            while not (workers := workers_of(pid)) and is_sure and living_of({pid}):
+                time.sleep(0.02)
             sessions |= {*workers}
             if workers:
                 os.kill(generator.choice(workers), signal.SIGKILL)
