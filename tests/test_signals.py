@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from runner.signals import STATUSES, Signals, meaning_of
+from runner.signals import STATUSES, Signals, exit_on_interrupt, meaning_of, raise_on_interrupt
 
 
 def test_the_first_signal_asks_and_the_second_ends_at_once():
@@ -80,3 +80,14 @@ def test_other_signals_keep_their_default_action():
 
 def test_a_ctrl_c_that_is_ignored_from_outside_stays_ignored():
     assert run_exiting(signal.SIGINT, "sh", "-c", 'trap "" INT; exec "$@"', "sh") == (0, ["began", "ended"])
+
+
+def test_ctrl_c_can_be_left_to_somebody_else_inside_such_a_block():
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    with exit_on_interrupt():
+        assert signal.getsignal(signal.SIGINT) is not before
+        raise_on_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
