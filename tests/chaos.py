@@ -109,9 +109,9 @@ class Chaos:
             os.killpg(pid, signal.SIGKILL)
         return self.zygote.wait(pid)
 
-    def run_with_kills(self, run: str, generator: random.Random) -> None:
-        """Kills the run a few times, in a save or anywhere, then lets it end."""
-        newest = 0
+    def run_with_kills(self, run: str, generator: random.Random) -> int:
+        """Kills the run a few times, in a save or anywhere, then lets it end; returns how often it was killed."""
+        newest, before = 0, self.num_kills
         for _ in range(generator.randint(1, 4)):
             workers = [f"data.num_workers={generator.choice((0, 0, 0, 2))}"]
             if generator.random() < 0.5:
@@ -122,8 +122,12 @@ class Chaos:
             found = self._newest(run)
             self.num_lost += found < newest
             newest = found
+        if self.num_kills == before:  # each kill came after the end: begin anew, with one that can't
+            shutil.rmtree(self.folder / run)
+            self.num_kills += self._session(run, [], crash_at=self.num_operations // 2) == -signal.SIGKILL
         status = self._session(run, [])
         assert status == 0, self.printed
+        return self.num_kills - before
 
     def _newest(self, run: str) -> int:
         checkpoints = Checkpoints(self.folder / run / "checkpoints")

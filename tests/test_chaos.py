@@ -35,10 +35,9 @@ def chaos(zygote, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_run_killed_anywhere_and_resumed_is_the_same_run_bit_for_bit(chaos, seed):
-    chaos.run_with_kills(f"run_{seed}", random.Random(seed))
+    assert chaos.run_with_kills(f"run_{seed}", random.Random(seed)) > 0
     assert chaos.num_lost == 0
     assert find_difference(chaos.content(f"run_{seed}"), chaos.expected) is None
-    assert seed < SEEDS - 1 or chaos.num_kills >= SEEDS // 2  # a busy machine may let a run end before its kill
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
