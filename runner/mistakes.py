@@ -16,6 +16,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runner.signals import STATUSES
+
 _NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's own words, for model=null
 
 
@@ -38,7 +40,7 @@ def told_in_one_message() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(STATUSES["interrupted"]) from None
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":

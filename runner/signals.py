@@ -1,6 +1,6 @@
 """The signals that end a run: the first asks it to save and end, the second ends it at once; and the exit statuses.
 
-Owns what a handler may do: it sets a flag, or raises. Imports the standard library alone.
+Owns what a handler may do: it sets a flag, raises, or ends the process. Imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ MEANINGS = {
     signal.SIGUSR2: "preempted",
 }
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
-
 
 _clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_on_interrupt`, the outermost first
 
