@@ -225,7 +225,10 @@ def where(path: KeyPath) -> str:
 
 
 def text_of(part: Any) -> str:
-    """Returns a key as text, also an integer too long for Python's own."""
+    """Returns a key as `repr` does, but an integer that is too long for it in hexadecimal, also inside a tuple."""
+    if type(part) is tuple:
+        inner = ", ".join(map(text_of, part))
+        return f"({inner},)" if len(part) == 1 else f"({inner})"
     return hex(part) if type(part) is int and part.bit_length() > 4096 else repr(part)
 
 

@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from runner.utils import io
 from runner.utils.files import atomic_path
+from runner.utils.packing import text_of
 
 FORMATS = [".pt", ".pth", ".sft", ".safetensors"]
 each_format = pytest.mark.parametrize("suffix", [".pt", ".sft"])
@@ -156,6 +157,17 @@ def test_load_gives_back_what_was_saved_in_type_value_and_ties_in_both_formats(v
         loaded = round_trip(value, suffix)
         assert same(value, loaded), suffix
         assert ties_in(value) == ties_in(loaded), suffix
+
+
+@each_format
+def test_an_integer_too_long_for_text_is_a_key_of_a_tensor_also_inside_tuples(suffix):
+    value = {key: torch.ones(1) for key in (1 << 14285, (1 << 14285,), (None, (3 << 14285, 1)))}
+    assert same(value, round_trip(value, suffix))
+
+
+@pytest.mark.parametrize("key", [7, "a", (), (1,), (1, "a"), (None, (b"x", 1.5, (True,))), -(1 << 4000)])
+def test_any_other_key_is_named_as_repr_has_it(key):
+    assert text_of(key) == repr(key)
 
 
 @settings(max_examples=60, deadline=None)
