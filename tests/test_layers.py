@@ -35,9 +35,9 @@ def test_the_box_itself_imports_nothing():
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_stays_under_300_lines_and_a_function_under_45(path):
+def test_a_module_stays_under_500_lines_and_a_function_under_60(path):
     text = path.read_text()
-    assert text.count("\n") <= 300
+    assert text.count("\n") <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno <= 45, f"{path.name}: {node.name}"
+            assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name}"
