@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Checkpoints:
         self.folder = folder
         self._suffix = SUFFIXES[format]
         self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
+        self._complete: dict[Path, list[tuple[int, ...]]] = {}  # by checkpoint: the stamps of its verified files
 
     def save(
         self,
@@ -112,6 +114,7 @@ class Checkpoints:
             before_commit()
         final = self._final(step)
         self._commit(partial, final)
+        self._complete[final] = _stamps(final)
         self._prune(step)
         return final
 
@@ -154,25 +157,57 @@ class Checkpoints:
         shutil.rmtree(pruned, ignore_errors=True)
 
     def _prune(self, newest_step: int) -> None:
+        """Removes older checkpoints; an incomplete one takes the place of no complete one."""
         self.leave(newest_step)
         if not self._keep_last:
             return
         steps = self._steps()
-        best = [step for step, _ in sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))]
+        last = self._newest_complete(steps, self._keep_last)
+        if len(last) < self._keep_last:
+            return
         spared = {step for step in steps if self._keep_every and step % self._keep_every == 0}
-        spared |= set(best[: self._keep_best])
-        for step in sorted(steps)[: -self._keep_last]:
-            if step not in spared:
+        spared |= {step for step, _ in self.rank_best()}
+        for step in sorted(steps):
+            if step < last[-1] and step not in spared:
                 self._remove(steps[step])
 
+    def _newest_complete(self, steps: Mapping[int, Path], count: int) -> list[int]:
+        """Returns the newest complete steps, at most `count` of them, the newest first."""
+        found: list[int] = []
+        for step in sorted(steps, reverse=True):
+            if len(found) == count:
+                break
+            if self._is_complete(steps[step]):
+                found.append(step)
+        return found
+
+    def rank_best(self) -> list[tuple[int, float]]:
+        """Returns step and metric of the `keep_best` best complete checkpoints, the best first."""
+        steps = self._steps() if self._keep_best else {}
+        rated = sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))
+        complete = (pair for pair in rated if self._is_complete(steps[pair[0]]))
+        return list(islice(complete, self._keep_best))
+
     def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
-        for step, path in steps.items() if self._keep_best else ():
+        for step, path in steps.items():
             try:
                 metric = _read_manifest(path)["metric"]
             except CheckpointError:
                 continue
             if metric is not None and math.isfinite(metric):
                 yield step, metric
+
+    def _is_complete(self, path: Path) -> bool:
+        """Says whether a checkpoint is complete; its content is read once, and again only after a file changed."""
+        try:
+            stamps = _stamps(path)
+            if self._complete.get(path) != stamps:
+                verify(path)
+                self._complete[path] = stamps
+        except (OSError, CheckpointError):
+            self._complete.pop(path, None)
+            return False
+        return True
 
     def _steps(self) -> dict[int, Path]:
         if not self.folder.is_dir():
@@ -213,7 +248,10 @@ def verify(path: Path) -> dict[str, Any]:
         found_bytes = file.stat().st_size
         if found_bytes != expected["bytes"]:
             raise CheckpointError(f"{path}: {name} has {found_bytes} bytes, {MANIFEST} says {expected['bytes']}")
-        found = _measure(file)["crc32c"]
+        try:
+            found = _measure(file)["crc32c"]
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} can't be read ({error.strerror})") from error
         if found != expected["crc32c"]:
             raise CheckpointError(f"{path}: {name} has crc32c {found}, {MANIFEST} says {expected['crc32c']}")
     return manifest
@@ -268,6 +306,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if own != _sum_of(manifest):
         raise CheckpointError(f"{path}: {MANIFEST} has crc32c {_sum_of(manifest)}, it says {own}")
     return manifest
+
+
+def _stamps(path: Path) -> list[tuple[int, ...]]:
+    """Returns what changes when a file of a checkpoint is written to, replaced or removed."""
+    stats = [os.stat(file) for file in sorted(path.rglob("*"))]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
 def _sum_of(content: Any) -> str:

@@ -1,7 +1,12 @@
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runner import checkpoint
 from runner.checkpoint import CheckpointError, Checkpoints, load, verify
@@ -85,6 +90,100 @@ def test_going_on_from_an_older_one_supersedes_the_later(tmp_path):
         saved.save(step, make_parts(), FACTS)
     saved.save(3, make_parts(), FACTS)
     assert names_in(tmp_path) == ["step_00000002", "step_00000003"]
+
+
+def harm(path, fault):
+    """Makes a checkpoint incomplete in one way."""
+    file = next(path.rglob("*.safetensors"))
+    content = file.read_bytes()
+    if fault == "no manifest":
+        (path / "MANIFEST.json").unlink()
+    elif fault == "no file":
+        file.unlink()
+    elif fault == "truncated":
+        file.write_bytes(content[:-1])
+    elif fault == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif fault == "link":
+        shutil.copy(file, path.parent / "elsewhere")
+        file.unlink()
+        file.symlink_to(path.parent / "elsewhere")
+    elif fault == "empty":
+        shutil.rmtree(path)
+        path.mkdir()
+
+
+def is_complete(path):
+    try:
+        return bool(verify(path))
+    except CheckpointError:
+        return False
+
+
+FAULTS = ["no manifest", "no file", "truncated", "flipped", "link", "empty"]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Folders with checkpoints of steps 1 to 8 and metrics 8 to 1, each stored whole by one process and in shards."""
+    folders = []
+    for is_sharded in (False, True):
+        saved = Checkpoints(tmp_path_factory.mktemp("samples") / "checkpoints", keep_last=0)
+        for step in range(1, 9):
+            if is_sharded:
+                partial = saved.begin(step)
+                (partial / "shards").mkdir()
+                io.write_new(make_parts()["model"], partial / "shards" / "shard-00000.safetensors")
+                saved.commit(partial, step, FACTS, 9.0 - step)
+            else:
+                saved.save(step, make_parts(), FACTS, 9.0 - step)
+        folders.append(saved.folder)
+    return folders
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    is_sharded=st.booleans(),
+    states=st.lists(st.sampled_from(["absent", *["complete"] * 4, *FAULTS]), min_size=8, max_size=8),
+    saved_step=st.integers(4, 9),
+    keep_last=st.integers(1, 3),
+    keep_every=st.sampled_from([0, 2]),
+    keep_best=st.integers(0, 2),
+)
+def test_rotation_counts_complete_checkpoints_alone(
+    samples, is_sharded, states, saved_step, keep_last, keep_every, keep_best
+):
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoints"
+        shutil.copytree(samples[is_sharded], folder)
+        complete = set()
+        for step, state in enumerate(states, 1):
+            path = folder / f"step_{step:08d}"
+            if state == "absent":
+                shutil.rmtree(path)
+            elif state == "complete":
+                complete.add(step)
+            else:
+                harm(path, state)
+        saved = Checkpoints(folder, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+        saved.save(saved_step, make_parts(), FACTS, 100.0)
+        complete = {step for step in complete if step < saved_step} | {saved_step}
+        newest = sorted(complete)[-keep_last:]
+        best = sorted(complete - {saved_step})[-keep_best:] if keep_best else []
+        expected = {*newest, *best, *(step for step in complete if keep_every and step % keep_every == 0)}
+        left = {int(path.name[5:]) for path in folder.glob("step_*") if is_complete(path)}
+        assert saved.newest()[0] == folder / f"step_{saved_step:08d}"
+        assert left == (expected if len(complete) >= keep_last else complete)
+
+
+def test_a_checkpoint_harmed_after_it_was_counted_counts_no_more(tmp_path):
+    saved = Checkpoints(tmp_path, keep_last=2)
+    for step in (2, 4, 6):
+        saved.save(step, make_parts(), FACTS)
+    harm(tmp_path / "step_00000006", "flipped")
+    saved.save(8, make_parts(), FACTS)
+    assert names_in(tmp_path) == ["step_00000004", "step_00000006", "step_00000008"]
+    assert load(tmp_path / "step_00000004")["model"]["weight"][0] == 1.0
 
 
 def test_what_cannot_be_stored_leaves_the_earlier_ones_and_no_trace(tmp_path):
