@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from runner.engines.settings import check_held
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
-from runner.targets import is_called_later, locate
+from runner.targets import is_called_later, locate, seed_imports
 from runner.utils.agreement import Agreement
 from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
@@ -98,6 +99,7 @@ def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
     assert isinstance(tracking, TrackingConfig)
     assert isinstance(checkpoint, CheckpointConfig)
     made: dict[str, Any] = {}
+    seed_imports(cfg.seed)
 
     def build_alone() -> None:  # a rank that fails here leaves nobody waiting
         device = build_device(plain)
@@ -144,14 +146,13 @@ def build_engines(plain: dict[str, Any], device: torch.device, purpose: Purpose 
 
 def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train) -> dict[str, _Part]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
-    torch.manual_seed(plain["seed"])  # of the initial weights
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
     found = {}
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
         settings = shared | own
         changed = optimizations.of_engine(plain, name)
-        module = _make(place + "model", settings["model"])
+        module = _make(plain, place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
         change = partial(optimizations.carry_out, module, device, changed, purpose)
@@ -174,23 +175,23 @@ def _make_engines(
     defer_compiler()
     for name, part in parts.items():
         place, settings, module = part.place, part.settings, part.module
-        layout = _make("distributed.strategy", strategy) if agreement and is_many() else Alone()
+        layout = _make(plain, "distributed.strategy", strategy) if agreement and is_many() else Alone()
         if agreement:
             layout.join(agreement, name, name == trained[-1])
         _explained("distributed.strategy", partial(layout.place, module))
         named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-        optimizer = _make(place + "optimizer", settings["optimizer"], named) if name in trained else None
+        optimizer = _make(plain, place + "optimizer", settings["optimizer"], named) if name in trained else None
         step_eagerly(optimizer)
         _explained(place + "optimizer", partial(check_held, optimizer, named))
         engines[name] = Engine(
             module,
             optimizer,
-            _make(place + "scheduler", settings["scheduler"], optimizer) if optimizer else None,
+            _make(plain, place + "scheduler", settings["scheduler"], optimizer) if optimizer else None,
             precision=trainer["precision"],
             accumulate=trainer["accumulate"],
             clip_norm=trainer["clip_norm"],
             on_nonfinite=trainer["on_nonfinite"],
-            feeder=_make(place + "feeder", settings["feeder"]),
+            feeder=_make(plain, place + "feeder", settings["feeder"]),
             layout=layout,
             averages=_make_averages(part, optimizer),
             changes=part.changes,
@@ -211,8 +212,7 @@ def _make_averages(part: _Part, optimizer: Any) -> Averages | None:
 
 def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
     data = plain["data"]
-    torch.manual_seed(mix(plain["seed"], -2))  # of a dataset that draws when it is made, whatever was built before
-    dataset = _make_dataset("data.train", data["train"])
+    dataset = _make_dataset(plain, "data.train", data["train"])
     target, parts = locate(plain["sampler"]["_target_"]), plain["trainer"]["accumulate"]
     is_batched = "lengths" in inspect.signature(target).parameters
     if is_batched and parts > 1:
@@ -224,14 +224,14 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
             f"{found}: {num_ranks()} ranks share {data['batch_size'] // parts}; expected one each or more"
         )
     what = _lengths(dataset) if is_batched else len(dataset)
-    sampler = _make("sampler", plain["sampler"], what)
+    sampler = _make(plain, "sampler", plain["sampler"], what)
     return Batches(
         dataset,
         sampler,
         None if is_batched else data["batch_size"] // parts,
         seed=plain["seed"],
         num_workers=data["num_workers"],
-        collate=_make("data.collate", data["collate"]),
+        collate=_make(plain, "data.collate", data["collate"]),
         pin_memory=device.type == "cuda",
         seed_samples=data["seed_samples"],
         rank=rank(),
@@ -254,9 +254,8 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
     data, seed = plain["data"], plain["seed"]
     if data["eval"] is None:
         return None
-    torch.manual_seed(mix(seed, -3))
-    collate = _make("data.collate", data["collate"])
-    dataset = _make_dataset("data.eval", data["eval"])
+    collate = _make(plain, "data.collate", data["collate"])
+    dataset = _make_dataset(plain, "data.eval", data["eval"])
     sample_seed = mix(seed, -1) if data["seed_samples"] else None
     size, workers = data["batch_size"], data["num_workers"]
     return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), num_ranks())
@@ -264,19 +263,35 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
 
 def build_report(plain: dict[str, Any]) -> Report | None:
     """Returns what shows more of an evaluation than its means, or None."""
-    report: Report | None = _make("report", plain["report"])
+    report: Report | None = _make(plain, "report", plain["report"])
     return report
 
 
-def _make(key: str, node: Any, *given: Any) -> Any:
+def _make(plain: dict[str, Any], key: str, node: Any, *given: Any) -> Any:
+    """Instantiates what stands at a key, every global generator seeded for it."""
     if node is None:
         return None
     later = {"_partial_": True} if is_called_later(key, locate(node["_target_"])) else {}
+    _seed(plain["seed"], key)
     return _explained(key, lambda: instantiate(node | later, *given, _convert_="all"))
 
 
-def _make_dataset(key: str, node: Any) -> Any:
-    dataset = _make(key, node)
+def _seed(seed: int, key: str) -> None:
+    """Seeds every global generator from the run's seed and a key, alike on every rank.
+
+    An object that is added or left out does not change what the others draw. `model` takes the run's seed as it is.
+    """
+    if key != "model":
+        seed = mix(seed, _SEEDED_AS.get(key) or zlib.crc32(key.encode()))
+    torch.manual_seed(seed)  # of every device
+    seed_imports(seed)
+
+
+_SEEDED_AS = {"data.train": -2, "data.eval": -3}
+
+
+def _make_dataset(plain: dict[str, Any], key: str, node: Any) -> Any:
+    dataset = _make(plain, key, node)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         found = type(dataset).__name__
         raise ConfigError(

@@ -98,20 +98,24 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
         ConfigError: there is nothing to evaluate on, or something can't be built.
     """
     from runner import build
+    from runner.utils.distributed import kept_generators
 
     plain = saved.plain
     if plain["data"]["eval"] is None:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
-    saved.check("data.eval", "data.collate", "report")
-    engines = saved.build_engines(build.build_device(plain))
-    evaluation, report = build.build_evaluation(plain), build.build_report(plain)
-    assert evaluation is not None
-    if changed := find_change(evaluation.dataset, saved.fingerprint):
-        print(changed, file=sys.stderr)
-    try:
-        return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
-    except ValueError as error:
-        raise ConfigError(f"{saved.path}: {error}") from error
+    with kept_generators():
+        saved.check("data.eval", "data.collate", "report")
+    device = build.build_device(plain)
+    with kept_generators(device):
+        engines = saved.build_engines(device)
+        evaluation, report = build.build_evaluation(plain), build.build_report(plain)
+        assert evaluation is not None
+        if changed := find_change(evaluation.dataset, saved.fingerprint):
+            print(changed, file=sys.stderr)
+        try:
+            return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
+        except ValueError as error:
+            raise ConfigError(f"{saved.path}: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -135,14 +135,17 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
     import torch
 
     from runner import build
+    from runner.utils.distributed import kept_generators
 
     assert saved.run is not None
-    saved.check()
+    with kept_generators():
+        saved.check()
     try:
         device = build.build_device(saved.plain)
     except ConfigError:  # another machine's: weights can be written anywhere
         device = torch.device("cpu")
-    engines = saved.build_engines(device, to_write=True)
+    with kept_generators(device):
+        engines = saved.build_engines(device, to_write=True)
     evaluation = last_evaluation(saved.run, saved.step)
     facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation, saved.fingerprint)
     try:

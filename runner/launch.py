@@ -67,6 +67,7 @@ def _check(cfg: DictConfig) -> None:
     from runner import targets, trust  # what they name is imported, and torch with it, once the rest is right
 
     plain = config.to_plain(cfg)
+    targets.seed_imports(plain["seed"])
     if _resumption is not None:
         assert _resumption.trust is not None
         trust.check_objects(plain, _resumption.trust)

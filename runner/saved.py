@@ -56,13 +56,14 @@ class Saved:
         Raises:
             ConfigError: a target that is not what its name says, not there, or takes other arguments.
         """
-        from runner.targets import check_targets
+        from runner.targets import check_targets, seed_imports
 
         wanted = (*_BUILDS_ENGINES, *roles)
         used: dict[str, Any] = {key: value if key in wanted else None for key, value in self.plain.items()}
         used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
+        seed_imports(self.plain["seed"])
         trust.check_objects(used, self.trust)
         check_targets(used)
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import random
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from runner.mistakes import ConfigError, nearest
 
@@ -50,6 +53,12 @@ def check_targets(plain: dict[str, Any]) -> None:
     mistakes += [f"{key}={path}: {error}" for key, path in rule_paths(plain) if (error := _find_import_error(path))]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
+
+
+def seed_imports(seed: int) -> None:
+    """Seeds the generators of Python and NumPy, from which a module may draw while it is imported."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def _targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from runner.utils.place import Place
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
@@ -66,6 +67,20 @@ def seed_all(seed: int, device: torch.device) -> None:
         generator_of(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextlib.contextmanager
+def kept_generators(device: torch.device = _CPU) -> Iterator[None]:
+    """Leaves the global generators of a program as they were before a block that seeds them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    states = [(each, each.get_state()) for each in (torch.default_generator, generator_of(device))]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def move(batch: Any, device: torch.device) -> Any:
