@@ -24,8 +24,9 @@ from runner.utils.files import sync
 from runner.utils.packing import unpack
 
 MANIFEST = "MANIFEST.json"
-FACTS = "trainer"
-STRUCTURE = "structure"
+# A part is a file of tensors under an engine's name; the runner's own files are JSON under these: no name is both.
+FACTS = "trainer.json"
+STRUCTURE = "structure.json"
 SHARDS = "shards"
 SUFFIXES = {"sft": ".safetensors", "pt": ".pt"}
 _LOADED: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
@@ -103,7 +104,7 @@ class Checkpoints:
         before_commit: Callable[[], None] | None = None,
     ) -> Path:
         """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
-        io.write_json(dict(facts), partial / f"{FACTS}.json")
+        io.write_json(dict(facts), partial / FACTS)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = {str(path.relative_to(partial)): _settle(path) for path in files}
         manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
@@ -258,7 +259,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Returns a whole checkpoint's values by name: the parts that were saved and, under `FACTS`, the facts.
+    """Returns a complete checkpoint's values: the parts that were saved by name and, under `FACTS`, the facts.
 
     Raises:
         CheckpointError: naming the file and the check that failed.
@@ -268,7 +269,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         for name in names:
             if "/" not in name:
-                values[Path(name).stem] = _LOADED[Path(name).suffix](path / name)
+                key = name if Path(name).suffix == ".json" else Path(name).stem
+                values[key] = _LOADED[Path(name).suffix](path / name)
         if STRUCTURE in values:
             values |= _assemble(path, values.pop(STRUCTURE))
     except ValueError as error:
@@ -288,7 +290,7 @@ def _assemble(path: Path, documents: Any) -> dict[str, Any]:
     try:
         return {part: unpack(documents[part], found) for part, found in by_part.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STRUCTURE}.json: does not fit its tensors ({error!r})") from error
+        raise ValueError(f"{path / STRUCTURE}: does not fit its tensors ({error!r})") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

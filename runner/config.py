@@ -73,6 +73,7 @@ _AT_LEAST = {
     "distributed.timeout_s": 1,
     "distributed.rdzv_timeout_s": 1,
 }
+_LONGEST_NAME = 200  # a file name has 255 bytes, and some are for its suffixes
 _BACKENDS = ("auto", "gloo", "nccl")
 
 
@@ -100,10 +101,9 @@ def check(cfg: DictConfig) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
             mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
     for name in cfg.engines:
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            mistakes.append(f"engines.{name}: expected a letter, then letters, digits, '_', '-' (it names files)")
-        elif name.lower() == "trainer":
-            mistakes.append("engines.trainer: this name is taken in checkpoints; call it something else")
+        if not re.fullmatch(rf"[A-Za-z][A-Za-z0-9_-]{{0,{_LONGEST_NAME - 1}}}", name):
+            expected = f"a letter, then letters, digits, '_', '-', {_LONGEST_NAME} in all at most (it names files)"
+            mistakes.append(f"engines.{name}: expected {expected}")
         elif not OmegaConf.is_dict(cfg.engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
     if len({name.lower() for name in cfg.engines}) < len(cfg.engines):

@@ -100,9 +100,11 @@ def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str
     """
     run = run_folder.find_run(path)
     plain, trusted = _check_config(run_folder.read_config(run), run / ".hydra" / "config.yaml", overrides, prefixes)
+    from runner.checkpoint import FACTS
+
     found, content, faults = run_folder.find_checkpoint(path)
     try:
-        trainer = content.pop("trainer")
+        trainer = content.pop(FACTS)
         step, best, fingerprint = int(trainer["loop"]["step"]), trainer["best"], trainer.get("fingerprint")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{found}: it tells no step ({error})") from error

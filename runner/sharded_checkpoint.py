@@ -59,7 +59,7 @@ class ShardedCheckpoints:
         documents = {part: value.document for part, value in parts.items()}
 
         def commit() -> Path:
-            io.write_json(documents, partial / f"{STRUCTURE}.json", indent=None)
+            io.write_json(documents, partial / STRUCTURE, indent=None)
             return self._checkpoints.commit(partial, step, facts, metric, before_commit)
 
         try:

@@ -103,7 +103,7 @@ def test_a_crash_at_any_file_operation_of_a_save_loses_nothing(tmp_path, steps):
         if crash_at > first:  # the first save was done
             assert path is not None
         if path is not None:
-            step = load(path)["trainer"]["step"]
+            step = load(path)["trainer.json"]["step"]
             assert torch.equal(load(path)["model"]["weight"], torch.full((1000,), float(step)))
         checkpoints.save(6, make_parts(6), {"step": 6})  # what is left over is in nobody's way
         assert [each.name for each in folder.iterdir()] == ["step_00000006"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runner import checkpoint
+from runner import checkpoint, shards
 from runner.checkpoint import CheckpointError, Checkpoints, load, verify
 from runner.utils import io
 
@@ -32,8 +32,36 @@ def test_what_is_saved_is_loaded(tmp_path, format, suffix):
     found = load(path)
     assert torch.equal(found["model"]["weight"], torch.ones(3))
     assert found["model.optimizer"]["state"][0]["step"].item() == 2.0
-    assert found["trainer"] == FACTS
+    assert found["trainer.json"] == FACTS
     assert names_in(tmp_path) == ["step_00000003"]
+
+
+NAMES = ["trainer", "structure", "MANIFEST", "shards", "shards-json", "checkpoint"]
+
+
+@pytest.mark.parametrize("format", ["sft", "pt", "shards"])
+def test_no_name_of_a_part_is_that_of_another_file(tmp_path, format):
+    parts = {}
+    for value, name in enumerate(NAMES):
+        parts[name] = {"weight": torch.full((3,), float(value))}
+        parts[f"{name}.optimizer"] = {"step": value, "state": torch.tensor(value)}
+    if format == "shards":
+        saved = Checkpoints(tmp_path)
+        partial = saved.begin(3)
+        packed = {name: io.Snapshot(part) for name, part in parts.items()}
+        tensors = {f"{name}/{key}": tensor for name, part in packed.items() for key, tensor in part.tensors.items()}
+        (partial / "shards").mkdir()
+        shards.write(tensors, partial / "shards")
+        io.write_json({name: part.document for name, part in packed.items()}, partial / "structure.json")
+        path = saved.commit(partial, 3, FACTS)
+    else:
+        path = Checkpoints(tmp_path, format=format).save(3, parts, FACTS)
+    found = load(path)
+    assert found.pop("trainer.json") == FACTS
+    assert found.keys() == parts.keys()
+    for value, name in enumerate(NAMES):
+        assert torch.equal(found[name]["weight"], torch.full((3,), float(value)))
+        assert found[f"{name}.optimizer"] == {"step": value, "state": torch.tensor(value)}
 
 
 def test_a_snapshot_is_saved_as_it_was(tmp_path):

@@ -70,7 +70,7 @@ def test_losses_norms_and_weights_are_those_of_one_process(ranks, project, sampl
         expected = losses(project.folder / "one", ["eval/loss"])
         torch.testing.assert_close(losses(run, ["eval/loss"]), expected, rtol=0, atol=1e-5)
         state = state_of(run, STEPS)
-        assert state["trainer"]["batches"] == one["trainer"]["batches"]
+        assert state["trainer.json"]["batches"] == one["trainer.json"]["batches"]
         for key, value in one["model"].items():
             torch.testing.assert_close(state["model"][key], value, rtol=0, atol=1e-5)
         assert len(read_metrics(run)) == len(read_metrics(project.folder / "one"))
@@ -91,7 +91,7 @@ def test_a_save_on_two_ranks_goes_on_on_any_number(ranks, project, how):
         else:
             ranks.run(project.folder, count, *BASE, *argv)
         torch.testing.assert_close(losses(project.folder / "again"), expected, rtol=0, atol=1e-5)
-        assert state_of(project.folder / "again", 8)["trainer"]["batches"]["ordinal"] == 64
+        assert state_of(project.folder / "again", 8)["trainer.json"]["batches"]["ordinal"] == 64
 
 
 @pytest.mark.parametrize("how", [DDP, FSDP])

@@ -14,6 +14,7 @@ from chaos import TIMES, find_difference
 from conftest import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runner.checkpoint import load
 from runner.utils import io
 
 
@@ -276,7 +277,9 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["model=null"], "Config group override must be a string"),
         (["experimnt=digits"], "did you mean experiment?"),
         (["hydra.run.dir=own.py"], "hydra.run.dir=own.py: is a file"),
-        (["+engines.trainer={}"], "engines.trainer: this name is taken in checkpoints"),
+        (["+engines={a.optimizer: {}}"], "engines.a.optimizer: expected a letter, then letters, digits, '_', '-'"),
+        ([f"+engines.{'a' * 201}={{}}"], "200 in all at most (it names files)"),
+        (["+engines={a: {}, A: {}}"], "engines: names differ in case alone"),
         (["resume="], "resume=: expected latest"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -430,6 +433,22 @@ def test_a_sweep_job_with_a_mistake_leaves_no_folder_and_the_others_run(project)
 
 
 @pytest.mark.slow
+def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(project):
+    names = {"own": ["trainer", "structure", "MANIFEST"], "other": ["a", "b", "c"]}
+    states = {}
+    for run, engines in names.items():
+        project.run(*(f"+engines.{name}={{}}" for name in engines), "trainer.steps=4", f"hydra.run.dir={run}")
+        project.run(f"resume={run}", "trainer.steps=6", "trainer.export_every=6")
+        states[run] = load(project.folder / run / "checkpoints" / "step_00000006")
+    facts = [state.pop("trainer.json") for state in states.values()]
+    assert [each["loop"] for each in facts] == [{"step": 6, "skipped": 0, "owed": []}] * 2
+    for own, other in zip(*names.values(), strict=True):
+        assert_equal(states["own"].pop(own), states["other"].pop(other))
+        assert_equal(states["own"].pop(f"{own}.optimizer"), states["other"].pop(f"{other}.optimizer"))
+        assert (project.folder / "own" / "exports" / f"{own}.safetensors").is_file()
+    assert states == {"own": {}, "other": {}}
+
+
 def test_two_engines_of_different_optimizers_train_side_by_side(project):
     (project.folder / "conf" / "experiment" / "two.yaml").write_text(
         "# @package _global_\ndefaults: [mine]\nname: two\nengines:\n"

@@ -43,7 +43,7 @@ def test_what_becomes_of_the_state_after_the_call_is_not_saved(tmp_path):
         found = load(tmp_path / f"step_0000000{step}")
         assert torch.equal(found["model"]["weight"], torch.full((1000,), float(step)))
         assert found["model"]["tied"] is found["model"]["weight"]
-        assert found["trainer"] == {"step": step}
+        assert found["trainer.json"] == {"step": step}
 
 
 def test_one_save_is_under_way_at_a_time(tmp_path):
