@@ -6,7 +6,7 @@ Must not import a config or another model's code: what it drives is any `nn.Modu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from runner.engines.forward import Feeder, feed
 from runner.engines.gathered import Gathered
 from runner.engines.gradients import Gradients
 from runner.engines.layouts import Alone
-from runner.engines.settings import configured, load_parts, lrs, set_base_lrs
+from runner.engines.optimizer_state import name_parameters, names_of
+from runner.engines.restore import restore
+from runner.engines.schedule import Schedule
+from runner.engines.settings import configured, lrs
 from runner.utils.altered import Changes
 from runner.utils.distributed import gather, move
 
@@ -47,6 +50,7 @@ class Engine:
         layout: how the module lies over the ranks of a run; it was placed already.
         averages: of the weights, for evaluations and exports.
         changes: what was done to the module, which exports undo.
+        metric: the number of an evaluation that the scheduler steps with, such as `eval/loss`, in place of each update.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Engine:
         layout: Alone | None = None,
         averages: Averages | None = None,
         changes: Changes | None = None,
+        metric: str | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(_AUTOCAST)}")
@@ -88,7 +93,9 @@ class Engine:
         self._fed = Fed(module, feeder or feed)
         self.look_once = self._fed.look_once
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
+        self.schedule = Schedule(optimizer, scheduler, metric)
         self._configured = configured(optimizer, scheduler)
+        self._names = names_of(module)
         self._lrs = lrs(self.optimizer)
         self._gathered, self._is_exchanging = Gathered(), False
         self._buffers = KeptBuffers(module)
@@ -177,8 +184,8 @@ class Engine:
         taken = self._gradients.update()
         self.steps += taken
         self.skipped_steps += not taken
-        if taken and self.scheduler is not None:
-            self.scheduler.step()
+        if taken:
+            self.schedule.step()
         if taken and self.averages is not None:
             self.averages.update()
         if taken and self.first is not None and self.first.updated():
@@ -251,13 +258,18 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
-        assert self.optimizer is not None
-        set_base_lrs(self.optimizer, self.scheduler, lr)
+        self.schedule.set_lr(lr)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all but the weights: optimizer, scheduler, scaler, counters, and metrics not yet taken."""
+        parts: dict[str, Any] = {}
+        for name, part in self._parts.items():
+            parts[name] = None if part is None else part.state_dict()
+        if self.optimizer is not None:
+            parts["optimizer"] = name_parameters(parts["optimizer"], self.optimizer, self._names)
         return {
-            **{name: part.state_dict() if part is not None else None for name, part in self._parts.items()},
+            **parts,
+            "schedule": self.schedule.state_dict(),
             "counters": {name: getattr(self, name) for name in ("steps", "micro_steps", "skipped_steps", "tokens")},
             "configured": self._configured,
             "lrs": self._lrs,
@@ -265,16 +277,22 @@ class Engine:
             "gathered": self._gathered.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], allows_changes: bool = False) -> list[str]:
+    def load_state_dict(
+        self, state: Mapping[str, Any], allows_changes: bool = False, saved_order: Sequence[str] = ()
+    ) -> list[str]:
         """Takes a state back, its tensors as its own; what the config says otherwise since then takes effect.
 
+        Args:
+            saved_order: the names of the saved weights in their order.
         Returns:
             Which parts begin anew, as the state has none of their kind.
         Raises:
-            ValueError: there is such a part, and changes are not allowed.
+            ValueError: there is such a part, and changes are not allowed; or the state is of other parameters.
         """
         self._use_averages(False)
-        notes = load_parts(self._parts, state, self._configured, self._fitted, allows_changes)
+        notes = restore(
+            self._parts, self.schedule, state, self._configured, self._names, saved_order, self._fitted, allows_changes
+        )
         for name, value in state["counters"].items():
             setattr(self, name, value)
         self._tokens_shared = self.tokens

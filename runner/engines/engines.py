@@ -199,9 +199,11 @@ class Engines(dict[str, Engine]):
             try:
                 engine.module.load_state_dict(engine.layout.fitted(state[name], engine.module))
             except RuntimeError as error:
-                raise ValueError(f"engine {name}: its saved weights do not fit: {error}") from error
+                misfit = _tell_misfit(engine.module, state[name]) or error
+                remedy = "resume with the model as it was"
+                raise ValueError(f"engine {name}: its saved weights do not fit: {misfit}; {remedy}") from error
             try:
-                found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes)
+                found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
             except (KeyError, RuntimeError) as error:
                 raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {error!r}") from error
             notes += [f"{name}.{note}" for note in found]
@@ -220,6 +222,21 @@ class Engines(dict[str, Engine]):
 
     def _prefix(self, name: str) -> str:
         return f"{name}/" if len(self) > 1 else ""
+
+
+def _tell_misfit(module: nn.Module, saved: Mapping[str, Any]) -> str | None:
+    """Returns which weights a module lacks in a saved state, and which there are in their place, with their shapes."""
+    own = {name: _shape_of(value) for name, value in module.state_dict().items()}
+    found = {name: _shape_of(value) for name, value in saved.items()}
+    expected = [f"{name}{shape}" for name, shape in own.items() if found.get(name) != shape]
+    others = [f"{name}{shape}" for name, shape in found.items() if own.get(name) != shape]
+    if not expected and not others:
+        return None
+    return f"expected {', '.join(expected) or 'no others'}, found {', '.join(others) or 'none of them'}"
+
+
+def _shape_of(value: Any) -> str:
+    return str([*value.shape]) if isinstance(value, Tensor) else ""
 
 
 def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,17 +5,19 @@ Must not import a config.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 
 _KINDS = ("optimizer", "scheduler")
 _RATES = {"lr", "initial_lr"}  # they move with the schedule: the base rates are compared instead
+_LEFT_OUT = _RATES | {"params", "param_names"}
 _POSITIONS = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial"}
+_PARTS = {"optimizer", "_schedulers", "_scale_fn_ref"}  # the last follows from CyclicLR's mode
 
 
 def base_lrs(optimizer: Optimizer | None) -> list[float]:
@@ -33,15 +35,32 @@ def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int,
     group = optimizer.param_groups[index]
     base = float(group.get("initial_lr", group["lr"]))
     ratio = lr / base if base else 1.0
-    group["lr"] = lr if group["lr"] == base else group["lr"] * ratio
+    put(group, "lr", lr if float(group["lr"]) == base else float(group["lr"]) * ratio)
     for key in group.keys() & {"max_lr", "min_lr"}:  # of torch's cyclic schedules
         group[key] *= ratio
     if scheduler is None:
         return
-    group["initial_lr"] = lr
-    for each in [scheduler, *getattr(scheduler, "_schedulers", ())]:  # one of several has no rates of its own
+    put(group, "initial_lr", lr)
+    for each in walk(scheduler):
         if hasattr(each, "base_lrs"):
             each.base_lrs[index] = lr
+        if hasattr(each, "max_lrs"):
+            each.max_lrs[index] *= ratio
+
+
+def walk(scheduler: Any) -> Iterator[Any]:
+    """Yields a scheduler and all those that it is made of."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from walk(part)
+
+
+def put(group: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a value of a group; a rate that is a tensor is filled, as a compiled update reads that tensor."""
+    if isinstance(group.get(key), Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
 
 
 def check_held(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -67,7 +86,7 @@ def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float)
 
 def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the settings of an optimizer and scheduler just built, as plain values."""
-    groups = [_plain(group, _RATES | {"params"}) for group in optimizer.param_groups] if optimizer else []
+    groups = [describe(group, _LEFT_OUT) for group in optimizer.param_groups] if optimizer else []
     kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))
     schedule = _configured_schedule(scheduler) if scheduler else {}
     return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
@@ -76,7 +95,33 @@ def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> di
 def _configured_schedule(scheduler: Any) -> dict[str, Any]:
     """Returns the plain settings of a schedule, and those of the schedules that it is made of."""
     parts = [_configured_schedule(each) for each in getattr(scheduler, "_schedulers", ())]
-    return {"own": _plain(vars(scheduler), _POSITIONS), "parts": parts}
+    own = describe(vars(scheduler), _POSITIONS | _PARTS)
+    counts = {key: sorted(value.items()) for key, value in vars(scheduler).items() if isinstance(value, Counter)}
+    return {"own": own | counts, "parts": parts}
+
+
+def has_unseen_settings(scheduler: Any) -> bool:
+    """Says whether a schedule holds functions or other objects, which its configured settings do not tell."""
+    for each in walk(scheduler):
+        known = _configured_schedule(each)["own"].keys() | _POSITIONS | _PARTS
+        if vars(each).keys() - known:
+            return True
+    return False
+
+
+def reorder(before: Mapping[str, Any], order: Sequence[int | None], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns saved settings with the groups in the order of the present ones; None stands for a group not saved."""
+    groups = [describe(group, _LEFT_OUT) for group in before["groups"]]
+    return {
+        **before,
+        "base_lrs": pick(before["base_lrs"], order, now["base_lrs"]),
+        "groups": pick(groups, order, now["groups"]),
+    }
+
+
+def pick(saved: Sequence[Any], order: Sequence[int | None], default: Sequence[Any]) -> list[Any]:
+    """Returns what was saved of each group, in the present order."""
+    return [own if index is None else saved[index] for index, own in zip(order, default, strict=True)]
 
 
 def _kind(part: Any) -> str | None:
@@ -94,66 +139,14 @@ def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> li
     return notes
 
 
-def load_parts(
-    parts: Mapping[str, Any],
-    state: Mapping[str, Any],
-    now: Mapping[str, Any],
-    fit: Callable[[str, Any], Any],
-    allows_changes: bool,
-) -> list[str]:
-    """Has an engine's parts take back their states, and what the config says otherwise by now take effect.
-
-    Args:
-        now: the settings as configured.
-        fit: called with a part's name and its whole state; returns the state as this rank holds it.
-    Returns:
-        Which parts begin anew, as the state has none of their kind.
-    Raises:
-        ValueError: there is such a part, and changes are not allowed.
-    """
-    notes = find_changed_kinds(parts, state)
-    if notes and not allows_changes:
-        raise ValueError(f"{notes[0]}; resume with the same config, or allow changes: it then begins anew")
-    changed = {note.partition(":")[0] for note in notes}
-    for name, part in parts.items():
-        if part is not None and name not in changed:
-            part.load_state_dict(fit(name, state[name]))
-    if parts["optimizer"] is not None and not changed & set(_KINDS):
-        apply_changes(parts["optimizer"], parts["scheduler"], now, state["configured"])
-    return [f"{note}: it begins anew" for note in notes]
-
-
-def apply_changes(
-    optimizer: Optimizer, scheduler: LRScheduler | None, now: Mapping[str, Any], before: Mapping[str, Any]
-) -> None:
-    """Sets, in an optimizer and scheduler just restored, what the config says otherwise than when they were saved."""
-    for index, (new, old) in enumerate(zip(now["base_lrs"], before["base_lrs"], strict=True)):
-        if new != old:
-            set_base_lr(optimizer, scheduler, index, new)
+def apply_changes(optimizer: Optimizer, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Sets, in the groups of an optimizer just restored, what the config says otherwise than when they were saved."""
     for group, new, old in zip(optimizer.param_groups, now["groups"], before["groups"], strict=True):
         group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
-    if scheduler is None:
-        return
-    _apply_schedule(scheduler, now["scheduler"], before["scheduler"])
-    if isinstance(scheduler, LambdaLR):  # what its functions hold does not show in its state
-        _recompute(optimizer, scheduler)
 
 
-def _apply_schedule(scheduler: Any, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    old = before["own"]
-    vars(scheduler).update({key: value for key, value in now["own"].items() if key not in old or old[key] != value})
-    for each, new, was in zip(getattr(scheduler, "_schedulers", ()), now["parts"], before["parts"], strict=False):
-        _apply_schedule(each, new, was)
-
-
-def _recompute(optimizer: Optimizer, scheduler: LambdaLR) -> None:
-    for group, base, function in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        lr = base * function(scheduler.last_epoch)
-        if not math.isclose(group["lr"], lr, rel_tol=1e-9):  # nearer is a live change's own rounding
-            group["lr"] = lr
-
-
-def _plain(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+def describe(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """Returns those of some values that are plain, such as numbers and nests of them."""
     return {str(key): value for key, value in values.items() if key not in left_out and _is_plain(value)}
 
 

@@ -1,0 +1,209 @@
+"""An engine's learning-rate schedule: stepped, changed live, and replayed by a resume with other settings.
+
+Must not import a config.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from runner.engines.settings import base_lrs, describe, has_unseen_settings, pick, set_base_lr, set_base_lrs, walk
+
+_OWNED = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}  # keys of a group
+_CYCLED = {"momentum", "betas"}  # with cycle_momentum
+_Group = dict[str, Any]
+
+
+class Schedule:
+    """Steps a scheduler, and records what a resume with other settings needs to replay it.
+
+    The rates follow from the scheduler's settings, the number of steps, and events: base rates that were set live, and
+    metrics. Most of torch's schedulers compute a rate from the one before, so the rates of other settings are those
+    that a new scheduler has after the same steps and events, to the bit.
+
+    Args:
+        metric: the number of an evaluation that the scheduler steps with, in place of each update.
+    """
+
+    def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
+        self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
+        self._is_stepped = scheduler is not None and metric is None
+        self._has_own_state = scheduler is not None and not all(map(_has_torchs_state, walk(scheduler)))
+        self._count = 0
+        self._events: list[dict[str, Any]] = []
+        for group in self._groups if scheduler is not None else ():  # ReduceLROnPlateau sets no base rate itself
+            group.setdefault("initial_lr", _copy(group["lr"]))
+
+    @property
+    def _groups(self) -> list[_Group]:
+        return [] if self._optimizer is None else self._optimizer.param_groups
+
+    def step(self) -> None:
+        """Moves the rates on after an update."""
+        self._count += 1
+        if self._is_stepped:
+            assert self._scheduler is not None
+            self._scheduler.step()
+
+    def observe(self, numbers: Mapping[str, float]) -> None:
+        """Steps a scheduler that needs a metric with that of an evaluation; a second one at a step is ignored.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        if self.metric is None or self._scheduler is None:
+            return
+        if self.metric not in numbers:
+            raise ValueError(f"scheduler.metric={self.metric}: expected one of {', '.join(sorted(numbers))}")
+        if not any(event["count"] == self._count and "metric" in event for event in self._events):
+            self._apply({"count": self._count, "metric": float(numbers[self.metric])})
+
+    def set_lr(self, lr: float) -> None:
+        """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
+        assert self._optimizer is not None
+        set_base_lrs(self._optimizer, self._scheduler, lr)
+        self._events.append({"count": self._count, "base_lrs": base_lrs(self._optimizer)})
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        scheduler: Any = self._scheduler
+        if "metric" in event:
+            scheduler.step(event["metric"])
+        for index, lr in enumerate(event.get("base_lrs", ())):
+            if lr is not None:
+                assert self._optimizer is not None
+                set_base_lr(self._optimizer, scheduler, index, lr)
+        self._events.append(dict(event))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of steps and the events."""
+        return {"count": self._count, "events": [dict(event) for event in self._events]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state_dict` gave; the scheduler has taken back its own state."""
+        self._count, self._events = state["count"], [dict(event) for event in state["events"]]
+
+    def is_replayed(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+        """Says whether a resume replays the schedule: its settings differ, or hold functions that may.
+
+        Raises:
+            ValueError: they differ, and the scheduler keeps a state of its own, which can't be replayed.
+        """
+        if self._scheduler is None:
+            return bool(now["base_lrs"] != before["base_lrs"])
+        if not self._has_own_state:
+            is_changed = any(now[part] != before[part] for part in ("base_lrs", "groups", "scheduler"))
+            return is_changed or has_unseen_settings(self._scheduler)
+        if now["scheduler"] != before["scheduler"]:
+            kind = type(self._scheduler).__name__
+            changes = _tell_changes(before["scheduler"]["own"], now["scheduler"]["own"]) or "its parts"
+            remedy = "leave them as they were, or choose another schedule"
+            raise ValueError(
+                f"scheduler: {kind} keeps a state of its own, and its settings changed: {changes}; {remedy}"
+            )
+        return False
+
+    def replay(self, state: Mapping[str, Any]) -> list[_Group]:
+        """Repeats the steps and events of a saved schedule with a scheduler just built.
+
+        Returns:
+            What the schedule then owns of each group; see `restore`.
+        Raises:
+            ValueError: the scheduler refuses so many steps.
+        """
+        before = [describe(group, set()) for group in self._groups]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a step before the optimizer's
+                for event in state["events"]:
+                    self._advance(event["count"])
+                    self._apply(event)
+                self._advance(state["count"])
+        except Exception as error:
+            kind, count = type(self._scheduler).__name__, state["count"]
+            found = f"{kind} can't go on after step {count} with these settings: {error}"
+            raise ValueError(f"scheduler: {found}; choose others") from error
+        return [self._owned_of(group, old) for group, old in zip(self._groups, before, strict=True)]
+
+    def _advance(self, count: int) -> None:
+        scheduler, num_steps = self._scheduler, count - self._count
+        if num_steps > 1 and type(scheduler) is LambdaLR:  # its rates are functions of the step alone
+            scheduler.last_epoch += num_steps - 1
+            scheduler._step_count += num_steps - 1
+            self._count += num_steps - 1
+        while self._count < count:
+            self.step()
+
+    def _owned_of(self, group: _Group, before: _Group) -> _Group:
+        is_cycled = any(getattr(each, "cycle_momentum", False) for each in walk(self._scheduler))
+        moved = {key for key, value in describe(group, set()).items() if before.get(key) != value}
+        owned = _OWNED | moved | (_CYCLED if is_cycled else set())
+        return {key: _copy(value) for key, value in group.items() if key in owned}
+
+    def restore(self, owned: Sequence[_Group]) -> None:
+        """Sets what a replayed schedule owns of each group, after the optimizer has taken back its state."""
+        for group, values in zip(self._groups, owned, strict=True):
+            for key in group.keys() & (_OWNED - values.keys()):  # of another schedule
+                del group[key]
+            group.update(values)
+
+    def take_base_lrs(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Sets base rates that the config has changed, under a schedule that is not replayed."""
+        changed = [new if new != old else None for new, old in zip(now["base_lrs"], before["base_lrs"], strict=True)]
+        if any(lr is not None for lr in changed):
+            self._apply({"count": self._count, "base_lrs": changed})
+
+
+def reorder_events(
+    state: Mapping[str, Any], order: Sequence[int | None], now: Mapping[str, Any], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a saved schedule with its rates in the present order of the groups.
+
+    A rate that was set live counts no more where the config has changed the base rate since.
+
+    Args:
+        now: the settings as configured.
+        before: those of the saved state, in the present order.
+    """
+    is_kept = [new == old for new, old in zip(now["base_lrs"], before["base_lrs"], strict=True)]
+    events = []
+    for event in state["events"]:
+        if "base_lrs" in event:
+            lrs = pick(event["base_lrs"], order, [None] * len(order))
+            event = {**event, "base_lrs": [lr if kept else None for lr, kept in zip(lrs, is_kept, strict=True)]}
+        events.append(event)
+    return {**state, "events": events}
+
+
+def recall(state: Mapping[str, Any], groups: Sequence[_Group]) -> dict[str, Any]:
+    """Returns the steps and events of an engine's saved state, of which an older one says less.
+
+    Args:
+        groups: of the saved optimizer.
+    """
+    if "schedule" in state:
+        return dict(state["schedule"])
+    count = (state["scheduler"] or {}).get("last_epoch", state["counters"]["steps"])
+    base = [float(group["initial_lr"] if "initial_lr" in group else group["lr"]) for group in groups]
+    is_live = base != state["configured"]["base_lrs"]
+    return {"count": count, "events": [{"count": count, "base_lrs": base}] if is_live else []}
+
+
+def _has_torchs_state(scheduler: Any) -> bool:
+    """Says whether a scheduler's state is all of its attributes, as torch keeps it."""
+    load = getattr(type(scheduler), "load_state_dict", None)
+    return getattr(load, "__module__", "").startswith("torch.")
+
+
+def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [key for key in now if before.get(key) != now[key]]
+    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in keys)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
