@@ -31,6 +31,7 @@ from runner.utils.agreement import Agreement
 from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
+from runner.utils.generators import HeldGenerators
 from runner.utils.place import find_place
 from runner.utils.utils import mix
 
@@ -52,6 +53,7 @@ class Experiment:
     tracking: TrackingConfig
     settings: dict[str, Any]
     agreement: Agreement
+    notes: list[str]
 
     def load_stream(self, state: Mapping[str, Any]) -> str | None:
         """Moves the batches to a saved position; says so where changes allow no more than the next epoch.
@@ -105,9 +107,11 @@ def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
         device = build_device(plain)
         parts = _build_parts(plain, device)
         batches = _build_batches(plain, device)
-        made.update(batches=batches, evaluation=build_evaluation(plain), report=build_report(plain))
+        evaluation = build_evaluation(plain)
+        made.update(batches=batches, evaluation=evaluation, report=build_report(plain))
         is_late = device.type != "cpu" and "skip" not in (trainer.on_oom.name, trainer.on_nonfinite.name)
         made.update(parts=parts, agreement=Agreement(store, is_late))
+        made.update(notes=find_unseeded(plain, batches, evaluation))
 
     together(build_alone)
     parts = made.pop("parts")
@@ -259,6 +263,23 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
     sample_seed = mix(seed, -1) if data["seed_samples"] else None
     size, workers = data["batch_size"], data["num_workers"]
     return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), num_ranks())
+
+
+def find_unseeded(plain: dict[str, Any], batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
+    """Returns warnings of generators that data holds and that are not reseeded for each sample."""
+    roots: dict[str, Any] = {}
+    if batches is not None:
+        roots |= {"data.train": batches.dataset, "data.collate": batches.collate}
+    if evaluation is not None:
+        roots |= {"data.eval": evaluation.dataset, "data.collate": evaluation.collate}
+    held = HeldGenerators(**roots)
+    if plain["data"]["seed_samples"]:
+        effect = "its numbers depend on loader workers and on where the run is cut"
+        remedy = "draw from torch, NumPy, random or a generator of theirs"
+        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in held.unseeded]
+    effect = "each loader worker and each resume starts a generator of the dataset's own anew"
+    remedy = "set data.seed_samples=true to reseed it for each sample"
+    return [f"{path}: {effect}; {remedy}" for path in [*held.paths, *held.unseeded]]
 
 
 def build_report(plain: dict[str, Any]) -> Report | None:

@@ -50,12 +50,15 @@ def measure(
     """
     from runner.utils import distributed
     from runner.utils.distributed import seed_all
+    from runner.utils.generators import HeldGenerators
     from runner.utils.utils import mix
 
     together = together or distributed.together
     values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1), together))
     if report is not None:
         seed_all(mix(seed, step, -2), engines.device)
+        if evaluation.seed is not None:  # a report may fetch samples
+            HeldGenerators(data=evaluation.dataset, report=report).seed(mix(seed, step, -2))
         shown: dict[str, Any] = {}
         together(lambda: shown.update(engines.report(report, evaluation.dataset)))
         if clash := sorted(values.keys() & shown):
@@ -110,8 +113,9 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
         engines = saved.build_engines(device)
         evaluation, report = build.build_evaluation(plain), build.build_report(plain)
         assert evaluation is not None
-        if changed := find_change(evaluation.dataset, saved.fingerprint):
-            print(changed, file=sys.stderr)
+        changed = find_change(evaluation.dataset, saved.fingerprint)
+        for note in filter(None, [changed, *build.find_unseeded(plain, None, evaluation)]):
+            print(note, file=sys.stderr)
         try:
             return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
         except ValueError as error:

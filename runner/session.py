@@ -187,6 +187,8 @@ class Session:
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
             introduce(name, engine, self.log.info)
+        for note in self.experiment.notes:
+            self.log.warning("%s", note)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
         self.tracker.hparams(dict(flatten(self.experiment.settings)))

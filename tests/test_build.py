@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import read_numbers
 from hydra import compose, initialize_config_dir
 from ranks import run_ranks
 from test_run import assert_same_run
@@ -171,3 +172,62 @@ def test_an_export_leaves_the_generators_of_its_program_alone(at_home):
     export.export(saved.open_saved(at_home.folder / "run", (), ["own"]), at_home.folder / "after")
     assert "own" in sys.modules
     assert draw() == expected
+
+
+OWN = """
+
+class Own(Data):
+    def __init__(self, length=50, kind="numpy"):
+        super().__init__(length)
+        self.rng = {"numpy": numpy.random.default_rng(0), "system": python_random.SystemRandom()}[kind]
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "x": sample["x"] + self.rng.random()}
+
+
+def split(length=50, kind="numpy"):
+    return torch.utils.data.Subset(Own(length + 5, kind), range(5, 5 + length))
+
+
+def show(module, dataset):
+    return {"first": dataset[0]["x"][0]}
+"""
+SPLIT = ["data.train._target_=own.split", "data.eval._target_=own.split", "report._target_=own.show"]
+
+
+@pytest.fixture
+def own_generators(project):
+    with (project.folder / "own.py").open("a") as file:
+        file.write("import random as python_random\n" + OWN)
+    return project
+
+
+def test_a_run_whose_dataset_draws_by_a_generator_of_its_own_is_the_same_when_it_was_cut(own_generators):
+    project = own_generators
+    argv = [*SPLIT, "trainer.steps=6", "trainer.eval_every=2", "+model.dropout=0.0"]
+    printed = project.run(*argv, "hydra.run.dir=whole")
+    assert "warning" not in printed
+    project.run(*argv, "hydra.run.dir=cut", typed="quit@3\n")
+    project.run("resume=cut", "allow_targets=[own]", "data.num_workers=2")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 6)
+    project.run(*argv, "hydra.run.dir=parts", "trainer.accumulate=4")
+    expected, found = (
+        [line["eval/first"] for line in read_numbers(project.folder / name) if "eval/first" in line]
+        for name in ("whole", "parts")
+    )
+    assert len(set(expected)) == 4
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["+data.train.kind=system"], "data.train.dataset.rng: expected a generator that a seed decides;"),
+        (["data.seed_samples=false"], "data.train.dataset.rng: each loader worker and each resume starts a generator"),
+    ],
+)
+def test_a_generator_that_is_not_reseeded_is_told_once(own_generators, overrides, told):
+    printed = own_generators.run(*SPLIT, *overrides, "trainer.steps=4", "hydra.run.dir=run")
+    assert printed.count(f"warning: {told}") == 1
+    assert (own_generators.folder / "run" / "log.txt").read_text().count(told) == 1

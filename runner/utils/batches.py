@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runner.utils.distributed import seed_all
+from runner.utils.generators import HeldGenerators
 from runner.utils.utils import checked_choice, checked_int, mix
 
 _CPU = torch.device("cpu")
@@ -40,10 +41,11 @@ class Batches:
     position to save is `state_dict()` of the batches. An error in the dataset, or a worker that dies, raises
     from `next` and leaves the position where it was; the next call starts again from there.
 
-    With `seed_samples` the global generators of torch, `random` and NumPy are reseeded from (seed, ordinal of
-    the sample in the whole stream) before `dataset[i]`: its augmentation depends neither on the workers nor on
-    where the run was cut. A dataset with `__getitems__` is called once a batch, seeded by the first ordinal.
-    Without workers these are the generators of this process, left as the last sample left them.
+    With `seed_samples` the global generators of torch, `random` and NumPy, and those that the dataset and `collate`
+    hold, are reseeded from (seed, ordinal of the sample in the whole stream) before `dataset[i]`: its augmentation
+    depends neither on workers, ranks and batches nor on where the run was cut. Without workers the global ones are
+    those of this process, left as the last sample left them. Generators that are made after the dataset's first sample
+    in a process are not reseeded. Without `seed_samples` a dataset with `__getitems__` is called once a batch.
 
     Of `num_ranks` each takes its slice of every batch of the one global order, and `weight` says what it counts for:
     where slices differ in size, the mean over the ranks of `weight` x a slice's mean is the batch's mean. Positions
@@ -73,8 +75,8 @@ class Batches:
         self._pin_memory = checked_choice("Batches: pin_memory", pin_memory, (False, True))
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         self.dataset = dataset
-        self._samples = Samples(dataset, self._seed if is_seeded else None)
-        self._collate = default_collate if collate is None else collate
+        self.collate = default_collate if collate is None else collate
+        self._samples = Samples(dataset, self._seed if is_seeded else None, self.collate)
         self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
         self._stream: Iterator[Any] | None = None
         self._drawn: deque[tuple[tuple[Mapping[str, Any], int], float]] = deque()
@@ -174,14 +176,14 @@ class Batches:
     def _start(self) -> Iterator[Any]:
         draws = self._draws()
         if not self._num_workers and not self._pin_memory:
-            return (self._collate(self._samples[draw]) for draw in draws)
-        generator = torch.Generator().manual_seed(mix(self._seed))
+            return (self.collate(self._samples[draw]) for draw in draws)
+        generator = torch.Generator().manual_seed(mix(self._seed, self._delivered[1], self._rank))
         loader: DataLoader[Any] = DataLoader(
             self._samples,
             batch_size=None,
             sampler=draws,
             num_workers=self._num_workers,
-            collate_fn=self._collate,
+            collate_fn=self.collate,
             pin_memory=self._pin_memory,
             # The loader draws its workers' base seed: not from the global generator.
             generator=generator,
@@ -221,29 +223,46 @@ def slice_of(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
 
 
 class Samples(Dataset[Any]):
-    """Fetches the samples of a draw, each after reseeding the global generators by its ordinal."""
+    """Fetches the samples of a draw; with a seed, each after reseeding all generators by its ordinal.
 
-    def __init__(self, dataset: Any, seed: int | None) -> None:
+    `collate` is not called: the generators that it holds are reseeded with the dataset's.
+    """
+
+    def __init__(self, dataset: Any, seed: int | None, collate: Any = None) -> None:
         self._dataset = dataset
         self._seed = seed
+        self._collate = collate
+        self._held: HeldGenerators | None = None  # in this process: a worker has copies
 
-    def __getitem__(self, draw: tuple[int, list[Any]]) -> list[Any]:
+    def __getitem__(self, draw: tuple[int, list[Any]]) -> Any:
         first, indices = draw
+        if self._seed is None:
+            fetch_all = getattr(self._dataset, "__getitems__", None)
+            return [self._dataset[index] for index in indices] if fetch_all is None else fetch_all(indices)
         samples: list[Any] = []
-        fetch_all = getattr(self._dataset, "__getitems__", None)
-        if fetch_all is not None:
-            self._reseed(first)
-            samples = fetch_all(indices)
-            return samples
-        for ordinal, index in enumerate(indices, first):
-            self._reseed(ordinal)
-            samples.append(self._dataset[index])
+        if self._held is None and indices:
+            samples.append(self._fetch_first(first, indices[0]))
+        for ordinal in range(first + len(samples), first + len(indices)):
+            samples.append(self._fetch(ordinal, indices[ordinal - first]))
         return samples
 
-    def _reseed(self, ordinal: int) -> None:
-        if self._seed is None:
-            return
-        seed_all(mix(self._seed, ordinal), _CPU)
+    def _fetch_first(self, ordinal: int, index: Any) -> Any:
+        """Fetches the first sample in this process; again where that made generators, which were not seeded then."""
+        self._held = before = self._find()
+        sample = self._fetch(ordinal, index)
+        self._held = self._find()
+        return sample if self._held.paths == before.paths else self._fetch(ordinal, index)
+
+    def _find(self) -> HeldGenerators:
+        return HeldGenerators(dataset=self._dataset, collate=self._collate)
+
+    def _fetch(self, ordinal: int, index: Any) -> Any:
+        assert self._seed is not None
+        assert self._held is not None
+        seed = mix(self._seed, ordinal)
+        seed_all(seed, _CPU)
+        self._held.seed(seed)
+        return self._dataset[index]
 
 
 @dataclass
@@ -271,7 +290,7 @@ class EvaluationData:
         numbers = range(self.rank, -(-len(draws) // self.num_ranks) * self.num_ranks, self.num_ranks)
         own = [draws[min(number, len(draws) - 1)] for number in numbers]
         loader: DataLoader[Any] = DataLoader(
-            Samples(self.dataset, self.seed),
+            Samples(self.dataset, self.seed, self.collate),
             batch_size=None,
             sampler=own,
             num_workers=self.num_workers,

@@ -3,8 +3,10 @@
 The model is that of loop.py; with it a step of a bare loop takes some 150 us.
 """
 
+import random
 import timeit
 
+import numpy as np
 import torch
 from loop import BATCH, make_model
 from torch import nn
@@ -12,10 +14,19 @@ from torch import nn
 from runner.engines.faults import FiniteCheck, KeptBuffers
 from runner.utils.batches import Batches, Samples
 from runner.utils.distributed import seed_all
+from runner.utils.generators import HeldGenerators
 from runner.utils.sampler import RandomSampler
 from runner.utils.utils import mix
 
 NUMBER, REPEATS = 20_000, 7
+
+
+class Holding:
+    def __init__(self):
+        self.own = [np.random.default_rng(0), torch.Generator(), random.Random(0)]
+
+    def __getitem__(self, index):
+        return index
 
 
 def measure(function):
@@ -35,7 +46,7 @@ def main():
     data = torch.utils.data.TensorDataset(torch.zeros(1000, 16))
     batches = Batches(data, RandomSampler(1000), BATCH, seed_samples=False)
     next(batches)
-    samples = Samples(data, 1)
+    samples, holding, unseeded = Samples(data, 1), Samples(Holding(), 1), Samples(Holding(), None)
     rows = {
         "a step's randomness from (seed, step, micro-step, rank)": lambda: seed_all(mix(0, 7, 0, 0), cpu),
         "the position before the step, to go back to": batches.mark,
@@ -43,7 +54,11 @@ def main():
         "gradients looked at for what is not finite": check,
         "buffers kept, a model without": none.keep,
         "buffers kept, ten BatchNorm layers": normed.keep,
-        "a sample's randomness from (seed, ordinal), a sample": lambda: samples._reseed(12345),
+        "a sample by its index": lambda: data[5],
+        "the same, its randomness from (seed, ordinal)": lambda: samples[12345, [5]],
+        "a sample of a dataset with three generators": lambda: unseeded[12345, [5]],
+        "the same, these reseeded too": lambda: holding[12345, [5]],
+        "generators looked for, once a loader worker": lambda: HeldGenerators(data=holding),
         "for comparison: torch.manual_seed": lambda: torch.manual_seed(12345),
     }
     print(f"torch {torch.__version__}, one thread, best of {REPEATS} times {NUMBER:,}")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, Subset
 
-from runner.utils.batches import Batches
+from runner.utils.batches import Batches, EvaluationData
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
 
 
@@ -127,22 +128,129 @@ def test_without_seeding_the_global_generators_are_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-class Whole:
+class Whole(Noisy):
     calls = 0
-
-    def __len__(self):
-        return 8
 
     def __getitems__(self, indices):
         self.calls += 1
-        return [(index, 0, 0, 0) for index in indices]
+        return [self[index] for index in indices]
 
 
-def test_a_dataset_that_fetches_many_is_called_once_a_batch():
-    dataset = Whole()
-    batches = Batches(dataset, OrderedSampler(8), 4, collate=as_lists)
+def test_a_dataset_that_fetches_many_is_called_once_a_batch_without_seeding():
+    dataset = Whole(8)
+    batches = Batches(dataset, OrderedSampler(8), 4, collate=as_lists, seed_samples=False)
     assert [sample[0] for sample in next(batches)] == [0, 1, 2, 3]
     assert dataset.calls == 1
+
+
+class Holding(Noisy):
+    """Draws from generators of its own too, one of which is made with the first sample."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        own = random.Random(0)
+        self.transforms = [lambda value: value + own.random()]
+        self.own = {"numpy": np.random.default_rng(0), "torch": torch.Generator()}
+        self.late = None
+
+    def __getitem__(self, index):
+        if self.late is None:
+            self.late = np.random.RandomState(0)
+        own = self.own["numpy"].normal(), torch.rand((), generator=self.own["torch"]).item(), self.late.rand()
+        return *super().__getitem__(index), *own, self.transforms[0](0)
+
+
+class HoldingAll(Holding):
+    def __init__(self, length):
+        super().__init__(length)
+        self.late = np.random.RandomState(0)
+
+
+JITTER = random.Random(0)
+
+
+def jitter(samples):
+    return [(*sample, JITTER.random()) for sample in samples]
+
+
+WRAPPED = {
+    "bare": Holding,
+    "fetching many": type("HoldingWhole", (Holding, Whole), {}),
+    "subset": lambda length: Subset(Holding(length + 3), range(3, length + 3)),
+    "subset of one that fetches many": lambda length: Subset(WRAPPED["fetching many"](length), range(length)),
+    "concatenation": lambda length: ConcatDataset([HoldingAll(1), Subset(HoldingAll(length), range(1, length))]),
+}
+
+
+def samples_of(kind, size, count, cut=None, num_ranks=1, num_workers=0):
+    """The samples of `count` batches in order, as ranks share them; with `cut` the stream is begun anew and resumed."""
+
+    def make(rank):
+        settings = {"rank": rank, "num_ranks": num_ranks, "num_workers": num_workers}
+        return Batches(WRAPPED[kind](9), RandomSampler(9, seed=1), size, seed=7, collate=as_lists, **settings)
+
+    streams = [make(rank) for rank in range(num_ranks)]
+    samples = []
+    for number in range(count):
+        if number == cut:
+            states = [each.state_dict() for each in streams]
+            for each in streams:
+                each.close()
+            streams = [make(rank) for rank in range(num_ranks)]
+            for each, state in zip(streams, states, strict=True):
+                each.load_state_dict(state)
+        samples += [sample for each in streams for sample in next(each)]
+    for each in streams:
+        each.close()
+    return samples
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@settings(max_examples=15, deadline=None)
+@given(size=st.sampled_from([2, 3, 4, 6, 12]), num_ranks=st.integers(1, 2), cut=st.integers(1, 4))
+def test_what_a_sample_draws_depends_on_neither_batches_nor_ranks_nor_a_cut(kind, size, num_ranks, cut):
+    expected = samples_of(kind, 1, 24)
+    assert all(len({sample[i] for sample in expected}) == 24 for i in range(1, 8))
+    assert samples_of(kind, size, 24 // size, cut, num_ranks) == expected
+
+
+@pytest.mark.parametrize("kind", ["bare", "subset of one that fetches many"])
+def test_what_a_sample_draws_does_not_depend_on_the_workers(kind):
+    assert samples_of(kind, 3, 5, cut=2, num_workers=2) == samples_of(kind, 3, 5)
+
+
+def test_what_collate_draws_by_a_generator_of_its_own_is_the_same_after_a_cut():
+    def make():
+        return Batches(Noisy(9), RandomSampler(9, seed=1), 4, seed=7, collate=jitter)
+
+    first, second = make(), make()
+    before = take(first, 2)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    after = take(first, 2)
+    assert take(second, 2) == after
+    assert len({sample[-1] for batch in before + after for sample in batch}) == 16
+
+
+def test_each_evaluation_draws_the_same_by_own_generators_whatever_was_drawn_before():
+    data = Holding(9)
+    passes = [list(EvaluationData(data, size, 0, as_lists, 5)) for size in (4, 4, 2)]
+    assert passes[0] == passes[1]
+    assert [s for _, batch, _ in passes[0] for s in batch] == [s for _, batch, _ in passes[2] for s in batch]
+
+
+def test_workers_of_two_ranks_do_not_draw_the_same_without_seeding():
+    def first(rank):
+        batches = Batches(
+            Noisy(8), OrderedSampler(8), 4, collate=as_lists, seed_samples=False, num_workers=1, rank=rank, num_ranks=2
+        )
+        try:
+            return {value for sample in next(batches) for value in sample[1:]}
+        finally:
+            batches.close()
+
+    assert first(0).isdisjoint(first(1))
+    assert first(0) == first(0)
 
 
 class Failing(Noisy):

@@ -1,0 +1,204 @@
+"""Random generators that objects hold, at any depth: found once, then reseeded all at once.
+
+A dataset with a generator of its own draws alike in each loader worker, and begins again where a run goes on, unless
+the generator is reseeded for each sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import random
+import sys
+import types
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from runner.utils.utils import mix
+
+_MOST_OBJECTS = 20_000
+_MOST_ITEMS = 1000
+_PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor)
+_GLOBAL = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
+_Generator = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+
+
+class HeldGenerators:
+    """The generators of torch, NumPy and `random` that objects hold, the global ones aside.
+
+    Searched are attributes, items, arguments of partials, and what functions and methods refer to by a closure, a
+    default or a global name: some 20,000 objects at most, and of each container the first 1,000 items. A function of an
+    installed package is not searched for globals. A generator that is made later is not found.
+
+    Attributes:
+        paths: where each generator is that `seed` reseeds.
+        unseeded: where each generator is that can't be reseeded, such as a `SystemRandom`, or may be past the limit.
+    """
+
+    def __init__(self, **roots: Any) -> None:
+        self.paths: list[str] = []
+        self.unseeded: list[str] = []
+        self._reseeds: list[tuple[Callable[[int], Any], int]] = []
+        long_containers: list[str] = []
+        known = set(_GLOBAL)
+        for path, held in _walk(roots, long_containers):
+            if not isinstance(held, _Generator):
+                continue
+            source = held.bit_generator if isinstance(held, np.random.Generator) else held
+            if id(source) in known:
+                continue
+            known.add(id(source))
+            reseed = _find_reseed(source)
+            if reseed is None:
+                self.unseeded.append(path)
+            else:
+                self.paths.append(path)
+                self._reseeds.append((reseed, zlib.crc32(path.encode())))
+        found = [*self.paths, *self.unseeded]
+        self.unseeded += [
+            f"{container}[{_MOST_ITEMS}:]"
+            for container in long_containers
+            if any(path.startswith(f"{container}[") for path in found)
+        ]
+
+    def seed(self, seed: int) -> None:
+        """Reseeds each generator from a seed and its own path."""
+        for reseed, salt in self._reseeds:
+            reseed(mix(seed, salt))
+
+
+def _find_reseed(source: Any) -> Callable[[int], Any] | None:
+    """Returns a function that seeds a generator, or None if no seed decides what it draws."""
+    if isinstance(source, torch.Generator):
+        return source.manual_seed
+    if isinstance(source, random.Random):
+        return None if isinstance(source, random.SystemRandom) else source.seed
+    is_legacy = isinstance(source, np.random.RandomState)
+    bits = source._bit_generator if is_legacy else source
+    if type(bits) is np.random.PCG64:  # the default one: built anew it takes 19 us, so 1 us
+        return functools.partial(_reseed_pcg64, bits)
+    if is_legacy and type(bits) is np.random.MT19937:
+        return lambda seed: source.seed(seed & 0xFFFFFFFF)
+    try:
+        type(bits)(0)
+    except TypeError:
+        return None
+    return functools.partial(_reseed_bits, source)
+
+
+def _reseed_pcg64(bits: Any, seed: int) -> None:
+    state = {"state": seed << 64 | mix(seed), "inc": 1}
+    bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
+
+
+def _reseed_bits(source: Any, seed: int) -> None:
+    """Seeds a bit generator, or a RandomState around one that keeps half of a pair of normal numbers."""
+    if isinstance(source, np.random.RandomState):
+        source.set_state({**type(source._bit_generator)(seed).state, "has_gauss": 0, "gauss": 0.0})
+    else:
+        source.state = type(source)(seed).state
+
+
+def _walk(roots: dict[str, Any], long_containers: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yields what roots hold with its path, the nearest first, each object once; notes containers cut short."""
+    queue = deque(roots.items())
+    seen: dict[int, Any] = {}  # holds the objects, so that no id comes again
+    while queue:
+        path, held = queue.popleft()
+        if id(held) in seen:
+            continue
+        seen[id(held)] = held
+        yield path, held
+        if isinstance(held, _Generator):
+            continue
+        if isinstance(held, (dict, list, tuple, set, frozenset, deque)) and len(held) > _MOST_ITEMS:
+            long_containers.append(path)
+        if len(seen) + len(queue) < _MOST_OBJECTS:
+            queue.extend(child for child in _children(path, held) if not isinstance(child[1], _PLAIN))
+
+
+def _children(path: str, held: Any) -> Iterator[tuple[str, Any]]:
+    """Yields what an object holds with its path; calls nothing of the object's own."""
+    if isinstance(held, dict):
+        yield from ((f"{path}[{key!r}]", item) for key, item in itertools.islice(dict.items(held), _MOST_ITEMS))
+    elif isinstance(held, (list, tuple, set, frozenset, deque)):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(itertools.islice(held, _MOST_ITEMS)))
+    elif isinstance(held, functools.partial):
+        yield from ((f"{path}.{name}", getattr(held, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(held, types.MethodType):
+        yield from ((path, held.__self__), (path, held.__func__))
+    elif isinstance(held, types.FunctionType):
+        yield from _of_function(path, held)
+    elif isinstance(held, type):
+        yield from _of_class(held)
+    if isinstance(held, (type, types.ModuleType, types.FunctionType)):
+        return
+    yield from ((f"{path}.{name}", value) for name, value in _attributes(held))
+    yield path, type(held)
+
+
+def _attributes(held: Any) -> Iterator[tuple[str, Any]]:
+    """Yields an instance's attributes, those in slots too."""
+    with contextlib.suppress(AttributeError):
+        yield from list(object.__getattribute__(held, "__dict__").items())
+    for name, slot in _slots(type(held)):
+        try:
+            yield name, slot.__get__(held)
+        except AttributeError:
+            continue  # it holds nothing
+
+
+def _slots(kind: type) -> list[tuple[str, Any]]:
+    members = [item for each in kind.__mro__ if "__slots__" in vars(each) for item in vars(each).items()]
+    return [(name, member) for name, member in members if isinstance(member, types.MemberDescriptorType)]
+
+
+@functools.cache
+def _is_own(module: str) -> bool:
+    """Says whether a module is neither Python's nor an installed one: whose globals are the user's."""
+    root = module.partition(".")[0]
+    found = sys.modules.get(root)
+    paths = [getattr(found, "__file__", None) or "", *getattr(found, "__path__", [])]
+    is_installed = any("site-packages" in path or "dist-packages" in path for path in paths)
+    return not is_installed and root not in sys.stdlib_module_names
+
+
+def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
+    for each in kind.__mro__:
+        if _is_own(each.__module__):
+            for name, member in vars(each).items():
+                function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+                yield f"{each.__qualname__}.{name}", function
+
+
+def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields what a function refers to: its closure, defaults, and globals by the names that its code uses."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f"{path}.{name}", cell.cell_contents
+        except ValueError:
+            continue  # not bound yet
+    yield from ((path, each) for each in function.__defaults__ or ())
+    yield from ((f"{path}.{name}", each) for name, each in (function.__kwdefaults__ or {}).items())
+    names = _names(function.__code__) if _is_own(str(function.__module__)) else []
+    for name in names:
+        held = function.__globals__.get(name)
+        if not isinstance(held, types.ModuleType):
+            yield f"{function.__module__}.{name}", held
+        elif _is_own(held.__name__):
+            yield from ((f"{held.__name__}.{each}", vars(held).get(each)) for each in names)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Returns the names that a function's code uses, and that of functions inside of it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names(constant)
+    return names
