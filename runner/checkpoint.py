@@ -21,7 +21,7 @@ from crc32c import crc32c
 
 from runner.utils import io
 from runner.utils.files import sync
-from runner.utils.packing import unpack
+from runner.utils.packing import restore_raw, unpack
 
 MANIFEST = "MANIFEST.json"
 # A part is a file of tensors under an engine's name; the runner's own files are JSON under these: no name is both.
@@ -288,6 +288,8 @@ def _assemble(path: Path, documents: Any) -> dict[str, Any]:
         part, _, own = name.partition("/")
         by_part.setdefault(part, {})[own] = tensor
     try:
+        for part, found in by_part.items():
+            restore_raw(documents[part], found)
         return {part: unpack(documents[part], found) for part, found in by_part.items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / STRUCTURE}: does not fit its tensors ({error!r})") from error

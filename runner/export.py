@@ -71,10 +71,15 @@ def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]
         view = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
         if view not in cast:
             cast[view] = tensor.to(dtype)
-            if not cast[view].isfinite().eq(tensor.isfinite()).all():
+            if not _is_finite(cast[view]).eq(_is_finite(tensor)).all():
                 raise ValueError(f"{name}: holds a number that {dtype} can't; take bf16 or fp32")
         found[name] = cast[view]
     return found
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    """Returns which elements are finite; torch does not tell of a dtype of 8 bits."""
+    return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite()
 
 
 def facts_of(

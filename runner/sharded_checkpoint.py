@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,7 @@ from runner import shards
 from runner.checkpoint import SHARDS, STRUCTURE, Checkpoints
 from runner.utils import io
 from runner.utils.distributed import of_leader
-from runner.utils.packing import Snapshot
+from runner.utils.packing import Snapshot, as_stored
 
 
 def share(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
@@ -81,10 +82,11 @@ class ShardedCheckpoints:
         for name, tensor in value.tensors.items():
             value.wait_for(name)
             whole = value.spread.get(name)
-            found[name] = tensor if whole is None else self._part_of(whole, tensor)
+            found[name] = as_stored(tensor) if whole is None else self._part_of(whole, tensor)
         return found
 
     def _part_of(self, whole: DTensor, copy: Any) -> DTensor:
+        stored = as_stored(torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta"))
         return DTensor.from_local(
-            copy, self._mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+            as_stored(copy), self._mesh, whole.placements, run_check=False, shape=stored.shape, stride=stored.stride()
         )

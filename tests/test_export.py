@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter, defaultdict
 
 import pytest
 import safetensors.torch
@@ -110,3 +111,30 @@ def test_from_the_command_line_the_dtype_is_chosen(trained):
     done = subprocess.run([*command, "--dtype", "fp8"], cwd=trained.folder, capture_output=True, text=True)
     assert done.returncode == 2
     assert "invalid choice: 'fp8'" in done.stderr
+
+
+class Kept(nn.Module):
+    """Holds what only its extra state tells, and a buffer of 8-bit floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("f8", torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn))
+        self.seen = defaultdict(list, {"a": [torch.ones(2)]})
+
+    def get_extra_state(self):
+        return {"seen": self.seen, "counts": Counter({3: 1})}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_extra_state_and_8_bit_floats_are_exported_in_any_dtype(tmp_path):
+    engines = Engines(model=Engine(Kept()))
+    for dtype in (None, torch.bfloat16):
+        (path,) = export.write(engines, tmp_path, {}, dtype)
+        found = io.load(path)
+        assert found["f8"].float().tolist() == [1.5, -2.0]
+        assert found["_extra_state"]["counts"] == Counter({3: 1})
+        assert found["_extra_state"]["seen"].default_factory is list
+        assert found["_extra_state"]["seen"]["a"][0].tolist() == [1.0, 1.0]

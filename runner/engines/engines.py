@@ -16,6 +16,7 @@ from runner.engines.engine import Engine
 from runner.engines.layouts import map_tensors
 from runner.utils.distributed import gather, move, seed_all, together
 from runner.utils.utils import mix
+from runner.utils.weights import load_weights
 
 
 class Engines(dict[str, Engine]):
@@ -197,7 +198,7 @@ class Engines(dict[str, Engine]):
         notes: list[str] = []
         for name, engine in self.items():
             try:
-                engine.module.load_state_dict(engine.layout.fitted(state[name], engine.module))
+                load_weights(engine.module, engine.layout.fitted(state[name], engine.module))
             except RuntimeError as error:
                 misfit = _tell_misfit(engine.module, state[name]) or error
                 remedy = "resume with the model as it was"

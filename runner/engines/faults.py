@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from runner.utils.weights import copy_into
+
 
 class LateFaults:
     """Losses and norms of steps already done, on a device that was not waited for, until somebody looks."""
@@ -137,4 +139,7 @@ class KeptBuffers:
         for (index, name), (buffer, copy, _) in self._kept.items():
             self._owners[index][0]._buffers[name] = buffer
             if buffer is not None and copy is not None:
-                buffer.data = copy.clone() if buffer.shape != copy.shape else buffer.data.copy_(copy)
+                if buffer.shape == copy.shape:
+                    copy_into(buffer.data, copy)
+                else:
+                    buffer.data = copy.clone()

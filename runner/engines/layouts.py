@@ -8,6 +8,7 @@ of the parameters; averages of the weights as placed; then `wrap`, outermost. Mu
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -214,7 +215,10 @@ def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
                 memo[key] = change(node)
             return memo[key]
         if isinstance(node, Mapping):
-            return type(node)((key, visit(value)) for key, value in node.items())  # type: ignore[call-arg]
+            changed: Any = copy.copy(node)  # some kinds have more to them than their items
+            for key, value in node.items():
+                changed[key] = visit(value)
+            return changed
         if type(node) in (list, tuple):
             return type(node)(visit(value) for value in node)
         return node

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from runner.utils.selection import split_idle
+from runner.utils.weights import load_weights
 
 if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
     from runner.utils.lora import Adapted
@@ -110,12 +111,12 @@ class Changes:
             RuntimeError: names or shapes that are not those of the module.
         """
         if self.adapted is None or not self.exports_adapter:
-            self.module.load_state_dict(state)
+            load_weights(self.module, state)
             return
         expected = set(self._alone(self.module.state_dict()))
         if wrong := sorted(expected ^ set(state)):
             raise RuntimeError(f"the adapter lacks, or has beside what it should: {', '.join(wrong)}")
-        self.module.load_state_dict(state, strict=False)
+        load_weights(self.module, state, strict=False)
 
     def undo(self) -> None:
         """Makes the module what it was, but for what training has made of its weights."""

@@ -1,9 +1,11 @@
 """Values on disk: nests of plain values and tensors as `.pt` or `.safetensors`, and JSON; every write is atomic.
 
 Imports torch, safetensors and the standard library. Both tensor formats pass through one
-packing of the value, so what one refuses or gives back, the other does. A value is stored when it is made of dict,
-OrderedDict, list, tuple, torch.Size, str, int, float, complex, bool, None, bytes, bytearray, torch.dtype and dense
-torch.Tensor or Parameter, by exact type. What comes back:
+packing of the value, so what one refuses or gives back, the other does. A value is stored when it is made of these, by
+exact type: dict, OrderedDict, Counter, defaultdict of such a type, list, tuple, set, frozenset, torch.Size, str, int,
+float, complex, bool, None, bytes, bytearray, torch.dtype, device, layout and qscheme, torch.Tensor or Parameter (dense,
+sparse, nested, quantized or on the meta device), torch's storages, and NumPy's arrays and scalars that hold no Python
+objects. What comes back:
 
 - Tensors are contiguous, on the CPU unless asked otherwise, leaves of autograd, without Python attributes.
 - One tensor object used twice is one object again; two objects that are the same view (storage, offset, shape, stride)
@@ -28,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runner.utils.files import EagerFile, atomic_path
-from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, dtype_of, text_of, unpack, where
+from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, restore_raw, text_of, unpack, where
 
 __all__ = ["Snapshot", "load", "read_json", "read_metadata", "save", "write_json", "write_new"]
 
@@ -90,8 +92,7 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_locati
     with _complaint(path, f"its {STRUCTURE!r} does not fit its tensors"):
         text = metadata[STRUCTURE] or tensors.pop(STRUCTURE).cpu().numpy().tobytes()
         document = json.loads(text)
-        for name, (dtype, shape) in document["raw"].items():
-            tensors[name] = tensors[name].clone().view(dtype_of(dtype)).reshape(shape)
+        restore_raw(document, tensors)
         return unpack(document, tensors)
 
 

@@ -1,6 +1,7 @@
 """A nest of plain values and tensors taken apart into JSON and named tensors, and put together again.
 
-Imports torch and the standard library. What is refused, and with which words, is decided here, for every format alike.
+Imports torch, NumPy and the standard library. What is refused, and with which words, is decided here, for every format
+alike.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import json
 import math
 import struct
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from runner.utils.composites import describe_scalar, join, of_torch, scalar_of, split
+
 STRUCTURE = "runner.structure"
-_VERSION = 1
+_VERSION = 2
 _MAX_DEPTH = 100
 _MAX_PICKLED_BITS = 2039  # torch's weights_only reader knows integers of up to 255 bytes
 _REMEDY = "convert it to plain values or tensors first"
@@ -35,8 +39,17 @@ SFT_DTYPES = {
     if hasattr(torch, name)
 }
 _RAW_DTYPES = {getattr(torch, n) for n in ("complex128", "complex32", "float4_e2m1fn_x2") if hasattr(torch, n)}
-_CONTAINERS = {kind.__name__: kind for kind in (dict, OrderedDict, list, tuple, torch.Size)}
-_KEYS = {str, int, float, complex, bool, type(None), bytes, torch.dtype}
+_MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
+_SEQUENCES: dict[str, Callable[[Any], Any]] = {
+    kind.__name__: kind for kind in (list, tuple, torch.Size, set, frozenset)
+}
+_CONTAINERS = {*_MAPPINGS.values(), *_SEQUENCES.values(), defaultdict}
+_FACTORIES: dict[str, Any] = {
+    kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, bytearray, *_CONTAINERS)
+}
+_OF_TORCH = {torch.dtype: "dtype", torch.layout: "layout", torch.qscheme: "qscheme"}
+_KEYS = {str, int, float, complex, bool, type(None), bytes, torch.device, *_OF_TORCH}
+_STORED = (Tensor, Parameter, torch.UntypedStorage, torch.TypedStorage, np.ndarray)  # by exact type
 
 KeyPath = tuple[Any, ...]
 
@@ -53,7 +66,8 @@ class Packed:
         self._name_by_view: dict[tuple[Any, ...], str] = {}
         self._open: set[int] = set()
         tree = self._encode(value, ())
-        raw = {n: [name_of(t.dtype), [*t.shape]] for n, t in self.tensors.items() if t.dtype in _RAW_DTYPES}
+        whole = {name: self.spread.get(name, tensor) for name, tensor in self.tensors.items()}
+        raw = {n: [name_of(t.dtype), [*t.shape]] for n, t in whole.items() if t.dtype in _RAW_DTYPES}
         self.document = {"version": _VERSION, "raw": raw, "objects": self._objects, "tree": tree}
 
     def _encode(self, value: Any, path: KeyPath) -> Any:
@@ -71,12 +85,17 @@ class Packed:
         if kind in (bytes, bytearray):
             self.is_picklable &= len(value) > 0
             return {kind.__name__: base64.b64encode(value).decode()}
-        if kind is torch.dtype:
-            return {"dtype": name_of(value)}
-        if kind in (Tensor, Parameter) or is_spread(value):
+        if kind in _OF_TORCH:
+            return {_OF_TORCH[kind]: str(value).removeprefix("torch.")}
+        if kind is torch.device:
+            return {"device": str(value)}
+        if isinstance(value, np.generic) and (scalar := describe_scalar(value)) is not None:
+            self.is_picklable = False
+            return {"scalar": scalar}
+        if kind in _STORED or is_spread(value):
             return {"tensor": self._object(value, path)}
-        if kind not in _CONTAINERS.values():
-            raise TypeError(f"{where(path)} is a {kind.__module__}.{kind.__qualname__}, which is not stored: {_REMEDY}")
+        if kind not in _CONTAINERS:
+            _refuse(value, path)
         return self._encode_container(value, path)
 
     def _encode_container(self, value: Any, path: KeyPath) -> Any:
@@ -85,24 +104,46 @@ class Packed:
             found = "holds itself" if id(value) in self._open else f"is nested over {_MAX_DEPTH} deep"
             raise ValueError(f"{where(path)}, a {kind.__name__}, {found}, which is not stored: flatten it first.")
         self._open.add(id(value))
+        body: list[Any]
         if isinstance(value, dict):
             self.is_picklable &= STRUCTURE not in value
             body = [[self._encode_key(key, path), self._encode(item, (*path, key))] for key, item in value.items()]
+        elif kind in (set, frozenset):
+            body = [self._encode_key(item, path) for item in value]
         else:
             body = [self._encode(item, (*path, index)) for index, item in enumerate(value)]
         self._open.remove(id(value))
+        self.is_picklable &= kind not in (defaultdict, frozenset)
+        if kind is defaultdict:
+            return {"defaultdict": [_name_of_factory(value, path), body]}
         return body if kind is list else {kind.__name__: body}
 
     def _encode_key(self, key: Any, path: KeyPath) -> Any:
         for part in _leaves(key):
-            if type(part) not in _KEYS:
+            if type(part) not in _KEYS and not isinstance(part, np.generic):
                 raise TypeError(f"{where(path)} has a key of {type(part).__qualname__}: {_REMEDY}")
         return self._encode(key, path)
 
-    def _object(self, tensor: Tensor, path: KeyPath) -> int:
-        """The index of `tensor` among the objects; another object with the same view gets its own, of one name."""
-        if id(tensor) in self._index_by_id:
-            return self._index_by_id[id(tensor)]
+    def _object(self, value: Any, path: KeyPath) -> int:
+        """Returns the index of a tensor, or what is made of tensors, among the objects; each object has its own."""
+        if id(value) in self._index_by_id:
+            return self._index_by_id[id(value)]
+        entry: dict[str, Any] = {}
+        if is_spread(value) or (composite := split(value)) is None:
+            entry = {"name": self._name(value, path)}
+        else:
+            kind, parts, facts = composite
+            names = {role: self._name(part, (*path, role)) for role, part in parts.items()}
+            self.is_picklable, entry = False, {"kind": kind, "parts": names, "facts": facts}
+        flags = {"parameter": type(value) is Parameter, "requires_grad": getattr(value, "requires_grad", False)}
+        self._objects.append(entry | {flag: True for flag, is_set in flags.items() if is_set})
+        self._index_by_id[id(value)] = len(self._objects) - 1
+        return len(self._objects) - 1
+
+    def _name(self, tensor: Any, path: KeyPath) -> str:
+        """Returns the name of a dense tensor; another object with the same view has the same."""
+        if not isinstance(tensor, Tensor):
+            _refuse(tensor, path)
         _check_dense(tensor, path)
         plain = _own_part(tensor).detach()
         start = plain.untyped_storage().data_ptr() or id(tensor)
@@ -113,10 +154,7 @@ class Packed:
         self.tensors.setdefault(name, plain)
         if is_spread(tensor):
             self.spread.setdefault(name, tensor.detach())
-        flags = {"parameter": type(tensor) is Parameter, "requires_grad": tensor.requires_grad}
-        self._objects.append({"name": name} | {flag: True for flag, is_set in flags.items() if is_set})
-        self._index_by_id[id(tensor)] = len(self._objects) - 1
-        return len(self._objects) - 1
+        return name
 
     def _free_name(self, path: KeyPath) -> str:
         name = ".".join(part if isinstance(part, str) else text_of(part) for part in path) if path else "value"
@@ -174,21 +212,39 @@ class Snapshot(Packed):
             raise RuntimeError(f"the copy was not made: {self._error}")
 
 
+def as_stored(tensor: Tensor) -> Tensor:
+    """Returns a tensor in a dtype that SafeTensors have, of the same bytes; `restore_raw` gives it its own back."""
+    if tensor.dtype in SFT_DTYPES:
+        return tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor.view(torch.uint8)
+
+
+def restore_raw(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Gives tensors their dtype back, those that a format without it holds as others of as many bytes."""
+    for name, (dtype, shape) in document["raw"].items():
+        tensors[name] = tensors[name].clone().view(dtype_of(dtype)).reshape(shape)
+
+
 def unpack(document: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """The value of a packed `document`; `tensors` are those it names, all of them, no other."""
     if document["version"] > _VERSION:
         raise ValueError("written by a newer version of this program")
-    objects = []
+    objects, named = [], set[str]()
     for entry in document["objects"]:
-        tensor = tensors[entry["name"]].detach()
+        names = entry["parts"] if "kind" in entry else {"": entry["name"]}
+        named.update(names.values())
+        parts = {role: tensors[name].detach() for role, name in names.items()}
+        value = join(entry["kind"], parts, entry["facts"]) if "kind" in entry else parts[""]
         is_leaf = entry.get("requires_grad", False)
-        objects.append(Parameter(tensor, is_leaf) if "parameter" in entry else tensor.requires_grad_(is_leaf))
-    if unnamed := tensors.keys() - {entry["name"] for entry in document["objects"]}:
+        if isinstance(value, Tensor):
+            value = Parameter(value, is_leaf) if "parameter" in entry else value.requires_grad_(is_leaf)
+        objects.append(value)
+    if unnamed := tensors.keys() - named:
         raise ValueError(f"tensors that it does not name: {sorted(unnamed)[:5]}")
     return _decode(document["tree"], objects, 0)
 
 
-def _decode(node: Any, objects: list[Tensor], depth: int) -> Any:
+def _decode(node: Any, objects: list[Any], depth: int) -> Any:
     if depth > _MAX_DEPTH:
         raise ValueError(f"nested over {_MAX_DEPTH} deep")
     if type(node) is list:
@@ -196,18 +252,30 @@ def _decode(node: Any, objects: list[Tensor], depth: int) -> Any:
     if type(node) is not dict:
         return node
     ((kind, body),) = node.items()
-    if kind in ("tuple", "Size"):
+    if kind in _SEQUENCES:
         items = [_decode(item, objects, depth + 1) for item in body]
-        return torch.Size(items) if kind == "Size" else tuple(items)
-    if kind in _CONTAINERS:
-        make: type[dict[Any, Any]] = OrderedDict if kind == "OrderedDict" else dict
-        filled = make((_decode(k, objects, depth), _decode(v, objects, depth + 1)) for k, v in body)
-        if len(filled) < len(body):
-            raise ValueError("a key twice in one dict")
-        return filled
+        return _whole(_SEQUENCES[kind](items), body)
+    if kind == "defaultdict":
+        name, pairs = body
+        factory = None if name is None else _FACTORIES[name]
+        return defaultdict(factory, _decode_pairs(pairs, objects, depth))
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
     if kind == "complex":
         return complex(*(_decode(part, objects, depth) for part in body))
     return objects[body] if kind == "tensor" else _ATOMS[kind](body)
+
+
+def _decode_pairs(pairs: list[Any], objects: list[Any], depth: int) -> dict[Any, Any]:
+    decoded = ((_decode(key, objects, depth), _decode(value, objects, depth + 1)) for key, value in pairs)
+    return _whole(dict(decoded), pairs)
+
+
+def _whole(filled: Any, body: list[Any]) -> Any:
+    """Returns a container, unless two of its entries have become one."""
+    if len(filled) < len(body):
+        raise ValueError(f"a key twice in one {type(filled).__name__}")
+    return filled
 
 
 _ATOMS: dict[str, Callable[[Any], Any]] = {
@@ -216,6 +284,10 @@ _ATOMS: dict[str, Callable[[Any], Any]] = {
     "bytes": base64.b64decode,
     "bytearray": lambda text: bytearray(base64.b64decode(text)),
     "dtype": lambda name: dtype_of(name),
+    "layout": lambda name: of_torch(name, torch.layout),
+    "qscheme": lambda name: of_torch(name, torch.qscheme),
+    "device": torch.device,
+    "scalar": scalar_of,
 }
 
 
@@ -226,6 +298,8 @@ def where(path: KeyPath) -> str:
 
 def text_of(part: Any) -> str:
     """Returns a key as `repr` does, but an integer that is too long for it in hexadecimal, also inside a tuple."""
+    if type(part) is frozenset:
+        return f"frozenset({', '.join(sorted(map(text_of, part)))})"  # the same in every process
     if type(part) is tuple:
         inner = ", ".join(map(text_of, part))
         return f"({inner},)" if len(part) == 1 else f"({inner})"
@@ -239,9 +313,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def dtype_of(name: str) -> torch.dtype:
     """Returns torch.float32 of "float32"."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
+    found: torch.dtype = of_torch(name, torch.dtype)
     return found
 
 
@@ -263,8 +335,22 @@ def is_spread(value: Any) -> bool:
     return type(value).__name__ == "DTensor" and isinstance(value, Tensor)
 
 
+def _refuse(value: Any, path: KeyPath) -> NoReturn:
+    kind = type(value)
+    raise TypeError(f"{where(path)} is a {kind.__module__}.{kind.__qualname__}, which is not stored: {_REMEDY}")
+
+
+def _name_of_factory(value: defaultdict[Any, Any], path: KeyPath) -> str | None:
+    factory: Any = value.default_factory
+    name = getattr(factory, "__name__", None)
+    if factory is not None and _FACTORIES.get(str(name)) is not factory:
+        kinds = ", ".join(sorted(_FACTORIES))
+        raise TypeError(f"{where(path)} is a defaultdict of {name or factory}, expected None, {kinds}; {_REMEDY}")
+    return name
+
+
 def _leaves(key: Any) -> Iterator[Any]:
-    if type(key) is not tuple:
+    if type(key) not in (tuple, torch.Size, frozenset):
         yield key
         return
     for part in key:

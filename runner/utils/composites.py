@@ -1,0 +1,176 @@
+"""Values made of dense tensors and a few plain facts: sparse, quantized and nested tensors, storages, NumPy arrays.
+
+`split` takes one apart and `join` puts it together again. `join` believes nothing: what does not fit raises before
+memory is read or reserved for it. Imports torch and NumPy.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Parts = tuple[str, dict[str, Tensor], dict[str, Any]]  # the kind, dense tensors by role, plain facts
+
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+_QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
+_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _COMPRESSED}
+_SCHEMES = {torch.per_tensor_affine: "per_tensor", torch.per_channel_affine: "per_channel"}
+
+
+def split(value: Any) -> Parts | None:
+    """Takes a value apart without copying its content; returns None for one that is not made of dense tensors."""
+    if type(value) is np.ndarray:
+        return _split_array(value)
+    if isinstance(value, (torch.UntypedStorage, torch.TypedStorage)):
+        return _split_storage(value)
+    if not isinstance(value, Tensor):
+        return None
+    value = value.detach()
+    if value.is_meta:
+        facts = {"dtype": str(value.dtype).removeprefix("torch."), "shape": [*value.shape], "stride": [*value.stride()]}
+        return "meta", {}, facts
+    if value.is_nested:
+        return "nested", {str(index): part for index, part in enumerate(value.unbind())}, {}
+    if value.layout is torch.sparse_coo:
+        parts = {"indices": value._indices(), "values": value._values()}
+        return "sparse_coo", parts, {"shape": [*value.shape], "is_coalesced": value.is_coalesced()}
+    if value.layout in _COMPRESSED:
+        parts = {name: getattr(value, name)() for name in (*_COMPRESSED[value.layout], "values")}
+        return str(value.layout).removeprefix("torch."), parts, {"shape": [*value.shape]}
+    if value.is_quantized and value.dtype in _QUANTIZED and value.qscheme() in _SCHEMES:
+        return _split_quantized(value)
+    return None
+
+
+def _split_quantized(value: Tensor) -> Parts:
+    parts = {"values": value.int_repr()}
+    if value.qscheme() is torch.per_tensor_affine:
+        return "per_tensor", parts, {"scale": value.q_scale(), "zero_point": value.q_zero_point()}
+    parts |= {"scales": value.q_per_channel_scales(), "zero_points": value.q_per_channel_zero_points()}
+    return "per_channel", parts, {"axis": value.q_per_channel_axis()}
+
+
+def _split_array(value: np.ndarray) -> Parts | None:
+    dtype = _describe_dtype(value.dtype)
+    if dtype is None:
+        return None
+    flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    if not flat.flags.writeable:
+        flat = flat.copy()  # torch has no tensor that can't be written to
+    return "ndarray", {"bytes": torch.from_numpy(flat)}, {"dtype": dtype, "shape": [*value.shape]}
+
+
+def _split_storage(value: Any) -> Parts:
+    is_typed = isinstance(value, torch.TypedStorage)
+    untyped = value._untyped_storage if is_typed else value
+    content = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)
+    facts = {"dtype": str(value.dtype).removeprefix("torch.")} if is_typed else {}
+    return "storage", {"bytes": content}, facts
+
+
+def join(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
+    """Puts together what `split` has taken apart.
+
+    Raises:
+        KeyError, RuntimeError, TypeError, ValueError: parts and facts that do not fit each other.
+    """
+    if kind == "ndarray":
+        return _join_array(parts["bytes"], facts)
+    if kind == "storage":
+        untyped = parts["bytes"].clone().untyped_storage()
+        if "dtype" not in facts:
+            return untyped
+        return torch.TypedStorage(wrap_storage=untyped, dtype=of_torch(facts["dtype"], torch.dtype), _internal=True)
+    if kind == "meta":
+        dtype = of_torch(facts["dtype"], torch.dtype)
+        return torch.empty_strided(facts["shape"], facts["stride"], dtype=dtype, device="meta")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls nested, compressed and quantized tensors prototypes
+        return _join_tensor(kind, parts, facts)
+
+
+def _join_tensor(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
+    if kind == "nested":
+        return torch.nested.as_nested_tensor([parts[str(index)] for index in range(len(parts))])
+    if kind == "sparse_coo":
+        is_coalesced = bool(facts["is_coalesced"])
+        arguments = parts["indices"], parts["values"], facts["shape"]
+        return torch.sparse_coo_tensor(*arguments, is_coalesced=is_coalesced, check_invariants=True)
+    if kind in _LAYOUTS:
+        layout = _LAYOUTS[kind]
+        compressed, plain = (parts[name] for name in _COMPRESSED[layout])
+        values, shape = parts["values"], facts["shape"]
+        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=True)
+    if kind == "per_tensor":
+        return torch._make_per_tensor_quantized_tensor(parts["values"], facts["scale"], facts["zero_point"])
+    if kind == "per_channel":
+        values, scales, zero_points, axis = parts["values"], parts["scales"], parts["zero_points"], facts["axis"]
+        expected = values.shape[axis : axis + 1]
+        if axis < 0 or not scales.shape == zero_points.shape == expected:  # torch itself does not look
+            raise ValueError(f"axis {axis} of {[*values.shape]} has not {[*scales.shape]} scales")
+        return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)
+    raise ValueError(f"{kind!r} is no kind of value")
+
+
+def _join_array(content: Tensor, facts: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape = _numpy_dtype_of(facts["dtype"]), facts["shape"]
+    if math.prod(shape) * dtype.itemsize != content.nbytes:
+        raise ValueError(f"{content.nbytes} bytes are no array of {dtype} and shape {shape}")
+    array = np.empty(shape, dtype)
+    array.reshape(-1).view(np.uint8)[:] = content.cpu().numpy()
+    return array
+
+
+def describe_scalar(value: np.generic) -> dict[str, str] | None:
+    """Returns a NumPy scalar as plain values, or None for one that `scalar_of` would change."""
+    if isinstance(value, (np.str_, np.bytes_)) and not value.dtype.itemsize:
+        return {"dtype": repr(value.dtype.kind), "bytes": ""}
+    dtype = _describe_dtype(value.dtype)
+    if dtype is None:
+        return None
+    if np.zeros(1, _numpy_dtype_of(dtype)).dtype.type is not type(value):  # one of two integer types of one size
+        dtype = repr(value.dtype.char)
+    return {"dtype": dtype, "bytes": base64.b64encode(value.tobytes()).decode()}
+
+
+def scalar_of(facts: Mapping[str, str]) -> Any:
+    """Returns the NumPy scalar that `describe_scalar` has described."""
+    if not facts["bytes"]:
+        return {"'U'": np.str_, "'S'": np.bytes_}[facts["dtype"]]()
+    return np.frombuffer(base64.b64decode(facts["bytes"]), _numpy_dtype_of(facts["dtype"]))[0]
+
+
+def _describe_dtype(dtype: np.dtype) -> str | None:
+    """Returns a dtype as the header of a .npy file has it; None for objects, and what such a header would change."""
+    if dtype.hasobject or not dtype.itemsize:
+        return None
+    text = repr(np.lib.format.dtype_to_descr(dtype))
+    return text if _numpy_dtype_of(text) == dtype else None
+
+
+def _numpy_dtype_of(text: str) -> np.dtype:
+    dtype = np.lib.format.descr_to_dtype(ast.literal_eval(text))
+    if dtype.hasobject or not dtype.itemsize:
+        raise ValueError(f"{text} is no dtype of numbers or text")
+    return dtype
+
+
+def of_torch(name: str, kind: type) -> Any:
+    """Returns what torch has under a name, if it is of a kind."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, kind):
+        raise ValueError(f"torch has no {kind.__name__} {name!r}")
+    return found

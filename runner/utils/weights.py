@@ -1,0 +1,58 @@
+"""Loading of saved weights into a module, also into tensors whose elements share memory. Imports torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Loads a state into a module as its `load_state_dict` does, which refuses a tensor that was expanded.
+
+    Raises:
+        RuntimeError: names or shapes that are not those of the module.
+    """
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    for owner in module.modules():
+        held: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+        for tensors in held:
+            for name, tensor in tensors.items():
+                if tensor is not None and may_overlap(tensor):
+                    replaced.append((tensors, name, tensor))
+                    tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    try:
+        module.load_state_dict(state, strict=strict)
+        for tensors, name, tensor in replaced:
+            copy_into(tensor, tensors[name])
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
+
+
+def may_overlap(tensor: Tensor) -> bool:
+    """Says whether two elements of a dense tensor may lie at the same address, as in one that was expanded."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return False
+    last = 0  # the largest offset within the dimensions looked at
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += (size - 1) * stride
+    return False
+
+
+@torch.no_grad()
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copies elements of the same shape; where several of the target are one in memory, they are to be equal."""
+    if not may_overlap(target):
+        target.copy_(source)
+        return
+    offsets = torch.zeros((), dtype=torch.int64, device=target.device)
+    for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        steps = torch.arange(size, device=target.device) * stride
+        offsets = offsets + steps.reshape([-1 if other == dim else 1 for other in range(target.dim())])
+    memory = target.detach().as_strided((int(offsets.max()) + 1,), (1,), target.storage_offset())
+    memory[offsets.reshape(-1)] = source.to(memory).reshape(-1)
