@@ -1,4 +1,4 @@
-"""A call of any function, with whatever arguments, as a function of its tensors alone. Imports torch only."""
+"""A call of any function, with whatever arguments, as a function of its tensors alone. Imports torch, one sibling."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from runner.utils.rng_state import Generator, find_generators
 
 _LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 
@@ -37,9 +39,9 @@ class Call:
             self._leaves[index] = None  # it is for others to keep them
 
     @property
-    def generators(self) -> list[torch.Generator]:
+    def generators(self) -> list[Generator]:
         """The random generators among the arguments."""
-        return [] if self._names is not None else [each for each in self._leaves if isinstance(each, torch.Generator)]
+        return [] if self._names is not None else find_generators(self._leaves)
 
     def __call__(self, *tensors: Tensor) -> Any:
         if self._given is not None:

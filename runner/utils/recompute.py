@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from runner.utils.early_stop import IS_KNOWN
 from runner.utils.memory import place_of
 from runner.utils.offload import Offloader
 from runner.utils.positional import Call
@@ -84,10 +86,10 @@ class Block:
             vars(copied)[key] = value if key in ("engine", "gauge") else copy.deepcopy(value, memo)
         return copied
 
-    def contexts(self, generators: Sequence[torch.Generator]) -> tuple[Any, Any]:
-        """Returns what a forward and its recomputations run in, with generators that it was given."""
+    def context(self) -> Any:
+        """Returns what a forward runs in."""
         is_watched = self.is_counting or (self.gauge is not None and self.gauge.is_measuring)
-        return (_Watched(self) if is_watched else _NOTHING), Replay(self.surroundings, generators)
+        return _Watched(self) if is_watched else _NOTHING
 
 
 class _Watched:
@@ -132,6 +134,49 @@ class _Watched:
             self._hooks = None  # it holds this
         if self._block.gauge is not None:
             self._block.gauge.end(self._begun)
+
+
+class _Checked:
+    """A function whose recomputation is to give the output of its forward; used in a block's first step only."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self._function, self._name = function, name
+        self._norms: list[Tensor] | None = None
+        self.is_comparable = True
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        output = self._function(*tensors)
+        norms = _norms(output)
+        if self._norms is None:
+            self._norms = norms
+        elif self.is_comparable and not all(map(_is_close, self._norms, norms)):
+            raise RuntimeError(
+                f"{self._name}: recomputing it gave another output than its forward, and its gradients would be wrong: "
+                "it depends on something that is not replayed, such as a random generator outside of its modules or a "
+                "count of its calls; keep the generator in an attribute and the count in a buffer, or leave the block "
+                "out with exclude"
+            )
+        return output
+
+
+@torch.no_grad()
+def _norms(output: Any) -> list[Tensor]:
+    """Returns the sum of the absolute values (0-d) of each tensor of an output."""
+    found = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and _is_plain(leaf):
+            found.append(torch.linalg.vector_norm(leaf, 1, dtype=torch.promote_types(leaf.dtype, torch.float32)))
+    return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_floating_point()
+
+
+def _is_close(norm: Tensor, other: Tensor) -> bool:
+    """Says whether two norms differ by rounding alone, which on an accelerator may differ from run to run."""
+    rtol = 1e-6 if norm.device.type == "cpu" else 1e-4
+    return torch.allclose(norm, other.to(norm.dtype), rtol=rtol, atol=0.0, equal_nan=True)
 
 
 def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block") -> None:
@@ -221,21 +266,27 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if block.is_counting:
         block.count_inputs(tensors)
     before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
-    contexts = functools.partial(block.contexts, call.generators)
+    replay = Replay(block.surroundings, call.generators)
+    function = _Checked(call, block.name) if block.is_counting else call
+    recomputed = functools.partial(
+        checkpoint, function, *tensors, use_reentrant=False, context_fn=lambda: (block.context(), replay),
+        early_stop=IS_KNOWN and not block.is_counting,
+    )  # fmt: skip
     engine, gauge = block.engine, block.gauge
     if engine is None or gauge is None or not gauge.is_worth_it:
-        output = checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
+        output = recomputed()
     else:  # torch's checkpoint hands the inputs to the outer hooks, and nothing else
         with saved_tensors_hooks(functools.partial(engine.pack, gauge=gauge), engine.unpack):
-            output = checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
+            output = recomputed()
     if call.error is not None:
         error, call.error = call.error, None  # the graph holds the call: with its error it would keep all frames alive
         try:
             raise error
         finally:
             del error
-    if before:
-        block.surroundings.look(before)
+    replay.end_forward()
+    if before and block.surroundings.look(before) and isinstance(function, _Checked):
+        function.is_comparable = False
     if versions != [tensor._version for tensor in tensors]:
         raise RuntimeError(
             f"{block.name}: its forward has modified an input by an inplace operation, and recomputing it needs the "

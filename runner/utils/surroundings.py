@@ -1,18 +1,30 @@
 """What the recomputation of a block finds as its forward found it, and what it must leave as it is.
 
-Torch's checkpoint replays the default generators and autocast. This adds the attention backend, generators that the
-block itself holds, and buffers: a second forward on the same batch must not count in them. Imports torch only.
+Torch's checkpoint replays torch's default generators and autocast. This adds the attention backend, the generators of
+Python's `random` and of NumPy, generators that the block itself holds, and buffers: a second forward on the same batch
+must not count in them. Imports torch and siblings only.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from runner.utils.early_stop import SafeStop
+from runner.utils.rng_state import (
+    Generator,
+    find_generators,
+    get_global_states,
+    get_state,
+    set_global_states,
+    set_state,
+)
 
 _BACKENDS = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
@@ -37,47 +49,90 @@ class Replay:
     A context that is a generator function could be entered once, and a graph that is retained is recomputed each time.
     """
 
-    __slots__ = ("_backends", "_generators", "_left", "_parameters", "_surroundings", "_values")
-
-    def __init__(self, surroundings: Surroundings, generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(self, surroundings: Surroundings, generators: Sequence[Generator] = ()) -> None:
         self._surroundings = surroundings
         self._backends = _attention_backends()
-        self._generators = [(each, each.get_state()) for each in (*surroundings.generators, *generators)]
+        self._global_states: Any = get_global_states()
+        self._generators = [(each, get_state(each)) for each in (*surroundings.generators, *generators)]
         self._values = [
             (owner, name, held.clone())
             for owner, name in surroundings.changing
             if (held := owner._buffers[name]) is not None
         ]
         self._parameters = surroundings.parameters()
-        self._left: list[tuple[Any, ...]] = []
+        self._modes = surroundings.modes()
+        self._left: list[ExitStack] = []
+
+    def end_forward(self) -> None:
+        """Notes what the forward has left, when it has ended.
+
+        Raises:
+            RuntimeError: the forward has changed a parameter, and a recomputation would change it again.
+        """
+        if self._global_states == get_global_states():  # it has drawn from neither
+            self._global_states = None
+        self._modes = self._surroundings.modes()
+        for owner, name, parameter, version in self._parameters:
+            if parameter._version != version and not _renormalizes(owner):
+                raise RuntimeError(
+                    f"{self._surroundings.name}: its forward has modified the parameter {name!r} of "
+                    f"{type(owner).__name__} by an inplace operation, and recomputing it would do so again; make it a "
+                    "buffer, or leave the block out with exclude"
+                )
 
     def __enter__(self) -> None:
+        self._check_modes()
+        stack = ExitStack()
+        self._left.append(stack)
+        try:
+            self._restore(stack)
+        except BaseException:
+            self._left.pop().close()
+            raise
+
+    def _restore(self, stack: ExitStack) -> None:
+        """Makes all as the forward found it; the stack makes it as it is now."""
         backends = _attention_backends()
         if backends != self._backends:
+            stack.callback(_set_attention_backends, backends)
             _set_attention_backends(self._backends)
-        states = [(each, each.get_state()) for each, _ in self._generators]
+        if self._global_states is not None:
+            stack.callback(set_global_states, get_global_states())
+            set_global_states(self._global_states)
         for generator, state in self._generators:
-            generator.set_state(state)
-        self._left.append((backends, states, self._replace_buffers(), self._replace_parameters()))
+            stack.callback(set_state, generator, get_state(generator))
+            set_state(generator, state)
+        self._replace_buffers(stack)
+        self._replace_parameters(stack)
+        for part in self._surroundings.renormalizing:  # the forward has renormalized the rows already, in place
+            stack.callback(setattr, part, "max_norm", part.max_norm)
+            part.max_norm = None
+        stack.enter_context(SafeStop())
 
-    def _replace_parameters(self) -> list[tuple[nn.Module, str, Any]]:
-        """Has the parameters of the forward stand in where there are others by now, and returns these."""
-        left = []
+    def _check_modes(self) -> None:
+        for (name, part), mode in zip(self._surroundings.parts, self._modes, strict=True):
+            if part.training is not mode:
+                which = f"its {type(part).__name__} {name}" if name else f"the {type(part).__name__}"
+                raise RuntimeError(
+                    f"{self._surroundings.name}: {which} was put into {'training' if part.training else 'evaluation'} "
+                    "mode between its forward and its backward, which recomputes the forward; call backward first"
+                )
+
+    def _replace_parameters(self, stack: ExitStack) -> None:
+        """Has the parameters of the forward stand in where there are others by now."""
         for owner, name, parameter, version in self._parameters:
-            if parameter._version != version:
+            if parameter._version != version and not _renormalizes(owner):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{name} of {type(owner).__name__} in {self._surroundings.name}, which is recomputed in "
                     "backward, was changed after its forward; call backward before the optimizer's step"
                 )
             if owner._parameters[name] is not parameter:
-                left.append((owner, name, owner._parameters[name]))
+                stack.callback(owner._parameters.__setitem__, name, owner._parameters[name])
                 owner._parameters[name] = parameter  # type: ignore[assignment]
-        return left
 
-    def _replace_buffers(self) -> list[tuple[nn.Module, str, Tensor | None]]:
-        """Has copies stand in for buffers, and returns these: a copy back would count as a change to autograd."""
-        left: list[tuple[nn.Module, str, Tensor | None]] = []
+    def _replace_buffers(self, stack: ExitStack) -> None:
+        """Has copies stand in for buffers: a copy back would count as a change to autograd."""
         norms = [(norm, name, held) for norm in self._surroundings.norms if norm.training for name, held in _held(norm)]
         now = [
             (owner, name, held)
@@ -85,21 +140,16 @@ class Replay:
             if (held := owner._buffers[name]) is not None
         ]
         for owner, name, value in (*norms, *now, *self._values):  # the last one counts: the value before the forward
-            if not any(owner is other and name == key for other, key, _ in left):
-                left.append((owner, name, owner._buffers[name]))
+            stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
             owner._buffers[name] = value.clone()
-        return left
 
-    def __exit__(self, *error: object) -> None:
-        backends, states, buffers, parameters = self._left.pop()
-        if backends != self._backends:
-            _set_attention_backends(backends)
-        for generator, state in states:
-            generator.set_state(state)
-        for owner, name, buffer in buffers:
-            owner._buffers[name] = buffer
-        for owner, name, parameter in parameters:
-            owner._parameters[name] = parameter
+    def __exit__(self, *error: Any) -> None:
+        self._left.pop().__exit__(*error)
+
+
+def _renormalizes(part: nn.Module) -> bool:
+    """Says whether a module's forward shortens rows of its weight in place, as an embedding with `max_norm` does."""
+    return vars(part).get("max_norm") is not None
 
 
 def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:
@@ -107,14 +157,15 @@ def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class Surroundings:
-    """What a block holds that its forward may change: statistics, other buffers, generators."""
+    """What a block holds that its forward depends on or may change: modes, statistics, other buffers, generators."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
-        parts = list(module.modules())
-        self.name = name
+        self.name, self.parts = name, list(module.named_modules())
+        parts = [part for _, part in self.parts]
+        self.renormalizing = [part for part in parts if _renormalizes(part)]
         self._parameters = [(part, key) for part in parts for key in part._parameters]
         self.norms = [part for part in parts if isinstance(part, _NormBase)]
-        self.generators = [each for part in parts for each in vars(part).values() if isinstance(each, torch.Generator)]
+        self.generators = find_generators(value for part in parts for value in vars(part).values())
         self._buffers = [(part, key) for part in parts if not isinstance(part, _NormBase) for key, _ in _held(part)]
         self.changing: list[tuple[nn.Module, str]] = []
 
@@ -123,13 +174,22 @@ class Surroundings:
         found = [(part, name, part._parameters.get(name)) for part, name in self._parameters]
         return [(part, name, held, held._version) for part, name, held in found if held is not None]
 
+    def modes(self) -> list[bool]:
+        """Returns for each part whether it is in training mode."""
+        return [part.training for _, part in self.parts]
+
     def versions(self) -> list[tuple[Tensor | None, int]]:
         """Returns buffers, and how often each was changed so far; running statistics are looked after anyway."""
         found = [part._buffers.get(key) for part, key in self._buffers]
         return [(held, 0 if held is None else held._version) for held in found]
 
-    def look(self, before: list[tuple[Tensor | None, int]]) -> None:
-        """Finds the buffers that a forward has changed; warns of each once, and keeps their values from then on."""
+    def look(self, before: list[tuple[Tensor | None, int]]) -> bool:
+        """Finds the buffers that a forward has changed; warns of each once, and keeps their values from then on.
+
+        Returns:
+            Whether there is one that was not known of.
+        """
+        num_known = len(self.changing)
         for (part, key), (was, version), (now, newer) in zip(self._buffers, before, self.versions(), strict=True):
             is_changed = was is not now or version != newer
             if is_changed and not any(part is owner and key == name for owner, name in self.changing):
@@ -139,3 +199,4 @@ class Surroundings:
                     "leaves the buffer alone, but in this first step has found its later value",
                     stacklevel=2,
                 )
+        return len(self.changing) > num_known
