@@ -141,6 +141,14 @@ class DDP(Alone):
         self._fed: nn.Module | None = None
         self._has_begun = False
 
+    def place(self, module: nn.Module) -> None:
+        """Leaves the weights where they are, the same on every rank.
+
+        Raises:
+            ValueError: a forward would change them otherwise on each.
+        """
+        refuse_renormalized(module)
+
     def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
         """Returns the forward to train with; without anything to train, the module's own."""
         if not distributed.is_many() or not any(p.requires_grad for p in fed.parameters()):
@@ -202,6 +210,20 @@ class DDP(Alone):
             self._module(None)[0].backward()
         finally:
             self._fed.is_making_up, self._module.require_forward_param_sync = False, syncs_buffers
+
+
+def refuse_renormalized(module: nn.Module) -> None:
+    """Checks that no embedding shortens its rows in its forward: each rank would do it to those of its samples alone.
+
+    Raises:
+        ValueError: naming such an embedding.
+    """
+    for name, part in module.named_modules() if distributed.is_many() else ():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise ValueError(
+                f"{name}: max_norm={part.max_norm} shortens the rows of a rank's own samples alone, and the ranks' "
+                "weights would differ; leave max_norm out, or train on one process (distributed=single)"
+            )
 
 
 def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:

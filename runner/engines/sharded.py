@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from runner.engines.fed import Fed
-from runner.engines.layouts import Alone, Forward, map_tensors
+from runner.engines.layouts import Alone, Forward, map_tensors, refuse_renormalized
 from runner.utils import distributed
 from runner.utils.blocks import find_blocks
 
@@ -77,6 +77,7 @@ class FSDP(Alone):
         """Spreads a module's weights, in place, as they are on the leader."""
         if not distributed.is_many():
             return
+        refuse_renormalized(module)
         found = find_blocks(module, self._globs)
         _refuse_ties(module, [name for blocks in found.values() for name in blocks])
         for tensor in (*module.parameters(), *module.buffers()):

@@ -186,6 +186,16 @@ def test_a_weight_shared_between_blocks_is_refused_by_name():
         run_ranks(2, _tie)
 
 
+def _renormalize(make_layout):
+    make_layout().place(nn.ModuleDict({"tokens": nn.Embedding(4, 8, max_norm=1.0)}))
+
+
+@pytest.mark.parametrize("make_layout", [DDP, FSDP])
+def test_an_embedding_that_each_rank_would_renormalize_for_itself_is_refused_by_name(make_layout):
+    with pytest.raises(AssertionError, match=r"tokens: max_norm=1.0 shortens the rows of a rank's own samples alone"):
+        run_ranks(2, _renormalize, make_layout)
+
+
 def test_settings_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"param_dtype='fp8': expected one of fp32, bf16, fp16"):
         FSDP(param_dtype="fp8")
