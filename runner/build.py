@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from runner.engines.settings import check_held
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
-from runner.targets import is_called_later, locate, seed_imports
+from runner.targets import find_sampler_fault, is_called_later, locate, seed_imports
 from runner.utils.agreement import Agreement
 from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
@@ -229,6 +230,7 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
         )
     what = _lengths(dataset) if is_batched else len(dataset)
     sampler = _make(plain, "sampler", plain["sampler"], what)
+    _check_sampler(sampler)
     return Batches(
         dataset,
         sampler,
@@ -241,6 +243,16 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
         rank=rank(),
         num_ranks=num_ranks(),
     )
+
+
+def _check_sampler(sampler: Any) -> None:
+    """Raises a ConfigError for a sampler that does not go on from its own state."""
+    if fault := find_sampler_fault(sampler):
+        raise ConfigError(f"sampler: {type(sampler).__name__}: {fault}")
+    state = sampler.state_dict()
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"sampler: {type(sampler).__name__}.state_dict: expected a mapping, found {state!r}")
+    _explained("sampler", partial(sampler.load_state_dict, copy.deepcopy(dict(state))))
 
 
 def _lengths(dataset: Any) -> Any:

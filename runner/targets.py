@@ -92,6 +92,9 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
     except ImportError as error:
         yield f"{key}._target_={node['_target_']}: {error}"
         return
+    if key == "sampler" and inspect.isclass(target) and (fault := find_sampler_fault(target)):
+        yield f"{key}._target_={node['_target_']}: {fault}"
+        return
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a built-in without a signature: instantiating it will tell
@@ -106,6 +109,37 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
     for name in taken:
         if parameters[name].default is inspect.Parameter.empty and name not in given:
             yield f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..."
+
+
+def find_sampler_fault(sampler: Any) -> str | None:
+    """Returns why a sampler, or a class of samplers, can't be used, and the remedy; None if nothing is missing."""
+    kinds = sampler.__mro__ if inspect.isclass(sampler) else type(sampler).__mro__
+    name = next((each.__name__ for each in kinds if each.__module__.startswith("torch.utils.data")), "Sampler")
+    missing = [method for method in _SAMPLER_METHODS if not hasattr(sampler, method)]
+    if inspect.isclass(sampler) and any("__getattr__" in vars(each) for each in kinds):
+        missing = []
+    if name == "DistributedSampler":
+        return f"expected the order of all ranks, found one that takes a rank's share; {_SAMPLERS[name]}"
+    if not missing:
+        return None
+    methods = ", ".join(f"{method}()" for method in missing)
+    return f"expected a sampler that resumes from its position, found one without {methods}; {_SAMPLERS[name]}"
+
+
+_SAMPLER_METHODS = ("__iter__", "state_dict", "load_state_dict")
+_OWN_SAMPLERS = "runner.utils.sampler."
+_SAMPLERS = {
+    "Sampler": "add them (they save and set the position within an epoch), or choose sampler=random, ordered, pool "
+    "or batched_ordered",
+    "RandomSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler, which takes replacement too)",
+    "SequentialSampler": f"choose sampler=ordered ({_OWN_SAMPLERS}OrderedSampler)",
+    "DistributedSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler): each rank takes its slice of a batch",
+    "BatchSampler": f"choose sampler=random with data.batch_size, or sampler=batched_ordered ({_OWN_SAMPLERS}"
+    "BatchedOrderedSampler) for batches under a budget",
+    "SubsetRandomSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler) and a torch.utils.data.Subset as "
+    "data.train",
+    "WeightedRandomSampler": "write a sampler of your own that draws by weight and has these methods",
+}
 
 
 def rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
