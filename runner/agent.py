@@ -56,7 +56,7 @@ def start(handover: Handover, num_local: int) -> int:
     Raises:
         ConfigError: the machines did not meet.
     """
-    settings = handover.cfg.distributed
+    settings = handover.distributed
     with tempfile.TemporaryDirectory(prefix="runner-") as name, _unchanged_environment():
         folder = Path(name)
         (folder / "handover").write_bytes(pickle.dumps(handover))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed import Store
 
 from runner import optimizations
-from runner.config import to_plain
+from runner.config import typed
 from runner.engines import Engine, Engines
 from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
@@ -36,6 +36,7 @@ from runner.utils.generators import HeldGenerators
 from runner.utils.place import find_place
 from runner.utils.utils import mix
 
+_OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_")
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
 
@@ -86,23 +87,21 @@ class _Part:
         return self.settings["optimizer"] is not None and any(p.requires_grad for p in self.module.parameters())
 
 
-def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
+def build(plain: dict[str, Any], store: Store | None = None) -> Experiment:
     """Builds this rank's share of an experiment; all ranks of a run call it.
 
     Args:
+        plain: the resolved config.
         store: where ranks leave word for each other.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
         RankError: another rank could not build its share.
     """
-    plain = to_plain(cfg)
-    trainer, tracking = OmegaConf.to_object(cfg.trainer), OmegaConf.to_object(cfg.tracking)
-    checkpoint = OmegaConf.to_object(cfg.checkpoint)
-    assert isinstance(trainer, TrainerConfig)
-    assert isinstance(tracking, TrackingConfig)
-    assert isinstance(checkpoint, CheckpointConfig)
+    trainer = typed(TrainerConfig, plain["trainer"])
+    tracking = typed(TrackingConfig, plain["tracking"])
+    checkpoint = typed(CheckpointConfig, plain["checkpoint"])
     made: dict[str, Any] = {}
-    seed_imports(cfg.seed)
+    seed_imports(plain["seed"])
 
     def build_alone() -> None:  # a rank that fails here leaves nobody waiting
         device = build_device(plain)
@@ -121,7 +120,7 @@ def build(cfg: DictConfig, store: Store | None = None) -> Experiment:
         raise ConfigError("checkpoint.format: weights that are spread over the ranks are stored as sft; choose that")
     made["agreement"].is_spread = made["engines"].is_sharded
     return Experiment(
-        cfg.name, cfg.seed, trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
+        plain["name"], plain["seed"], trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
     )
 
 
@@ -306,7 +305,28 @@ def _make(plain: dict[str, Any], key: str, node: Any, *given: Any) -> Any:
         return None
     later = {"_partial_": True} if is_called_later(key, locate(node["_target_"])) else {}
     _seed(plain["seed"], key)
-    return _explained(key, lambda: instantiate(node | later, *given, _convert_="all"))
+    return _explained(key, lambda: _instantiate(node | later, *given), node)
+
+
+def _instantiate(node: Any, *given: Any) -> Any:
+    """Builds what a resolved node describes, as Hydra does.
+
+    Hydra's `instantiate` would resolve the node's texts again, so it is given the target alone.
+    """
+    if isinstance(node, list):
+        return [_instantiate(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if "_target_" not in node:
+        return {key: _instantiate(value) for key, value in node.items()}
+    arguments = {key: value for key, value in node.items() if key not in _OF_HYDRA}
+    if node.get("_recursive_", True):
+        arguments = {key: _instantiate(value) for key, value in arguments.items()}
+    positional = given or arguments.pop("_args_", ())
+    target = instantiate({"_target_": node["_target_"], "_partial_": True})
+    if node.get("_partial_"):
+        return partial(target, *positional, **arguments)
+    return target(*positional, **arguments)
 
 
 def _seed(seed: int, key: str) -> None:
@@ -335,10 +355,19 @@ def _make_dataset(plain: dict[str, Any], key: str, node: Any) -> Any:
     return dataset
 
 
-def _explained(key: str, make: Callable[[], Any]) -> Any:
+def _explained(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None = None) -> Any:
     try:
         return make()
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
-        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}") from error
+        hint = _hint_at_numbers(node) if isinstance(cause, TypeError) else ""
+        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}{hint}") from error
+
+
+def _hint_at_numbers(node: Mapping[str, Any] | None) -> str:
+    """Returns the remedy where an argument is a text that reads as a number, as one from the environment does."""
+    number = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
+    texts = {name: value for name, value in (node or {}).items() if isinstance(value, str) and number.fullmatch(value)}
+    shown = ", ".join(f"{name}={value!r}" for name, value in texts.items())
+    return f"; {shown}: a text; ${{oc.decode:...}} makes it a number" if texts else ""

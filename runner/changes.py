@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner.mistakes import ConfigError
 
-KeyPath = tuple[str, ...]
+KeyPath = tuple[Any, ...]
 Nest = dict[str, Any]
 
 _ABSENT = object()
@@ -90,12 +90,12 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     if not isinstance(node, Mapping):
         yield path, node
     for key, child in node.items() if isinstance(node, Mapping) else ():
-        yield from _leaves(child, (*path, str(key)))
+        yield from _leaves(child, (*path, key))
 
 
 def tell(saved: Nest, wanted: Nest) -> list[str]:
     """Returns what differs, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
-    return [f"{'.'.join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in _differences(saved, wanted)]
+    return [f"{_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in _differences(saved, wanted)]
 
 
 def refuse(saved: Nest, wanted: Nest) -> None:
@@ -106,10 +106,14 @@ def refuse(saved: Nest, wanted: Nest) -> None:
     """
     fixed = [(path, old, new) for path, old, new in _differences(saved, wanted) if _is_fixed(path)]
     if fixed:
-        lines = [f"  {'.'.join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in fixed]
+        lines = [f"  {_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in fixed]
         head = "resume: these changes would make it another run than the one that was begun"
         remedy = "Leave them as they were, or accept that with resume_allow_changes=true"
         raise ConfigError("\n".join([head, *lines, remedy]))
+
+
+def _join(path: KeyPath) -> str:
+    return ".".join(map(str, path))
 
 
 def _is_fixed(path: KeyPath) -> bool:

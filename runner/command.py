@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 
 from runner import config, launch, mistakes, signals
+from runner.interpolation import quote_nested
 
 
 @hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
@@ -37,7 +38,8 @@ def _run() -> None:
     try:
         if (followed := launch.join()) is not None:
             sys.exit(followed)
-        sys.argv[1:] = sorted(launch.with_resumed_overrides(sys.argv[1:]), key=lambda a: a not in ("-m", "--multirun"))
+        arguments = launch.with_resumed_overrides([quote_nested(argument) for argument in sys.argv[1:]])
+        sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
         _compose_and_launch()
         status = 0
     except Exception as error:

@@ -5,11 +5,14 @@ Must not import torch: a misspelt key ends before that second is spent.
 
 from __future__ import annotations
 
+import base64
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from enum import EnumMeta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -75,6 +78,8 @@ _AT_LEAST = {
 }
 _LONGEST_NAME = 200  # a file name has 255 bytes, and some are for its suffixes
 _BACKENDS = ("auto", "gloo", "nccl")
+_ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
+Section = TypeVar("Section")
 
 
 def check(cfg: DictConfig) -> None:
@@ -83,7 +88,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every key that is missing or out of range, a line each.
     """
-    mistakes = _unknown_keys(cfg)
+    mistakes = [*_unknown_keys(cfg), *_mixed_keys(OmegaConf.to_container(cfg, resolve=False))]
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and not value >= least:  # so that nan is told too
@@ -122,6 +127,16 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
         for key in ((OmegaConf.select(cfg, section) or {}) if section else cfg)
         if key not in keys
     ]
+
+
+def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:
+    """Yields the mistakes of numbers that a dotted key of the command line has added as texts."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    has_numbers = isinstance(node, dict) and any(type(key) is int for key in node)
+    for key, child in children:
+        if has_numbers and isinstance(key, str) and re.fullmatch(r"-?\d+", key):
+            yield f"{place}.{key}: expected a number as the key, found the text {key!r}; set {place}={{{key}: ...}}"
+        yield from _mixed_keys(child, f"{place}.{key}".lstrip("."))
 
 
 def _pattern_mistakes(cfg: DictConfig) -> list[str]:
@@ -175,10 +190,58 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
-    """Returns the config as plain dicts and lists, interpolations resolved, enums as their names."""
+    """Returns the config as plain dicts and lists, interpolations resolved, enums as their names.
+
+    An escaped `\\${...}` becomes the text `${...}`, so a text of the result must not be resolved again.
+    """
     plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def typed(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """Returns a section of a resolved config as its dataclass."""
+    hints = get_type_hints(section)
+    enums = {key: hint for key, hint in hints.items() if isinstance(hint, EnumMeta)}
+    return section(**{key: enums[key][value] if key in enums else value for key, value in values.items()})
+
+
+def to_json(plain: Any) -> str:
+    """Returns a resolved config as JSON that `from_json` reads; keys that are no text and bytes are marked."""
+    return json.dumps(_mark(plain), default=str)
+
+
+def _mark(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mark(child) for child in value]
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if not isinstance(value, dict):
+        return value
+    if all(isinstance(key, str) for key in value) and not value.keys() & {_BYTES, _ITEMS}:
+        return {key: _mark(child) for key, child in value.items()}
+    return {_ITEMS: [[_mark(key), _mark(child)] for key, child in value.items()]}
+
+
+def from_json(text: str) -> Any:
+    """Returns the config that `to_json` wrote.
+
+    Raises:
+        ValueError, TypeError, RecursionError: another program wrote it.
+    """
+    return _unmark(json.loads(text))
+
+
+def _unmark(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmark(child) for child in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_BYTES}:
+        return base64.b64decode(value[_BYTES])
+    if value.keys() == {_ITEMS}:
+        return {_unmark(key): _unmark(child) for key, child in value[_ITEMS]}
+    return {key: _unmark(child) for key, child in value.items()}
 
 
 def flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import signals
+from runner.config import to_json
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
 
@@ -100,7 +101,7 @@ def facts_of(
     config = {key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE}
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
-        "config": json.dumps(config, default=str),
+        "config": to_json(config),
         "step": str(step),
         "commit": str((read_record(run).get("git") or {}).get("commit") or ""),
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),

@@ -6,7 +6,6 @@ Must not import torch at the top: what is wrong in a config is told before that.
 from __future__ import annotations
 
 import contextlib
-import copy
 import pickle
 import sys
 import uuid
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from runner import config, run_folder
+from runner.schema import DistributedConfig
 from runner.utils.files import replace_file
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Handover:
-    """A composed run.
+    """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
     then goes on from the newest checkpoint there.
     """
 
-    cfg: DictConfig
+    settings: dict[str, Any]
     folder: Path
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
@@ -43,6 +44,11 @@ class Handover:
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
+    @property
+    def distributed(self) -> DistributedConfig:
+        """How its processes are started."""
+        return config.typed(DistributedConfig, self.settings["distributed"])
+
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""
         (self.folder / ".hydra").mkdir(exist_ok=True)
@@ -50,14 +56,19 @@ class Handover:
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
 
 
-def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False) -> Handover:
-    """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more."""
+def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path | None = None) -> Handover:
+    """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
+
+    Args:
+        resumed: the folder of the run that goes on, which keeps its hydra.yaml: `${hydra:...}` tells what that says.
+    """
     hydra_config: Any = HydraConfig.instance().cfg
     contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
     files = {name: OmegaConf.to_yaml(content).encode() for name, content in contents.items()}
-    resolved = copy.deepcopy(cfg)
-    OmegaConf.resolve(resolved)
-    return Handover(resolved, folder.absolute(), files, goes_on=goes_on)
+    if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
+        del files["hydra"]
+    with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
+        return Handover(config.to_plain(cfg), folder.absolute(), files, goes_on=goes_on)
 
 
 class Post:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import agent, config, handover, mistakes, resume, run_folder, signals, worker
 from runner.handover import Handover
+from runner.interpolation import told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
 from runner.utils.place import is_one_of_several
@@ -46,7 +47,8 @@ class RunFolder(Callback):
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            _check(task)
+            with _told_by_hydra(config, task):
+                _check(task)
             folder = _claim(config, task)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
             _end(error)
@@ -60,6 +62,13 @@ def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     return resume.restore(cfg, asked, lambda overrides: hydra.compose_config(config_name, overrides, RunMode.RUN))
+
+
+def _told_by_hydra(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractContextManager[None]:
+    """Has `${hydra:...}` tell what it will when the job runs, but for another name of its folder."""
+    if _resumption is not None:
+        return run_folder.told_of(_resumption.run, task)
+    return told_by_hydra(task, lambda: cfg.hydra, Path(cfg.hydra.run.dir))
 
 
 def _check(cfg: DictConfig) -> None:
@@ -107,7 +116,8 @@ def launch(cfg: DictConfig) -> None:
         _check_job(cfg, folder)
     try:
         goes_on = _is_same_run(cfg, folder) if is_sweep else _is_requeued()
-        status = _launch(handover.make(cfg, folder, goes_on=goes_on), is_sweep)
+        resumed = _resumption.run if _resumption else None
+        status = _launch(handover.make(cfg, folder, goes_on=goes_on, resumed=resumed), is_sweep)
     except ConfigError as error:
         if is_sweep:
             raise _told(error) from None
@@ -123,7 +133,7 @@ def _is_basic(launcher: Any) -> bool:
 
 
 def _launch(job: Handover, is_sweep: bool) -> int:
-    settings = job.cfg.distributed
+    settings = job.distributed
     if _joined is not None:
         if settings.strategy is None:
             raise ConfigError(f"distributed: it trains on one process, and {_joined.place.num_ranks} were started")
@@ -134,7 +144,7 @@ def _launch(job: Handover, is_sweep: bool) -> int:
     num_local = agent.num_workers(settings)
     if num_local == 1 and settings.nnodes == 1:
         return worker.work(job)
-    if settings.nnodes > 1 and job.cfg.resume is None and not is_sweep:
+    if settings.nnodes > 1 and job.settings["resume"] is None and not is_sweep:
         with contextlib.suppress(OSError):
             job.folder.rmdir()  # Hydra's; the first rank makes the one that counts
         job.is_unclaimed, job.is_asked_for = True, _is_folder_given(HydraConfig.get().overrides.hydra)

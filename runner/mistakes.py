@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from runner.signals import STATUSES
 
@@ -75,8 +75,12 @@ def _explain_key(cause: OmegaConfBaseException, context: str) -> str:
     place = re.match(r"In '[^']+'", context)
     where = f"{place.group()}: " if place else ""
     parent = cause.parent_node
-    if not OmegaConf.is_dict(parent) or cause.key in parent:
+    is_unknown_key = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent)
+    if not is_unknown_key or cause.key in parent:
         return f"{where}{full_key}: {message}"
+    if str(cause.key) in (str(key) for key in parent):
+        mapping = full_key.rpartition(".")[0]
+        return f"{where}{full_key}: expected a number as the key, found a text; set {mapping}={{{cause.key}: ...}}"
     keys = [str(key) for key in parent] + (["experiment"] if "." not in full_key else [])
     hint = nearest(str(cause.key), keys)
     if OmegaConf.get_type(parent) is dict:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runner.interpolation import escape
 from runner.mistakes import ConfigError, nearest
 from runner.schema import CheckpointingConfig, OptimizationsConfig, RuleConfig, UnslothConfig
 
@@ -57,7 +58,7 @@ def read(shared: Mapping[str, Any], own: Mapping[str, Any] | None = None, place:
 
 def _merged(typed: Any, values: Plain, place: str) -> Any:
     try:
-        return OmegaConf.merge(typed, values)
+        return OmegaConf.merge(typed, escape(values))
     except OmegaConfBaseException as error:
         key = f"{place}.{error.full_key}" if error.full_key else place
         known = [str(name) for name in error.parent_node] if OmegaConf.is_dict(error.parent_node) else []

@@ -15,11 +15,13 @@ from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import changes, config, run_folder, trust
+from runner.interpolation import NOT_FOLLOWED, without_elsewhere
 from runner.mistakes import ConfigError
 from runner.run_folder import OF_THE_COMMAND_LINE
 from runner.trust import Trust
@@ -107,12 +109,17 @@ def _check_overrides(own: list[str], kept: list[str], source: Path) -> None:
         places = [override.key_or_group.lstrip("/"), *re.split(r"[.:]", override.package or "")]
         if text.startswith("-") or any(re.split(r"[./]", place)[0] == "hydra" for place in places):
             refused.append(f"{text}: sets Hydra itself")
-        elif text in kept and trust.reads_elsewhere(text):
-            refused.append(f"{text}: a resolver other than now or run_label; where you want it, give it anew")
+        elif text in kept and _reads_elsewhere(override):
+            refused.append(f"{text}: {NOT_FOLLOWED}; where you want it, give it anew")
         elif "." not in override.key_or_group and _leads_out(override.value()):
             refused.append(f"{text}: leads out of conf/")
     if refused:
         raise ConfigError("\n  ".join([f"{source}: a run's overrides are data, and these are not followed", *refused]))
+
+
+def _reads_elsewhere(override: Override) -> bool:
+    value = override.input_line if override.is_sweep_override() else override.value()
+    return bool(without_elsewhere(value) != value)
 
 
 def _leads_out(choice: Any) -> bool:
@@ -134,17 +141,20 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     """
     typed = _compose_typed(asked.typed, compose)
     mine = {key: typed[key] for key in ("resume_allow_changes", "allow_targets")}
-    saved, trusted = _read_run(asked, list(typed.allow_targets), _forms(typed))
+    with run_folder.told_of(asked.run, typed):
+        forms = _forms(typed)
+    saved, trusted = _read_run(asked, list(typed.allow_targets), forms)
     beside = _without_hydra(cfg)
     wanted = changes.apply(saved, _own_part(_without_hydra(compose(asked.own))), _own_part(beside), _own(asked.typed))
     wanted["distributed"] = {**wanted["distributed"], **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
     before, after = copy.deepcopy(beside), copy.deepcopy(beside)
     run_folder.put(before, saved)
     run_folder.put(after, wanted | mine)
-    plain = config.to_plain(after)
-    trust.check_resolved(plain, trusted)
-    if not typed.resume_allow_changes:
-        changes.refuse(config.to_plain(before), plain)
+    with run_folder.told_of(asked.run, after):
+        plain = config.to_plain(after)
+        trust.check_names(plain, trusted)
+        if not typed.resume_allow_changes:
+            changes.refuse(config.to_plain(before), plain)
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]

@@ -30,7 +30,7 @@ Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 
 
 def run(
-    cfg: Any,
+    settings: dict[str, Any],
     folder: Path,
     accept: Callable[[], None],
     store: Store | None = None,
@@ -38,7 +38,7 @@ def run(
     goes_on: bool = False,
     launch: str = "",
 ) -> int:
-    """Runs a composed config in its folder, on this rank; returns the exit status.
+    """Runs a resolved config in its folder, on this rank; returns the exit status.
 
     `accept` is called on the leader when all is built and loaded: until then a run that goes on is as it was.
 
@@ -60,9 +60,9 @@ def run(
         stack.enter_context(signals.taken())
         stack.callback(forget_compiled)
         together(lambda: _hold(folder, stack, goes_on) if is_leader() else None)
-        if goes_on and of_leader(lambda: _has_begun(folder, cfg.resume, launch)):
-            cfg.resume = str(folder)
-        session, record, log = _open(cfg, folder, stack, accept, store, launch)
+        if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
+            settings = {**settings, "resume": str(folder)}
+        session, record, log = _open(settings, folder, stack, accept, store, launch)
         session.begins_again = goes_on and session.is_new
         signals.connect(session.loop.stop)
         return _run(session, record, log, signals)
@@ -86,20 +86,25 @@ def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool) -> None:
 
 
 def _open(
-    cfg: Any, folder: Path, stack: contextlib.ExitStack, accept: Callable[[], None], store: Store | None, launch: str
+    settings: dict[str, Any],
+    folder: Path,
+    stack: contextlib.ExitStack,
+    accept: Callable[[], None],
+    store: Store | None,
+    launch: str,
 ) -> tuple[Session, Any, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
     try:
-        experiment = build(cfg, store)
-        found = _find_together(Path(cfg.resume)) if cfg.resume else None
+        experiment = build(settings, store)
+        found = _find_together(Path(settings["resume"])) if settings["resume"] else None
         made: list[tuple[Session, Any, logging.Logger]] = []
         together(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
         together(lambda: _begin(session, record, accept, launch) if is_leader() else None)
         return session, record, log
     except BaseException as error:
-        if not cfg.resume and is_leader() and not (folder / "run.json").exists():
+        if not settings["resume"] and is_leader() and not (folder / "run.json").exists():
             _remove_unused(folder, has_log)
         if isinstance(error, OSError):
             raise ConfigError(f"{folder}: can't be written to ({error.strerror or error})") from error

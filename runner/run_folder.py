@@ -6,6 +6,7 @@ torch at the top.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from runner import mistakes
+from runner.interpolation import told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
 
 OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets")  # never taken over from a run's config
@@ -88,6 +90,20 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "hydra" in content:
         raise ConfigError(f"{run / '.hydra' / 'config.yaml'}: not the config of a run")
     return {str(key): value for key, value in content.items()}
+
+
+def told_of(run: Path, cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
+    """Has `${hydra:...}` of a run's config tell what it told when the run was begun, and the folder where it lies now.
+
+    A value of Hydra's that reads what the machine knows is missing.
+    """
+    return told_by_hydra(cfg, lambda: without_elsewhere(_read_hydra(run)), run)
+
+
+def _read_hydra(run: Path) -> Any:
+    path = run / ".hydra" / "hydra.yaml"
+    content = _read_yaml(path) if path.is_file() else {}
+    return content.get("hydra", {}) if isinstance(content, dict) else {}
 
 
 def read_overrides(run: Path) -> list[str]:

@@ -6,7 +6,7 @@ the top.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from runner import config, run_folder, trust
+from runner.interpolation import escape, quote_nested
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.trust import Trust
@@ -99,7 +100,8 @@ def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str
         ConfigError: it is neither, is not whole, or its config names what it may not.
     """
     run = run_folder.find_run(path)
-    plain, trusted = _check_config(run_folder.read_config(run), run / ".hydra" / "config.yaml", overrides, prefixes)
+    source = run / ".hydra" / "config.yaml"
+    plain, trusted = _check_config(run_folder.read_config(run), source, overrides, prefixes, run)
     from runner.checkpoint import FACTS
 
     found, content, faults = run_folder.find_checkpoint(path)
@@ -132,7 +134,8 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     except ValueError as error:
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
-    plain, trusted = _check_config(raw, path, overrides, prefixes)
+    # It was resolved when it was written: its texts are what they say.
+    plain, trusted = _check_config(escape(raw), path, overrides, prefixes)
     engines = plain["engines"] or {"model": {}}
     if name not in engines:
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
@@ -145,21 +148,25 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:
     """Returns the config, engine and step that an export's metadata tells."""
     try:
-        raw, name, step = json.loads(facts["config"]), facts["engine"], int(facts["step"])
+        raw, name, step = config.from_json(facts["config"]), facts["engine"], int(facts["step"])
         if isinstance(raw, dict):
             return raw, name, step
         mistake = "its config is no mapping"
     except KeyError as error:
         mistake = f"it has no {error}"
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         mistake = f"it can't be read ({error})"
     raise ConfigError(f"{path}: no export of python -m runner.export: in its metadata, {mistake}")
 
 
 def _check_config(
-    raw: dict[str, Any], source: Path, overrides: Sequence[str], prefixes: Sequence[str]
+    raw: dict[str, Any], source: Path, overrides: Sequence[str], prefixes: Sequence[str], run: Path | None = None
 ) -> tuple[dict[str, Any], Trust]:
-    """Returns the resolved config of a file with overrides set on it, once nothing it names is out of bounds."""
+    """Returns the resolved config of a file with overrides set on it, once nothing it names is out of bounds.
+
+    Args:
+        run: the folder that `${hydra:...}` tells of.
+    """
     config.register()
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("config")
@@ -172,9 +179,10 @@ def _check_config(
     run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.OF_THE_COMMAND_LINE})
     for override in overrides:
         _set(cfg, override)
-    config.check(cfg)
-    plain = config.to_plain(cfg)
-    trust.check_resolved(plain, trusted)
+    with run_folder.told_of(run, cfg) if run else contextlib.nullcontext():
+        config.check(cfg)
+        plain = config.to_plain(cfg)
+    trust.check_names(plain, trusted)
     return plain, trusted
 
 
@@ -186,7 +194,7 @@ def _container(cfg: DictConfig) -> dict[str, Any]:
 
 def _set(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
     """Sets one `key=value`, or adds a `+key=value`, as Hydra reads them."""
-    override = OverridesParser.create().parse_override(text)
+    override = OverridesParser.create().parse_override(quote_nested(text))
     key, value = override.key_or_group, override.value()
     if override.is_delete() or override.is_sweep_override() or override.package or "/" in key:
         raise ConfigError(f"{text}: expected key=value")

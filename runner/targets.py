@@ -99,7 +99,16 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a built-in without a signature: instantiating it will tell
         return
-    given = {name for name in node if not (name.startswith("_") and name.endswith("_"))}
+    for name in node:
+        if not isinstance(name, str):
+            yield f"{key}.{name}: expected an argument's name, found {name!r}; put such keys into a mapping of its own"
+    for name, value in ((name, node[name]) for name in ("_partial_", "_recursive_") if name in node):
+        if not isinstance(value, bool):
+            yield f"{key}.{name}={value}: expected true or false"
+    if node.get("_convert_", "all") == "none":
+        yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
+    names = [name for name in node if isinstance(name, str)]
+    given = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
     taken = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][num_given:]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given.difference(taken)):

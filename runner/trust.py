@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from runner.interpolation import NOT_FOLLOWED, reads_elsewhere
 from runner.mistakes import ConfigError
 from runner.targets import find_module, rule_paths
 
@@ -35,7 +36,6 @@ _MAKERS = (
     "runner.engines.schedulers",
 )  # the built-in modules whose functions may be called
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
-_HARMLESS = re.compile(r"\$\{(?:(?:now|run_label):[^${}]*|[^:${}]*)\}")  # a path, or a resolver that tells nothing
 _LIBRARIES = [
     Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
 ]
@@ -77,32 +77,12 @@ def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
         ConfigError: naming every key with another resolver.
     """
     found = [
-        f"{key}={value}: a resolver other than now or run_label"
+        f"{key}={value}: {NOT_FOLLOWED}"
         for key, value in _walk(config)
         if isinstance(value, str) and reads_elsewhere(value) and not trust.is_own_value(key, value)
     ]
     if found:
         raise ConfigError(_told(trust, found, "Where you want it, set that key on this command line"))
-
-
-def reads_elsewhere(text: str) -> bool:
-    """Says whether a text interpolates more than plain nodes, `now:` and `run_label:`."""
-    while (shorter := _HARMLESS.sub("", text)) != text:
-        text = shorter
-    return "${" in text
-
-
-def check_resolved(config: Mapping[str, Any], trust: Trust) -> None:
-    """Checks a resolved config before it is built: nothing in it is left to resolve, and it names what it may.
-
-    Raises:
-        ConfigError: naming every key, value and reason, the file, and the remedy.
-    """
-    left = [(key, text) for key, text in _walk(config) if isinstance(text, str) and "${" in text]
-    refused = [f"{key}={text}: still an interpolation once resolved" for key, text in left]
-    if any(not trust.is_own_value(key, text) for key, text in left):
-        raise ConfigError(_told(trust, refused, "Where you want it, set that key on this command line"))
-    check_names(config, trust)
 
 
 def check_names(config: Mapping[str, Any], trust: Trust) -> None:

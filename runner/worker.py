@@ -89,7 +89,7 @@ def work(handover: Handover, place: Place | None = None, store: Store | None = N
     from runner import run
     from runner.utils.distributed import RankError, process_group
 
-    settings, given = handover.cfg.distributed, (handover.cfg, handover.folder, handover.write_config)
+    settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
     if place is None or store is None:
         return run.run(*given, goes_on=handover.goes_on, launch=handover.name)
     goes_on = handover.goes_on or place.restarts > 0

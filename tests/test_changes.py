@@ -60,6 +60,16 @@ def test_a_node_where_there_was_none_is_taken_whole():
     assert applied({"report": report}, "+report.count=3")["report"] == report
 
 
+def test_a_number_is_another_key_than_the_text_of_it():
+    saved = {"model": {"weights": {0: 1.0, 1: 3.5}}}
+    composed = {"model": {"weights": {0: 9.0, 1: 3.5}}}
+    typed = ["model.weights={0: 9.0}"]
+    assert changes.apply(saved, composed, composed, typed) == composed
+    assert changes.apply(saved, saved, composed, typed) == composed
+    assert changes.tell(saved, composed) == ["model.weights.0: 1.0 -> 9.0"]
+    assert changes.tell({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

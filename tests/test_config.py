@@ -1,12 +1,17 @@
+import json
 import subprocess
 import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
-from runner import config, mistakes
+from runner import config, mistakes, targets
 from runner.mistakes import ConfigError
+from runner.schema import TrainerConfig
 
 config.register()
 
@@ -52,6 +57,24 @@ def test_a_mistake_is_told_in_one_message_that_names_the_key(override, expected)
     assert expected in told(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "+model.weights.1=9",
+            "model.weights.1: expected a number as the key, found the text '1'; set model.weights={1:",
+        ),
+        (
+            "model.weights.0=9",
+            "model.weights.0: expected a number as the key, found a text; set model.weights={0: ...}",
+        ),
+        ("+model.more={null: 1}", "model.more: Incompatible key type 'NoneType'"),
+    ],
+)
+def test_a_dotted_key_that_cannot_name_a_number_is_told(override, expected):
+    assert told("+model.weights={0: 1.0}", override).startswith(expected)
+
+
 def test_several_mistakes_are_told_at_once():
     message = told("trainer.steps=0", "trainer.keep_last=-3")
     assert "trainer.steps" in message
@@ -90,6 +113,51 @@ def test_plain_resolves_interpolations_and_names_enums():
     plain = config.to_plain(composed("seed=7", "trainer.precision=bf16"))
     assert plain["sampler"]["seed"] == 7
     assert plain["trainer"]["precision"] == "bf16"
+
+
+def test_a_resolved_config_stands_for_itself_so_a_text_is_resolved_once():
+    cfg = composed(r"+model.text=\${seed}", "+model.copy=${model.text}", "+model.bad=${nowhere}")
+    with pytest.raises(InterpolationKeyError):
+        config.to_plain(cfg)
+    del cfg.model.bad
+    assert config.to_plain(cfg)["model"]["copy"] == config.to_plain(cfg)["model"]["text"] == "${seed}"
+
+
+keys = st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(), st.binary())
+scalars = st.one_of(st.none(), keys)
+nests = st.recursive(scalars, lambda inner: st.one_of(st.lists(inner), st.dictionaries(keys, inner)), max_leaves=8)
+
+
+@given(st.one_of(nests, st.just({"_items_": [[1, 2]]}), st.just({"_bytes_": "AA=="})))
+def test_json_of_a_config_gives_it_back_in_value_and_type_of_keys_too(plain):
+    assert repr(config.from_json(config.to_json(plain))) == repr(plain)
+
+
+def test_json_of_a_config_with_texts_as_keys_is_what_any_program_reads():
+    plain = config.to_plain(composed())
+    assert json.loads(config.to_json(plain)) == plain
+
+
+def test_a_section_of_a_resolved_config_is_its_dataclass():
+    cfg = composed("trainer.precision=bf16", "trainer.best_metric=eval/x")
+    assert config.typed(TrainerConfig, config.to_plain(cfg)["trainer"]) == OmegaConf.to_object(cfg.trainer)
+
+
+@pytest.mark.parametrize(
+    ("node", "expected"),
+    [
+        ({0: 1}, "report.0: expected an argument's name, found 0; put such keys into a mapping of its own"),
+        ({"a": {"_target_": "torch.nn.ReLU", True: 1}}, "report.a.True: expected an argument's name, found True"),
+        ({"_partial_": "yes"}, "report._partial_=yes: expected true or false"),
+        ({"_convert_": "none"}, "report._convert_=none: a target is given plain values"),
+    ],
+)
+def test_what_is_no_argument_of_a_target_is_told(node, expected):
+    plain = config.to_plain(composed())
+    plain["report"] = {"_target_": "runner.examples.digits.HardestMistakes", **node}
+    with pytest.raises(ConfigError) as caught:
+        targets.check_targets(plain)
+    assert expected in str(caught.value)
 
 
 def test_a_config_error_of_omegaconf_alone_is_explained_too():

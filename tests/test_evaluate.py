@@ -124,7 +124,6 @@ def test_what_is_not_allowed_is_refused_and_not_imported(at_home, capsys):
         ("model._target_", "evil.Evil", "model._target_=evil.Evil: its module is not on the allow-list"),
         ("data.train", [{"_target_": "evil.Evil"}], "data.train.0._target_=evil.Evil: its module is not on the"),
         ("report._target_", "runner.examples.digits.importlib.import_module", "goes through the module importlib"),
-        ("report.words", "${oc.env:HOME}", "report.words=${oc.env:HOME}: a resolver other than"),
         ("engines", {"../../x": {}}, "engines.../../x: expected a letter"),
         ("hydra", {"run": 1}, "hydra: no such key"),
     ],

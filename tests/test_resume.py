@@ -126,7 +126,7 @@ def test_a_hostile_target_through_another_module_is_refused(hostile):
 def test_what_reads_the_machine_is_refused(hostile):
     harm(hostile, report={"_target_": "own.report", "words": "${oc.env:SECRET}"})
     printed = hostile.run("resume=run", status=2)
-    assert "  report.words=${oc.env:SECRET}: a resolver other than now or run_label\n" in printed
+    assert "  report.words=${oc.env:SECRET}: a resolver other than hydra, now or run_label\n" in printed
     assert "s3cr3t" not in printed
 
 
