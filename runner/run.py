@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,18 @@ from runner.run_record import RunRecord
 from runner.session import RunError, Session
 from runner.signals import STATUSES, Signals, meaning_of
 from runner.silent import Silent
-from runner.utils.distributed import is_leader, is_many, num_ranks, of_leader, rank, together
+from runner.utils.distributed import (
+    LostError,
+    RankError,
+    is_leader,
+    is_many,
+    num_ranks,
+    of_leader,
+    rank,
+    together,
+)
 from runner.utils.files import held
+from runner.utils.utils import describe, is_signal
 from runner.watch import watched
 
 LOCK = ".lock"
@@ -50,6 +61,7 @@ def run(
         goes_on: the folder holds the run already, which goes on from its newest whole checkpoint, or begins again.
         launch: the same for each start of all ranks by one launcher.
     Raises:
+        SystemExit: this rank has left the others, so that its process must end.
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
             in this folder.
         RankError: one of these on another rank.
@@ -65,7 +77,13 @@ def run(
         session, record, log = _open(settings, folder, stack, accept, store, launch)
         session.begins_again = goes_on and session.is_new
         signals.connect(session.loop.stop)
-        return _run(session, record, log, signals)
+        status, failure = _run(session, record, log, signals)
+    if failure is not None:
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            traceback.print_exception(failure)
+    if session.agreement.has_left:  # the other ranks wait until its connections are closed
+        raise SystemExit(status)
+    return status
 
 
 def _has_begun(folder: Path, resume: str | None, launch: str) -> bool:
@@ -133,7 +151,15 @@ def _begin(session: Session, record: RunRecord, accept: Callable[[], None], laun
     record.start(name=session.experiment.name, ranks=num_ranks(), launch=launch)
 
 
-def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Signals) -> int:
+def _run(
+    session: Session, record: RunRecord, log: logging.Logger, signals: Signals
+) -> tuple[int, BaseException | None]:
+    """Runs a session to its end; returns the exit status and an error whose traceback is to be printed.
+
+    Raises:
+        ConfigError, RankError: a mistake that was found before the first step.
+        LostError: another rank is gone.
+    """
     if record.crashed:
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None
@@ -141,21 +167,23 @@ def _run(session: Session, record: RunRecord, log: logging.Logger, signals: Sign
         with _watched(session):
             status = session.run()
         reason = signals.first
-    except KeyboardInterrupt as interrupt:
-        status, number = meaning_of(interrupt)
-        reason = f"{signal.Signals(number).name}, which did not wait for a save"
-        return 128 + number
     except RunError as error:
         reason = str(error)
         log.error("The run ends: %s", error)
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        if is_signal(error):
+            status, number = meaning_of(error)
+            reason = f"{signal.Signals(number).name}, which did not wait for a save"
+            return 128 + number, None
+        reason = describe(error)
         log.error("The run failed: %s", reason, exc_info=True)
-        raise
+        if isinstance(error, (ConfigError, RankError, LostError)):
+            raise
+        return STATUSES["failed"], error
     finally:
         signals.is_over = True
         _finish(session, record, status, reason, log)
-    return STATUSES[status]
+    return STATUSES[status], None
 
 
 def _watched(session: Session) -> contextlib.AbstractContextManager[None]:

@@ -29,6 +29,7 @@ from runner.utils.agenda import Action
 from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, together
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop
+from runner.utils.utils import describe, is_signal
 
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
@@ -87,6 +88,7 @@ class Session:
         self.loop = self.dialogue.loop = self._make_loop(console)
         if found:
             self._resume(*found)
+        self._first_step = self.loop.step
 
     def _writer(self) -> Any:
         if not self.engines.is_sharded:
@@ -152,37 +154,65 @@ class Session:
                 if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
                     self.loop.agenda.owe("eval")
                 status = self._train_together()
-        finally:
-            with _told("the run's numbers", RunError):
-                self.tracker.close(status)
+        except BaseException:
+            self._close_failed()
+            raise
+        with _told("the run's numbers", RunError):
+            self.tracker.close(status)
         self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
         return status
 
     def _train_together(self) -> str:
-        """Runs the loop on every rank; what ends it on one of them ends it on all."""
+        """Runs the loop on every rank; what ends it on one of them ends it on all.
+
+        Raises:
+            RunError: it can't go on; where a mistake in the program is to blame, another rank raises that as it is.
+        """
+        failure: BaseException | None
         try:
             return together(self._train)[0]
         except LeftError as error:
-            raise (RunError(str(error)) if error.is_told or not error.__cause__ else error.__cause__) from error
+            failure = RunError(str(error)) if error.is_told or not error.__cause__ else error.__cause__
         except LostError as error:
             raise (RunError(reason) if (reason := self.agreement.why_left(error)) else error) from error
         except RankError as error:
-            raise (error.__cause__ or RunError(str(error))) from error
+            failure = error.__cause__ or RunError(str(error))
+        except Exception as error:  # the same on all
+            failure = error if is_leader() or isinstance(error, RunError) else RunError(f"rank 0: {describe(error)}")
+        assert failure is not None
+        raise failure  # outside of the handlers: a traceback then shows it alone
 
     def _train(self) -> str:
         """Runs the loop, and waits for its last save."""
         try:
             status = self.loop.run()
-        except Exception as error:
+        except BaseException as error:
+            if is_signal(error):
+                raise
             with contextlib.suppress(Exception):  # it was told when it failed
                 self.saver.close()
-            cause = error.__cause__ if isinstance(error, RankError) else error
-            if cause is None or isinstance(cause, Halt):
-                raise RunError(str(error)) from error
-            raise cause from cause.__cause__
-        with _told("the last checkpoint", RunError):
-            self.saver.close()
-        return status
+            failure = self._explained(error)
+        else:
+            with _told("the last checkpoint", RunError):
+                self.saver.close()
+            return status
+        raise failure
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """Returns what an error of the loop ends the run as: told in one message, or with its traceback."""
+        cause = error.__cause__ if isinstance(error, RankError) else error
+        if cause is None or isinstance(cause, Halt):
+            return RunError(str(error))
+        if isinstance(cause, ConfigError) and self.loop.step > self._first_step:
+            return RunError(str(cause))  # a mistake of the user's, found when there was work to keep
+        return cause
+
+    def _close_failed(self) -> None:
+        """Closes the tracker of a run that an error ends, which an error of the tracker must not hide."""
+        try:
+            self.tracker.close("failed")
+        except Exception as error:
+            self.log.error("The run's numbers can't be written: %s", describe(error))
 
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
@@ -206,7 +236,6 @@ class Session:
 
     def save(self) -> None:
         """Has a checkpoint committed beside the loop, which is held while the state is copied."""
-        self.agreement.together(bool)  # none of the ranks is in trouble
         self.engines.share_metrics()
         self.engines.sync_buffers()
         step = self.loop.step

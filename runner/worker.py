@@ -167,6 +167,8 @@ def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
         if not (folder / "ended").exists():  # the agent's own signal, for all to start again
             return None
         return signals.STATUSES[signals.meaning_of(interrupt)[0]]
+    except SystemExit as end:
+        return int(str(end.code))
     except Exception as error:
         if is_of_connection(error):
             print(f"rank {joined.place.rank}: {error}", file=sys.stderr)

@@ -203,6 +203,73 @@ def test_ignoring_what_is_not_finite_trains_on(project):
     assert newest_step(project.folder / "run") == 12
 
 
+FAILING = """
+
+def fail(place):
+    # OWN_FAILURE says what is raised where, such as key@37
+    kind, _, where = os.environ.get("OWN_FAILURE", "").partition("@")
+    if where == place:
+        local = type("Local", (Exception,), {})  # that no pickle can name
+        errors = {"key": KeyError("no file"), "exit": SystemExit(0), "stop": KeyboardInterrupt("enough")}
+        raise errors.get(kind, local())
+
+
+class Failing(Normed):
+    def forward(self, x, y):
+        found = super().forward(x, y)
+        if self.training:
+            self.calls = getattr(self, "calls", 0) + 1
+            fail(f"call {self.calls}")
+            found["loss"].register_hook(lambda grad: fail(f"backward {self.calls}"))
+        return found
+
+
+class Files(Data):
+    def __getitem__(self, index):
+        fail(f"index {index}")
+        return super().__getitem__(index)
+
+
+reports = 0
+
+
+def reported(module, dataset):
+    global reports
+    reports += 1
+    fail(f"report {reports}")
+    return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "step", "said", "overrides"),
+    [
+        ("key@call 12", 5, "KeyError('no file')", ()),
+        ("exit@backward 12", 5, "SystemExit: 0", ()),
+        ("stop@report 2", 6, "KeyboardInterrupt: enough", ()),
+        ("key@index 44", 2, "KeyError('no file'); at index 44 of the dataset Files, position 18 ", ()),
+        ("local@index 44", 2, "Local(); at index 44 of the dataset Files", ("data.num_workers=2",)),
+    ],
+)
+def test_an_error_in_the_users_code_keeps_the_work_done(project, failure, step, said, overrides, monkeypatch):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(FAILING)
+    own = ("model._target_=own.Failing", "data.train._target_=own.Files", "report._target_=own.reported")
+    own += ("trainer.accumulate=2", "trainer.save_every=100")
+    project.run(*own, "hydra.run.dir=whole")
+    monkeypatch.setenv("OWN_FAILURE", failure)
+    printed = project.run(*own, *overrides, "hydra.run.dir=cut", status=1)
+    monkeypatch.delenv("OWN_FAILURE")
+    assert printed.count("Traceback (most recent call last)") == 1
+    assert 'own.py", line' in printed
+    record = record_of(project.folder / "cut")
+    assert (record["status"], record["last_step"]) == ("failed", step)
+    assert said in record["reason"]
+    assert newest_step(project.folder / "cut") == step
+    project.run("resume=cut", "allow_targets=[own]")
+    assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
 def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
     project.run("hydra.run.dir=whole", "trainer.steps=40", "trainer.eval_every=0", "trainer.save_every=40")
     process = project.start(

@@ -160,17 +160,63 @@ def test_a_step_that_one_rank_can_not_make_is_left_out_by_all(ranks, project, mi
     assert one["model.optimizer"]["counters"]["steps"] == 11
 
 
-def test_a_mistake_in_the_program_on_one_rank_ends_all_with_its_words(ranks, project):
-    text = (project.folder / "own.py").read_text()
-    bug = 'if kind == "bug":\n            1 / 0\n        if kind == "oom":'
-    (project.folder / "own.py").write_text(text.replace('if kind == "oom":', bug))
-    pids = ranks.start(project.folder, 2, *BASE, *MISHAPS, "hydra.run.dir=run", by_rank={1: {"OWN_MISHAP": "bug@5"}})
-    assert ranks.wait(pids) == [1, 1]
-    assert "rank 1: ZeroDivisionError: division by zero" in (project.folder / "printed.txt").read_text()
-    log = (project.folder / "run" / "log.txt").read_text()
-    assert "rank 1: The run failed" in log
-    assert "1 / 0" in log  # the traceback of where it happened
-    assert json.loads((project.folder / "run" / "run.json").read_text())["status"] == "failed"
+MISTAKEN = """
+
+def err(place, count):
+    # OWN_ERROR says where an error is raised, such as forward@5
+    kind, _, at = os.environ.get("OWN_ERROR", "").partition("@")
+    if kind == place and int(at) == count:
+        {}["its own mistake"]
+
+
+class Mistaken(Model):
+    count = 0
+
+    def forward(self, x, y):
+        found = super().forward(x, y)
+        if self.training:
+            self.count += 1
+            err("forward", self.count)
+        return found
+
+
+class Files(Data):
+    def __getitem__(self, index):
+        err("data", index)
+        return super().__getitem__(index)
+
+
+def reported(module, dataset):
+    err("report", module.count)
+    return {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "ranks_of", "step"),
+    [("forward@7", [1], 3), ("forward@8", [0], 3), ("forward@7", [0, 1], 3), ("data@44", [1], 2), ("report@8", [1], 4)],
+)
+def test_an_error_on_some_ranks_ends_all_saved_and_is_told_once(ranks, project, mistake, ranks_of, step):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(MISTAKEN)
+    argv = [DDP, "model._target_=own.Mistaken", "data.train._target_=own.Files", "report._target_=own.reported"]
+    argv += ["trainer.accumulate=2", "trainer.eval_every=4", "hydra.run.dir=cut"]
+    by_rank = {rank: {"OWN_ERROR": mistake} for rank in ranks_of}
+    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1, by_rank=by_rank)
+    assert printed.count("Traceback (most recent call last)") == 1
+    assert "KeyError: 'its own mistake'" in printed
+    log = (project.folder / "cut" / "log.txt").read_text()
+    assert '{}["its own mistake"]' in log  # the traceback of where it happened
+    assert ("at index 44 of the dataset Files" in log) == (mistake == "data@44")
+    record = json.loads((project.folder / "cut" / "run.json").read_text())
+    assert (record["status"], record["last_step"]) == ("failed", step)
+    assert record["reason"].startswith("KeyError" if 0 in ranks_of else "rank 1: KeyError")
+    assert [path.name for path in (project.folder / "cut" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
+    if mistake == "data@44":
+        ranks.run(project.folder, 2, *BASE, *argv, "hydra.run.dir=whole", "trainer.save_every=12")
+        ranks.run(project.folder, 2, *BASE, *argv[:-1], "resume=cut", "trainer.save_every=12")
+        assert find_difference(state_of(project.folder / "whole", 12), state_of(project.folder / "cut", 12)) is None
+        assert torch.equal(losses(project.folder / "whole"), losses(project.folder / "cut"))
 
 
 def test_what_is_typed_at_the_leader_is_done_on_all(ranks, project):

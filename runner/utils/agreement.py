@@ -17,6 +17,7 @@ from torch import Tensor
 
 from runner.utils import distributed
 from runner.utils.distributed import LeftError, LostError, RankError, is_of_connection
+from runner.utils.utils import describe, is_signal
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ class Agreement:
         self._arrived: list[tuple[Tensor, Any]] = []
         self.is_spread = False  # each rank has a part of the model: any use of it is an exchange
         self._lost: LostError | None = None  # nobody has left word of why
-        self.trouble: Exception | None = None  # of this rank alone, until the others know
+        self.has_left = False  # this rank, so that its process is to end and its connections with it
+        self.trouble: BaseException | None = None  # of this rank alone, until the others know
 
     def say(self, topic: str, content: Any = None) -> None:
         """Has something to say at the next occasion; a signal handler or another thread may call it."""
@@ -98,9 +100,9 @@ class Agreement:
             return
         try:
             work()
-        except (LostError, RankError, InterruptedError):  # all know
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if is_signal(error) or isinstance(error, (LostError, RankError, InterruptedError)):  # all know
+                raise
             self.trouble = self.trouble or error
 
     def together(self, work: Callable[[], T]) -> list[T]:
@@ -112,16 +114,17 @@ class Agreement:
         """
 
         def untroubled() -> T:
-            if self.trouble is not None:
-                raise self.trouble
-            if not self.is_spread:
+            trouble, self.trouble = self.trouble, None
+            if trouble is not None:
+                raise trouble
+            if not (self.is_spread and self._is_many):
                 return work()
             try:
                 return work()
-            except LostError:
-                raise
-            except Exception as error:
-                raise self.leave(f"{type(error).__name__}: {error}", is_told=False) from error
+            except BaseException as error:
+                if is_signal(error) or isinstance(error, LostError):
+                    raise
+                raise self.leave(describe(error), is_told=False) from error
 
         return distributed.together(untroubled)
 
@@ -130,12 +133,13 @@ class Agreement:
 
         Nothing more is to be exchanged then: the others find their connections closed, and read it.
         """
+        self.has_left = True
         if self._store is not None and self._is_many:
             with contextlib.suppress(RuntimeError):  # the store has gone before
                 self._store.set(_LEFT, f"rank {distributed.rank()}: {reason}")
         return LeftError(reason, is_told)
 
-    def why_left(self, error: Exception) -> str | None:
+    def why_left(self, error: BaseException) -> str | None:
         """Returns why another rank has left, if `error` may come of that.
 
         Raises:

@@ -8,19 +8,21 @@ the position of what was delivered, and the randomness of a sample. Must not imp
 import copy
 import ctypes
 import itertools
+import pickle
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from runner.utils.distributed import seed_all
 from runner.utils.generators import HeldGenerators
-from runner.utils.utils import checked_choice, checked_int, mix
+from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
 
 _CPU = torch.device("cpu")
 
@@ -76,7 +78,7 @@ class Batches:
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         self.dataset = dataset
         self.collate = default_collate if collate is None else collate
-        self._samples = Samples(dataset, self._seed if is_seeded else None, self.collate)
+        self._fetched = Fetched(Samples(dataset, self._seed if is_seeded else None, self.collate), self.collate)
         self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
         self._stream: Iterator[Any] | None = None
         self._drawn: deque[tuple[tuple[Mapping[str, Any], int], float]] = deque()
@@ -106,7 +108,7 @@ class Batches:
         try:
             if self._stream is None:
                 self._stream = self._start()
-            batch = next(self._stream)
+            batch = opened(next(self._stream))
         except BaseException:
             self.close()
             raise
@@ -176,14 +178,14 @@ class Batches:
     def _start(self) -> Iterator[Any]:
         draws = self._draws()
         if not self._num_workers and not self._pin_memory:
-            return (self.collate(self._samples[draw]) for draw in draws)
+            return (self._fetched[draw] for draw in draws)
         generator = torch.Generator().manual_seed(mix(self._seed, self._delivered[1], self._rank))
         loader: DataLoader[Any] = DataLoader(
-            self._samples,
+            self._fetched,
             batch_size=None,
             sampler=draws,
             num_workers=self._num_workers,
-            collate_fn=self.collate,
+            collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
             # The loader draws its workers' base seed: not from the global generator.
             generator=generator,
@@ -222,6 +224,82 @@ def slice_of(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return rank * length // num_ranks, (rank + 1) * length // num_ranks
 
 
+@dataclass
+class Failed:
+    """What a dataset or collate raised, in place of a batch: torch's own way out of a worker keeps only its type.
+
+    Args:
+        notes: where it was, added to the error when it is raised again.
+    """
+
+    error: BaseException
+    notes: list[str]
+
+
+def opened(batch: Any) -> Any:
+    """Returns a batch.
+
+    Raises:
+        BaseException: what the dataset or collate raised in its place, with the dataset's index in its notes.
+    """
+    if isinstance(batch, Failed):
+        known = getattr(batch.error, "__notes__", ())
+        for note in [note for note in batch.notes if note not in known]:
+            add_note(batch.error, note)
+        raise batch.error
+    return batch
+
+
+class Fetched(Dataset[Any]):
+    """Fetches the batch of a draw: its samples, collated; or what failed on the way."""
+
+    def __init__(self, samples: "Samples", collate: Callable[[list[Any]], Any] | None) -> None:
+        self._samples = samples
+        self._collate = default_collate if collate is None else collate
+
+    def __getitem__(self, draw: tuple[int, list[Any]]) -> Any:
+        try:
+            samples = self._samples[draw]
+            self._samples.at = None
+            return self._collate(samples)
+        except BaseException as error:
+            if is_signal(error):
+                raise
+            return self._failed(error, draw)
+
+    def _failed(self, error: BaseException, draw: tuple[int, list[Any]]) -> Failed:
+        kind, at = self._samples.kind, self._samples.at
+        if at is None:
+            place = f"in collate, of indices {draw[1]!r:.100} of the dataset {kind}"
+        else:
+            place = f"at index {at[1]!r:.100} of the dataset {kind}, position {at[0]} of the order"
+        if isinstance(error, StopIteration):  # who iterates would take it as the end
+            stopped, error = error, RuntimeError(describe(error))
+            error.__cause__ = stopped
+        notes = [place]
+        if get_worker_info() is not None:
+            trace = "".join(traceback.format_exception(error)).replace("Traceback (most recent call last):\n", "")
+            notes.append(f"in a loader worker:\n{trace}")
+            own, error = error, _portable(error)
+            notes = [*getattr(own, "__notes__", ()), *notes] if error is own else notes
+        return Failed(error, notes)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Returns an error that can leave a loader worker: itself, or one with its type's name and its message."""
+    try:
+        copied = pickle.loads(pickle.dumps(error))
+        if type(copied) is type(error) and message_of(copied) == message_of(error):
+            return error
+    except Exception:  # of another's own methods
+        pass
+    return RuntimeError(describe(error))
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class Samples(Dataset[Any]):
     """Fetches the samples of a draw; with a seed, each after reseeding all generators by its ordinal.
 
@@ -233,12 +311,17 @@ class Samples(Dataset[Any]):
         self._seed = seed
         self._collate = collate
         self._held: HeldGenerators | None = None  # in this process: a worker has copies
+        self.at: tuple[int, Any] | None = None  # ordinal and index of the sample that is fetched
+        self.kind = type(dataset).__name__
 
     def __getitem__(self, draw: tuple[int, list[Any]]) -> Any:
         first, indices = draw
         if self._seed is None:
             fetch_all = getattr(self._dataset, "__getitems__", None)
-            return [self._dataset[index] for index in indices] if fetch_all is None else fetch_all(indices)
+            if fetch_all is None:
+                return [self._fetch_plainly(ordinal, index) for ordinal, index in enumerate(indices, first)]
+            self.at = first, indices
+            return fetch_all(indices)
         samples: list[Any] = []
         if self._held is None and indices:
             samples.append(self._fetch_first(first, indices[0]))
@@ -253,12 +336,17 @@ class Samples(Dataset[Any]):
         self._held = self._find()
         return sample if self._held.paths == before.paths else self._fetch(ordinal, index)
 
+    def _fetch_plainly(self, ordinal: int, index: Any) -> Any:
+        self.at = ordinal, index
+        return self._dataset[index]
+
     def _find(self) -> HeldGenerators:
         return HeldGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
         assert self._seed is not None
         assert self._held is not None
+        self.at = ordinal, index
         seed = mix(self._seed, ordinal)
         seed_all(seed, _CPU)
         self._held.seed(seed)
@@ -290,16 +378,16 @@ class EvaluationData:
         numbers = range(self.rank, -(-len(draws) // self.num_ranks) * self.num_ranks, self.num_ranks)
         own = [draws[min(number, len(draws) - 1)] for number in numbers]
         loader: DataLoader[Any] = DataLoader(
-            Samples(self.dataset, self.seed, self.collate),
+            Fetched(Samples(self.dataset, self.seed, self.collate), self.collate),
             batch_size=None,
             sampler=own,
             num_workers=self.num_workers,
-            collate_fn=self.collate or default_collate,
+            collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws from the global one
             worker_init_fn=ignore_interrupts,
         )
         for number, batch, (_, indices) in zip(numbers, loader, own, strict=True):
-            yield number, batch, len(indices) if number < len(draws) else 0
+            yield number, opened(batch), len(indices) if number < len(draws) else 0
 
 
 def die_with_parent() -> None:

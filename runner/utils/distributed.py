@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runner.utils.place import Place
+from runner.utils.utils import is_signal, message_of
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -238,13 +239,13 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     """
     if not is_many():
         return [work()]
-    cause: Exception | None = None
+    cause: BaseException | None = None
     try:
         own: tuple[Any, str | None] = (work(), None)
-    except LostError:
-        raise
-    except Exception as error:
-        own, cause = (None, str(error) or repr(error)), error
+    except BaseException as error:
+        if is_signal(error) or isinstance(error, LostError):
+            raise
+        own, cause = (None, message_of(error)), error
     found = gather(own, group)
     if cause is not None and all(message == own[1] for _, message in found):
         raise cause  # of all, and the same

@@ -16,7 +16,7 @@ from runner.utils.agreement import Agreement, Word
 from runner.utils.distributed import LostError, RankError, seed_all
 from runner.utils.memory import is_out_of_memory
 from runner.utils.mishaps import Cut, Elsewhere, Halt, Policy, explain
-from runner.utils.utils import mix
+from runner.utils.utils import add_note, describe, is_signal, mix
 
 
 class Trained(Protocol):
@@ -76,6 +76,7 @@ class Steps:
         self._hear_other, self._warn = hear, warn
         self.num_skipped = 0
         self.too_many: str | None = None  # why the loop is to end at the next boundary
+        self.is_whole = True  # what is trained stands between two steps
 
     def take(self, step: int, is_stopping: Callable[[], bool]) -> None:
         """Makes the step after `step` steps.
@@ -92,7 +93,9 @@ class Steps:
                 seed_all(mix(seed, step, micro_step, rank), device)
                 self._engines.micro_step(batch, self._batches.weight)
             faults = self._engines.step(self._hear)
-        except Exception as error:
+        except BaseException as error:
+            if is_signal(error):
+                raise
             faults = self._recover(error, step, mark, is_stopping)
         if faults:
             self._leave_out(faults, step, mark, first_sample)
@@ -116,33 +119,55 @@ class Steps:
                 raise Elsewhere(word.rank, *word.content)
         return faults
 
-    def _recover(self, error: Exception, step: int, mark: Any, is_stopping: Callable[[], bool]) -> dict[str, str]:
-        """Discards the step; returns why it is left out."""
+    def _recover(self, error: BaseException, step: int, mark: Any, is_stopping: Callable[[], bool]) -> dict[str, str]:
+        """Discards the step; returns why it is left out.
+
+        Raises:
+            BaseException: the error itself, where it is a mistake in the program of this rank.
+        """
         device = self._engines.device
         reason, is_oom = explain(error, f"in step {step + 1}", device), is_out_of_memory(error)
-        if not isinstance(error, Elsewhere) and self._engines.is_updating and reason is not None:
-            message = f"{reason}. Its update was under way: go on from the last checkpoint"
-            if distributed.is_many():
-                raise self.agreement.leave(message, is_told=True) from error
-            raise Halt(message, is_whole=False) from error
+        if not isinstance(error, Elsewhere) and self._engines.is_updating:
+            raise self._leave_update(error, reason)
+        shared: Elsewhere | None = None
         if distributed.is_many():
             shared = self.share(error, reason, is_oom)
             reason, is_oom = shared.describe(), shared.is_oom
-            if not shared.is_told:  # a mistake in the program: where it was made it is raised as it is
-                self._discard(mark)
-                raise error if shared.rank == distributed.rank() else Halt(reason, is_whole=False)
-        if reason is None:
-            raise error
         self._discard(mark)
+        if shared is not None and not shared.is_told and shared.rank != distributed.rank():
+            raise Halt(shared.describe())
+        if reason is None or (shared is not None and not shared.is_told):
+            raise error
         if is_stopping():  # the signal that asked for it may have ended a worker too
             raise Cut(reason) from error
         if self._policy.on_oom == "stop" or not is_oom:
             raise Halt(reason) from error
-        for _ in range(self._accumulate):
-            next(self._batches)
+        try:
+            for _ in range(self._accumulate):
+                next(self._batches)
+        except BaseException:
+            self._batches.rewind(mark)
+            raise
         return {"": reason}
 
-    def share(self, error: Exception, reason: str | None = None, is_oom: bool = False) -> Elsewhere:
+    def _leave_update(self, error: BaseException, reason: str | None) -> BaseException:
+        """Returns what an error in the midst of an update is to be raised as: the state is no step's."""
+        self.is_whole = False
+        remedy = "Its update was under way: go on from the last checkpoint"
+        if reason is None:
+            add_note(error, remedy)
+        message = describe(error) if reason is None else f"{reason}. {remedy}"
+        if distributed.is_many():
+            left = self.agreement.leave(message, is_told=reason is not None)
+            left.__cause__ = error
+            return left
+        if reason is None:
+            return error
+        halt = Halt(message, is_whole=False)
+        halt.__cause__ = error
+        return halt
+
+    def share(self, error: BaseException, reason: str | None = None, is_oom: bool = False) -> Elsewhere:
         """Tells the other ranks, in their next exchange, of what this one can't do; returns what all know then.
 
         Raises:
@@ -155,9 +180,10 @@ class Steps:
         left = self.agreement.why_left(error)
         if left is not None:
             raise Halt(left, is_whole=False) from error
-        message = reason or f"{type(error).__name__}: {error}"
+        message = reason or describe(error)
         is_told = reason is not None or isinstance(error, Halt)
-        if not self._engines.can_make_up:
+        # Heard a step later, it would come after the update of a step that lacks this rank's share.
+        if not self._engines.can_make_up or self.agreement.is_late:
             raise self.agreement.leave(message, is_told) from error
         self.agreement.say("error", (message, is_told, is_oom))
         self._engines.make_up()
@@ -168,7 +194,12 @@ class Steps:
         raise AssertionError("a word was said and not heard")
 
     def _discard(self, mark: Any) -> None:
-        self._engines.discard()
+        try:
+            self._engines.discard()
+        except Exception as error:  # such as an accelerator that has failed for good
+            self.is_whole = False
+            add_note(error, "The step can't be discarded, and nothing is saved: go on from the last checkpoint")
+            raise
         self._batches.rewind(mark)
 
     def _leave_out(self, faults: Mapping[str, str], step: int, mark: Any, first_sample: int) -> None:

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 from runner.utils import distributed
 from runner.utils.agenda import Action, Agenda
 from runner.utils.agreement import Agreement, Word
-from runner.utils.distributed import LostError, RankError
+from runner.utils.distributed import LostError
 from runner.utils.memory import Peak
 from runner.utils.mishaps import Cut, Halt, Policy, explain
 from runner.utils.pace import Pace
 from runner.utils.steps import Steps, Stream, Trained, tell
+from runner.utils.utils import describe, is_signal
 
 
 class Typed(Protocol):
@@ -85,9 +86,10 @@ class Loop:
         self.steps = steps
         self.step = 0
         self.agreement = agreement or Agreement()
+        self._warn = warn or (lambda text: None)
         self.maker = Steps(
             engines, batches, self.agreement, accumulate=accumulate, seed=seed, policy=policy or Policy(),
-            hear=self._hear, warn=warn or (lambda text: None),
+            hear=self._hear, warn=self._warn,
         )  # fmt: skip
         self._log = Action(self.log_metrics, log_every if log else 0)
         self._write = log
@@ -148,6 +150,7 @@ class Loop:
         Raises:
             Halt: it can't go on; saved, if the state is whole.
             LostError: another rank is gone.
+            BaseException: what a part of the program raised; saved likewise.
         """
         self.pace.begin(*self._done())
         try:
@@ -158,29 +161,41 @@ class Loop:
                 self._boundary()
                 if self.maker.too_many is not None:
                     raise Halt(self.maker.too_many)
+            self.agreement.together(bool)  # no rank knows of a failure that the others don't
         except Cut:
             pass
-        except (Halt, RankError) as error:
-            if not isinstance(error, Halt) or error.is_whole:
-                self._save_last()
-            raise
-        except LostError:
-            raise
-        except Exception as error:
-            reason = explain(error, f"after step {self.step}", self.engines.device)
-            if reason is None:
+        except BaseException as error:
+            if is_signal(error) or isinstance(error, LostError):
                 raise
-            if self._stop is None:
-                self._save_last()
+            reason = explain(error, f"after step {self.step}", self.engines.device)
+            if reason is None or self._stop is None:
+                self._keep_work(error)
+                if reason is None:
+                    raise
                 raise Halt(reason) from error
         if self._stop is None:
             return "finished"
         self._save_last()
         return self._stop
 
+    def _keep_work(self, error: BaseException) -> None:
+        """Saves the state of the last step done before an error ends the loop, where there is one.
+
+        What the save raises is told and no more: it must not hide the error.
+        """
+        if not self.maker.is_whole or (isinstance(error, Halt) and not error.is_whole):
+            return
+        try:
+            self._save_last()
+        except BaseException as second:
+            if is_signal(second) or isinstance(second, LostError):
+                raise
+            self._warn(f"The state of step {self.step} can't be saved: {describe(second)}")
+
     def _save_last(self) -> None:
         if "save" in self.agenda.actions and self._saved_at != self.step:
             self.do("save")
+            self.agreement.together(bool)  # it has failed on none
 
     def _boundary(self) -> None:
         step = self.step
@@ -195,12 +210,15 @@ class Loop:
         if self.agreement.trouble is not None:
             self._share_trouble(self.agreement.trouble)
 
-    def _share_trouble(self, trouble: Exception) -> None:
-        """Raises what failed on this rank alone, once the others are on their way to know it."""
-        if self.step < self.steps and self._stop is None:
+    def _share_trouble(self, trouble: BaseException) -> None:
+        """Raises what failed on this rank alone, once the others are on their way to know it.
+
+        Where no step follows, the ranks learn it when they meet at the end of the loop.
+        """
+        if self.step < self.steps and self._stop is None and self.maker.too_many is None:
             self.agreement.trouble = None
             self.maker.share(trouble, explain(trouble, f"after step {self.step}", self.engines.device))
-        raise trouble
+            raise trouble
 
     def _do_owed(self) -> None:
         self.agenda.do_owed(self.do, lambda: self._stop is not None)
@@ -210,13 +228,13 @@ class Loop:
         began = time.perf_counter()
         if name == "save":
             self._check_late()
+            self.agreement.together(bool)  # none of the ranks is in trouble
+            self._saved_at = self.step  # a save that fails is not tried again at this step
         try:
             self.agreement.guarded(self.agenda.actions[name].do)
         except InterruptedError:  # on whichever rank: why, all are to know
             self.meet()
             raise
-        if name == "save":
-            self._saved_at = self.step
         self.pace.pause(time.perf_counter() - began)
 
     def _execute(self, typed: Sequence[Typed]) -> set[str]:

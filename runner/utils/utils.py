@@ -1,7 +1,8 @@
 """Pure helpers that two or more modules call; imports no sibling and nothing beyond the standard library."""
 
+import contextlib
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 _MASK = 2**64 - 1
 
@@ -21,6 +22,37 @@ def mix(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def is_signal(error: BaseException) -> TypeGuard[KeyboardInterrupt]:
+    """Says whether an error ends the program at once: a `KeyboardInterrupt` with the number of a signal.
+
+    A `KeyboardInterrupt` without one was raised by a program, and is an error like any other.
+    """
+    return isinstance(error, KeyboardInterrupt) and bool(error.args) and isinstance(error.args[0], int)
+
+
+def message_of(error: BaseException) -> str:
+    """Returns an error's message with its notes of one line; an error without a message is shown as in code."""
+    try:
+        message = "" if type(error) is KeyError else str(error)  # a key alone says nothing
+        message = message or repr(error)
+    except Exception:
+        message = f"{type(error).__name__} without a printable message"
+    notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in str(note)]
+    return "; ".join([message, *map(str, notes)])
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a note to an error, to be shown below its traceback, if it takes one: one that is frozen refuses."""
+    with contextlib.suppress(Exception):
+        error.add_note(note)
+
+
+def describe(error: BaseException) -> str:
+    """Returns an error's type and message, as a traceback ends."""
+    name, message = type(error).__name__, message_of(error)
+    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def checked_int(name: str, value: Any, lowest: int | None = None, highest: int | None = None) -> int:

@@ -249,12 +249,117 @@ def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
     assert done == []
 
 
-def test_a_mistake_in_the_program_is_raised_as_it_is():
+class Own(BaseException):
+    """An error that no `except Exception` takes."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("no file"), SystemExit(3), KeyboardInterrupt(), KeyboardInterrupt("stop"), GeneratorExit(), Own()],
+    ids=repr,
+)
+@pytest.mark.parametrize("where", ["micro_step", "next", "step", "eval", "log", "due", "save"])
+def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, where):
+    loop, done, _ = make_loop(steps=9, accumulate=2, log_every=3, every={"eval": 3, "save": 0}, inbox=Typed())
+    raised_at = {"micro_step": 7, "next": 7, "step": 4, "eval": 1, "log": 1, "due": 3, "save": 1}[where]
+    owners = {"next": (Numbers, "__next__"), "log": (loop, "_write"), "due": (loop._inbox, "due")}
+    owner, name = owners.get(where, (loop.engines, where))
+    actions, calls = loop.agenda.actions, []
+
+    def failing(original):
+        def call(*args):
+            calls.append(args)
+            if len(calls) == raised_at:
+                raise error
+            return original(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where in actions:
+            patch.setitem(actions, where, Action(failing(actions[where].do), 3))
+        else:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(type(error)) as caught:
+            loop.run()
+    assert caught.value is error
+    assert (loop.step, loop.batches.num_samples_total) == (3, 6)
+    assert [name for name, _ in done].count("save") == (where != "save")
+    assert loop.engines.num_discarded == (where in ("micro_step", "next", "step"))
+
+
+@pytest.mark.parametrize("where", ["micro_step", "eval"])
+def test_a_signal_that_ends_the_program_at_once_saves_nothing(where):
+    loop, done, _ = make_loop(steps=4, every={"eval": 2, "save": 0})
+
+    def end(*args):
+        raise KeyboardInterrupt(2)
+
+    if where == "eval":
+        loop.agenda.actions["eval"] = Action(end, 2)
+    else:
+        loop.engines.micro_step = end
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert done == []
+
+
+def test_an_error_in_an_update_is_raised_with_a_note_and_nothing_is_saved():
     loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def step(hear):
+        loop.engines.is_updating = True
+        raise KeyError("mine")
+
+    loop.engines.step = step
+    with pytest.raises(KeyError) as caught:
+        loop.run()
+    assert caught.value.__notes__ == ["Its update was under way: go on from the last checkpoint"]
+    assert done == []
+
+
+def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_the_error():
+    warned = []
+    loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
+    loop.agenda.actions["save"] = Action(lambda: {}["no such part"], 0)
     loop.engines.micro_step = lambda batch, weight: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loop.run()
+    assert warned == ["The state of step 0 can't be saved: KeyError('no such part')"]
+
+
+def test_a_step_that_can_not_be_discarded_is_not_saved():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def refuse():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    loop.engines.micro_step = lambda batch, weight: 1 / 0
+    loop.engines.discard = refuse
+    with pytest.raises(RuntimeError, match="device-side assert") as caught:
+        loop.run()
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert caught.value.__notes__ == [
+        "The step can't be discarded, and nothing is saved: go on from the last checkpoint"
+    ]
     assert done == []
+
+
+def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it_was():
+    loop, done, _ = make_loop(steps=4, every={"save": 0}, policy=Policy(on_oom="skip"))
+    loop.engines.micro_step, _ = out_of_memory(at=3)
+    given = loop.batches.__class__.__next__
+
+    class Failing(Numbers):
+        def __next__(self):
+            if self.num_samples_total == 2 and loop.engines.num_discarded:
+                raise KeyError("no file")
+            return given(self)
+
+    loop.batches = loop.maker._batches = Failing()
+    with pytest.raises(KeyError):
+        loop.run()
+    assert (loop.step, loop.batches.num_samples_total, done) == (2, 2, [("save", 2)])
 
 
 @pytest.mark.parametrize("stops", [True, False])
