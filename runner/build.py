@@ -358,7 +358,7 @@ def _make_dataset(plain: dict[str, Any], key: str, node: Any) -> Any:
 def _explained(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None = None) -> Any:
     try:
         return make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
         hint = _hint_at_numbers(node) if isinstance(cause, TypeError) else ""

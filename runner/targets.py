@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
+import traceback
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from runner.mistakes import ConfigError, nearest
+from runner.utils.utils import describe
 
 # How many arguments each role's target is given by position, beside its YAML.
 _ROLES = {
@@ -193,6 +195,11 @@ def find_module(path: str) -> tuple[ModuleType, list[str]]:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                 raise ImportError(f"importing {name} failed: {error}{_extra(error.name)}") from error
             continue
+        except ImportError:
+            raise
+        except (Exception, SystemExit) as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            raise ImportError(f"importing {name} failed at {line.filename}:{line.lineno}: {describe(error)}") from error
         return found, parts[length:]
     raise ImportError(
         f"there is no module {parts[0]!r}{_extra(parts[0])}; check the spelling, or start where Python finds it"

@@ -268,6 +268,9 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["data.collate={_target_:own.no}", "+model.widht=1"], "data.collate._target_=own.no: own has no 'no'"),
         (["optimizations.freeze=['*']"], "optimizer: nothing is left to train"),
         (["model._target_=own.Raises"], "model: KeyError('its own mistake')"),
+        (["model._target_=sys.exit"], "model: SystemExit()"),
+        (["model._target_=broken.Model"], "broken.py:1: RuntimeError: broken at import"),
+        (["feeder={_target_:quits.feed}"], "quits.py:2: SystemExit: no GPU"),
         (["data.train.length=0"], "data.train: the dataset is empty"),
         (["data.train=null"], "data.train: nothing is chosen"),
         (["data.train._target_=own.Stream", "~data.train.length"], "data.train: expected a dataset with __len__"),
@@ -285,6 +288,8 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_mistake_ends_in_one_message_with_no_folder_left(project, overrides, expected):
+    (project.folder / "broken.py").write_text('raise RuntimeError("broken at import")\n')
+    (project.folder / "quits.py").write_text('import sys\nsys.exit("no GPU")\n')
     printed = project.run(*overrides, status=2)
     assert expected in printed
     assert "Traceback" not in printed
