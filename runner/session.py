@@ -6,7 +6,8 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from runner.run_record import RunRecord
 from runner.saver import Saver
 from runner.silent import Silent
 from runner.tracking import Tracker
+from runner.utils import io
 from runner.utils.agenda import Action
 from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, together
 from runner.utils.mishaps import Halt, Policy
+from runner.utils.packing import Packed
 from runner.utils.train import Loop
 from runner.utils.utils import describe, is_signal
 
+_BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
 
@@ -89,6 +93,30 @@ class Session:
         if found:
             self._resume(*found)
         self._first_step = self.loop.step
+        self._steps_before = {name: engine.steps for name, engine in self.engines.items()}
+        if fault := self._find_unsaveable():
+            raise ConfigError(fault)
+
+    def _find_unsaveable(self) -> str | None:
+        """Returns what of the state could not be saved: it is packed as for a save, but no content is copied."""
+        parts, facts = self._state()
+        checks: dict[str, Callable[[], Any]] = {name: partial(Packed, value) for name, value in parts.items()}
+        checks[FACTS] = partial(io.check_json, facts)
+        for name, check in checks.items():
+            try:
+                check()
+            except (TypeError, ValueError) as error:
+                return f"{name}: its state can't be saved: {error}"
+        return None
+
+    def _check_first_update(self) -> bool:
+        """Looks at the state once more when every optimizer has made its own; says whether they have."""
+        trained = [(name, engine) for name, engine in self.engines.items() if engine.optimizer is not None]
+        if any(engine.steps == self._steps_before[name] for name, engine in trained):
+            return False
+        if fault := self._find_unsaveable():
+            raise Halt(f"After its first step: {fault}", is_whole=False)
+        return True
 
     def _writer(self) -> Any:
         if not self.engines.is_sharded:
@@ -135,6 +163,7 @@ class Session:
             screen=console,
             policy=Policy(trainer.on_oom.name, trainer.max_skips),
             agreement=self.agreement,
+            check=self._check_first_update,
         )
 
     def run(self) -> str:
@@ -239,15 +268,24 @@ class Session:
         self.engines.share_metrics()
         self.engines.sync_buffers()
         step = self.loop.step
-        facts = {
+        evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
+        self.saver.save(step, *self._state(), self.best.rate(evaluated))
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns what a checkpoint is made of: its parts and its facts."""
+        parts = self.engines.state_dict()
+        facts: dict[str, Any] = {
             "loop": self.loop.state_dict(),
             "batches": self.experiment.batches.state_dict(),
             "commands": self.dialogue.inbox.state_dict(),
             "best": self.best.found,
             "fingerprint": fingerprint_of(self.experiment.batches.dataset),
         }
-        evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
-        self.saver.save(step, self.engines.state_dict(), facts, self.best.rate(evaluated))
+        try:
+            io.check_json(facts["batches"])
+        except (TypeError, ValueError):  # of a sampler whose state has tensors in it
+            parts[_BATCHES] = facts.pop("batches")
+        return parts, facts
 
     def _saved(self, step: int, path: Path) -> None:
         self.log.info("Saved %s", path)
@@ -265,7 +303,8 @@ class Session:
             allows = self.experiment.settings["resume_allow_changes"]
             changed = find_change(self.experiment.batches.dataset, facts.get("fingerprint"), allows)
             notes = self.engines.load_state_dict(saved, allows)
-            note = self.experiment.load_stream(facts["batches"])
+            batches = saved[_BATCHES] if _BATCHES in saved else facts["batches"]
+            note = self.experiment.load_stream(batches)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])

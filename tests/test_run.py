@@ -437,7 +437,112 @@ def test_a_sweep_job_with_a_mistake_leaves_no_folder_and_the_others_run(project)
     assert len(project.runs) < 4
 
 
-@pytest.mark.slow
+UNSAVEABLE = """
+
+from collections import Counter, defaultdict
+import pathlib
+
+
+class Placed(Model):
+    def get_extra_state(self):
+        return pathlib.Path(".")
+
+
+class Kept(Model):
+    # with state of many kinds, some of which an update makes
+    def __init__(self):
+        super().__init__()
+        self.counts, self.seen = Counter(), defaultdict(set)
+        self.register_buffer("wide", torch.zeros(1, 3).expand(4, 3))
+
+    def get_extra_state(self):
+        return {"counts": self.counts, "seen": self.seen, "number": numpy.int16(3), "size": torch.Size([2])}
+
+    def set_extra_state(self, state):
+        self.counts, self.seen = state["counts"], state["seen"]
+
+    def forward(self, x, y):
+        if self.training:
+            self.counts[len(x)] += 1
+            self.seen[float(y.numel())].add((1, "a"))
+        return super().forward(x, y)
+
+
+class Odd(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["seen"] = range(3)
+
+
+class Drawn:
+    # its state is a generator's
+    def __init__(self, length):
+        self.length, self.generator, self.left = length, torch.Generator(), []
+
+    def __iter__(self):
+        while self.left or len(self.left) == 0:
+            if not self.left:
+                self.left = torch.randperm(self.length, generator=self.generator).tolist()
+            while self.left:
+                yield self.left.pop()
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state(), "left": tuple(self.left)}
+
+    def load_state_dict(self, state):
+        self.generator.set_state(state["generator"])
+        self.left = list(state["left"])
+"""
+
+
+@pytest.fixture
+def odd_project(project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(UNSAVEABLE)
+    choices = {
+        "optimizer/odd": "{_target_: own.Odd, lr: 0.1}",
+        "sampler/drawn": "{_target_: own.Drawn}",
+        "scheduler/stairs": "{_target_: torch.optim.lr_scheduler.MultiStepLR, milestones: [2, 4, 9], gamma: 0.5}",
+    }
+    for choice, text in choices.items():
+        path = project.folder / "conf" / f"{choice}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    edited = project.folder / "conf" / "experiment" / "mine.yaml"
+    edited.write_text(edited.read_text().replace("scheduler: {warmup_steps: 3}\n", ""))
+    return project
+
+
+def test_state_that_cannot_be_saved_is_told_before_the_first_step(odd_project):
+    printed = odd_project.run("model._target_=own.Placed", status=2)
+    assert 'model: its state can\'t be saved: value["_extra_state"] is a pathlib.PosixPath' in printed
+    assert odd_project.runs == []
+
+
+def test_state_that_an_optimizer_makes_in_the_first_step_is_told_then(odd_project):
+    printed = odd_project.run("optimizer=odd", "scheduler=constant", "hydra.run.dir=run", status=1)
+    place = 'value["optimizer"]["state"][0]["seen"]'
+    assert f"model.optimizer: its state can't be saved: {place} is a builtins.range" in printed
+    assert "Traceback" not in printed
+    record = json.loads((odd_project.folder / "run" / "run.json").read_text())
+    assert record["last_step"] == 0
+    assert not (odd_project.folder / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("format", ["sft", "pt"])
+def test_state_of_any_kind_that_is_stored_goes_on_as_if_never_cut(odd_project, format):
+    own = ["model._target_=own.Kept", "sampler=drawn", "scheduler=stairs", "trainer.eval_every=0"]
+    own += [f"checkpoint.format={format}"]
+    odd_project.run(*own, "hydra.run.dir=whole")
+    odd_project.run(*own, "hydra.run.dir=cut", "trainer.steps=7")
+    odd_project.run("resume=cut", "trainer.steps=12", "allow_targets=[own]")
+    whole, cut = (load(odd_project.folder / run / "checkpoints" / "step_00000012") for run in ("whole", "cut"))
+    assert_equal(whole, cut)
+    assert whole["model"]["_extra_state"]["counts"].total() == 12
+    assert untimed(odd_project.folder / "whole") == untimed(odd_project.folder / "cut")
+
+
 def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(project):
     names = {"own": ["trainer", "structure", "MANIFEST"], "other": ["a", "b", "c"]}
     states = {}
@@ -454,6 +559,7 @@ def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(p
     assert states == {"own": {}, "other": {}}
 
 
+@pytest.mark.slow
 def test_two_engines_of_different_optimizers_train_side_by_side(project):
     (project.folder / "conf" / "experiment" / "two.yaml").write_text(
         "# @package _global_\ndefaults: [mine]\nname: two\nengines:\n"

@@ -32,7 +32,7 @@ from torch import Tensor
 from runner.utils.files import EagerFile, atomic_path
 from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, restore_raw, text_of, unpack, where
 
-__all__ = ["Snapshot", "load", "read_json", "read_metadata", "save", "write_json", "write_new"]
+__all__ = ["Snapshot", "check_json", "load", "read_json", "read_metadata", "save", "write_json", "write_new"]
 
 _PT, _SFT = (".pt", ".pth"), (".sft", ".safetensors")
 _OURS = "runner.keys"  # names, within a header's metadata, the keys that the user did not give
@@ -237,7 +237,7 @@ def write_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2)
         TypeError: something JSON would change, such as a tuple or a key that is no string; named by its key path.
         ValueError: a container that holds itself, or an integer that Python would not read back.
     """
-    _check_json(value, (), set())
+    check_json(value)
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, ensure_ascii=False, separators=separators) + "\n"
     try:
@@ -246,6 +246,11 @@ def write_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2)
         encoded = (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
     with atomic_path(path) as temporary:
         temporary.write_bytes(encoded)
+
+
+def check_json(value: Any) -> None:
+    """Raises what `write_json` would of a value that JSON can't hold."""
+    _check_json(value, (), set())
 
 
 def _check_json(value: Any, path: tuple[Any, ...], above: set[int]) -> None:

@@ -61,6 +61,7 @@ class Loop:
         accumulate: micro-steps a step.
         seed: decides, with step, micro-step and rank, what is drawn at random in a forward.
         agreement: of the ranks; by default this process is alone.
+        check: called after each step, before it counts, until it returns True; what it raises ends the loop.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Loop:
         screen: Screen | None = None,
         policy: Policy | None = None,
         agreement: Agreement | None = None,
+        check: Callable[[], bool] | None = None,
     ) -> None:
         self.engines = engines
         self.batches = batches
@@ -98,6 +100,7 @@ class Loop:
         self._commands = dict(commands or {})
         self._inbox = inbox
         self._screen = screen
+        self._check = check
         self._stop: str | None = None
         self._asked: str | None = None
         self._shown: dict[str, float] = {}
@@ -157,6 +160,8 @@ class Loop:
             self._do_owed()
             while self.step < self.steps and self._stop is None:
                 self.maker.take(self.step, self._is_ending)
+                if self._check is not None:
+                    self.agreement.guarded(self._check_once)
                 self.step += 1
                 self._boundary()
                 if self.maker.too_many is not None:
@@ -177,6 +182,11 @@ class Loop:
             return "finished"
         self._save_last()
         return self._stop
+
+    def _check_once(self) -> None:
+        assert self._check is not None
+        if self._check():
+            self._check = None
 
     def _keep_work(self, error: BaseException) -> None:
         """Saves the state of the last step done before an error ends the loop, where there is one.
