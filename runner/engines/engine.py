@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runner.engines.averages import Averages
 from runner.engines.faults import KeptBuffers
 from runner.engines.fed import Fed, First
-from runner.engines.forward import Feeder, feed
+from runner.engines.forward import Feeder, Number, Output, Reader, feed, keep
 from runner.engines.gathered import Gathered
 from runner.engines.gradients import Gradients
 from runner.engines.layouts import Alone
@@ -36,13 +36,13 @@ class Engine:
     """Trains one module: a step is `micro_step` once or more, then `prepare` and, unless that found a fault, `update`.
 
     Args:
-        module: any module whose forward returns a loss: a 0-d tensor; a mapping with `loss` (its other 0-d
-            tensors become metrics, `tokens` counts for throughput); an object with `loss`; or nothing of
-            these, while its modules keep `loss` attributes, which are added up.
+        module: any module whose forward returns a loss: a 0-d tensor; a mapping or object with `loss` (its other
+            numbers become metrics, `tokens` counts for throughput, `weight` is the number of terms that the loss is a
+            mean over); or nothing of these, while its modules keep `loss` attributes, which are added up.
         optimizer: over the parameters that are to be trained; None for a module that is only evaluated.
         scheduler: steps after each optimizer step that was taken.
         precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scaler).
-        accumulate: micro-steps a step; each loss counts for 1 / accumulate.
+        accumulate: micro-steps a step; each loss counts for 1 / accumulate, or by its weight.
         clip_norm: largest norm of all gradients; 0 does not clip.
         feeder: called as feeder(module, batch) in place of the module.
         on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
@@ -90,7 +90,9 @@ class Engine:
         self.looks_late = self._gradients.looks_late  # what is not finite is told by `find_late_fault`
         self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
         self._looks = self._gradients.looks_at_losses and not self._looks_first
-        self._fed = Fed(module, feeder or feed)
+        self._reader = Reader(module, self._say_weighted)
+        self._reader.multiplies = self._gradients.divides = accumulate > 1 or type(self.layout) is not Alone
+        self._fed = Fed(module, feeder or feed, self._reader)
         self.look_once = self._fed.look_once
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
         self.schedule = Schedule(optimizer, scheduler, metric)
@@ -103,24 +105,37 @@ class Engine:
         self.train()
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
-        """Runs forward and backward on one batch; its loss counts `weight` times."""
+        """Runs forward and backward on one batch.
+
+        Args:
+            weight: what the batch counts for beside those of other ranks, whose mean is 1; 0 is for nothing. A loss
+                with a weight of its own counts by that.
+        """
         tokens = self.tokens
         if self.optimizer is None:
             with torch.no_grad():
-                loss, extras = self.forward(batch)
-            loss = loss * weight
+                loss, extras, _, own = self.forward(batch, self._fed.forward, weight)
+            loss = loss if own is not None else loss * weight
         else:
             is_last = self.micro_steps - self._mark[1] + 1 >= self.accumulate
             with self.layout.micro_step(is_last, weight):
-                loss, extras = self.forward(batch, self._trained_fed)
-                loss = loss if weight == 1.0 or self.layout.weighs else loss * weight
+                loss, extras, _, own = self.forward(batch, self._trained_fed, weight)
+                if own is None:
+                    loss = loss if weight == 1.0 or self.layout.weighs else loss * weight
                 self._is_exchanging = is_last
-                self._gradients.backward(loss / self.accumulate if self.accumulate > 1 else loss)
+                is_part = own is None and self.accumulate > 1
+                self._gradients.backward(loss / self.accumulate if is_part else loss, own)
+                if is_last:
+                    self.layout.exchange_weight()
                 self._is_exchanging = False
         if weight != 1.0:
-            extras = {name: value * weight for name, value in extras.items()}
+            if own is None:
+                extras = {name: value * weight for name, value in extras.items()}
             self.tokens = self.tokens if weight else tokens
-        self._gathered.add(loss, extras)
+        if own is None:
+            self._gathered.add({"loss": keep(loss), **extras})
+        else:
+            self._gathered.add(extras, own.terms)
         self.micro_steps += 1
 
     @property
@@ -134,16 +149,22 @@ class Engine:
             self.layout.make_up()
         self.layout.settle()
 
-    def forward(self, batch: Any, fed: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss (0-d) of a batch and the forward's other numbers (0-d each)."""
+    def forward(self, batch: Any, fed: Any = None, share: float | None = None) -> Output:
+        """Returns what the module makes of a batch; without a `share` it is an evaluation."""
         fed = fed or self._fed.forward
+        self._reader.share = share
         if self._dtype is None:
-            loss, extras, tokens = fed(batch)
+            output: Output = fed(batch)
         else:
             with torch.autocast(self.device.type, self._dtype):
-                loss, extras, tokens = fed(batch)
-        self.tokens += tokens
-        return loss, extras
+                output = fed(batch)
+        self.tokens += output.tokens
+        return output
+
+    def _say_weighted(self, is_weighted: bool) -> None:
+        """Tells the other ranks, which are to find out whether the losses of all are weighted."""
+        if is_weighted and self.layout.agreement is not None and type(self.layout) is not Alone:
+            self.layout.agreement.say("weighted", self.layout.name)
 
     def step(self) -> str | None:
         """Ends a step: `prepare`, and `update` unless a fault was found, which is returned."""
@@ -166,12 +187,12 @@ class Engine:
         found = (self._describe(loss, number) for number, loss in enumerate(self._gathered.unmarked, 1))
         return next(filter(None, found), None)
 
-    def _describe(self, loss: Tensor, number: int) -> str | None:
+    def _describe(self, loss: Number, number: int) -> str | None:
         return self._gradients.describe(loss, number if self.accumulate > 1 else None)
 
-    def _look(self, loss: Tensor) -> None:
+    def _look(self, output: Output) -> None:
         """Tells the other ranks of a loss that is not finite, before it goes into their gradients."""
-        if fault := self._describe(loss, self.micro_steps - self._mark[1] + 1):
+        if fault := self._describe(output.extras.get("loss", output.loss), self.micro_steps - self._mark[1] + 1):
             self.layout.say_fault(fault)
 
     def find_late_fault(self) -> str | None:
@@ -182,6 +203,7 @@ class Engine:
         """Updates the parameters and clears the gradients; returns False where the scaler skipped the update."""
         self._lrs = lrs(self.optimizer)
         taken = self._gradients.update()
+        self._reader.reference = self._gradients.reference
         self.steps += taken
         self.skipped_steps += not taken
         if taken:
@@ -249,12 +271,8 @@ class Engine:
         """Returns the means since the last call, and the last update's gradient norm and rate of each group."""
         self.share_metrics()
         values = self._gathered.take()
-        own: dict[str, float] = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        own |= self._gradients.metrics()
-        if clash := sorted(values.keys() & own):
-            found = f"{type(self.module).__name__}.forward returned a number named {clash[0]!r}"
-            raise ValueError(f"{found}, as the engine names one of its own: call it something else")
-        return values | own
+        values |= {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
+        return values | self._gradients.metrics()
 
     def set_lr(self, lr: float) -> None:
         """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
@@ -275,6 +293,7 @@ class Engine:
             "lrs": self._lrs,
             "grad_norm": None if (norm := self._gradients.norm) is None else norm.detach().clone(),
             "gathered": self._gathered.state_dict(),
+            "reference": None if (reference := self._gradients.reference) is None else float(reference),
         }
 
     def load_state_dict(
@@ -297,7 +316,8 @@ class Engine:
             setattr(self, name, value)
         self._tokens_shared = self.tokens
         self._gradients.norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
-        self._gathered.load_state_dict(move(state["gathered"], self.device))
+        self._gathered.load_state_dict(state["gathered"])
+        self._reader.reference = self._gradients.reference = state.get("reference")
         self._mark_step()
         self.train()
         return notes

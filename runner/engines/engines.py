@@ -6,6 +6,7 @@ Must not import a config.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
+from runner.engines.forward import Number, keep
+from runner.engines.gathered import read_all
+from runner.engines.gradients import EMPTY
 from runner.engines.layouts import map_tensors
 from runner.utils.distributed import gather, move, seed_all, together
 from runner.utils.utils import mix
@@ -64,7 +68,8 @@ class Engines(dict[str, Engine]):
 
     def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
         """Says whether one of the engines at fault is to stop at that."""
-        return any(name in self and self[name].on_nonfinite == "stop" for name in faults)
+        named = [name for name, fault in faults.items() if name in self and fault != EMPTY]
+        return any(self[name].on_nonfinite == "stop" for name in named)
 
     @property
     def can_make_up(self) -> bool:
@@ -115,7 +120,7 @@ class Engines(dict[str, Engine]):
         seed: int = 0,
         together: Callable[[Callable[[], Any]], list[Any]] = together,
     ) -> dict[str, float]:
-        """Returns the means of loss and the forward's other numbers, each batch weighted by its samples.
+        """Returns the means of loss and the forward's other numbers, each batch weighted by its terms or samples.
 
         Of several ranks each takes its batches; the means are those of one process, to the last bit, where the
         forwards are.
@@ -130,16 +135,16 @@ class Engines(dict[str, Engine]):
             ValueError: without a single batch.
         """
 
-        def run() -> list[tuple[int, int, dict[str, float]]] | None:
-            own: list[tuple[int, int, dict[str, Tensor]]] = []
+        def run() -> list[_Evaluated] | None:
+            own: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
             with torch.no_grad():
                 for number, batch, num_samples in batches:
                     seed_all(mix(seed, number), self.device)
                     if is_cut() and not self.is_sharded:
                         return None
-                    own.append((number, num_samples, self._forward(move(batch, self.device))))
+                    own.append((number, num_samples, *self._forward(move(batch, self.device))))
             is_late = self.is_sharded and is_cut()  # a rank that leaves before would leave the others waiting
-            return None if is_late else [(number, size, _floats(values)) for number, size, values in own]
+            return None if is_late else [(number, size, _floats(v), _floats(w)) for number, size, v, w in own]
 
         self.sync_buffers()
         for engine in self.values():
@@ -153,16 +158,20 @@ class Engines(dict[str, Engine]):
             raise InterruptedError("the evaluation was cut short")
         return _means([each for part in parts for each in part or ()])
 
-    def _forward(self, batch: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def _forward(self, batch: Any) -> tuple[dict[str, Number], dict[str, Number]]:
+        """Returns a batch's numbers, and the weights of those that have one."""
+        found: dict[str, Number] = {}
+        weights: dict[str, Number] = {}
         for name, engine in self.items():
             tokens = engine.tokens
-            loss, extras = engine.forward(batch)
+            output = engine.forward(batch)
             engine.tokens = tokens  # evaluation is not throughput
-            found |= {
-                self._prefix(name) + key: value.detach().double() for key, value in {"loss": loss, **extras}.items()
-            }
-        return found
+            numbers = output.extras if output.weight is not None else {"loss": keep(output.loss), **output.extras}
+            for key, value in numbers.items():
+                found[self._prefix(name) + key] = value
+                if output.weight is not None:
+                    weights[self._prefix(name) + key] = output.weight.terms
+        return found, weights
 
     def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
         """Returns what `function(module, dataset)` shows of each module, in evaluation mode."""
@@ -240,18 +249,30 @@ def _shape_of(value: Any) -> str:
     return str([*value.shape]) if isinstance(value, Tensor) else ""
 
 
-def _floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Returns 0-d tensors as numbers, read at once."""
-    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
+# A batch's number, its samples, its numbers, and the weights of those that have one.
+_Evaluated = tuple[int, int, dict[str, float], dict[str, float]]
 
 
-def _means(found: list[tuple[int, int, dict[str, float]]]) -> dict[str, float]:
-    """Returns the means of batches' numbers, each weighted by its samples, added up in the order of the batches."""
-    counted = sorted((number, size, values) for number, size, values in found if size)
-    sums, totals = dict[str, float](), dict[str, int]()
+def _floats(values: Mapping[str, Number]) -> dict[str, float]:
+    return dict(zip(values, read_all(list(values.values())), strict=True))
+
+
+def _means(found: list[_Evaluated]) -> dict[str, float]:
+    """Returns the means of batches' numbers, by their terms or else samples, added up in the order of the batches.
+
+    Raises:
+        ValueError: there is no batch, or some have a weight and others none.
+    """
+    counted = sorted((each for each in found if each[1]), key=lambda each: each[0])
+    sums, totals, weighted = dict[str, float](), dict[str, float](), dict[str, bool]()
     if not counted:
         raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
-    for _, size, values in counted:
+    for _, size, values, weights in counted:
         for name, value in values.items():
-            sums[name], totals[name] = sums.get(name, 0.0) + value * size, totals.get(name, 0) + size
-    return {name: value / totals[name] for name, value in sums.items()}
+            if weighted.setdefault(name, name in weights) is not (name in weights):
+                remedy = "return it always or never: the losses would not count alike"
+                raise ValueError(f"{name}: a forward returned a weight in some batches and not in others; {remedy}")
+            weight = weights.get(name, size)
+            sums[name] = sums.get(name, 0.0) + (value * weight if weight else 0.0)
+            totals[name] = totals.get(name, 0.0) + weight
+    return {name: value / totals[name] if totals[name] else math.nan for name, value in sums.items()}

@@ -5,8 +5,9 @@ Must not import a config.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,16 @@ class LateFaults:
     def __init__(self) -> None:
         self._totals: list[tuple[int, int, Tensor]] = []  # first step, last step, their sum (0-d)
 
-    def note(self, step: int, numbers: Sequence[Tensor]) -> None:
-        """Takes the numbers (0-d each) of a step."""
+    def note(self, step: int, numbers: Sequence[Tensor | float]) -> None:
+        """Takes the numbers (0-d each) of a step; one of them at least is on the device."""
         if len(self._totals) >= self._MOST:
             first, last = self._totals[0][0], self._totals[-1][1]
             self._totals = [(first, last, self._stacked().sum())]  # a sum with an infinity or NaN in it stays one
         # A module over several devices may return its loss from the CPU; the accelerator is not waited for.
-        device = next((number.device for number in numbers if number.device.type != "cpu"), numbers[0].device)
-        self._totals.append((step, step, torch.stack([number.to(device).float() for number in numbers]).sum()))
+        tensors = [number for number in numbers if isinstance(number, Tensor)]
+        device = next((number.device for number in tensors if number.device.type != "cpu"), tensors[0].device)
+        total = torch.stack([number.to(device).float() for number in tensors]).sum()
+        self._totals.append((step, step, total + sum(number for number in numbers if isinstance(number, float))))
 
     def _stacked(self) -> Tensor:
         return torch.stack([total for _, _, total in self._totals])
@@ -106,6 +109,43 @@ def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> s
         f"{name} ({num_bad} of {total} not finite)" if num_bad else f"{name} (up to {largest:.3g})"
         for num_bad, largest, name, total in found[:count]
     )
+
+
+class GradientMask:
+    """Makes the gradients of one backward zeros where its micro-batch counts for nothing, even if they are NaN.
+
+    A loss of 0 would not do: the derivative of a mean over nothing is NaN, and so is 0 times that.
+    """
+
+    def __init__(self) -> None:
+        self._is_zero: Tensor | None = None
+        self._seen: set[int] = set()
+
+    @contextlib.contextmanager
+    def __call__(self, is_zero: Tensor, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Masks what backward gives the leaves in a block.
+
+        Args:
+            is_zero: 0-d bool; the device is not waited for.
+        """
+        for leaf in leaves:
+            if leaf.requires_grad and id(leaf) not in self._seen:
+                self._seen.add(id(leaf))
+                leaf.register_hook(self._mask)
+        self._is_zero = is_zero
+        try:
+            yield
+        finally:
+            self._is_zero = None
+
+    def _mask(self, grad: Tensor) -> Tensor | None:
+        if self._is_zero is None:
+            return None
+        is_zero = self._is_zero.to(grad.device)
+        if not grad.is_sparse:
+            return grad.masked_fill(is_zero, 0)
+        values = grad._values().masked_fill(is_zero, 0)
+        return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
 
 
 _MOST_COPIED = 65536  # elements of a buffer that is copied at each step, however it is written to

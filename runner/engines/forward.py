@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from runner.engines.hugging_face import count_terms, is_model_output
+from runner.utils.mishaps import Halt
+
 Feeder = Callable[[nn.Module, Any], Any]
+Number = Tensor | float  # a tensor (0-d) on an accelerator, which is not waited for; else a float
+
+_log = logging.getLogger(__name__)
+_NO_METRICS = ("loss", "tokens", "weight")
+# What the runner logs under train/ itself.
+_RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
+
+
+class OutputError(Halt, ValueError):
+    """A forward returned what can't be trained on or logged."""
+
+
+class Weight(NamedTuple):
+    """The number of terms in a micro-batch's mean loss.
+
+    Args:
+        terms: the number itself.
+        factor: how often the gradients of the mean loss count: the same, divided by the reader's `reference`.
+        is_zero: 0-d bool on the loss's device; None where the number is known to be above 0.
+    """
+
+    terms: Number
+    factor: Number
+    is_zero: Tensor | None
+
+
+class Output(NamedTuple):
+    """What a forward returned.
+
+    Args:
+        loss: 0-d, to be differentiated.
+        extras: its other numbers; with a weight also `loss`, the mean over the terms.
+        tokens: counted for throughput.
+        weight: None where the loss is a mean over samples.
+    """
+
+    loss: Tensor
+    extras: dict[str, Number]
+    tokens: int
+    weight: Weight | None = None
 
 
 def feed(module: nn.Module, batch: Any) -> Any:
@@ -19,37 +67,188 @@ def feed(module: nn.Module, batch: Any) -> Any:
     return module(batch)
 
 
-def read_output(module: nn.Module, output: Any) -> tuple[Tensor, dict[str, Tensor], int]:
-    """Returns the loss (0-d), the forward's other numbers (0-d each), and the tokens it counted.
+def is_readable(tensor: Tensor) -> bool:
+    """Says whether to read a tensor waits for no device."""
+    return tensor.device.type == "cpu"
 
-    Raises:
-        TypeError: there is no loss in it, nor on the module's modules.
+
+def read_number(value: Any) -> Number | None:
+    """Returns a number as it is now, whatever becomes of its memory; None for what is no number.
+
+    An accelerator's tensor is copied there, since reading it would wait for the device.
     """
-    if isinstance(output, Tensor) and output.numel() == 1:
-        return (output.reshape(()) if output.ndim else output), {}, 0
-    if isinstance(output, Mapping) and "loss" in output:
-        extras = {
-            str(name): value for name, value in output.items()
-            if isinstance(value, Tensor) and value.ndim == 0 and name not in ("loss", "tokens")
-        }  # fmt: skip
-        return _scalar(output["loss"], module), extras, int(output.get("tokens", 0))
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor):
-        loss = _collect_losses(module)
-    if loss is None:
-        raise TypeError(
-            f"{type(module).__name__}.forward returned {_describe(output)}: expected a scalar loss, a mapping "
-            "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
-        )
-    return _scalar(loss, module), {}, 0
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            return None
+        if hasattr(value, "full_tensor"):  # spread over the ranks, which all are here
+            value = value.full_tensor()
+        value = value.detach() if value.requires_grad else value
+        return float(value.item()) if is_readable(value) else value.clone().reshape(())
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # of NumPy
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, (int, float)) else None
+    except OverflowError:
+        return None
 
 
-def _scalar(loss: Any, module: nn.Module) -> Tensor:
-    if isinstance(loss, Tensor) and loss.numel() == 1:
-        return loss.reshape(()) if loss.ndim else loss
-    raise TypeError(
-        f"{type(module).__name__}.forward: its loss is a {_describe(loss)}: expected a tensor with one number"
-    )
+def keep(loss: Tensor) -> Number:
+    """Returns a loss as it is now; one that was computed here is no buffer, and is not copied."""
+    if loss.grad_fn is not None and loss._base is None:
+        return loss.detach()
+    number = read_number(loss)
+    assert number is not None
+    return number
+
+
+class Reader:
+    """Reads what a module's forward returns: at once, as a module's buffers may change before numbers are logged.
+
+    Args:
+        decided: called in the first forward that is trained on, with whether it returned a weight: all do, or none.
+    """
+
+    def __init__(self, module: nn.Module, decided: Callable[[bool], None]) -> None:
+        self._module, self._decided = module, decided
+        self.share: float | None = None  # what a rank's batch counts for, 0 for nothing; None in evaluation
+        self.multiplies = False  # a weighted loss counts as often as it has terms; else it is a step's only one
+        self.reference: Number | None = None
+        self._is_weighted: bool | None = None
+        self._names, self._refused = set[Any](), set[Any]()
+        self._counter = count_terms(module)
+
+    def __call__(self, output: Any) -> Output:
+        """Returns an output's loss, numbers, tokens and weight.
+
+        Raises:
+            TypeError: there is no loss in it, nor on the module's modules.
+            OutputError: a number has a reserved name, or the weight is no number, or not always there.
+        """
+        if isinstance(output, Tensor) and output.numel() == 1:
+            loss, fields = output.reshape(()) if output.ndim else output, _NO_FIELDS
+        else:
+            loss, fields = self._find_loss(output), _find_fields(output)
+        extras = self._read_extras(output, fields) if fields else {}
+        terms = fields.get("weight")
+        if self._counter is not None:
+            counted = self._counter.take()
+            terms = counted if terms is None and is_model_output(output) else terms
+        if self._is_weighted is not (terms is not None) and self.share is not None:
+            self._decide(terms is not None)
+        tokens = fields.get("tokens")
+        tokens = 0 if tokens is None else int(tokens)
+        return Output(loss, extras, tokens) if terms is None else self._weigh(loss, extras, tokens, terms)
+
+    def _find_loss(self, output: Any) -> Tensor:
+        if isinstance(output, Mapping) and "loss" in output:
+            return self._scalar(output["loss"])
+        loss = getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
+            loss = _collect_losses(self._module)
+        if loss is None:
+            raise TypeError(
+                f"{self._where} returned {_describe(output)}: expected a scalar loss, a mapping "
+                "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
+            )
+        return self._scalar(loss)
+
+    def _scalar(self, loss: Any) -> Tensor:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            return loss.reshape(()) if loss.ndim else loss
+        raise TypeError(f"{self._where}: its loss is a {_describe(loss)}: expected a tensor with one number")
+
+    @property
+    def _where(self) -> str:
+        return f"{type(self._module).__name__}.forward"
+
+    def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
+        extras: dict[str, Number] = {}
+        for name, value in fields.items():
+            if name in _NO_METRICS:
+                continue
+            number = read_number(value)
+            if number is None:
+                if name not in self._refused:
+                    self._refuse(output, name, value)
+                continue
+            if name not in self._names:
+                self._accept(name)
+            extras[str(name)] = number
+        return extras
+
+    def _accept(self, name: Any) -> None:
+        if _RESERVED.fullmatch(str(name)):
+            remedy = "as the runner names one of its own: call it something else"
+            raise OutputError(f"{self._where} returned a number named {name!r}, {remedy}")
+        self._names.add(name)
+
+    def _refuse(self, output: Any, name: Any, value: Any) -> None:
+        self._refused.add(name)
+        if not is_model_output(output):
+            kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
+            found = f"{name!r} is a {_describe(value)}{kind}"
+            _log.warning("%s: %s, which is not logged; a metric is a number or a tensor with one", self._where, found)
+
+    def _decide(self, is_weighted: bool) -> None:
+        if self._is_weighted is not None:
+            remedy = "return it always or never: the losses would not count alike"
+            raise OutputError(f"{self._where} returned a weight in some micro-steps and not in others; {remedy}")
+        self._is_weighted = is_weighted
+        self._decided(is_weighted)
+
+    def _weigh(self, loss: Tensor, extras: dict[str, Number], tokens: int, found: Any) -> Output:
+        terms = 0.0 if self.share == 0.0 else self._read_terms(found, loss)
+        is_zero: Tensor | None = None
+        if isinstance(terms, Tensor):
+            is_zero = terms == 0
+            extras = {name: _mask(value, is_zero) for name, value in extras.items()}
+        elif not terms:
+            is_zero = torch.ones((), dtype=torch.bool, device=loss.device)
+            extras = dict.fromkeys(extras, 0.0)
+        if is_zero is not None:  # a product would not do: 0 times NaN is NaN
+            loss = loss.masked_fill(is_zero, 0.0)
+        extras["loss"] = keep(loss)
+        factor = terms if self.reference is None else terms / self.reference
+        if self.multiplies and self.share is not None:
+            loss = loss * factor
+        return Output(loss, extras, tokens, Weight(terms, factor, is_zero))
+
+    def _read_terms(self, found: Any, loss: Tensor) -> Number:
+        if isinstance(found, Tensor) and not is_readable(found) and found.numel() == 1:
+            dtype = torch.float64 if loss.dtype is torch.float64 else torch.float32
+            return found.detach().to(loss.device, dtype, copy=True).reshape(())
+        terms = read_number(found)
+        if not isinstance(terms, float) or not 0 <= terms < math.inf:
+            expected = "expected the number of terms in its mean loss, 0 or more"
+            shown = _describe(found) if terms is None else terms
+            raise OutputError(f"{self._where} returned weight={shown}: {expected}")
+        return terms
+
+
+_NO_FIELDS: Mapping[Any, Any] = {}
+
+
+def _find_fields(output: Any) -> Mapping[Any, Any]:
+    """Returns what an output holds by name: of a mapping, named tuple, dataclass or other object with a loss."""
+    if isinstance(output, Mapping):
+        return output
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        fields: Mapping[Any, Any] = output._asdict()
+        return fields
+    if getattr(output, "loss", None) is None:
+        return _NO_FIELDS
+    if dataclasses.is_dataclass(output):
+        return {field.name: getattr(output, field.name, None) for field in dataclasses.fields(output)}
+    return getattr(output, "__dict__", _NO_FIELDS)
+
+
+def _mask(value: Number, is_zero: Tensor) -> Number:
+    """Returns 0 where the micro-batch counts for nothing: NaN times 0 is NaN."""
+    if isinstance(value, Tensor):
+        return value.masked_fill(is_zero.to(value.device), 0)
+    if math.isfinite(value):
+        return value
+    return torch.full_like(is_zero, value, dtype=torch.float32).masked_fill(is_zero, 0.0)
 
 
 def _collect_losses(module: nn.Module) -> Tensor | None:

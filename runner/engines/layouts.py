@@ -14,11 +14,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runner.engines.fed import Fed, Flagged, Output
+from runner.engines.fed import Fed, Flagged
+from runner.engines.forward import Number, Output
 from runner.utils import distributed
 from runner.utils.agreement import Agreement
 
@@ -36,6 +38,7 @@ class Alone:
     can_make_up = False  # a rank that can't make its share of a step can release the others from it
     agreement: Agreement | None = None
     name, carries_flag = "", False
+    weight: Number | None = None  # what this rank's weighted losses of a step count for together
 
     def join(self, agreement: Agreement, name: str, carries_flag: bool) -> None:
         """Takes part in an agreement under an engine's name; its flag rides on the exchanges of one engine."""
@@ -49,17 +52,29 @@ class Alone:
     def place(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place: an optimizer is made of what they are then."""
 
-    def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
+    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with.
 
         Args:
-            look: called with each loss before it is exchanged.
+            look: called with each output before its loss is exchanged.
         """
         return fed.forward  # the call of a module costs more, and nothing is hooked on this one
 
     def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
         return _NOTHING
+
+    def exchange_weight(self) -> None:
+        """Adds up the weights of all ranks, where no other exchange of the step does."""
+
+    def mean_weight(self, scale: Tensor | None) -> Number:
+        """Returns the mean over the ranks of `weight`: the gradients of a step divided by it are those of all terms.
+
+        Args:
+            scale: what the losses were multiplied with by a scaler.
+        """
+        assert self.weight is not None
+        return self.weight
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns the norm (0-d) of all gradients on all ranks."""
@@ -68,6 +83,14 @@ class Alone:
     def clip(self, parameters: Sequence[Tensor], largest: float, norm: Tensor) -> None:
         """Scales gradients of that norm down to the largest."""
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+    def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
+        """Multiplies all gradients."""
+        scale([p.grad for p in parameters if p.grad is not None], factor)
+
+    def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the tensors that gradients of the parameters are first made for, on this rank."""
+        return parameters
 
     def is_true(self, of_mine: bool) -> bool:
         """Says whether it is true of the gradients of every rank."""
@@ -78,6 +101,7 @@ class Alone:
 
     def clear(self) -> None:
         """Forgets what a step left behind."""
+        self.weight = None
 
     def make_up(self) -> None:
         """Takes part, with zeros and the flag up, in the exchange of a step that this rank can't make."""
@@ -102,6 +126,18 @@ class Alone:
     def fitted_optimizer(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
         """Returns the whole state of an optimizer as this rank holds it."""
         return state
+
+
+def scale(gradients: list[Tensor], factor: Number) -> None:
+    """Multiplies gradients, wherever they lie."""
+    if not isinstance(factor, Tensor):
+        torch._foreach_mul_(gradients, factor)
+        return
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        by_device.setdefault(gradient.device, []).append(gradient)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device))
 
 
 # Its name from torch 2.13 on, which warns of the older one.
@@ -139,6 +175,8 @@ class DDP(Alone):
         self.can_make_up = not static_graph
         self._module: nn.parallel.DistributedDataParallel | None = None
         self._fed: nn.Module | None = None
+        self._mean_weight: Tensor | None = None  # of a model without a parameter of fp32 or fp64
+        self._is_weighted = False
         self._has_begun = False
 
     def place(self, module: nn.Module) -> None:
@@ -149,7 +187,7 @@ class DDP(Alone):
         """
         refuse_renormalized(module)
 
-    def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
+    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with; without anything to train, the module's own."""
         if not distributed.is_many() or not any(p.requires_grad for p in fed.parameters()):
             return super().wrap(fed, look)
@@ -157,6 +195,8 @@ class DDP(Alone):
         self._fed = Flagged(fed, bool if agreement is None else lambda: agreement.is_raised, look)
         self._module = nn.parallel.DistributedDataParallel(self._fed, **self._settings)
         self.weighs = True
+        if not self._fed.has_terms:
+            self.can_make_up = False  # until it is known whether weights have an exchange of their own
         return self._forward
 
     def _forward(self, batch: Any) -> Output:
@@ -185,15 +225,42 @@ class DDP(Alone):
             self._fed.weight = weight
         return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
 
+    def exchange_weight(self) -> None:
+        """Adds up the weights of all ranks, where the gradients of all are of 16 bits."""
+        if not isinstance(self._fed, Flagged) or self._fed.has_terms:
+            return
+        self.can_make_up = not self._settings["static_graph"]
+        self._is_weighted = self.weight is not None
+        if self.weight is not None:
+            self._mean_weight = self._reduce(self.weight)
+
+    def _reduce(self, weight: Number) -> Tensor:
+        assert isinstance(self._fed, Flagged)
+        total = torch.zeros((), dtype=torch.float32, device=self._fed.flag.device) + weight
+        dist.all_reduce(total)
+        return total / distributed.num_ranks()
+
+    def mean_weight(self, scale: Tensor | None) -> Number:
+        """Returns the mean over the ranks of `weight`."""
+        if not isinstance(self._fed, Flagged):
+            return super().mean_weight(scale)
+        if self._mean_weight is not None:
+            return self._mean_weight
+        assert self._fed.flag.grad is not None
+        total = self._fed.flag.grad[1]
+        return total if scale is None else total / scale
+
     def settle(self) -> None:
         """Tells whether a flag was up."""
         if self._module is not None and self.carries_flag and self.agreement is not None:
             assert isinstance(self._fed, Flagged)
             assert self._fed.flag.grad is not None
-            self.agreement.arrive(self._fed.flag.grad)
+            self.agreement.arrive(self._fed.flag.grad[:1])
 
     def clear(self) -> None:
         """Forgets the gradient of the flag."""
+        super().clear()
+        self._mean_weight = None
         self._has_begun = False
         if isinstance(self._fed, Flagged):
             self._fed.flag.grad = None
@@ -208,6 +275,8 @@ class DDP(Alone):
             self._module.require_forward_param_sync = False
         try:
             self._module(None)[0].backward()
+            if self._is_weighted:
+                self._reduce(0.0)
         finally:
             self._fed.is_making_up, self._module.require_forward_param_sync = False, syncs_buffers
 

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from runner.engines.fed import Fed
-from runner.engines.layouts import Alone, Forward, map_tensors, refuse_renormalized
+from runner.engines.forward import Number, Output
+from runner.engines.layouts import Alone, Forward, map_tensors, refuse_renormalized, scale
 from runner.utils import distributed
 from runner.utils.blocks import find_blocks
 
@@ -72,6 +73,7 @@ class FSDP(Alone):
         self._globs = None if blocks is None else list(blocks)
         self._module: Any = None
         self._is_settled, self._is_first = False, True
+        self._mean_weight: Tensor | None = None
 
     def place(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place, as they are on the leader."""
@@ -103,7 +105,7 @@ class FSDP(Alone):
             **({"offload_policy": CPUOffloadPolicy()} if self._offloads else {}),
         }
 
-    def wrap(self, fed: Fed, look: Callable[[Tensor], None] | None) -> Forward:
+    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with: the module itself does what is to be done."""
         fed.explain = _explain
         if look is None:
@@ -111,7 +113,7 @@ class FSDP(Alone):
 
         def forward(batch: Any) -> Any:
             output = fed(batch)
-            look(output[0])
+            look(output)
             return output
 
         return forward
@@ -128,19 +130,31 @@ class FSDP(Alone):
 
     def clear(self) -> None:
         """Forgets what a step left behind."""
-        self._is_first = True
+        super().clear()
+        self._is_first, self._mean_weight = True, None
 
     def _sum(self, number: Tensor) -> Tensor:
-        """Returns the sum of a number over the ranks; whether a flag was up comes with it."""
+        """Returns the sum of a number over the ranks; whether a flag was up, and the weights, come with it."""
         agreement = self.agreement if self.carries_flag else None
         is_raised = agreement is not None and agreement.is_raised
-        numbers = torch.stack([number.float(), torch.full_like(number, float(is_raised), dtype=torch.float32)])
+        weight: Number = 0.0 if self.weight is None else self.weight
+        number = number.to(weight.device, torch.float32) if isinstance(weight, Tensor) else number.float()
+        flag, total = torch.full_like(number, float(is_raised)), torch.zeros_like(number) + weight
+        numbers = torch.stack([number, flag, total.float()])
         if distributed.is_many():
             dist.all_reduce(numbers)
         if agreement is not None and not self._is_settled:
             agreement.arrive(numbers[1])
         self._is_settled = True
+        self._mean_weight = numbers[2] / distributed.num_ranks()
         return numbers[0]
+
+    def mean_weight(self, scale: Tensor | None) -> Number:
+        """Returns the mean over the ranks of `weight`, which came with the norm where there was one."""
+        if self._mean_weight is None:
+            self._sum(torch.zeros(()))
+        assert self._mean_weight is not None
+        return self._mean_weight
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns the norm (0-d) of all gradients on all ranks."""
@@ -151,6 +165,17 @@ class FSDP(Alone):
         """Scales gradients of that norm down to the largest."""
         if grads := _locals(parameters):
             torch._foreach_mul_(grads, torch.clamp(largest / (norm + 1e-6), max=1.0))
+
+    def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
+        """Multiplies all gradients."""
+        scale(_locals(parameters), factor)
+
+    def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the whole weights, which stay the same tensors once they were gathered: a name private to torch."""
+        if self._module is None:
+            return parameters
+        groups = [group for part in self._parts() for group in _groups(part)]
+        return [p._unsharded_param for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
 
     def is_true(self, of_mine: bool) -> bool:
         """Says whether it is true of the gradients of every rank."""
@@ -164,7 +189,7 @@ class FSDP(Alone):
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Returns a context in which any method of the module may be called, on all ranks alike."""
-        parts = [] if self._module is None else [m for m in self._module.modules() if isinstance(m, FSDPModule)]
+        parts = [] if self._module is None else self._parts()
         for part in parts:
             part.set_reshard_after_forward(False, recurse=False)
             part.unshard()
@@ -175,6 +200,9 @@ class FSDP(Alone):
                 part.reshard()
                 is_block = part is not self._module
                 part.set_reshard_after_forward(is_block and self._settings["reshard_after_forward"], recurse=False)
+
+    def _parts(self) -> list[Any]:
+        return [module for module in self._module.modules() if isinstance(module, FSDPModule)]
 
     def whole(self, state: Any) -> Any:
         """Returns a state with its weights whole, on every rank."""
@@ -213,6 +241,13 @@ def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
         if other != block:
             remedy = "give both to one block, or leave both out of distributed.strategy.blocks"
             raise ValueError(f"blocks: {first} and {name} are one weight, in two blocks; {remedy}")
+
+
+def _groups(part: Any) -> Sequence[Any]:
+    """Returns the groups of weights that a part gathers; before torch 2.13 there is one or none."""
+    state = part._get_fsdp_state()
+    groups: Sequence[Any] | None = getattr(state, "_fsdp_param_groups", None)
+    return groups if groups is not None else list(filter(None, [state._fsdp_param_group]))
 
 
 def _locals(parameters: Sequence[Tensor]) -> list[Tensor]:

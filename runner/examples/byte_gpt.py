@@ -56,12 +56,13 @@ class ByteGPT(nn.Module):
             window: uint8 [batch, time + 1], `time` at most `context`.
 
         Returns:
-            `loss` in nats a byte, `bits_per_byte`, and `tokens`, the number of bytes predicted.
+            `loss` in nats a byte, `bits_per_byte`, and the number of bytes predicted, as `tokens` and `weight`.
         """
         targets = window[:, 1:].long()
         logits = self.logits(window[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return {"loss": loss, "bits_per_byte": loss.detach() / math.log(2), "tokens": targets.numel()}
+        count = targets.numel()
+        return {"loss": loss, "bits_per_byte": loss.detach() / math.log(2), "tokens": count, "weight": count}
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Scores of the byte after each of `inputs`: integers [batch, time] to float32 [batch, time, 256].

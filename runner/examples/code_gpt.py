@@ -70,7 +70,7 @@ class CodeGPT(nn.Module):
             lengths: frames of each.
         Returns:
             `loss` in nats a code, the mean over codebooks and pieces; `loss_1` to `loss_K`, that of each codebook;
-            `tokens`, the number of codes.
+            `tokens`, the number of codes; `weight`, the number of pieces, since each counts alike.
         Raises:
             ValueError: the codes are of another number of codebooks, or the lengths not one for each piece.
         """
@@ -95,7 +95,7 @@ class CodeGPT(nn.Module):
             found.append(F.cross_entropy(scores, targets, reduction="none").mean(2))
         each = torch.cat(found).mean(0)
         own = {f"loss_{number}": loss.detach() for number, loss in enumerate(each, 1)}
-        return {"loss": each.mean(), **own, "tokens": num_codebooks * sum(lengths)}
+        return {"loss": each.mean(), **own, "tokens": num_codebooks * sum(lengths), "weight": len(codes)}
 
     def logits(self, sequence: Tensor) -> Tensor:
         """Scores of the codes of the step after each: int64 [batch, K, steps] to float32 [batch, card, K, steps]."""

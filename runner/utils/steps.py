@@ -74,6 +74,7 @@ class Steps:
         self._engines, self._batches, self.agreement = engines, batches, agreement
         self._accumulate, self._seeds, self._policy = accumulate, (seed, distributed.rank()), policy
         self._hear_other, self._warn = hear, warn
+        self._weighted: dict[str, set[int]] = {}  # ranks on which an engine's losses have a weight
         self.num_skipped = 0
         self.too_many: str | None = None  # why the loop is to end at the next boundary
         self.is_whole = True  # what is trained stands between two steps
@@ -112,11 +113,17 @@ class Steps:
             if word.topic == "fault":
                 name, fault = word.content
                 faults.setdefault(name, f"on rank {word.rank} {fault}")
+            elif word.topic == "weighted":
+                self._weighted.setdefault(word.content, set()).add(word.rank)
             elif word.topic != "error":
                 self._hear_other(word)
         for word in words:
             if word.topic == "error":
                 raise Elsewhere(word.rank, *word.content)
+        for name, ranks in self._weighted.items():
+            if len(ranks) < distributed.num_ranks():
+                found = f"{name}: the forward returned a weight on some ranks and not on others"
+                raise Halt(f"{found}; return it on all or on none: the losses would not count alike")
         return faults
 
     def _recover(self, error: BaseException, step: int, mark: Any, is_stopping: Callable[[], bool]) -> dict[str, str]:

@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_surprise_of_each_next_byte() -> None:
     surprises = [-chances[row, at, int(window[row, at + 1])] for row in range(3) for at in range(10)]
     torch.testing.assert_close(output["loss"], torch.stack(surprises).mean())
     torch.testing.assert_close(output["bits_per_byte"], output["loss"].detach() / math.log(2))
-    assert output["tokens"] == 30
+    assert output["tokens"] == output["weight"] == 30
     assert not output["bits_per_byte"].requires_grad
 
 
