@@ -23,11 +23,12 @@ from runner.engines import Engine, Engines
 from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.engines.layouts import Alone
-from runner.engines.settings import check_held
+from runner.engines.schedule import check_optimizer_step, check_scheduler_step, is_falling
+from runner.engines.settings import check_held, check_sparse
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
-from runner.targets import find_sampler_fault, is_called_later, locate, seed_imports
+from runner.targets import find_parameters, find_sampler_fault, is_called_later, locate, seed_imports
 from runner.utils.agreement import Agreement
 from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
@@ -184,13 +185,18 @@ def _make_engines(
             layout.join(agreement, name, name == trained[-1])
         _explained("distributed.strategy", partial(layout.place, module))
         named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
-        optimizer = _make(plain, place + "optimizer", settings["optimizer"], named) if name in trained else None
-        step_eagerly(optimizer)
-        _explained(place + "optimizer", partial(check_held, optimizer, named))
+        optimizer, scheduler, metric = None, None, None
+        if name in trained:
+            optimizer = _make_optimizer(plain, place + "optimizer", settings["optimizer"], named)
+            step_eagerly(optimizer)
+            metric = _metric_of(settings["scheduler"])
+            scheduler = _make_scheduler(plain, place + "scheduler", settings["scheduler"], optimizer)
+            _check_steps(plain, place, optimizer, scheduler, metric, is_run=agreement is not None)
+            _explained(place + "optimizer", partial(check_sparse, module, optimizer, layout.is_sharded and is_many()))
         engines[name] = Engine(
             module,
             optimizer,
-            _make(plain, place + "scheduler", settings["scheduler"], optimizer) if optimizer else None,
+            scheduler,
             precision=trainer["precision"],
             accumulate=trainer["accumulate"],
             clip_norm=trainer["clip_norm"],
@@ -199,8 +205,72 @@ def _make_engines(
             layout=layout,
             averages=_make_averages(part, optimizer),
             changes=part.changes,
+            metric=metric,
         )
     return engines
+
+
+def _make_optimizer(plain: dict[str, Any], key: str, node: Any, named: list[tuple[str, nn.Parameter]]) -> Any:
+    """Returns an optimizer of all parameters.
+
+    A class is given parameters, as those of other libraries expect; a function is given (name, parameter) pairs. Where
+    that fails, each is given the other form.
+    """
+    forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
+    failures: list[ConfigError] = []
+    told: list[str] = []
+    for what, form in reversed(forms) if isinstance(locate(node["_target_"]), type) else forms:
+        try:
+            optimizer = _make(plain, key, node, form)
+            _explained(key, partial(check_held, optimizer, named))
+            return optimizer
+        except ConfigError as error:
+            failures.append(error)
+            told.append(f"{error}, given {what}")
+    is_same = len(set(map(str, failures))) == 1
+    raise failures[0] if is_same else ConfigError("\n".join(told))
+
+
+def _make_scheduler(plain: dict[str, Any], key: str, node: Any, optimizer: Any) -> Any:
+    """Returns a scheduler of an optimizer, which those that it is made of, under `schedulers`, are given as well."""
+    if node is None:
+        return None
+    given: dict[str, Any] = {}
+    for name, parts in node.items():
+        if name == "schedulers" and isinstance(parts, list):
+            given[name] = [_make_scheduler(plain, f"{key}.{name}.{i}", part, optimizer) for i, part in enumerate(parts)]
+    is_ours = {"metric"} - {*find_parameters(node["_target_"])}
+    settings = {name: value for name, value in node.items() if name not in given and name not in is_ours}
+    make = _make(plain, key, settings | {"_partial_": True})
+    if "optimizer" in find_parameters(node["_target_"]):
+        return _explained(key, partial(make, optimizer=optimizer, **given))
+    return _explained(key, partial(make, optimizer, **given))
+
+
+def _metric_of(node: Any) -> str | None:
+    """Returns the metric that a scheduler's settings name; null for one that has an argument of this name."""
+    metric = None if node is None else node.get("metric")
+    return None if metric is None or "metric" in find_parameters(node["_target_"]) else str(metric)
+
+
+def _check_steps(
+    plain: dict[str, Any], place: str, optimizer: Any, scheduler: Any, metric: str | None, *, is_run: bool
+) -> None:
+    """Checks that an optimizer and its scheduler can be stepped, before the first step is made.
+
+    Raises:
+        ConfigError: a step needs more than it is given, or the rates fall under an optimizer that averages instead.
+    """
+    _explained(place + "optimizer", partial(check_optimizer_step, optimizer))
+    _explained(place + "scheduler", partial(check_scheduler_step, scheduler, metric))
+    if is_run and metric is not None and (plain["data"]["eval"] is None or not plain["trainer"]["eval_every"]):
+        key = "data.eval" if plain["data"]["eval"] is None else "trainer.eval_every"
+        found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
+        raise ConfigError(f"{place}scheduler.metric={metric}: {found}")
+    if is_run and hasattr(optimizer, "eval") and is_falling(scheduler, plain["trainer"]["steps"]):
+        kind = type(optimizer).__name__
+        found = f"expected a rate that doesn't fall, as {kind} averages the weights instead; set scheduler=constant"
+        raise ConfigError(f"{place}scheduler: {found}")
 
 
 def _make_averages(part: _Part, optimizer: Any) -> Averages | None:

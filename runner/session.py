@@ -332,6 +332,10 @@ class Session:
         with _told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         try:
+            self.engines.observe(numbers)
+        except ValueError as error:
+            raise Halt(f"{error}; resume with the right name") from error
+        try:
             is_best = self.best.take(step, numbers)
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import random
+import re
 import traceback
 from collections.abc import Iterator
 from types import ModuleType
@@ -32,6 +33,7 @@ _ROLES = {
     "distributed.strategy": 0,
 }
 _CALLED_LATER = ("data.collate", "feeder", "report")  # a plain function here is what is called, not what makes it
+_SCHEDULER = re.compile(r"(^|\.)scheduler(\.schedulers\.\d+)*$")
 _EXTRAS = {
     "schedulefree": "schedulefree",
     "prodigyopt": "prodigy",
@@ -111,7 +113,13 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
         yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
     names = [name for name in node if isinstance(name, str)]
     given = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
-    taken = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][num_given:]
+    taken = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if _SCHEDULER.search(key) and "optimizer" in taken:
+        taken.remove("optimizer")  # the runner gives it, to each of several schedulers, too
+    else:
+        taken = taken[num_given:]
+    if _SCHEDULER.search(key) and "metric" not in taken:
+        given.discard("metric")  # the runner's own
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in sorted(given.difference(taken)):
             yield f"{key}.{name}: {node['_target_']} takes no such argument; {nearest(name, taken)}"
@@ -151,6 +159,14 @@ _SAMPLERS = {
     "data.train",
     "WeightedRandomSampler": "write a sampler of your own that draws by weight and has these methods",
 }
+
+
+def find_parameters(path: str) -> list[str]:
+    """Returns the names of the parameters of what a dotted path names."""
+    try:
+        return list(inspect.signature(locate(path)).parameters)
+    except (TypeError, ValueError):  # a built-in without a signature
+        return []
 
 
 def rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

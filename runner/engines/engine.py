@@ -21,7 +21,7 @@ from runner.engines.forward import Feeder, Number, Output, Reader, feed, keep
 from runner.engines.gathered import Gathered
 from runner.engines.gradients import Gradients
 from runner.engines.layouts import Alone
-from runner.engines.optimizer_state import name_parameters, names_of
+from runner.engines.optimizer_state import moved_numbers, name_parameters, names_of, numbers_of
 from runner.engines.restore import restore
 from runner.engines.schedule import Schedule
 from runner.engines.settings import configured, lrs
@@ -97,7 +97,7 @@ class Engine:
         self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
         self.schedule = Schedule(optimizer, scheduler, metric)
         self._configured = configured(optimizer, scheduler)
-        self._names = names_of(module)
+        self._names, self._numbers = names_of(module), numbers_of(optimizer)
         self._lrs = lrs(self.optimizer)
         self._gathered, self._is_exchanging = Gathered(), False
         self._buffers = KeptBuffers(module)
@@ -285,6 +285,7 @@ class Engine:
             parts[name] = None if part is None else part.state_dict()
         if self.optimizer is not None:
             parts["optimizer"] = name_parameters(parts["optimizer"], self.optimizer, self._names)
+            parts["numbers"] = moved_numbers(self.optimizer, self._numbers)
         return {
             **parts,
             "schedule": self.schedule.state_dict(),

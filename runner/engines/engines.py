@@ -181,6 +181,17 @@ class Engines(dict[str, Engine]):
                 shown |= {self._prefix(name) + key: value for key, value in function(engine.module, dataset).items()}
         return shown
 
+    def observe(self, numbers: Mapping[str, float]) -> None:
+        """Steps the schedulers that need a metric with those of an evaluation, as the leader measured them.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        if any(engine.schedule.metric is not None for engine in self.values()):
+            found = gather(dict(numbers))[0]
+            for engine in self.values():
+                engine.schedule.observe(found)
+
     def set_lr(self, lr: float) -> None:
         """Sets every engine's base learning rate."""
         for engine in self.values():

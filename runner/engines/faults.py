@@ -98,7 +98,7 @@ def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> s
     found = []
     for name, parameter in named:
         if parameter.grad is not None:
-            grad = _local(parameter.grad.detach())
+            grad = _values(parameter.grad.detach())
             if not grad.numel():
                 continue
             num_bad = int((~torch.isfinite(grad)).sum())

@@ -36,6 +36,7 @@ class Alone:
     is_sharded = False  # each rank holds a part of every weight
     weighs = False  # its forward returns losses that count as they are to
     can_make_up = False  # a rank that can't make its share of a step can release the others from it
+    _has_sparse_gradients = False  # of which torch has no norm
     agreement: Agreement | None = None
     name, carries_flag = "", False
     weight: Number | None = None  # what this rank's weighted losses of a step count for together
@@ -78,7 +79,16 @@ class Alone:
 
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns the norm (0-d) of all gradients on all ranks."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if not self._has_sparse_gradients:
+            try:
+                return nn.utils.get_total_norm(grads)
+            except NotImplementedError:
+                self._has_sparse_gradients = any(grad.is_sparse for grad in grads)
+                if not self._has_sparse_gradients:
+                    raise
+        # Rows that occur several times in a batch are added up first.
+        return nn.utils.get_total_norm([grad.coalesce().values() if grad.is_sparse else grad for grad in grads])
 
     def clip(self, parameters: Sequence[Tensor], largest: float, norm: Tensor) -> None:
         """Scales gradients of that norm down to the largest."""

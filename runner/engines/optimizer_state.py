@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Names = Mapping[int, Sequence[str]]  # the names of a parameter by its id; a tied one has several
@@ -38,6 +39,36 @@ def names_of(module: nn.Module) -> dict[int, list[str]]:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
+
+
+def numbers_of(optimizer: Optimizer | None) -> list[dict[str, Any]]:
+    """Returns the numbers and generators that an optimizer keeps as attributes, beside its state."""
+    parts = [] if optimizer is None else getattr(optimizer, "optimizers", None) or [optimizer]
+    found = []
+    for part in parts:
+        public = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+        numbers = {name: value for name, value in public.items() if type(value) in (int, float)}
+        generators = {name: value.get_state() for name, value in public.items() if isinstance(value, torch.Generator)}
+        found.append(numbers | generators)
+    return found
+
+
+def moved_numbers(optimizer: Optimizer, built: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the numbers and generators that moved since an optimizer was built: the others are settings."""
+    return [
+        {name: value for name, value in now.items() if isinstance(value, Tensor) or before.get(name) != value}
+        for now, before in zip(numbers_of(optimizer), built, strict=True)
+    ]
+
+
+def set_numbers(optimizer: Optimizer, moved: Sequence[Mapping[str, Any]]) -> None:
+    """Takes back what `moved_numbers` gave."""
+    for part, values in zip(getattr(optimizer, "optimizers", None) or [optimizer], moved, strict=True):
+        for name, value in values.items():
+            if isinstance(own := getattr(part, name, None), torch.Generator):
+                own.set_state(value)
+            else:
+                setattr(part, name, value)
 
 
 def groups_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:

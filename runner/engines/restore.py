@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from runner.engines.optimizer_state import Matched, Names, groups_of, match
+from runner.engines.optimizer_state import Matched, Names, groups_of, match, numbers_of, set_numbers
 from runner.engines.schedule import Schedule, recall, reorder_events
 from runner.engines.settings import apply_changes, find_changed_kinds, reorder
 
@@ -67,6 +67,7 @@ def restore(
         schedule.take_base_lrs(now, before)
     if optimizer is not None and "optimizer" not in changed:
         apply_changes(optimizer, now, before)
+        set_numbers(optimizer, state.get("numbers") or [{}] * len(numbers_of(optimizer)))
         if is_replayed:
             schedule.restore(owned)
     return notes

@@ -5,6 +5,7 @@ Must not import a config.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,6 +158,57 @@ class Schedule:
         changed = [new if new != old else None for new, old in zip(now["base_lrs"], before["base_lrs"], strict=True)]
         if any(lr is not None for lr in changed):
             self._apply({"count": self._count, "base_lrs": changed})
+
+
+def check_optimizer_step(optimizer: Any) -> None:
+    """Checks that an optimizer's step needs no argument.
+
+    Raises:
+        ValueError: naming what it needs.
+    """
+    for each in getattr(optimizer, "optimizers", None) or [optimizer]:
+        if needed := _needed_by(each):
+            found = f"{type(each).__name__}.step needs {', '.join(needed)}, which computes a step's loss again"
+            raise ValueError(f"{found}; expected a step without arguments: choose another optimizer")
+
+
+def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
+    """Checks that a scheduler's step needs no argument, or a metric that is named.
+
+    Raises:
+        ValueError: naming what it needs, and the key that gives it.
+    """
+    needed, kind = _needed_by(scheduler), type(scheduler).__name__
+    if len(needed) == 1 and metric is None:
+        raise ValueError(
+            f"{kind}.step needs {needed[0]}: name a number of the evaluations, +scheduler.metric=eval/loss"
+        )
+    for each in walk(scheduler):
+        if unmet := _needed_by(each)[1 if each is scheduler and metric is not None else 0 :]:
+            found = f"{type(each).__name__}.step needs {', '.join(unmet)}"
+            raise ValueError(f"{found}; expected a step without arguments, or with a metric: choose another schedule")
+    if metric is not None and not needed:
+        kind = "a constant rate" if scheduler is None else kind
+        raise ValueError(f"expected no metric, found metric={metric}, which {kind} doesn't take; leave it out")
+
+
+def _needed_by(part: Any) -> list[str]:
+    """Returns the arguments without which a part can't be stepped."""
+    try:
+        parameters = list(inspect.signature(type(part).step).parameters.values())[1:]
+    except (AttributeError, TypeError, ValueError):  # no step, or a built-in one
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind not in kinds]
+
+
+def is_falling(scheduler: Any, num_steps: int, num_looks: int = 64) -> bool:
+    """Says whether rates fall within a run, as far as is known before it: of functions of the step at some of them."""
+    if type(scheduler) is not LambdaLR:
+        return scheduler is not None
+    steps = [num_steps * number // num_looks for number in range(num_looks + 1)]
+    factors = [[function(step) for step in steps] for function in scheduler.lr_lambdas]
+    return any(values != sorted(values) for values in factors)
 
 
 def reorder_events(

@@ -19,7 +19,7 @@ def warmup(optimizer: Optimizer, *, warmup_steps: int) -> LambdaLR:
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_steps: int, total_steps: int, final_factor: float = 0.0) -> LambdaLR:
-    """Rises linearly, then falls as half a cosine to `final_factor` at `total_steps`, and stays there.
+    """Rises linearly, then falls as half a cosine; the first step after `total_steps` has `final_factor`, and so on.
 
     Source: SGDR without restarts, https://arxiv.org/abs/1608.03983
     """

@@ -9,10 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+_TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)  # of these libraries' optimizers
+_LIBRARIES = ("torch", "runner", "bitsandbytes", "prodigyopt", "schedulefree")
 _KINDS = ("optimizer", "scheduler")
 _RATES = {"lr", "initial_lr"}  # they move with the schedule: the base rates are compared instead
 _LEFT_OUT = _RATES | {"params", "param_names"}
@@ -75,6 +78,31 @@ def check_held(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]])
     if left := [name for name, parameter in named if id(parameter) not in held]:
         remedy = "freeze them (optimizations.freeze), or give them to it"
         raise ValueError(f"it lacks parameters that are trained: {', '.join(left)}; {remedy}")
+
+
+def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
+    """Checks that layers with sparse gradients, of which torch's optimizers take few, have one that takes them.
+
+    Args:
+        is_sharded: each rank holds a part of every weight.
+    Raises:
+        ValueError: naming the layers, and the optimizers that take sparse gradients.
+    """
+    layers = {name: each for name, each in module.named_modules() if getattr(each, "sparse", False) is True}
+    weights = {id(p) for each in layers.values() for p in each.parameters(recurse=False) if p.requires_grad}
+    for part in getattr(optimizer, "optimizers", None) or [optimizer]:
+        own = {id(parameter) for group in part.param_groups for parameter in group["params"]}
+        kind = type(part).__name__
+        is_known = type(part).__module__.partition(".")[0] in _LIBRARIES
+        takes_sparse, keys = isinstance(part, _TAKE_SPARSE), list[str]()
+        for key in ("momentum", "weight_decay"):
+            keys += [key] if takes_sparse and any(group.get(key) for group in part.param_groups) else []
+        if own & weights and (is_sharded or (is_known and (keys or not takes_sparse))):
+            found = f"{kind}{' under FSDP' if is_sharded else ' with ' + ' and '.join(keys) if keys else ''}"
+            remedy = "set sparse=false there" + ("" if is_sharded else ", or choose SparseAdam, Adagrad or plain SGD")
+            raise ValueError(f"{found} can't take the sparse gradients of {', '.join(layers)}; {remedy}")
+        if isinstance(part, torch.optim.SparseAdam) and own - weights:
+            raise ValueError(f"{kind} takes sparse gradients alone; give dense parameters to another optimizer")
 
 
 def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:

@@ -208,3 +208,32 @@ def _move(make_layout, make_optimizer, order):
 @pytest.mark.parametrize("layout", [DDP, FSDP])
 def test_moments_follow_their_parameters_on_ranks(layout, make_optimizer):
     assert run_ranks(2, _move, layout, make_optimizer, "b a head") == [0, 1]
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number and a generator beside its state, as some published optimizers do."""
+
+    def __init__(self, params, lr, floor=0.0):
+        super().__init__(params, lr=lr)
+        self.count, self.floor, self.generator = 0, floor, torch.Generator().manual_seed(3)
+
+    def step(self, closure=None):
+        self.count += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                noise = torch.rand(parameter.shape, generator=self.generator)
+                parameter.data.sub_(noise * parameter.grad, alpha=group["lr"] / self.count + self.floor)
+
+
+def test_numbers_and_generators_beside_the_state_go_on_and_settings_are_those_of_the_config():
+    def counting(floor=0.0):
+        return lambda named: Counting([parameter for _, parameter in named], 0.1, floor)
+
+    whole, cut, other = make("a b head", counting()), make("a b head", counting()), make("a b head", counting(0.5))
+    train(whole, range(3))
+    for engines in (cut, other):
+        engines.load_state_dict(copy.deepcopy(whole.state_dict()))
+    assert (other["model"].optimizer.count, other["model"].optimizer.floor) == (3, 0.5)
+    for engines in (whole, cut):
+        train(engines, range(3, 6))
+    assert_same(whole, cut)

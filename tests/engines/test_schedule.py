@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import lr_scheduler as torchs
 
 from runner.engines import Engine, schedulers
+from runner.engines.optimizers import Joined
+from runner.engines.schedule import check_optimizer_step, check_scheduler_step, is_falling
 
 SCHEDULES = {  # how each is made of an optimizer and settings, and two values of each setting
     "none": (lambda o: None, {}),
@@ -213,3 +215,90 @@ def test_a_schedule_with_a_state_of_its_own_keeps_it_and_refuses_other_settings_
     assert step(faster, 1)[0][0]["lr"] == 1.0 * 0.3
     with pytest.raises(ValueError, match=r"Secretive keeps a state of its own.*: gamma 0.5 -> 0.9; leave"):
         make_secretive(gamma=0.9).load_state_dict(saved.state_dict())
+
+
+def make_plateau(lr=0.5, metric="eval/loss", **chosen):
+    module = Pair()
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    scheduler = torchs.ReduceLROnPlateau(optimizer, **{"patience": 1, "factor": 0.5, **chosen})
+    return Engine(module, optimizer, scheduler, metric=metric)
+
+
+VALUES = [5.0, 4.0, 4.5, 4.5, float("nan"), 4.5, 6.0, 3.0, 3.5, 3.5, 3.5, 3.5]
+
+
+def observe(engine, values):
+    """Makes a step before each value; returns the rates after it."""
+    found = []
+    for value in values:
+        step(engine, 1)
+        for _ in range(2):  # the second evaluation at a step doesn't count
+            engine.schedule.observe({"eval/loss": value, "eval/other": 0.0})
+        found.append(engine.optimizer.param_groups[0]["lr"])
+    return found
+
+
+def plateau_by_hand(values, lr=0.5, **chosen):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=lr)
+    scheduler = torchs.ReduceLROnPlateau(optimizer, **{"patience": 1, "factor": 0.5, **chosen})
+    found = []
+    for value in values:
+        scheduler.step(value)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("after", [{}, {"patience": 2}, {"mode": "max"}, {"lr": 0.2}, {"factor": 0.9, "cooldown": 1}])
+@pytest.mark.parametrize("cut", [0, 3, 7])
+def test_a_plateau_follows_its_metric_and_a_resume_repeats_the_metrics_before(cut, after):
+    saved, resumed = make_plateau(), make_plateau(**after)
+    assert observe(saved, VALUES[:cut]) == plateau_by_hand(VALUES)[:cut]
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert observe(resumed, VALUES[cut:]) == plateau_by_hand(VALUES, **after)[cut:]
+
+
+def test_a_metric_that_no_evaluation_has_is_named_with_those_that_there_are():
+    with pytest.raises(ValueError, match=r"scheduler.metric=eval/acc: expected one of eval/loss, eval/other"):
+        make_plateau(metric="eval/acc").schedule.observe({"eval/loss": 1.0, "eval/other": 0.0})
+
+
+class Greedy(torchs.StepLR):
+    def step(self, one, other):
+        pass
+
+
+def test_a_step_that_needs_an_argument_is_found_before_the_first():
+    module = Pair()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    lbfgs, plateau = torch.optim.LBFGS(module.parameters()), torchs.ReduceLROnPlateau(optimizer)
+    for each in (optimizer, Joined([optimizer])):
+        check_optimizer_step(each)
+    for each in (lbfgs, Joined([optimizer, torch.optim.LBFGS(Pair().parameters())])):
+        with pytest.raises(ValueError, match=r"LBFGS.step needs closure.*choose another optimizer"):
+            check_optimizer_step(each)
+    check_scheduler_step(None, None)
+    check_scheduler_step(torchs.StepLR(optimizer, 1), None)
+    check_scheduler_step(plateau, "eval/loss")
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.step needs metrics: .*\+scheduler.metric=eval/loss"):
+        check_scheduler_step(plateau, None)
+    for each in (None, torchs.StepLR(optimizer, 1)):
+        with pytest.raises(ValueError, match=r"found metric=eval/loss, which .* doesn't take; leave it out"):
+            check_scheduler_step(each, "eval/loss")
+    chained = torchs.ChainedScheduler([torchs.StepLR(optimizer, 1)])
+    chained._schedulers.append(Greedy.__new__(Greedy))
+    for metric in (None, "eval/loss"):
+        with pytest.raises(ValueError, match=r"Greedy.step needs one, other"):
+            check_scheduler_step(chained, metric)
+
+
+def test_falling_rates_are_known_before_the_run():
+    def falls(make_schedule, **chosen):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        return is_falling(make_schedule(optimizer, **chosen), 100)
+
+    assert not falls(schedulers.constant)
+    assert not falls(schedulers.warmup, warmup_steps=20)
+    assert not falls(schedulers.warmup_cosine, warmup_steps=100, total_steps=200)
+    assert falls(schedulers.warmup_cosine, warmup_steps=20, total_steps=100)
+    assert falls(schedulers.noam, warmup_steps=90)
+    assert falls(torchs.ExponentialLR, gamma=0.9)
