@@ -22,7 +22,7 @@ _FIXED: list[KeyPath] = [  # what makes a run the one it is
     ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("pattern",), ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
-    *(("optimizations", key) for key in ("freeze", "replace", "fp8", "compile", "ema")),
+    *(("optimizations", key) for key in ("freeze", "freeze_mode", "replace", "fp8", "compile", "ema")),
     *(("optimizations", "lora", key) for key in ("rank", "alpha", "dropout", "include", "exclude", "also_train")),
 ]  # fmt: skip
 _BY_KEY = ("optimizer", "scheduler", "optimizations")

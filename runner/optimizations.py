@@ -183,6 +183,7 @@ def arguments(settings: Plain, device: torch.device, purpose: Purpose = Purpose.
     is_trained, is_run = purpose is Purpose.train, purpose is not Purpose.write
     return {
         "freeze": settings["freeze"] if is_trained else [],
+        "freeze_mode": settings["freeze_mode"],
         "lora": lora if lora["rank"] > 0 else None,
         "exports_adapter": export == "adapter",
         "is_merged": purpose is Purpose.use and export == "merged",

@@ -91,6 +91,13 @@ class Scope(Enum):
     whole = "whole"
 
 
+class FreezeMode(Enum):
+    """The mode in which modules that are wholly frozen run while the rest is in training mode."""
+
+    eval = "eval"
+    train = "train"
+
+
 class Export(Enum):
     """What is exported of a module with adapters: its weights with them merged in, or the adapters alone."""
 
@@ -184,6 +191,7 @@ class RuleConfig:
 @dataclass
 class OptimizationsConfig:
     freeze: list[str] = MISSING
+    freeze_mode: FreezeMode = FreezeMode.eval  # a run of before it was there goes on
     lora: LoraConfig = MISSING
     replace: list[Any] = MISSING
     fp8: Float8Config = MISSING

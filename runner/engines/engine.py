@@ -234,8 +234,9 @@ class Engine:
         self._mark = self.tokens, self.micro_steps, self._gradients.norm
 
     def train(self) -> None:
-        """Puts the module, and an optimizer that tells the two apart, into training mode."""
+        """Puts the module, and an optimizer that tells the two apart, into training mode; frozen modules stay."""
         self.module.train()
+        self.changes.frozen.put_into_eval()
         getattr(self.optimizer, "train", bool)()
         self._use_averages(False)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from runner.utils.frozen import FrozenModules
 from runner.utils.selection import split_idle
 from runner.utils.weights import load_weights
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any star
 
 @dataclass
 class Changes:
-    """What was done to a module, and the way back."""
+    """What was done to a module, and the way back.
+
+    Made before anything is done: `frozen` notes which modules are frozen, and in evaluation mode, from the start.
+    """
 
     module: nn.Module
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -30,6 +34,9 @@ class Changes:
     _called: set[str] = field(default_factory=set)
     _hooks: dict[str, Any] = field(default_factory=dict)
     _undo: list[Callable[[], Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.frozen = FrozenModules(self.module)
 
     def told(self, what: str, names: Iterable[str], remark: str = "") -> None:
         """Adds a row to the table: what was done, to which."""

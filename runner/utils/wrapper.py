@@ -47,6 +47,7 @@ def optimize(
     device: torch.device | None = None,
     *,
     freeze: Sequence[str] = (),
+    freeze_mode: str = "eval",
     lora: Mapping[str, Any] | None = None,
     exports_adapter: bool = False,
     is_merged: bool = False,
@@ -62,6 +63,8 @@ def optimize(
     Args:
         device: where the module is to lie; None leaves it where it is.
         freeze: globs over parameter names.
+        freeze_mode: of modules that are wholly frozen by `freeze`: eval leaves their statistics, and drops nothing;
+            train has them run as the rest does.
         lora, fp8, compile, unsloth: arguments of `lora.add_lora`, `float8.to_float8`, `compiled.compile_module`,
             `unsloth.apply`.
         exports_adapter: what is exported are the adapters alone.
@@ -76,7 +79,9 @@ def optimize(
     try:
         if device is not None and device_map is None:
             module.to(device)
-        _adapt(changes, freeze, lora, is_merged)
+        _freeze(changes, freeze, freeze_mode)
+        if lora is not None and not is_merged:
+            _adapt(changes, lora)
         _replace(changes, replace, fp8, _names_adapted(module, lora) if is_merged and lora is not None else [])
         if device_map is not None:
             _spread(changes, device_map)
@@ -85,21 +90,36 @@ def optimize(
     except BaseException:
         changes.undo()
         raise
+    _tell_frozen(changes)
     if changes.rows:
         changes.rows.append(("parameters", f"{before}  ->  {_size(module)}"))
     return changes
 
 
-def _adapt(changes: Changes, patterns: Sequence[str], lora: Mapping[str, Any] | None, is_merged: bool) -> None:
-    module = changes.module
-    if patterns:
-        flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-        changes.later(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
-        changes.told("freeze", freeze(module, patterns))
-    if lora is None or is_merged:
+def _freeze(changes: Changes, patterns: Sequence[str], mode: str) -> None:
+    if not patterns:
         return
+    flags = [(parameter, parameter.requires_grad) for parameter in changes.module.parameters()]
+    changes.later(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
+    names = freeze(changes.module, patterns)
+    changes.told("freeze", names)
+    if mode == "eval":
+        changes.frozen.choose(names)
+
+
+def _tell_frozen(changes: Changes) -> None:
+    for names, why in (
+        (changes.frozen.built, "frozen, and in evaluation mode when built"),
+        (changes.frozen.chosen, "frozen by freeze; freeze_mode=train would have them run as in training"),
+    ):
+        if kept := changes.frozen.find(names):
+            changes.told("evaluation mode", kept, f" ({why})")
+
+
+def _adapt(changes: Changes, lora: Mapping[str, Any]) -> None:
     from runner.utils.lora import add_lora
 
+    module = changes.module
     changes.adapted = adapted = add_lora(module, **lora)
     changes.later(adapted.undo)
     for name, other in {} if changes.exports_adapter else adapted.tied.items():
