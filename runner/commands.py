@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from runner.reader import READ_BYTES, Reader
+from runner.reader import READ_BYTES, Reader, is_terminal_or_pipe
 
 _MEANINGS = {  # name: (how it is typed, what it does)
     "save": ("save", "write a checkpoint"),
@@ -120,6 +120,14 @@ def _nearest(body: str, at_step: str) -> str:
     return f'the nearest is "{close[0]}"'
 
 
+def _is_command(line: str) -> bool:
+    try:
+        parse(line)
+    except CommandError:
+        return False
+    return True
+
+
 def _without_comment(line: str) -> str:
     return line.partition("#")[0].strip()
 
@@ -146,10 +154,20 @@ class Commands:
         self._next_step = math.inf  # the earliest boundary with something to do; 0 is the next one
         self._step = 0  # the last boundary seen
 
-    def start(self, step: int = 0, take: Callable[[str], bool] | None = None) -> None:
+    def start(
+        self,
+        step: int = 0,
+        take: Callable[[str], bool] | None = None,
+        *,
+        peeks: bool = False,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
         """Begins to read, `step` steps being done; what lies ready in a pipe or file is taken at once.
 
-        With `take` each line goes there: to who has all ranks of a run take it.
+        Args:
+            take: gets each line, to have all ranks of a run take it.
+            peeks: reads a terminal and a pipe whose first line is a command, and nothing else.
+            warn: called with the reason why a pipe is not read.
         """
         self._step = step
         stream = sys.stdin if self._stream is None else self._stream
@@ -159,7 +177,10 @@ class Commands:
             fd = os.dup(stream.fileno())  # ours, whoever closes the original and reuses its number
         except (OSError, ValueError, AttributeError):
             return
-        self._reader = Reader(fd, take or self.take, self._answer)
+        if peeks and not is_terminal_or_pipe(fd):
+            os.close(fd)
+            return
+        self._reader = Reader(fd, take or self.take, self._answer, _is_command if peeks else None, warn)
         self._reader.start()
 
     def close(self) -> None:

@@ -99,7 +99,7 @@ def check(cfg: DictConfig) -> None:
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + find_mistakes(cfg)
-        mistakes += _pattern_mistakes(cfg)
+        mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
@@ -137,6 +137,12 @@ def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:
         if has_numbers and isinstance(key, str) and re.fullmatch(r"-?\d+", key):
             yield f"{place}.{key}: expected a number as the key, found the text {key!r}; set {place}={{{key}: ...}}"
         yield from _mixed_keys(child, f"{place}.{key}".lstrip("."))
+
+
+def _stdin_mistakes(cfg: DictConfig) -> list[str]:
+    stdin = cfg.tracking.stdin
+    is_known = isinstance(stdin, bool) or stdin == "auto"
+    return [] if is_known else [f"tracking.stdin={stdin}: expected auto, true or false"]
 
 
 def _pattern_mistakes(cfg: DictConfig) -> list[str]:

@@ -52,10 +52,10 @@ class Dialogue:
             "help": lambda _: self._answer(HELP),
         }
 
-    def start(self, step: int) -> None:
-        """Begins to read what is typed, on the leader."""
+    def start(self, step: int, *, peeks: bool, warn: Callable[[str], None]) -> None:
+        """Begins to read what is typed, on the leader; the arguments are those of `Commands.start`."""
         if is_leader():
-            self.inbox.start(step, self._relay if is_many() else None)
+            self.inbox.start(step, self._relay if is_many() else None, peeks=peeks, warn=warn)
 
     def _relay(self, line: str) -> bool:
         """Has all ranks take what was typed here, if it is a command."""

@@ -5,9 +5,12 @@ It imports the standard library only, nothing of `runner`. It reads on POSIX sys
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import select
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +19,39 @@ READ_BYTES = 64 * 1024
 _MAX_REFUSED = 100  # lines in a row; an input with more is something else than commands
 _DRAIN_S = 0.05  # spent at most on what already lies in a pipe or file when a run starts
 _BACKGROUND_S = 0.25  # between two looks at whether this process came to the foreground
+_PEEK_S = 0.1  # between two looks at a pipe whose first line has not ended yet
+_LONGEST_BYTES = 4096  # a first line that is longer is no command
+_NONBLOCK = 2  # SPLICE_F_NONBLOCK
+_tee = getattr(ctypes.CDLL(None, use_errno=True), "tee", None)  # Linux has it
+if _tee is not None:
+    _tee.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint)
+    _tee.restype = ctypes.c_ssize_t
+
+
+def is_terminal_or_pipe(fd: int) -> bool:
+    """Says whether somebody may type commands there: not in a regular file, a socket or /dev/null."""
+    return os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def peek(fd: int) -> bytes:
+    """Returns what lies in a pipe, up to 64 KiB, and leaves it there.
+
+    Source: tee(2), https://man7.org/linux/man-pages/man2/tee.2.html
+
+    Raises:
+        OSError: the system has no such call, or `fd` is no pipe.
+    """
+    if _tee is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    ours, theirs = os.pipe()
+    try:
+        size = _tee(fd, theirs, READ_BYTES, _NONBLOCK)
+        if size < 0 and ctypes.get_errno() != errno.EAGAIN:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return os.read(ours, size) if size > 0 else b""
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 class Reader:
@@ -23,11 +59,27 @@ class Reader:
 
     It waits without the lock of a stream: a worker process forked meanwhile closes its copy of `sys.stdin`,
     and would wait for that lock for ever.
+
+    Args:
+        take: called with each line; returns whether it was a command or blank.
+        answer: called with what a person should know.
+        is_command: says whether the first line of a pipe is a command. Where it is none, the pipe is somebody else's,
+            such as a shell's loop over its lines, and nothing of it is read. None reads any pipe.
+        refuse: called with the reason why a pipe is not read.
     """
 
-    def __init__(self, fd: int, take: Callable[[str], bool], answer: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        take: Callable[[str], bool],
+        answer: Callable[[str], None],
+        is_command: Callable[[str], bool] | None = None,
+        refuse: Callable[[str], None] | None = None,
+    ) -> None:
         self._fd, self._take, self._answer = fd, take, answer
+        self._refuse = refuse or answer
         self._is_terminal = os.isatty(fd)
+        self._is_command = None if self._is_terminal else is_command  # until the first line of a pipe is known
         self._woken, self._wake = os.pipe()
         self._rest = b""  # of the line that no newline has ended yet
         self._refused = 0  # lines in a row
@@ -35,6 +87,9 @@ class Reader:
         self._thread = threading.Thread(target=self._run, name="commands", daemon=True)
 
     def start(self) -> None:
+        if self._is_command is not None and not self._may_begin():
+            self._thread.start()
+            return
         deadline = 0 if self._is_terminal else time.monotonic() + _DRAIN_S
         self._serve(lambda: time.monotonic() < deadline and bool(select.select([self._fd], [], [], 0)[0]))
         self._thread.start()
@@ -50,7 +105,45 @@ class Reader:
     def _run(self) -> None:
         # If the process leaves the foreground between the look and the read, that read fails; nothing stops.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTIN})
+        while self._is_open and self._is_command is not None:
+            ready = select.select([self._woken, self._fd], [], [])[0]
+            # What is peeked at stays there, so that the pipe is ready at once again.
+            if self._woken in ready or (not self._may_begin() and select.select([self._woken], [], [], _PEEK_S)[0]):
+                return
         self._serve(self._wait)
+
+    def _may_begin(self) -> bool:
+        """Says whether the first line of the pipe is known to be a command; where it is none, the reading ends."""
+        try:
+            has_ended = any(events & select.POLLHUP for _, events in self._poll())
+            content = peek(self._fd)
+        except OSError as error:
+            self._end(f"standard input is a pipe that can't be looked into ({error.strerror})")
+            return False
+        *lines, rest = content.split(b"\n")
+        if has_ended or len(rest) > _LONGEST_BYTES or len(content) >= READ_BYTES:
+            lines.append(rest)
+        texts = [line.decode(errors="replace").partition("#")[0].strip() for line in lines]
+        first = next(filter(None, texts), None)
+        if first is None:
+            self._is_open = not has_ended
+            return False
+        assert self._is_command is not None
+        if not self._is_command(first):
+            shown = repr(first if len(first) <= 60 else first[:60] + "…")
+            self._end(f"standard input is a pipe whose first line {shown} is no command")
+            return False
+        self._is_command = None
+        return True
+
+    def _poll(self) -> list[tuple[int, int]]:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        return poll.poll(0)
+
+    def _end(self, reason: str) -> None:
+        self._is_open = False
+        self._refuse(f"{reason}: nothing of it is read; tracking.stdin=true reads it, tracking.stdin=false is silent")
 
     def _serve(self, may_read: Callable[[], bool]) -> None:
         try:

@@ -220,7 +220,7 @@ class TrackingConfig:
     tensorboard: bool = MISSING
     jsonl: bool = MISSING
     progress: bool = MISSING
-    stdin: bool = MISSING
+    stdin: Any = MISSING
 
 
 @dataclass

@@ -178,8 +178,8 @@ class Session:
         experiment, status = self.experiment, "failed"
         try:
             with _lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
-                if experiment.tracking.stdin:
-                    self.dialogue.start(self.loop.step)
+                if stdin := experiment.tracking.stdin:
+                    self.dialogue.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
                 if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
                     self.loop.agenda.owe("eval")
                 status = self._train_together()

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -324,6 +325,118 @@ def test_lines_ready_in_a_pipe_are_taken_before_start_returns(pipe, monkeypatch)
         "quit at step 40",
     ]
     commands.close()
+
+
+def test_a_pipe_whose_first_line_is_a_command_is_read_and_typing_errors_are_answered(pipe):
+    stream, write_fd = pipe
+    os.write(write_fd, b"\n  # note\nsave # now\nnonsense\n" + b"typo\n" * 50 + b"eval\n")
+    answers = []
+    commands = Commands(answers.append, stream=stream)
+    commands.start(peeks=True, warn=pytest.fail)
+    assert gather(commands, 2) == ["save", "eval"]
+    assert len(answers) == 51
+    commands.close()
+
+
+@pytest.mark.parametrize("pieces", [[b"quit@4", b"0\n"], [b"#", b" a\n", b"\n", b"q", b"uit@40\n"], [b"quit@40"]])
+def test_a_first_command_may_come_late_and_in_pieces(pipe, pieces):
+    stream, write_fd = pipe
+    commands = Commands(lambda text: None, stream=stream)
+    commands.start(peeks=True, warn=pytest.fail)
+    for piece in pieces:
+        time.sleep(0.15)  # longer than between two looks
+        assert not commands.pending
+        os.write(write_fd, piece)
+    if not pieces[-1].endswith(b"\n"):
+        os.close(write_fd)
+    wait_until(lambda: [str(c) for c in commands.pending] == ["quit@40"])
+    commands.close()
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"1e-4\n1e-5\n",
+        b"1e-4",
+        b"savee\nsave\n",
+        b"\x00\xff\xfe\n" * 100,
+        b"\x80" * 50_000,
+        b"x" * 5000,
+        b"#\n" * 32768,
+        b"# sizes\n\n64\nquit\n",
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is_told_once(pipe, content, is_late):
+    stream, write_fd = pipe
+    warned = []
+    commands = Commands(pytest.fail, stream=stream)
+    if is_late:
+        commands.start(peeks=True, warn=warned.append)
+    os.write(write_fd, content)
+    os.close(write_fd)
+    if not is_late:
+        commands.start(peeks=True, warn=warned.append)
+    wait_until(lambda: not readers())
+    commands.close()
+    assert stream.read() == content
+    has_lines = content.replace(b"#\n", b"") != b""
+    assert len(warned) == has_lines
+    assert all("tracking.stdin=true reads it" in text for text in warned)
+
+
+def test_an_empty_pipe_that_is_closed_ends_the_reading_without_a_word(pipe):
+    stream, write_fd = pipe
+    os.close(write_fd)
+    commands = Commands(pytest.fail, stream=stream)
+    commands.start(peeks=True, warn=pytest.fail)
+    wait_until(lambda: not readers())
+    commands.close()
+
+
+def test_waiting_for_a_first_line_can_be_closed_and_leaves_no_descriptor(pipe):
+    stream, write_fd = pipe
+    before = len(os.listdir("/proc/self/fd"))
+    for content in (b"", b"qui"):
+        os.write(write_fd, content)
+        commands = Commands(pytest.fail, stream=stream)
+        commands.start(peeks=True, warn=pytest.fail)
+        time.sleep(0.25)
+        commands.close()
+        assert not readers()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert os.read(stream.fileno(), 10) == b"qui"
+
+
+def test_a_system_that_can_not_look_into_pipes_leaves_them_alone_and_says_so(pipe, monkeypatch):
+    monkeypatch.setattr("runner.reader._tee", None)
+    stream, write_fd = pipe
+    warned = []
+    os.write(write_fd, b"quit\n")
+    commands = Commands(pytest.fail, stream=stream)
+    commands.start(peeks=True, warn=warned.append)
+    commands.close()
+    assert len(warned) == 1
+    assert "tracking.stdin=true reads it" in warned[0]
+    assert os.read(stream.fileno(), 10) == b"quit\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "socket", "null"])
+def test_files_sockets_and_null_are_read_only_where_asked(kind, tmp_path):
+    path = tmp_path / "typed"
+    path.write_bytes(b"quit\n")
+    one, other = socket.socketpair()
+    other.sendall(b"quit\n")
+    fds = {"file": lambda: os.open(path, os.O_RDONLY), "socket": one.detach, "null": lambda: os.open(os.devnull, 0)}
+    with open(fds[kind](), "rb", buffering=0) as stream, one, other:
+        commands = Commands(pytest.fail, stream=stream)
+        commands.start(peeks=True, warn=pytest.fail)
+        assert not readers()
+        assert commands.due(1) == []
+        commands.start()
+        assert [str(c) for c in commands.due(1)] == ([] if kind == "null" else ["quit"])
+        commands.close()
 
 
 def test_lines_split_across_writes_and_two_in_one_write_all_arrive(pipe):

@@ -41,6 +41,8 @@ def told(*overrides):
         ("samplr=pool", "samplr: no such key; did you mean sampler?"),
         ("trainer.precision=fp8", "trainer.precision: Invalid value 'fp8', expected one of [fp32, bf16, fp16]"),
         ("trainer.steps=0", "trainer.steps=0: expected 1 or more"),
+        ("tracking.stdin=1", "tracking.stdin=1: expected auto, true or false"),
+        ("tracking.stdin=pipe", "tracking.stdin=pipe: expected auto, true or false"),
         ("trainer.save_every=-1", "trainer.save_every=-1: expected 0 or more"),
         ("+trainer.no_such=1", "trainer.no_such: no such key"),
         ("+no_such=1", "no_such: no such key"),

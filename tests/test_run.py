@@ -185,6 +185,16 @@ def test_any_stdin_will_do(project, redirection):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_shell_loop_over_a_pipe_keeps_its_lines(project):
+    loop = "printf '2\\n3\\n' | while read steps; do %s trainer.steps=$steps hydra.run.dir=run$steps; done"
+    command = loop % " ".join(project.command)
+    done = subprocess.run(["bash", "-c", command], cwd=project.folder, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is no command: nothing of it is read; tracking.stdin=true reads it") == 1
+    for steps in (2, 3):
+        assert read_metrics(project.folder / f"run{steps}")[-1]["step"] == steps
+
+
 def wait_for_step(project, step, run="outputs/**"):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

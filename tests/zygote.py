@@ -66,8 +66,12 @@ def run_child(request: dict) -> None:
     os.chdir(request["cwd"])
     os.environ.update(request["environment"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    null = os.open(request["typed"] or os.devnull, os.O_RDONLY)
-    for fd, source in ((0, null), (1, output), (2, output)):
+    typed = os.open(os.devnull, os.O_RDONLY)
+    if request["typed"]:
+        typed, end = os.pipe()
+        os.write(end, Path(request["typed"]).read_bytes())
+        os.close(end)
+    for fd, source in ((0, typed), (1, output), (2, output)):
         os.dup2(source, fd)
     sys.stdout.reconfigure(line_buffering=True)
     sys.path.insert(0, request["cwd"])
