@@ -29,6 +29,10 @@ class Best:
         name = self._deciding(numbers)
         return None if name is None or numbers[name] is None else self._sign * float(numbers[name])
 
+    def describe(self, name: str, step: int, rating: float) -> dict[str, Any]:
+        """Returns what `found` is after an evaluation with that rating."""
+        return {"name": name, "value": self._sign * rating, "step": step}
+
     def take(self, step: int, numbers: Mapping[str, float]) -> bool:
         """Takes an evaluation; returns whether it is the best so far.
 

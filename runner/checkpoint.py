@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -67,6 +67,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         metric: float | None = None,
         before_commit: Callable[[], None] | None = None,
+        before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
         """Commits a checkpoint and prunes older ones.
 
@@ -75,6 +76,7 @@ class Checkpoints:
             facts: plain values, stored as JSON.
             metric: what `keep_best` goes by, lower being better; None is never best.
             before_commit: called when all but the final name is on disk; what it raises ends the save.
+            before_prune: called with the steps to be removed once the checkpoint is committed; False keeps them.
         Raises:
             OSError: with what the disk said; every earlier checkpoint is untouched.
         """
@@ -82,7 +84,7 @@ class Checkpoints:
         try:
             for name, value in parts.items():
                 io.write_new(value, partial / f"{name}{self._suffix}")
-            return self.commit(partial, step, facts, metric, before_commit)
+            return self.commit(partial, step, facts, metric, before_commit, before_prune)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -102,6 +104,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         metric: float | None = None,
         before_commit: Callable[[], None] | None = None,
+        before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
         """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
         io.write_json(dict(facts), partial / FACTS)
@@ -116,7 +119,10 @@ class Checkpoints:
         final = self._final(step)
         self._commit(partial, final)
         self._complete[final] = _stamps(final)
-        self._prune(step)
+        superseded = self._find_superseded(step)
+        if before_prune is None or before_prune(set(superseded)):
+            for path in superseded.values():
+                self._remove(path)
         return final
 
     def _final(self, step: int) -> Path:
@@ -146,9 +152,12 @@ class Checkpoints:
 
     def leave(self, step: int) -> None:
         """Removes those of later steps: a run that goes on from this one has left them."""
-        for later, path in self._steps().items():
-            if later > step:
-                self._remove(path)
+        for path in self.later(step).values():
+            self._remove(path)
+
+    def later(self, step: int) -> dict[int, Path]:
+        """Returns those of later steps."""
+        return {later: path for later, path in self._steps().items() if later > step}
 
     def _remove(self, path: Path) -> None:
         if not (path / MANIFEST).is_file():
@@ -157,20 +166,16 @@ class Checkpoints:
         os.rename(path, pruned)  # from here on it is no checkpoint, however far the rest gets
         shutil.rmtree(pruned, ignore_errors=True)
 
-    def _prune(self, newest_step: int) -> None:
-        """Removes older checkpoints; an incomplete one takes the place of no complete one."""
-        self.leave(newest_step)
-        if not self._keep_last:
-            return
-        steps = self._steps()
+    def _find_superseded(self, newest_step: int) -> dict[int, Path]:
+        """Returns the checkpoints that are to go; an incomplete one takes the place of no complete one."""
+        superseded = self.later(newest_step)
+        steps = {step: path for step, path in self._steps().items() if step not in superseded}
         last = self._newest_complete(steps, self._keep_last)
-        if len(last) < self._keep_last:
-            return
+        if not self._keep_last or len(last) < self._keep_last:
+            return superseded
         spared = {step for step in steps if self._keep_every and step % self._keep_every == 0}
-        spared |= {step for step, _ in self.rank_best()}
-        for step in sorted(steps):
-            if step < last[-1] and step not in spared:
-                self._remove(steps[step])
+        spared |= {step for step, _ in self.rank_best(superseded)}
+        return superseded | {s: path for s, path in steps.items() if s < last[-1] and s not in spared}
 
     def _newest_complete(self, steps: Mapping[int, Path], count: int) -> list[int]:
         """Returns the newest complete steps, at most `count` of them, the newest first."""
@@ -182,12 +187,16 @@ class Checkpoints:
                 found.append(step)
         return found
 
-    def rank_best(self) -> list[tuple[int, float]]:
+    def rank_best(self, left_out: Container[int] = ()) -> list[tuple[int, float]]:
         """Returns step and metric of the `keep_best` best complete checkpoints, the best first."""
-        steps = self._steps() if self._keep_best else {}
+        steps = {step: path for step, path in self._steps().items() if self._keep_best and step not in left_out}
         rated = sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))
         complete = (pair for pair in rated if self._is_complete(steps[pair[0]]))
         return list(islice(complete, self._keep_best))
+
+    def has(self, step: int) -> bool:
+        """Says whether there is a complete checkpoint of a step."""
+        return step in self._steps() and self._is_complete(self._final(step))
 
     def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
         for step, path in steps.items():

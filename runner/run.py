@@ -147,8 +147,7 @@ def _make_session(
 
 def _begin(session: Session, record: RunRecord, accept: Callable[[], None], launch: str) -> None:
     accept()
-    session.leave_later()
-    record.start(name=session.experiment.name, ranks=num_ranks(), launch=launch)
+    session.start_record(name=session.experiment.name, ranks=num_ranks(), launch=launch)
 
 
 def _run(
@@ -195,7 +194,7 @@ def _watched(session: Session) -> contextlib.AbstractContextManager[None]:
 
 def _finish(session: Session, record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
     try:
-        record.finish(status, reason, last_step=session.loop.step, best=session.best.found)
+        record.finish(status, reason, last_step=session.loop.step, best=session.describe_best())
     except OSError as error:  # what ended the run is not to be hidden by it
         log.error("run.json can't be written: %s", error)
 

@@ -30,7 +30,8 @@ class RunRecord:
 
     Its top level tells of the run: `status` ("running", "finished", "quit", "interrupted", "preempted",
     "failed", or "crashed" where the process has gone without a word), `reason` (what ended it early), `started` and
-    `ended` (ISO 8601), `duration_s` of all sessions, `last_step`, `best`, and the latest session's host, pid,
+    `ended` (ISO 8601), `duration_s` of all sessions, `last_step`, `best` (its step null
+    without a checkpoint), and the latest session's host, pid,
     ranks, python, command, packages and git state. `sessions` has an entry for each start and each resume.
     """
 

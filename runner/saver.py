@@ -23,6 +23,7 @@ class Writer(Protocol):
         facts: Mapping[str, Any],
         metric: float | None,
         before_commit: Callable[[], None],
+        before_prune: Callable[[set[int]], bool],
         /,
     ) -> Path: ...
 
@@ -32,6 +33,7 @@ class Saver:
 
     Args:
         before_commit: called, in the thread, when all but the final name is on disk; what it raises fails the save.
+        before_prune: called, in the thread, with the steps to be removed; False keeps them.
         saved: called, in the thread, as saved(step, path).
         failed: called, in the thread, as failed(step, error). The next save tries anew.
     """
@@ -41,11 +43,13 @@ class Saver:
         checkpoints: Writer,
         *,
         before_commit: Callable[[], None],
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
         saved: Callable[[int, Path], None],
         failed: Callable[[int, Exception], None],
     ) -> None:
         self._checkpoints = checkpoints
-        self._before_commit, self._saved, self._failed = before_commit, saved, failed
+        self._before_commit, self._before_prune = before_commit, before_prune
+        self._saved, self._failed = saved, failed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._snapshots: dict[str, Snapshot] = {}
@@ -86,7 +90,7 @@ class Saver:
 
     def _commit(self, step: int, parts: Mapping[str, Snapshot], facts: Mapping[str, Any], metric: float | None) -> None:
         try:
-            path = self._checkpoints.save(step, parts, facts, metric, self._before_commit)
+            path = self._checkpoints.save(step, parts, facts, metric, self._before_commit, self._before_prune)
             self._error = None
             self._saved(step, path)
         except Exception as error:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from runner.silent import Silent
 from runner.tracking import Tracker
 from runner.utils import io
 from runner.utils.agenda import Action
-from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, together
+from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, of_leader, together
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.packing import Packed
 from runner.utils.train import Loop
@@ -82,10 +82,15 @@ class Session:
         self.saver: Any = Silent()
         if is_leader() or self.engines.is_sharded:
             self.saver = Saver(
-                self._writer(), before_commit=lambda: self.tracker.flush(), saved=self._saved, failed=self._save_failed
+                self._writer(),
+                before_commit=lambda: self.tracker.flush(),
+                before_prune=self._tell_best,
+                saved=self._saved,
+                failed=self._save_failed,
             )
         self.is_new, self.begins_again = found is None, False  # over what one left that saved nothing yet
         self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
+        self._has_lost_best = False  # its save has failed
         self.evaluation: dict[str, Any] | None = None
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
@@ -125,11 +130,41 @@ class Session:
 
         return sharded_checkpoint.share(self.checkpoints, self.experiment.settings["distributed"]["timeout_s"])
 
-    def leave_later(self) -> None:
-        """Removes checkpoints that a crash left half-written, or this run has left; its numbers are cut back later."""
+    def start_record(self, **facts: Any) -> None:
+        """Begins run.json's session, then removes the checkpoints that this run has left: it names none of them."""
         self.checkpoints.recover()
-        if not self.is_new:
+        later = set() if self.is_new else set(self.checkpoints.later(self.loop.step))
+        self.record.start(best=self.describe_best(later), **facts)
+        if later:
             self.checkpoints.leave(self.loop.step)
+
+    def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
+        """Returns the best evaluation as run.json names it: a step only where its checkpoint can be loaded.
+
+        With `keep_best` it is the best of those that can be loaded.
+
+        Args:
+            removed: steps of checkpoints that are about to be.
+        """
+        found = self.best.found
+        if not is_leader():  # whose disk it is
+            return found
+        is_there = found is not None and found["step"] not in removed and self.checkpoints.has(found["step"])
+        if found is None or is_there:
+            return found
+        if not self.experiment.trainer.keep_best:
+            return found | {"step": None}
+        ranked = self.checkpoints.rank_best(removed)
+        return self.best.describe(found["name"], *ranked[0]) if ranked else None
+
+    def _tell_best(self, removed: set[int]) -> bool:
+        """Has run.json name the best checkpoint that stays; says whether the others may go."""
+        try:
+            self.record.update(best=self.describe_best(removed))
+        except OSError as error:
+            self.log.error("run.json can't be written, so that older checkpoints stay: %s", error)
+            return False
+        return True
 
     def _begin(self) -> None:
         """Makes the numbers in the folder those of a run at this step."""
@@ -174,6 +209,8 @@ class Session:
         """
         with _told("the run's folder", RunError):
             together(self._begin if is_leader() else bool)
+            if self.experiment.trainer.keep_best and not self.is_new:
+                self.best.found = of_leader(self.describe_best)
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
@@ -294,6 +331,7 @@ class Session:
 
     def _save_failed(self, step: int, error: Exception) -> None:
         self.log.error("The checkpoint of step %d could not be written: %s", step, error)
+        self._has_lost_best |= self.best.found is not None and self.best.found["step"] == step
         if not self.folder.is_dir():
             self.loop.stop("failed")
 
@@ -320,7 +358,7 @@ class Session:
         if experiment.evaluation is None:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
-        self.agreement.together(bool)  # none of the ranks is in trouble
+        self._find_lost_best()
         numbers, shown = measure(
             self.engines, experiment.evaluation, experiment.report, seed=experiment.seed, step=step,
             is_cut=self._is_cut, together=self.agreement.together,
@@ -339,9 +377,23 @@ class Session:
             is_best = self.best.take(step, numbers)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if is_best:
-            with _told("run.json", Halt):
-                self.record.update(last_step=step, best=self.best.found)
+        if not is_best:
+            return
+        with _told("run.json", Halt):
+            if not experiment.trainer.keep_best:
+                self.record.update(last_step=step, best=self.describe_best())
+            elif "save" not in self.loop.agenda.owed:  # run.json names it when it is on disk
+                self.loop.agenda.owe("save")
+
+    def _take_lost_best(self) -> bool:
+        is_lost, self._has_lost_best = self._has_lost_best, False
+        return is_lost
+
+    def _find_lost_best(self) -> None:
+        """Goes back, where the best checkpoint could not be written, to the best that is on disk."""
+        is_lost = self.agreement.together(self._take_lost_best)[0]  # and none of the ranks is in trouble
+        if is_lost and self.experiment.trainer.keep_best:
+            self.best.found = self.agreement.together(lambda: self.describe_best() if is_leader() else None)[0]
 
     @property
     def progress(self) -> tuple[int, int]:

@@ -48,6 +48,7 @@ class ShardedCheckpoints:
         facts: Mapping[str, Any],
         metric: float | None = None,
         before_commit: Callable[[], None] | None = None,
+        before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
         """Commits a checkpoint, and prunes older ones; the arguments are those of `Checkpoints.save`.
 
@@ -61,7 +62,7 @@ class ShardedCheckpoints:
 
         def commit() -> Path:
             io.write_json(documents, partial / STRUCTURE, indent=None)
-            return self._checkpoints.commit(partial, step, facts, metric, before_commit)
+            return self._checkpoints.commit(partial, step, facts, metric, before_commit, before_prune)
 
         try:
             shards.write(tensors, partial / SHARDS, self._group)

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -447,6 +448,75 @@ def test_a_sweep_job_with_a_mistake_leaves_no_folder_and_the_others_run(project)
     assert len(project.runs) < 4
 
 
+OVERTRAINED = """
+
+class Over(Model):
+    # best after `best` steps; at step 4 the disk refuses, where it is asked to
+    def __init__(self, best=4, refuses=False):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.best, self.refuses = best, refuses
+
+    def forward(self, x, y):
+        if self.refuses and self.steps == 4 and not self.training:
+            os.rename("run/checkpoints", "run/away")
+            open("run/checkpoints", "w").close()
+            self.refuses = False
+        if self.training and os.path.isdir("run/away") and self.steps == 5:
+            os.remove("run/checkpoints")
+            os.rename("run/away", "run/checkpoints")
+        self.steps += self.training
+        return {**super().forward(x, y), "score": -((self.steps - self.best) ** 2)}
+"""
+KEEPS_BEST = ["model._target_=own.Over", "trainer.eval_every=2", "trainer.save_every=12", "trainer.keep_last=1"]
+KEEPS_BEST += ["trainer.keep_best=1", "trainer.best_metric=eval/score", "trainer.best_mode=max", "allow_targets=[own]"]
+
+
+def best_of(run):
+    """Returns what run.json says is best, once its checkpoint was loaded, and the steps of all checkpoints."""
+    best = json.loads((run / "run.json").read_text())["best"]
+    if best is not None and best["step"] is not None:
+        assert load(run / "checkpoints" / f"step_{best['step']:08d}")["model"]["steps"] == best["step"]
+    return best, sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
+
+
+@pytest.fixture
+def over_project(project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(OVERTRAINED)
+    return project
+
+
+@pytest.mark.parametrize("best", [0, 4, 12])
+def test_the_best_evaluation_is_saved_at_its_step(over_project, best):
+    over_project.run(*KEEPS_BEST, f"+model.best={best}", "hydra.run.dir=run", "trainer.save_every=0")
+    found, steps = best_of(over_project.folder / "run")
+    assert found == {"name": "eval/score", "value": 0.0, "step": best}
+    assert steps == [best]
+
+
+def test_a_best_checkpoint_that_the_disk_refused_is_named_nowhere_and_the_next_best_is_saved(over_project):
+    printed = over_project.run(*KEEPS_BEST, "+model.best=5", "+model.refuses=true", "hydra.run.dir=run")
+    assert "The checkpoint of step 4 could not be written" in printed
+    found, steps = best_of(over_project.folder / "run")
+    assert found == {"name": "eval/score", "value": -1.0, "step": 6}
+    assert steps == [6, 12]
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_named(over_project):
+    over_project.run(*KEEPS_BEST, "hydra.run.dir=run")
+    run = over_project.folder / "run"
+    assert best_of(run) == ({"name": "eval/score", "value": 0.0, "step": 4}, [4, 12])
+    over_project.copy("run", "other")
+    shutil.rmtree(run / "checkpoints" / "step_00000004")  # by hand
+    over_project.run("resume=run", "trainer.steps=14", "allow_targets=[own]")
+    assert best_of(run) == ({"name": "eval/score", "value": -64.0, "step": 12}, [12, 14])
+    over_project.run("resume=other", "trainer.steps=14", "trainer.keep_best=0", "allow_targets=[own]")
+    assert best_of(over_project.folder / "other") == ({"name": "eval/score", "value": 0.0, "step": None}, [14])
+    over_project.run("resume=run/checkpoints/step_00000012", "trainer.steps=12", "allow_targets=[own]")
+    assert best_of(run) == ({"name": "eval/score", "value": -64.0, "step": 12}, [12])
+
+
 UNSAVEABLE = """
 
 from collections import Counter, defaultdict
@@ -554,19 +624,16 @@ def test_state_of_any_kind_that_is_stored_goes_on_as_if_never_cut(odd_project, f
 
 
 def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(project):
-    names = {"own": ["trainer", "structure", "MANIFEST"], "other": ["a", "b", "c"]}
-    states = {}
-    for run, engines in names.items():
-        project.run(*(f"+engines.{name}={{}}" for name in engines), "trainer.steps=4", f"hydra.run.dir={run}")
-        project.run(f"resume={run}", "trainer.steps=6", "trainer.export_every=6")
-        states[run] = load(project.folder / run / "checkpoints" / "step_00000006")
-    facts = [state.pop("trainer.json") for state in states.values()]
-    assert [each["loop"] for each in facts] == [{"step": 6, "skipped": 0, "owed": []}] * 2
-    for own, other in zip(*names.values(), strict=True):
-        assert_equal(states["own"].pop(own), states["other"].pop(other))
-        assert_equal(states["own"].pop(f"{own}.optimizer"), states["other"].pop(f"{other}.optimizer"))
-        assert (project.folder / "own" / "exports" / f"{own}.safetensors").is_file()
-    assert states == {"own": {}, "other": {}}
+    names = ["trainer", "structure", "MANIFEST"]
+    engines = [f"+engines.{name}={{}}" for name in names]
+    project.run(*engines, "trainer.steps=6", "hydra.run.dir=whole")
+    project.run(*engines, "trainer.steps=4", "hydra.run.dir=cut")
+    project.run("resume=cut", "trainer.steps=6", "trainer.export_every=6")
+    whole, cut = (load(project.folder / run / "checkpoints" / "step_00000006") for run in ("whole", "cut"))
+    assert whole.keys() == {"trainer.json", *names, *(f"{name}.optimizer" for name in names)}
+    assert_equal(whole, cut)
+    exports = sorted(path.stem for path in (project.folder / "cut" / "exports").iterdir())
+    assert exports == sorted(names)
 
 
 @pytest.mark.slow
