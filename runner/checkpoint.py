@@ -20,7 +20,7 @@ from typing import Any
 from crc32c import crc32c
 
 from runner.utils import io
-from runner.utils.files import sync
+from runner.utils.files import make_folder, sync
 from runner.utils.packing import restore_raw, unpack
 
 MANIFEST = "MANIFEST.json"
@@ -92,7 +92,7 @@ class Checkpoints:
     def begin(self, step: int) -> Path:
         """Makes the folder that `commit` gives its final name; what is in it then is the checkpoint."""
         partial = self._beside(self._final(step), "partial")
-        _ensure_folder(self.folder)
+        make_folder(self.folder, self.folder.parent)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         return partial
@@ -346,11 +346,3 @@ def _measure(file: Path) -> dict[str, Any]:
         while chunk := stream.read(_CHUNK_BYTES):
             total = crc32c(chunk, total)
         return {"bytes": stream.tell(), "crc32c": f"{total:08x}"}
-
-
-def _ensure_folder(folder: Path) -> None:
-    """Makes a folder, but not the ones above it: a run's folder that was deleted stays deleted."""
-    try:
-        folder.mkdir(exist_ok=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(2, "the run's folder was deleted", str(folder.parent)) from None

@@ -76,7 +76,7 @@ def show(
     tracker: Any, log: logging.Logger, folder: Path, step: int, shown: Mapping[str, Any], *, writes: bool = True
 ) -> None:
     """Shows what a report gave: all in TensorBoard, texts in the log too, and sounds as files if it `writes`."""
-    from runner.utils.files import replace_file
+    from runner.utils.files import make_folder, replace_file
     from runner.utils.media import Audio
 
     for name, value in shown.items():
@@ -87,7 +87,7 @@ def show(
             tracker.audio(step, name, value)
             if writes:
                 path = folder / "audio" / f"{name.removeprefix('eval/')}-{step:08d}.wav"
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent, folder)
                 replace_file(path, [value.encode()])
                 log.info("%s: %s", name, path)
         else:

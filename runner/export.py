@@ -41,6 +41,7 @@ def write(
     """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
 
     Args:
+        folder: made where it does not exist, but not the one above it.
         facts: the metadata, beside the engine's name.
         dtype: of the floating-point tensors; None leaves each its own.
         writes: False only takes part in making weights whole that are spread over ranks.
@@ -48,12 +49,15 @@ def write(
         ValueError: a number that the dtype can't hold.
     """
     from runner.utils import io
+    from runner.utils.files import make_folder
 
     paths = []
     states = engines.export_states()
     for name, state in states.items() if writes else ():
         path = folder / f"{name}.safetensors"
-        io.save(_cast(state, dtype), path, {**facts, "engine": name})
+        weights = _cast(state, dtype)
+        make_folder(folder, folder.parent)
+        io.save(weights, path, {**facts, "engine": name})
         paths.append(path)
     return paths
 
@@ -154,8 +158,10 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
         engines = saved.build_engines(device, to_write=True)
     evaluation = last_evaluation(saved.run, saved.step)
     facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation, saved.fingerprint)
+    folder = folder or saved.run / "exports"
     try:
-        return write(engines, folder or saved.run / "exports", facts, getattr(torch, DTYPES[dtype]) if dtype else None)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return write(engines, folder, facts, getattr(torch, DTYPES[dtype]) if dtype else None)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
 

@@ -37,6 +37,7 @@ from runner.utils.utils import describe, is_signal
 from runner.watch import watched
 
 LOCK = ".lock"
+_BEGUN = "begun"
 Found = tuple[Path, dict[str, Any]]  # a checkpoint and its content
 
 
@@ -47,6 +48,7 @@ def run(
     store: Store | None = None,
     *,
     goes_on: bool = False,
+    lasting: Store | None = None,
     launch: str = "",
 ) -> int:
     """Runs a resolved config in its folder, on this rank; returns the exit status.
@@ -59,6 +61,7 @@ def run(
     Args:
         store: where the ranks of a run leave word for each other.
         goes_on: the folder holds the run already, which goes on from its newest whole checkpoint, or begins again.
+        lasting: a store that outlives the processes, where they are started again: it says whether the run has begun.
         launch: the same for each start of all ranks by one launcher.
     Raises:
         SystemExit: this rank has left the others, so that its process must end.
@@ -71,10 +74,12 @@ def run(
         signals = Signals()
         stack.enter_context(signals.taken())
         stack.callback(forget_compiled)
-        together(lambda: _hold(folder, stack, goes_on) if is_leader() else None)
+        together(lambda: _hold(folder, stack, goes_on, lasting) if is_leader() else None)
         if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
             settings = {**settings, "resume": str(folder)}
         session, record, log = _open(settings, folder, stack, accept, store, launch)
+        if lasting is not None and is_leader():
+            lasting.set(_BEGUN, "")
         session.begins_again = goes_on and session.is_new
         signals.connect(session.loop.stop)
         status, failure = _run(session, record, log, signals)
@@ -92,9 +97,10 @@ def _has_begun(folder: Path, resume: str | None, launch: str) -> bool:
     return (resume is None or is_of_this) and any((folder / "checkpoints").glob("step_*"))
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool) -> None:
+def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool, lasting: Store | None) -> None:
     try:
-        if goes_on:  # a start that was cut before the run had begun has removed it
+        # A start that was cut before the run began has removed the folder. A later one was deleted, and stays so.
+        if goes_on and not (lasting is not None and lasting.check([_BEGUN])):
             folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(held(folder / LOCK))
     except BlockingIOError:

@@ -73,13 +73,19 @@ class Joined:
         from torch.distributed import PrefixStore
 
         self._num_jobs += 1
-        store = PrefixStore(f"attempt/{self.place.restarts}/job/{self._num_jobs}", self._store)
-        return work(handover, self.place, store)
+        job = f"job/{self._num_jobs}"
+        store = PrefixStore(f"attempt/{self.place.restarts}/{job}", self._store)
+        return work(handover, self.place, store, PrefixStore(job, self._store))
 
 
-def work(handover: Handover, place: Place | None = None, store: Store | None = None) -> int:
+def work(
+    handover: Handover, place: Place | None = None, store: Store | None = None, lasting: Store | None = None
+) -> int:
     """Runs this process's share of a run; returns the exit status.
 
+    Args:
+        store: of this start of all ranks.
+        lasting: of the job, over all its starts.
     Raises:
         ConfigError: a mistake of the user's, on whichever rank.
         LostError: another rank is gone.
@@ -96,7 +102,7 @@ def work(handover: Handover, place: Place | None = None, store: Store | None = N
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            return run.run(*given, words, goes_on=goes_on, launch=handover.name)
+            return run.run(*given, words, goes_on=goes_on, lasting=lasting, launch=handover.name)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None

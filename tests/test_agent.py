@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -110,6 +111,23 @@ def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(r"rank 1 ended with SIGKILL, after 0 restarts; go on with resume=.*/run", printed)
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_again(project):
+    process = project.start(*DDP, *LONG, "trainer.steps=100000")
+    run = project.folder / "run"
+    wait_for(run / "metrics.jsonl", b'"step": 5,')
+    workers = workers_of(process).values()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # none of them finds out, and ends the run, before the other is killed
+    shutil.rmtree(run)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, printed
+    assert "run: can't be written to (No such file or directory)" in printed
+    assert not run.exists()
 
 
 def test_a_killed_launcher_leaves_no_worker_behind(project):

@@ -108,6 +108,7 @@ def test_a_second_start_on_a_folder_leaves_what_the_first_is_doing_alone(project
     wait_for_file(project.folder / "run" / ".lock")
     printed = project.run("hydra.run.dir=run", "seed=2", status=2)
     assert "another process runs there" in printed
+    (project.folder / "built").touch()
     first.communicate(timeout=60)
     assert first.returncode == 0
     assert "seed: 1" in (project.folder / "run" / ".hydra" / "config.yaml").read_text()
@@ -389,6 +390,76 @@ def test_a_run_folder_that_was_deleted_ends_the_run_and_stays_deleted(project):
     assert "Traceback" not in printed
     assert "error: The run ends: the run's numbers can't be written" in printed
     assert not (project.folder / "run").exists()
+
+
+DELETES_ITS_FOLDER = """
+import re, shutil, sys, threading
+from pathlib import Path
+
+RUN = Path("run").resolve()
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+def name_of(event, args):
+    # the kind of a file operation in the run's folder, such as "saver: os.mkdir checkpoints", or None
+    if event not in ("open", "os.mkdir") or not isinstance(args[0], (str, os.PathLike)):
+        return None
+    path = Path(os.fspath(args[0])).absolute()
+    if not path.is_relative_to(RUN) or (event == "open" and not (args[2] or 0) & WRITING):
+        return None
+    place = re.sub(r"[0-9a-f]{16}|[0-9]+", "N", str(path.relative_to(RUN)))
+    return f"{threading.current_thread().name}: {event} {place}"
+
+
+class DeletesItsFolder(Model):
+    def __init__(self):
+        super().__init__()
+        seen, chosen = set(), os.environ.get("OWN_DELETES_BEFORE")
+
+        def watch(event, args):
+            name = name_of(event, args)
+            if name is None or name in seen:
+                return
+            seen.add(name)
+            if chosen is None:
+                with open("operations", "a") as file:
+                    file.write(name + chr(10))
+            elif name == chosen:
+                os.rename(RUN, "gone")
+                shutil.rmtree("gone")
+
+        sys.addaudithook(watch)
+
+
+def sounds(module, dataset):
+    from runner.utils.media import Audio
+
+    return {"loud/tone": Audio(torch.zeros(100), 8000)}
+"""
+
+
+@pytest.mark.slow
+def test_no_file_operation_brings_a_deleted_run_folder_back(project, monkeypatch):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(DELETES_ITS_FOLDER)
+    every = [f"trainer.{name}_every=2" for name in ("save", "eval", "export")]
+    overrides = ["hydra.run.dir=run", "model._target_=own.DeletesItsFolder", "report._target_=own.sounds"]
+    overrides += [*every, "trainer.steps=2"]
+    project.run(*overrides)
+    shutil.rmtree(project.folder / "run")
+    operations = (project.folder / "operations").read_text().splitlines()
+    assert {
+        "MainThread: os.mkdir .hydra", "MainThread: os.mkdir audio", "MainThread: os.mkdir exports",
+        "saver: os.mkdir checkpoints", "run record: open .N.tmp", "tracker: open metrics.jsonl",
+    } <= {*operations}  # fmt: skip
+    assert not [name for name in operations if name.endswith("os.mkdir .")]
+    for name in operations:
+        monkeypatch.setenv("OWN_DELETES_BEFORE", name)
+        # run.json is written once more by a thread of its own, at any time: all else may be done by then
+        printed = project.run(*overrides, status=(0, 1) if name.startswith("run record") else (1, 2))
+        assert "Traceback" not in printed, name
+        assert "can't be written" in printed, name
+        assert not (project.folder / "run").exists(), name
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_built(project):

@@ -81,10 +81,10 @@ class EagerFile:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path beside `path` to write to, which takes its place, flushed to disk, when the block ends well.
 
-    Parent folders are made and links followed. Where the block raises, the old file stays and the new one goes.
+    Links are followed. Where the block raises, the old file stays and the new one goes. The folder must exist: a
+    writer that made it would bring back one that was deleted while the program ran.
     """
     final = Path(os.path.realpath(path))
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -102,10 +102,22 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         OSError: naming the file, when its folder is gone or it can't be written; the old content then stays.
     """
-    with _naming(path):
-        os.stat(path.parent)  # a folder that was deleted does not come back with one file in it
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            file.writelines(chunks)
+    with _naming(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(chunks)
+
+
+def make_folder(folder: Path, run: Path) -> None:
+    """Makes a folder below a run's folder, and those between, but never the run's: once deleted, it stays deleted.
+
+    Raises:
+        FileNotFoundError: the run's folder does not exist.
+    """
+    if folder.parent != run:
+        make_folder(folder.parent, run)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(2, "the run's folder was deleted", str(run)) from None
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.utils.files import AppendFile, held, replace_file
+from runner.utils.files import AppendFile, held, make_folder, replace_file
 
 
 def test_what_was_appended_is_visible_at_once_and_kept_by_the_next(tmp_path: Path) -> None:
@@ -46,6 +46,17 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         AppendFile(path)
     assert caught.value.filename == str(path)
+
+
+def test_a_folder_is_made_below_a_runs_folder_that_exists_and_never_that_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="the run's folder was deleted"):
+        make_folder(run / "audio" / "loud", run)
+    assert not run.exists()
+    run.mkdir()
+    for _ in range(2):
+        make_folder(run / "audio" / "loud", run)
+    assert (run / "audio" / "loud").is_dir()
 
 
 def test_appending_to_a_deleted_file_is_an_error(tmp_path: Path) -> None:
