@@ -43,7 +43,7 @@ _MAX_JSON_DIGITS = 4300  # of an integer: Python reads no longer ones
 
 
 def save(value: Any, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Stores `value` at `path`, as `.pt`/`.pth` or `.sft`/`.safetensors`, whole or not at all.
+    """Stores `value` at `path`, as `.pt`/`.pth` or `.sft`/`.safetensors`, whole or not at all, in a folder that exists.
 
     A `Snapshot` is stored as the value that it is of.
     `metadata`, string to string, lies beside the value; `read_metadata` gives it back.

@@ -533,11 +533,20 @@ def test_a_container_used_twice_comes_back_as_two(suffix):
 def test_the_path_asked_for_is_the_path(suffix, tmp_path):
     (tmp_path / "v1.pt").write_bytes(b"another")
     (tmp_path / "v1.safetensors").write_bytes(b"another")
-    path = tmp_path / "runs" / "of today" / f"v1.5{suffix}"
+    path = tmp_path / "runs of today" / f"v1.5{suffix}"
+    path.parent.mkdir()
     io.save({"a": 1}, str(path))
     assert io.load(path) == {"a": 1}
     assert os.listdir(path.parent) == [f"v1.5{suffix}"]
     assert (tmp_path / "v1.pt").read_bytes() == (tmp_path / "v1.safetensors").read_bytes() == b"another"
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.sft", "model.json"])
+def test_a_folder_that_does_not_exist_is_an_error_and_is_not_made(name, tmp_path):
+    path = tmp_path / "deleted" / name
+    with pytest.raises(FileNotFoundError):
+        (io.write_json if path.suffix == ".json" else io.save)({}, path)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["v1.5", "model", "model.PT", "model.json", ".pt", "model.pt.bak"])
@@ -886,7 +895,7 @@ json_values = st.recursive(
 @given(json_values, st.sampled_from([None, 0, 2]))
 def test_json_comes_back_in_type_and_value(value, indent):
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "deep", "v1.5")
+        path = Path(folder, "v1.5")
         io.write_json(value, path, indent)
         assert same(io.read_json(path), without_nan_payloads(value))
         assert path.read_bytes().endswith(b"\n")
