@@ -189,6 +189,7 @@ def _make_engines(
         if name in trained:
             optimizer = _make_optimizer(plain, place + "optimizer", settings["optimizer"], named)
             step_eagerly(optimizer)
+            _explained(place + "optimizer", partial(layout.check_optimizer, optimizer))
             metric = _metric_of(settings["scheduler"])
             scheduler = _make_scheduler(plain, place + "scheduler", settings["scheduler"], optimizer)
             _check_steps(plain, place, optimizer, scheduler, metric, is_run=agreement is not None)

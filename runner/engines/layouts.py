@@ -53,6 +53,9 @@ class Alone:
     def place(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place: an optimizer is made of what they are then."""
 
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Checks that an optimizer updates the weights as they lie."""
+
     def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with.
 

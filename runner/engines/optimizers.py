@@ -54,6 +54,46 @@ class Joined(Optimizer):
         self._share_groups()
 
 
+class Muon(torch.optim.Muon):
+    """Torch's, of matrices that are spread over the ranks: each is made whole in turn to be orthogonalized.
+
+    Products of parts, which torch would add up in bf16, round to other updates than one process has.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates the matrices; a closure runs once, before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.param_groups = [{**group, "params": [parameter]}]
+                        self._step_whole(parameter)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def _step_whole(self, parameter: Any) -> None:
+        spread, state = parameter.grad, self.state[parameter]
+        parameter.grad = _as_whole(spread)
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = _as_whole(state["momentum_buffer"])
+        super().step()
+        parameter.grad = spread
+        state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=parameter.placements)
+
+
+def _as_whole(spread: Any) -> Any:
+    """Returns a DTensor that every rank has the whole of."""
+    from torch.distributed.tensor import Replicate
+
+    return spread.redistribute(placements=[Replicate()] * spread.device_mesh.ndim)
+
+
 def muon(
     params: Iterable[tuple[str, Tensor]],
     *,
@@ -78,7 +118,8 @@ def muon(
         (matrices if is_hidden else rest).append((name, parameter))
     optimizers: list[Optimizer] = []
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
+        kind = Muon if any(is_spread(parameter) for _, parameter in matrices) else torch.optim.Muon
+        optimizers.append(kind(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
     if rest:
         first, second = adamw_betas
         optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(first, second), weight_decay=weight_decay))

@@ -30,6 +30,11 @@ from runner.utils import distributed
 from runner.utils.blocks import find_blocks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WHOLE_ALONE = {  # libraries whose optimizers can't update parts of weights
+    "prodigyopt": "it sums over all parameters, and would sum over one rank's parts of them",
+    "dadaptation": "it sums over all parameters, and would sum over one rank's parts of them",
+    "bitsandbytes": "its kernels don't know parts of weights",
+}
 _BY_BLOCK = ("param_dtype", "reduce_dtype", "output_dtype", "reshard_after_forward")
 
 
@@ -42,8 +47,9 @@ class FSDP(Alone):
         reshard_after_forward: weights are given up after forward and gathered again for backward.
         param_dtype: of the gathered weights, and so of the arithmetic: fp32, bf16, fp16; None leaves them.
         reduce_dtype: of gradients while they are exchanged; None is that of the weights.
-        output_dtype: what a block's outputs are cast to; None leaves them.
-        offload_to_cpu: parts lie on the CPU, and are moved where they are needed.
+        output_dtype: what the module's outputs, or those of a block that has this key, are cast to; None leaves them. A
+            block of another param_dtype than the rest returns that of the rest.
+        offload_to_cpu: parts lie on the CPU, and are moved to an accelerator where they are needed.
         forward_methods: of the module, beside forward, that use its weights, such as generate.
     """
 
@@ -85,16 +91,28 @@ class FSDP(Alone):
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         first = next(module.parameters(), None)
+        if self._offloads and first is not None and first.device.type == "cpu":
+            reason = "expected an accelerator to move them to, found the cpu"
+            raise ValueError(f"offload_to_cpu=true: parts lie in host memory: {reason}; set it to false")
         mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.num_ranks(),))
         for glob, blocks in found.items():
+            settings = self._of_block((self._blocks or {}).get(glob, {}), first)
             for block in blocks.values():
-                fully_shard(block, mesh=mesh, **self._arguments((self._blocks or {}).get(glob, {})))
+                fully_shard(block, mesh=mesh, **self._arguments(settings))
         # What stands in no block stays gathered after forward: backward begins with it.
         self._module = fully_shard(module, mesh=mesh, **self._arguments({"reshard_after_forward": False}))
         for method in self._methods:
             if not hasattr(module, method):
                 raise ValueError(f"forward_methods: {type(module).__name__} has no {method!r}")
             register_fsdp_forward_method(module, method)
+
+    def _of_block(self, changes: Mapping[str, Any], first: Tensor | None) -> dict[str, Any]:
+        """Returns what a block has otherwise: it returns the dtype that the rest computes in, unless that is given."""
+        around = self._settings["param_dtype"]
+        is_same = changes.get("param_dtype", around) == around
+        if around is None and first is not None:
+            around = next((name for name, dtype in _DTYPES.items() if dtype is first.dtype), None)
+        return {"output_dtype": None if is_same else around, **changes}
 
     def _arguments(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         settings = self._settings | dict(changes)
@@ -104,6 +122,18 @@ class FSDP(Alone):
             "mp_policy": MixedPrecisionPolicy(**dtypes),
             **({"offload_policy": CPUOffloadPolicy()} if self._offloads else {}),
         }
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Checks that an optimizer updates parts of weights as it would the whole ones.
+
+        Raises:
+            ValueError: naming it, and why it does not.
+        """
+        for part in getattr(optimizer, "optimizers", None) or [optimizer]:
+            reason = _WHOLE_ALONE.get(type(part).__module__.partition(".")[0])
+            if reason is not None and self._module is not None:
+                remedy = "choose distributed=ddp, or another optimizer"
+                raise ValueError(f"{type(part).__name__} under FSDP: {reason}; {remedy}")
 
     def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with: the module itself does what is to be done."""
