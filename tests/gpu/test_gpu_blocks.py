@@ -19,7 +19,19 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from runner.utils import unsloth
 from runner.utils.offload import Offloader
-from tests.block_cases import CASES, WIDTH, Mlp, Model, Several, assert_equal, learned, made, noise, total
+from tests.block_cases import (
+    CASES,
+    WIDTH,
+    Mlp,
+    Model,
+    Several,
+    assert_equal,
+    learned,
+    made,
+    noise,
+    skip_without_kernel,
+    total,
+)
 from tests.gpu.accelerator import (
     DEVICE,
     HAS_GPU,
@@ -56,6 +68,7 @@ def test_a_wrapped_model_learns_the_same_to_the_bit(
     if case == "lstm" and dtype is torch.float16:
         pytest.skip("torch has no fp16 LSTM on the CPU")
     model, given = made(case, DEVICE)
+    skip_without_kernel(model, given, dtype)
     twin, same = made(case, DEVICE)
     transport = wrap(accelerator, model, how, keep_last=0, in_flight=1)
     for _ in range(2):  # statistics go on

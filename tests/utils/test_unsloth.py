@@ -16,7 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runner.utils import unsloth
 from runner.utils.offload import Offloader
-from tests.block_cases import CASES, WIDTH, Mlp, Model, Several, assert_equal, learned, made, noise, total
+from tests.block_cases import (
+    CASES,
+    WIDTH,
+    Mlp,
+    Model,
+    Several,
+    assert_equal,
+    learned,
+    made,
+    noise,
+    skip_without_kernel,
+    total,
+)
 from tests.lazy_device import LazyDevice
 
 ENGINES = ["recomputed", "offloaded"]
@@ -39,6 +51,7 @@ def wrapped(model: nn.Module, how: str, **settings: Any) -> LazyDevice | None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_wrapped_model_learns_the_same_to_the_bit(case: str, dtype: torch.dtype | None, how: str) -> None:
     model, given = made(case)
+    skip_without_kernel(model, given, dtype)
     twin = copy.deepcopy(model)
     device = wrapped(model, how, keep_last=0, in_flight=1)
     for _ in range(2):  # statistics go on
