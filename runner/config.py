@@ -175,6 +175,9 @@ def _batch_mistakes(cfg: DictConfig) -> list[str]:
     if cfg.trainer.eval_every and cfg.data.eval is None:
         every = cfg.trainer.eval_every
         return [f"trainer.eval_every={every}: data.eval has no dataset; add one, or set trainer.eval_every=0"]
+    if cfg.trainer.keep_best and not cfg.trainer.eval_every:
+        every, best = "trainer.eval_every=0", f"trainer.keep_best={cfg.trainer.keep_best}"
+        return [f"{best}: {every} evaluates nothing that could be best; set trainer.eval_every=100, or keep_best=0"]
     return []
 
 

@@ -175,6 +175,9 @@ def _run(
     except RunError as error:
         reason = str(error)
         log.error("The run ends: %s", error)
+    except ConfigError as error:  # whoever started the run prints it
+        reason = str(error)
+        raise
     except BaseException as error:
         if is_signal(error):
             status, number = meaning_of(error)
@@ -182,7 +185,7 @@ def _run(
             return 128 + number, None
         reason = describe(error)
         log.error("The run failed: %s", reason, exc_info=True)
-        if isinstance(error, (ConfigError, RankError, LostError)):
+        if isinstance(error, (RankError, LostError)):
             raise
         return STATUSES["failed"], error
     finally:

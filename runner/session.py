@@ -217,7 +217,8 @@ class Session:
             with _lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
                 if stdin := experiment.tracking.stdin:
                     self.dialogue.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
-                if self.is_new and experiment.trainer.eval_at_start and experiment.evaluation:
+                is_evaluated = experiment.evaluation is not None and experiment.trainer.eval_every > 0
+                if self.is_new and is_evaluated and experiment.trainer.eval_at_start:
                     self.loop.agenda.owe("eval")
                 status = self._train_together()
         except BaseException:

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+from conftest import read_metrics, shared_zygote
+from ranks import Ranks
+
+from runner.utils import io
+
+
+def evaluations(run):
+    return [line["step"] for line in read_metrics(run) if "eval/loss" in line]
+
+
+def test_eval_every_0_leaves_out_every_evaluation_but_a_typed_one(project):
+    settings = ["trainer.eval_every=0", "trainer.export_every=6", "trainer.steps=6"]
+    project.run("hydra.run.dir=run", *settings, "trainer.eval_at_start=true")
+    assert evaluations(project.folder / "run") == []
+    assert json.loads((project.folder / "run" / "run.json").read_text())["best"] is None
+    facts = io.read_metadata(project.folder / "run" / "exports" / "model.safetensors")
+    assert json.loads(facts["metrics"]) == {"best": None, "evaluation": None}
+    project.run("hydra.run.dir=typed", *settings, typed="eval@3\n")
+    assert evaluations(project.folder / "typed") == [3]
+    (numbers,) = [line for line in read_metrics(project.folder / "typed") if "eval/loss" in line]
+    assert json.loads((project.folder / "typed" / "run.json").read_text())["best"]["value"] == numbers["eval/loss"]
+
+
+def test_the_best_of_no_evaluations_is_refused(project):
+    printed = project.run("hydra.run.dir=run", "trainer.eval_every=0", "trainer.keep_best=2", status=2)
+    assert printed.startswith("trainer.keep_best=2: trainer.eval_every=0 evaluates nothing that could be best; set")
+    assert printed.count("\n") == 1
+    assert not (project.folder / "run").exists()
+
+
+def test_a_best_metric_that_the_evaluation_at_start_lacks_is_told_once_before_the_first_step(project):
+    printed = project.run("hydra.run.dir=run", "trainer.best_metric=eval/nope", status=2)
+    told = "trainer.best_metric=eval/nope: was not evaluated; there are: eval/loss, eval/error, eval/number"
+    assert printed.count(told) == 1
+    assert "Traceback" not in printed
+    assert not [line for line in read_metrics(project.folder / "run") if "train/loss" in line]
+    record = json.loads((project.folder / "run" / "run.json").read_text())
+    assert (record["status"], record["sessions"][-1]["reason"]) == ("failed", told)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_best_metric_that_a_later_evaluation_lacks_ends_the_run_with_its_steps_saved(project, count):
+    settings = ["trainer.eval_at_start=false", "trainer.save_every=0", "trainer.export_every=0", "trainer.keep_best=1"]
+    project.run("hydra.run.dir=whole", *settings)
+    wrong = ["hydra.run.dir=run", *settings, "trainer.best_metric=eval/nope"]
+    if count == 1:
+        printed = project.run(*wrong, status=1)
+    else:
+        ranks = ["distributed=ddp", "distributed.device=cpu"]
+        printed = Ranks(shared_zygote()).run(project.folder, count, *project.command[3:], *wrong, *ranks, status=1)
+    assert printed.count("trainer.best_metric=eval/nope: was not evaluated; there are: eval/loss, eval/error") == 1
+    assert "Traceback" not in printed
+    assert [path.name for path in (project.folder / "run" / "checkpoints").glob("step_*")] == ["step_00000006"]
+    project.run("resume=run", "trainer.best_metric=null", *(["distributed=single"] if count == 2 else []))
+    whole, resumed = (read_metrics(project.folder / run) for run in ("whole", "run"))
+    assert evaluations(project.folder / "run") == evaluations(project.folder / "whole") == [6, 12]
+    if count == 1:
+        assert [line.get("train/loss") for line in resumed] == [line.get("train/loss") for line in whole]
+        assert [line.get("eval/loss") for line in resumed] == [line.get("eval/loss") for line in whole]
