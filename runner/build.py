@@ -34,6 +34,7 @@ from runner.utils.altered import Changes
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
 from runner.utils.generators import HeldGenerators
+from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.place import find_place
 from runner.utils.utils import mix
 
@@ -433,7 +434,8 @@ def _explained(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
         hint = _hint_at_numbers(node) if isinstance(cause, TypeError) else ""
-        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}{hint}") from error
+        remedy = f"; {describe_limit()}" if is_out_of_files(cause) else ""
+        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}{hint}{remedy}") from error
 
 
 def _hint_at_numbers(node: Mapping[str, Any] | None) -> str:

@@ -102,6 +102,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
     """
     from runner import build
     from runner.utils.distributed import kept_generators
+    from runner.utils.open_files import describe_limit, is_out_of_files
 
     plain = saved.plain
     if plain["data"]["eval"] is None:
@@ -120,6 +121,10 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
             return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
         except ValueError as error:
             raise ConfigError(f"{saved.path}: {error}") from error
+        except Exception as error:
+            if is_out_of_files(error):
+                raise ConfigError(f"{saved.path}: {error}; {describe_limit()}") from error
+            raise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from runner.utils import io
 from runner.utils.agenda import Action
 from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, of_leader, together
 from runner.utils.mishaps import Halt, Policy
+from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.packing import Packed
 from runner.utils.train import Loop
 from runner.utils.utils import describe, is_signal
@@ -331,7 +332,8 @@ class Session:
             self.record.update(last_step=step)
 
     def _save_failed(self, step: int, error: Exception) -> None:
-        self.log.error("The checkpoint of step %d could not be written: %s", step, error)
+        remedy = f"; {describe_limit()}" if is_out_of_files(error) else ""
+        self.log.error("The checkpoint of step %d could not be written: %s%s", step, error, remedy)
         self._has_lost_best |= self.best.found is not None and self.best.found["step"] == step
         if not self.folder.is_dir():
             self.loop.stop("failed")
@@ -421,5 +423,6 @@ def _told(what: str, as_error: type[Exception]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "what was saved before is whole: make room or the folder writable, then resume"
+        action = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
+        remedy = f"what was saved before is whole: {action}, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error

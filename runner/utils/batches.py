@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 
 from runner.utils.distributed import seed_all
 from runner.utils.generators import HeldGenerators
+from runner.utils.open_files import end_worker_without_files
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
 
 _CPU = torch.device("cpu")
@@ -109,8 +110,11 @@ class Batches:
             if self._stream is None:
                 self._stream = self._start()
             batch = opened(next(self._stream))
-        except BaseException:
+        except BaseException as error:
+            is_from_worker = isinstance(error, (EOFError, ConnectionError)) and not str(error).startswith("Caught ")
             self.close()
+            if self._num_workers and is_from_worker:
+                raise RuntimeError(f"DataLoader worker (pid unknown) has closed its connection: {error!r}") from error
             raise
         ordinal = self._delivered[1]
         self._delivered, self.weight = self._drawn.popleft()
@@ -190,7 +194,7 @@ class Batches:
             # The loader draws its workers' base seed: not from the global generator.
             generator=generator,
             prefetch_factor=self._prefetch_factor if self._num_workers else None,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=start_worker,
         )
         return iter(loader)
 
@@ -384,7 +388,7 @@ class EvaluationData:
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else it draws from the global one
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=start_worker,
         )
         for number, batch, (_, indices) in zip(numbers, loader, own, strict=True):
             yield number, opened(batch), len(indices) if number < len(draws) else 0
@@ -394,6 +398,12 @@ def die_with_parent() -> None:
     """Has the kernel kill this process when the one that forked it dies, however; where it is no Linux, nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
+def start_worker(worker: int) -> None:
+    """Prepares a loader worker for signals, and for a lack of files to send batches by."""
+    ignore_interrupts(worker)
+    end_worker_without_files(worker)
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -1,6 +1,6 @@
 """What goes wrong in a step without being a mistake in the program, and what is to become of the step then.
 
-Imports `memory` of its siblings.
+Imports `memory` and `open_files` of its siblings.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.utils import memory
+from runner.utils.open_files import describe_limit, is_out_of_files
 
 _DEAD_WORKER = "DataLoader worker (pid"
 
@@ -57,6 +58,9 @@ def explain(error: BaseException, when: str, device: torch.device) -> str | None
         first = (str(error).splitlines() or [""])[0]
         remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
         return f"Out of memory {when}: {memory.describe(device)}; {remedy} ({type(error).__name__}: {first})"
+    if not isinstance(error, Halt) and is_out_of_files(error):
+        found = (str(error).splitlines() or [""])[-1]
+        return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {found})"
     if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
         return f"A loader worker died {when}: {error}"
     return None

@@ -17,6 +17,7 @@ from runner.utils.agreement import Agreement, Word
 from runner.utils.distributed import LostError
 from runner.utils.memory import Peak
 from runner.utils.mishaps import Cut, Halt, Policy, explain
+from runner.utils.open_files import Reserve
 from runner.utils.pace import Pace
 from runner.utils.steps import Steps, Stream, Trained, tell
 from runner.utils.utils import describe, is_signal
@@ -106,6 +107,7 @@ class Loop:
         self._shown: dict[str, float] = {}
         self._peak = Peak(engines.device)
         self.pace = Pace()
+        self._reserve = Reserve()
 
     def stop(self, reason: str) -> None:
         """Ends the loop at the next step boundary, for the first reason given; a signal handler may call it.
@@ -156,6 +158,7 @@ class Loop:
             BaseException: what a part of the program raised; saved likewise.
         """
         self.pace.begin(*self._done())
+        self._reserve.open()
         try:
             self._do_owed()
             while self.step < self.steps and self._stop is None:
@@ -178,6 +181,8 @@ class Loop:
                 if reason is None:
                     raise
                 raise Halt(reason) from error
+        finally:
+            self._reserve.close()
         if self._stop is None:
             return "finished"
         self._save_last()
@@ -203,6 +208,7 @@ class Loop:
             self._warn(f"The state of step {self.step} can't be saved: {describe(second)}")
 
     def _save_last(self) -> None:
+        self._reserve.close()
         if "save" in self.agenda.actions and self._saved_at != self.step:
             self.do("save")
             self.agreement.together(bool)  # it has failed on none

@@ -1,0 +1,146 @@
+import errno
+import os
+import resource
+
+import pytest
+import torch
+from conftest import read_metrics
+
+from runner import checkpoint
+from runner.utils.mishaps import Halt, explain
+from runner.utils.open_files import Reserve, is_out_of_files
+
+
+def raised_from(cause):
+    try:
+        raise KeyError("x") from cause
+    except KeyError as error:
+        return error
+
+
+REAL = [
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/dev/null"),
+    OSError(errno.ENFILE, os.strerror(errno.ENFILE)),
+    RuntimeError("received 0 items of ancdata"),
+    OSError("Caught OSError in DataLoader worker process 0.\nOSError: [Errno 24] Too many open files: 'a'"),
+    RuntimeError("unable to open shared memory object </torch_1_2_3> in read-write mode: Too many open files (24)"),
+    RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 24. Details are lost"),
+    raised_from(OSError(errno.EMFILE, "x")),
+]
+
+
+@pytest.mark.parametrize("error", REAL, ids=str)
+def test_an_error_of_too_many_open_files_is_told_with_the_limit_and_a_remedy(error):
+    told = explain(error, "in step 3", torch.device("cpu"))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert told.startswith(f"Too many open files in step 3: at most {limit} may be open; raise the limit (ulimit -n)")
+    assert "data.num_workers=0" in told
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), FileNotFoundError("a"), RuntimeError("exit code 1"), KeyError("ancdata")]
+)
+def test_another_error_is_none_of_it(error):
+    assert not is_out_of_files(error)
+    assert explain(error, "in step 3", torch.device("cpu")) is None
+
+
+def test_what_was_explained_is_not_explained_again():
+    halt = Halt("Too many open files")
+    halt.__cause__ = REAL[0]
+    assert explain(halt, "after step 3", torch.device("cpu")) is None
+
+
+def num_open():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts the descriptors that Linux lists")
+def test_a_reserve_gives_its_files_back_and_a_full_process_can_hold_none():
+    before, reserve = num_open(), Reserve()
+    reserve.open()
+    assert num_open() >= before + 8
+    reserve.close()
+    reserve.close()
+    assert num_open() == before
+
+
+FILES = """
+
+import resource
+
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (130, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+LEAKED = []
+
+
+class Keeping(nn.Module):
+    def __init__(self, leaks=False):
+        super().__init__()
+        self.w, self.kept, self.leaks = nn.Parameter(torch.zeros(())), [], leaks
+        limit()
+
+    def forward(self, **parts):
+        if self.leaks:
+            LEAKED.extend(open("/dev/null") for _ in range(9))
+        self.kept.append(parts)
+        return (self.w - sum(part.mean() for part in parts.values())).square()
+
+
+class Wide(torch.utils.data.Dataset):
+    def __init__(self, length=64, width=1, num_leaked=0, num_opened=0):
+        self.width, self.num_leaked = width, num_leaked
+        if num_opened:
+            limit()
+        self.opened = [open("/dev/null") for _ in range(num_opened)]
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        LEAKED.extend(open("/dev/null") for _ in range(self.num_leaked))
+        return {str(part): torch.ones(3) * index for part in range(self.width)}
+"""
+
+LACKS = {
+    "batches of workers are kept": ["+data.train.width=20", "data.num_workers=1"],
+    "a worker has too few to send a batch": ["+data.train.width=150", "data.num_workers=1"],
+    "the dataset leaks in a worker": ["+data.train.num_leaked=1", "data.num_workers=1"],
+    "the dataset leaks": ["+data.train.num_leaked=1"],
+    "the model leaks": ["+model.leaks=true"],
+    "the evaluation's dataset leaks": [
+        "data.eval._target_=own.Wide",
+        "+data.eval.num_leaked=3",
+        "trainer.eval_every=2",
+    ],
+}
+
+
+@pytest.fixture
+def limited(project):
+    with (project.folder / "own.py").open("a") as file:
+        file.write(FILES)
+    return project
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_run_without_a_file_left_saves_what_it_has_done_and_tells_the_remedy(limited, lack):
+    argv = ["model._target_=own.Keeping", "data.train._target_=own.Wide", "data.eval._target_=own.Wide"]
+    argv += ["trainer.eval_every=0", "trainer.steps=100", "trainer.save_every=0", "hydra.run.dir=run"]
+    printed = limited.run(*argv, *LACKS[lack], status=1)
+    assert printed.count("error: The run ends: ") == 1
+    assert "at most 130 may be open; raise the limit (ulimit -n)" in printed.partition("error: The run ends: ")[2]
+    assert "Traceback" not in printed
+    (saved,) = (limited.folder / "run" / "checkpoints").glob("step_*")
+    done = [line["step"] for line in read_metrics(limited.folder / "run") if "train/loss" in line]
+    assert checkpoint.load(saved)[checkpoint.FACTS]["loop"]["step"] == max(done, default=0)
+
+
+def test_a_dataset_that_opens_too_many_files_at_start_is_told_by_its_key(limited):
+    printed = limited.run("data.train._target_=own.Wide", "+data.train.num_opened=200", status=2)
+    assert (
+        "data.train: [Errno 24] Too many open files: '/dev/null'; at most 130 may be open; raise the limit" in printed
+    )
