@@ -11,6 +11,7 @@ audiocraft.modules.codebooks_patterns, https://github.com/facebookresearch/audio
 """
 
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,10 +100,14 @@ class Delayed(PatternProvider):
 class Unrolled(PatternProvider):
     """Codebook k at inner step `flattening[k]` of its timestep, by default k. S = 1 + T x (max(flattening) + 1).
 
-    Those of one inner step stand in parallel. An inner step that no codebook has is an empty step. `delays[k]`, by
+    Those of one inner step stand in parallel. An inner step that no codebook has is an empty step in its place, where
+    audiocraft puts it first in its timestep: without delays [1, 2] is what audiocraft makes of [0, 2]. `delays[k]`, by
     default 0, and alike for the codebooks of one inner step, puts an inner step off by timesteps: those that meet at
     a timestep then come in the order of the timesteps they hold, and those of one timestep by their inner step. A
     step that has nothing to hold yet, or any longer, is left out, so that delays do not lengthen the sequence.
+
+    Warns:
+        UserWarning: an inner step without a codebook makes another layout than audiocraft's.
     """
 
     flattening: tuple[int, ...]
@@ -122,6 +127,21 @@ class Unrolled(PatternProvider):
                 raise ValueError(f"{self._where}: delays[{k}]: {expected}, found {late[k]}.")
         self._keep("flattening", inner)
         self._keep("delays", late)
+        self._warn_of_gaps()
+
+    def _warn_of_gaps(self) -> None:
+        """Tells of inner steps without a codebook that audiocraft puts elsewhere: first in their timestep."""
+        used = sorted(set(self.flattening))
+        num_empty = max(used) + 1 - len(used)
+        same = [num_empty + used.index(step) for step in self.flattening]
+        if not num_empty or (same == list(self.flattening) and not any(self.delays)):
+            return
+        remedy = "leave out no inner step" if any(self.delays) else f"set flattening={same}"
+        warnings.warn(
+            f"{self._where}: flattening={list(self.flattening)}: an inner step without a codebook is an empty step in "
+            f"its place; audiocraft puts it first in its timestep; for audiocraft's layout {remedy}.",
+            stacklevel=3,
+        )
 
     def _num_held(self, timesteps: int) -> int:
         return timesteps * (max(self.flattening) + 1)

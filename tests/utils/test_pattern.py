@@ -2,7 +2,10 @@
 
 import copy
 import itertools
+import json
 import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -30,12 +33,20 @@ from runner.utils.pattern import (
 
 CONFS = sorted((Path(__file__).parents[2] / "conf" / "pattern").glob("*.yaml"))
 SPECIAL = 10**9
+pytestmark = pytest.mark.filterwarnings("ignore:Unrolled. flattening")
+
 KINDS = [Parallel, Delayed, Unrolled, CoarseFirst, VALLE, MusicLM]
 any_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 any_length = given(
     num_codebooks=st.integers(1, 9), timesteps=st.integers(0, 50), batch=st.integers(0, 2), data=st.data()
 )
 Layout = list[list[tuple[int, int]]]
+
+
+def with_gap(*arguments: Any) -> Unrolled:
+    """Makes a provider with an inner step that no codebook has, of which it warns."""
+    with pytest.warns(UserWarning, match="without a codebook"):
+        return Unrolled(*arguments)
 
 
 def drawn(kind: type[PatternProvider], num_codebooks: int, data: st.DataObject) -> Any:
@@ -128,8 +139,8 @@ FIGURES = {
     "delayed in any order": (Delayed(3, [2, 0, 2]), "...1234 .1234.. ...1234"),
     "delayed from the first": (Delayed(2, [1, 2]), "..1234. ...1234"),
     "flattened backwards": (Unrolled(2, [1, 0]), "..1.2.3.4 .1.2.3.4."),
-    "an empty inner step": (Unrolled(2, [0, 2]), ".1..2..3..4.. ...1..2..3..4"),
-    "an empty inner step, delayed": (Unrolled(2, [1, 2], [0, 1]), "..1..2..3..4. ...1..2..3..4"),
+    "an empty inner step": (with_gap(2, [0, 2]), ".1..2..3..4.. ...1..2..3..4"),
+    "an empty inner step, delayed": (with_gap(2, [1, 2], [0, 1]), "..1..2..3..4. ...1..2..3..4"),
 }
 
 
@@ -141,7 +152,7 @@ def test_the_worked_examples_of_the_paper(provider: PatternProvider, expected: s
 @any_kind
 @settings(max_examples=60, deadline=None)
 @any_length
-def test_any_settings_and_length_give_what_a_plain_loop_gives(
+def test_any_argumentsand_length_give_what_a_plain_loop_gives(
     kind: type[PatternProvider], num_codebooks: int, timesteps: int, batch: int, data: st.DataObject
 ) -> None:
     provider = drawn(kind, num_codebooks, data)
@@ -411,6 +422,35 @@ def test_delays_longer_than_the_audio_keep_every_coordinate_and_add_none() -> No
     assert grid(Delayed(2, [0, 4])(2)) == ".12....\n.....12"
     assert grid(Unrolled(2, [0, 1], [0, 4])(2)) == ".12..\n...12"
     assert grid(CoarseFirst(3, [0, 4])(2)) == ".12......\n...12....\n.......12"
+
+
+def layout_of_audiocraft(flattening: list[int], timesteps: int) -> list[list[tuple[int, int]]]:
+    """The layout that audiocraft's rule gives without delays: the steps of a timestep sorted by what they hold."""
+    layout: list[list[tuple[int, int]]] = [[]]
+    for t in range(timesteps):
+        inner_steps = range(max(flattening) + 1)
+        layout += sorted([(t, k) for k, step in enumerate(flattening) if step == inner] for inner in inner_steps)
+    return layout
+
+
+@given(flattening=st.lists(st.integers(0, 6), min_size=1, max_size=5).map(sorted), timesteps=st.integers(0, 5))
+def test_an_inner_step_without_a_codebook_is_told_with_the_setting_of_audiocrafts_layout(
+    flattening: list[int], timesteps: int
+) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        layout = Unrolled(len(flattening), flattening)(timesteps).layout
+    expected = layout_of_audiocraft(flattening, timesteps)
+    if told:
+        assert timesteps == 0 or layout != expected
+        (remedy,) = re.findall(r"set flattening=(\[.*\])", str(told[0].message))
+        layout = Unrolled(len(flattening), json.loads(remedy))(timesteps).layout
+    assert layout == expected
+
+
+def test_an_empty_inner_step_with_delays_has_no_such_setting() -> None:
+    with pytest.warns(UserWarning, match="leave out no inner step"):
+        Unrolled(2, [1, 2], [0, 1])
 
 
 def test_an_empty_inner_step_stands_in_its_place_and_not_before_its_step() -> None:
