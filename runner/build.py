@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 from torch.distributed import Store
+from torch.nn.parameter import is_lazy
 
 from runner import optimizations
 from runner.config import typed
@@ -30,7 +31,7 @@ from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
 from runner.targets import find_parameters, find_sampler_fault, is_called_later, locate, seed_imports
 from runner.utils.agreement import Agreement
-from runner.utils.altered import Changes
+from runner.utils.altered import Changes, shorten
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
 from runner.utils.generators import HeldGenerators
@@ -161,10 +162,23 @@ def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose =
         module = _make(plain, place + "model", settings["model"])
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
+        _explained(place + "model", partial(_check_sized, module))
         change = partial(optimizations.carry_out, module, device, changed, purpose)
         changes = _explained(place + "optimizations", change)
         found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found
+
+
+def _check_sized(module: nn.Module) -> None:
+    """Checks that parameters and buffers have a shape: all that is made of them is made before the first forward.
+
+    Raises:
+        ValueError: naming those that have none.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
+        remedy = "give the sizes, or call the module on a sample batch at the end of its __init__"
+        raise ValueError(f"{shorten(lazy)} get their shape in the first forward, and are needed before it; {remedy}")
 
 
 def _make_engines(

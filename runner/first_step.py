@@ -1,4 +1,5 @@
-"""What is looked at in a run's first step, and told after it: what was put into a module and never called, its memory.
+"""What is looked at in a run's first step, and told after it: parameters that are not those of before, what was put
+into a module and never called, its memory.
 
 Must not import a config.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from runner.engines import Engine
 from runner.utils.altered import shorten
@@ -21,7 +24,7 @@ _PATIENCE_STEPS = 10  # of a layer that is skipped at random
 
 
 class FirstStep:
-    """The first step of one engine whose module was changed; what may be skipped at random is waited for a few more.
+    """The first step of one engine that trains; what may be skipped at random is waited for a few more.
 
     Args:
         tell: called with each line.
@@ -35,6 +38,8 @@ class FirstStep:
             from runner.utils.attribution import Attribution
 
             self._attribution = Attribution(engine.module, recomputed)
+        self._parameters = {key: (p, p.requires_grad) for key, p in engine.module.named_parameters()}
+        self._buffers = _saved_buffers(engine.module)
         engine.look_once(self._forward())
         self._num_steps, self._waits_for = 0, list[str]()
 
@@ -45,8 +50,40 @@ class FirstStep:
             recomputed.forget_calls()
         with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
             yield
+        if not self._engine.layout.is_sharded:  # else gathered weights stand for the shards until after backward
+            self._check_tensors()
         if not self._engine.changes.is_compiled:  # backward would fail where nothing that is trained was called
             self._check(is_last=False)
+
+    def _check_tensors(self) -> None:
+        """Checks that the module has the parameters that it had, and the buffers that a checkpoint holds.
+
+        Raises:
+            Halt: naming those that it has not, or has beside.
+        """
+        now = dict(self._engine.module.named_parameters())
+        names = [name for name in self._parameters | now if self._is_other(name, now.get(name))]
+        if names:
+            raise Halt(
+                f"{self._name}: its first forward has created, replaced, removed or unfrozen parameters: "
+                f"{shorten(names)}. They would not be trained, for the optimizer was made before; do it in the "
+                "module's __init__, such as by calling it there on a sample batch",
+                is_whole=False,
+            )
+        if buffers := sorted(self._buffers ^ _saved_buffers(self._engine.module)):
+            raise Halt(
+                f"{self._name}: its first forward has created or removed buffers: {shorten(buffers)}. A checkpoint "
+                "that holds them would not fit the module of a resumed run; create them in the module's __init__, or "
+                "register them with persistent=False",
+                is_whole=False,
+            )
+
+    def _is_other(self, name: str, now: Tensor | None) -> bool:
+        """Says whether a parameter is not what the optimizer and a checkpoint take it for."""
+        before, was_trained = self._parameters.get(name, (None, False))
+        if before is None or now is None:
+            return True
+        return (now is not before and was_trained) or (now.requires_grad and (now is not before or not was_trained))
 
     def _check(self, is_last: bool) -> None:
         changes = self._engine.changes
@@ -61,8 +98,10 @@ class FirstStep:
         """Looks at the step's gradients.
 
         Raises:
-            Halt: something that was put in was never called.
+            Halt: something that was put in was never called; parameters are not those of before.
         """
+        if self._num_steps == 0:
+            self._check_tensors()
         self._check(is_last=self._num_steps + 1 >= _PATIENCE_STEPS)
         if self._attribution is not None:
             self._attribution.gradients()
@@ -85,12 +124,22 @@ class FirstStep:
             self._tell(self._attribution.describe())
 
 
+def _saved_buffers(module: nn.Module) -> set[str]:
+    """Returns the names of the buffers that are part of a module's state."""
+    found: set[str] = set()
+    for prefix, part in module.named_modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and key not in part._non_persistent_buffers_set:
+                found.add(f"{prefix}.{key}" if prefix else key)
+    return found
+
+
 def introduce(name: str, engine: Engine, tell: Callable[[str], None]) -> None:
-    """Tells what an engine is and what was done to its module, and looks at its first step where there is reason to."""
+    """Tells what an engine is and what was done to its module, and looks at its first step."""
     sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
     total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
     left = f", {frozen:,} of them frozen" if frozen else ""
     tell(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
     if table := engine.changes.table():
         tell("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
-        engine.first = FirstStep(name, engine, tell) if engine.optimizer is not None else None
+    engine.first = FirstStep(name, engine, tell) if engine.optimizer is not None else None

@@ -136,6 +136,8 @@ class Steps:
         reason, is_oom = explain(error, f"in step {step + 1}", device), is_out_of_memory(error)
         if not isinstance(error, Elsewhere) and self._engines.is_updating:
             raise self._leave_update(error, reason)
+        if isinstance(error, Halt) and not error.is_whole:  # by which another error may be told
+            self.is_whole = False
         shared: Elsewhere | None = None
         if distributed.is_many():
             shared = self.share(error, reason, is_oom)
