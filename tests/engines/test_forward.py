@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.engines import Engine, Engines
+from runner.engines import Engine, Engines, forward, gathered
 from runner.engines.gathered import Gathered
 
 BATCH = torch.ones(4, 3)
@@ -58,6 +58,14 @@ def test_a_number_is_that_of_the_moment_it_was_returned(dtype, feeder):
         assert {values[name] for name in names} == {values["copied"]}
         assert values["weight_part"] == pytest.approx(values["weight_copied"], rel=1e-12)
     assert values["copied"] == 7.0  # 6, 7 and 8
+
+
+def test_a_number_on_an_accelerator_is_copied_there(monkeypatch):
+    for module in (forward, gathered):
+        monkeypatch.setattr(module, "is_readable", lambda tensor: False)
+    engines = train(Counting(), feeder=lambda module, batch: module(batch) | {"one": torch.ones(1)})
+    values = engines.take_metrics()
+    assert values["buffer"] == values["part"] == values["detached"] == values["copied"] == 3.0
 
 
 def test_a_loss_that_is_a_buffer_is_read_as_well():
@@ -194,7 +202,7 @@ def test_the_numbers_of_an_object_are_metrics_too(kind):
 
 
 def test_a_number_on_the_cpu_beside_one_that_is_not_stays_there():
-    gathered = Gathered()
+    kept = Gathered()
     for value in (1.0, 2.0):  # of another dtype, as of another device, and so not stacked with the other
-        gathered.add({"loss": torch.tensor(value, dtype=torch.bfloat16), "accuracy": value / 10})
-    assert gathered.take() == {"loss": 1.5, "accuracy": pytest.approx(0.15)}
+        kept.add({"loss": torch.tensor(value, dtype=torch.bfloat16), "accuracy": value / 10})
+    assert kept.take() == {"loss": 1.5, "accuracy": pytest.approx(0.15)}

@@ -3,7 +3,7 @@
 import math
 import multiprocessing
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -304,9 +304,9 @@ def one_thousand_and_three_terms(layout, dtype, weighted):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             engine.micro_step(torch.ones(1, 1, dtype=dtype))
             assert engine.prepare() is None
+            agreement.hear()
             engine.update()
-        agreement.hear()
-        calls.append([event.name for event in profile.events() if event.name == "gloo:all_reduce"])
+        calls.append([event.name for event in profile.events() if event.name.startswith("gloo:")])
     weight = Engines(model=engine).export_states()["model"]["weight"].item()
     return weight, len(calls[-1])
 
@@ -321,29 +321,79 @@ def test_the_weights_of_all_ranks_are_added_exactly_and_in_an_exchange_that_ther
         assert num_collectives == without + (layout == "ddp" and dtype is torch.bfloat16)
 
 
-def test_low_precision_gradients_stay_in_range_and_resume_as_they_were():
-    case = Case([[[5, 5, 5, 4], [5, 1, 2, 3]]] * 6, dtype=torch.float32)
-    scale = 1e3  # of a loss whose gradients overflow fp16 where they are multiplied by all terms
+def train_low(case, engines=None, steps=slice(None), layout_rank=(0, 1)):
+    """Trains in fp16 with losses of a thousand terms where there is one, whose gradients would overflow if added up."""
+    rank, count = layout_rank
 
     def feed(module, batch):
         found = module(**batch)
-        return found | {"loss": found["loss"] * scale, "weight": found["weight"] * 1000}
+        return found | {"loss": 0.1 * found["loss"], "weight": 1000 * found["weight"]}
 
-    def run(engines, steps):
-        for parts in case.batches()[steps]:
-            for part in parts:
-                engines.micro_step(part)
-            engines.step()
-        return engines
+    agreement = Agreement()
+    engines = engines or make_engines(case, agreement, precision="fp16", feeder=feed, on_nonfinite="ignore")
+    for parts in case.batches()[steps]:
+        for part in parts:
+            engines.micro_step({key: value.chunk(count)[rank] for key, value in part.items()})
+        engines.step()
+    return engines
 
-    whole = run(make_engines(case, precision="fp16", feeder=feed, on_nonfinite="ignore"), slice(0, 6))
-    cut = run(make_engines(case, precision="fp16", feeder=feed, on_nonfinite="ignore"), slice(0, 4))
-    again = make_engines(case, precision="fp16", feeder=feed, on_nonfinite="ignore")
+
+LOW = Case([[[5, 5, 5, 4], [5, 1, 2, 3]]] * 6, dtype=torch.float32, clip_norm=0.05)
+
+
+def test_gradients_of_fp16_stay_in_range_and_resume_as_they_were():
+    whole, cut = train_low(LOW), train_low(LOW, steps=slice(0, 4))
+    assert (whole["model"].steps, whole["model"].skipped_steps) == (5, 1)
+    again = train_low(LOW, steps=slice(0, 0))
     again.load_state_dict(cut.state_dict())
-    run(again, slice(4, 6))
+    assert again["model"]._reader.reference == pytest.approx(30e3)
+    train_low(LOW, again, slice(4, 6))
     assert all(map(torch.equal, whole["model"].module.parameters(), again["model"].module.parameters()))
     assert again.take_metrics() == whole.take_metrics()
-    assert whole["model"].state_dict()["reference"] == pytest.approx(30e3)
+
+
+def train_low_on_a_rank(layout):
+    engines = train_low(replace(LOW, layout=layout), layout_rank=(distributed.rank(), distributed.num_ranks()))
+    return engines.export_states()["model"], engines.take_metrics(), engines["model"].steps
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_ranks_of_fp16_train_as_one_process(layout):
+    whole = train_low(LOW)
+    weights, metrics = whole.export_states()["model"], whole.take_metrics()
+    for state, found, steps in run_ranks(2, train_low_on_a_rank, layout):
+        assert steps == 5
+        for name, value in weights.items():
+            torch.testing.assert_close(state[name], value, rtol=2e-3, atol=2e-3)
+        assert found["loss"] == pytest.approx(metrics["loss"], rel=2e-3)
+        assert found["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=2e-2)
+
+
+def release_others():
+    """Takes 4 steps of bf16 weights, the third of which rank 1 can't make; returns what was heard, and the weights."""
+    agreement, case = Agreement(), Case([[[3, 1]]] * 4, "ddp", dtype=torch.bfloat16)
+    engines = make_engines(case, agreement, feeder=lambda module, batch: {**module(**batch), "weight": 2})
+    heard, can_release = [], []
+    for step, (part,) in enumerate(case.batches()):
+        can_release.append(engines.can_make_up)
+        if step == 2 and distributed.rank() == 1:
+            agreement.say("error", "mine")
+            engines.make_up()
+        else:
+            engines.micro_step(part)
+            engines["model"].prepare()
+        heard.append([tuple(word) for word in agreement.hear() if word.topic == "error"])
+        if heard[-1]:
+            engines.discard()
+        else:
+            engines["model"].update()
+    return heard, can_release, [each.tolist() for each in engines["model"].module.parameters()]
+
+
+def test_a_rank_that_can_not_make_a_step_joins_the_exchange_of_weights_too():
+    one, other = run_ranks(2, release_others)
+    assert one == other
+    assert one[:2] == ([[], [], [(1, "error", "mine")], []], [False, True, True, True])
 
 
 def test_sparse_gradients_of_a_batch_without_terms_are_none():
