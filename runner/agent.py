@@ -99,7 +99,7 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         rdzv_configs={"timeout": int(settings.rdzv_timeout_s), "join_timeout": int(settings.rdzv_timeout_s)},
         max_restarts=settings.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle="SIGHUP",
+        signals_to_handle="SIGQUIT",  # a list that is not empty, and without those that are relayed
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),  # it makes a folder of its own, and would leave it behind
     )
     try:
@@ -123,13 +123,13 @@ def _read_status(folder: Path) -> int | None:
 @contextlib.contextmanager
 def _unchanged_environment() -> Iterator[None]:
     """Leaves nothing of one job to the next: no variable, no signal handler."""
-    before, handler = dict(os.environ), signal.getsignal(signal.SIGHUP)
+    before, handler = dict(os.environ), signal.getsignal(signal.SIGQUIT)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        signal.signal(signal.SIGHUP, handler)
+        signal.signal(signal.SIGQUIT, handler)
 
 
 class _Relay:
@@ -147,6 +147,10 @@ class _Relay:
 
     def take(self, number: int, frame: FrameType | None) -> None:
         """Passes a signal on; after a second one, workers that do not end are killed."""
+        if number == signal.SIGHUP:
+            signals.leave_closed_terminal()
+        if number in signals.NEVER_SECOND and self.seen:
+            return
         self.seen.append(signal.Signals(number))
         (self._folder / "ended").touch()
         pids = self._pids()

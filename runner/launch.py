@@ -125,6 +125,7 @@ def launch(cfg: DictConfig) -> None:
     if is_sweep and (status == 1 or (status and not _is_basic(hydra_config.launcher))):  # the other jobs go on
         raise RuntimeError(f"{folder}: the run ended with status {status}; log.txt there says why")
     if status:
+        signals.leave_if_cut(status)
         raise SystemExit(status)
 
 

@@ -20,7 +20,7 @@ from runner.mistakes import ConfigError
 from runner.run_folder import find_checkpoint, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
-from runner.signals import STATUSES, Signals, meaning_of
+from runner.signals import MEANINGS, STATUSES, Signals, meaning_of
 from runner.silent import Silent
 from runner.utils.distributed import (
     LostError,
@@ -81,7 +81,18 @@ def run(
         if lasting is not None and is_leader():
             lasting.set(_BEGUN, "")
         session.begins_again = goes_on and session.is_new
-        signals.connect(session.loop.stop)
+
+        def tell(name: str) -> None:
+            log.info(
+                "%s: the run saves and ends. It waits for %s; a second signal ends it at once, without a save",
+                "Ctrl-C" if name == "SIGINT" else name,
+                session.describe_wait(),
+            )
+
+        def give_up(number: int) -> None:
+            _finish(session, record, *_describe_cut(number), log)
+
+        signals.connect(session.loop.stop, tell, give_up)
         status, failure = _run(session, record, log, signals)
     if failure is not None:
         with contextlib.suppress(OSError):  # whoever read it has gone
@@ -180,8 +191,7 @@ def _run(
         raise
     except BaseException as error:
         if is_signal(error):
-            status, number = meaning_of(error)
-            reason = f"{signal.Signals(number).name}, which did not wait for a save"
+            status, reason = _describe_cut(number := meaning_of(error)[1])
             return 128 + number, None
         reason = describe(error)
         log.error("The run failed: %s", reason, exc_info=True)
@@ -192,6 +202,12 @@ def _run(
         signals.is_over = True
         _finish(session, record, status, reason, log)
     return STATUSES[status], None
+
+
+def _describe_cut(number: int) -> tuple[str, str]:
+    """Returns the status of a run that a second signal ends, and the reason."""
+    name = signal.Signals(number)
+    return MEANINGS[name], f"{name.name}, which did not wait for a save"
 
 
 def _watched(session: Session) -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import sys
+import threading
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
@@ -28,10 +30,12 @@ from runner.silent import Silent
 from runner.tracking import Tracker
 from runner.utils import io
 from runner.utils.agenda import Action
+from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, of_leader, together
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.packing import Packed
+from runner.utils.steps import Steps
 from runner.utils.train import Loop
 from runner.utils.utils import describe, is_signal
 
@@ -256,6 +260,7 @@ class Session:
             status = self.loop.run()
         except BaseException as error:
             if is_signal(error):
+                self.experiment.batches.kill_workers()
                 raise
             with contextlib.suppress(Exception):  # it was told when it failed
                 self.saver.close()
@@ -398,6 +403,16 @@ class Session:
         if is_lost and self.experiment.trainer.keep_best:
             self.best.found = self.agreement.together(lambda: self.describe_best() if is_leader() else None)[0]
 
+    def describe_wait(self) -> str:
+        """Says what the main thread is about; called from another thread, at no cost to the loop."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None and frame.f_code not in _PLACES:
+            frame = frame.f_back
+        place = _PLACES[frame.f_code] if frame is not None else "the end of step {next}"
+        workers = self.experiment.settings["data"]["num_workers"]
+        source = f"{workers} loader workers" if workers else "this process"
+        return place.format(step=self.loop.step, next=self.loop.step + 1, source=source)
+
     @property
     def progress(self) -> tuple[int, int]:
         """What changes as long as this rank gets on: steps, and batches evaluated."""
@@ -415,6 +430,17 @@ class Session:
             paths = write(self.engines, self.folder / "exports", facts, writes=is_leader())
         for path in paths:
             self.log.info("Exported %s", path)
+
+
+_PLACES = {  # what runs there, the innermost first
+    Batches.__next__.__code__: "a batch of data.train for step {next}, from {source}",
+    EvaluationData.__iter__.__code__: "a batch of data.eval, from {source}",
+    Session.evaluate.__code__: "the evaluation after step {step}",
+    Session.export.__code__: "the export after step {step}",
+    Session.save.__code__: "the checkpoint of step {step}",
+    Saver.close.__code__: "the checkpoint of step {step}",
+    Steps.take.__code__: "the end of step {next}",
+}
 
 
 @contextlib.contextmanager

@@ -145,7 +145,8 @@ def main(folder: Path, launcher: int) -> int:
     That is 0 where the run has ended, however, with its status in a file; anything else starts all workers again.
     """
     for number in signals.MEANINGS:  # until there is a run to ask
-        signal.signal(number, lambda *_: os._exit(0 if (folder / "ended").exists() else 1))
+        if not signals.is_ignored(number):
+            signal.signal(number, lambda *_: os._exit(0 if (folder / "ended").exists() else 1))
     (folder / f"pid.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{os.getpid()}").touch()
     if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
         return 0

@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import pty
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -269,6 +272,84 @@ def test_an_error_in_the_users_code_keeps_the_work_done(project, failure, step, 
     assert newest_step(project.folder / "cut") == step
     project.run("resume=cut", "allow_targets=[own]")
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
+HANGING = """
+
+class Hangs(Data):
+    def __getitem__(self, index):
+        if index == 44 and self.sleep_s:
+            while True:
+                time.sleep(100)
+        if index == 44:
+            import ctypes
+
+            mutex = ctypes.create_string_buffer(64)
+            while True:
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        return super().__getitem__(index)
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "source"),
+    [(("data.num_workers=2", "+data.train.sleep_s=0.001"), "2 loader workers"), ((), "this process")],
+)
+def test_a_dataset_that_hangs_is_told_at_the_first_ctrl_c_and_ended_by_the_second(project, overrides, source):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(HANGING)
+    own = ("data.train._target_=own.Hangs", "hydra.run.dir=run", "trainer.save_every=1", *overrides)
+    process = project.start(*own, start_new_session=True)
+    wait_for_file(project.folder / "run" / "checkpoints" / "step_00000002")
+    log = project.folder / "run" / "log.txt"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for_text(log, f"It waits for a batch of data.train for step 3, from {source}; a second signal ends it at once")
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=10)  # a worker that is asked to end is waited for longer
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    record = record_of(project.folder / "run")
+    assert (record["status"], record["reason"]) == ("interrupted", "SIGINT, which did not wait for a save")
+    assert newest_step(project.folder / "run") == 2
+
+
+def wait_for_text(path, text, seconds=30):
+    deadline = time.monotonic() + seconds
+    while text not in path.read_text():
+        assert time.monotonic() < deadline, f"{path} never had {text!r}: {path.read_text()[-2000:]}"
+        time.sleep(0.02)
+
+
+PRINTING = """
+
+class Prints(Model):
+    def forward(self, x, y):
+        print("in forward", flush=True)
+        return super().forward(x, y)
+"""
+
+
+@pytest.mark.parametrize("overrides", [("data.num_workers=2",), ("distributed=ddp", "distributed.nproc_per_node=2")])
+def test_a_closed_terminal_saves_and_ends_though_the_model_prints(project, overrides):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(PRINTING)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(project.folder)
+        os.execv(sys.executable, [*project.command, *SLOW, "model._target_=own.Prints", *overrides])
+    deadline = time.monotonic() + 60
+    metrics = project.folder / "run" / "metrics.jsonl"
+    while not metrics.exists() or '"step": 2,' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 75, (project.folder / "run" / "log.txt").read_text()
+    record = record_of(project.folder / "run")
+    assert (record["status"], record["reason"]) == ("preempted", "SIGHUP")
+    assert newest_step(project.folder / "run") == record["last_step"] > 1
 
 
 def test_a_killed_loader_worker_is_named_and_the_run_saved(project):

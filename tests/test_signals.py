@@ -91,3 +91,52 @@ def test_ctrl_c_can_be_left_to_somebody_else_inside_such_a_block():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_closed_terminal_asks_once_however_often_it_is_told():
+    signals, asked = Signals(), []
+    signals.connect(asked.append)
+    with signals.taken():
+        for _ in range(3):  # by the kernel, by a shell
+            os.kill(os.getpid(), signal.SIGHUP)
+    assert (asked, signals.first) == (["preempted"], "SIGHUP")
+
+
+def test_a_sighup_that_is_ignored_from_outside_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals().taken():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+BLOCKED = """
+import ctypes, os, signal, sys
+from runner.signals import Signals
+
+signals = Signals()
+tell, give_up = lambda name: print("told", name, flush=True), lambda number: print("gave up", number, flush=True)
+signals.connect(print, tell, give_up)
+with signals.taken():
+    if not os.fork():
+        signals.ask = lambda meaning: None
+        os.kill(os.getpid(), signal.SIGTERM)  # what a forked process gets is its own
+        os._exit(0)
+    os.wait()
+    print("began", flush=True)
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # waits for ever, and goes on waiting after a signal
+"""
+
+
+def test_a_program_that_waits_in_c_tells_of_the_first_signal_and_is_ended_by_the_second():
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "began\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "told SIGINT\n"
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert (process.returncode, printed) == (130, "gave up 2\n")

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from runner.utils.distributed import seed_all
 from runner.utils.generators import HeldGenerators
@@ -111,7 +112,10 @@ class Batches:
                 self._stream = self._start()
             batch = opened(next(self._stream))
         except BaseException as error:
-            is_from_worker = isinstance(error, (EOFError, ConnectionError)) and not str(error).startswith("Caught ")
+            # What a dataset raised has its index in a note; without one it is of the loader's own connection.
+            is_from_worker = isinstance(error, (EOFError, ConnectionError)) and not getattr(error, "__notes__", ())
+            if is_signal(error):
+                self.kill_workers()
             self.close()
             if self._num_workers and is_from_worker:
                 raise RuntimeError(f"DataLoader worker (pid unknown) has closed its connection: {error!r}") from error
@@ -176,8 +180,13 @@ class Batches:
         shut_down = getattr(stream, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+            kill_workers(stream)  # those that hang: torch only asks them to end
         self._drawn.clear()
         self._sampler.load_state_dict(self._delivered[0])
+
+    def kill_workers(self) -> None:
+        """Ends the workers at once, whatever they do; `close` is to follow."""
+        kill_workers(self._stream)
 
     def _start(self) -> Iterator[Any]:
         draws = self._draws()
@@ -390,8 +399,24 @@ class EvaluationData:
             generator=torch.Generator(),  # else it draws from the global one
             worker_init_fn=start_worker,
         )
-        for number, batch, (_, indices) in zip(numbers, loader, own, strict=True):
-            yield number, opened(batch), len(indices) if number < len(draws) else 0
+        batches = iter(loader)
+        try:
+            for number, batch, (_, indices) in zip(numbers, batches, own, strict=True):
+                yield number, opened(batch), len(indices) if number < len(draws) else 0
+        finally:
+            kill_workers(batches)  # where it was cut short
+
+
+def kill_workers(stream: Any) -> None:
+    """Kills the loader workers of an iterator that still live: one that hangs would be waited for."""
+    alive = [worker for worker in getattr(stream, "_workers", ()) if worker.is_alive()]
+    if not alive:
+        return
+    if stream._worker_pids_set:  # else torch raises an error for each that is killed
+        signal_handling._remove_worker_pids(id(stream))
+        stream._worker_pids_set = False
+    for worker in alive:
+        worker.kill()
 
 
 def die_with_parent() -> None:
@@ -411,7 +436,7 @@ def ignore_interrupts(worker: int) -> None:
 
     The first SIGTERM counts as such; the second, which the loader sends to a worker that hangs, ends it.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     die_with_parent()  # which may be killed: what it has open, such as connections to other ranks, is to close then
