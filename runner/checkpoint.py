@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 
 from crc32c import crc32c
 
-from runner.utils import io
-from runner.utils.files import make_folder, sync
+from runner.utils import disk, io
+from runner.utils.files import make_folder, remove_tree
 from runner.utils.packing import restore_raw, unpack
 
 MANIFEST = "MANIFEST.json"
@@ -86,15 +85,15 @@ class Checkpoints:
                 io.write_new(value, partial / f"{name}{self._suffix}")
             return self.commit(partial, step, facts, metric, before_commit, before_prune)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_tree(partial)
             raise
 
     def begin(self, step: int) -> Path:
         """Makes the folder that `commit` gives its final name; what is in it then is the checkpoint."""
         partial = self._beside(self._final(step), "partial")
         make_folder(self.folder, self.folder.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        remove_tree(partial)
+        disk.make_folder(partial)
         return partial
 
     def commit(
@@ -107,13 +106,14 @@ class Checkpoints:
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
         """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
-        io.write_json(dict(facts), partial / FACTS)
+        io.write_new_json(dict(facts), partial / FACTS)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = {str(path.relative_to(partial)): _settle(path) for path in files}
         manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
-        io.write_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
+        io.write_new_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
+        disk.sync_file(partial / MANIFEST)
         for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
-            sync(folder)
+            disk.sync_folder(folder)
         if before_commit is not None:
             before_commit()
         final = self._final(step)
@@ -121,8 +121,7 @@ class Checkpoints:
         self._complete[final] = _stamps(final)
         superseded = self._find_superseded(step)
         if before_prune is None or before_prune(set(superseded)):
-            for path in superseded.values():
-                self._remove(path)
+            self._remove(superseded.values())
         return final
 
     def _final(self, step: int) -> Path:
@@ -134,37 +133,39 @@ class Checkpoints:
     def _commit(self, partial: Path, final: Path) -> None:
         replaced = self._beside(final, "replaced")
         if final.exists():
-            os.rename(final, replaced)  # if this is the last thing done, `recover` takes it back
-        os.rename(partial, final)
-        sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+            disk.rename(final, replaced)  # if this is the last thing done, `recover` takes it back
+        disk.rename(partial, final)
+        disk.sync_folder(self.folder)
+        remove_tree(replaced)
 
     def recover(self) -> None:
         """Removes what a crash left half-written or half-removed; call it while no other process writes here."""
         for path in sorted(self.folder.glob(".step_*")):
             match = _LEFTOVER.fullmatch(path.name)
             if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
-                os.rename(path, self.folder / match[1])
+                disk.rename(path, self.folder / match[1])
             elif match and path.is_symlink():
-                path.unlink()
+                disk.unlink(path)
             elif match:
-                shutil.rmtree(path)
+                remove_tree(path)
 
     def leave(self, step: int) -> None:
         """Removes those of later steps: a run that goes on from this one has left them."""
-        for path in self.later(step).values():
-            self._remove(path)
+        self._remove(self.later(step).values())
 
     def later(self, step: int) -> dict[int, Path]:
         """Returns those of later steps."""
         return {later: path for later, path in self._steps().items() if later > step}
 
-    def _remove(self, path: Path) -> None:
-        if not (path / MANIFEST).is_file():
-            return  # not one of ours
-        pruned = self._beside(path, "pruned")
-        os.rename(path, pruned)  # from here on it is no checkpoint, however far the rest gets
-        shutil.rmtree(pruned, ignore_errors=True)
+    def _remove(self, paths: Iterable[Path]) -> None:
+        own = [path for path in paths if (path / MANIFEST).is_file()]
+        pruned = [self._beside(path, "pruned") for path in own]
+        for path, other in zip(own, pruned, strict=True):
+            disk.rename(path, other)
+        if own:
+            disk.sync_folder(self.folder)  # from here on they are no checkpoints, however far the rest gets
+        for other in pruned:
+            remove_tree(other)
 
     def _find_superseded(self, newest_step: int) -> dict[int, Path]:
         """Returns the checkpoints that are to go; an incomplete one takes the place of no complete one."""
@@ -334,7 +335,7 @@ def _sum_of(content: Any) -> str:
 def _settle(file: Path) -> dict[str, Any]:
     """Flushes a file to disk, and measures it meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(sync, file)
+        flushed = pool.submit(lambda: disk.sync_file(file))
         measured = _measure(file)
         flushed.result()
     return measured

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import config, run_folder
 from runner.schema import DistributedConfig
-from runner.utils.files import replace_file
+from runner.utils.files import make_folder, replace_file
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -51,7 +51,7 @@ class Handover:
 
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""
-        (self.folder / ".hydra").mkdir(exist_ok=True)
+        make_folder(self.folder / ".hydra", self.folder)
         for name, content in self.files.items():
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
 

@@ -32,7 +32,7 @@ from runner.utils.distributed import (
     rank,
     together,
 )
-from runner.utils.files import held
+from runner.utils.files import held, make_folders
 from runner.utils.utils import describe, is_signal
 from runner.watch import watched
 
@@ -112,7 +112,7 @@ def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool, lasting: Sto
     try:
         # A start that was cut before the run began has removed the folder. A later one was deleted, and stays so.
         if goes_on and not (lasting is not None and lasting.check([_BEGUN])):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folders(folder)
         stack.enter_context(held(folder / LOCK))
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None

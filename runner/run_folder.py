@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from runner import mistakes
 from runner.interpolation import told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
+from runner.utils.files import make_folders
 
 OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets")  # never taken over from a run's config
 
@@ -52,7 +53,7 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
     for number in range(2, 1000):
         is_new = not folder.exists()
         try:
-            folder.mkdir(parents=True, exist_ok=is_asked_for)
+            make_folders(folder, exist_ok=is_asked_for)
         except FileExistsError:
             if is_asked_for:
                 raise ConfigError(f"hydra.run.dir={folder}: is a file") from None

@@ -5,7 +5,6 @@ Must not know what is in them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from runner import shards
 from runner.checkpoint import SHARDS, STRUCTURE, Checkpoints
-from runner.utils import io
+from runner.utils import disk, io
 from runner.utils.distributed import of_leader
+from runner.utils.files import remove_tree
 from runner.utils.packing import Snapshot, as_stored
 
 
@@ -61,7 +61,7 @@ class ShardedCheckpoints:
         documents = {part: value.document for part, value in parts.items()}
 
         def commit() -> Path:
-            io.write_json(documents, partial / STRUCTURE, indent=None)
+            io.write_new_json(documents, partial / STRUCTURE, indent=None)
             return self._checkpoints.commit(partial, step, facts, metric, before_commit, before_prune)
 
         try:
@@ -69,12 +69,12 @@ class ShardedCheckpoints:
             return of_leader(commit, self._group)
         except BaseException:
             if self._commits:  # no other knows how far the one that commits has come
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_tree(partial)
             raise
 
     def _begin(self, step: int) -> Path:
         partial = self._checkpoints.begin(step)
-        (partial / SHARDS).mkdir()
+        disk.make_folder(partial / SHARDS)
         return partial
 
     def _spread(self, value: Snapshot) -> dict[str, Any]:

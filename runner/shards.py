@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, metadata
 
-from runner.utils import io
+from runner.utils import disk, io
 from runner.utils.distributed import is_many, together
 from runner.utils.files import EagerFile
 from runner.utils.packing import SFT_DTYPES, name_of
@@ -73,7 +73,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             _write_pieces(folder / names[number], {piece: own[piece] for piece in shares[number]})
         if number == 0:
             document = {"format": _FORMAT, "files": [*names.values()], "tensors": _described(tensors)}
-            io.write_json(document, folder / INDEX, indent=None)
+            io.write_new_json(document, folder / INDEX, indent=None)
 
     refused = together(lambda: _refusal_of(write_share, folder / names.get(number, INDEX)), group)
     for rank, error in enumerate(refused):
@@ -179,7 +179,7 @@ def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > _MAX_HEADER_BYTES:
         raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {_MAX_HEADER_BYTES:,}")
-    with open(path, "xb") as file:
+    with disk.create(path, "xb") as file:
         stream = cast(BinaryIO, EagerFile(file))
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for _, tensor in ordered:

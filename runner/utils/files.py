@@ -1,6 +1,6 @@
 """Files that are replaced whole, files that only grow, and files that one process holds.
 
-Owns the order of writing, flushing and renaming; imports the standard library alone. It runs on POSIX systems.
+Owns the order of writing, flushing and renaming, by the operations of `disk`. It runs on POSIX systems.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from runner.utils import disk
 
 _EAGER_BYTES = 8 << 20
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
@@ -31,7 +33,8 @@ class AppendFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with _naming(path):
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._fd = disk.open_append(path)
+            disk.sync_folder(path.parent)
 
     def append(self, data: bytes) -> None:
         """All of `data` is in the file; on an error a first part of it may be."""
@@ -43,7 +46,7 @@ class AppendFile:
     def sync(self) -> None:
         """What was appended survives a loss of power."""
         with _naming(self.path):
-            os.fsync(self._fd)
+            disk.sync_file(self.path, self._fd)
 
     def close(self) -> None:
         """The file takes no more; closing again does nothing."""
@@ -88,12 +91,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
-        sync(temporary)
-        os.replace(temporary, final)
+        disk.sync_file(temporary)
+        disk.rename(temporary, final)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            disk.unlink(temporary)
         raise
-    sync(final.parent)
+    disk.sync_folder(final.parent)
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
@@ -102,7 +106,7 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         OSError: naming the file, when its folder is gone or it can't be written; the old content then stays.
     """
-    with _naming(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with _naming(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
         file.writelines(chunks)
 
 
@@ -115,18 +119,44 @@ def make_folder(folder: Path, run: Path) -> None:
     if folder.parent != run:
         make_folder(folder.parent, run)
     try:
-        folder.mkdir(exist_ok=True)
+        disk.make_folder(folder)
     except FileNotFoundError:
         raise FileNotFoundError(2, "the run's folder was deleted", str(run)) from None
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    else:
+        disk.sync_folder(folder.parent)
 
 
-def sync(path: Path) -> None:
-    """The file, or the names in the folder, survive a loss of power."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def make_folders(folder: Path, exist_ok: bool = True) -> None:
+    """Makes a folder and those above it, their names flushed to disk.
+
+    Raises:
+        FileExistsError: it is there, where it is not to be, or is a file.
+    """
+    if folder.is_dir():
+        if not exist_ok:
+            raise FileExistsError(17, "it is there already", str(folder))
+        return
+    make_folders(folder.parent)
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        disk.make_folder(folder)
+    except FileExistsError:  # by another process, a moment ago
+        if not exist_ok or not folder.is_dir():
+            raise
+    disk.sync_folder(folder.parent)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it, as far as the disk lets it; no link is followed."""
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                remove_tree(Path(entry.path))
+            else:
+                disk.unlink(Path(entry.path))
+        disk.remove_folder(folder)
 
 
 @contextmanager

@@ -29,10 +29,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from runner.utils import disk
 from runner.utils.files import EagerFile, atomic_path
 from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, restore_raw, text_of, unpack, where
 
-__all__ = ["Snapshot", "check_json", "load", "read_json", "read_metadata", "save", "write_json", "write_new"]
+__all__ = [
+    "Snapshot",
+    "check_json",
+    "load",
+    "read_json",
+    "read_metadata",
+    "save",
+    "write_json",
+    "write_new",
+    "write_new_json",
+]
 
 _PT, _SFT = (".pt", ".pth"), (".sft", ".safetensors")
 _OURS = "runner.keys"  # names, within a header's metadata, the keys that the user did not give
@@ -53,14 +64,14 @@ def save(value: Any, path: str | os.PathLike[str], metadata: Mapping[str, str] |
         ValueError: unknown suffix, a container that holds itself, a header over 100 MB. Nothing was written.
     """
     write = _writer(value, Path(path), metadata)
-    with atomic_path(path) as temporary, open(temporary, "w+b") as stream:
+    with atomic_path(path) as temporary, disk.create(temporary, "w+b") as stream:
         write(stream)
 
 
 def write_new(value: Any, path: str | os.PathLike[str]) -> None:
     """Stores `value` at `path` as `save` does, but neither atomic nor flushed: for a folder that nobody reads yet."""
     write = _writer(value, Path(path), None)
-    with open(path, "x+b") as stream:
+    with disk.create(Path(path), "x+b") as stream:
         write(cast(BinaryIO, EagerFile(stream)))
 
 
@@ -237,15 +248,26 @@ def write_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2)
         TypeError: something JSON would change, such as a tuple or a key that is no string; named by its key path.
         ValueError: a container that holds itself, or an integer that Python would not read back.
     """
+    encoded = _encode_json(value, indent)
+    with atomic_path(path) as temporary, disk.create(temporary, "wb") as stream:
+        stream.write(encoded)
+
+
+def write_new_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2) -> None:
+    """Stores plain values as `write_json` does, but neither atomic nor flushed: for a folder that nobody reads yet."""
+    encoded = _encode_json(value, indent)
+    with disk.create(Path(path), "xb") as stream:
+        stream.write(encoded)
+
+
+def _encode_json(value: Any, indent: int | None) -> bytes:
     check_json(value)
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, ensure_ascii=False, separators=separators) + "\n"
     try:
-        encoded = text.encode()
+        return text.encode()
     except UnicodeEncodeError:  # lone surrogates
-        encoded = (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded)
+        return (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
 
 
 def check_json(value: Any) -> None:

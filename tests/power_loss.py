@@ -1,0 +1,198 @@
+"""What a loss of power can leave of a run's files: operations of `runner.utils.disk`, and legal states of them.
+
+A file that was not synchronized may be as it was synchronized last, empty, cut in half or whole. A name that was made,
+changed or removed in a folder that was not synchronized since may be there or not, in any order.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runner.utils import disk
+
+OPERATIONS = ("create", "open_append", "make_folder", "rename", "unlink", "remove_folder", "sync_file", "sync_folder")
+Tree = dict[str, bytes | None]  # the content of a file by its path, None of a folder
+
+
+@dataclass
+class Event:
+    """One operation and the line that asked for it, or a mark: what was told, or written since the last one."""
+
+    kind: str
+    path: str = ""
+    other: str = ""
+    written: dict[str, bytes] = field(default_factory=dict)
+    site: str = ""
+
+
+class Recorder:
+    """Records what is done to the files under a folder while its operations are in the place of the real ones."""
+
+    def __init__(self, root: Path, monkeypatch) -> None:
+        self.root, self.events = root, list[Event]()
+        self._lock = threading.RLock()
+        self._known = dict[str, bytes]()
+        for kind in OPERATIONS:
+            monkeypatch.setattr(disk, kind, self._recorded(kind, getattr(disk, kind)))
+
+    def mark(self, kind: str, value: object = "") -> None:
+        """Notes what the program has told, such as a checkpoint that was saved."""
+        with self._lock:
+            self.events.append(Event(kind, str(value), written=self._poll()))
+
+    def _recorded(self, kind, operation):
+        def do(path, *rest):
+            with self._lock:
+                place = Path(path).absolute()
+                if self.root not in place.parents and place != self.root:
+                    return operation(path, *rest)
+                self.events.append(Event("mark", written=self._poll()))
+                was_there = place.exists()
+                result = operation(path, *rest)
+                if not was_there or kind not in ("create", "open_append"):
+                    other = self._name(Path(rest[0]).absolute()) if kind == "rename" else ""
+                    self.events.append(Event(kind, self._name(place), other, site=_site()))
+                return result
+
+        return do
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root))
+
+    def _poll(self) -> dict[str, bytes]:
+        """Returns the files whose content is another than when it was looked at last."""
+        found = {self._name(path): path.read_bytes() for path in self.root.rglob("*") if path.is_file()}
+        changed = {name: content for name, content in found.items() if self._known.get(name) != content}
+        self._known = found
+        return changed
+
+
+def _site() -> str:
+    """Returns the line of the program that asked for an operation; of what is appended to, the line of its owner."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith("runner.") and (module, function) != ("runner.utils.files", "sync"):
+            return f"{module.removeprefix('runner.')}.{function}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+class _File:
+    def __init__(self) -> None:
+        self.now, self.durable = b"", b""
+
+    def content(self, which: str) -> bytes:
+        """Returns what is left: what is durable, that and half of what was appended since, or all."""
+        half = (len(self.durable) + len(self.now)) // 2
+        return {"durable": self.durable, "half": self.now[:half], "now": self.now}[which]
+
+
+class _Folder:
+    def __init__(self) -> None:
+        self.now: dict[str, _File | _Folder] = {}
+        self.durable: dict[str, _File | _Folder] = {}
+        self.pending: list[dict[str, _File | _Folder | None]] = []
+
+    def change(self, entries: dict[str, _File | _Folder | None]) -> None:
+        self.pending.append(entries)
+        _apply(self.now, entries)
+
+
+def _apply(names: dict, entries: dict) -> None:
+    for name, node in entries.items():
+        if node is None:
+            names.pop(name, None)
+        else:
+            names[name] = node
+
+
+class Disk:
+    """Files and folders as they are, and as they are sure to be after a loss of power."""
+
+    def __init__(self) -> None:
+        self.root = _Folder()
+
+    def _find(self, path: str):
+        node = self.root
+        for part in Path(path).parts:
+            node = node.now[part]
+        return node
+
+    def do(self, event: Event) -> None:
+        """Does what an event says."""
+        for name, content in event.written.items():
+            try:
+                self._find(name).now = content
+            except (KeyError, AttributeError):  # not made by an operation: locks and logs
+                continue
+        folder, name = (str(Path(event.path).parent), Path(event.path).name) if event.path else ("", "")
+        if event.kind in ("create", "open_append"):
+            self._find(folder).change({name: _File()})
+        elif event.kind == "make_folder":
+            self._find(folder).change({name: _Folder()})
+        elif event.kind == "rename":
+            self._find(folder).change({name: None, Path(event.other).name: self._find(event.path)})
+        elif event.kind in ("unlink", "remove_folder"):
+            self._find(folder).change({name: None})
+        elif event.kind == "sync_file":
+            node = self._find(event.path)
+            node.durable = node.now
+        elif event.kind == "sync_folder":
+            node = self._find(event.path)
+            node.durable, node.pending = dict(node.now), []
+
+    def states(self) -> Iterator[Tree]:
+        """Yields what a loss of power may leave: the worst of each single change, and of all of them."""
+        folders, files = self._reachable()
+        changes = [(folder, index) for folder in folders for index in range(len(folder.pending))]
+        unsure = [file for file in files if file.now != file.durable]
+        everything = set(range(len(changes)))
+        contents = [dict.fromkeys(map(id, unsure), how) for how in ("durable", "half", "now")]
+        contents += [{id(file): "durable" if file is lost else "now" for file in unsure} for lost in unsure]
+        chosen = [everything, set(), *({each} for each in everything), *(everything - {each} for each in everything)]
+        for kept in chosen:
+            for how in contents if kept == everything else (contents[0], contents[2]):
+                kept_changes = {(id(changes[each][0]), changes[each][1]) for each in kept}
+                yield dict(self._tree(self.root, "", kept_changes, how))
+
+    def _reachable(self):
+        folders, files, seen, todo = [], [], set(), [self.root]
+        while todo:
+            node = todo.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, _File):
+                files.append(node)
+                continue
+            folders.append(node)
+            todo += [*node.now.values(), *node.durable.values()]
+            todo += [child for entries in node.pending for child in entries.values() if child is not None]
+        return folders, files
+
+    def _tree(self, folder: _Folder, prefix: str, kept, how) -> Iterator[tuple[str, bytes | None]]:
+        names = dict(folder.durable)
+        for index, entries in enumerate(folder.pending):
+            if (id(folder), index) in kept:
+                _apply(names, entries)
+        for name, node in names.items():
+            if isinstance(node, _Folder):
+                yield prefix + name, None
+                yield from self._tree(node, f"{prefix}{name}/", kept, how)
+            else:
+                which = how.get(id(node), "now")
+                yield prefix + name, node.content(which)
+
+
+def write_tree(tree: Tree, root: Path) -> None:
+    """Makes a state in an empty folder."""
+    for name, content in tree.items():
+        if content is None:
+            (root / name).mkdir(parents=True, exist_ok=True)
+        else:
+            (root / name).write_bytes(content)
