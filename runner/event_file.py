@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from os import getpid
 from pathlib import Path
@@ -45,11 +46,14 @@ def name_next_file(folder: Path) -> Path:
 def encode_header(wall_time: float, resume_step: int | None) -> bytes:
     """The records that open a file; after a resume, TensorBoard forgets the later steps that it has shown."""
     records = frame(Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
-    if resume_step is not None:
-        restart = Event(wall_time=wall_time, step=resume_step + 1)
-        restart.session_log.status = SessionLog.START
-        records += frame(restart.SerializeToString())
-    return records
+    return records if resume_step is None else records + encode_restart(wall_time, resume_step)
+
+
+def encode_restart(wall_time: float, resume_step: int) -> bytes:
+    """A record after which TensorBoard forgets later steps that it has shown."""
+    restart = Event(wall_time=wall_time, step=resume_step + 1)
+    restart.session_log.status = SessionLog.START
+    return frame(restart.SerializeToString())
 
 
 def encode_scalars(wall_time: float, step: int, values: Mapping[str, float]) -> bytes:
@@ -120,27 +124,53 @@ def encode_hparams_end(wall_time: float, status: str) -> bytes:
     return _frame_values(wall_time, 0, _hparams_value("session_end_info", session_end_info=end))
 
 
-def cut_event_file(path: Path, step: int, is_eval_owed: bool = False) -> None:
-    """The file holds the records up to `step`, less a torn end and hparams, which a resume writes anew.
+def cut_event_file(path: Path, step: int, is_eval_owed: bool = False) -> Counter[tuple[int, frozenset[str]]]:
+    """The file holds the records up to `step`, less damaged ones and hparams, which a resume writes anew.
 
-    With `is_eval_owed`, that of the very step goes too.
+    With `is_eval_owed`, that of the very step goes too. Returns how often each step has scalars of which names.
     """
+    found: Counter[tuple[int, frozenset[str]]] = Counter()
+
+    def keep(records: Iterator[bytes]) -> Iterator[bytes]:
+        for record in records:
+            event = Event.FromString(record)
+            if _is_kept(event, step, is_eval_owed):
+                names = frozenset(value.tag for value in event.summary.value if value.HasField("simple_value"))
+                if names:
+                    found[event.step, names] += 1
+                yield frame(record)
+
     with open(path, "rb") as file:
-        replace_file(path, (frame(record) for record in read_records(file) if _is_kept(record, step, is_eval_owed)))
+        replace_file(path, keep(read_records(file)))
+    return found
 
 
 def read_records(file: BinaryIO) -> Iterator[bytes]:
-    """The payloads of a file's records, up to its end or to the first torn one."""
-    while True:
-        head = file.read(12)
-        if len(head) < 12 or head[8:] != _masked_crc(head[:8]):
+    """The payloads of a file's records but for those that are torn or damaged."""
+    content, at = file.read(), 0
+    while at < len(content):
+        payload = _payload_at(content, at)
+        if payload is not None:
+            yield payload
+            at += len(payload) + 16
+            continue
+        # The next place that may begin a record: a length of at most four bytes that is not 0.
+        found = _BEGINNING.search(content, at + 1)
+        if found is None:
             return
-        (size,) = struct.unpack_from("<Q", head)
-        body = file.read(size + 4)
-        payload = body[:size]
-        if len(body) < size + 4 or body[size:] != _masked_crc(payload):
-            return
-        yield payload
+        at = found.start()
+
+
+_BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
+
+
+def _payload_at(content: bytes, at: int) -> bytes | None:
+    head = content[at : at + 12]
+    if len(head) < 12 or head[8:] != _masked_crc(head[:8]):
+        return None
+    (size,) = struct.unpack_from("<Q", head)
+    body = content[at + 12 : at + 12 + size + 4]
+    return body[:size] if len(body) == size + 4 and body[size:] == _masked_crc(body[:size]) else None
 
 
 def frame(payload: bytes) -> bytes:
@@ -157,8 +187,7 @@ def _masked_crc(data: bytes) -> bytes:
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _is_kept(record: bytes, step: int, is_eval_owed: bool) -> bool:
-    event = Event.FromString(record)
+def _is_kept(event: Event, step: int, is_eval_owed: bool) -> bool:
     tag = event.summary.value[0].tag if event.summary.value else ""
     is_made_again = is_eval_owed and event.step == step and tag.startswith("eval/")
     return event.step <= step and not tag.startswith(_HPARAMS) and not is_made_again

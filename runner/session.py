@@ -180,6 +180,7 @@ class Session:
             jsonl=tracking.jsonl,
             resume_step=None if self.is_new and not self.begins_again else self.loop.step,
             is_eval_owed=self.begins_again or "eval" in self.loop.agenda.owed,
+            warn=self.log.warning,
         )
 
     def _make_loop(self, console: Console) -> Loop:

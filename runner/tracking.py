@@ -8,7 +8,7 @@ import atexit
 import json
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from math import isfinite
@@ -38,6 +38,8 @@ class Tracker:
     once; `hparams` is then to be called anew, as in a first session. With `is_eval_owed` the evaluation of that very
     step is cut too: it is made again.
 
+    `warn` is then called with what is missing: scalars that the event files lack are restored from `metrics.jsonl`.
+
     An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
 
     Raises: FileExistsError when the folder holds another run's numbers and there is no `resume_step`.
@@ -52,7 +54,9 @@ class Tracker:
         flush_s: float = 1.0,
         resume_step: int | None = None,
         is_eval_owed: bool = False,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._warn = warn
         self._folder = Path(folder)
         self._has_events, self._has_lines, self._resume_step = tensorboard, jsonl, resume_step
         self._is_eval_owed = is_eval_owed
@@ -189,22 +193,53 @@ class Tracker:
     def _open_files(self, files: list[AppendFile]) -> None:
         self._lines: AppendFile | None = None
         self._records: AppendFile | None = None
+        lines: Counter[tuple[int, frozenset[str]]] | None = None
         if self._has_lines:
             path = self._folder / METRICS_NAME
             if self._resume_step is not None and path.exists():
-                self._earlier_s = _cut_lines(path, self._resume_step, self._is_eval_owed)
+                self._earlier_s, lines = _cut_lines(path, self._resume_step, self._is_eval_owed)
             self._lines = AppendFile(path)
             files.append(self._lines)
         if self._has_events:
             from runner import event_file  # here, since TensorBoard's protos would delay the start of the run
 
             self._events = event_file
+            restored = b""
             if self._resume_step is not None:
+                events: Counter[tuple[int, frozenset[str]]] = Counter()
                 for path in event_file.find_event_files(self._folder):
-                    event_file.cut_event_file(path, self._resume_step, self._is_eval_owed)
+                    events += event_file.cut_event_file(path, self._resume_step, self._is_eval_owed)
+                if lines is not None:
+                    restored = self._compare(lines, events)
             self._records = AppendFile(event_file.name_next_file(self._folder))
             files.append(self._records)
-            self._records.append(event_file.encode_header(self._started, self._resume_step))
+            self._records.append(event_file.encode_header(self._started, None) + restored)
+            if self._resume_step is not None:
+                self._records.append(event_file.encode_restart(self._started, self._resume_step))
+
+    def _compare(
+        self, lines: Counter[tuple[int, frozenset[str]]], events: Counter[tuple[int, frozenset[str]]]
+    ) -> bytes:
+        """Tells which steps one kind of file lacks; returns the records that restore those of the event files."""
+        path = self._folder / METRICS_NAME
+        if lost := events - lines:
+            self._warn(f"{path} lacks the numbers of {_shown_steps(lost)}: they are in the event files alone")
+        missing, records = lines - events, list[bytes]()
+        if not missing:
+            return b""
+        self._warn(
+            f"{self._folder}/events.out.tfevents.*: the numbers of {_shown_steps(missing)} are missing, and restored "
+            f"from {METRICS_NAME}; texts and pictures that were lost with them are not"
+        )
+        for line in path.read_bytes().splitlines():
+            values = json.loads(line)
+            step, time_s = values.pop("step"), values.pop("time_s")
+            if missing[step, frozenset(values)]:
+                missing[step, frozenset(values)] -= 1
+                numbers = {name: float("nan") if value is None else value for name, value in values.items()}
+                wall_time = self._started - self._earlier_s + time_s
+                records.append(self._events.encode_scalars(wall_time, step, numbers))
+        return b"".join(records)
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:
         status = None
@@ -265,9 +300,25 @@ def _encode_key(name: str) -> str:
     return f", {json.dumps(name)}: "
 
 
-def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> float:
-    """The file holds its whole lines up to `step`; returns the last one's `time_s`."""
+def _shown_steps(found: Counter[tuple[int, frozenset[str]]]) -> str:
+    """Returns steps as text, neighbours as one range."""
+    ranges: list[list[int]] = []
+    for step in sorted({step for step, _ in found}):
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    return "steps " + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
+
+
+def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> tuple[float, Counter[tuple[int, frozenset[str]]]]:
+    """The file holds its whole lines up to `step`.
+
+    Returns:
+        The last one's `time_s`, and how often each step has values of which names.
+    """
     last_s = 0.0
+    found: Counter[tuple[int, frozenset[str]]] = Counter()
 
     def keep(lines: Iterator[bytes]) -> Iterator[bytes]:
         nonlocal last_s
@@ -282,8 +333,9 @@ def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> float:
                 continue  # torn by a kill in the middle of a write
             if is_kept:
                 last_s = time_s
+                found[values["step"], frozenset(values) - {"step", "time_s"}] += 1
                 yield line
 
     with open(path, "rb") as file:
         replace_file(path, keep(file))
-    return last_s
+    return last_s, found
