@@ -51,8 +51,9 @@ class Zygote:
         typed: Path | None = None,
         forks_workers: bool = False,
         finalizes: bool = False,
+        output: Path | None = None,
     ) -> int:
-        request = {"cwd": str(cwd), "argv": argv, "output": str(cwd / "printed.txt"), "crash_at": crash_at}
+        request = {"cwd": str(cwd), "argv": argv, "output": str(output or cwd / "printed.txt"), "crash_at": crash_at}
         request |= {"environment": environment or {}, "typed": str(typed) if typed else None}
         return int(self._ask(request | {"forks_workers": forks_workers, "finalizes": finalizes}))
 
@@ -63,6 +64,11 @@ class Zygote:
     def wait(self, pid: int) -> int:
         """Returns the exit status, or less than 0 for a signal."""
         return os.waitstatus_to_exitcode(int(self._ask({"wait": pid})))
+
+    def poll(self, pid: int) -> int | None:
+        """Returns what `wait` does, or None while it runs."""
+        answer = self._ask({"poll": pid}).strip()
+        return None if answer == "running" else os.waitstatus_to_exitcode(int(answer))
 
     def _ask(self, request: dict) -> str:
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ class Data:
         time.sleep(self.sleep_s)
         noise = 0.01 * (random.random() + numpy.random.rand() + torch.rand(()).item())
         return {"x": self.x[index] + noise, "y": self.x[index].sum()[None]}
+
+
+class Stalls(Data):
+    # for as long as there is a file `stall`
+    def __getitem__(self, index):
+        while os.path.exists("stall"):
+            time.sleep(0.02)
+        return super().__getitem__(index)
 
 
 class Normed(Model):
@@ -161,6 +170,40 @@ def shared_zygote(*modules):
     return zygote
 
 
+class Forked:
+    """A run that goes on beside the test, forked from the zygote; it has what tests use of a `Popen`."""
+
+    def __init__(self, zygote, output, *arguments, **settings):
+        self._zygote, self._output = zygote, output
+        self.pid = zygote.start(*arguments, output=output, **settings)
+        self.returncode = None
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = self._zygote.poll(self.pid)
+        return self.returncode
+
+    def wait(self, timeout=120):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"run {self.pid}", timeout, self._output.read_text())
+            time.sleep(0.005)
+        return self.returncode
+
+    def communicate(self, timeout=120):
+        """Waits for its end; returns what was printed, as `Popen` does beside what it has no pipe for."""
+        self.wait(timeout)
+        return self._output.read_text(), None
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
 class Project:
     """A folder with a user's module `own` and `conf/experiment/mine.yaml`."""
 
@@ -177,15 +220,27 @@ class Project:
     def command(self):
         return [sys.executable, "-m", "runner", "--config-dir", "conf", "experiment=mine"]
 
-    def start(self, *overrides, **settings):
-        """Starts the runner, its output in one pipe."""
+    def start(self, *overrides, environment=None, forks_workers=False):
+        """Starts the runner, in a process of its own group that is forked as that of `run`, and does not wait for it.
+
+        With `forks_workers` a launcher forks its workers, too.
+        """
+        output = self.folder / f"printed_{len(self.started)}.txt"
+        environment = dict(os.environ) | (environment or {})
+        arguments = self.folder, [*self.command[3:], *overrides]
+        settings = {"environment": environment, "forks_workers": forks_workers}
+        self.started.append(Forked(shared_zygote(*self.loaded), output, *arguments, **settings))
+        return self.started[-1]
+
+    def start_afresh(self, *overrides, **settings):
+        """Starts the runner as a user does, in a new interpreter, its output in one pipe."""
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | settings.pop("environment", {})
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
         process = subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
         self.started.append(process)
         return process
 
-    def run(self, *overrides, typed=None, status=0):
+    def run(self, *overrides, typed=None, status=0, forks_workers=False):
         """Runs to the end, in a process forked from one that has imported torch already; returns what was printed.
 
         `status` is what it must end with, or several of which it may be any.
@@ -196,7 +251,10 @@ class Project:
         if typed is not None:
             keyboard = self.folder / "typed.txt"
             keyboard.write_text(typed)
-        pid = zygote.start(self.folder, [*self.command[3:], *overrides], environment=dict(os.environ), typed=keyboard)
+        pid = zygote.start(
+            self.folder, [*self.command[3:], *overrides], environment=dict(os.environ), typed=keyboard,
+            forks_workers=forks_workers,
+        )  # fmt: skip
         try:
             found, printed = zygote.wait(pid), output.read_text()
         except BaseException:  # such as a timeout of the test: the next one shall not wait for this run
@@ -209,7 +267,7 @@ class Project:
 
     def run_afresh(self, *overrides, typed=None, status=0):
         """Runs to the end, in a process of its own; returns what was printed."""
-        process = self.start(*overrides, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE)
+        process = self.start_afresh(*overrides, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE)
         printed, _ = process.communicate(typed, timeout=120)
         assert process.returncode == status, printed
         return printed
@@ -229,7 +287,7 @@ class Project:
             if process.poll() is None:
                 process.kill()
                 process.communicate()
-            for stream in (process.stdin, process.stdout):
+            for stream in (getattr(process, "stdin", None), getattr(process, "stdout", None)):
                 if stream is not None:
                     stream.close()
 

@@ -60,14 +60,9 @@ def processes_of(pid):
 
 
 def workers_of(process):
-    """The workers' pids by rank."""
-    found = {}
-    for pid in processes_of(process.pid):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
-        if b"runner.worker" in Path(f"/proc/{pid}/cmdline").read_bytes() and ranks:
-            found[int(ranks[0][5:])] = pid
-    return found
+    """The workers' pids by rank: the processes below the launcher that have sessions of their own, as they started."""
+    found = [pid for pid in processes_of(process.pid) if os.getsid(pid) == pid]
+    return dict(enumerate(found))
 
 
 def is_there(pid):
@@ -85,14 +80,14 @@ def content(run, step):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("whole"))
-    project.run(*DDP[:2], *LONG, "hydra.run.dir=whole")
+    project.run(*DDP[:2], *LONG, "hydra.run.dir=whole", forks_workers=True)
     return content(project.folder / "whole", STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "step"), [(0, 25), (1, 5)])
 def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(project, whole, rank, step):
-    process = project.start(*DDP, *LONG)
+    process = project.start(*DDP, *LONG, forks_workers=rank == 1)  # the others are started as a user's
     run = project.folder / "run"
     wait_for(run / "metrics.jsonl", b'"step": %d,' % step)
     os.kill(workers_of(process)[rank], signal.SIGKILL)
@@ -104,7 +99,7 @@ def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(pro
 
 
 def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
-    process = project.start(*DDP, *LONG, "distributed.max_restarts=0")
+    process = project.start(*DDP, *LONG, "distributed.max_restarts=0", forks_workers=True)
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     os.kill(workers_of(process)[1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=60)
@@ -114,7 +109,7 @@ def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
 
 @pytest.mark.slow
 def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_again(project):
-    process = project.start(*DDP, *LONG, "trainer.steps=100000")
+    process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     run = project.folder / "run"
     wait_for(run / "metrics.jsonl", b'"step": 5,')
     workers = workers_of(process).values()
@@ -130,7 +125,7 @@ def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_aga
 
 
 def test_a_killed_launcher_leaves_no_worker_behind(project):
-    process = project.start(*DDP, *LONG, "trainer.steps=100000")
+    process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     pids = processes_of(process.pid)
     assert len(pids) >= 2
@@ -150,7 +145,7 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
     [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 75)],
 )
 def test_one_signal_saves_on_all_ranks_and_ends(project, number, to_group, status):
-    process = project.start(*DDP, *LONG, "trainer.steps=100000", start_new_session=True)
+    process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     (os.killpg if to_group else os.kill)(process.pid, number)
     printed, _ = process.communicate(timeout=30)
@@ -161,7 +156,9 @@ def test_one_signal_saves_on_all_ranks_and_ends(project, number, to_group, statu
 
 
 def test_a_second_signal_ends_all_at_once(project):
-    process = project.start(*DDP, *LONG, "trainer.steps=100000", "+data.eval.sleep_s=1", "trainer.eval_at_start=false")
+    process = project.start(
+        *DDP, *LONG, "trainer.steps=100000", "+data.eval.sleep_s=1", "trainer.eval_at_start=false", forks_workers=True
+    )
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 20,')
     pids = processes_of(process.pid)
     process.send_signal(signal.SIGINT)
@@ -173,7 +170,7 @@ def test_a_second_signal_ends_all_at_once(project):
 
 
 def test_a_sweep_leaves_a_folder_a_job_and_nothing_of_one_in_the_next(project):
-    project.run("-m", *DDP[:2], "seed=1,2", "trainer.save_every=12", "hydra.sweep.dir=sweep")
+    project.run("-m", *DDP[:2], "seed=1,2", "trainer.save_every=12", "hydra.sweep.dir=sweep", forks_workers=True)
     jobs = sorted(path for path in (project.folder / "sweep").iterdir() if path.is_dir())
     assert len(jobs) == 2
     for job in jobs:
@@ -185,7 +182,7 @@ def test_a_sweep_leaves_a_folder_a_job_and_nothing_of_one_in_the_next(project):
 
 
 def test_typed_commands_reach_the_leader_through_the_launcher(project):
-    printed = project.run(*DDP, typed="save@5\nquit@7\n")
+    printed = project.run(*DDP, typed="save@5\nquit@7\n", forks_workers=True)
     assert "Quit at step 7" in printed
     assert (project.folder / "run" / "checkpoints" / "step_00000005").is_dir()
 
@@ -227,6 +224,6 @@ def build_or_die(**settings):
 """
     (project.folder / "own.py").write_text(text + dies)
     model = ["model._target_=own.build_or_die", "resume_allow_changes=true"]
-    printed = project.run(*DDP[:2], "resume=run/checkpoints/step_00000004", *model)
+    printed = project.run(*DDP[:2], "resume=run/checkpoints/step_00000004", *model, forks_workers=True)
     assert "Going on after step 4" in printed
     assert "Going on after step 12" not in printed

@@ -36,7 +36,7 @@ def newest_step(folder):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_schedulers_signal_saves_and_ends_with_75(project, name):
-    process = project.start(*SLOW, "data.num_workers=2", start_new_session=True)
+    process = project.start(*SLOW, "data.num_workers=2")
     wait_for_step(project, 2, "run")
     os.killpg(process.pid, signal.Signals[name])  # as a scheduler may: every process of the group gets it
     printed, _ = process.communicate(timeout=30)
@@ -68,20 +68,23 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(project):
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 75, printed
     assert newest_step(project.folder / "cut") == 0
-    project.run("resume=cut")
+    project.run("resume=cut", "+data.eval.sleep_s=0", "resume_allow_changes=true")
     lines = read_metrics(project.folder / "cut")
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6, 12]
 
 
 def test_an_evaluation_owed_and_then_killed_stands_once(project):
-    slow = ("+data.eval.sleep_s=0.15", "trainer.eval_at_start=false", "trainer.save_every=6", "trainer.eval_every=6")
-    project.run(*slow, "hydra.run.dir=whole", "trainer.keep_last=1", "trainer.keep_best=1")
-    process = project.start(*slow, "hydra.run.dir=cut", "trainer.keep_last=1", "trainer.keep_best=1")
+    every = ("trainer.eval_at_start=false", "trainer.save_every=6", "trainer.eval_every=6")
+    project.run(*every, "hydra.run.dir=whole", "trainer.keep_last=1", "trainer.keep_best=1")
+    slow = "+data.eval.sleep_s=0.15"
+    process = project.start(*every, slow, "hydra.run.dir=cut", "trainer.keep_last=1", "trainer.keep_best=1")
     wait_for_step(project, 6, "cut")  # the evaluation after it takes three seconds
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 75
-    process = project.start("resume=cut", "+data.train.sleep_s=0.1", "resume_allow_changes=true")
+    process = project.start(
+        "resume=cut", "+data.eval.sleep_s=0", "+data.train.sleep_s=0.1", "resume_allow_changes=true"
+    )
     wait_for_step(project, 7, "cut")
     process.kill()
     process.communicate()
@@ -92,7 +95,7 @@ def test_an_evaluation_owed_and_then_killed_stands_once(project):
 
 
 def test_the_first_signal_after_quit_waits_for_the_save(project):
-    process = project.start(
+    process = project.start_afresh(
         "hydra.run.dir=run", "trainer.save_every=0", "trainer.eval_every=0",
         "trainer.eval_at_start=false", "+model.width=400000", stdin=subprocess.PIPE,
     )  # fmt: skip
@@ -126,12 +129,18 @@ def wait_for_file(path, seconds=30):
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once_and_loses_only_the_steps_since_the_last_save(project, first):
-    process = project.start("+data.train.sleep_s=0.4", "trainer.save_every=1", "trainer.steps=50", "hydra.run.dir=run")
+    stalls = ("data.train._target_=own.Stalls", "+data.train.sleep_s=0.02", "trainer.steps=5000")
+    process = project.start(*stalls, "trainer.save_every=1", "hydra.run.dir=run")
     wait_for_file(project.folder / "run" / "checkpoints" / "step_00000001")
+    (project.folder / "stall").touch()
+    time.sleep(0.5)  # the step that is under way then never ends
     process.send_signal(first)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=3)
+    deadline = time.monotonic() + 60
+    while process.poll() is None:  # a signal that comes before the one before it was seen is no second one
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, printed
     assert record_of(project.folder / "run")["reason"].startswith("SIGTERM")
     assert newest_step(project.folder / "run") >= 1
@@ -429,7 +438,7 @@ def test_a_save_that_fails_is_told_tried_again_and_ends_the_run_with_1_if_it_is_
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = project.start(
+    process = project.start_afresh(
         "hydra.run.dir=run", "+model.width=9000", "tracking.tensorboard=false", preexec_fn=limit_files
     )
     printed, _ = process.communicate(timeout=60)

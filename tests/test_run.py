@@ -212,7 +212,7 @@ SLOW = ("data.train.length=50", "+data.train.sleep_s=0.01", "trainer.steps=2000"
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_once_saves_and_ends_with_130(project, workers):
-    process = project.start(*SLOW, f"data.num_workers={workers}", start_new_session=True)
+    process = project.start_afresh(*SLOW, f"data.num_workers={workers}", start_new_session=True)
     wait_for_step(project, 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
     printed, _ = process.communicate(timeout=30)
@@ -225,15 +225,15 @@ def test_ctrl_c_once_saves_and_ends_with_130(project, workers):
 
 
 def test_ctrl_c_twice_ends_at_once(project):
-    overrides = ("data.train.length=50", "+data.train.sleep_s=1.0", "trainer.eval_at_start=false")
-    process = project.start(*SLOW[2:], *overrides)
+    overrides = ("data.train.length=50", "+data.train.sleep_s=20", "trainer.eval_at_start=false")
+    process = project.start_afresh(*SLOW[2:], *overrides)
     while "steps into" not in process.stdout.readline():
         assert process.poll() is None
-    time.sleep(1)  # in the midst of the first batch, which takes 8 s
+    time.sleep(1)  # in the midst of the first batch, which takes 160 s
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=5)
+    process.communicate(timeout=120)
     assert process.returncode == 130
     (folder,) = project.runs
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
@@ -342,7 +342,7 @@ def test_ctrl_c_that_a_model_drops_while_it_is_built_ends_the_run_saved(project)
 
 @pytest.mark.parametrize("delay_s", [0.3, 0.7, 1.1, 1.5])
 def test_ctrl_c_while_it_starts_ends_with_130_and_leaves_nothing_half_made(project, delay_s):
-    process = project.start("trainer.eval_at_start=false", "+data.train.sleep_s=0.1")
+    process = project.start_afresh("trainer.eval_at_start=false", "+data.train.sleep_s=0.1")
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=30)

@@ -37,7 +37,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on_in_its_folder(project, clus
         "hydra.launcher.timeout_min=60", "hydra.sweep.dir=sweep", "distributed=ddp", "distributed.nproc_per_node=2",
         "+data.train.sleep_s=0.02", "trainer.steps=60",
     ]  # fmt: skip
-    process = project.start(*sweep, environment=cluster.environment)
+    process = project.start_afresh(*sweep, environment=cluster.environment)
     deadline = time.monotonic() + 60
     while not any(b'"step": 9,' in path.read_bytes() for path in project.folder.glob("sweep/*/metrics.jsonl")):
         assert time.monotonic() < deadline

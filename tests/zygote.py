@@ -5,7 +5,8 @@ Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files)
 `forks_workers`, a child that is a launcher forks its workers instead of executing them; one that `finalizes` ends as
 Python does, which takes a moment. The answer is the child's pid; a line `{"wait": pid}` is answered with its wait
 status and the number of operations that were noted in `output`.count and its rank, if it has one; a child that does not
-end is killed. A line `{"load": modules}` has them imported beforehand.
+end is killed; `{"poll": pid}` is answered at once, with "running" where it has not ended. A line `{"load": modules}`
+has them imported beforehand.
 """
 
 import importlib
@@ -163,6 +164,10 @@ def main() -> None:
         request = json.loads(line)
         if "wait" in request:
             print(wait(request["wait"]), flush=True)
+            continue
+        if "poll" in request:
+            found, status = os.waitpid(request["poll"], os.WNOHANG)
+            print(status if found else "running", flush=True)
             continue
         if "load" in request:
             for name in request["load"]:
