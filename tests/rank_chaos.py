@@ -199,7 +199,7 @@ class RankChaos:
                 os.kill(pid, signal.SIGKILL)
                 self.num_kills += 1
                 self._await_nobody(run, sessions, time.monotonic())
-        status = process.wait(timeout=90) if process else self.zygote.wait(pid)
+        status = process.wait(timeout=120) if process else self.zygote.wait(pid)
         self._await_nobody(run, sessions, time.monotonic())
         self._judge(run, [status])
         if status not in (0, -signal.SIGKILL):

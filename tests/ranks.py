@@ -16,7 +16,7 @@ import torch.distributed as dist
 from runner.utils.distributed import process_group
 from runner.utils.place import Place
 
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 
 
 def run_ranks(count, function, *args, timeout_s=LIMIT_S):

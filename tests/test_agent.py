@@ -91,7 +91,7 @@ def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(pro
     run = project.folder / "run"
     wait_for(run / "metrics.jsonl", b'"step": %d,' % step)
     os.kill(workers_of(process)[rank], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert find_difference(content(run, STEPS), whole) is None
     assert [session["status"] for session in json.loads((run / "run.json").read_text())["sessions"]][-1] == "finished"
@@ -102,7 +102,7 @@ def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
     process = project.start(*DDP, *LONG, "distributed.max_restarts=0", forks_workers=True)
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     os.kill(workers_of(process)[1], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(r"rank 1 ended with SIGKILL, after 0 restarts; go on with resume=.*/run", printed)
 
@@ -118,7 +118,7 @@ def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_aga
     run.rename(project.folder / "gone")
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 2, printed
     assert "run: can't be written to (No such file or directory)" in printed
     assert not run.exists()
@@ -131,7 +131,7 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
     assert len(pids) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(map(is_there, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -148,7 +148,7 @@ def test_one_signal_saves_on_all_ranks_and_ends(project, number, to_group, statu
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     (os.killpg if to_group else os.kill)(process.pid, number)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == status, printed
     record = json.loads((project.folder / "run" / "run.json").read_text())
     assert (project.folder / "run" / "checkpoints" / f"step_{record['last_step']:08d}").is_dir()
@@ -164,7 +164,7 @@ def test_a_second_signal_ends_all_at_once(project):
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
     assert not any(map(is_there, pids))
 
@@ -206,7 +206,7 @@ def test_two_agents_that_meet_make_one_run(project, whole):
     port = 20000 + os.getpid() % 20000
     nodes = ["distributed.nnodes=2", f"distributed.rdzv_endpoint=localhost:{port}", "distributed.nproc_per_node=1"]
     both = [project.start("distributed=ddp", *nodes, *LONG, "hydra.run.dir=run") for _ in range(2)]
-    printed = [process.communicate(timeout=90)[0] for process in both]
+    printed = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert find_difference(content(project.folder / "run", STEPS), whole) is None
     assert json.loads((project.folder / "run" / "run.json").read_text())["ranks"] == 2

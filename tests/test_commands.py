@@ -296,7 +296,7 @@ def readers():
 
 def gather(commands, count, step=1):
     """Returns the next `count` commands in their typed form, or what came of them within 20 s."""
-    found, deadline = [], time.monotonic() + 20
+    found, deadline = [], time.monotonic() + 120
     while len(found) < count and time.monotonic() < deadline:
         found += map(str, commands.due(step))
         time.sleep(0.002)
@@ -304,7 +304,7 @@ def gather(commands, count, step=1):
 
 
 def wait_until(fact):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not fact() and time.monotonic() < deadline:
         time.sleep(0.005)
     assert fact()
@@ -578,7 +578,7 @@ def python(script, *arguments, **options):
 
 def output_of(process, typed=None):
     try:
-        output, _ = process.communicate(typed, timeout=30)
+        output, _ = process.communicate(typed, timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, output

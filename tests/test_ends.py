@@ -39,7 +39,7 @@ def test_a_schedulers_signal_saves_and_ends_with_75(project, name):
     process = project.start(*SLOW, "data.num_workers=2")
     wait_for_step(project, 2, "run")
     os.killpg(process.pid, signal.Signals[name])  # as a scheduler may: every process of the group gets it
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
     assert "Traceback" not in printed
     record = record_of(project.folder / "run")
@@ -52,7 +52,7 @@ def test_a_preempted_run_that_goes_on_is_the_same_run(project):
     process = project.start("hydra.run.dir=cut", "+data.train.sleep_s=0.02")
     wait_for_step(project, 3, "cut")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     project.run("resume=cut")
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
@@ -65,7 +65,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_run_that_goes_on(project):
     wait_for_file(project.folder / "cut" / "run.json")
     time.sleep(1.0)  # in the evaluation before the first step, which takes four seconds
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
     assert newest_step(project.folder / "cut") == 0
     project.run("resume=cut", "+data.eval.sleep_s=0", "resume_allow_changes=true")
@@ -80,7 +80,7 @@ def test_an_evaluation_owed_and_then_killed_stands_once(project):
     process = project.start(*every, slow, "hydra.run.dir=cut", "trainer.keep_last=1", "trainer.keep_best=1")
     wait_for_step(project, 6, "cut")  # the evaluation after it takes three seconds
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     process = project.start(
         "resume=cut", "+data.eval.sleep_s=0", "+data.train.sleep_s=0.1", "resume_allow_changes=true"
@@ -101,11 +101,11 @@ def test_the_first_signal_after_quit_waits_for_the_save(project):
     )  # fmt: skip
     process.stdin.write("quit@3\n")
     process.stdin.flush()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not list((project.folder / "run").glob("checkpoints/.step_*")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert newest_step(project.folder / "run") == 3
 
 
@@ -115,12 +115,12 @@ def test_a_second_start_on_a_folder_leaves_what_the_first_is_doing_alone(project
     printed = project.run("hydra.run.dir=run", "seed=2", status=2)
     assert "another process runs there" in printed
     (project.folder / "built").touch()
-    first.communicate(timeout=60)
+    first.communicate(timeout=120)
     assert first.returncode == 0
     assert "seed: 1" in (project.folder / "run" / ".hydra" / "config.yaml").read_text()
 
 
-def wait_for_file(path, seconds=30):
+def wait_for_file(path, seconds=120):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -135,7 +135,7 @@ def test_a_second_signal_ends_at_once_and_loses_only_the_steps_since_the_last_sa
     (project.folder / "stall").touch()
     time.sleep(0.5)  # the step that is under way then never ends
     process.send_signal(first)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.poll() is None:  # a signal that comes before the one before it was seen is no second one
         assert time.monotonic() < deadline
         time.sleep(0.5)
@@ -323,7 +323,7 @@ def test_a_dataset_that_hangs_is_told_at_the_first_ctrl_c_and_ended_by_the_secon
     assert newest_step(project.folder / "run") == 2
 
 
-def wait_for_text(path, text, seconds=30):
+def wait_for_text(path, text, seconds=120):
     deadline = time.monotonic() + seconds
     while text not in path.read_text():
         assert time.monotonic() < deadline, f"{path} never had {text!r}: {path.read_text()[-2000:]}"
@@ -347,7 +347,7 @@ def test_a_closed_terminal_saves_and_ends_though_the_model_prints(project, overr
     if not pid:
         os.chdir(project.folder)
         os.execv(sys.executable, [*project.command, *SLOW, "model._target_=own.Prints", *overrides])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     metrics = project.folder / "run" / "metrics.jsonl"
     while not metrics.exists() or '"step": 2,' not in metrics.read_text():
         assert time.monotonic() < deadline
@@ -368,7 +368,7 @@ def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
         "data.num_workers=2", "+data.train.sleep_s=0.01",
     )  # fmt: skip
     wait_for_file(project.folder / "cut" / "metrics.jsonl")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (
         not (project.folder / "cut" / "metrics.jsonl").exists()
         or "train/" not in (project.folder / "cut" / "metrics.jsonl").read_text()
@@ -378,7 +378,7 @@ def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [pid for pid in map(int, children) if "python" in os.readlink(f"/proc/{pid}/exe")]
     os.kill(workers[0], signal.SIGKILL)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
     assert re.search(rf"error: The run ends: A loader worker died .*{workers[0]}\b", printed), printed
     assert "Traceback" not in printed
@@ -394,7 +394,7 @@ def test_a_second_run_on_one_folder_is_refused_and_the_first_goes_on(project):
     printed = project.run("resume=run", "trainer.steps=99", status=2)
     assert re.search(rf"/run: another process runs there; process {process.pid} on .*\n", printed)
     assert (project.folder / "run" / ".hydra" / "overrides.yaml").read_text() == before
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert newest_step(project.folder / "run") == 12
 
@@ -420,7 +420,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_the_last_checkpoint_whole(p
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
                 filler.write(b"\0" * 4096)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=120)
         assert process.returncode == 1, printed
         assert "Traceback" not in printed
         assert re.search(
@@ -441,7 +441,7 @@ def test_a_save_that_fails_is_told_tried_again_and_ends_the_run_with_1_if_it_is_
     process = project.start_afresh(
         "hydra.run.dir=run", "+model.width=9000", "tracking.tensorboard=false", preexec_fn=limit_files
     )
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
     assert "Traceback" not in printed
     assert [int(n) for n in re.findall(r"error: The checkpoint of step (\d+) could not be written", printed)] == [
@@ -460,12 +460,12 @@ def test_a_save_that_failed_once_is_made_up_for_by_the_next(project):
     checkpoints = project.folder / "run" / "checkpoints"
     checkpoints.rename(project.folder / "aside")
     checkpoints.write_text("in the way")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while "could not be written" not in (project.folder / "run" / "log.txt").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     checkpoints.unlink()
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert newest_step(project.folder / "run") == 12
 
@@ -475,7 +475,7 @@ def test_a_run_folder_that_was_deleted_ends_the_run_and_stays_deleted(project):
     wait_for_step(project, 2, "run")
     (project.folder / "run").rename(project.folder / "gone")  # at once: it puts files there all the while
     shutil.rmtree(project.folder / "gone")
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed
     assert "Traceback" not in printed
     assert "error: The run ends: the run's numbers can't be written" in printed

@@ -38,7 +38,7 @@ def run_alone(ranks, project, *argv, status=0):
     assert ranks.zygote.wait(pid) == status, (project.folder / "printed.txt").read_text()[-3000:]
 
 
-def wait_for(path, content, timeout_s=30.0):
+def wait_for(path, content, timeout_s=120.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if path.exists() and content in path.read_bytes():

@@ -138,5 +138,5 @@ def test_a_program_that_waits_in_c_tells_of_the_first_signal_and_is_ended_by_the
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "told SIGINT\n"
     process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=20)
+    printed, _ = process.communicate(timeout=120)
     assert (process.returncode, printed) == (130, "gave up 2\n")

@@ -38,13 +38,13 @@ def test_a_preempted_job_is_queued_again_and_goes_on_in_its_folder(project, clus
         "+data.train.sleep_s=0.02", "trainer.steps=60",
     ]  # fmt: skip
     process = project.start_afresh(*sweep, environment=cluster.environment)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not any(b'"step": 9,' in path.read_bytes() for path in project.folder.glob("sweep/*/metrics.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     job = cluster.run("squeue", "-h", "-o", "%i").split()[0]
     cluster.run("scancel", "--signal=USR2", job)
-    process.communicate(timeout=90)
+    process.communicate(timeout=120)
     (run,) = (path for path in (project.folder / "sweep").glob("0-*"))
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     assert [session["status"] for session in sessions] == ["preempted", "finished"]
