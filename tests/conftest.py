@@ -220,11 +220,13 @@ class Project:
     def command(self):
         return [sys.executable, "-m", "runner", "--config-dir", "conf", "experiment=mine"]
 
-    def start(self, *overrides, environment=None, forks_workers=False):
+    def start(self, *overrides, environment=None, forks_workers=False, **settings):
         """Starts the runner, in a process of its own group that is forked as that of `run`, and does not wait for it.
 
-        With `forks_workers` a launcher forks its workers, too.
+        With `forks_workers` a launcher forks its workers, too. Settings of a `Popen` need a new interpreter.
         """
+        if settings:
+            return self.start_afresh(*overrides, environment=environment or {}, **settings)
         output = self.folder / f"printed_{len(self.started)}.txt"
         environment = dict(os.environ) | (environment or {})
         arguments = self.folder, [*self.command[3:], *overrides]

@@ -308,7 +308,7 @@ def test_a_dataset_that_hangs_is_told_at_the_first_ctrl_c_and_ended_by_the_secon
     with open(project.folder / "own.py", "a") as file:
         file.write(HANGING)
     own = ("data.train._target_=own.Hangs", "hydra.run.dir=run", "trainer.save_every=1", *overrides)
-    process = project.start(*own, start_new_session=True)
+    process = project.start(*own)
     wait_for_file(project.folder / "run" / "checkpoints" / "step_00000002")
     log = project.folder / "run" / "log.txt"
     time.sleep(0.5)

@@ -273,7 +273,7 @@ class Hangs(Model):
     assert statuses[1] == 1
     assert statuses[0] != 0
     log = (project.folder / "run" / "log.txt").read_text()
-    assert re.search(r"rank 1 made no step for \d s and is ended; its stacks:", log)
+    assert re.search(r"rank 1 made no step for \d+ s and is ended; its stacks:", log)
     assert "in forward" in log.partition("rank 1 made no step")[2]
 
 
