@@ -163,6 +163,9 @@ trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0
 """
 
 
+OF_WORKERS = ("torch._dynamo", "torch.distributed.launcher.api", "runner.engines.sharded", "runner.sharded_checkpoint")
+
+
 @functools.cache
 def shared_zygote(*modules):
     zygote = Zygote(*modules)
@@ -231,7 +234,7 @@ class Project:
         environment = dict(os.environ) | (environment or {})
         arguments = self.folder, [*self.command[3:], *overrides]
         settings = {"environment": environment, "forks_workers": forks_workers}
-        self.started.append(Forked(shared_zygote(*self.loaded), output, *arguments, **settings))
+        self.started.append(Forked(self._zygote(forks_workers), output, *arguments, **settings))
         return self.started[-1]
 
     def start_afresh(self, *overrides, **settings):
@@ -247,7 +250,7 @@ class Project:
 
         `status` is what it must end with, or several of which it may be any.
         """
-        zygote, output = shared_zygote(*self.loaded), self.folder / "printed.txt"
+        zygote, output = self._zygote(forks_workers), self.folder / "printed.txt"
         output.unlink(missing_ok=True)
         keyboard = None
         if typed is not None:
@@ -266,6 +269,12 @@ class Project:
             raise
         assert found in (status if isinstance(status, tuple) else (status,)), printed
         return printed
+
+    def _zygote(self, forks_workers):
+        zygote = shared_zygote(*self.loaded)
+        if forks_workers:
+            zygote.load([*OF_WORKERS])
+        return zygote
 
     def run_afresh(self, *overrides, typed=None, status=0):
         """Runs to the end, in a process of its own; returns what was printed."""

@@ -226,7 +226,7 @@ def test_what_is_typed_at_the_leader_is_done_on_all(ranks, project):
     lines = read_metrics(project.folder / "run")
     rates = [line["train/lr"] for line in lines if "train/lr" in line]
     assert rates[4] < 0.11 * rates[3]
-    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 6]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [6]
     assert [path.name for path in sorted((project.folder / "run" / "checkpoints").iterdir())] == [
         "step_00000005",
         "step_00000007",
