@@ -188,11 +188,15 @@ def test_overwriting_finds_a_source_that_is_freed_before_its_copy_is_done(accele
         unsloth.wrap(block, careless, name)
     for each in (model, twin):
         put_under_pressure(each, accelerator, contextlib.nullcontext)
+    accelerator.transports.clear()  # its mistakes are expected
     expected = learned(twin, same)
-    found = learned(model, given)
-    is_equal = all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    try:
+        found = learned(model, given)
+        is_equal = all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    except RuntimeError as error:  # the check of a block's first recomputation comes first
+        assert "recomputing it gave another output" in str(error)
+        is_equal = False
     assert not is_equal or getattr(transport, "mistakes", [])
-    accelerator.transports.clear()  # its mistakes were expected
 
 
 @pytest.mark.filterwarnings("ignore:unsloth. host_limit")
