@@ -194,7 +194,8 @@ def test_overwriting_finds_a_source_that_is_freed_before_its_copy_is_done(accele
         found = learned(model, given)
         is_equal = all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     except RuntimeError as error:  # the check of a block's first recomputation comes first
-        assert "recomputing it gave another output" in str(error)
+        if "recomputing it gave another output" not in str(error):
+            raise
         is_equal = False
     assert not is_equal or getattr(transport, "mistakes", [])
 
