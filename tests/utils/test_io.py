@@ -62,7 +62,7 @@ def same(a, b):
     if isinstance(a, dict):
         return same([*a.items()], [*b.items()])
     if isinstance(a, (set, frozenset)):
-        return sorted(map(repr, a)) == sorted(map(repr, b))
+        return len(a) == len(b) and all(any(same(x, y) for y in b) for x in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, float):
