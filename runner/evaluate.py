@@ -49,16 +49,15 @@ def measure(
         ValueError: there is no batch.
     """
     from runner.utils import distributed
-    from runner.utils.distributed import seed_all
     from runner.utils.generators import HeldGenerators
     from runner.utils.utils import mix
 
     together = together or distributed.together
     values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1), together))
     if report is not None:
-        seed_all(mix(seed, step, -2), engines.device)
-        if evaluation.seed is not None:  # a report may fetch samples
-            HeldGenerators(data=evaluation.dataset, report=report).seed(mix(seed, step, -2))
+        engines.seed(mix(seed, step, -2))
+        roots = {"report": report} if evaluation.seed is None else {"data": evaluation.dataset, "report": report}
+        HeldGenerators(**roots).seed(mix(seed, step, -2))  # a report may fetch samples
         shown: dict[str, Any] = {}
         together(lambda: shown.update(engines.report(report, evaluation.dataset)))
         if clash := sorted(values.keys() & shown):

@@ -126,6 +126,8 @@ class Session:
             return False
         if fault := self._find_unsaveable():
             raise Halt(f"After its first step: {fault}", is_whole=False)
+        for note in self.engines.find_late_generators():
+            self.log.warning("%s", note)
         return True
 
     def _writer(self) -> Any:
@@ -291,7 +293,7 @@ class Session:
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
             introduce(name, engine, self.log.info)
-        for note in self.experiment.notes:
+        for note in [*self.experiment.notes, *self.engines.find_unseeded()]:
             self.log.warning("%s", note)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)

@@ -74,7 +74,7 @@ class Engine:
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(ON_NONFINITE)}")
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
-        self.accumulate = accumulate
+        self.accumulate, self.feeder = accumulate, feeder
         self.on_nonfinite = on_nonfinite
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._tokens_shared = 0
         first = next(module.parameters(), None)

@@ -19,6 +19,7 @@ from runner.engines.gathered import read_all
 from runner.engines.gradients import EMPTY
 from runner.engines.layouts import map_tensors
 from runner.utils.distributed import gather, move, seed_all, together
+from runner.utils.generators import HeldGenerators
 from runner.utils.utils import mix
 from runner.utils.weights import load_weights
 
@@ -37,6 +38,40 @@ class Engines(dict[str, Engine]):
         return max(engine.tokens for engine in self.values())
 
     is_updating = False  # a step can be discarded whole until its first update
+    _held: HeldGenerators | None = None
+
+    def seed(self, seed: int) -> None:
+        """Seeds all that a forward may draw from: the global generators, and those that the engines hold."""
+        seed_all(seed, self.device)
+        held = self._held or self.find_generators()
+        if held.paths:
+            held.seed(seed)
+
+    def find_generators(self) -> HeldGenerators:
+        """Looks for the generators that modules, feeders and optimizers hold, which `seed` reseeds from then on."""
+        roots: dict[str, Any] = {}
+        for name, engine in self.items():
+            roots |= {name: engine.module, f"{name}.feeder": engine.feeder, f"{name}.optimizer": engine.optimizer}
+        self._held = HeldGenerators(**roots)
+        return self._held
+
+    def find_unseeded(self) -> list[str]:
+        """Returns warnings of generators that the engines hold and that can't be reseeded for each forward."""
+        effect = "its numbers depend on where the run is cut"
+        remedy = "draw from torch, NumPy, random or a generator of theirs"
+        held = self._held or self.find_generators()
+        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in held.unseeded]
+
+    def find_late_generators(self) -> list[str]:
+        """Looks for generators once more, after the first step; returns warnings of those that were made in it."""
+        before = {} if self._held is None else dict(zip(self._held.paths, self._held.sources, strict=True))
+        known, now = set(self.find_unseeded()), self.find_generators()
+        made = [path for path, source in zip(now.paths, now.sources, strict=True) if before.get(path) is not source]
+        effect = "the first step after each start draws other numbers than in a run that is not cut"
+        notes = [
+            f"{path}: expected a generator made in __init__, found one made in a forward; {effect}" for path in made
+        ]
+        return notes + [note for note in self.find_unseeded() if note not in known]
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
         """Runs one micro-step of every engine on the same batch, whose losses count `weight` times."""
@@ -139,7 +174,7 @@ class Engines(dict[str, Engine]):
             own: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
             with torch.no_grad():
                 for number, batch, num_samples in batches:
-                    seed_all(mix(seed, number), self.device)
+                    self.seed(mix(seed, number))
                     if is_cut() and not self.is_sharded:
                         return None
                     own.append((number, num_samples, *self._forward(move(batch, self.device))))

@@ -1,7 +1,7 @@
 """Random generators that objects hold, at any depth: found once, then reseeded all at once.
 
 A dataset with a generator of its own draws alike in each loader worker, and begins again where a run goes on, unless
-the generator is reseeded for each sample.
+the generator is reseeded for each sample. A module's begins again too, unless it is reseeded for each forward.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ import random
 import sys
 import types
 import zlib
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from runner.utils.utils import mix
 
 _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
 _PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor)
+_NAMING = (str, bytes, int, float, types.NoneType)  # keys whose repr is the same in every process
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_BARE = {*_CONTAINERS, OrderedDict, defaultdict}  # that hold nothing beside their items
+_SIMPLE = {str, bytes, int, float, bool, types.NoneType}
+_TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _GLOBAL = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
 _Generator = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
@@ -33,17 +39,19 @@ class HeldGenerators:
     """The generators of torch, NumPy and `random` that objects hold, the global ones aside.
 
     Searched are attributes, items, arguments of partials, and what functions and methods refer to by a closure, a
-    default or a global name: some 20,000 objects at most, and of each container the first 1,000 items. A function of an
-    installed package is not searched for globals. A generator that is made later is not found.
+    default or a global name: some 20,000 objects at most beside modules, and of each container the first 1,000 items. A
+    function of an installed package is not searched for globals. A generator that is made later is not found.
 
     Attributes:
         paths: where each generator is that `seed` reseeds.
         unseeded: where each generator is that can't be reseeded, such as a `SystemRandom`, or may be past the limit.
+        sources: the generators at `paths`.
     """
 
     def __init__(self, **roots: Any) -> None:
         self.paths: list[str] = []
         self.unseeded: list[str] = []
+        self.sources: list[Any] = []
         self._reseeds: list[tuple[Callable[[int], Any], int]] = []
         long_containers: list[str] = []
         known = set(_GLOBAL)
@@ -59,6 +67,7 @@ class HeldGenerators:
                 self.unseeded.append(path)
             else:
                 self.paths.append(path)
+                self.sources.append(source)
                 self._reseeds.append((reseed, zlib.crc32(path.encode())))
         found = [*self.paths, *self.unseeded]
         self.unseeded += [
@@ -107,32 +116,49 @@ def _reseed_bits(source: Any, seed: int) -> None:
 
 def _walk(roots: dict[str, Any], long_containers: list[str]) -> Iterator[tuple[str, Any]]:
     """Yields what roots hold with its path, the nearest first, each object once; notes containers cut short."""
-    queue = deque(roots.items())
+    queue: deque[tuple[str, Any]] = deque()
     seen: dict[int, Any] = {}  # holds the objects, so that no id comes again
-    while queue:
+    num_left, children = _MOST_OBJECTS, iter(roots.items())
+    while True:
+        for path, child in children:
+            if id(child) in seen or isinstance(child, _PLAIN) or _has_nothing(child):
+                continue
+            if not isinstance(child, nn.Module):  # a model may have any number
+                if not num_left:
+                    continue
+                num_left -= 1
+            seen[id(child)] = child
+            queue.append((path, child))
+        if not queue:
+            return
         path, held = queue.popleft()
-        if id(held) in seen:
-            continue
-        seen[id(held)] = held
         yield path, held
-        if isinstance(held, _Generator):
-            continue
-        if isinstance(held, (dict, list, tuple, set, frozenset, deque)) and len(held) > _MOST_ITEMS:
+        if isinstance(held, _CONTAINERS) and len(held) > _MOST_ITEMS:
             long_containers.append(path)
-        if len(seen) + len(queue) < _MOST_OBJECTS:
-            queue.extend(child for child in _children(path, held) if not isinstance(child[1], _PLAIN))
+        children = iter(()) if isinstance(held, _Generator) else _children(path, held)
+
+
+def _has_nothing(value: Any) -> bool:
+    """Says at once of most attributes of a module that they hold no object."""
+    kind = type(value)
+    if kind in _SIMPLE or (kind in _BARE and not value):
+        return True
+    return kind is tuple and len(value) < 9 and _SIMPLE.issuperset(map(type, value))
 
 
 def _children(path: str, held: Any) -> Iterator[tuple[str, Any]]:
     """Yields what an object holds with its path; calls nothing of the object's own."""
     if isinstance(held, dict):
-        yield from ((f"{path}[{key!r}]", item) for key, item in itertools.islice(dict.items(held), _MOST_ITEMS))
+        for number, (key, item) in enumerate(itertools.islice(dict.items(held), _MOST_ITEMS)):
+            yield f"{path}[{key!r}]" if isinstance(key, _NAMING) else f"{path}[#{number}]", item
     elif isinstance(held, (list, tuple, set, frozenset, deque)):
         yield from ((f"{path}[{i}]", item) for i, item in enumerate(itertools.islice(held, _MOST_ITEMS)))
     elif isinstance(held, functools.partial):
         yield from ((f"{path}.{name}", getattr(held, name)) for name in ("func", "args", "keywords"))
     elif isinstance(held, types.MethodType):
         yield from ((path, held.__self__), (path, held.__func__))
+    elif isinstance(held, types.BuiltinMethodType):
+        yield path, held.__self__
     elif isinstance(held, types.FunctionType):
         yield from _of_function(path, held)
     elif isinstance(held, type):
@@ -144,9 +170,19 @@ def _children(path: str, held: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(held: Any) -> Iterator[tuple[str, Any]]:
-    """Yields an instance's attributes, those in slots too."""
+    """Yields an instance's attributes, those in slots too; of a module its parts by their names, and no parameters."""
+    attributes: dict[str, Any] = {}
     with contextlib.suppress(AttributeError):
-        yield from list(object.__getattribute__(held, "__dict__").items())
+        attributes.update(object.__getattribute__(held, "__dict__"))
+    if isinstance(held, nn.Module):
+        for name in _TENSORS:
+            attributes.pop(name, None)
+        yield from (attributes.pop("_modules", None) or {}).items()
+        attributes = {name: value for name, value in attributes.items() if not _has_nothing(value)}
+    elif isinstance(held, torch.optim.Optimizer):
+        attributes.pop("state", None)
+        attributes.pop("param_groups", None)
+    yield from attributes.items()
     for name, slot in _slots(type(held)):
         try:
             yield name, slot.__get__(held)
@@ -171,7 +207,7 @@ def _is_own(module: str) -> bool:
 
 def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
     for each in kind.__mro__:
-        if _is_own(each.__module__):
+        if _is_own(str(each.__module__)):
             for name, member in vars(each).items():
                 function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
                 yield f"{each.__qualname__}.{name}", function

@@ -13,7 +13,7 @@ import torch
 
 from runner.utils import distributed
 from runner.utils.agreement import Agreement, Word
-from runner.utils.distributed import LostError, RankError, seed_all
+from runner.utils.distributed import LostError, RankError
 from runner.utils.memory import is_out_of_memory
 from runner.utils.mishaps import Cut, Elsewhere, Halt, Policy, explain
 from runner.utils.utils import add_note, describe, is_signal, mix
@@ -30,6 +30,7 @@ class Trained(Protocol):
     def is_updating(self) -> bool: ...
     @property
     def can_make_up(self) -> bool: ...
+    def seed(self, seed: int, /) -> None: ...
     def micro_step(self, batch: Any, weight: float, /) -> None: ...
     def step(self, hear: Callable[[], Mapping[str, str]], /) -> Mapping[str, str]: ...
     def make_up(self) -> None: ...
@@ -87,11 +88,11 @@ class Steps:
             LostError: another rank is gone.
         """
         mark, first_sample = self._batches.mark(), self._batches.num_samples_total
-        (seed, rank), device = self._seeds, self._engines.device
+        seed, rank = self._seeds
         try:
             for micro_step in range(self._accumulate):
                 batch = next(self._batches)
-                seed_all(mix(seed, step, micro_step, rank), device)
+                self._engines.seed(mix(seed, step, micro_step, rank))
                 self._engines.micro_step(batch, self._batches.weight)
             faults = self._engines.step(self._hear)
         except BaseException as error:

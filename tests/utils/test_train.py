@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from runner.utils.agenda import Action
+from runner.utils.distributed import seed_all
 from runner.utils.mishaps import Halt, Policy
 from runner.utils.train import Loop, Stop
 
@@ -19,6 +20,9 @@ class Counting:
         self.batches, self.drawn = [], []
         self.num_steps = self.num_discarded = 0
         self.faults, self.late_faults, self.stops = {}, {}, False
+
+    def seed(self, seed):
+        seed_all(seed, self.device)
 
     def micro_step(self, batch, weight=1.0):
         self.batches.append(batch)
