@@ -101,7 +101,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
     """
     from runner import build
     from runner.utils.distributed import kept_generators
-    from runner.utils.open_files import describe_limit, is_out_of_files
+    from runner.utils.mishaps import explain
 
     plain = saved.plain
     if plain["data"]["eval"] is None:
@@ -118,12 +118,14 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
             print(note, file=sys.stderr)
         try:
             return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
-        except ValueError as error:
-            raise ConfigError(f"{saved.path}: {error}") from error
         except Exception as error:
-            if is_out_of_files(error):
-                raise ConfigError(f"{saved.path}: {error}; {describe_limit()}") from error
-            raise
+            told = explain(error, "in the evaluation", device)
+            # What a dataset raised has its index in a note, and is shown with its traceback.
+            if told is None and isinstance(error, ValueError) and not getattr(error, "__notes__", ()):
+                told = str(error)
+            if told is None:
+                raise
+            raise ConfigError(f"{saved.path}: {told}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

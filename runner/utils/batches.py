@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from runner.utils.open_files import end_worker_without_files
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
 
 _CPU = torch.device("cpu")
+_GRACE_S = 1.0
 
 
 class Sampler(Protocol):
@@ -112,13 +114,12 @@ class Batches:
                 self._stream = self._start()
             batch = opened(next(self._stream))
         except BaseException as error:
-            # What a dataset raised has its index in a note; without one it is of the loader's own connection.
-            is_from_worker = isinstance(error, (EOFError, ConnectionError)) and not getattr(error, "__notes__", ())
+            lost = _find_lost_worker(self._stream, error)
             if is_signal(error):
                 self.kill_workers()
             self.close()
-            if self._num_workers and is_from_worker:
-                raise RuntimeError(f"DataLoader worker (pid unknown) has closed its connection: {error!r}") from error
+            if lost is not None:
+                raise lost from error
             raise
         ordinal = self._delivered[1]
         self._delivered, self.weight = self._drawn.popleft()
@@ -401,10 +402,41 @@ class EvaluationData:
         )
         batches = iter(loader)
         try:
-            for number, batch, (_, indices) in zip(numbers, batches, own, strict=True):
-                yield number, opened(batch), len(indices) if number < len(draws) else 0
+            for number, (_, indices) in zip(numbers, own, strict=True):
+                yield number, _next_of(batches), len(indices) if number < len(draws) else 0
         finally:
             kill_workers(batches)  # where it was cut short
+
+
+def _next_of(stream: Any) -> Any:
+    """Returns a loader's next batch, opened.
+
+    Raises:
+        RuntimeError: a worker has died.
+    """
+    try:
+        return opened(next(stream))
+    except BaseException as error:
+        if (lost := _find_lost_worker(stream, error)) is not None:
+            raise lost from error
+        raise
+
+
+def _find_lost_worker(stream: Any, error: BaseException) -> RuntimeError | None:
+    """Returns what an error of the connection to a worker that died is told as; None of any other error."""
+    workers = getattr(stream, "_workers", ())
+    # What a dataset raised has its index in a note; without one it is of the loader's own connection.
+    if not workers or not isinstance(error, (EOFError, ConnectionError)) or hasattr(error, "__notes__"):
+        return None
+    try:
+        ended = connection.wait([worker.sentinel for worker in workers], timeout=_GRACE_S)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(_GRACE_S)  # its files are closed before it has an exit code
+                return RuntimeError(f"DataLoader worker (pid {worker.pid}) exited with exit code {worker.exitcode}")
+    except RuntimeError as dead:  # raised by torch's handler of SIGCHLD
+        return dead
+    return RuntimeError(f"DataLoader worker (pid unknown) has closed its connection: {error!r}")
 
 
 def kill_workers(stream: Any) -> None:
