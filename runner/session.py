@@ -184,6 +184,7 @@ class Session:
             is_eval_owed=self.begins_again or "eval" in self.loop.agenda.owed,
             warn=self.log.warning,
         )
+        self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
     def _make_loop(self, console: Console) -> Loop:
         trainer = self.experiment.trainer
@@ -297,7 +298,6 @@ class Session:
             self.log.warning("%s", note)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
-        self.tracker.hparams(dict(flatten(self.experiment.settings)))
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         with _told("the run's numbers", Halt):

@@ -483,7 +483,7 @@ def test_a_run_folder_that_was_deleted_ends_the_run_and_stays_deleted(project):
 
 
 DELETES_ITS_FOLDER = """
-import re, shutil, sys, threading
+import logging, re, shutil, sys, threading
 from pathlib import Path
 
 RUN = Path("run").resolve()
@@ -518,6 +518,8 @@ class DeletesItsFolder(Model):
                 os.rename(RUN, "gone")
                 shutil.rmtree("gone")
 
+        # The first number is logged when the tracker's thread has found the folder gone.
+        logging.getLogger("runner").addFilter(lambda said: " steps" not in said.msg or time.sleep(0.1) or True)
         sys.addaudithook(watch)
 
 
