@@ -9,7 +9,6 @@ import re
 import socket
 import struct
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from os import getpid
 from pathlib import Path
@@ -23,6 +22,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
+from runner.log_repair import Log, Record, make_key
 from runner.utils.files import replace_file
 
 _PREFIX = "events.out.tfevents."
@@ -124,53 +124,78 @@ def encode_hparams_end(wall_time: float, status: str) -> bytes:
     return _frame_values(wall_time, 0, _hparams_value("session_end_info", session_end_info=end))
 
 
-def cut_event_file(path: Path, step: int, is_eval_owed: bool = False) -> Counter[tuple[int, frozenset[str]]]:
-    """The file holds the records up to `step`, less damaged ones and hparams, which a resume writes anew.
+def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float = 0.0) -> Log:
+    """Reads the records of a file up to `step`, but for its header and hparams, which a resume writes anew.
 
-    With `is_eval_owed`, that of the very step goes too. Returns how often each step has scalars of which names.
+    With `is_eval_owed`, evaluations of that very step are left out. `earlier_s` is how long the run had run before.
     """
-    found: Counter[tuple[int, frozenset[str]]] = Counter()
+    log, names = Log(path, f"{_PREFIX}*"), dict[tuple[str, ...], tuple[str, ...]]()
+    last, is_gap, has_header, is_own = -1, False, False, True  # not a SummaryWriter's of the user
+    for record in _scan(path.read_bytes() if path.exists() else b""):
+        if record is None:
+            is_gap = log.is_damaged = True
+            continue
+        event = Event.FromString(record[12:-4])
+        if log.started is None:
+            log.started, log.clock_zero = event.wall_time, event.wall_time - earlier_s
+        if event.HasField("file_version"):
+            has_header, is_own = True, not event.HasField("source_metadata")
+        elif event.step <= step and not _is_of_hparams(event):
+            if is_gap and last >= 0:  # else the header, or hparams
+                log.gaps.append((last, event.step))
+            # A restart names the step after the last one.
+            last, is_gap = event.step - event.HasField("session_log"), False
+            if _is_made_again(event, step, is_eval_owed):
+                log.num_owed += 1
+            else:
+                found = event.summary.value
+                values = {value.tag: value.simple_value for value in found if value.HasField("simple_value")}
+                key = make_key(event.step, values, names) if values and is_own else None
+                time_s = earlier_s + event.wall_time - log.started
+                log.records.append(Record(event.step, time_s, record, key))
+    log.is_damaged |= not has_header
+    return log
 
-    def keep(records: Iterator[bytes]) -> Iterator[bytes]:
-        for record in records:
-            event = Event.FromString(record)
-            if _is_kept(event, step, is_eval_owed):
-                names = frozenset(value.tag for value in event.summary.value if value.HasField("simple_value"))
-                if names:
-                    found[event.step, names] += 1
-                yield frame(record)
 
-    with open(path, "rb") as file:
-        replace_file(path, keep(read_records(file)))
-    return found
+def write_log(log: Log) -> None:
+    """The file holds a header and the log's records."""
+    assert log.started is not None
+    replace_file(log.path, [encode_header(log.started, None), *(record.content for record in log.records)])
 
 
 def read_records(file: BinaryIO) -> Iterator[bytes]:
     """The payloads of a file's records but for those that are torn or damaged."""
-    content, at = file.read(), 0
+    return (record[12:-4] for record in _scan(file.read()) if record is not None)
+
+
+def _scan(content: bytes) -> Iterator[bytes | None]:
+    """The records, and None for each place that is torn or damaged."""
+    at = 0
     while at < len(content):
-        payload = _payload_at(content, at)
-        if payload is not None:
-            yield payload
-            at += len(payload) + 16
-            continue
-        # The next place that may begin a record: a length of at most four bytes that is not 0.
-        found = _BEGINNING.search(content, at + 1)
-        if found is None:
-            return
-        at = found.start()
+        record = _record_at(content, at)
+        yield record
+        while record is None:
+            # The next place that may begin a record: a length of at most four bytes that is not 0.
+            found = _BEGINNING.search(content, at + 1)
+            if found is None:
+                return
+            at = found.start()
+            record = _record_at(content, at)
+            if record is not None:
+                yield record
+        at += len(record)
 
 
 _BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
 
 
-def _payload_at(content: bytes, at: int) -> bytes | None:
+def _record_at(content: bytes, at: int) -> bytes | None:
     head = content[at : at + 12]
     if len(head) < 12 or head[8:] != _masked_crc(head[:8]):
         return None
     (size,) = struct.unpack_from("<Q", head)
-    body = content[at + 12 : at + 12 + size + 4]
-    return body[:size] if len(body) == size + 4 and body[size:] == _masked_crc(body[:size]) else None
+    record = content[at : at + size + 16]
+    return record if len(record) == size + 16 and record[-4:] == _masked_crc(record[12:-4]) else None
 
 
 def frame(payload: bytes) -> bytes:
@@ -187,10 +212,16 @@ def _masked_crc(data: bytes) -> bytes:
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _is_kept(event: Event, step: int, is_eval_owed: bool) -> bool:
-    tag = event.summary.value[0].tag if event.summary.value else ""
-    is_made_again = is_eval_owed and event.step == step and tag.startswith("eval/")
-    return event.step <= step and not tag.startswith(_HPARAMS) and not is_made_again
+def _is_made_again(event: Event, step: int, is_eval_owed: bool) -> bool:
+    return is_eval_owed and event.step == step and _tag_of(event).startswith("eval/")
+
+
+def _is_of_hparams(event: Event) -> bool:
+    return _tag_of(event).startswith(_HPARAMS)
+
+
+def _tag_of(event: Event) -> str:
+    return event.summary.value[0].tag if event.summary.value else ""
 
 
 def _frame_values(wall_time: float, step: int, *values: Summary.Value) -> bytes:

@@ -77,6 +77,7 @@ class Session:
         self.experiment, self.folder, self.record, self.log = experiment, folder, record, log
         self.engines, trainer, self.agreement = experiment.engines, experiment.trainer, experiment.agreement
         self.tracker: Any = Silent()
+        self._recorded: dict[str, int] | None = None  # the tracker's counts at the checkpoint
         self.checkpoints = Checkpoints(
             folder / "checkpoints",
             format=experiment.checkpoint.format.name,
@@ -182,6 +183,7 @@ class Session:
             jsonl=tracking.jsonl,
             resume_step=None if self.is_new and not self.begins_again else self.loop.step,
             is_eval_owed=self.begins_again or "eval" in self.loop.agenda.owed,
+            recorded=self._recorded,
             warn=self.log.warning,
         )
         self.tracker.hparams(dict(flatten(self.experiment.settings)))
@@ -316,7 +318,9 @@ class Session:
         self.engines.sync_buffers()
         step = self.loop.step
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
-        self.saver.save(step, *self._state(), self.best.rate(evaluated))
+        parts, facts = self._state()
+        facts["numbers"] = self.tracker.counts()
+        self.saver.save(step, parts, facts, self.best.rate(evaluated))
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns what a checkpoint is made of: its parts and its facts."""
@@ -358,6 +362,7 @@ class Session:
             raise ConfigError(f"resume={path}: {error}") from error
         self.loop.load_state_dict(facts["loop"])
         self.dialogue.inbox.load_state_dict(facts["commands"])
+        self._recorded = facts.get("numbers")
         self.best.found, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
         for each in filter(None, [*notes, note, changed]):
             self.log.warning("%s", each)

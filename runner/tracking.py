@@ -8,8 +8,8 @@ import atexit
 import json
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
+from runner.log_repair import Key, Log, describe_lost, describe_repair, find_lost, read_lines, restore
 from runner.utils.files import AppendFile, replace_file
 
 METRICS_NAME = "metrics.jsonl"
@@ -38,7 +39,9 @@ class Tracker:
     once; `hparams` is then to be called anew, as in a first session. With `is_eval_owed` the evaluation of that very
     step is cut too: it is made again.
 
-    `warn` is then called with what is missing: scalars that the event files lack are restored from `metrics.jsonl`.
+    Numbers that one of them lacks by then, as when it was damaged, are restored from the other, and `warn` is called
+    with the file and its steps; also with those that both lack, as far as the damage or `recorded` (`counts` at the
+    step) shows it.
 
     An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
 
@@ -54,14 +57,19 @@ class Tracker:
         flush_s: float = 1.0,
         resume_step: int | None = None,
         is_eval_owed: bool = False,
+        recorded: Mapping[str, int] | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._warn = warn
+        self._warn, self._recorded = warn, dict(recorded or {})
+        self._num_logged, self._opened = 0, threading.Event()
         self._folder = Path(folder)
         self._has_events, self._has_lines, self._resume_step = tensorboard, jsonl, resume_step
         self._is_eval_owed = is_eval_owed
         if resume_step is None:
             self._refuse_numbers()
+            self._recorded = {"lines": 0, "events": 0}
+            self._opened.set()
+        self._last_step = self._recorded.get("step", 0)
         self._started, self._clock_zero = time.time(), time.perf_counter()
         self._earlier_s = 0.0
         self._flush_s = flush_s
@@ -84,6 +92,16 @@ class Tracker:
             self._refuse_entry()
         else:
             self._entries.append((step, time.perf_counter(), dict(values)))
+            self._num_logged += bool(values)
+            self._last_step = step
+
+    def counts(self) -> dict[str, int]:
+        """Returns how many calls' numbers each kind of file holds, and the last step of any: for a checkpoint."""
+        self._opened.wait()
+        is_on = {"lines": self._has_lines, "events": self._has_events}
+        known = {kind: self._recorded[kind] for kind in is_on if kind in self._recorded}
+        counts = {kind: number + self._num_logged * is_on[kind] for kind, number in known.items()}
+        return counts | {"step": self._last_step}
 
     def text(self, step: int, name: str, text: str) -> None:
         """TensorBoard's TEXT tab shows `text` as Markdown (code wants a fence); it goes nowhere else."""
@@ -187,59 +205,76 @@ class Tracker:
         except BaseException as error:
             self._error, self._is_ended = error, True
         finally:
+            self._opened.set()
             for file in files:
                 file.close()
 
     def _open_files(self, files: list[AppendFile]) -> None:
         self._lines: AppendFile | None = None
         self._records: AppendFile | None = None
-        lines: Counter[tuple[int, frozenset[str]]] | None = None
-        if self._has_lines:
-            path = self._folder / METRICS_NAME
-            if self._resume_step is not None and path.exists():
-                self._earlier_s, lines = _cut_lines(path, self._resume_step, self._is_eval_owed)
-            self._lines = AppendFile(path)
-            files.append(self._lines)
         if self._has_events:
             from runner import event_file  # here, since TensorBoard's protos would delay the start of the run
 
             self._events = event_file
-            restored = b""
-            if self._resume_step is not None:
-                events: Counter[tuple[int, frozenset[str]]] = Counter()
-                for path in event_file.find_event_files(self._folder):
-                    events += event_file.cut_event_file(path, self._resume_step, self._is_eval_owed)
-                if lines is not None:
-                    restored = self._compare(lines, events)
-            self._records = AppendFile(event_file.name_next_file(self._folder))
+        if self._resume_step is not None:
+            self._cut_files(self._resume_step)
+            self._opened.set()
+        if self._has_lines:
+            self._lines = AppendFile(self._folder / METRICS_NAME)
+            files.append(self._lines)
+        if self._has_events:
+            self._records = AppendFile(self._events.name_next_file(self._folder))
             files.append(self._records)
-            self._records.append(event_file.encode_header(self._started, None) + restored)
-            if self._resume_step is not None:
-                self._records.append(event_file.encode_restart(self._started, self._resume_step))
+            self._records.append(self._events.encode_header(self._started, self._resume_step))
 
-    def _compare(
-        self, lines: Counter[tuple[int, frozenset[str]]], events: Counter[tuple[int, frozenset[str]]]
-    ) -> bytes:
-        """Tells which steps one kind of file lacks; returns the records that restore those of the event files."""
+    def _cut_files(self, step: int) -> None:
+        """Cuts the files back to a step; what one kind lacks is restored from the other, and what both lack is told."""
         path = self._folder / METRICS_NAME
-        if lost := events - lines:
-            self._warn(f"{path} lacks the numbers of {_shown_steps(lost)}: they are in the event files alone")
-        missing, records = lines - events, list[bytes]()
-        if not missing:
-            return b""
-        self._warn(
-            f"{self._folder}/events.out.tfevents.*: the numbers of {_shown_steps(missing)} are missing, and restored "
-            f"from {METRICS_NAME}; texts and pictures that were lost with them are not"
-        )
-        for line in path.read_bytes().splitlines():
-            values = json.loads(line)
-            step, time_s = values.pop("step"), values.pop("time_s")
-            if missing[step, frozenset(values)]:
-                missing[step, frozenset(values)] -= 1
-                numbers = {name: float("nan") if value is None else value for name, value in values.items()}
-                wall_time = self._started - self._earlier_s + time_s
-                records.append(self._events.encode_scalars(wall_time, step, numbers))
-        return b"".join(records)
+        lines, events = Log(path, METRICS_NAME), list[Log]()
+        if self._has_lines:
+            lines = read_lines(path, step, self._is_eval_owed)
+        if self._has_events:
+            events = self._read_events(step)
+        restored: list[Key] = []
+        if self._has_lines and self._has_events:
+            repair = restore(lines, events, _encode_line, self._events.encode_scalars)
+            restored = repair.of_lines + repair.of_events
+            for text in describe_repair(repair, lines):
+                self._warn(text)
+        self._tell_lost(lines, events, restored)
+        # The lines first: what is restored in them is still in the events, should the process end here.
+        if self._has_lines and (lines.records or path.exists()):
+            replace_file(path, [record.content for record in lines.records])
+            self._earlier_s = lines.records[-1].time_s if lines.records else 0.0
+        for log in events:
+            if log.records or log.path.exists():
+                self._events.write_log(log)
+
+    def _read_events(self, step: int) -> list[Log]:
+        logs, earlier_s = list[Log](), 0.0
+        for path in self._events.find_event_files(self._folder) or [self._events.name_next_file(self._folder)]:
+            log = self._events.read_log(path, step, self._is_eval_owed, earlier_s)
+            if log.started is None:
+                log.started, log.clock_zero = self._started, self._started - earlier_s
+            earlier_s = max([earlier_s, *(record.time_s for record in log.records if record.key)])
+            logs.append(log)
+        return logs
+
+    def _tell_lost(self, lines: Log, events: list[Log], restored: list[Key]) -> None:
+        """Warns of numbers that no file holds, and counts those that there are."""
+        kinds = {"lines": [lines] if self._has_lines else [], "events": events}
+        num_lost: list[int] = []
+        for kind, logs in kinds.items():
+            if logs:
+                found = sum(log.num_numbers() for log in logs)
+                num_owed = sum(log.num_owed for log in logs)
+                if kind in self._recorded:
+                    num_lost.append(self._recorded[kind] - found - num_owed)
+                self._recorded[kind] = found
+        logs = [log for of_kind in kinds.values() for log in of_kind]
+        most = max(num_lost, default=None)
+        if lost := find_lost(logs, restored, most, self._recorded.get("step", 0)):
+            self._warn(describe_lost(logs, lost, most))
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:
         status = None
@@ -258,18 +293,18 @@ class Tracker:
             self._records.append(self._events.encode_hparams_end(time.time(), status))
 
     def _write_chunk(self, size: int) -> None:
-        lines: list[str] = []
+        lines: list[bytes] = []
         records: list[bytes] = []
         try:
             for _ in range(size):
                 self._encode(self._entries.popleft(), lines, records)
         finally:
             if self._lines is not None and lines:
-                self._lines.append("".join(lines).encode())
+                self._lines.append(b"".join(lines))
             if self._records is not None and records:
                 self._records.append(b"".join(records))
 
-    def _encode(self, entry: _Entry, lines: list[str], records: list[bytes]) -> None:
+    def _encode(self, entry: _Entry, lines: list[bytes], records: list[bytes]) -> None:
         step, now, content = entry
         wall_time = self._started + (now - self._clock_zero)
         if callable(content):
@@ -278,8 +313,7 @@ class Tracker:
         numbers = {name: value if type(value) is float else _number(name, value) for name, value in content.items()}
         if self._has_lines:
             time_s = self._earlier_s + (now - self._clock_zero)
-            values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
-            lines.append(f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n')
+            lines.append(_encode_line(step, time_s, numbers))
         if self._has_events:
             records.append(self._events.encode_scalars(wall_time, step, numbers))
 
@@ -293,49 +327,13 @@ def _number(name: str, value: Any) -> float:
     raise TypeError(f"log: {name!r} is a {type(value).__name__}, not a number or a 0-d tensor; log a float")
 
 
+def _encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> bytes:
+    values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
+    return f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n'.encode()
+
+
 @lru_cache(maxsize=4096)
 def _encode_key(name: str) -> str:
     if name in ("step", "time_s"):
         raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
     return f", {json.dumps(name)}: "
-
-
-def _shown_steps(found: Counter[tuple[int, frozenset[str]]]) -> str:
-    """Returns steps as text, neighbours as one range."""
-    ranges: list[list[int]] = []
-    for step in sorted({step for step, _ in found}):
-        if ranges and step == ranges[-1][1] + 1:
-            ranges[-1][1] = step
-        else:
-            ranges.append([step, step])
-    return "steps " + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
-
-
-def _cut_lines(path: Path, step: int, is_eval_owed: bool) -> tuple[float, Counter[tuple[int, frozenset[str]]]]:
-    """The file holds its whole lines up to `step`.
-
-    Returns:
-        The last one's `time_s`, and how often each step has values of which names.
-    """
-    last_s = 0.0
-    found: Counter[tuple[int, frozenset[str]]] = Counter()
-
-    def keep(lines: Iterator[bytes]) -> Iterator[bytes]:
-        nonlocal last_s
-        for line in lines:
-            try:
-                values = json.loads(line)
-                time_s = float(values["time_s"])
-                is_kept = values["step"] <= step and line.endswith(b"\n")
-                if is_eval_owed and values["step"] == step:
-                    is_kept &= not any(name.startswith("eval/") for name in values)
-            except (ValueError, TypeError, KeyError):
-                continue  # torn by a kill in the middle of a write
-            if is_kept:
-                last_s = time_s
-                found[values["step"], frozenset(values) - {"step", "time_s"}] += 1
-                yield line
-
-    with open(path, "rb") as file:
-        replace_file(path, keep(file))
-    return last_s, found

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -31,6 +31,7 @@ def test_a_record_is_framed_as_tensorboard_frames_it(payload: bytes) -> None:
 
 
 @given(st.lists(st.integers(0, 50), max_size=12).map(sorted), st.integers(0, 50), st.integers(0, 80))
+@settings(deadline=None)
 def test_a_torn_file_is_cut_to_its_whole_records_up_to_a_step(steps: list[int], last: int, num_torn: int) -> None:
     records = [event_file.encode_scalars(1.0, step, {"loss": float(step)}) for step in steps]
     content = event_file.encode_header(1.0, None) + b"".join(records)
@@ -42,7 +43,9 @@ def test_a_torn_file_is_cut_to_its_whole_records_up_to_a_step(steps: list[int], 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.out.tfevents.0000000001.host.1.0"
         path.write_bytes(torn)
-        event_file.cut_event_file(path, last)
+        log = event_file.read_log(path, last)
+        log.started = 1.0
+        event_file.write_log(log)
         assert steps_of(path) == [step for step in steps[:num_whole] if step <= last]
         assert list(Path(folder).iterdir()) == [path]
 

@@ -631,6 +631,8 @@ def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(p
     project.run("resume=cut", "trainer.steps=6", "trainer.export_every=6")
     whole, cut = (load(project.folder / run / "checkpoints" / "step_00000006") for run in ("whole", "cut"))
     assert whole.keys() == {"trainer.json", *names, *(f"{name}.optimizer" for name in names)}
+    counts = [state["trainer.json"].pop("numbers")["lines"] for state in (whole, cut)]
+    assert counts[1] == counts[0] + 1  # the evaluation at the end of four steps
     assert_equal(whole, cut)
     exports = sorted(path.stem for path in (project.folder / "cut" / "exports").iterdir())
     assert exports == sorted(names)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -493,55 +492,3 @@ def test_a_flush_that_fails_says_so_and_leaves_the_error_to_the_next_call(tmp_pa
     with pytest.raises(FileNotFoundError, match="deleted"):
         tracker.log(2, {"loss": 1.0})
     tracker.close()
-
-
-def damage(path: Path, kind: str) -> None:
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    if kind == "flipped":
-        content[middle] ^= 0x90  # no character of JSON's own comes of it
-    path.write_bytes({"truncated": content[:middle], "emptied": b"", "flipped": content}[kind])
-
-
-def log_steps(folder: Path, first: int, last: int, **settings: object) -> None:
-    tracker = Tracker(folder, **settings)
-    for step in range(first, last + 1):
-        tracker.log(step, {"train/loss": step + 0.1})
-        if step % 5 == 0:
-            tracker.log(step, {"eval/loss": float("nan") if step == 5 else step + 0.2})
-    tracker.close()
-
-
-@pytest.mark.parametrize("kind", ["truncated", "emptied", "flipped"])
-def test_a_resume_restores_what_a_damaged_event_file_lacks_and_says_so(tmp_path: Path, kind: str) -> None:
-    log_steps(tmp_path, 1, 20)
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    damage(path, kind)
-    warned: list[str] = []
-    log_steps(tmp_path, 21, 30, resume_step=20, warn=warned.append)
-    assert len(warned) == 1
-    assert re.search(r"events.out.tfevents.\*: the numbers of steps \d+.* are missing, and restored", warned[0])
-    read = EventAccumulator(str(tmp_path)).Reload()
-    losses = {event.step: event.value for event in read.Scalars("train/loss")}
-    assert losses == {step: pytest.approx(step + 0.1) for step in range(1, 31)}
-    assert len(read.Scalars("train/loss")) == 30
-    assert sorted(event.step for event in read.Scalars("eval/loss")) == [5, 10, 15, 20, 25, 30]
-    log_steps(tmp_path, 31, 32, resume_step=30, warn=warned.append)
-    assert len(warned) == 1  # whole again
-
-
-@pytest.mark.parametrize("kind", ["truncated", "emptied", "flipped"])
-def test_a_resume_names_the_steps_that_damaged_lines_lack_and_keeps_the_others(tmp_path: Path, kind: str) -> None:
-    log_steps(tmp_path, 1, 20)
-    whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    damage(tmp_path / "metrics.jsonl", kind)
-    warned: list[str] = []
-    log_steps(tmp_path, 21, 30, resume_step=20, warn=warned.append)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    kept = [line for line in whole if line in lines]
-    assert lines[: len(kept)] == kept
-    lost = {json.loads(line)["step"] for line in whole if line not in lines}
-    assert len(kept) == len(whole) - 1 if kind == "flipped" else lost
-    (said,) = warned
-    assert "metrics.jsonl lacks the numbers of steps " in said
-    assert said.partition(" steps ")[2].startswith(str(min(lost)))

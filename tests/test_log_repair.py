@@ -1,0 +1,230 @@
+"""`runner.log_repair`: a resume restores the numbers that a damaged file lacks, or names the file and the steps."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from runner.event_file import find_event_files, read_records
+from runner.tracking import Tracker
+
+LAST = 20
+EXAMPLES = 30
+KINDS = {"both": {}, "lines": {"tensorboard": False}, "events": {"jsonl": False}}
+
+
+def log_steps(folder: Path, first: int, last: int, **options: Any) -> dict[str, int]:
+    """Logs as a run does that evaluates every five steps; returns what a checkpoint records of it."""
+    tracker = Tracker(folder, **options)
+    tracker.hparams({"lr": 0.1})
+    for step in range(first, last + 1):
+        tracker.log(step, {"train/loss": step + 0.1, "train/lr": -0.5 / step})
+        if step % 5 == 0:
+            tracker.log(step, {"eval/loss": float("nan") if step == 5 else step + 0.2})
+    counts = tracker.counts()
+    tracker.close()
+    return counts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
+    """Two sessions' files, of both kinds or of one, and the counts at their last step."""
+    runs = {}
+    for kind, options in KINDS.items():
+        folder = tmp_path_factory.mktemp(kind)
+        counts = log_steps(folder, 1, 12, **options)
+        runs[kind] = folder, log_steps(folder, 13, LAST, resume_step=12, recorded=counts, **options)
+    return runs
+
+
+def numbers_in_lines(folder: Path) -> list[tuple[int, dict[str, float | None]]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line.pop("step"), {name: value for name, value in line.items() if name != "time_s"}) for line in lines]
+
+
+def numbers_in_events(folder: Path) -> list[tuple[int, dict[str, float | None]]]:
+    found = []
+    for path in find_event_files(folder):
+        with open(path, "rb") as file:
+            for event in map(Event.FromString, read_records(file)):
+                values = {v.tag: v.simple_value for v in event.summary.value if v.HasField("simple_value")}
+                if values:
+                    found.append((event.step, {k: None if v != v else v for k, v in values.items()}))
+    assert [step for step, _ in found] == sorted(step for step, _ in found)
+    return sorted(found, key=lambda each: (each[0], "eval/loss" in each[1]))
+
+
+def wanted(first: int, last: int) -> list[tuple[int, dict[str, float | None]]]:
+    found: list[tuple[int, dict[str, Any]]] = []
+    for step in range(first, last + 1):
+        found.append((step, {"train/loss": pytest.approx(step + 0.1), "train/lr": pytest.approx(-0.5 / step)}))
+        if step % 5 == 0:
+            found.append((step, {"eval/loss": None if step == 5 else pytest.approx(step + 0.2)}))
+    return found
+
+
+def steps_named(text: str) -> set[int]:
+    found = set()
+    for first, last in re.findall(r"(\d+)(?: to (\d+))?", re.findall(r"steps? ((?:\d+(?: to \d+)?(?:, )?)+)", text)[0]):
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+DAMAGES = st.tuples(
+    st.sampled_from(["truncated", "flipped", "emptied", "removed", "zeroed"]), st.floats(0, 1), st.integers(0, 7)
+)
+
+
+def damage(path: Path, how: tuple[str, float, int]) -> None:
+    kind, share, bit = how
+    content = bytearray(path.read_bytes())
+    place = int(share * (len(content) - 1))
+    if kind == "removed":
+        path.unlink()
+        return
+    if kind == "flipped":
+        content[place] ^= 1 << bit
+    elif kind == "zeroed":
+        content[place : place + 40] = bytes(len(content[place : place + 40]))
+    else:
+        del content[0 if kind == "emptied" else place :]
+    path.write_bytes(content)
+
+
+def copies(tmp_path: Path, folder: Path) -> Iterator[Path]:
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    yield copy
+
+
+@given(file=st.integers(0, 2), how=DAMAGES)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_a_resume_restores_what_a_damaged_file_lacks(
+    whole: dict[str, tuple[Path, dict[str, int]]], tmp_path_factory: pytest.TempPathFactory, file: int, how: Any
+) -> None:
+    source, counts = whole["both"]
+    (folder,) = copies(tmp_path_factory.getbasetemp(), source)
+    path = sorted(folder.iterdir())[file]
+    damage(path, how)
+    warned: list[str] = []
+    before = wanted(1, LAST)
+    is_line = path.suffix == ".jsonl"
+    try:
+        are_lost = (numbers_in_lines if is_line else numbers_in_events)(folder) != before
+    except (ValueError, AttributeError, KeyError, OSError):
+        are_lost = True
+    log_steps(folder, LAST + 1, 30, resume_step=LAST, recorded=counts, warn=warned.append)
+    assert numbers_in_lines(folder) == wanted(1, 30)
+    # TensorBoard's server drops points when an earlier step of their curve follows, so their order is the steps'.
+    assert numbers_in_events(folder) == wanted(1, 30)
+    read = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in read.Scalars("train/loss")] == list(range(1, 31))
+    assert [event.step for event in read.Scalars("eval/loss")] == list(range(5, 31, 5))
+    if are_lost:
+        (said,) = warned
+        assert (path.name in said) or (how[0] == "removed" and said.count("or a file beside it that was removed"))
+        assert " were missing " in said
+    warned.clear()
+    log_steps(folder, 31, 31, resume_step=30, warn=warned.append)
+    assert warned == []  # whole again
+
+
+@pytest.mark.parametrize("kind", ["lines", "events"])
+@given(file=st.integers(0, 1), how=DAMAGES)
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_numbers_that_no_file_holds_are_told_by_file_and_step(
+    whole: dict[str, tuple[Path, dict[str, int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    file: int,
+    how: Any,
+) -> None:
+    source, counts = whole[kind]
+    (folder,) = copies(tmp_path_factory.getbasetemp(), source)
+    paths = sorted(folder.iterdir())
+    path = paths[file % len(paths)]
+    damage(path, how)
+    warned: list[str] = []
+    log_steps(folder, LAST + 1, 30, resume_step=LAST, recorded=counts, warn=warned.append, **KINDS[kind])
+    found = (numbers_in_lines if kind == "lines" else numbers_in_events)(folder)
+    assert [step for step, _ in found] == sorted(step for step, _ in found)
+    missing = [each for each in wanted(1, 30) if each not in found]
+    if kind == "lines" and len(found) == len(wanted(1, 30)):
+        return  # a changed digit, which a line alone does not show
+    assert all(each in wanted(1, 30) for each in found) or kind == "lines"
+    if missing:
+        (said,) = warned
+        assert path.parent.name in said
+        assert {step for step, _ in missing} <= steps_named(said) | {step for step, _ in found}
+        assert {step for step, _ in missing if step not in [s for s, _ in found]} <= steps_named(said)
+    warned.clear()
+    log_steps(folder, 31, 31, resume_step=30, warn=warned.append, **KINDS[kind])
+    assert warned == []
+
+
+def test_an_empty_call_and_the_events_of_another_writer_are_no_missing_numbers(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(1, {"loss": 1.0})
+    tracker.log(1, {})
+    counts = tracker.counts()
+    tracker.close()
+    writer = EventFileWriter(str(tmp_path), filename_suffix=".theirs")
+    writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag="theirs", simple_value=1.0)])))
+    writer.close()
+    warned: list[str] = []
+    Tracker(tmp_path, resume_step=1, recorded=counts, warn=warned.append).close()
+    assert warned == []
+    assert numbers_in_lines(tmp_path) == [(1, {"loss": 1.0}), (1, {})]
+    assert (1, {"theirs": 1.0}) in numbers_in_events(tmp_path)
+
+
+def test_without_a_count_of_a_checkpoint_damage_between_records_is_told_all_the_same(
+    whole: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path
+) -> None:
+    (folder,) = copies(tmp_path, whole["lines"][0])
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace('"step": 4', '"step": 19')  # of numbers whose step goes backwards after it
+    lines[8] = lines[8][:20] + "\n"
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    warned: list[str] = []
+    Tracker(folder, tensorboard=False, resume_step=LAST, warn=warned.append).close()
+    assert warned == [f"{folder}/metrics.jsonl: damaged; the numbers of steps 4, 8 are missing and no file holds them"]
+    assert len(numbers_in_lines(folder)) == len(lines) - 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"train/loss": 7.1', '"train/loss": 3.1'),
+        ('"step": 7,', '"step": 8,'),
+        ('"step": 7,', '"step": 6,'),
+        ('"step": 7,', '"step": 17,'),
+        ('"train/loss": 7.1', '"train/lors": 7.1'),
+        ('"step": 20, "time_s"', '"step": 28, "time_s"'),
+    ],
+)
+def test_a_changed_line_is_replaced_by_what_the_event_file_holds(
+    whole: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, old: str, new: str
+) -> None:
+    source, counts = whole["both"]
+    (folder,) = copies(tmp_path, source)
+    text = (folder / "metrics.jsonl").read_text()
+    assert old in text
+    (folder / "metrics.jsonl").write_text(text.replace(old, new))
+    warned: list[str] = []
+    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    assert numbers_in_lines(folder) == wanted(1, LAST)
+    assert numbers_in_events(folder) == wanted(1, LAST)
+    assert [steps_named(said) for said in warned] == [{20 if "20" in old else 7}]
+    assert "metrics.jsonl: damaged; the numbers of step" in warned[0]
