@@ -229,22 +229,36 @@ def _make_engines(
 def _make_optimizer(plain: dict[str, Any], key: str, node: Any, named: list[tuple[str, nn.Parameter]]) -> Any:
     """Returns an optimizer of all parameters.
 
-    A class is given parameters, as those of other libraries expect; a function is given (name, parameter) pairs. Where
-    that fails, each is given the other form.
+    It is given (name, parameter) pairs, as torch's take them, and parameters alone where it does not: it fails, or it
+    keeps the pairs beside its groups.
     """
     forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
     failures: list[ConfigError] = []
     told: list[str] = []
-    for what, form in reversed(forms) if isinstance(locate(node["_target_"]), type) else forms:
+    for what, form in forms:
         try:
-            optimizer = _make(plain, key, node, form)
+            optimizer = _make(plain, key, node, list(form))
             _explained(key, partial(check_held, optimizer, named))
+            if form is named and _keeps_pairs(optimizer):
+                continue
             return optimizer
         except ConfigError as error:
             failures.append(error)
             told.append(f"{error}, given {what}")
     is_same = len(set(map(str, failures))) == 1
     raise failures[0] if is_same else ConfigError("\n".join(told))
+
+
+def _keeps_pairs(optimizer: Any) -> bool:
+    """Says whether an attribute of an optimizer is a list with (name, parameter) pairs: it expected parameters."""
+    for value in vars(optimizer).values():
+        if isinstance(value, (list, tuple)) and any(isinstance(each, tuple) and _is_pair(each) for each in value):
+            return True
+    return False
+
+
+def _is_pair(item: tuple[Any, ...]) -> bool:
+    return len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], nn.Parameter)
 
 
 def _make_scheduler(plain: dict[str, Any], key: str, node: Any, optimizer: Any) -> Any:

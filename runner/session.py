@@ -385,10 +385,12 @@ class Session:
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         with _told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
-        try:
-            self.engines.observe(numbers)
-        except ValueError as error:
-            raise Halt(f"{error}; resume with the right name") from error
+        # An evaluation that was typed or is the last one of this length must not change the schedule.
+        if self.loop.agenda.actions["eval"].is_due(step, is_last=False):
+            try:
+                self.engines.observe(numbers)
+            except ValueError as error:
+                raise Halt(f"{error}; resume with the right name") from error
         try:
             is_best = self.best.take(step, numbers)
         except ValueError as error:

@@ -98,7 +98,7 @@ def test_an_optimizer_is_given_its_parameters_in_the_form_that_it_takes(own, cho
 
 def test_an_optimizer_that_takes_neither_form_is_refused_with_both_mistakes(own):
     printed = own.run("optimizer=Broken", "scheduler=constant", status=2)
-    expected = ["it can't be: Parameter, given parameters", "it can't be: tuple, given (name, parameter) pairs"]
+    expected = ["it can't be: tuple, given (name, parameter) pairs", "it can't be: Parameter, given parameters"]
     assert printed.splitlines()[-2:] == [f"optimizer: {each}" for each in expected]
 
 
@@ -118,8 +118,9 @@ def test_a_plateau_follows_the_evaluations_through_a_resume_and_a_misspelt_metri
     own.run(*chosen, "hydra.run.dir=whole")
     printed = own.run(*chosen, "hydra.run.dir=cut", "scheduler.metric=eval/acc", status=1)
     assert "scheduler.metric=eval/acc: expected one of eval/error, eval/loss, eval/number" in printed
-    printed = own.run("resume=cut", "scheduler.metric=eval/loss", typed="quit@7\n")
+    printed = own.run("resume=cut", "scheduler.metric=eval/loss", "trainer.steps=5", typed="eval@3\n")
     assert "Going on after step 2" in printed
+    own.run("resume=cut", "trainer.steps=12", typed="quit@7\n")
     own.run("resume=cut")
     assert rates(own, "cut") == rates(own, "whole")
     assert len(set(rates(own, "whole").values())) > 3
@@ -135,3 +136,22 @@ def test_a_schedule_that_needs_a_metric_of_evaluations_that_are_switched_off_is_
 def test_an_optimizer_that_averages_refuses_a_rate_that_falls(own):
     printed = own.run("optimizer=schedulefree", "trainer.steps=60", status=2)
     assert "scheduler: expected a rate that doesn't fall, as AdamWScheduleFree averages" in printed
+
+
+NO_DECAY = '''
+
+class NoDecay(torch.optim.AdamW):
+    """Finds by name the parameters that are not to decay."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, lr=lr)
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        assert any(name.endswith("bias") for name in names)
+'''
+
+
+def test_an_optimizer_class_is_given_the_names_of_its_parameters(own):
+    with (own.folder / "own.py").open("a") as file:
+        file.write(NO_DECAY)
+    (own.folder / "conf" / "optimizer" / "no_decay.yaml").write_text("_target_: own.NoDecay\n")
+    own.run("optimizer=no_decay", "scheduler=constant", "trainer.steps=2", "trainer.eval_every=0")

@@ -93,9 +93,7 @@ def read_number(value: Any) -> Number | None:
 
 
 def keep(loss: Tensor) -> Number:
-    """Returns a loss as it is now; one that was computed here is no buffer, and is not copied."""
-    if loss.grad_fn is not None and loss._base is None:
-        return loss.detach()
+    """Returns a loss as it is now: the module may keep it, and write to it in place."""
     number = read_number(loss)
     assert number is not None
     return number
@@ -114,6 +112,7 @@ class Reader:
         self.multiplies = False  # a weighted loss counts as often as it has terms; else it is a step's only one
         self.reference: Number | None = None
         self._is_weighted: bool | None = None
+        self._is_told = False
         self._names, self._refused = set[Any](), set[Any]()
         self._counter = count_terms(module)
 
@@ -133,7 +132,7 @@ class Reader:
         if self._counter is not None:
             counted = self._counter.take()
             terms = counted if terms is None and is_model_output(output) else terms
-        if self._is_weighted is not (terms is not None) and self.share is not None:
+        if self._is_weighted is not (terms is not None) or (not self._is_told and self.share is not None):
             self._decide(terms is not None)
         tokens = fields.get("tokens")
         tokens = 0 if tokens is None else int(tokens)
@@ -190,11 +189,13 @@ class Reader:
             _log.warning("%s: %s, which is not logged; a metric is a number or a tensor with one", self._where, found)
 
     def _decide(self, is_weighted: bool) -> None:
-        if self._is_weighted is not None:
-            remedy = "return it always or never: the losses would not count alike"
-            raise OutputError(f"{self._where} returned a weight in some micro-steps and not in others; {remedy}")
+        if self._is_weighted not in (None, is_weighted):
+            remedy = "return it always or never, also in evaluations: the losses would not count alike"
+            raise OutputError(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
         self._is_weighted = is_weighted
-        self._decided(is_weighted)
+        if self.share is not None:
+            self._is_told = True
+            self._decided(is_weighted)
 
     def _weigh(self, loss: Tensor, extras: dict[str, Number], tokens: int, found: Any) -> Output:
         terms = 0.0 if self.share == 0.0 else self._read_terms(found, loss)

@@ -68,6 +68,34 @@ def test_a_number_on_an_accelerator_is_copied_there(monkeypatch):
     assert values["buffer"] == values["part"] == values["detached"] == values["copied"] == 3.0
 
 
+class Smoothed(nn.Module):
+    """Keeps an average of its loss, begun with the first one itself, and writes to it in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.average = None
+
+    def forward(self, x):
+        loss = self.linear(x).square().mean()
+        if self.average is None:
+            self.average = loss.detach()
+        self.average += 1
+        return {"loss": loss, "copied": loss.item() - 1}
+
+
+@pytest.mark.parametrize("is_on_accelerator", [False, True])
+def test_a_loss_that_the_module_keeps_and_writes_to_is_that_of_its_return(is_on_accelerator, monkeypatch):
+    if is_on_accelerator:
+        for module in (forward, gathered):
+            monkeypatch.setattr(module, "is_readable", lambda tensor: False)
+    module = Smoothed()
+    engines = train(module, num_steps=1)
+    module.average += 100
+    values = engines.take_metrics()
+    assert values["loss"] == values["copied"] + 1
+
+
 def test_a_loss_that_is_a_buffer_is_read_as_well():
     module = Counting()
     engines = Engines(model=Engine(module, feeder=lambda module, batch: module(batch)["buffer"]))

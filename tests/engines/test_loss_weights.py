@@ -429,7 +429,7 @@ def test_a_weight_is_returned_always_or_never():
     engines = make_engines(case)
     engines.micro_step(first)
     engines["model"].module.form = ""
-    with pytest.raises(ValueError, match="a weight in some micro-steps and not in others; return it always or never"):
+    with pytest.raises(ValueError, match="a weight in some forwards and not in others; return it always or never"):
         engines.micro_step(second)
     weighs = iter(["tensor", ""])
 
@@ -438,8 +438,13 @@ def test_a_weight_is_returned_always_or_never():
         return module(**batch)
 
     other = make_engines(case, feeder=feed)
-    with pytest.raises(ValueError, match="loss: a forward returned a weight in some batches and not in others"):
+    with pytest.raises(ValueError, match="a weight in some forwards and not in others"):
         other.evaluate([(0, first, 1), (1, second, 1)])
+    third = make_engines(case)
+    third.evaluate([(0, first, 1)])
+    third["model"].module.form = ""
+    with pytest.raises(ValueError, match="a weight in some forwards and not in others"):
+        third.micro_step(first)
 
 
 def weigh_on_one_rank(layout):
