@@ -24,7 +24,7 @@ from runner.engines import Engine, Engines
 from runner.engines.averages import Averages
 from runner.engines.eager import defer_compiler, step_eagerly
 from runner.engines.layouts import Alone
-from runner.engines.schedule import check_optimizer_step, check_scheduler_step, is_falling
+from runner.engines.schedule import check_optimizer_step, check_scheduler_step, find_fall
 from runner.engines.settings import check_held, check_sparse
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
@@ -297,10 +297,13 @@ def _check_steps(
         key = "data.eval" if plain["data"]["eval"] is None else "trainer.eval_every"
         found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
         raise ConfigError(f"{place}scheduler.metric={metric}: {found}")
-    if is_run and hasattr(optimizer, "eval") and is_falling(scheduler, plain["trainer"]["steps"]):
-        kind = type(optimizer).__name__
-        found = f"expected a rate that doesn't fall, as {kind} averages the weights instead; set scheduler=constant"
-        raise ConfigError(f"{place}scheduler: {found}")
+    if not is_run or not hasattr(optimizer, "eval"):
+        return
+    fall = find_fall(scheduler, plain["trainer"]["steps"])
+    if fall is not None:
+        found = f"{type(scheduler).__name__}, whose rate has fallen by step {fall + 1}"
+        expected = f"expected a rate that doesn't fall, as {type(optimizer).__name__} averages the weights instead"
+        raise ConfigError(f"{place}scheduler: {expected}; found {found}; set scheduler=constant")
 
 
 def _make_averages(part: _Part, optimizer: Any) -> Averages | None:

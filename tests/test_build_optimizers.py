@@ -136,6 +136,7 @@ def test_a_schedule_that_needs_a_metric_of_evaluations_that_are_switched_off_is_
 def test_an_optimizer_that_averages_refuses_a_rate_that_falls(own):
     printed = own.run("optimizer=schedulefree", "trainer.steps=60", status=2)
     assert "scheduler: expected a rate that doesn't fall, as AdamWScheduleFree averages" in printed
+    assert "found LambdaLR, whose rate has fallen by step " in printed
 
 
 NO_DECAY = '''

@@ -5,12 +5,14 @@ Must not import a config.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -19,6 +21,8 @@ from runner.engines.settings import base_lrs, describe, has_unseen_settings, pic
 _OWNED = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}  # keys of a group
 _CYCLED = {"momentum", "betas"}  # with cycle_momentum
 _Group = dict[str, Any]
+_NUM_LOOKS = 64
+_MOST_SIMULATED = 100_000  # steps, of some 5 us
 
 
 class Schedule:
@@ -194,6 +198,8 @@ def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
 
 def _needed_by(part: Any) -> list[str]:
     """Returns the arguments without which a part can't be stepped."""
+    if isinstance(part, torch.optim.LBFGS):  # a subclass may give it a default, which fails in the first step
+        return ["closure"]
     try:
         parameters = list(inspect.signature(type(part).step).parameters.values())[1:]
     except (AttributeError, TypeError, ValueError):  # no step, or a built-in one
@@ -202,13 +208,50 @@ def _needed_by(part: Any) -> list[str]:
     return [each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind not in kinds]
 
 
-def is_falling(scheduler: Any, num_steps: int, num_looks: int = 64) -> bool:
-    """Says whether rates fall within a run, as far as is known before it: of functions of the step at some of them."""
-    if type(scheduler) is not LambdaLR:
-        return scheduler is not None
-    steps = [num_steps * number // num_looks for number in range(num_looks + 1)]
-    factors = [[function(step) for step in steps] for function in scheduler.lr_lambdas]
-    return any(values != sorted(values) for values in factors)
+def find_fall(scheduler: Any, num_steps: int) -> int | None:
+    """Returns a step by which a rate has fallen within a run, or None as far as is known before the run.
+
+    Rates that are functions of the step are computed at some of the steps. Any other scheduler makes the first 100,000
+    steps on an optimizer without weights. A metric that it needs never improves.
+    """
+    if type(scheduler) is LambdaLR:
+        steps = [max(num_steps - 1, 0) * number // _NUM_LOOKS for number in range(_NUM_LOOKS + 1)]
+        rates = ([function(step) for function in scheduler.lr_lambdas] for step in steps)
+        return _first_fall(zip(steps, rates, strict=True))
+    if scheduler is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a step before the optimizer's
+            return _first_fall(_simulate(scheduler, min(num_steps, _MOST_SIMULATED)))
+    except Exception:  # of another's own methods: it can't be copied, or needs more than rates
+        return None
+
+
+def _simulate(scheduler: Any, num_steps: int) -> Iterator[tuple[int, list[float]]]:
+    """Yields each step and its rates, of a copy of a scheduler over an optimizer without weights."""
+    optimizer = scheduler.optimizer
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty(0)) for g in optimizer.param_groups for p in g["params"]}
+    simulated = torch.optim.SGD([{"params": [nn.Parameter(torch.empty(0))]} for _ in optimizer.param_groups])
+    simulated.defaults = dict(optimizer.defaults)
+    for own, group in zip(simulated.param_groups, optimizer.param_groups, strict=True):
+        own.update({key: _copy(value) for key, value in group.items() if key != "params"})
+    memo[id(optimizer)] = simulated
+    copied = copy.deepcopy(scheduler, memo)
+    metric = [0.0] * len(_needed_by(scheduler))
+    for step in range(num_steps):
+        yield step, [float(group["lr"]) for group in simulated.param_groups]
+        copied.step(*metric)
+
+
+def _first_fall(rates: Iterable[tuple[int, list[float]]]) -> int | None:
+    """Returns the first step where a rate lies below one before by more than rounding."""
+    highest: list[float] = []
+    for step, values in rates:
+        if any(value < before * (1 - 1e-6) for value, before in zip(values, highest, strict=False)):
+            return step
+        highest = list(map(max, values, highest or values))
+    return None
 
 
 def reorder_events(

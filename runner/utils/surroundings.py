@@ -74,10 +74,13 @@ class Replay:
         self._modes = self._surroundings.modes()
         for owner, name, parameter, version in self._parameters:
             if parameter._version != version and not _renormalizes(owner):
+                # A table is looked up with `max_norm` by a function, which torch doesn't tell from other changes.
+                table = "use torch.nn.Embedding(max_norm=...) where a lookup with max_norm does it, "
                 raise RuntimeError(
                     f"{self._surroundings.name}: its forward has modified the parameter {name!r} of "
-                    f"{type(owner).__name__} by an inplace operation, and recomputing it would do so again; make it a "
-                    "buffer, or leave the block out with exclude"
+                    f"{type(owner).__name__} by an inplace operation, and recomputing it would do so again; "
+                    f"{table if parameter.ndim == 2 else ''}make it a buffer where it is not trained, or leave the "
+                    "block out with exclude"
                 )
 
     def __enter__(self) -> None:

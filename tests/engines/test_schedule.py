@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as torchs
 
 from runner.engines import Engine, schedulers
 from runner.engines.optimizers import Joined
-from runner.engines.schedule import check_optimizer_step, check_scheduler_step, is_falling
+from runner.engines.schedule import check_optimizer_step, check_scheduler_step, find_fall
 
 SCHEDULES = {  # how each is made of an optimizer and settings, and two values of each setting
     "none": (lambda o: None, {}),
@@ -291,14 +291,62 @@ def test_a_step_that_needs_an_argument_is_found_before_the_first():
             check_scheduler_step(chained, metric)
 
 
-def test_falling_rates_are_known_before_the_run():
-    def falls(make_schedule, **chosen):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-        return is_falling(make_schedule(optimizer, **chosen), 100)
+class OwnLBFGS(torch.optim.LBFGS):
+    def step(self, closure=None):
+        return super().step(closure)
 
-    assert not falls(schedulers.constant)
-    assert not falls(schedulers.warmup, warmup_steps=20)
-    assert not falls(schedulers.warmup_cosine, warmup_steps=100, total_steps=200)
-    assert falls(schedulers.warmup_cosine, warmup_steps=20, total_steps=100)
-    assert falls(schedulers.noam, warmup_steps=90)
-    assert falls(torchs.ExponentialLR, gamma=0.9)
+
+def test_an_optimizer_that_needs_a_closure_is_found_whatever_its_subclass_says():
+    with pytest.raises(ValueError, match=r"OwnLBFGS.step needs closure.*choose another optimizer"):
+        check_optimizer_step(OwnLBFGS(Pair().parameters()))
+
+
+class Triangle(torchs.LRScheduler):
+    def get_lr(self):
+        factor = 1 - abs(self.last_epoch - 70) / 70
+        return [base * factor for base in self.base_lrs]
+
+
+def rise_then_fall(optimizer):
+    parts = [torchs.LinearLR(optimizer, total_iters=50), torchs.ExponentialLR(optimizer, gamma=0.9)]
+    return torchs.SequentialLR(optimizer, parts, milestones=[50])
+
+
+FALLS = {  # the first step of 100 whose rate is lower than one before
+    "none": (lambda optimizer: None, None),
+    "constant": (schedulers.constant, None),
+    "warmup": (lambda o: schedulers.warmup(o, warmup_steps=20), None),
+    "a peak at the end": (lambda o: schedulers.warmup_cosine(o, warmup_steps=100, total_steps=200), None),
+    "LinearLR that rises": (torchs.LinearLR, None),
+    "LinearLR that falls": (lambda o: torchs.LinearLR(o, 1.0, 0.5), 1),
+    "ConstantLR": (lambda o: torchs.ConstantLR(o, factor=1.0), None),
+    "ConstantLR that rises": (lambda o: torchs.ConstantLR(o, factor=0.3, total_iters=30), None),
+    "ExponentialLR": (lambda o: torchs.ExponentialLR(o, gamma=0.9), 1),
+    "ExponentialLR of factor 1": (lambda o: torchs.ExponentialLR(o, gamma=1.0), None),
+    "StepLR": (lambda o: torchs.StepLR(o, 99), 99),
+    "StepLR after the end": (lambda o: torchs.StepLR(o, 100), None),
+    "MultiplicativeLR": (lambda o: torchs.MultiplicativeLR(o, lambda step: 1.01), None),
+    "SequentialLR": (rise_then_fall, 51),
+    "ChainedScheduler": (lambda o: torchs.ChainedScheduler([torchs.LinearLR(o), torchs.StepLR(o, 40)]), 40),
+    "OneCycleLR": (lambda o: torchs.OneCycleLR(o, max_lr=0.5, total_steps=101), 31),
+    "CyclicLR": (lambda o: torchs.CyclicLR(o, 0.01, 0.1, step_size_up=60), 61),
+    "a plateau": (torchs.ReduceLROnPlateau, 12),
+    "an own one": (Triangle, 71),
+}
+
+
+@pytest.mark.parametrize("name", FALLS)
+def test_falling_rates_are_known_before_the_run(name):
+    make, fall = FALLS[name]
+    modules = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [{"params": [*module.parameters()]} for module in modules]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    scheduler = make(optimizer)
+    before = copy.deepcopy((optimizer.state_dict(), None if scheduler is None else scheduler.state_dict()))
+    assert find_fall(scheduler, 100) == fall
+    assert (optimizer.state_dict(), None if scheduler is None else scheduler.state_dict()) == before
+
+
+def test_a_schedule_of_functions_is_looked_at_over_a_run_of_any_length():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert find_fall(schedulers.noam(optimizer, warmup_steps=9 * 10**8), 10**9) > 9 * 10**8

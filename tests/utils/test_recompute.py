@@ -245,6 +245,23 @@ def test_a_forward_that_changes_a_parameter_in_place_is_refused_by_name() -> Non
         model(noise())
 
 
+class Lookup(nn.Module):
+    """Shortens the rows of its table by a function, so that no module says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(4, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.embedding(torch.tensor([1]), self.table, max_norm=1.0)
+
+
+def test_a_lookup_that_shortens_rows_is_refused_with_the_module_that_does_it_once() -> None:
+    message = r"parameter 'table' of Lookup .*; use torch\.nn\.Embedding\(max_norm=\.\.\.\) where .* with exclude"
+    with pytest.raises(RuntimeError, match=message):
+        recomputed(Model([Lookup()]))(noise())
+
+
 @pytest.mark.parametrize("change", [lambda model: model.eval(), lambda model: model.blocks[1].dropout.eval()])
 def test_a_mode_changed_between_forward_and_backward_names_the_block(change: Callable[[Model], Any]) -> None:
     model = recomputed(Model([Mlp(), Mlp(0.5)]))
