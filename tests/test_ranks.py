@@ -344,7 +344,7 @@ class Fails(Normed):
         (FSDP, "raise@eval", "rank 1: RuntimeError: the model's own mistake"),
         (FSDP, "hook@train", "rank 1: ZeroDivisionError: division by zero"),
         (DDP, "hook@train", "rank 1: ZeroDivisionError: division by zero"),
-        (DDP, "raise@eval", "rank 1: the model's own mistake"),
+        (DDP, "raise@eval", "rank 1: RuntimeError: the model's own mistake"),
     ],
 )
 def test_what_fails_in_the_midst_of_an_exchange_ends_all_at_once_with_its_words(ranks, project, how, fails, said):

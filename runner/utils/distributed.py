@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runner.utils.place import Place
-from runner.utils.utils import is_signal, message_of
+from runner.utils.utils import describe, is_signal, message_of
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     except BaseException as error:
         if is_signal(error) or isinstance(error, LostError):
             raise
-        own, cause = (None, message_of(error)), error
+        own, cause = (None, _describe_to_ranks(error)), error
     found = gather(own, group)
     if cause is not None and all(message == own[1] for _, message in found):
         raise cause  # of all, and the same
@@ -253,6 +253,12 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
         if message is not None:
             raise RankError(f"rank {number}: {message}") from cause
     return [value for value, _ in found]
+
+
+def _describe_to_ranks(error: BaseException) -> str:
+    """Returns an error's type and message; the message of one of the runner's own types is complete without it."""
+    is_own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    return message_of(error) if is_own else describe(error)
 
 
 def of_leader(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_ranks
 
+from runner.mistakes import ConfigError
 from runner.utils import distributed
 from runner.utils.agreement import Agreement
 from runner.utils.batches import Batches, EvaluationData, slice_of
@@ -56,11 +57,27 @@ def _fail(which):
 def test_what_fails_on_one_rank_is_raised_on_all_and_what_fails_on_all_as_it_is():
     nothing = type(None)
     assert run_ranks(3, _fail, [1]) == [
-        (RankError, "rank 1: mistake 1", nothing),
-        (RankError, "rank 1: mistake 1", ValueError),
-        (RankError, "rank 1: mistake 1", nothing),
+        (RankError, "rank 1: ValueError: mistake 1", nothing),
+        (RankError, "rank 1: ValueError: mistake 1", ValueError),
+        (RankError, "rank 1: ValueError: mistake 1", nothing),
     ]
     assert run_ranks(3, _fail, [0, 1, 2]) == [(ValueError, "mistake ", nothing)] * 3
+
+
+def _make_mistake():
+    def work():
+        if distributed.rank() == 1:
+            raise ConfigError("seed=-1: expected 0 or more")
+
+    try:
+        together(lambda: together(work))
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_mistake_of_the_users_is_told_without_its_type():
+    assert set(run_ranks(2, _make_mistake)) == {"rank 1: seed=-1: expected 0 or more"}
 
 
 def _lose():
@@ -117,7 +134,7 @@ def _be_in_trouble():
 
 
 def test_what_fails_on_one_rank_alone_is_told_where_all_meet_next():
-    assert run_ranks(2, _be_in_trouble) == ["rank 0: division by zero"] * 2
+    assert run_ranks(2, _be_in_trouble) == ["rank 0: ZeroDivisionError: division by zero"] * 2
 
 
 def test_on_one_process_what_is_guarded_is_raised():
