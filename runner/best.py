@@ -17,6 +17,7 @@ class Best:
 
     def __init__(self, metric: str | None, is_higher_better: bool) -> None:
         self._named, self._sign = metric, -1 if is_higher_better else 1
+        self._name = metric  # that decides; None until a loss is evaluated
         self.found: dict[str, Any] | None = None  # its name, value and step
 
     def _deciding(self, numbers: Mapping[str, Any]) -> str | None:
@@ -24,14 +25,37 @@ class Best:
             return self._named if self._named in numbers else None
         return next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
 
-    def rate(self, numbers: Mapping[str, Any]) -> float | None:
-        """Returns what says how good an evaluation is, lower being better; None where nothing does."""
+    def metric_of(self, numbers: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Returns name and value of what decides in an evaluation; None where nothing does."""
         name = self._deciding(numbers)
-        return None if name is None or numbers[name] is None else self._sign * float(numbers[name])
+        return None if name is None or numbers[name] is None else {"name": name, "value": float(numbers[name])}
 
-    def describe(self, name: str, step: int, rating: float) -> dict[str, Any]:
+    def rate(self, metric: Any) -> float | None:
+        """Returns the rating of what `metric_of` returned, lower being better; None where another metric decides."""
+        is_ours = isinstance(metric, Mapping) and metric["name"] == self._name
+        return self._sign * float(metric["value"]) if is_ours else None
+
+    @property
+    def rating(self) -> float:
+        """The rating of the best evaluation; infinite where there is none."""
+        return math.inf if self.found is None else self._sign * float(self.found["value"])
+
+    def restore(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
+        """Goes on from what a checkpoint says was best; returns a note if another metric decided then.
+
+        Args:
+            numbers: of the last evaluation; nothing where it is not known.
+        """
+        self._name = self._deciding(numbers) or self._named or (self._deciding({found["name"]: 0}) if found else None)
+        if found is None or found["name"] == self._name:
+            self.found = found
+            return None
+        self.found, name = None, self._name or "the first evaluated loss"
+        return f"The best checkpoint is now found by {name}: that by {found['name']} no longer counts"
+
+    def describe(self, step: int, rating: float) -> dict[str, Any]:
         """Returns what `found` is after an evaluation with that rating."""
-        return {"name": name, "value": self._sign * rating, "step": step}
+        return {"name": self._name, "value": self._sign * rating, "step": step}
 
     def take(self, step: int, numbers: Mapping[str, float]) -> bool:
         """Takes an evaluation; returns whether it is the best so far.
@@ -39,12 +63,16 @@ class Best:
         Raises:
             ValueError: the metric that decides is not in it.
         """
-        rating, name = self.rate(numbers), self._deciding(numbers)
+        name = self._deciding(numbers)
         if name is None and self._named is not None:
             raise ValueError(f"trainer.best_metric={self._named}: was not evaluated; there are: {', '.join(numbers)}")
-        if name is None or rating is None or not math.isfinite(rating):
+        if name is None:
             return False
-        if self.found is not None and rating >= self._sign * self.found["value"]:
+        self._name = name
+        if self.found is not None and self.found["name"] != name:
+            self.found = None
+        value = numbers[name]
+        if not math.isfinite(value) or self._sign * value >= self.rating:
             return False
-        self.found = {"name": name, "value": numbers[name], "step": step}
+        self.found = {"name": name, "value": value, "step": step}
         return True

@@ -48,13 +48,21 @@ class Checkpoints:
         format: of the tensors: sft or pt.
         keep_last: newest ones that stay when another is saved; 0 keeps all.
         keep_every: those of every so many steps stay too; 0: none.
-        keep_best: so many with the lowest metric stay too.
+        keep_best: so many with the lowest rating stay too.
+        rate: returns the rating of a checkpoint's metric; None is never best.
     """
 
     def __init__(
-        self, folder: Path, *, format: str = "sft", keep_last: int = 3, keep_every: int = 0, keep_best: int = 0
+        self,
+        folder: Path,
+        *,
+        format: str = "sft",
+        keep_last: int = 3,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        rate: Callable[[Any], float | None] = float,
     ) -> None:
-        self.folder = folder
+        self.folder, self._rate = folder, rate
         self._suffix = SUFFIXES[format]
         self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
         self._complete: dict[Path, list[tuple[int, ...]]] = {}  # by checkpoint: the stamps of its verified files
@@ -64,7 +72,7 @@ class Checkpoints:
         step: int,
         parts: Mapping[str, Any],
         facts: Mapping[str, Any],
-        metric: float | None = None,
+        metric: Any = None,
         before_commit: Callable[[], None] | None = None,
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
@@ -73,7 +81,7 @@ class Checkpoints:
         Args:
             parts: values with tensors, or `io.Snapshot`s of them, a file each.
             facts: plain values, stored as JSON.
-            metric: what `keep_best` goes by, lower being better; None is never best.
+            metric: what `rate` rates, stored as JSON; None is never best.
             before_commit: called when all but the final name is on disk; what it raises ends the save.
             before_prune: called with the steps to be removed once the checkpoint is committed; False keeps them.
         Raises:
@@ -101,7 +109,7 @@ class Checkpoints:
         partial: Path,
         step: int,
         facts: Mapping[str, Any],
-        metric: float | None = None,
+        metric: Any = None,
         before_commit: Callable[[], None] | None = None,
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
@@ -110,7 +118,7 @@ class Checkpoints:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sums = {str(path.relative_to(partial)): _settle(path) for path in files}
         manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
-        io.write_new_json(manifest | {"crc32c": _sum_of(manifest)}, partial / MANIFEST)
+        io.write_new_json(_sealed(manifest), partial / MANIFEST)
         disk.sync_file(partial / MANIFEST)
         for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
             disk.sync_folder(folder)
@@ -188,25 +196,45 @@ class Checkpoints:
                 found.append(step)
         return found
 
-    def rank_best(self, left_out: Container[int] = ()) -> list[tuple[int, float]]:
-        """Returns step and metric of the `keep_best` best complete checkpoints, the best first."""
-        steps = {step: path for step, path in self._steps().items() if self._keep_best and step not in left_out}
-        rated = sorted(self._metrics(steps), key=lambda pair: (pair[1], -pair[0]))
-        complete = (pair for pair in rated if self._is_complete(steps[pair[0]]))
-        return list(islice(complete, self._keep_best))
+    def rank_best(
+        self, left_out: Container[int] = (), count: int | None = None, below: float = math.inf
+    ) -> list[tuple[int, float]]:
+        """Returns step and rating of the best complete checkpoints, the best first.
+
+        Args:
+            left_out: steps of checkpoints that are not ranked.
+            count: of checkpoints; by default `keep_best`.
+            below: a rating that theirs must be lower than.
+        """
+        count = self._keep_best if count is None else count
+        steps = {step: path for step, path in self._steps().items() if count and step not in left_out}
+        rated = sorted(self._ratings(steps), key=lambda pair: (pair[1], -pair[0]))
+        complete = (pair for pair in rated if pair[1] < below and self._is_complete(steps[pair[0]]))
+        return list(islice(complete, count))
+
+    def convert_metrics(self, convert: Callable[[float], Any]) -> None:
+        """Replaces each metric that is a mere number, as older versions stored it, by what `convert` makes of it."""
+        for path in self._steps().values():
+            try:
+                manifest = _read_manifest(path)
+            except CheckpointError:
+                continue
+            if isinstance(manifest["metric"], (int, float)):
+                io.write_json(_sealed(manifest | {"metric": convert(manifest["metric"])}), path / MANIFEST)
 
     def has(self, step: int) -> bool:
         """Says whether there is a complete checkpoint of a step."""
         return step in self._steps() and self._is_complete(self._final(step))
 
-    def _metrics(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
+    def _ratings(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
         for step, path in steps.items():
             try:
                 metric = _read_manifest(path)["metric"]
             except CheckpointError:
                 continue
-            if metric is not None and math.isfinite(metric):
-                yield step, metric
+            rating = None if metric is None else self._rate(metric)
+            if rating is not None and math.isfinite(rating):
+                yield step, rating
 
     def _is_complete(self, path: Path) -> bool:
         """Says whether a checkpoint is complete; its content is read once, and again only after a file changed."""
@@ -326,6 +354,10 @@ def _stamps(path: Path) -> list[tuple[int, ...]]:
     """Returns what changes when a file of a checkpoint is written to, replaced or removed."""
     stats = [os.stat(file) for file in sorted(path.rglob("*"))]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest | {"crc32c": _sum_of(manifest)}
 
 
 def _sum_of(content: Any) -> str:

@@ -17,7 +17,7 @@ from runner.checkpoint import FACTS, load
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
 from runner.mistakes import ConfigError
-from runner.run_folder import find_checkpoint, read_record
+from runner.run_folder import find_checkpoint, read_config, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
 from runner.signals import MEANINGS, STATUSES, Signals, meaning_of
@@ -163,6 +163,7 @@ def _make_session(
 
 
 def _begin(session: Session, record: RunRecord, accept: Callable[[], None], launch: str) -> None:
+    session.convert_metrics(lambda: read_config(session.folder))  # which `accept` replaces
     accept()
     session.start_record(name=session.experiment.name, ranks=num_ranks(), launch=launch)
 

@@ -21,7 +21,7 @@ class Writer(Protocol):
         step: int,
         parts: Mapping[str, Snapshot],
         facts: Mapping[str, Any],
-        metric: float | None,
+        metric: Any,
         before_commit: Callable[[], None],
         before_prune: Callable[[set[int]], bool],
         /,
@@ -54,7 +54,7 @@ class Saver:
         self._error: Exception | None = None
         self._snapshots: dict[str, Snapshot] = {}
 
-    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: float | None = None) -> None:
+    def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: Any = None) -> None:
         """Copies the state, and has it committed; waits for a save that is still under way.
 
         Raises:
@@ -88,7 +88,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _commit(self, step: int, parts: Mapping[str, Snapshot], facts: Mapping[str, Any], metric: float | None) -> None:
+    def _commit(self, step: int, parts: Mapping[str, Snapshot], facts: Mapping[str, Any], metric: Any) -> None:
         try:
             path = self._checkpoints.save(step, parts, facts, metric, self._before_commit, self._before_prune)
             self._error = None

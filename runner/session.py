@@ -78,12 +78,14 @@ class Session:
         self.engines, trainer, self.agreement = experiment.engines, experiment.trainer, experiment.agreement
         self.tracker: Any = Silent()
         self._recorded: dict[str, int] | None = None  # the tracker's counts at the checkpoint
+        self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
         self.checkpoints = Checkpoints(
             folder / "checkpoints",
             format=experiment.checkpoint.format.name,
             keep_last=trainer.keep_last,
             keep_every=trainer.keep_every,
             keep_best=trainer.keep_best,
+            rate=self.best.rate,
         )
         self.saver: Any = Silent()
         if is_leader() or self.engines.is_sharded:
@@ -95,8 +97,8 @@ class Session:
                 failed=self._save_failed,
             )
         self.is_new, self.begins_again = found is None, False  # over what one left that saved nothing yet
-        self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
         self._has_lost_best = False  # its save has failed
+        self._saved_best: dict[str, Any] | None = None  # as the checkpoint says
         self.evaluation: dict[str, Any] | None = None
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
@@ -142,9 +144,27 @@ class Session:
         """Begins run.json's session, then removes the checkpoints that this run has left: it names none of them."""
         self.checkpoints.recover()
         later = set() if self.is_new else set(self.checkpoints.later(self.loop.step))
+        if not self.is_new:  # `best_mode` or `best_metric` may have changed: a checkpoint may be better by them
+            for step, rating in self.checkpoints.rank_best(later, 1, self.best.rating):
+                self.best.found = self.best.describe(step, rating)
         self.record.start(best=self.describe_best(later), **facts)
         if later:
             self.checkpoints.leave(self.loop.step)
+
+    def convert_metrics(self, read_config: Callable[[], Mapping[str, Any]]) -> None:
+        """Gives metrics that older versions saved as numbers their name and value.
+
+        Args:
+            read_config: returns the config by which the run rated them so far: with `best_mode: max` it negated them.
+        """
+        best = self._saved_best
+        if best is not None:
+            self.checkpoints.convert_metrics(
+                lambda number: {
+                    "name": best["name"],
+                    "value": -number if read_config()["trainer"]["best_mode"] == "max" else number,
+                }
+            )
 
     def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
         """Returns the best evaluation as run.json names it: a step only where its checkpoint can be loaded.
@@ -163,7 +183,7 @@ class Session:
         if not self.experiment.trainer.keep_best:
             return found | {"step": None}
         ranked = self.checkpoints.rank_best(removed)
-        return self.best.describe(found["name"], *ranked[0]) if ranked else None
+        return self.best.describe(*ranked[0]) if ranked else None
 
     def _tell_best(self, removed: set[int]) -> bool:
         """Has run.json name the best checkpoint that stays; says whether the others may go."""
@@ -220,8 +240,9 @@ class Session:
         """
         with _told("the run's folder", RunError):
             together(self._begin if is_leader() else bool)
-            if self.experiment.trainer.keep_best and not self.is_new:
-                self.best.found = of_leader(self.describe_best)
+            if not self.is_new:
+                keeps_best = self.experiment.trainer.keep_best
+                self.best.found = of_leader(self.describe_best if keeps_best else lambda: self.best.found)
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
@@ -320,7 +341,7 @@ class Session:
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
         parts, facts = self._state()
         facts["numbers"] = self.tracker.counts()
-        self.saver.save(step, parts, facts, self.best.rate(evaluated))
+        self.saver.save(step, parts, facts, self.best.metric_of(evaluated))
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns what a checkpoint is made of: its parts and its facts."""
@@ -363,8 +384,9 @@ class Session:
         self.loop.load_state_dict(facts["loop"])
         self.dialogue.inbox.load_state_dict(facts["commands"])
         self._recorded = facts.get("numbers")
-        self.best.found, self.evaluation = facts["best"], last_evaluation(self.folder, self.loop.step)
-        for each in filter(None, [*notes, note, changed]):
+        self.evaluation, self._saved_best = last_evaluation(self.folder, self.loop.step), facts["best"]
+        renamed = self.best.restore(facts["best"], self.evaluation or {})
+        for each in filter(None, [*notes, note, changed, renamed]):
             self.log.warning("%s", each)
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 

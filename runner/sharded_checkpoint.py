@@ -46,7 +46,7 @@ class ShardedCheckpoints:
         step: int,
         parts: Mapping[str, Snapshot],
         facts: Mapping[str, Any],
-        metric: float | None = None,
+        metric: Any = None,
         before_commit: Callable[[], None] | None = None,
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:

@@ -15,7 +15,7 @@ from chaos import TIMES, find_difference
 from conftest import read_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runner.checkpoint import load
+from runner.checkpoint import _sealed, load
 from runner.utils import io
 
 
@@ -515,6 +515,50 @@ def test_a_best_checkpoint_that_is_gone_is_not_named(over_project):
     assert best_of(over_project.folder / "other") == ({"name": "eval/score", "value": 0.0, "step": None}, [14])
     over_project.run("resume=run/checkpoints/step_00000012", "trainer.steps=12", "allow_targets=[own]")
     assert best_of(run) == ({"name": "eval/score", "value": -64.0, "step": 12}, [12])
+
+
+def make_old(run, sign):
+    """Makes each checkpoint's metric what older versions stored: a number, negated where higher is better."""
+    for path in (run / "checkpoints").glob("step_*/MANIFEST.json"):
+        manifest = io.read_json(path)
+        del manifest["crc32c"]
+        manifest["metric"] = manifest["metric"] and sign * manifest["metric"]["value"]
+        io.write_json(_sealed(manifest), path)
+
+
+RESUMED = ["resume=run", "trainer.steps=18", "allow_targets=[own]"]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_with_another_mode_the_best_is_that_of_the_checkpoints_by_it(over_project, is_old):
+    all_kept = ["trainer.best_mode=min", "trainer.keep_last=0", "trainer.save_every=2"]
+    over_project.run(*KEEPS_BEST, *all_kept, "hydra.run.dir=run")
+    run = over_project.folder / "run"
+    assert best_of(run)[0] == {"name": "eval/score", "value": -64.0, "step": 12}
+    if is_old:
+        make_old(run, 1)
+    over_project.run(*RESUMED, "trainer.best_mode=max", "trainer.keep_last=1", "trainer.keep_best=2")
+    found, steps = best_of(run)
+    assert found == {"name": "eval/score", "value": 0.0, "step": 4}
+    assert steps == [4, 6, 18]
+    over_project.run(*RESUMED, "trainer.best_mode=min")
+    assert best_of(run)[0] == {"name": "eval/score", "value": -196.0, "step": 18}
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_with_another_metric_the_best_is_found_anew_and_told(over_project, is_old):
+    over_project.run(*KEEPS_BEST, "hydra.run.dir=run")
+    run = over_project.folder / "run"
+    if is_old:
+        make_old(run, -1)
+    by_loss = ["trainer.best_metric=eval/loss", "trainer.best_mode=min"]
+    printed = over_project.run(*RESUMED, *by_loss)
+    assert printed.count("now found by eval/loss: that by eval/score no longer counts") == 1
+    losses = {line["step"]: line["eval/loss"] for line in read_metrics(run) if "eval/loss" in line}
+    step = min((step for step in losses if step > 12), key=losses.__getitem__)
+    found, steps = best_of(run)
+    assert found == {"name": "eval/loss", "value": losses[step], "step": step}
+    assert steps == sorted({step, 18})
 
 
 UNSAVEABLE = """
