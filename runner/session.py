@@ -22,7 +22,7 @@ from runner.dialogue import Dialogue
 from runner.evaluate import measure, show
 from runner.export import facts_of, last_evaluation, write
 from runner.fingerprint import find_change, fingerprint_of
-from runner.first_step import introduce
+from runner.first_step import KnownTensors, introduce
 from runner.mistakes import ConfigError
 from runner.run_record import RunRecord
 from runner.saver import Saver
@@ -106,6 +106,7 @@ class Session:
         if found:
             self._resume(*found)
         self._first_step = self.loop.step
+        self._tensors: list[KnownTensors] = []
         self._steps_before = {name: engine.steps for name, engine in self.engines.items()}
         if fault := self._find_unsaveable():
             raise ConfigError(fault)
@@ -316,13 +317,25 @@ class Session:
 
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
-            introduce(name, engine, self.log.info)
+            if tensors := introduce(name, engine, self.log.info):
+                self._tensors.append(tensors)
         for note in [*self.experiment.notes, *self.engines.find_unseeded()]:
             self.log.warning("%s", note)
         ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
 
+    def _check_tensors(self) -> None:
+        """Checks that what is trained and saved is what it was at the start.
+
+        Raises:
+            Halt: a forward since the last check has changed it; nothing more is saved.
+        """
+        for tensors in self._tensors:
+            tensors.check(f"a forward up to step {self.loop.step}")
+
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        for tensors in self._tensors:
+            tensors.check_quickly(f"a forward up to step {step}")
         with _told("the run's numbers", Halt):
             self.tracker.log(step, values)
         if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
@@ -340,6 +353,7 @@ class Session:
         step = self.loop.step
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
         parts, facts = self._state()
+        self._check_tensors()  # after the state is made, which gives up weights that an evaluation left gathered
         facts["numbers"] = self.tracker.counts()
         self.saver.save(step, parts, facts, self.best.metric_of(evaluated))
 
@@ -396,6 +410,7 @@ class Session:
         if experiment.evaluation is None:
             self._answer("There is nothing to evaluate on: data.eval has no dataset")
             return
+        self._check_tensors()
         self._find_lost_best()
         numbers, shown = measure(
             self.engines, experiment.evaluation, experiment.report, seed=experiment.seed, step=step,

@@ -102,6 +102,41 @@ def test_buffers_that_a_resumed_run_would_not_have_end_it_too(name):
         step(change)
 
 
+def later(change):
+    """What a module's tensors are known as after a second step, whose forward changes the module."""
+    module = Net()
+    engine = Engine(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1))
+    tensors = introduce("model", engine, lambda text: None)
+    for module.change in (lambda module: None, change):
+        engine.micro_step(torch.randn(2, 4))
+        engine.step()
+    return tensors
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_parameters_that_a_later_forward_changes_are_told_likewise(name):
+    change, names = CHANGES[name]
+    tensors = later(change)
+    for check in (tensors.check, tensors.check_quickly):
+        with pytest.raises(Halt, match=f"model: a forward up to step 2 has created, .* parameters: .*{names}") as halt:
+            check("a forward up to step 2")
+        assert not halt.value.is_whole
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_that_a_later_forward_makes_are_told_before_they_are_saved(name):
+    change, names = BUFFERS[name]
+    with pytest.raises(Halt, match=rf"model: a forward up to step 2 has created or removed buffers: {names}\. "):
+        later(change).check("a forward up to step 2")
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_a_later_forward_may_change_is_let_be(name):
+    tensors = later(ALLOWED[name])
+    tensors.check()
+    tensors.check_quickly("a forward")
+
+
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_is_trained_and_resumed_all_the_same_is_let_be(name):
     assert step(ALLOWED[name]).steps == 1
@@ -143,6 +178,18 @@ class Late(Model):
         if self.second is None:
             self.second = nn.Linear(8, 1)
         return super().forward(x, y)
+
+
+class Later(Model):
+    def __init__(self, step):
+        super().__init__()
+        self.num_steps, self.step = 0, step
+
+    def forward(self, x, y):
+        self.num_steps += self.training
+        if self.num_steps == self.step:
+            self.third = nn.Linear(8, 1)
+        return super().forward(x, y)
 """
 
 
@@ -169,6 +216,17 @@ def test_a_lazy_model_is_refused_with_the_remedy_which_then_trains_and_goes_on(c
 def tensors_of(checkpoint):
     loaded = [io.load(checkpoint / f"{key}.safetensors") for key in ("model", "model.optimizer")]
     return [leaf for leaf in tree_leaves(loaded) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.parametrize(("log_every", "step"), [(5, 5), (0, 6)])  # looked at with the metrics, or the evaluation
+def test_a_run_whose_later_forward_makes_a_layer_keeps_the_checkpoint_before_it(changing, log_every, step):
+    settings = ["trainer.save_every=3", "trainer.eval_every=6", f"trainer.log_every={log_every}"]
+    said = changing.run("model._target_=own.Later", "+model.step=4", "hydra.run.dir=later", *settings, status=1)
+    changed = f"model: a forward up to step {step} has created, replaced, removed or unfrozen parameters: third.weight"
+    assert changed in said
+    assert "Traceback" not in said
+    assert [path.name for path in (changing.folder / "later" / "checkpoints").glob("step*")] == ["step_00000003"]
+    assert "Finished at step 6" in changing.run("resume=later", "trainer.steps=6", "allow_targets=[own]")
 
 
 @pytest.mark.parametrize(
