@@ -325,11 +325,7 @@ class Session:
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
 
     def _check_tensors(self) -> None:
-        """Checks that what is trained and saved is what it was at the start.
-
-        Raises:
-            Halt: a forward since the last check has changed it; nothing more is saved.
-        """
+        """Checks that what is trained and saved is what it was at the start; else nothing more is saved."""
         for tensors in self._tensors:
             tensors.check(f"a forward up to step {self.loop.step}")
 
