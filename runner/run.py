@@ -22,6 +22,7 @@ from runner.run_record import RunRecord
 from runner.session import RunError, Session
 from runner.signals import MEANINGS, STATUSES, Signals, meaning_of
 from runner.silent import Silent
+from runner.tracking import METRICS_NAME
 from runner.utils.distributed import (
     LostError,
     RankError,
@@ -77,29 +78,38 @@ def run(
         together(lambda: _hold(folder, stack, goes_on, lasting) if is_leader() else None)
         if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
             settings = {**settings, "resume": str(folder)}
+        had_log = (folder / "log.txt").exists()
         session, record, log = _open(settings, folder, stack, accept, store, launch)
         if lasting is not None and is_leader():
             lasting.set(_BEGUN, "")
         session.begins_again = goes_on and session.is_new
-
-        def tell(name: str) -> None:
-            log.info(
-                "%s: the run saves and ends. It waits for %s; a second signal ends it at once, without a save",
-                "Ctrl-C" if name == "SIGINT" else name,
-                session.describe_wait(),
-            )
-
-        def give_up(number: int) -> None:
-            _finish(session, record, *_describe_cut(number), log)
-
-        signals.connect(session.loop.stop, tell, give_up)
-        status, failure = _run(session, record, log, signals)
+        _connect(signals, session, record, log)
+        try:
+            status, failure = _run(session, record, log, signals)
+        except ConfigError:
+            if session.is_new and not session.begins_again and is_leader():
+                _remove_begun(folder, had_log)
+            raise
     if failure is not None:
         with contextlib.suppress(OSError):  # whoever read it has gone
             traceback.print_exception(failure)
     if session.agreement.has_left:  # the other ranks wait until its connections are closed
         raise SystemExit(status)
     return status
+
+
+def _connect(signals: Signals, session: Session, record: RunRecord, log: logging.Logger) -> None:
+    def tell(name: str) -> None:
+        log.info(
+            "%s: the run saves and ends. It waits for %s; a second signal ends it at once, without a save",
+            "Ctrl-C" if name == "SIGINT" else name,
+            session.describe_wait(),
+        )
+
+    def give_up(number: int) -> None:
+        _finish(session, record, *_describe_cut(number), log)
+
+    signals.connect(session.loop.stop, tell, give_up)
 
 
 def _has_begun(folder: Path, resume: str | None, launch: str) -> bool:
@@ -231,6 +241,14 @@ def _describe_runner(folder: Path) -> str:
         return f"process {record['pid']} on {record['host']}, since {record['sessions'][-1]['started']}"
     except (KeyError, IndexError, TypeError):
         return "it has only just begun"
+
+
+def _remove_begun(folder: Path, has_log: bool) -> None:
+    """Removes the folder of a run that has made no step, as what it was started with is a mistake."""
+    with contextlib.suppress(OSError):
+        for file in [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / "run.json"]:
+            file.unlink(missing_ok=True)
+    _remove_unused(folder, has_log)
 
 
 def _remove_unused(folder: Path, has_log: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import sys
 import threading
@@ -32,7 +31,8 @@ from runner.utils import io
 from runner.utils.agenda import Action
 from runner.utils.batches import Batches, EvaluationData
 from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, of_leader, together
-from runner.utils.mishaps import Halt, Policy
+from runner.utils.memory import lasting
+from runner.utils.mishaps import EarlyMistake, Halt, Policy, told
 from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.packing import Packed
 from runner.utils.steps import Steps
@@ -45,17 +45,6 @@ _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
 class RunError(RuntimeError):
     """What ended a run without being a mistake in the program: told as one message."""
-
-
-@contextlib.contextmanager
-def _lasting() -> Iterator[None]:
-    """What was built so far stays to the end: the garbage collector, off until here, does not look through it."""
-    gc.freeze()
-    gc.enable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class Session:
@@ -91,7 +80,7 @@ class Session:
         if is_leader() or self.engines.is_sharded:
             self.saver = Saver(
                 self._writer(),
-                before_commit=lambda: self.tracker.flush(),
+                before_commit=self._flush_numbers,
                 before_prune=self._tell_best,
                 saved=self._saved,
                 failed=self._save_failed,
@@ -99,6 +88,7 @@ class Session:
         self.is_new, self.begins_again = found is None, False  # over what one left that saved nothing yet
         self._has_lost_best = False  # its save has failed
         self._saved_best: dict[str, Any] | None = None  # as the checkpoint says
+        self._last_saved: tuple[int, Path | None] = (found[1][FACTS]["loop"]["step"], found[0]) if found else (0, None)
         self.evaluation: dict[str, Any] | None = None
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
@@ -239,7 +229,7 @@ class Session:
         Raises:
             RunError: the run can't go on, for no mistake in the program.
         """
-        with _told("the run's folder", RunError):
+        with told("the run's folder", RunError):
             together(self._begin if is_leader() else bool)
             if not self.is_new:
                 keeps_best = self.experiment.trainer.keep_best
@@ -247,7 +237,7 @@ class Session:
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
-            with _lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
+            with lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
                 if stdin := experiment.tracking.stdin:
                     self.dialogue.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
                 is_evaluated = experiment.evaluation is not None and experiment.trainer.eval_every > 0
@@ -257,7 +247,7 @@ class Session:
         except BaseException:
             self._close_failed()
             raise
-        with _told("the run's numbers", RunError):
+        with told("the run's numbers", RunError):
             self.tracker.close(status)
         self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
         return status
@@ -292,21 +282,27 @@ class Session:
                 raise
             with contextlib.suppress(Exception):  # it was told when it failed
                 self.saver.close()
+            self._tell_unsaved()
             failure = self._explained(error)
         else:
-            with _told("the last checkpoint", RunError):
+            with told("the last checkpoint", RunError):
                 self.saver.close()
             return status
         raise failure
 
+    def _tell_unsaved(self) -> None:
+        """Tells which of the steps done an error loses."""
+        step, path = self._last_saved
+        if is_leader() and self.loop.step > step:
+            remedy = f"go on from {path}" if path else "start anew"
+            self.log.error("Steps %d to %d are not saved; %s", step + 1, self.loop.step, remedy)
+
     def _explained(self, error: BaseException) -> BaseException:
         """Returns what an error of the loop ends the run as: told in one message, or with its traceback."""
         cause = error.__cause__ if isinstance(error, RankError) else error
-        if cause is None or isinstance(cause, Halt):
-            return RunError(str(error))
-        if isinstance(cause, ConfigError) and self.loop.step > self._first_step:
-            return RunError(str(cause))  # a mistake of the user's, found when there was work to keep
-        return cause
+        if isinstance(cause, EarlyMistake):
+            return ConfigError(str(cause))
+        return RunError(str(error)) if cause is None or isinstance(cause, Halt) else cause
 
     def _close_failed(self) -> None:
         """Closes the tracker of a run that an error ends, which an error of the tracker must not hide."""
@@ -332,7 +328,7 @@ class Session:
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         for tensors in self._tensors:
             tensors.check_quickly(f"a forward up to step {step}")
-        with _told("the run's numbers", Halt):
+        with told("the run's numbers", Halt):
             self.tracker.log(step, values)
         if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
@@ -344,14 +340,27 @@ class Session:
 
     def save(self) -> None:
         """Has a checkpoint committed beside the loop, which is held while the state is copied."""
-        self.engines.share_metrics()
-        self.engines.sync_buffers()
+        if self.agreement.is_alone:
+            self.log.warning("Rank 0 saves alone: numbers not yet logged are those of its own samples")
+        else:
+            self.engines.share_metrics()
+            self.engines.sync_buffers()
         step = self.loop.step
         evaluated = self.evaluation if self.evaluation and self.evaluation["step"] == step else {}
         parts, facts = self._state()
         self._check_tensors()  # after the state is made, which gives up weights that an evaluation left gathered
         facts["numbers"] = self.tracker.counts()
-        self.saver.save(step, parts, facts, self.best.metric_of(evaluated))
+        try:
+            self.saver.save(step, parts, facts, self.best.metric_of(evaluated))
+        except (TypeError, ValueError) as error:
+            raise Halt(self._find_unsaveable() or f"the state can't be saved: {error}") from error
+
+    def _flush_numbers(self) -> None:
+        """Has the numbers on disk before a checkpoint is; numbers that are lost cost no checkpoint."""
+        try:
+            self.tracker.flush()
+        except OSError as error:
+            self.log.error("The checkpoint is saved without its last numbers: %s", error)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns what a checkpoint is made of: its parts and its facts."""
@@ -371,6 +380,7 @@ class Session:
 
     def _saved(self, step: int, path: Path) -> None:
         self.log.info("Saved %s", path)
+        self._last_saved = step, path
         with contextlib.suppress(OSError):  # run.json tells it at the next occasion
             self.record.update(last_step=step)
 
@@ -413,28 +423,32 @@ class Session:
             is_cut=self._is_cut, together=self.agreement.together,
         )  # fmt: skip
         self.evaluation = {"step": step, **numbers}
-        with _told("the run's numbers", Halt):
+        with told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
-        with _told("the run's sounds", Halt):
+        with told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         # An evaluation that was typed or is the last one of this length must not change the schedule.
         if self.loop.agenda.actions["eval"].is_due(step, is_last=False):
             try:
                 self.engines.observe(numbers)
             except ValueError as error:
-                raise Halt(f"{error}; resume with the right name") from error
+                raise self._mistake(f"{error}; resume with the right name") from error
         try:
             is_best = self.best.take(step, numbers)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise self._mistake(str(error)) from error
         if not is_best:
             return
-        with _told("run.json", Halt):
+        with told("run.json", Halt):
             if not experiment.trainer.keep_best:
                 self.record.update(last_step=step, best=self.describe_best())
             elif "save" not in self.loop.agenda.owed:  # run.json names it when it is on disk
                 self.loop.agenda.owe("save")
+
+    def _mistake(self, message: str) -> Halt:
+        """Returns what a mistake in the config is raised as that an evaluation has found."""
+        return Halt(message) if self.loop.step > self._first_step else EarlyMistake(message, is_whole=False)
 
     def _take_lost_best(self) -> bool:
         is_lost, self._has_lost_best = self._has_lost_best, False
@@ -469,7 +483,7 @@ class Session:
         """Writes each engine's weights, with what they are from."""
         data = fingerprint_of(self.experiment.batches.dataset)
         facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best.found, self.evaluation, data)
-        with _told("the export", Halt):
+        with told("the export", Halt):
             paths = write(self.engines, self.folder / "exports", facts, writes=is_leader())
         for path in paths:
             self.log.info("Exported %s", path)
@@ -484,14 +498,3 @@ _PLACES = {  # what runs there, the innermost first
     Saver.close.__code__: "the checkpoint of step {step}",
     Steps.take.__code__: "the end of step {next}",
 }
-
-
-@contextlib.contextmanager
-def _told(what: str, as_error: type[Exception]) -> Iterator[None]:
-    """What the disk refuses is raised as `as_error`, with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        action = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
-        remedy = f"what was saved before is whole: {action}, then resume"
-        raise as_error(f"{what} can't be written: {error}; {remedy}") from error

@@ -19,7 +19,7 @@ from chaos import find_difference
 from conftest import read_metrics
 from test_run import assert_same_run, wait_for_step
 
-from runner.checkpoint import Checkpoints, verify
+from runner.checkpoint import Checkpoints, load, verify
 
 SLOW = ("+data.train.sleep_s=0.01", "trainer.steps=2000", "trainer.save_every=0", "hydra.run.dir=run")
 
@@ -281,6 +281,63 @@ def test_an_error_in_the_users_code_keeps_the_work_done(project, failure, step, 
     assert newest_step(project.folder / "cut") == step
     project.run("resume=cut", "allow_targets=[own]")
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
+
+
+DELETING = """
+
+class Deletes(Data):
+    def __getitem__(self, index):
+        if index == 44:
+            for path in Path("cut").glob(os.environ.get("OWN_DELETES", "none")):
+                path.unlink()
+        return super().__getitem__(index)
+"""
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+@pytest.mark.parametrize("files", ["metrics.jsonl", "events.out.*"])
+def test_numbers_that_can_not_be_written_cost_no_checkpoint(project, files, log_every, monkeypatch):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(f"\nfrom pathlib import Path\n{DELETING}")
+    own = ("data.train._target_=own.Deletes", f"trainer.log_every={log_every}", "trainer.save_every=100")
+    project.run(*own, "hydra.run.dir=whole", "trainer.save_every=1", "trainer.keep_last=0")
+    monkeypatch.setenv("OWN_DELETES", files)
+    printed = project.run(*own, "hydra.run.dir=cut", status=1)
+    monkeypatch.delenv("OWN_DELETES")
+    assert "Traceback" not in printed
+    assert re.search(r"error: The run ends: the run's numbers can't be written: .* it was deleted while", printed)
+    assert "; what was saved before is whole: leave the files of a run in place, then resume" in printed
+    step = newest_step(project.folder / "cut")
+    assert record_of(project.folder / "cut")["last_step"] == step >= 5
+    one, other = (load(project.folder / name / "checkpoints" / f"step_{step:08d}") for name in ("whole", "cut"))
+    assert find_difference(one["model"], other["model"]) is None
+    project.run("resume=cut", "trainer.steps=14", "allow_targets=[own]")
+    assert newest_step(project.folder / "cut") == 14
+
+
+LATE = """
+
+class Late(torch.optim.AdamW):
+    num_steps = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.num_steps += 1
+        if self.num_steps == 3:
+            self.param_groups[0]["own"] = object()
+"""
+
+
+def test_a_state_that_can_not_be_saved_any_more_is_told_in_one_message_with_the_steps_it_costs(project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(LATE)
+    printed = project.run("hydra.run.dir=run", "optimizer._target_=own.Late", "trainer.save_every=2", status=1)
+    named = 'model.optimizer: its state can\'t be saved: value["optimizer"]["param_groups"][0]["own"] is a'
+    assert printed.count(named) == 1
+    assert "Traceback" not in printed
+    assert newest_step(project.folder / "run") == 2
+    told = f"error: Steps 3 to 4 are not saved; go on from {project.folder / 'run' / 'checkpoints' / 'step_00000002'}"
+    assert told in printed
 
 
 HANGING = """

@@ -167,6 +167,8 @@ def err(place, count):
     kind, _, at = os.environ.get("OWN_ERROR", "").partition("@")
     if kind == place and int(at) == count:
         {}["its own mistake"]
+    if kind == f"{place}_memory" and int(at) == count:
+        raise torch.OutOfMemoryError("of its own")
 
 
 class Mistaken(Model):
@@ -177,6 +179,7 @@ class Mistaken(Model):
         if self.training:
             self.count += 1
             err("forward", self.count)
+            found["loss"].register_hook(lambda grad: err("backward", self.count))
         return found
 
 
@@ -193,13 +196,25 @@ def reported(module, dataset):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "ranks_of", "step"),
-    [("forward@7", [1], 3), ("forward@8", [0], 3), ("forward@7", [0, 1], 3), ("data@44", [1], 2), ("report@8", [1], 4)],
+    ("how", "mistake", "ranks_of", "step"),
+    [
+        (DDP, "forward@7", [1], 3),
+        (DDP, "forward@8", [0], 3),
+        (DDP, "forward@7", [0, 1], 3),
+        (DDP, "data@44", [1], 2),
+        (DDP, "report@8", [1], 4),
+        (DDP, "backward@8", [0], 3),  # in an exchange: the leader saves alone
+        (DDP, "backward@8", [1], 3),
+        (DDP, "backward@8", [0, 1], 3),
+        (FSDP, "forward@8", [0, 1], 3),  # nobody waits for another
+        (FSDP, "backward@7", [0, 1], 3),
+        (FSDP, "report@8", [0, 1], 4),
+    ],
 )
-def test_an_error_on_some_ranks_ends_all_saved_and_is_told_once(ranks, project, mistake, ranks_of, step):
+def test_an_error_on_some_ranks_ends_all_saved_and_is_told_once(ranks, project, how, mistake, ranks_of, step):
     with open(project.folder / "own.py", "a") as file:
         file.write(MISTAKEN)
-    argv = [DDP, "model._target_=own.Mistaken", "data.train._target_=own.Files", "report._target_=own.reported"]
+    argv = [how, "model._target_=own.Mistaken", "data.train._target_=own.Files", "report._target_=own.reported"]
     argv += ["trainer.accumulate=2", "trainer.eval_every=4", "hydra.run.dir=cut"]
     by_rank = {rank: {"OWN_ERROR": mistake} for rank in ranks_of}
     printed = ranks.run(project.folder, 2, *BASE, *argv, status=1, by_rank=by_rank)
@@ -212,11 +227,21 @@ def test_an_error_on_some_ranks_ends_all_saved_and_is_told_once(ranks, project, 
     assert (record["status"], record["last_step"]) == ("failed", step)
     assert record["reason"].startswith("KeyError" if 0 in ranks_of else "rank 1: KeyError")
     assert [path.name for path in (project.folder / "cut" / "checkpoints").iterdir()] == [f"step_{step:08d}"]
-    if mistake == "data@44":
+    if mistake == "data@44" or (how, mistake, ranks_of) in [(DDP, "backward@8", [1]), (FSDP, "forward@8", [0, 1])]:
         ranks.run(project.folder, 2, *BASE, *argv, "hydra.run.dir=whole", "trainer.save_every=12")
         ranks.run(project.folder, 2, *BASE, *argv[:-1], "resume=cut", "trainer.save_every=12")
         assert find_difference(state_of(project.folder / "whole", 12), state_of(project.folder / "cut", 12)) is None
         assert torch.equal(losses(project.folder / "whole"), losses(project.folder / "cut"))
+
+
+def test_memory_that_runs_out_in_an_exchange_is_told_in_one_message_and_the_leader_saves_alone(ranks, project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(MISTAKEN)
+    argv = [DDP, "model._target_=own.Mistaken", "hydra.run.dir=cut"]
+    printed = ranks.run(project.folder, 2, *BASE, *argv, status=1, by_rank={1: {"OWN_ERROR": "backward_memory@4"}})
+    assert "Traceback" not in printed
+    assert "rank 1: Out of memory in step 4: " in printed
+    assert [path.name for path in (project.folder / "cut" / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_what_is_typed_at_the_leader_is_done_on_all(ranks, project):
@@ -358,6 +383,12 @@ def test_what_fails_in_the_midst_of_an_exchange_ends_all_at_once_with_its_words(
     assert said in (project.folder / "printed.txt").read_text()
     log = (project.folder / "run" / "log.txt").read_text()
     assert "in forward" in log or "in <lambda>" in log  # the traceback of where it happened
+    saved = [path.name for path in (project.folder / "run" / "checkpoints").glob("step_*")]
+    if how is FSDP:  # of whose weights the others hold a part
+        assert ("ERROR Steps 1 to 4 are not saved; start anew" in log) == fails.endswith("@train")
+        assert saved == []
+    else:
+        assert saved == [f"step_{4 if fails == 'hook@train' else 0:08d}"]
     assert json.loads((project.folder / "run" / "run.json").read_text())["status"] == "failed"
 
 

@@ -31,14 +31,25 @@ def test_the_best_of_no_evaluations_is_refused(project):
     assert not (project.folder / "run").exists()
 
 
-def test_a_best_metric_that_the_evaluation_at_start_lacks_is_told_once_before_the_first_step(project):
-    printed = project.run("hydra.run.dir=run", "trainer.best_metric=eval/nope", status=2)
-    told = "trainer.best_metric=eval/nope: was not evaluated; there are: eval/loss, eval/error, eval/number"
-    assert printed.count(told) == 1
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("key", ["trainer.best_metric", "scheduler.metric"])
+def test_a_metric_that_the_evaluation_at_start_lacks_is_told_once_and_nothing_was_done(project, count, key):
+    wrong = ["hydra.run.dir=run", f"{key}=eval/nope"]
+    if key == "scheduler.metric":
+        wrong += ["scheduler=plateau", "~scheduler.warmup_steps"]
+    if count == 1:
+        printed = project.run(*wrong, status=2)
+    else:
+        wrong += ["distributed=ddp", "distributed.device=cpu"]
+        printed = Ranks(shared_zygote()).run(project.folder, count, *project.command[3:], *wrong, status=2)
+    told = {
+        "trainer.best_metric": "was not evaluated; there are: eval/loss, eval/error, eval/number",
+        "scheduler.metric": "expected one of eval/error, eval/loss, eval/number; resume with the right name",
+    }[key]
+    assert printed.count(f"{key}=eval/nope: {told}") == 1
     assert "Traceback" not in printed
-    assert not [line for line in read_metrics(project.folder / "run") if "train/loss" in line]
-    record = json.loads((project.folder / "run" / "run.json").read_text())
-    assert (record["status"], record["sessions"][-1]["reason"]) == ("failed", told)
+    assert printed.count("error: ") == 0
+    assert not (project.folder / "run").exists()
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])

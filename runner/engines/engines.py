@@ -130,12 +130,16 @@ class Engines(dict[str, Engine]):
         for engine in self.values():
             engine.discard()
 
-    def find_late_faults(self) -> dict[str, str]:
-        """Returns what was not finite in steps already done, by engine; only where the device was not waited for."""
+    def find_late_faults(self, is_alone: bool = False) -> dict[str, str]:
+        """Returns what was not finite in steps already done, by engine; only where the device was not waited for.
+
+        Args:
+            is_alone: nothing is exchanged with other ranks.
+        """
         if not any(engine.looks_late for engine in self.values()):
             return {}
         own = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
-        found = gather(own)
+        found = [own] if is_alone else gather(own)
         return {name: fault for faults in reversed(found) for name, fault in faults.items()}
 
     def take_metrics(self) -> dict[str, float]:

@@ -50,6 +50,8 @@ class Agreement:
         self.is_spread = False  # each rank has a part of the model: any use of it is an exchange
         self._lost: LostError | None = None  # nobody has left word of why
         self.has_left = False  # this rank, so that its process is to end and its connections with it
+        self.is_alone = False  # a rank has left, this one or another: nothing more can be exchanged
+        self._num_failures = 0
         self.trouble: BaseException | None = None  # of this rank alone, until the others know
 
     def say(self, topic: str, content: Any = None) -> None:
@@ -124,6 +126,8 @@ class Agreement:
             except BaseException as error:
                 if is_signal(error) or isinstance(error, LostError):
                     raise
+                if self.fails_everywhere():
+                    raise
                 raise self.leave(describe(error), is_told=False) from error
 
         return distributed.together(untroubled)
@@ -133,11 +137,32 @@ class Agreement:
 
         Nothing more is to be exchanged then: the others find their connections closed, and read it.
         """
-        self.has_left = True
+        self.has_left = self.is_alone = True
         if self._store is not None and self._is_many:
+            word = f"rank {distributed.rank()}: {reason}"
             with contextlib.suppress(RuntimeError):  # the store has gone before
-                self._store.set(_LEFT, f"rank {distributed.rank()}: {reason}")
+                first = self._store.compare_set(_LEFT, "", word).decode()
+                if first != word and first.partition(": ")[2] == reason:  # that rank tells it
+                    return LeftError(first, is_told=True)
         return LeftError(reason, is_told)
+
+    def fails_everywhere(self) -> bool:
+        """Says whether all ranks fail at once, after the same collectives, so that none waits for another in one.
+
+        A rank that fails calls it where the others can't be told. It learns of them through the store, not by a
+        collective, and waits for them no longer than a moment.
+        """
+        if self._store is None or not self._is_many:
+            return False
+        self._num_failures += 1
+        keys = [f"failed/{self._num_failures}/{rank}" for rank in range(distributed.num_ranks())]
+        try:
+            self._store.set(keys[distributed.rank()], str(distributed.count_collectives()))
+            if not distributed.wait_for(self._store, keys, _PATIENCE_S):
+                return False
+            return len({self._store.get(key) for key in keys}) == 1
+        except RuntimeError:  # the store has gone
+            return False
 
     def why_left(self, error: BaseException) -> str | None:
         """Returns why another rank has left, if `error` may come of that.
@@ -151,10 +176,11 @@ class Agreement:
             raise error
         with contextlib.suppress(RuntimeError):  # the store has gone too
             if self._store is not None and distributed.wait_for(self._store, [_LEFT], _PATIENCE_S):
+                self.is_alone = True
                 return self._store.get(_LEFT).decode()
         self._lost = LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
         raise self._lost from error
 
 
 _LEFT = "left"
-_PATIENCE_S = 2.0  # for a rank that closes its connections to have left word before
+_PATIENCE_S = 2.0  # for a rank that closes its connections to have left word before, or for all to fail

@@ -168,6 +168,13 @@ def rank() -> int:
     return dist.get_rank() if is_many() else 0
 
 
+def count_collectives() -> list[int]:
+    """Returns how many collectives of the group of all ranks this one has begun, by kind of device."""
+    group: Any = dist.group.WORLD
+    backends = [group._get_backend(device) for device in sorted(group._device_types, key=str)]
+    return [backend._get_sequence_number_for_group() for backend in backends]
+
+
 def is_leader() -> bool:
     """Says whether this is the rank that writes what is written once."""
     return rank() == 0

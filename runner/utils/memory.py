@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -67,3 +70,14 @@ def describe(device: torch.device) -> str:
         )
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"this process had {peak_gb(device):.2f} GB at its peak; the machine has {total / 1e9:.2f} GB"
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """What was built so far stays to the end: the garbage collector, off until here, does not look through it."""
+    gc.freeze()
+    gc.enable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

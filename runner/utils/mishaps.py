@@ -5,6 +5,8 @@ Imports `memory` and `open_files` of its siblings.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,10 @@ class Halt(Exception):
     def __init__(self, message: str, is_whole: bool = True) -> None:
         super().__init__(message)
         self.is_whole = is_whole
+
+
+class EarlyMistake(Halt):
+    """A mistake in the config that was found before the first step."""
 
 
 class Cut(Exception):
@@ -64,3 +70,16 @@ def explain(error: BaseException, when: str, device: torch.device) -> str | None
     if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
         return f"A loader worker died {when}: {error}"
     return None
+
+
+@contextlib.contextmanager
+def told(what: str, as_error: type[Exception]) -> Iterator[None]:
+    """What the disk refuses is raised as `as_error`, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        action = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
+        if isinstance(error, FileNotFoundError):
+            action = "leave the files of a run in place"
+        remedy = f"what was saved before is whole: {action}, then resume"
+        raise as_error(f"{what} can't be written: {error}; {remedy}") from error

@@ -6,6 +6,7 @@ knows by Protocols: it must not import engines.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -36,7 +37,7 @@ class Trained(Protocol):
     def make_up(self) -> None: ...
     def discard(self) -> None: ...
     def is_stopped_by(self, faults: Mapping[str, str], /) -> bool: ...
-    def find_late_faults(self) -> Mapping[str, str]: ...
+    def find_late_faults(self, is_alone: bool = False) -> Mapping[str, str]: ...
     def take_metrics(self) -> dict[str, float]: ...
 
 
@@ -141,7 +142,13 @@ class Steps:
             self.is_whole = False
         shared: Elsewhere | None = None
         if distributed.is_many():
-            shared = self.share(error, reason, is_oom)
+            try:
+                shared = self.share(error, reason, is_oom)
+            except BaseException:
+                if self.agreement.is_alone and not self.agreement.is_spread:
+                    with contextlib.suppress(Exception):  # `is_whole` tells it
+                        self._discard(mark)
+                raise
             reason, is_oom = shared.describe(), shared.is_oom
         self._discard(mark)
         if shared is not None and not shared.is_told and shared.rank != distributed.rank():
@@ -194,6 +201,8 @@ class Steps:
         is_told = reason is not None or isinstance(error, Halt)
         # Heard a step later, it would come after the update of a step that lacks this rank's share.
         if not self._engines.can_make_up or self.agreement.is_late:
+            if self.agreement.fails_everywhere():
+                return Elsewhere(distributed.rank(), message, is_told, is_oom=False)  # no further step is made
             raise self.agreement.leave(message, is_told) from error
         self.agreement.say("error", (message, is_told, is_oom))
         self._engines.make_up()

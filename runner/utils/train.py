@@ -20,7 +20,7 @@ from runner.utils.mishaps import Cut, Halt, Policy, explain
 from runner.utils.open_files import Reserve
 from runner.utils.pace import Pace
 from runner.utils.steps import Steps, Stream, Trained, tell
-from runner.utils.utils import describe, is_signal
+from runner.utils.utils import describe, is_signal, message_of
 
 
 class Typed(Protocol):
@@ -161,6 +161,7 @@ class Loop:
         self._reserve.open()
         try:
             self._do_owed()
+            self.agreement.together(bool)  # none of the ranks has failed before the first step
             while self.step < self.steps and self._stop is None:
                 self.maker.take(self.step, self._is_ending)
                 if self._check is not None:
@@ -173,7 +174,12 @@ class Loop:
         except Cut:
             pass
         except BaseException as error:
-            if is_signal(error) or isinstance(error, LostError):
+            if is_signal(error):
+                raise
+            if isinstance(error, LostError) and not self.agreement.is_alone:
+                self.agreement.why_left(error)
+            if self.agreement.is_alone:
+                self._keep_alone()
                 raise
             reason = explain(error, f"after step {self.step}", self.engines.device)
             if reason is None or self._stop is None:
@@ -185,7 +191,7 @@ class Loop:
             self._reserve.close()
         if self._stop is None:
             return "finished"
-        self._save_last()
+        self._save_stopped()
         return self._stop
 
     def _check_once(self) -> None:
@@ -205,11 +211,37 @@ class Loop:
         except BaseException as second:
             if is_signal(second) or isinstance(second, LostError):
                 raise
-            self._warn(f"The state of step {self.step} can't be saved: {describe(second)}")
+            if message_of(error) not in message_of(second):
+                self._warn(f"The state of step {self.step} can't be saved: {describe(second)}")
+
+    def _keep_alone(self) -> None:
+        """Has the leader save the last step done when the ranks can exchange nothing more, where it has all of it."""
+        is_kept = "save" in self.agenda.actions and self._saved_at != self.step
+        if not is_kept or not distributed.is_leader() or self.agreement.is_spread or not self.maker.is_whole:
+            return
+        self._reserve.close()
+        try:
+            if faults := self.engines.find_late_faults(is_alone=True):
+                raise Halt(tell(faults))
+            self.agenda.actions["save"].do()
+        except Exception as error:
+            self._warn(f"The state of step {self.step} can't be saved: {describe(error)}")
+
+    def _save_stopped(self) -> None:
+        try:
+            self._save_last()
+        except BaseException as error:
+            if is_signal(error) or isinstance(error, LostError):
+                raise
+            self._keep_work(error)  # what failed once may not fail again
+            raise
 
     def _save_last(self) -> None:
         self._reserve.close()
-        if "save" in self.agenda.actions and self._saved_at != self.step:
+        if "save" not in self.agenda.actions:
+            return
+        saved = self.agreement.together(lambda: self._saved_at)
+        if any(step != self.step for step in saved):
             self.do("save")
             self.agreement.together(bool)  # it has failed on none
 
@@ -245,12 +277,13 @@ class Loop:
         if name == "save":
             self._check_late()
             self.agreement.together(bool)  # none of the ranks is in trouble
-            self._saved_at = self.step  # a save that fails is not tried again at this step
         try:
             self.agreement.guarded(self.agenda.actions[name].do)
         except InterruptedError:  # on whichever rank: why, all are to know
             self.meet()
             raise
+        if name == "save" and self.agreement.trouble is None:
+            self._saved_at = self.step
         self.pace.pause(time.perf_counter() - began)
 
     def _execute(self, typed: Sequence[Typed]) -> set[str]:

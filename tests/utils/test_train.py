@@ -288,7 +288,7 @@ def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, wher
             loop.run()
     assert caught.value is error
     assert (loop.step, loop.batches.num_samples_total) == (3, 6)
-    assert [name for name, _ in done].count("save") == (where != "save")
+    assert [name for name, _ in done].count("save") == 1  # a save that failed is tried once more
     assert loop.engines.num_discarded == (where in ("micro_step", "next", "step"))
 
 
@@ -330,6 +330,24 @@ def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_
     with pytest.raises(ZeroDivisionError):
         loop.run()
     assert warned == ["The state of step 0 can't be saved: KeyError('no such part')"]
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_save_that_failed_is_tried_once_more_at_the_end(num_failures):
+    warned, saved, errors = [], [], [OSError("busy")] * num_failures
+
+    def save():
+        if errors:
+            raise errors.pop()
+        saved.append(loop.step)
+
+    loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
+    loop.agenda.actions["save"] = Action(save, 0)
+    loop.stop("interrupted")
+    with pytest.raises(OSError, match="busy"):
+        loop.run()
+    assert saved == [0] * (num_failures == 1)
+    assert warned == []  # the error itself tells it
 
 
 def test_a_step_that_can_not_be_discarded_is_not_saved():
