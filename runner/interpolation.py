@@ -15,11 +15,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import GrammarParseError
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 _HARMLESS = {"now", "run_label", "hydra"}  # resolvers that tell nothing of this machine but where a run's folder is
+_STABLE = {"run_label", "hydra", "python_version"}  # and OmegaConf's own, `oc.`
 NOT_FOLLOWED = "a resolver other than hydra, now or run_label"
 _BRACES = r"\{[^{}]*\}"
 for _ in range(4):  # so deep
@@ -62,6 +63,77 @@ def reads_elsewhere(text: str) -> bool:
         return not find_resolvers(text) <= _HARMLESS
     except GrammarParseError:
         return True
+
+
+def fix_values(cfg: DictConfig, before: Mapping[str, Any] | None = None) -> None:
+    """Puts values in the place of texts that another composition may resolve to another value.
+
+    Such texts call `now` or a resolver that is not OmegaConf's, Hydra's or the runner's own. One that interpolates
+    nodes follows these nodes on resume, as long as it resolves to the same value twice. An error is left to whoever
+    resolves the config.
+
+    Args:
+        before: a config that was stored with these values, unresolved.
+    """
+    for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
+        value = _select(before or {}, path)
+        with contextlib.suppress(OmegaConfBaseException):
+            value = escape(_resolve(cfg, path)) if value is None else value
+            if _is_fixed(text) or value != escape(_resolve(_without_cache(cfg), path)):
+                node = _select(cfg, path[:-1])
+                with read_write(node):
+                    node[path[-1]] = value
+
+
+def fill_cache(cfg: DictConfig) -> None:
+    """Resolves the texts that call `now`: what Hydra composes of this config for a sweep's jobs then has one moment."""
+    for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
+        if "now" in find_resolvers(text):
+            with contextlib.suppress(OmegaConfBaseException):
+                _resolve(cfg, path)
+
+
+def _find_unstable(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    if path == ("hydra", "overrides"):  # what was typed, which Hydra's grammar reads again
+        return
+    children = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
+    for key, child in children:
+        yield from _find_unstable(child, (*path, key))
+    if isinstance(plain, str) and "${" in plain and ":" in plain:
+        with contextlib.suppress(GrammarParseError):
+            if any(not name.startswith("oc.") and name not in _STABLE for name in find_resolvers(plain)):
+                yield path, plain
+
+
+def _is_fixed(text: str) -> bool:
+    """Says whether a text's value is the run's for good: `now`, and what no node of the config can change."""
+    return "now" in find_resolvers(text) or not _has_node(parse(text))
+
+
+def _has_node(tree: Any) -> bool:
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationNodeContext):
+        return True
+    return any(_has_node(child) for child in getattr(tree, "children", None) or ())
+
+
+def _select(nest: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        try:
+            nest = nest[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return nest
+
+
+def _resolve(cfg: DictConfig, path: tuple[Any, ...]) -> Any:
+    value = _select(cfg, path)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _without_cache(cfg: DictConfig) -> DictConfig:
+    other = copy.deepcopy(cfg)
+    OmegaConf.clear_cache(other)
+    return other
 
 
 def without_elsewhere(config: Any) -> Any:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import agent, config, handover, mistakes, resume, run_folder, signals, worker
 from runner.handover import Handover
-from runner.interpolation import told_by_hydra
+from runner.interpolation import fill_cache, fix_values, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
 from runner.utils.place import is_one_of_several
@@ -39,11 +39,14 @@ class RunFolder(Callback):
         """Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them."""
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
+        fill_cache(config)
 
     def on_run_start(self, config: DictConfig, **given: Any) -> None:
         """Ends the program with one message where the config is wrong: nothing was made yet."""
         try:
             lines = _restore(config, given["config_name"], _resumption) if _resumption else []
+            with _told_by_hydra(config, config):
+                fix_values(config)
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
@@ -201,6 +204,10 @@ def _end(error: Exception) -> NoReturn:
 
 def _check_job(cfg: DictConfig, folder: Path) -> None:
     try:
+        has_run = (folder / ".hydra" / "config.yaml").is_file()
+        fix_values(cfg, run_folder.read_config(folder) if has_run else None)
+        hydra_root: Any = HydraConfig.instance().cfg
+        fix_values(hydra_root)
         if cfg.resume is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)

@@ -1,3 +1,5 @@
+import itertools
+import operator
 import os
 import sys
 
@@ -12,7 +14,8 @@ from omegaconf import OmegaConf
 from ranks import Ranks
 
 from runner import evaluate, export
-from runner.interpolation import escape, quote_nested, reads_elsewhere, told_by_hydra, without_elsewhere
+from runner.interpolation import escape, fix_values, quote_nested, reads_elsewhere, told_by_hydra, without_elsewhere
+from runner.run_folder import read_overrides
 from runner.utils import io
 
 LOGGING = """
@@ -181,6 +184,59 @@ def test_hydras_own_config_is_told_for_a_while_with_the_runs_folder(tmp_path):
     assert HydraConfig.instance().cfg is before
 
 
+@pytest.fixture
+def count():
+    """Registers resolvers: one that counts its calls, as one with a random or current value would, and a product."""
+    setup_globals()  # Hydra's resolver
+    numbers = itertools.count(1)
+    OmegaConf.register_new_resolver("count", lambda *_: next(numbers))
+    OmegaConf.register_new_resolver("kept_count", lambda *_: next(numbers), use_cache=True)
+    OmegaConf.register_new_resolver("product", operator.mul)
+    OmegaConf.register_new_resolver("pair", lambda: {"text": r"\${x}", "list": [1]})
+    yield numbers
+    for name in ("count", "kept_count", "product", "pair"):
+        OmegaConf.clear_resolver(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_fixed"),
+    [
+        ("${now:%f}", True),
+        (r"a ${now:${format}} \${b}", True),
+        ("${oc.decode:${now:1%f}}", True),
+        ("${count:}", True),
+        ("${count:${size}}", True),
+        ("${kept_count:${size}}", True),
+        ("${product:2,3}", True),
+        ("${pair:}", True),
+        ("${product:2,${size}}", False),
+        ("${oc.decode:'${size}'}", False),
+        ("${oc.env:HOME}", False),
+        ("${size} ${hydra:job.name}", False),
+        ("${missing:}", False),
+        (r"\${now:%f}", False),
+        ("12:30 ${size}", False),
+    ],
+)
+def test_a_text_that_may_resolve_to_another_value_later_is_fixed_and_no_other(count, text, is_fixed):
+    texts = {"a": {"b": [text, {"k.l": text}], 3: text}, "taken": "${a.b.0}", "size": 3, "format": "%f"}
+    cfg = OmegaConf.create(texts)
+    OmegaConf.set_readonly(cfg, True)
+    fix_values(cfg)
+    found = OmegaConf.to_container(cfg, resolve=False)
+    assert found.keys() == texts.keys()
+    if not is_fixed:
+        assert found == texts
+        return
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert text not in (found["a"]["b"][0], found["a"]["b"][1]["k.l"], found["a"][3])
+    assert values["taken"] == values["a"]["b"][0]
+    assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg)), resolve=True) == values
+    other = OmegaConf.create(texts)
+    fix_values(other, found)
+    assert OmegaConf.to_container(other, resolve=False) == found
+
+
 class Told(Project):
     """A project whose objects note the arguments that they are given."""
 
@@ -272,6 +328,29 @@ def test_hydras_values_stay_those_of_the_start_and_the_folder_is_where_the_run_l
     assert moved in evaluated(told, "moved")
     told.run_ranks(where, "hydra.run.dir=two")
     assert {f"'where': '{told.folder}/two'" in line for line in noted(told) if line.startswith("model ")} == {True}
+
+
+@pytest.mark.slow
+def test_the_moment_is_that_of_the_start_on_each_rank_in_each_job_and_on_resume(told, monkeypatch):
+    monkeypatch.chdir(told.folder)
+    monkeypatch.syspath_prepend(told.folder)
+    moment = ["+model.moment='${now:%f}'", "+model.sweep='${hydra:sweep.dir}-${now:%f}'"]
+    told.run(*moment, "hydra.run.dir=run")
+    (model,) = [line for line in noted(told) if line.startswith("model ")]
+    for steps in (2, 3):
+        told.run("resume=run", f"trainer.steps={steps}", "allow_targets=[own,told]")
+        assert model in noted(told)
+    assert model in evaluated(told, "run")
+    assert set(moment) < set(read_overrides(told.folder / "run"))
+    assert "model.moment: " in told.run("resume=run", *moment, "allow_targets=[own,told]", status=2)
+    sweep = ["-m", *moment, "seed=1,2", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}"]
+    told.run(*sweep)
+    jobs = [line.partition("'moment': ")[2] for line in noted(told) if line.startswith("model ")]
+    assert len(set(jobs)) == 1
+    told.run(*sweep)  # as where a scheduler starts its jobs again
+    assert {line.partition("'moment': ")[2] for line in noted(told) if line.startswith("model ")} == set(jobs)
+    told.run_ranks(*moment, "hydra.run.dir=two")
+    assert len([line for line in noted(told) if line.startswith("model ")]) == 1
 
 
 def test_numbers_of_the_environment_are_numbers_by_decode_and_a_text_is_told(project, monkeypatch):
