@@ -25,15 +25,19 @@ class LateFaults:
         self._totals: list[tuple[int, int, Tensor]] = []  # first step, last step, their sum (0-d)
 
     def note(self, step: int, numbers: Sequence[Tensor | float]) -> None:
-        """Takes the numbers (0-d each) of a step; one of them at least is on the device."""
+        """Takes the numbers (0-d each) of a step."""
         if len(self._totals) >= self._MOST:
             first, last = self._totals[0][0], self._totals[-1][1]
             self._totals = [(first, last, self._stacked().sum())]  # a sum with an infinity or NaN in it stays one
-        # A module over several devices may return its loss from the CPU; the accelerator is not waited for.
         tensors = [number for number in numbers if isinstance(number, Tensor)]
-        device = next((number.device for number in tensors if number.device.type != "cpu"), tensors[0].device)
-        total = torch.stack([number.to(device).float() for number in tensors]).sum()
-        self._totals.append((step, step, total + sum(number for number in numbers if isinstance(number, float))))
+        read = float(sum(number for number in numbers if isinstance(number, float)))
+        if tensors:
+            # A module over several devices may return its loss from the CPU; the accelerator is not waited for.
+            device = next((number.device for number in tensors if number.device.type != "cpu"), tensors[0].device)
+            total = torch.stack([number.to(device).float() for number in tensors]).sum() + read
+        else:
+            total = torch.tensor(read)
+        self._totals.append((step, step, total))
 
     def _stacked(self) -> Tensor:
         return torch.stack([total for _, _, total in self._totals])

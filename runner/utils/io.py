@@ -256,7 +256,7 @@ def write_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2)
 def write_new_json(value: Any, path: str | os.PathLike[str], indent: int | None = 2) -> None:
     """Stores plain values as `write_json` does, but neither atomic nor flushed: for a folder that nobody reads yet."""
     encoded = _encode_json(value, indent)
-    with disk.create(Path(path), "xb") as stream:
+    with disk.create(Path(path), "wb") as stream:
         stream.write(encoded)
 
 
