@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
+    """Returns the metric that older versions stored as a number, negated with the mode "max"."""
+    return {"name": name, "value": -number if mode == "max" else number}
+
+
 class Best:
     """The best evaluation so far.
 

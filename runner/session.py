@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.best import Best
+from runner.best import Best, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
 from runner.config import flatten
@@ -146,15 +146,11 @@ class Session:
         """Gives metrics that older versions saved as numbers their name and value.
 
         Args:
-            read_config: returns the config by which the run rated them so far: with `best_mode: max` it negated them.
+            read_config: returns the config by which the run rated them so far.
         """
-        best = self._saved_best
-        if best is not None:
+        if best := self._saved_best:
             self.checkpoints.convert_metrics(
-                lambda number: {
-                    "name": best["name"],
-                    "value": -number if read_config()["trainer"]["best_mode"] == "max" else number,
-                }
+                lambda number: name_metric(number, best["name"], read_config()["trainer"]["best_mode"])
             )
 
     def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
