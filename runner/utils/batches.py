@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,12 +23,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from runner.utils.distributed import seed_all
-from runner.utils.generators import HeldGenerators
+from runner.utils.distributed import is_leader
 from runner.utils.open_files import end_worker_without_files
+from runner.utils.samples import Samples
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
 
-_CPU = torch.device("cpu")
 _GRACE_S = 1.0
 
 
@@ -50,8 +50,8 @@ class Batches:
     With `seed_samples` the global generators of torch, `random` and NumPy, and those that the dataset and `collate`
     hold, are reseeded from (seed, ordinal of the sample in the whole stream) before `dataset[i]`: its augmentation
     depends neither on workers, ranks and batches nor on where the run was cut. Without workers the global ones are
-    those of this process, left as the last sample left them. Generators that are made after the dataset's first sample
-    in a process are not reseeded. Without `seed_samples` a dataset with `__getitems__` is called once a batch.
+    those of this process, left as the last sample left them. Generators that are made or replaced later are reseeded
+    from that sample on, or warned of. Without `seed_samples` a dataset with `__getitems__` is called once a batch.
 
     Of `num_ranks` each takes its slice of every batch of the one global order, and `weight` says what it counts for:
     where slices differ in size, the mean over the ranks of `weight` x a slice's mean is the batch's mean. Positions
@@ -82,7 +82,8 @@ class Batches:
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         self.dataset = dataset
         self.collate = default_collate if collate is None else collate
-        self._fetched = Fetched(Samples(dataset, self._seed if is_seeded else None, self.collate), self.collate)
+        samples = Samples(dataset, self._seed if is_seeded else None, self.collate, is_repeated=is_leader())
+        self._fetched = Fetched(samples, self.collate)
         self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
         self._stream: Iterator[Any] | None = None
         self._drawn: deque[tuple[tuple[Mapping[str, Any], int], float]] = deque()
@@ -250,8 +251,16 @@ class Failed:
     notes: list[str]
 
 
+@dataclass
+class Noted:
+    """A batch, and what a person should know of how its samples were drawn."""
+
+    batch: Any
+    notes: list[str]
+
+
 def opened(batch: Any) -> Any:
-    """Returns a batch.
+    """Returns a batch, and warns of what was noted of it.
 
     Raises:
         BaseException: what the dataset or collate raised in its place, with the dataset's index in its notes.
@@ -261,6 +270,10 @@ def opened(batch: Any) -> Any:
         for note in [note for note in batch.notes if note not in known]:
             add_note(batch.error, note)
         raise batch.error
+    if isinstance(batch, Noted):
+        for note in batch.notes:
+            warnings.warn(note, stacklevel=2)
+        return batch.batch
     return batch
 
 
@@ -275,7 +288,9 @@ class Fetched(Dataset[Any]):
         try:
             samples = self._samples[draw]
             self._samples.at = None
-            return self._collate(samples)
+            batch = self._collate(samples)
+            notes = self._samples.take_notes()
+            return Noted(batch, notes) if notes else batch
         except BaseException as error:
             if is_signal(error):
                 raise
@@ -312,59 +327,6 @@ def _portable(error: BaseException) -> BaseException:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-class Samples(Dataset[Any]):
-    """Fetches the samples of a draw; with a seed, each after reseeding all generators by its ordinal.
-
-    `collate` is not called: the generators that it holds are reseeded with the dataset's.
-    """
-
-    def __init__(self, dataset: Any, seed: int | None, collate: Any = None) -> None:
-        self._dataset = dataset
-        self._seed = seed
-        self._collate = collate
-        self._held: HeldGenerators | None = None  # in this process: a worker has copies
-        self.at: tuple[int, Any] | None = None  # ordinal and index of the sample that is fetched
-        self.kind = type(dataset).__name__
-
-    def __getitem__(self, draw: tuple[int, list[Any]]) -> Any:
-        first, indices = draw
-        if self._seed is None:
-            fetch_all = getattr(self._dataset, "__getitems__", None)
-            if fetch_all is None:
-                return [self._fetch_plainly(ordinal, index) for ordinal, index in enumerate(indices, first)]
-            self.at = first, indices
-            return fetch_all(indices)
-        samples: list[Any] = []
-        if self._held is None and indices:
-            samples.append(self._fetch_first(first, indices[0]))
-        for ordinal in range(first + len(samples), first + len(indices)):
-            samples.append(self._fetch(ordinal, indices[ordinal - first]))
-        return samples
-
-    def _fetch_first(self, ordinal: int, index: Any) -> Any:
-        """Fetches the first sample in this process; again where that made generators, which were not seeded then."""
-        self._held = before = self._find()
-        sample = self._fetch(ordinal, index)
-        self._held = self._find()
-        return sample if self._held.paths == before.paths else self._fetch(ordinal, index)
-
-    def _fetch_plainly(self, ordinal: int, index: Any) -> Any:
-        self.at = ordinal, index
-        return self._dataset[index]
-
-    def _find(self) -> HeldGenerators:
-        return HeldGenerators(dataset=self._dataset, collate=self._collate)
-
-    def _fetch(self, ordinal: int, index: Any) -> Any:
-        assert self._seed is not None
-        assert self._held is not None
-        self.at = ordinal, index
-        seed = mix(self._seed, ordinal)
-        seed_all(seed, _CPU)
-        self._held.seed(seed)
-        return self._dataset[index]
 
 
 @dataclass

@@ -25,6 +25,8 @@ from runner.utils.utils import mix
 
 _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
+_MOST_WATCHED = 32
+_Place = tuple[dict[Any, Any], Any, Any]  # a table, its key, and what stood there
 _PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor)
 _NAMING = (str, bytes, int, float, types.NoneType)  # keys whose repr is the same in every process
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
@@ -40,7 +42,8 @@ class HeldGenerators:
 
     Searched are attributes, items, arguments of partials, and what functions and methods refer to by a closure, a
     default or a global name: some 20,000 objects at most beside modules, and of each container the first 1,000 items. A
-    function of an installed package is not searched for globals. A generator that is made later is not found.
+    function of an installed package is not searched for globals. A generator that is made later is not found:
+    `is_replaced` and `may_have_more` tell when to search again.
 
     Attributes:
         paths: where each generator is that `seed` reseeds.
@@ -53,9 +56,14 @@ class HeldGenerators:
         self.unseeded: list[str] = []
         self.sources: list[Any] = []
         self._reseeds: list[tuple[Callable[[int], Any], int]] = []
+        self._links, self._sizes = list[_Place](), list[tuple[dict[Any, Any], int]]()
         long_containers: list[str] = []
         known = set(_GLOBAL)
-        for path, held in _walk(roots, long_containers):
+        parents: dict[int, Any] = {}
+        blanks = list[_Place]()
+        for path, held in _walk(roots, long_containers, parents):
+            if len(blanks) < _MOST_WATCHED:
+                blanks += _find_blanks(held, self._sizes)
             if not isinstance(held, _Generator):
                 continue
             source = held.bit_generator if isinstance(held, np.random.Generator) else held
@@ -69,6 +77,8 @@ class HeldGenerators:
                 self.paths.append(path)
                 self.sources.append(source)
                 self._reseeds.append((reseed, zlib.crc32(path.encode())))
+                self._links += _find_links(held, parents)
+        self._links, self._blanks = self._links[:_MOST_WATCHED], blanks[:_MOST_WATCHED]
         found = [*self.paths, *self.unseeded]
         self.unseeded += [
             f"{container}[{_MOST_ITEMS}:]"
@@ -76,10 +86,63 @@ class HeldGenerators:
             if any(path.startswith(f"{container}[") for path in found)
         ]
 
+    def is_replaced(self) -> bool:
+        """Says whether another object stands where a generator, or what holds it, stood; of attributes and items."""
+        for table, key, value in self._links:  # noqa: SIM110  # called for each sample: a loop is twice as fast
+            if table.get(key) is not value:
+                return True
+        return False
+
+    def may_have_more(self) -> bool:
+        """Says whether an attribute was added, or set that was None: a generator may have been made since."""
+        for table, size in self._sizes:
+            if len(table) != size:
+                return True
+        for table, key, value in self._blanks:  # noqa: SIM110
+            if table.get(key) is not value:
+                return True
+        return False
+
     def seed(self, seed: int) -> None:
         """Reseeds each generator from a seed and its own path."""
         for reseed, salt in self._reseeds:
             reseed(mix(seed, salt))
+
+
+def _find_links(held: Any, parents: dict[int, Any]) -> list[_Place]:
+    """Returns the places that lead from the roots to an object, as far as they are attributes, items or globals."""
+    links = []
+    while (parent := parents.get(id(held))) is not None:
+        table = _table_of(parent)
+        links += [(table, key, value) for key, value in itertools.islice(table.items(), _MOST_ITEMS) if value is held]
+        held = parent
+    return links
+
+
+def _find_blanks(held: Any, sizes: list[tuple[dict[Any, Any], int]]) -> list[_Place]:
+    """Returns the places of an object that hold None; notes the number of its attributes."""
+    if isinstance(held, (dict, type, types.ModuleType)):
+        return []
+    table = _table_of(held)
+    if isinstance(held, types.FunctionType):
+        names = _names(held.__code__) if _is_own(str(held.__module__)) else []
+        return [(table, name, None) for name in names if table.get(name, held) is None]
+    if table and len(sizes) < _MOST_WATCHED:
+        sizes.append((table, len(table)))
+    return [(table, key, None) for key, value in itertools.islice(table.items(), _MOST_ITEMS) if value is None]
+
+
+def _table_of(held: Any) -> dict[Any, Any]:
+    """Returns where an object has its items, globals or attributes by name; empty where it has no such."""
+    if isinstance(held, types.FunctionType):
+        return held.__globals__
+    if isinstance(held, dict):
+        return held
+    try:
+        table = object.__getattribute__(held, "__dict__")
+    except AttributeError:
+        return {}
+    return table if isinstance(table, dict) else {}
 
 
 def _find_reseed(source: Any) -> Callable[[int], Any] | None:
@@ -114,11 +177,15 @@ def _reseed_bits(source: Any, seed: int) -> None:
         source.state = type(source)(seed).state
 
 
-def _walk(roots: dict[str, Any], long_containers: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields what roots hold with its path, the nearest first, each object once; notes containers cut short."""
+def _walk(roots: dict[str, Any], long_containers: list[str], parents: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields what roots hold with its path, the nearest first, each object once.
+
+    Notes containers that are cut short, and by the id of each object what holds it.
+    """
     queue: deque[tuple[str, Any]] = deque()
     seen: dict[int, Any] = {}  # holds the objects, so that no id comes again
     num_left, children = _MOST_OBJECTS, iter(roots.items())
+    held: Any = None
     while True:
         for path, child in children:
             if id(child) in seen or isinstance(child, _PLAIN) or _has_nothing(child):
@@ -128,6 +195,8 @@ def _walk(roots: dict[str, Any], long_containers: list[str]) -> Iterator[tuple[s
                     continue
                 num_left -= 1
             seen[id(child)] = child
+            if held is not None:
+                parents[id(child)] = held
             queue.append((path, child))
         if not queue:
             return
