@@ -13,6 +13,7 @@ import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
@@ -25,7 +26,7 @@ MEANINGS = {
 }
 REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
 NEVER_SECOND = (REPEATED, signal.SIGHUP)  # a terminal that closes sends SIGHUP, and its shell sends it again
-_PATIENCE_S = 1.0  # for the main thread to end after a second signal
+_PATIENCE_S = 0.7  # for the main thread to end after a second signal
 _FINISH_S = 0.3  # for what is written of a run whose main thread does not
 
 _clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_on_interrupt`, the outermost first
@@ -145,7 +146,7 @@ class Signals:
                 last = threading.Thread(target=self._give_up, args=(number,), daemon=True)
                 last.start()
                 last.join(_FINISH_S)
-                os._exit(128 + number)
+                os._exit(_report(128 + number))
         os.close(fd)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -173,6 +174,23 @@ def leave_if_cut(status: int) -> None:
     """Ends the process after a second signal: the interpreter's own end may take seconds, with torch in it."""
     if _cut:
         _leave(status)
+
+
+_reports: list[Path] = []  # of a process whose status another one returns
+
+
+def report_to(file: Path) -> None:
+    """Has the status of a run that a second signal ends written to a file; the process itself then ends with 0.
+
+    The agent of several processes takes any other status for a failure, which it logs, and ends the others first.
+    """
+    _reports.append(file)
+
+
+def _report(status: int) -> int:
+    for file in _reports:
+        file.write_text(str(status))
+    return 0 if _reports else status
 
 
 _heard_by: list[int] = []  # descriptors that the interpreter writes signals to

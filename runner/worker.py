@@ -150,6 +150,7 @@ def main(folder: Path, launcher: int) -> int:
     (folder / f"pid.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{os.getpid()}").touch()
     if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
         return 0
+    signals.report_to(folder / "status")
     _end_with(launcher)
     with _quick_to_import():
         handover: Handover = pickle.loads((folder / "handover").read_bytes())

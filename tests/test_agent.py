@@ -169,6 +169,42 @@ def test_a_second_signal_ends_all_at_once(project):
     assert not any(map(is_there, pids))
 
 
+HANGING = """
+
+class Hangs(Model):
+    count = 0
+
+    def forward(self, x, y):
+        self.count += self.training
+        if self.count == 6 and os.environ["RANK"] == "1":
+            (Path("run") / "hangs").touch()
+            while True:
+                time.sleep(100)
+        return super().forward(x, y)
+"""
+
+
+def test_a_second_signal_ends_ranks_that_wait_for_one_that_hangs_and_the_agent_says_nothing(project):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(f"\nfrom pathlib import Path\n{HANGING}")
+    process = project.start(*DDP, *LONG, "model._target_=own.Hangs", "trainer.eval_every=0", forks_workers=True)
+    deadline = time.monotonic() + 120
+    while not (project.folder / "run" / "hangs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pids = processes_of(process.pid)
+    process.send_signal(signal.SIGTERM)
+    wait_for(project.folder / "run" / "log.txt", b"a second signal ends it at once")
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    assert "exitcode" not in printed
+    assert "Traceback" not in printed
+    assert not any(map(is_there, pids))
+    record = json.loads((project.folder / "run" / "run.json").read_text())
+    assert (record["status"], record["reason"]) == ("preempted", "SIGTERM, which did not wait for a save")
+
+
 def test_a_sweep_leaves_a_folder_a_job_and_nothing_of_one_in_the_next(project):
     project.run("-m", *DDP[:2], "seed=1,2", "trainer.save_every=12", "hydra.sweep.dir=sweep", forks_workers=True)
     jobs = sorted(path for path in (project.folder / "sweep").iterdir() if path.is_dir())
