@@ -48,7 +48,7 @@ class Checkpoints:
         format: of the tensors: sft or pt.
         keep_last: newest ones that stay when another is saved; 0 keeps all.
         keep_every: those of every so many steps stay too; 0: none.
-        keep_best: so many with the lowest rating stay too.
+        keep_best: number of checkpoints with the lowest rating that stay too.
         rate: returns the rating of a checkpoint's metric; None is never best.
     """
 

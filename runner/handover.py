@@ -46,7 +46,7 @@ class Handover:
 
     @property
     def distributed(self) -> DistributedConfig:
-        """How its processes are started."""
+        """The settings by which its processes are started."""
         return config.typed(DistributedConfig, self.settings["distributed"])
 
     def write_config(self) -> None:

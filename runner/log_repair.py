@@ -115,7 +115,7 @@ def _parse_line(line: bytes, names: dict[tuple[str, ...], tuple[str, ...]]) -> R
 
 @dataclass
 class Repair:
-    """What a comparison found: keys of records that were put into the lines and into the event files."""
+    """The result of a comparison: keys of records that were put into the lines and into the event files."""
 
     of_lines: list[Key] = field(default_factory=list)
     of_events: list[Key] = field(default_factory=list)

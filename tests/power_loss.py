@@ -1,4 +1,4 @@
-"""What a loss of power can leave of a run's files: operations of `runner.utils.disk`, and legal states of them.
+"""The states of a run's files after a loss of power: operations of `runner.utils.disk`, and the states they may leave.
 
 A file that was not synchronized may be as it was synchronized last, empty, cut in half or whole. A name that was made,
 changed or removed in a folder that was not synchronized since may be there or not, in any order.

@@ -69,7 +69,7 @@ def plain_with(seed=3, **changes):
 
 
 def drawn(plain):
-    """What each object has drawn, by its role."""
+    """Returns the draws of each object by its role."""
     DRAWN.clear()
     build.build_engines(plain, CPU)
     build._build_batches(plain, CPU)

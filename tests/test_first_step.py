@@ -103,7 +103,7 @@ def test_buffers_that_a_resumed_run_would_not_have_end_it_too(name):
 
 
 def later(change):
-    """What a module's tensors are known as after a second step, whose forward changes the module."""
+    """Returns the known tensors of a module whose second forward changes them."""
     module = Net()
     engine = Engine(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1))
     tensors = introduce("model", engine, lambda text: None)

@@ -43,7 +43,7 @@ class Weight(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward returned.
+    """The result of a forward.
 
     Args:
         loss: 0-d, to be differentiated.

@@ -241,7 +241,7 @@ def slice_of(length: int, rank: int, num_ranks: int) -> tuple[int, int]:
 
 @dataclass
 class Failed:
-    """What a dataset or collate raised, in place of a batch: torch's own way out of a worker keeps only its type.
+    """An error of a dataset or collate, in place of a batch: torch's own way out of a worker keeps only its type.
 
     Args:
         notes: where it was, added to the error when it is raised again.

@@ -160,7 +160,7 @@ def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 class Surroundings:
-    """What a block holds that its forward depends on or may change: modes, statistics, other buffers, generators."""
+    """The parts of a block that its forward depends on or may change: modes, statistics, other buffers, generators."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name, self.parts = name, list(module.named_modules())

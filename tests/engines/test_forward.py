@@ -1,4 +1,4 @@
-"""What a forward returns is read when it is returned: as it is then, the same in training and in evaluation."""
+"""Numbers are read when a forward returns them: as they are then, the same in training and in evaluation."""
 
 import dataclasses
 import logging

@@ -16,7 +16,7 @@ from runner.utils.wrapper import optimize
 
 
 class Norm(nn.BatchNorm1d):
-    """What a BatchNorm is replaced by."""
+    """Replaces a BatchNorm."""
 
 
 class Block(nn.Module):
