@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from chaos import Zygote
 
-# where the suite was started in the background, the shell has had SIGINT ignored, for all that it starts as well
+# where the suite was started in the background or with nohup, these are ignored, by all that it starts as well
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MODEL = """
 import os
