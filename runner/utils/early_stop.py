@@ -1,4 +1,4 @@
-"""Ends a recomputation early where that is safe. Imports torch only.
+"""Ends a recomputation early where that is safe. Imports torch and siblings only.
 
 Torch's checkpoint ends it when the last tensor is handed to autograd to keep. An operation may do that before its
 kernel fills the tensor, as `rrelu` does with its noise: the gradients would be made of memory that was never written.
@@ -6,58 +6,72 @@ kernel fills the tensor, as `rrelu` does with its noise: the gradients would be 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint
 
-_find_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_sequence_number: Any = getattr(torch._C._autograd, "_get_sequence_nr", None)
+from runner.utils.memory import place_of
+from runner.utils.positional import Call
+
+_autograd: Any = torch._C._autograd
+_find_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_push_hooks: Any = getattr(
+    _autograd, "_push_saved_tensors_default_hooks", None
+)  # `saved_tensors_hooks` takes 2 us more
+_pop_hooks: Any = getattr(_autograd, "_pop_saved_tensors_default_hooks", None)
+_sequence_number: Any = getattr(_autograd, "_get_sequence_nr", None)
 _Stop: Any = getattr(checkpoint, "_StopRecomputationError", None)
-IS_KNOWN = None not in (_find_hooks, _sequence_number, _Stop)  # else a recomputation must not end early
+# Else a recomputation must not end early.
+IS_KNOWN = None not in (_find_hooks, _push_hooks, _pop_hooks, _sequence_number, _Stop)
 
 
-class SafeStop:
-    """A context inside a recomputation: passes checkpoint's early stop on only if all kept tensors are filled by then.
+def stop_safely(call: Call) -> Callable[[], object] | None:
+    """Passes checkpoint's early stop of a recomputation on only if all kept tensors are filled by then.
 
-    An operation fills no tensor that autograd tracks, nor a parameter, without telling autograd. Any other tensor is
-    filled for certain once a later operation begins, which has another sequence number.
+    An operation fills no tensor that autograd tracks, nor a parameter, without telling autograd; one that fills an
+    input was refused in the forward. Any other tensor is filled for certain once a later operation begins, which has
+    another sequence number.
+
+    Args:
+        call: that is recomputed; it begins after this.
+    Returns:
+        What ends it; None where there is nothing to end.
     """
+    hooks = _find_hooks(False) if IS_KNOWN else None
+    if hooks is None:
+        return None
+    pack, unpack = hooks[:2]
+    unproven = -1  # the sequence number of the last operation that kept a tensor which it may yet fill
+    is_complete = False
 
-    def __init__(self) -> None:
-        self._pack: Any = None
-        self._unproven = -1  # the sequence number of the last operation that kept a tensor which it may yet fill
-        self._is_complete = False
-        self._hooks: Any = None
-
-    def __enter__(self) -> None:
-        hooks = _find_hooks(False) if IS_KNOWN else None
-        if hooks is None:
-            return
-        self._pack, unpack = hooks[:2]
-        self._hooks = saved_tensors_hooks(self._keep, unpack)
-        self._hooks.__enter__()
-
-    def _keep(self, tensor: Tensor) -> Any:
-        if self._is_complete:  # what autograd is to keep of the rest of the forward is not asked for
+    def keep(tensor: Tensor) -> Any:
+        nonlocal unproven, is_complete
+        if is_complete:  # what autograd is to keep of the rest of the forward is not asked for
             return tensor
-        if not tensor.requires_grad and not isinstance(tensor, nn.Parameter) and not _is_view_of_parameter(tensor):
-            self._unproven = _sequence_number()
+        if not tensor.requires_grad and not _is_input(tensor, call.tensors) and not _is_parameter(tensor):
+            unproven = _sequence_number()
         try:
-            return self._pack(tensor)
+            return pack(tensor)
         except _Stop:
-            if self._unproven != _sequence_number():
+            if unproven != _sequence_number():
                 raise
-            self._is_complete = True
+            is_complete = True
             return tensor
 
-    def __exit__(self, *error: object) -> None:
-        if self._hooks is not None:
-            self._hooks.__exit__(*error)
-            self._hooks = None  # it holds this
+    _push_hooks(keep, unpack)
+    return _pop_hooks
 
 
-def _is_view_of_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor._base, nn.Parameter)
+def _is_input(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    for each in inputs:
+        if tensor is each:
+            return True
+    found = place_of(tensor)  # of a view too
+    return found is not None and any(found[0] == (place_of(each) or (None,))[0] for each in inputs)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

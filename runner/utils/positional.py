@@ -15,7 +15,7 @@ _LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 
 
 class Call:
-    """One call of a function: `tensors` are what it was given, in nests and keywords too.
+    """One call of a function: `tensors` are what it was given, in nests and keywords too, until it has run.
 
     Called with as many tensors it runs, the first time with the very arguments that were given, so that what the
     function puts into a list of its caller's is there; later with copies of these nests. An error of the first time is
@@ -26,17 +26,17 @@ class Call:
         self._function = function
         self._given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (args, kwargs)
         self.error: BaseException | None = None
-        values = [*args, *kwargs.values()]
-        if all(isinstance(value, _LEAVES) for value in values):  # the ordinary call, without a walk through nests
-            self._names: list[str] | None = list(kwargs)
-            self._leaves = values
-        else:
-            self._names = None
-            self._leaves, self._spec = tree_flatten((args, kwargs))
-        self._places = [index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.tensors: Sequence[Tensor] = [self._leaves[index] for index in self._places]
-        for index in self._places:
-            self._leaves[index] = None  # it is for others to keep them
+        leaves = [*args, *kwargs.values()]
+        names: list[str] | None = list(kwargs)
+        places = _places(leaves)
+        if len(places) < len(leaves) and not all(isinstance(leaf, _LEAVES) for leaf in leaves):
+            leaves, self._spec = tree_flatten((args, kwargs))
+            places, names = _places(leaves), None
+        self.tensors: Sequence[Tensor] = [leaves[place] for place in places]
+        for place in places:
+            leaves[place] = None  # it is for others to keep them
+        self._leaves, self._places = leaves, places
+        self._names = names  # of the last leaves, where these are no nests
 
     @property
     def generators(self) -> list[Generator]:
@@ -51,6 +51,13 @@ class Call:
             except BaseException as error:
                 self.error = error
                 return None
+        self.tensors = tensors
+        try:
+            return self._run_again(tensors)
+        finally:
+            self.tensors = ()
+
+    def _run_again(self, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)
         for index, tensor in zip(self._places, tensors, strict=False):
             leaves[index] = tensor
@@ -59,3 +66,7 @@ class Call:
             return self._function(*args, **kwargs)
         num_args = len(leaves) - len(self._names)
         return self._function(*leaves[:num_args], **dict(zip(self._names, leaves[num_args:], strict=True)))
+
+
+def _places(leaves: Sequence[Any]) -> list[int]:
+    return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

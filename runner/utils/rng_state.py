@@ -1,7 +1,8 @@
 """States of random generators: of those that an object holds, and of the global ones of Python's `random` and of NumPy.
 
 The official way to read a global state makes 625 integers of it (15 and 45 us). Where CPython and NumPy lay it out as
-expected, it is read as 2500 bytes from memory (0.2 us each). It is only ever written in the official way.
+expected, it is read as 2500 bytes from memory, and only where its first or last 20 have changed: any draw moves the
+position in the key or makes another key. It is only ever written in the official way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
 _METHODS = (types.MethodType, types.BuiltinMethodType)
 _WORDS = struct.Struct("=625I")  # the state of a Mersenne twister: a key of 624 words, and a position in it
+_STAMP_SIZE = 20  # bytes: the position, and four words of the key
 _NORMAL = struct.Struct("@id")  # whether the second number of a pair of normal ones is left, and that number
 
 
@@ -67,7 +69,10 @@ def set_state(generator: Generator, state: Any) -> None:
 
 
 def get_global_states() -> tuple[Any, Any]:
-    """Returns the states of the global generators of Python's `random` and of NumPy; any draw makes it unequal."""
+    """Returns the states of the global generators of Python's `random` and of NumPy; any draw makes it unequal.
+
+    The same objects are returned until then.
+    """
     return _python_state().get(), _numpy_state(_bit_generator()).get()
 
 
@@ -96,18 +101,30 @@ class _PythonState:
     def __init__(self) -> None:
         self._generator: Any = _python_generator()
         self._raw: Any = None  # the position, then the key
+        self._latest: tuple[Any, Any] = (None, None)  # the stamp and state read last
         base = type(self._generator).__base__
         if base is not None and base.__basicsize__ >= object.__basicsize__ + _WORDS.size:
-            raw = (ctypes.c_char * _WORDS.size).from_address(id(self._generator) + object.__basicsize__)
+            address = id(self._generator) + object.__basicsize__
+            raw = _bytes_at(address, _WORDS.size)
             self._raw = raw if _rotated(raw.raw) == self._generator.getstate()[1] else None
+            self._stamp = _bytes_at(address, _STAMP_SIZE)
 
     def get(self) -> Any:
-        return self._generator.getstate() if self._raw is None else (self._raw.raw, self._generator.gauss_next)
+        if self._raw is None:
+            return self._generator.getstate()
+        stamp = self._stamp.raw, self._generator.gauss_next
+        if stamp != self._latest[0]:
+            self._latest = stamp, (self._raw.raw, stamp[1])
+        return self._latest[1]
 
     def set(self, state: Any) -> None:
         if self._raw is not None:
             state = (self._generator.VERSION, _rotated(state[0]), state[1])
         self._generator.setstate(state)
+
+
+def _bytes_at(address: int, size: int) -> Any:
+    return (ctypes.c_char * size).from_address(address)
 
 
 def _rotated(raw: bytes) -> tuple[int, ...]:
@@ -125,18 +142,24 @@ class _NumpyState:
     def __init__(self, bits: Any) -> None:
         self._generator, self._bits = _numpy_generator(), bits
         self._raw: Any = None  # the key, then the position
+        self._latest: tuple[Any, Any] = (None, None)  # the stamp and state read last
         offset = _find_normal()
         if offset is not None and isinstance(bits, np.random.MT19937):
-            raw = (ctypes.c_char * _WORDS.size).from_address(bits.ctypes.state_address)
+            address = bits.ctypes.state_address
+            raw = _bytes_at(address, _WORDS.size)
             official = dict(self._generator.get_state(legacy=False))["state"]
             if _WORDS.unpack(raw.raw) == (*official["key"].tolist(), official["pos"]):
                 self._raw = raw
-                self._normal = (ctypes.c_char * _NORMAL.size).from_address(id(self._generator) + offset)
+                self._stamp = _bytes_at(address + _WORDS.size - _STAMP_SIZE, _STAMP_SIZE)
+                self._normal = _bytes_at(id(self._generator) + offset, _NORMAL.size)
 
     def get(self) -> Any:
         if self._raw is None:
             return pickle.dumps(self._generator.get_state(legacy=False))  # bytes can be compared, arrays can't
-        return self._raw.raw, self._normal.raw
+        stamp = self._stamp.raw, self._normal.raw
+        if stamp != self._latest[0]:
+            self._latest = stamp, (self._raw.raw, stamp[1])
+        return self._latest[1]
 
     def set(self, state: Any) -> None:
         if self._raw is None:

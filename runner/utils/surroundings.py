@@ -8,17 +8,17 @@ must not count in them. Imports torch and siblings only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from runner.utils.early_stop import SafeStop
+from runner.utils.early_stop import stop_safely
+from runner.utils.positional import Call
 from runner.utils.rng_state import (
-    Generator,
     find_generators,
     get_global_states,
     get_state,
@@ -26,20 +26,21 @@ from runner.utils.rng_state import (
     set_state,
 )
 
-_BACKENDS = (
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+_ENABLE = (
+    torch.backends.cuda.enable_flash_sdp,
+    torch.backends.cuda.enable_mem_efficient_sdp,
+    torch.backends.cuda.enable_math_sdp,
+    torch.backends.cuda.enable_cudnn_sdp,
 )
 
 
-def _attention_backends() -> tuple[bool, ...]:
-    return tuple(is_enabled() for is_enabled, _ in _BACKENDS)
+def _attention_backends() -> tuple[bool, bool, bool, bool]:
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
 
 
-def _set_attention_backends(enabled: tuple[bool, ...]) -> None:
-    for (_, enable), is_enabled in zip(_BACKENDS, enabled, strict=True):
+def _set_attention_backends(enabled: Iterable[bool]) -> None:
+    for enable, is_enabled in zip(_ENABLE, enabled, strict=True):
         enable(is_enabled)
 
 
@@ -49,19 +50,25 @@ class Replay:
     A context that is a generator function could be entered once, and a graph that is retained is recomputed each time.
     """
 
-    def __init__(self, surroundings: Surroundings, generators: Sequence[Generator] = ()) -> None:
-        self._surroundings = surroundings
+    __slots__ = (
+        "_backends", "_call", "_generators", "_global_states", "_modes", "_parameters", "_surroundings", "_undone",
+        "_values",
+    )  # fmt: skip
+
+    def __init__(self, surroundings: Surroundings, call: Call) -> None:
+        self._surroundings, self._call = surroundings, call
         self._backends = _attention_backends()
         self._global_states: Any = get_global_states()
-        self._generators = [(each, get_state(each)) for each in (*surroundings.generators, *generators)]
+        generators = surroundings.generators + call.generators
+        self._generators = [(each, get_state(each)) for each in generators]
         self._values = [
             (owner, name, held.clone())
             for owner, name in surroundings.changing
             if (held := owner._buffers[name]) is not None
         ]
         self._parameters = surroundings.parameters()
-        self._modes = surroundings.modes()
-        self._left: list[ExitStack] = []
+        self._modes: list[bool] = []
+        self._undone: list[list[Callable[[], object]]] = []  # at the end of each that is under way
 
     def end_forward(self) -> None:
         """Notes what the forward has left, when it has ended.
@@ -85,34 +92,36 @@ class Replay:
 
     def __enter__(self) -> None:
         self._check_modes()
-        stack = ExitStack()
-        self._left.append(stack)
+        self._undone.append([])
         try:
-            self._restore(stack)
+            self._restore(self._undone[-1])
         except BaseException:
-            self._left.pop().close()
+            self.__exit__()
             raise
 
-    def _restore(self, stack: ExitStack) -> None:
-        """Makes all as the forward found it; the stack makes it as it is now."""
+    def _restore(self, undone: list[Callable[[], object]]) -> None:
+        """Makes all as the forward found it; what is to be undone in reverse order is added to a list."""
         backends = _attention_backends()
         if backends != self._backends:
-            stack.callback(_set_attention_backends, backends)
+            undone.append(partial(_set_attention_backends, backends))
             _set_attention_backends(self._backends)
         if self._global_states is not None:
-            stack.callback(set_global_states, get_global_states())
+            undone.append(partial(set_global_states, get_global_states()))
             set_global_states(self._global_states)
         for generator, state in self._generators:
-            stack.callback(set_state, generator, get_state(generator))
+            undone.append(partial(set_state, generator, get_state(generator)))
             set_state(generator, state)
-        self._replace_buffers(stack)
-        self._replace_parameters(stack)
+        self._replace_buffers(undone)
+        self._replace_parameters(undone)
         for part in self._surroundings.renormalizing:  # the forward has renormalized the rows already, in place
-            stack.callback(setattr, part, "max_norm", part.max_norm)
+            undone.append(partial(setattr, part, "max_norm", part.max_norm))
             part.max_norm = None
-        stack.enter_context(SafeStop())
+        if (end := stop_safely(self._call)) is not None:
+            undone.append(end)
 
     def _check_modes(self) -> None:
+        if self._modes == self._surroundings.modes():
+            return
         for (name, part), mode in zip(self._surroundings.parts, self._modes, strict=True):
             if part.training is not mode:
                 which = f"its {type(part).__name__} {name}" if name else f"the {type(part).__name__}"
@@ -121,7 +130,7 @@ class Replay:
                     "mode between its forward and its backward, which recomputes the forward; call backward first"
                 )
 
-    def _replace_parameters(self, stack: ExitStack) -> None:
+    def _replace_parameters(self, undone: list[Callable[[], object]]) -> None:
         """Has the parameters of the forward stand in where there are others by now."""
         for owner, name, parameter, version in self._parameters:
             if parameter._version != version and not _renormalizes(owner):
@@ -131,11 +140,13 @@ class Replay:
                     "backward, was changed after its forward; call backward before the optimizer's step"
                 )
             if owner._parameters[name] is not parameter:
-                stack.callback(owner._parameters.__setitem__, name, owner._parameters[name])
+                undone.append(partial(owner._parameters.__setitem__, name, owner._parameters[name]))
                 owner._parameters[name] = parameter  # type: ignore[assignment]
 
-    def _replace_buffers(self, stack: ExitStack) -> None:
+    def _replace_buffers(self, undone: list[Callable[[], object]]) -> None:
         """Has copies stand in for buffers: a copy back would count as a change to autograd."""
+        if not self._surroundings.norms and not self._surroundings.changing:
+            return
         norms = [(norm, name, held) for norm in self._surroundings.norms if norm.training for name, held in _held(norm)]
         now = [
             (owner, name, held)
@@ -143,11 +154,12 @@ class Replay:
             if (held := owner._buffers[name]) is not None
         ]
         for owner, name, value in (*norms, *now, *self._values):  # the last one counts: the value before the forward
-            stack.callback(owner._buffers.__setitem__, name, owner._buffers[name])
+            undone.append(partial(owner._buffers.__setitem__, name, owner._buffers[name]))
             owner._buffers[name] = value.clone()
 
-    def __exit__(self, *error: Any) -> None:
-        self._left.pop().__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        for undo in reversed(self._undone.pop()):
+            undo()
 
 
 def _renormalizes(part: nn.Module) -> bool:
@@ -174,8 +186,11 @@ class Surroundings:
 
     def parameters(self) -> list[tuple[nn.Module, str, Tensor, int]]:
         """Returns the parameters as they are, and how often each was changed so far."""
-        found = [(part, name, part._parameters.get(name)) for part, name in self._parameters]
-        return [(part, name, held, held._version) for part, name, held in found if held is not None]
+        return [
+            (part, name, held, held._version)
+            for part, name in self._parameters
+            if (held := part._parameters.get(name)) is not None
+        ]
 
     def modes(self) -> list[bool]:
         """Returns for each part whether it is in training mode."""

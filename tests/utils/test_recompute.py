@@ -184,6 +184,31 @@ def test_a_recomputation_ends_before_the_last_linear_is_computed_again(is_frozen
     assert block.num_runs == 1
 
 
+class Masked(Counted):
+    """Ends in an operation that keeps a tensor which was given, and is not trained."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = torch.tanh(x) * self.own(mask)
+        self.num_runs += 1
+        return x
+
+
+@pytest.mark.parametrize(
+    ("view", "num_runs"), [(lambda mask: mask, 1), (lambda mask: mask[:1], 1), (lambda mask: mask + 0, 2)]
+)
+def test_an_input_is_known_to_be_filled_and_a_tensor_made_meanwhile_is_not(
+    view: Callable[[Tensor], Tensor], num_runs: int
+) -> None:
+    block = Masked(view)
+    wrap(block)
+    block_of(block).is_counting = False
+    for keywords in ({}, {"mask": torch.rand(3, WIDTH)}):
+        given = [noise(3, WIDTH).requires_grad_(), *([] if keywords else [torch.rand(3, WIDTH)])]
+        block.num_runs = 0
+        block(*given, **keywords).sum().backward()
+        assert block.num_runs == num_runs
+
+
 class Embedding(nn.Module):
     def __init__(self, kind: type[nn.Module] = nn.Embedding) -> None:
         super().__init__()

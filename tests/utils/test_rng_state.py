@@ -54,6 +54,18 @@ def test_any_draw_makes_another_state_and_setting_it_back_repeats_the_draws(befo
     assert [DRAWS[name]() for _ in range(3)] == drawn
 
 
+@pytest.mark.parametrize("draw", [lambda: random.getrandbits(32), lambda: np.random.bytes(4)])
+@pytest.mark.parametrize("num_draws", [1, 624, 1248])  # a whole key of words leaves the position where it was
+def test_the_same_states_are_the_same_objects_and_any_number_of_words_drawn_makes_others(draw, num_draws):
+    states = get_global_states()
+    assert all(each is state for each, state in zip(get_global_states(), states, strict=True))
+    first = [draw() for _ in range(num_draws)]
+    assert get_global_states() != states
+    set_global_states(states)
+    assert get_global_states() == states
+    assert [draw() for _ in range(num_draws)] == first
+
+
 @pytest.mark.parametrize("name", ["random", "gauss", "randn", "rand"])
 def test_where_the_layout_is_not_known_the_states_are_read_officially(monkeypatch, name):
     python, numpy = rng_state._PythonState(), rng_state._NumpyState(rng_state._bit_generator())
