@@ -9,6 +9,7 @@ end is killed; `{"poll": pid}` is answered at once, with "running" where it has 
 has them imported beforehand.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -177,6 +178,7 @@ def main() -> None:
                 importlib.import_module(name)
             print("done", flush=True)
             continue
+        gc.freeze()  # a child collects no garbage among all that is imported, which would also copy its memory
         pid = os.fork()
         if not pid:
             run_child(request)
