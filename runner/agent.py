@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runner import signals
+from runner import signals, terminal
 from runner.handover import Handover
 from runner.mistakes import ConfigError
 
@@ -148,7 +148,7 @@ class _Relay:
     def take(self, number: int, frame: FrameType | None) -> None:
         """Passes a signal on; after a second one, workers that do not end are killed."""
         if number == signal.SIGHUP:
-            signals.leave_closed_terminal()
+            terminal.leave_closed()
         if number in signals.NEVER_SECOND and self.seen:
             return
         self.seen.append(signal.Signals(number))

@@ -1,20 +1,20 @@
 """The signals that end a run: the first asks it to save and end, the second ends it at once; and the exit statuses.
 
-Owns what a handler may do: it sets a flag, raises, or ends the process. Imports the standard library alone.
+Owns what a handler may do: it sets a flag, raises, or ends the process. Imports the standard library and `terminal`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
-import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+
+from runner import terminal
 
 STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
 MEANINGS = {
@@ -151,7 +151,7 @@ class Signals:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            leave_closed_terminal()
+            terminal.leave_closed()
         if number in NEVER_SECOND and self.first is not None:
             return
         if self.first is not None or (self.ask is None and not self.is_over):
@@ -204,18 +204,6 @@ def _forget_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def leave_closed_terminal() -> None:
-    """Points standard streams at /dev/null where they lead to a terminal that was closed: writing would raise."""
-    for fd in (0, 1, 2):
-        try:
-            termios.tcgetattr(fd)
-        except termios.error as error:
-            if error.args[0] == errno.EIO:
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, fd)
-                os.close(null)
 
 
 def is_ignored(number: int) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import mistakes, run_folder, signals
+from runner import mistakes, run_folder, signals, terminal
 from runner.handover import Handover, Post
 from runner.mistakes import ConfigError
 from runner.utils.place import Place, find_place
@@ -144,6 +144,7 @@ def main(folder: Path, launcher: int) -> int:
 
     That is 0 where the run has ended, however, with its status in a file; anything else starts all workers again.
     """
+    terminal.outlive()
     for number in signals.MEANINGS:  # until there is a run to ask
         if not signals.is_ignored(number):
             signal.signal(number, lambda *_: os._exit(0 if (folder / "ended").exists() else 1))
