@@ -20,9 +20,11 @@ import time
 import traceback
 from pathlib import Path
 
+import PIL.Image
 import tensorboard.compat.proto.event_pb2
 import torch
 from hydra._internal.hydra import Hydra
+from hydra.core.plugins import Plugins
 
 import runner.__main__
 import runner.command
@@ -159,8 +161,22 @@ def wait(pid: int) -> int:
         time.sleep(0.005)
 
 
+LOADED_LATE = (  # by a run, each time: a fifth of a short one
+    "antlr4.LL1Analyzer", "numpy.typing", "omegaconf._impl", "runner.engines.schedulers",
+    "runner.utils.media", "runner.utils.permutation", "runner.utils.sampler", "runner.utils.wrapper",
+)  # fmt: skip
+
+
+def load_for_children() -> None:
+    for name in LOADED_LATE:
+        importlib.import_module(name)
+    PIL.Image.init()
+    Plugins.instance()
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    load_for_children()
     # Hydra composes a config once more to find hydra.mode, which is a fourth of a short run: no config here sets it.
     Hydra.get_mode = lambda self, config_name, overrides: None
     assert {tensorboard, runner.event_file}  # imported for the children
