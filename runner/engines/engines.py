@@ -39,20 +39,20 @@ class Engines(dict[str, Engine]):
 
     is_updating = False  # a step can be discarded whole until its first update
     _held: HeldGenerators | None = None
-    _shared_seed: int | None = None
+    _shared: tuple[int, ...] | None = None
 
-    def seed(self, seed: int, shared_seed: int | None = None) -> None:
+    def seed(self, seed: int, shared: tuple[int, ...] | None = None) -> None:
         """Seeds all that a forward may draw from: the global generators, and those that the engines hold.
 
         Args:
-            shared_seed: the same on every rank, for the generators that the engines hold: each rank has built them
-                alike, so that their draws may have to agree. None takes `seed`.
+            shared: what a seed is mixed of that is the same on every rank, for the generators that the engines hold:
+                each rank has built them alike, so that their draws may have to agree. None takes `seed`.
         """
-        self._shared_seed = shared_seed
+        self._shared = shared
         seed_all(seed, self.device)
         held = self._held or self.find_generators()
         if held.paths:
-            held.seed(seed if shared_seed is None else shared_seed)
+            held.seed(seed if shared is None else mix(*shared))
 
     def find_generators(self) -> HeldGenerators:
         """Looks for the generators that modules, feeders and optimizers hold, which `seed` reseeds from then on."""
@@ -100,8 +100,8 @@ class Engines(dict[str, Engine]):
         if faults and self.is_stopped_by(faults):
             return faults
         self.is_updating = True
-        if self._shared_seed is not None and is_many():  # an update that draws must be the same on every rank
-            seed_all(mix(self._shared_seed), self.device)
+        if self._shared is not None and is_many():  # an update that draws must be the same on every rank
+            seed_all(mix(mix(*self._shared)), self.device)
         for name, engine in self.items():
             if name in faults:
                 engine.skip()

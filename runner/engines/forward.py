@@ -80,10 +80,9 @@ def read_number(value: Any) -> Number | None:
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             return None
-        if hasattr(value, "full_tensor"):  # spread over the ranks, which all are here
+        if type(value) is not Tensor and hasattr(value, "full_tensor"):  # spread over the ranks, which all are here
             value = value.full_tensor()
-        value = value.detach() if value.requires_grad else value
-        return float(value.item()) if is_readable(value) else value.clone().reshape(())
+        return float(value.item()) if is_readable(value) else value.detach().clone().reshape(())
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # of NumPy
         value = value.item()
     try:

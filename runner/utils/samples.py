@@ -45,7 +45,7 @@ class Samples(Dataset[Any]):
         if self._seed is None:
             fetch_all = getattr(self._dataset, "__getitems__", None)
             if fetch_all is None:
-                return [self._fetch_plainly(ordinal, index) for ordinal, index in enumerate(indices, first)]
+                return self._fetch_plainly(first, indices)
             self.at = first, indices
             return fetch_all(indices)
         if self._held is None:
@@ -64,9 +64,12 @@ class Samples(Dataset[Any]):
         notes, self._notes = self._notes, []
         return notes
 
-    def _fetch_plainly(self, ordinal: int, index: Any) -> Any:
-        self.at = ordinal, index
-        return self._dataset[index]
+    def _fetch_plainly(self, first: int, indices: list[Any]) -> list[Any]:
+        samples = []
+        for ordinal, index in enumerate(indices, first):
+            self.at = ordinal, index
+            samples.append(self._dataset[index])
+        return samples
 
     def _find(self) -> HeldGenerators:
         return HeldGenerators(dataset=self._dataset, collate=self._collate)

@@ -21,7 +21,7 @@ class Counting:
         self.num_steps = self.num_discarded = 0
         self.faults, self.late_faults, self.stops = {}, {}, False
 
-    def seed(self, seed, shared_seed):
+    def seed(self, seed, shared):
         seed_all(seed, self.device)
 
     def micro_step(self, batch, weight=1.0):
