@@ -1,5 +1,6 @@
 """Cut anywhere, the run is the same run: kills at random instants, and at every file operation of a save."""
 
+import gc
 import os
 import random
 import signal
@@ -67,6 +68,7 @@ def make_parts(step):
 def save_in_child(folder, steps, crash_at, counted):
     pid = os.fork()
     if not pid:
+        gc.disable()  # what other tests have left, such as threads, may not be taken apart in a child
         status = 1
         try:
             watch = Watch(crash_at, counted)
