@@ -157,16 +157,32 @@ def restore(
             for record in lost_lines
             if record.key
         ]
-        lines.records = sorted(kept + restored, key=lambda record: (record.step, record.time_s))
+        lines.records = _sort(kept + restored, [record for log in events for record in log.records])
     if lost_events:
-        repair.damaged = _put_events(lost_events, events, encode_event)
+        repair.damaged = _put_events(lost_events, events, encode_event, lines.records)
     return repair
+
+
+def _sort(records: list[Record], order: list[Record]) -> list[Record]:
+    """Returns records in the order of their steps, and in one step in that of `order`, by time where it lacks them.
+
+    The times of a line and of its event differ by rounding, which is more than may lie between two calls.
+    """
+    places: dict[Key | None, tuple[float, int]]
+    places = {record.key: (record.time_s, place) for place, record in enumerate(order) if record.key}
+
+    def place_of(record: Record) -> tuple[int, float, int]:
+        time_s, place = places.get(record.key, (record.time_s, 0))
+        return record.step, time_s, place
+
+    return sorted(records, key=place_of)
 
 
 def _put_events(
     lost: list[Record],
     events: list[Log],
     encode_event: Callable[[float, int, Mapping[str, float]], bytes],
+    order: list[Record],
 ) -> str:
     """Puts records into the event files; returns the names of those they are missing in."""
     starts = [(min(record.step for record in log.records), log) for log in events if log.records]
@@ -179,7 +195,7 @@ def _put_events(
         event = encode_event(log.clock_zero + record.time_s, record.step, numbers_of(record.key))
         log.records.append(record._replace(content=event))
     for log in chosen.values():
-        log.records.sort(key=lambda record: (record.step, record.time_s))
+        log.records = _sort(log.records, order)
     return _name([log for log in events if log.is_damaged], list(chosen.values()))
 
 

@@ -152,11 +152,15 @@ def main(folder: Path, launcher: int) -> int:
     if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
         return 0
     signals.report_to(folder / "status")
-    _end_with(launcher)
+    # Until it has joined there is nothing to save, and torch waits for a store whose host is gone without a look at
+    # signals.
+    _end_with(launcher, signal.SIGKILL)
     with _quick_to_import():
         handover: Handover = pickle.loads((folder / "handover").read_bytes())
         sys.argv = handover.command
         joined = Joined()
+    _end_with(launcher, signals.REPEATED)
+    with _quick_to_import():
         status = _run_told(joined, handover, folder)
     if status is None:
         return 1
@@ -204,15 +208,15 @@ def _agree_on(joined: Joined, handover: Handover) -> Handover | int:
     return handover
 
 
-def _end_with(launcher: int) -> None:
-    """Has the kernel send a signal to this process when the one that started it dies, however: it saves and ends."""
+def _end_with(launcher: int, number: signal.Signals) -> None:
+    """Has the kernel send a signal to this process when the one that started it dies, however."""
     if sys.platform != "linux":
         return
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, signals.REPEATED)  # PR_SET_PDEATHSIG: it comes as often as the launcher had threads
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG: it comes as often as the launcher had threads
     if os.getppid() != launcher:  # it has died before
-        os.kill(os.getpid(), signals.REPEATED)
+        os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

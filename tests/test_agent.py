@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +141,25 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
     last = json.loads((project.folder / "run" / "run.json").read_text())
     assert (project.folder / "run" / "checkpoints" / f"step_{last['last_step']:08d}").is_dir()
     assert last["status"] == "preempted"
+
+
+def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
+    (tmp_path / "handover").write_bytes(pickle.dumps(SimpleNamespace(command=["runner"])))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        environment = os.environ | names | {"MASTER_PORT": str(silent.getsockname()[1])}
+        command = f'"{sys.executable}" -m runner.worker "{tmp_path}" $$; true'  # a shell that does not become it
+        launcher = subprocess.Popen(["sh", "-c", command], env=environment)
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        (pid,) = processes_of(launcher.pid)
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 10
+        while is_there(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        connection.close()
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,31 @@ def test_a_changed_line_is_replaced_by_what_the_event_file_holds(
     assert numbers_in_events(folder) == wanted(1, LAST)
     assert [steps_named(said) for said in warned] == [{20 if "20" in old else 7}]
     assert "metrics.jsonl: damaged; the numbers of step" in warned[0]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents.*"])
+def test_calls_that_no_clock_tells_apart_are_restored_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("runner.tracking.time.perf_counter", lambda: 1.0)
+    names = ["train/loss", "eval/loss", "train/lr", "another"]
+    tracker = Tracker(tmp_path)
+    for step in (1, 2):
+        for each in names:
+            tracker.log(step, {each: 0.5 * step})
+    counts = tracker.counts()
+    tracker.close()
+    expected = [(step, {each: 0.5 * step}) for step in (1, 2) for each in names]
+    (path,) = tmp_path.glob(name)
+    content = path.read_bytes()
+    place = content.index(b"train/lr")
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+    warned: list[str] = []
+    Tracker(tmp_path, resume_step=2, recorded=counts, warn=warned.append).close()
+    (said,) = warned
+    assert "were missing " in said
+    assert numbers_in_lines(tmp_path) == expected
+    with open(find_event_files(tmp_path)[0], "rb") as file:
+        events = [Event.FromString(record) for record in read_records(file)]
+    found = [(event.step, {v.tag: v.simple_value}) for event in events for v in event.summary.value]
+    assert [each for each in found if "_hparams_" not in str(each)] == expected
