@@ -12,6 +12,7 @@ _NUMBERS = (errno.EMFILE, errno.ENFILE)
 # The second is what a process without a free descriptor says of one that another process has sent to it.
 _TEXTS = (os.strerror(errno.EMFILE), "items of ancdata", f"exit code {errno.EMFILE}")
 _NUM_RESERVED = 16
+_BEFORE_TEMPORARY_FOLDER = -50  # multiprocessing removes it at -100, the highest first
 
 
 def is_out_of_files(error: BaseException) -> bool:
@@ -61,9 +62,15 @@ class Reserve:
 def end_worker_without_files(worker: int) -> None:
     """Ends this loader worker, in place of a wait without end, when it has no file left to send a batch.
 
-    The threads that send batches tell an error and drop the batch.
+    The threads that send batches tell an error and drop the batch. A worker that ends otherwise has files left to
+    remove its temporary folder.
     """
     from multiprocessing.queues import Queue
+    from multiprocessing.util import Finalize
+
+    reserve = Reserve()
+    reserve.open()
+    Finalize(None, reserve.close, exitpriority=_BEFORE_TEMPORARY_FOLDER)
 
     def end(error: BaseException | None) -> None:
         if error is not None and is_out_of_files(error):

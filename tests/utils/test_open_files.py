@@ -1,6 +1,9 @@
+import contextlib
 import errno
 import os
 import resource
+from multiprocessing import get_context
+from multiprocessing.util import get_temp_dir
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from conftest import read_metrics
 
 from runner import checkpoint
 from runner.utils.mishaps import Halt, explain
-from runner.utils.open_files import Reserve, is_out_of_files
+from runner.utils.open_files import Reserve, end_worker_without_files, is_out_of_files
 
 
 def raised_from(cause):
@@ -63,6 +66,26 @@ def test_a_reserve_gives_its_files_back_and_a_full_process_can_hold_none():
     reserve.close()
     reserve.close()
     assert num_open() == before
+
+
+def leak_all_files(connection):
+    end_worker_without_files(0)
+    connection.send(get_temp_dir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with contextlib.suppress(OSError):
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+
+
+def test_a_worker_without_files_removes_its_temporary_folder_at_its_end(capfd):
+    receiver, sender = get_context("fork").Pipe(duplex=False)
+    worker = get_context("fork").Process(target=leak_all_files, args=(sender,))
+    worker.start()
+    folder = receiver.recv()
+    worker.join()
+    assert worker.exitcode == 0
+    assert not os.path.exists(folder)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 FILES = """
