@@ -5,14 +5,17 @@ Must not import the samplers, nor what makes batches of samples.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from runner.utils.distributed import seed_all
 from runner.utils.generators import HeldGenerators
-from runner.utils.repeated import Repeated, is_same
 from runner.utils.utils import mix
 
 _CPU = torch.device("cpu")
@@ -26,7 +29,7 @@ class Samples(Dataset[Any]):
     has made or replaced were not seeded for it: it is fetched again.
 
     Args:
-        is_repeated: compares the first sample with the same one fetched again, in a process of its own.
+        is_repeated: compares the first sample with the same one fetched again.
     """
 
     def __init__(self, dataset: Any, seed: int | None, collate: Any = None, *, is_repeated: bool = False) -> None:
@@ -35,7 +38,7 @@ class Samples(Dataset[Any]):
         self._collate = collate
         self._held: HeldGenerators | None = None  # in this process: a worker has copies
         self._num_fetched, self._num_idle, self._is_watched = 0, 0, True
-        self._is_repeated, self._repeated = is_repeated, None if seed is None else Repeated()
+        self._is_repeated = is_repeated
         self._notes: list[str] = []
         self.at: tuple[int, Any] | None = None  # ordinal and index of the sample that is fetched
         self.kind = type(dataset).__name__
@@ -54,13 +57,6 @@ class Samples(Dataset[Any]):
 
     def take_notes(self) -> list[str]:
         """Returns what a person should know of the samples since the last call."""
-        if self._repeated is not None and self._repeated.has_differed():
-            self._notes.append(
-                f"data.train ({self.kind}): expected the same sample for the same index and seed, found another; it "
-                "depends on something that can't be seeded, such as np.random.default_rng() in each call, or on the "
-                "samples before it, and so on workers and on where the run is cut; draw from torch, NumPy, random or a "
-                "generator that the dataset holds"
-            )
         notes, self._notes = self._notes, []
         return notes
 
@@ -83,8 +79,26 @@ class Samples(Dataset[Any]):
         if is_due or (self._is_watched and (self._held.is_replaced() or self._may_have_more())):
             sample = self._search(sample, ordinal, index)
         if self._num_fetched == 1 and self._is_repeated and getattr(get_worker_info(), "id", 0) == 0:
-            assert self._repeated is not None
-            self._repeated.start(sample, lambda: self._draw(ordinal, index))
+            sample = self._compare(sample, ordinal, index)
+        return sample
+
+    def _compare(self, sample: Any, ordinal: int, index: Any) -> Any:
+        """Compares a sample with the same one fetched again; returns it as it was.
+
+        A forked process that fetches it would share the offsets of open files with this one, and its connections.
+        """
+        # The dataset may return one array each time, and write to it.
+        with contextlib.suppress(Exception):  # what can't be copied or fetched twice is not compared
+            kept = copy.deepcopy(sample)
+            again = self._draw(ordinal, index)
+            if not is_same(kept, again):
+                self._notes.append(
+                    f"data.train ({self.kind}): expected the same sample for the same index and seed, found another; "
+                    "it depends on something that can't be seeded, such as np.random.default_rng() in each call, or on "
+                    "the samples before it, and so on workers and on where the run is cut; draw from torch, NumPy, "
+                    "random or a generator that the dataset holds"
+                )
+            return sample if is_same(kept, sample) else kept
         return sample
 
     def _may_have_more(self) -> bool:
@@ -127,3 +141,24 @@ class Samples(Dataset[Any]):
         seed_all(seed, _CPU)
         self._held.seed(seed)
         return self._dataset[index]
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Says whether two samples are the same as far as they consist of containers, arrays, numbers and texts."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        if one.layout is not torch.strided or one.shape != other.shape or one.dtype != other.dtype:
+            return one.layout is not torch.strided
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, np.ndarray):
+        if one.dtype.hasobject or one.shape != other.shape:
+            return one.dtype.hasobject
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (str, bytes, int, float, complex, np.generic)):
+        return bool(one == other or (one != one and other != other))
+    if isinstance(one, Sequence):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return True
