@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import signals
+from runner import signals, terminal
 from runner.fingerprint import find_change
 from runner.mistakes import ConfigError, told_in_one_message
 
@@ -130,6 +130,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    terminal.open_missing()
     parser = argparse.ArgumentParser(prog="python -m runner.evaluate", description="Evaluates a saved model.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT_OR_EXPORT", type=Path, help="a folder, or an exported file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import signals
+from runner import signals, terminal
 from runner.config import to_json
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
@@ -168,6 +168,7 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
+    terminal.open_missing()
     parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")

@@ -35,8 +35,22 @@ class _Terminal(io.FileIO):
             return super().write(data)
 
 
+def open_missing() -> None:
+    """Opens /dev/null for each standard stream that was closed before the program began.
+
+    A file of the program's would get its number, and hold what a C library prints.
+    """
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(null, True)
+
+
 def outlive() -> None:
     """Has `sys.stdout` and `sys.stderr` take what is printed after their terminal was closed."""
+    open_missing()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():

@@ -44,3 +44,21 @@ def test_streams_that_are_no_terminal_are_left_alone(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "True\n"
+
+
+CLOSED = """
+import os
+from runner import terminal
+
+terminal.outlive()
+ours, theirs = os.pipe()
+print(min(ours, theirs) > 2, os.get_inheritable(2), file=open("done", "w"))
+os.write(2, b"a line of a C library")
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_no_file_of_a_program_takes_the_number_of_a_closed_stream(tmp_path, closed):
+    (tmp_path / "program.py").write_text(CLOSED)
+    subprocess.run(f'exec "{sys.executable}" program.py {closed}', shell=True, cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "done").read_text() == "True True\n"
