@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torch.utils.data._utils import signal_handling
 
 from runner.utils.distributed import is_leader
-from runner.utils.open_files import end_worker_without_files
+from runner.utils.open_files import end_worker_without_files, separate_offsets
 from runner.utils.samples import Samples
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
 
@@ -420,8 +420,9 @@ def die_with_parent() -> None:
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a loader worker for signals, and for a lack of files to send batches by."""
+    """Prepares a loader worker for signals, for files that others read too, and for a lack of files."""
     ignore_interrupts(worker)
+    separate_offsets()
     end_worker_without_files(worker)
 
 

@@ -1,10 +1,12 @@
-"""The limit on open files: whether an error comes from it, the remedy, and a reserve for the last save."""
+"""Open files: their limit, the remedy and a reserve for the last save; and positions that a fork would share."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import stat
 import sys
 from types import TracebackType
 
@@ -12,6 +14,7 @@ _NUMBERS = (errno.EMFILE, errno.ENFILE)
 # The second is what a process without a free descriptor says of one that another process has sent to it.
 _TEXTS = (os.strerror(errno.EMFILE), "items of ancdata", f"exit code {errno.EMFILE}")
 _NUM_RESERVED = 16
+_OPEN_FILES = "/proc/self/fd"
 _BEFORE_TEMPORARY_FOLDER = -50  # multiprocessing removes it at -100, the highest first
 
 
@@ -57,6 +60,34 @@ class Reserve:
         """Gives the files back; again, it does nothing."""
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def separate_offsets() -> None:
+    """Gives this forked process a position of its own in each file that it reads, where the system lists open files.
+
+    A fork shares positions: of two loader workers that seek and read in one file, each gets bytes of the other's.
+
+    Source: fork(2), https://man7.org/linux/man-pages/man2/fork.2.html
+    """
+    try:
+        descriptors = [int(name) for name in os.listdir(_OPEN_FILES)]
+    except OSError:
+        return
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):  # it was that of the list, or may not be opened again
+            is_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
+            if descriptor > 2 and is_read and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                _reopen(descriptor)
+
+
+def _reopen(descriptor: int) -> None:
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+    again = os.open(f"{_OPEN_FILES}/{descriptor}", flags | os.O_CLOEXEC)
+    try:
+        os.lseek(again, os.lseek(descriptor, 0, os.SEEK_CUR), os.SEEK_SET)
+        os.dup2(again, descriptor, os.get_inheritable(descriptor))
+    finally:
+        os.close(again)
 
 
 def end_worker_without_files(worker: int) -> None:

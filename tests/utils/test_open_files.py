@@ -11,7 +11,7 @@ from conftest import read_metrics
 
 from runner import checkpoint
 from runner.utils.mishaps import Halt, explain
-from runner.utils.open_files import Reserve, end_worker_without_files, is_out_of_files
+from runner.utils.open_files import Reserve, end_worker_without_files, is_out_of_files, separate_offsets
 
 
 def raised_from(cause):
@@ -86,6 +86,35 @@ def test_a_worker_without_files_removes_its_temporary_folder_at_its_end(capfd):
     assert worker.exitcode == 0
     assert not os.path.exists(folder)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def read_on(files, connection):
+    separate_offsets()
+    connection.send([file.read(2) for file in files.values()])
+    files["appended"].write(b"child")
+    connection.recv()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reopens the files that Linux lists")
+def test_a_forked_process_goes_on_from_the_same_position_and_moves_none_of_its_parent(tmp_path):
+    modes = {"read": "rb", "written": "r+b", "deleted": "rb"}
+    for name in modes:
+        (tmp_path / name).write_bytes(b"0123456789")
+    modes["appended"] = "a+b"
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(tmp_path / name, mode, buffering=0)) for name, mode in modes.items()}
+        (tmp_path / "deleted").unlink()
+        for file in files.values():
+            file.seek(3)
+        ours, theirs = get_context("fork").Pipe()
+        child = get_context("fork").Process(target=read_on, args=(files, theirs))
+        child.start()
+        assert ours.recv() == [b"34", b"34", b"34", b""]
+        assert [file.tell() for file in files.values()] == [3, 3, 3, 3]
+        ours.send(None)
+        child.join()
+        files["appended"].write(b"parent")
+    assert (tmp_path / "appended").read_bytes() == b"childparent"
 
 
 FILES = """

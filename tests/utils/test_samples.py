@@ -226,8 +226,8 @@ class Stored(Fixed):
         return float(np.frombuffer(self.archive.read(str(index)), np.float32).mean())
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_comparison_leaves_open_files_where_they_are(tmp_path, num_workers):
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_no_process_moves_the_position_in_a_file_that_another_reads(tmp_path, num_workers):
     dataset = Stored(tmp_path / "samples.zip")
     for _ in range(5):
         batches = Batches(dataset, OrderedSampler(24), 2, num_workers=num_workers, collate=list)
