@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.log_repair import Key, Log, describe_lost, describe_repair, find_lost, read_lines, restore
+from runner.log_repair import Key, Log, read_lines, restore
+from runner.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, replace_file
 
 METRICS_NAME = "metrics.jsonl"
@@ -237,7 +238,8 @@ class Tracker:
             events = self._read_events(step)
         restored: list[Key] = []
         if self._has_lines and self._has_events:
-            repair = restore(lines, events, _encode_line, self._events.encode_scalars)
+            recorded = self._recorded.get("events")
+            repair = restore(lines, events, _encode_line, self._events.encode_scalars, recorded)
             restored = repair.of_lines + repair.of_events
             for text in describe_repair(repair, lines):
                 self._warn(text)
@@ -256,6 +258,7 @@ class Tracker:
             log = self._events.read_log(path, step, self._is_eval_owed, earlier_s)
             if log.started is None:
                 log.started, log.clock_zero = self._started, self._started - earlier_s
+            log.is_clock_known &= not logs  # an earlier file may lack its last events
             earlier_s = max([earlier_s, *(record.time_s for record in log.records if record.key)])
             logs.append(log)
         return logs

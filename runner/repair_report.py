@@ -1,0 +1,117 @@
+"""Tells a person which numbers of a run were restored, and which are lost: by file and step."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from runner.log_repair import Key, Log, Repair, name_damaged
+
+
+def find_lost(logs: list[Log], restored: Iterable[Key], num_lost: int | None, last_step: int) -> set[int]:
+    """Returns the steps among which numbers are lost that no other file holds.
+
+    Args:
+        restored: the keys that were found in another file.
+        num_lost: how many calls' numbers are lost; None where no checkpoint tells.
+        last_step: the last step that had numbers.
+    """
+    num_calls = Counter(record.step for log in logs for record in log.records if record.key)
+    found = sorted(num_calls)
+    spacing = min((after - before for before, after in pairwise(found)), default=1)
+    open_gaps, restored_gaps = _sort_gaps(logs, restored)
+    lost = set[int]().union(*(_steps_of(gap, spacing) for gap in open_gaps))
+    if num_lost is None or num_lost <= 0:
+        return lost
+    last_found = found[-1] if found else -1
+    tail = set(range(last_found + 1, last_step + 1))
+    lost |= tail
+    num_explained = len(tail) // spacing
+    num_explained += sum(max(len(range(before + 1, after)) // spacing, 1) for before, after in open_gaps)
+    if num_lost > num_explained:
+        # A file may have been cut between two files, or two calls of one step, which has fewer than another then.
+        between, ends = _find_between(logs, is_all=not lost)
+        ends |= {last_found}.union(*open_gaps)
+        lost |= between | {step for step in ends if 0 < num_calls[step] < max(num_calls.values())}
+    if num_lost > len(lost) * max(num_calls.values(), default=1) or not lost:
+        # A restored call hides that another of its gap is lost.
+        lost |= set[int]().union(*(_steps_of(gap, spacing) for gap in restored_gaps))
+    return lost or set(range(last_step + 1))
+
+
+def _sort_gaps(logs: list[Log], restored: Iterable[Key]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+    """Returns the gaps that no restored call is in, and the others."""
+    steps = sorted({key[0] for key in restored})
+    gaps = {gap for log in logs for gap in log.gaps}
+    open_gaps = set[tuple[int, int]]()
+    for before, after in gaps:
+        place = bisect_left(steps, before)
+        if place == len(steps) or steps[place] > after:
+            open_gaps.add((before, after))
+    return open_gaps, gaps - open_gaps
+
+
+def _steps_of(gap: tuple[int, int], spacing: int) -> set[int]:
+    """Returns the steps in a gap, with those beside it where none between them would have numbers."""
+    before, after = gap
+    between = set(range(before + 1, after))
+    return between if len(between) >= spacing else between | {max(before, 0), after}
+
+
+def _find_between(logs: list[Log], is_all: bool) -> tuple[set[int], set[int]]:
+    """Returns the steps between the files, one of which was cut or is gone, and the steps where they may be cut.
+
+    A run may well begin at step 1: without `is_all`, step 0 counts only if the file is damaged before its numbers.
+    """
+    lost, ends, last = set[int](), set[int](), -1
+    for log in logs:
+        for record in log.records[:1]:  # that of a restart names the step after the last
+            if is_all or last >= 0 or record.step > 1 or log.is_begin_damaged:
+                lost |= set(range(last + 1, record.step))
+            if log.is_begin_damaged:
+                ends.add(record.step)
+        for record in log.records[-1:]:
+            last = max(last, record.step)
+            ends.add(last)
+    return lost, ends
+
+
+def shown_steps(steps: Iterable[int]) -> str:
+    """Returns steps as text, neighbours as one range."""
+    ranges: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    noun = "step " if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "steps "
+    return noun + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
+
+
+def describe_repair(repair: Repair, lines: Log) -> Iterator[str]:
+    """Says in which file which steps were missing."""
+    if repair.of_events:
+        yield (
+            f"{repair.damaged}: damaged; the numbers of {shown_steps(key[0] for key in repair.of_events)} were "
+            f"missing and are restored from {lines.pattern}; texts, pictures and sounds of these steps are not"
+        )
+    if repair.of_times:
+        yield (
+            f"{lines}: damaged; the times of {shown_steps(key[0] for key in repair.of_times)} were changed and are "
+            "restored from the event files"
+        )
+    if repair.of_lines:
+        yield (
+            f"{lines}: damaged; the numbers of {shown_steps(key[0] for key in repair.of_lines)} were "
+            "missing or changed and are restored from the event files, in their float32 precision"
+        )
+
+
+def describe_lost(logs: list[Log], lost: set[int], num_lost: int | None) -> str:
+    """Says in which files which steps stay missing."""
+    names = name_damaged([log for log in logs if log.is_damaged], logs)
+    if num_lost is not None and num_lost <= 0:
+        return f"{names}: damaged; a record of {shown_steps(lost)} was left out, no numbers are missing"
+    return f"{names}: damaged; the numbers of {shown_steps(lost)} are missing and no file holds them"
