@@ -6,7 +6,7 @@ import json
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from operator import itemgetter
@@ -47,6 +47,7 @@ class Log:
     is_damaged: bool = False
     is_begin_damaged: bool = False  # before the first record of an event file, where hparams may have been
     num_owed: int = 0
+    restored: list[int] = field(default_factory=list)  # steps of what the other kind of file held
     started: float | None = None  # wall time of an event file's session
     clock_zero: float = 0.0  # wall time at time_s = 0, were there no pauses between sessions
     is_clock_known: bool = False  # of an event file, whose clock_zero is a guess else
@@ -146,8 +147,9 @@ def restore(
     in_events = Counter(record.key for log in events for record in log.records if record.key)
     shared = {key for key, number in in_lines.items() if number == in_events[key] == 1}
     repair = Repair(of_times=_restore_times(lines, events, shared, encode_line))
-    lost_lines = list(_take((record for log in events for record in log.records), in_events - in_lines))
-    lost_events = list(_take(lines.records, in_lines - in_events))
+    recorded = [record for log in events for record in log.records]
+    lost_lines = list(_take(recorded, in_events - in_lines, lines.records))
+    lost_events = list(_take(lines.records, in_lines - in_events, recorded))
     num_extra = 0
     if num_recorded is not None:
         num_found = sum(in_events.values()) + sum(log.num_owed for log in events)
@@ -158,6 +160,9 @@ def restore(
     lost_events = [record for record in lost_events if id(record) not in changed]
     repair.of_lines = [key for *_, key in lost_lines if key]
     repair.of_events = [key for *_, key in lost_events if key]
+    lines.restored = [record.step for record in lost_lines]
+    for log in events:
+        log.restored = [record.step for record in lost_events]
     if lost_lines:
         kept = [record for record in lines.records if id(record) not in changed]
         restored = [
@@ -165,7 +170,7 @@ def restore(
             for record in lost_lines
             if record.key
         ]
-        lines.records = _sort(kept + restored, [record for log in events for record in log.records])
+        lines.records = _sort(kept + restored, recorded)
     if lost_events:
         repair.damaged = _put_events(lost_events, events, encode_event, lines.records)
     return repair
@@ -267,7 +272,8 @@ def _compare(event: Record, line: Record, is_timed: bool) -> tuple[bool, int, fl
     else:
         is_alike = is_same_names and is_same_values
     num_differences = [is_same_step, is_near, is_same_names, is_same_values].count(False)
-    return not (is_near and is_alike), num_differences, distance_s
+    is_sure = (is_near and is_alike) or (is_same_step and not line.key)
+    return not is_sure, num_differences, distance_s
 
 
 def _is_cut(key: Key, line_key: Key | None) -> bool:
@@ -298,12 +304,7 @@ def _sort(records: list[Record], order: list[Record]) -> list[Record]:
     return sorted(records, key=place_of)
 
 
-def _put_events(
-    lost: list[Record],
-    events: list[Log],
-    encode_event: EncodeEvent,
-    order: list[Record],
-) -> str:
+def _put_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent, order: list[Record]) -> str:
     """Puts records into the event files; returns the names of those they are missing in."""
     starts = [(min(record.step for record in log.records), log) for log in events if log.records]
     chosen: dict[int, Log] = {}
@@ -326,8 +327,17 @@ def name_damaged(damaged: list[Log], others: list[Log]) -> str:
     return ", ".join(str(log) for log in others) + (", or a file beside it that was removed" if others else "")
 
 
-def _take(records: Iterable[Record], wanted: Counter[Key]) -> Iterator[Record]:
-    for record in records if wanted else ():
+def _take(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:
+    """Yields the wanted numbers of records of each key; of several records, those that no other has the time of."""
+    times = defaultdict[Key | None, list[float]](list)
+    for record in others if wanted else ():
+        if record.key in wanted:
+            times[record.key].append(record.time_s)
+
+    def distance_s(record: Record) -> float:
+        return min((abs(record.time_s - time_s) for time_s in times.get(record.key, ())), default=inf)
+
+    for record in sorted(records, key=distance_s, reverse=True) if wanted else ():
         if record.key and wanted[record.key] > 0:
             wanted[record.key] -= 1
             yield record

@@ -7,21 +7,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from runner.log_repair import Key, Log, Repair, name_damaged
+from runner.log_repair import Log, Repair, name_damaged
 
 
-def find_lost(logs: list[Log], restored: Iterable[Key], num_lost: int | None, last_step: int) -> set[int]:
+def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]:
     """Returns the steps among which numbers are lost that no other file holds.
 
     Args:
-        restored: the keys that were found in another file.
         num_lost: how many calls' numbers are lost; None where no checkpoint tells.
         last_step: the last step that had numbers.
     """
     num_calls = Counter(record.step for log in logs for record in log.records if record.key)
     found = sorted(num_calls)
     spacing = min((after - before for before, after in pairwise(found)), default=1)
-    open_gaps, restored_gaps = _sort_gaps(logs, restored)
+    open_gaps, restored_gaps = _sort_gaps(logs)
     lost = set[int]().union(*(_steps_of(gap, spacing) for gap in open_gaps))
     if num_lost is None or num_lost <= 0:
         return lost
@@ -41,16 +40,16 @@ def find_lost(logs: list[Log], restored: Iterable[Key], num_lost: int | None, la
     return lost or set(range(last_step + 1))
 
 
-def _sort_gaps(logs: list[Log], restored: Iterable[Key]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
+def _sort_gaps(logs: list[Log]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Returns the gaps that no restored call is in, and the others."""
-    steps = sorted({key[0] for key in restored})
-    gaps = {gap for log in logs for gap in log.gaps}
-    open_gaps = set[tuple[int, int]]()
-    for before, after in gaps:
-        place = bisect_left(steps, before)
-        if place == len(steps) or steps[place] > after:
-            open_gaps.add((before, after))
-    return open_gaps, gaps - open_gaps
+    open_gaps, restored_gaps = set[tuple[int, int]](), set[tuple[int, int]]()
+    for log in logs:
+        steps = sorted(log.restored)
+        for before, after in log.gaps:
+            place = bisect_left(steps, before)
+            is_open = place == len(steps) or steps[place] > after
+            (open_gaps if is_open else restored_gaps).add((before, after))
+    return open_gaps, restored_gaps - open_gaps
 
 
 def _steps_of(gap: tuple[int, int], spacing: int) -> set[int]:

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.log_repair import Key, Log, read_lines, restore
+from runner.log_repair import Log, read_lines, restore
 from runner.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, replace_file
 
@@ -236,14 +236,12 @@ class Tracker:
             lines = read_lines(path, step, self._is_eval_owed)
         if self._has_events:
             events = self._read_events(step)
-        restored: list[Key] = []
         if self._has_lines and self._has_events:
             recorded = self._recorded.get("events")
             repair = restore(lines, events, _encode_line, self._events.encode_scalars, recorded)
-            restored = repair.of_lines + repair.of_events
             for text in describe_repair(repair, lines):
                 self._warn(text)
-        self._tell_lost(lines, events, restored)
+        self._tell_lost(lines, events)
         # The lines first: what is restored in them is still in the events, should the process end here.
         if self._has_lines and (lines.records or path.exists()):
             replace_file(path, [record.content for record in lines.records])
@@ -263,7 +261,7 @@ class Tracker:
             logs.append(log)
         return logs
 
-    def _tell_lost(self, lines: Log, events: list[Log], restored: list[Key]) -> None:
+    def _tell_lost(self, lines: Log, events: list[Log]) -> None:
         """Warns of numbers that no file holds, and counts those that there are."""
         kinds = {"lines": [lines] if self._has_lines else [], "events": events}
         num_lost: list[int] = []
@@ -276,7 +274,7 @@ class Tracker:
                 self._recorded[kind] = found
         logs = [log for of_kind in kinds.values() for log in of_kind]
         most = max(num_lost, default=None)
-        if lost := find_lost(logs, restored, most, self._recorded.get("step", 0)):
+        if lost := find_lost(logs, most, self._recorded.get("step", 0)):
             self._warn(describe_lost(logs, lost, most))
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:
