@@ -267,8 +267,11 @@ def _compare(event: Record, line: Record, is_timed: bool) -> tuple[bool, int, fl
     is_same_step, is_near = event.step == line.step, distance_s <= _SAME_TIME_S
     is_same_names, is_same_values = names == line_names, values == line_values
     if is_same_step:
-        is_alike = is_same_names or (is_same_values and _is_one_name_changed(names, line_names))
-        is_alike |= is_timed and _is_cut(event.key, line.key)
+        is_alike = (
+            is_same_names
+            or (is_same_values and _is_one_name_changed(names, line_names))
+            or (is_timed and is_near and _is_cut(event.key, line.key))
+        )
     else:
         is_alike = is_same_names and is_same_values
     num_differences = [is_same_step, is_near, is_same_names, is_same_values].count(False)

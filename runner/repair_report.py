@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from statistics import mode
 
 from runner.log_repair import Log, Repair, name_damaged
 
@@ -19,7 +20,7 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
     """
     num_calls = Counter(record.step for log in logs for record in log.records if record.key)
     found = sorted(num_calls)
-    spacing = min((after - before for before, after in pairwise(found)), default=1)
+    spacing = mode([after - before for before, after in pairwise(found)] or [1])
     open_gaps, restored_gaps = _sort_gaps(logs)
     lost = set[int]().union(*(_steps_of(gap, spacing) for gap in open_gaps))
     if num_lost is None or num_lost <= 0:
@@ -29,12 +30,16 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
     lost |= tail
     num_explained = len(tail) // spacing
     num_explained += sum(max(len(range(before + 1, after)) // spacing, 1) for before, after in open_gaps)
+    most = max(num_calls.values(), default=1)
     if num_lost > num_explained:
-        # A file may have been cut between two files, or two calls of one step, which has fewer than another then.
+        # Whole calls may be cut out, between files, or within one, or between the calls of a step.
         between, ends = _find_between(logs, is_all=not lost)
+        lost |= between.union(*(range(last + 1, step) for last, step in pairwise(found) if step - last > spacing))
         ends |= {last_found}.union(*open_gaps)
-        lost |= between | {step for step in ends if 0 < num_calls[step] < max(num_calls.values())}
-    if num_lost > len(lost) * max(num_calls.values(), default=1) or not lost:
+        is_any = len(lost) * most < num_lost
+        if lost or any(log.is_damaged for log in logs):
+            lost |= {step for step in ends if step >= 0 and (num_calls[step] < most or (is_any and lost))}
+    if num_lost > len(lost) * most:
         # A restored call hides that another of its gap is lost.
         lost |= set[int]().union(*(_steps_of(gap, spacing) for gap in restored_gaps))
     return lost or set(range(last_step + 1))
@@ -64,12 +69,16 @@ def _find_between(logs: list[Log], is_all: bool) -> tuple[set[int], set[int]]:
 
     A run may well begin at step 1: without `is_all`, step 0 counts only if the file is damaged before its numbers.
     """
-    lost, ends, last = set[int](), set[int](), -1
+    lost, ends = set[int](), set[int]()
+    last, pattern = -1, ""
     for log in logs:
+        if log.pattern != pattern:
+            last, pattern = -1, log.pattern
         for record in log.records[:1]:  # that of a restart names the step after the last
+            steps = set(range(last + 1, record.step))
             if is_all or last >= 0 or record.step > 1 or log.is_begin_damaged:
-                lost |= set(range(last + 1, record.step))
-            if log.is_begin_damaged:
+                lost |= steps
+            if log.is_begin_damaged and not steps:
                 ends.add(record.step)
         for record in log.records[-1:]:
             last = max(last, record.step)
