@@ -18,7 +18,7 @@ from typing import NamedTuple
 Key = tuple[int, tuple[str, ...], bytes]
 EncodeLine = Callable[[int, float, Mapping[str, float]], bytes]
 EncodeEvent = Callable[[float, int, Mapping[str, float]], bytes]
-_SAME_TIME_S = 3e-6  # more than the times of a line and its event differ by rounding
+_SAME_TIME_S = 2e-6  # more than the times of a line and its event differ by rounding
 _CHANGED_TIME_S = 1e-3
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
@@ -86,15 +86,15 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
     log, names = Log(path, path.name), dict[tuple[str, ...], tuple[str, ...]]()
     content = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = [_parse_line(line, names) for line in content]
-    steps = [record.step for record in records if record is not None]
-    steps = [-1, *steps, inf]  # type: ignore[list-item]
-    last, place, is_gap = -1, 0, False
+    parsed = [record for record in records if record is not None]
+    num_same = Counter(_step_and_names(record) for record in parsed)
+    repeated = [num_same[_step_and_names(record)] > 1 for record in parsed]
+    steps = [-1, -1, *(record.step for record in parsed), inf, inf]
+    last, place, is_gap = -1, -1, False
     for record in records:
         if record is not None:
             place += 1
-            # One changed step is found by its neighbours, which follow each other.
-            before, after = steps[place - 1], steps[place + 1]
-            if before <= after and not before <= record.step <= after:
+            if _is_out_of_order(steps[place : place + 5], repeated, place):
                 record = None
         if record is None:
             is_gap = log.is_damaged = True
@@ -108,6 +108,29 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
             else:
                 log.records.append(record)
     return log
+
+
+def _step_and_names(record: Record) -> tuple[int, tuple[str, ...]]:
+    return record.step, record.key[1] if record.key else ()
+
+
+def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bool:
+    """Returns if a step is not between its neighbours, which follow each other.
+
+    One of them may be the changed one. It then has the step of another line, and often its names.
+
+    Args:
+        steps: those of two lines before, of the line, and of two after it.
+        repeated: for each line, if another has its step and names.
+    """
+    before_last, before, step, after, after_next = steps
+    if not before <= after or before <= step <= after:
+        return False
+    if repeated[place]:
+        return True
+    is_next_changed = step > after and repeated[place + 1] and step <= after_next
+    is_last_changed = step < before and repeated[place - 1] and before_last <= step
+    return not (is_next_changed or is_last_changed)
 
 
 def _parse_line(line: bytes, names: dict[tuple[str, ...], tuple[str, ...]]) -> Record | None:
@@ -150,7 +173,7 @@ def restore(
     recorded = [record for log in events for record in log.records]
     lost_lines = list(_take(recorded, in_events - in_lines, lines.records))
     lost_events = list(_take(lines.records, in_lines - in_events, recorded))
-    num_extra = 0
+    num_extra = None
     if num_recorded is not None:
         num_found = sum(in_events.values()) + sum(log.num_owed for log in events)
         num_extra = num_found + len(lost_events) - num_recorded
@@ -226,7 +249,9 @@ def _read_values(line: bytes) -> dict[str, float]:
     return {name: nan if x is None else x for name, x in values.items() if name not in ("step", "time_s")}
 
 
-def _find_changed(lost_lines: list[Record], unmatched: list[Record], untimed: set[int], num_extra: int) -> set[int]:
+def _find_changed(
+    lost_lines: list[Record], unmatched: list[Record], untimed: set[int], num_extra: int | None
+) -> set[int]:
     """Returns the ids of lines that are lost ones with other contents, at most one for each lost line.
 
     A damage changes one place of a line, so it differs from its event in the step, or in a name, or in a value. Two
@@ -235,7 +260,7 @@ def _find_changed(lost_lines: list[Record], unmatched: list[Record], untimed: se
     Args:
         unmatched: lines that have no event.
         untimed: ids of records whose times are guessed.
-        num_extra: how many of them are changed at least, by the count of a checkpoint.
+        num_extra: how many of them are changed at least, by the count of a checkpoint; None where none tells.
     """
     steps, order = defaultdict[int, list[Record]](list), sorted(unmatched, key=lambda record: record.time_s)
     for record in unmatched:
@@ -248,34 +273,40 @@ def _find_changed(lost_lines: list[Record], unmatched: list[Record], untimed: se
             first = bisect_left(times, event.time_s - _SAME_TIME_S)
             last = bisect_right(times, event.time_s + _SAME_TIME_S)
             nearby |= {id(line): line for line in order[first:last]}
-        pairs += [(_compare(event, line, id(event) not in untimed), event, line) for line in nearby.values()]
+        for line in nearby.values():
+            difference = _compare(event, line, id(event) not in untimed, num_extra is not None)
+            if difference is not None:
+                pairs.append((difference, event, line))
     changed, replaced = set[int](), set[int]()
     for (is_unsure, *_), event, line in sorted(pairs, key=itemgetter(0)):
         is_free = id(event) not in replaced and id(line) not in changed
-        if is_free and (not is_unsure or len(changed) < num_extra):
+        if is_free and (not is_unsure or len(changed) < (num_extra or 0)):
             changed.add(id(line))
             replaced.add(id(event))
     return changed
 
 
-def _compare(event: Record, line: Record, is_timed: bool) -> tuple[bool, int, float]:
-    """Returns by how much a line differs from an event: first, if it is more than one damage would change."""
+def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> tuple[bool, int, float] | None:
+    """Returns by how much a line differs from an event, or None if no damage would change all of that.
+
+    First whether it is more than one damage would change, or is likely between two calls.
+    """
     assert event.key
     _, names, values = event.key
     _, line_names, line_values = line.key or (line.step, (), b"")
     distance_s = abs(event.time_s - line.time_s) if is_timed else 0.0
-    is_same_step, is_near = event.step == line.step, distance_s <= _SAME_TIME_S
+    is_near = distance_s <= _SAME_TIME_S
     is_same_names, is_same_values = names == line_names, values == line_values
-    if is_same_step:
-        is_alike = (
-            is_same_names
-            or (is_same_values and _is_one_name_changed(names, line_names))
-            or (is_timed and is_near and _is_cut(event.key, line.key))
-        )
-    else:
-        is_alike = is_same_names and is_same_values
-    num_differences = [is_same_step, is_near, is_same_names, is_same_values].count(False)
-    is_sure = (is_near and is_alike) or (is_same_step and not line.key)
+    num_differences = [is_near, is_same_names, is_same_values].count(False)
+    if event.step != line.step:
+        # Two calls may have equal numbers: a count of the lines that are changed knows better.
+        return (is_counted, 1, distance_s) if num_differences == 0 else None
+    is_alike = (
+        is_same_names
+        or (is_same_values and _is_one_name_changed(names, line_names))
+        or (is_timed and is_near and _is_cut(event.key, line.key))
+    )
+    is_sure = (is_near and is_alike) or not line.key
     return not is_sure, num_differences, distance_s
 
 

@@ -18,7 +18,8 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
         num_lost: how many calls' numbers are lost; None where no checkpoint tells.
         last_step: the last step that had numbers.
     """
-    num_calls = Counter(record.step for log in logs for record in log.records if record.key)
+    of_a_kind = [log for log in logs if log.pattern == logs[0].pattern]  # those of the other hold the same by now
+    num_calls = Counter(record.step for log in of_a_kind for record in log.records if record.key)
     found = sorted(num_calls)
     spacing = mode([after - before for before, after in pairwise(found)] or [1])
     open_gaps, restored_gaps = _sort_gaps(logs)
@@ -34,14 +35,16 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
     if num_lost > num_explained:
         # Whole calls may be cut out, between files, or within one, or between the calls of a step.
         between, ends = _find_between(logs, is_all=not lost)
-        lost |= between.union(*(range(last + 1, step) for last, step in pairwise(found) if step - last > spacing))
-        ends |= {last_found}.union(*open_gaps)
-        is_any = len(lost) * most < num_lost
+        holes = [(last, step) for last, step in pairwise(found) if step - last > spacing]
+        lost |= between.union(*(range(last + 1, step) for last, step in holes))
+        if not lost or num_lost > len(lost) * most:
+            # A restored call hides that another of its gap is lost.
+            lost |= set[int]().union(*(range(max(before, 0), after + 1) for before, after in restored_gaps))
         if lost or any(log.is_damaged for log in logs):
-            lost |= {step for step in ends if step >= 0 and (num_calls[step] < most or (is_any and lost))}
-    if num_lost > len(lost) * most:
-        # A restored call hides that another of its gap is lost.
-        lost |= set[int]().union(*(_steps_of(gap, spacing) for gap in restored_gaps))
+            ends |= {last_found}.union(*open_gaps, *restored_gaps, *holes)
+            lost |= {step for step in ends if 0 < num_calls[step] < most}
+        if lost and num_lost > len(lost) * most:
+            lost |= {step for step in ends if step >= 0}
     return lost or set(range(last_step + 1))
 
 
