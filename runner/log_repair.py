@@ -117,7 +117,7 @@ def _step_and_names(record: Record) -> tuple[int, tuple[str, ...]]:
 def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bool:
     """Returns if a step is not between its neighbours, which follow each other.
 
-    One of them may be the changed one. It then has the step of another line, and often its names.
+    One of them may be the changed one: that which has the step and names of another line, else the earlier.
 
     Args:
         steps: those of two lines before, of the line, and of two after it.
@@ -129,7 +129,7 @@ def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bo
     if repeated[place]:
         return True
     is_next_changed = step > after and repeated[place + 1] and step <= after_next
-    is_last_changed = step < before and repeated[place - 1] and before_last <= step
+    is_last_changed = before_last <= step < before
     return not (is_next_changed or is_last_changed)
 
 

@@ -21,7 +21,7 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
     of_a_kind = [log for log in logs if log.pattern == logs[0].pattern]  # those of the other hold the same by now
     num_calls = Counter(record.step for log in of_a_kind for record in log.records if record.key)
     found = sorted(num_calls)
-    spacing = mode([after - before for before, after in pairwise(found)] or [1])
+    spacing = mode(sorted(after - before for before, after in pairwise(found)) or [1])  # the least of equally many
     open_gaps, restored_gaps = _sort_gaps(logs)
     lost = set[int]().union(*(_steps_of(gap, spacing) for gap in open_gaps))
     if num_lost is None or num_lost <= 0:

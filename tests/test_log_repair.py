@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from runner.event_file import encode_header, encode_hparams, encode_scalars, find_event_files, read_log, read_records
-from runner.log_repair import make_key
+from runner.log_repair import make_key, read_lines
 from runner.tracking import Tracker
 
 LAST = 20
@@ -435,6 +435,23 @@ def test_a_changed_time_is_told_and_restored_from_the_event(
     assert before[-1] <= last["time_s"] < 80
     assert f"the times of step {step} were changed and are restored from the event files" in str(warned)
     assert len(warned) == 1 + is_first_removed
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [(34, 15), (30, 17), (40, 29), (41, 2)],  # of the line of another step, of one after the last, of one before
+)
+def test_a_changed_step_takes_no_whole_line_beside_it_along(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, place: int, step: int
+) -> None:
+    source, _ = runs["two calls a step"]
+    (folder,) = copies(tmp_path, source)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[place] = re.sub(rb'"step": \d+', b'"step": %d' % step, lines[place])
+    path.write_bytes(b"".join(lines))
+    log = read_lines(path, LAST, is_eval_owed=False)
+    assert [record.content for record in log.records] == lines[:place] + lines[place + 1 :]
 
 
 def test_the_step_between_two_calls_where_both_files_are_cut_is_told(
