@@ -131,6 +131,7 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
     """
     log, names = Log(path, f"{_PREFIX}*"), dict[tuple[str, ...], tuple[str, ...]]()
     last, is_gap, has_header, is_own = -1, False, False, True  # not a SummaryWriter's of the user
+    is_begun = False
     for record in _scan(path.read_bytes() if path.exists() else b""):
         if record is None:
             is_gap = log.is_damaged = True
@@ -138,11 +139,19 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
         event = Event.FromString(record[12:-4])
         if log.started is None:
             log.started, log.clock_zero = event.wall_time, event.wall_time - earlier_s
+            log.is_clock_known = event.HasField("file_version")
+        if event.HasField("session_log"):
+            log.is_clock_known = False  # the run had run before
         if event.HasField("file_version"):
             has_header, is_own = True, not event.HasField("source_metadata")
-        elif event.step <= step and not _is_of_hparams(event):
-            if is_gap and last >= 0:  # else the header, or hparams
+        elif _is_of_hparams(event):
+            # Damage before the first hparams is that of a header; damage behind them, that of a number.
+            is_gap, is_begun = is_gap and (is_begun or last >= 0), True
+        elif event.step <= step:
+            if is_gap and (is_begun or last >= 0):  # else the header, or hparams
                 log.gaps.append((last, event.step))
+            elif is_gap:
+                log.is_begin_damaged = True
             # A restart names the step after the last one.
             last, is_gap = event.step - event.HasField("session_log"), False
             if _is_made_again(event, step, is_eval_owed):

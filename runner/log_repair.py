@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from array import array
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
+from operator import itemgetter
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 
 # Step, names, and the values as float32, which is what an event holds.
 Key = tuple[int, tuple[str, ...], bytes]
-_SAME_TIME_S = 1e-4  # more than the times of a line and its event differ by rounding
+EncodeLine = Callable[[int, float, Mapping[str, float]], bytes]
+EncodeEvent = Callable[[float, int, Mapping[str, float]], bytes]
+_SAME_TIME_S = 2e-6  # more than the times of a line and its event differ by rounding
+_CHANGED_TIME_S = 1e-3
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -40,9 +45,12 @@ class Log:
     records: list[Record] = field(default_factory=list)
     gaps: list[tuple[int, int]] = field(default_factory=list)
     is_damaged: bool = False
+    is_begin_damaged: bool = False  # before the first record of an event file, where hparams may have been
     num_owed: int = 0
+    restored: list[int] = field(default_factory=list)  # steps of what the other kind of file held
     started: float | None = None  # wall time of an event file's session
     clock_zero: float = 0.0  # wall time at time_s = 0, were there no pauses between sessions
+    is_clock_known: bool = False  # of an event file, whose clock_zero is a guess else
 
     def __str__(self) -> str:
         """Returns the path as a message names it."""
@@ -78,15 +86,15 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
     log, names = Log(path, path.name), dict[tuple[str, ...], tuple[str, ...]]()
     content = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = [_parse_line(line, names) for line in content]
-    steps = [record.step for record in records if record is not None]
-    steps = [-1, *steps, inf]  # type: ignore[list-item]
-    last, place, is_gap = -1, 0, False
+    parsed = [record for record in records if record is not None]
+    num_same = Counter(_step_and_names(record) for record in parsed)
+    repeated = [num_same[_step_and_names(record)] > 1 for record in parsed]
+    steps = [-1, -1, *(record.step for record in parsed), inf, inf]
+    last, place, is_gap = -1, -1, False
     for record in records:
         if record is not None:
             place += 1
-            # One changed step is found by its neighbours, which follow each other.
-            before, after = steps[place - 1], steps[place + 1]
-            if before <= after and not before <= record.step <= after:
+            if _is_out_of_order(steps[place : place + 5], repeated, place):
                 record = None
         if record is None:
             is_gap = log.is_damaged = True
@@ -100,6 +108,29 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
             else:
                 log.records.append(record)
     return log
+
+
+def _step_and_names(record: Record) -> tuple[int, tuple[str, ...]]:
+    return record.step, record.key[1] if record.key else ()
+
+
+def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bool:
+    """Returns if a step is not between its neighbours, which follow each other.
+
+    One of them may be the changed one: that which has the step and names of another line, else the earlier.
+
+    Args:
+        steps: those of two lines before, of the line, and of two after it.
+        repeated: for each line, if another has its step and names.
+    """
+    before_last, before, step, after, after_next = steps
+    if not before <= after or before <= step <= after:
+        return False
+    if repeated[place]:
+        return True
+    is_next_changed = step > after and repeated[place + 1] and step <= after_next
+    is_last_changed = before_last <= step < before
+    return not (is_next_changed or is_last_changed)
 
 
 def _parse_line(line: bytes, names: dict[tuple[str, ...], tuple[str, ...]]) -> Record | None:
@@ -118,38 +149,43 @@ class Repair:
     """The result of a comparison: keys of records that were put into the lines and into the event files."""
 
     of_lines: list[Key] = field(default_factory=list)
+    of_times: list[Key] = field(default_factory=list)  # of lines that had another time than their event
     of_events: list[Key] = field(default_factory=list)
     damaged: str = ""  # names of event files
 
 
 def restore(
-    lines: Log,
-    events: list[Log],
-    encode_line: Callable[[int, float, Mapping[str, float]], bytes],
-    encode_event: Callable[[float, int, Mapping[str, float]], bytes],
+    lines: Log, events: list[Log], encode_line: EncodeLine, encode_event: EncodeEvent, num_recorded: int | None
 ) -> Repair:
     """Puts what only one kind of file holds into the other, in the order of the steps.
 
     TensorBoard drops points of a curve when an earlier step follows them, so an event goes into the file of its
-    session. A line whose numbers differ from those of the event of that time is replaced: events have checksums.
+    session. A line that damage has changed is replaced by its event: events have checksums.
 
     Args:
         events: at least one.
+        num_recorded: how many calls' numbers the event files should hold; None where no checkpoint tells.
     """
     in_lines = Counter(record.key for record in lines.records if record.key)
     in_events = Counter(record.key for log in events for record in log.records if record.key)
-    lost_lines = list(_take((record for log in events for record in log.records), in_events - in_lines))
-    lost_events = list(_take(lines.records, in_lines - in_events))
-    times = sorted(record.time_s for record in lost_lines)
-    calls = {record.key[:2] for record in lost_lines if record.key}
-    # A changed line has kept its time, or its step and names.
-    changed = {
-        id(record)
-        for record in lost_events
-        if _has_near(times, record.time_s) or (record.key and record.key[:2] in calls)
-    }
+    shared = {key for key, number in in_lines.items() if number == in_events[key] == 1}
+    repair = Repair(of_times=_restore_times(lines, events, shared, encode_line))
+    recorded = [record for log in events for record in log.records]
+    lost_lines = list(_take(recorded, in_events - in_lines, lines.records))
+    lost_events = list(_take(lines.records, in_lines - in_events, recorded))
+    num_extra = None
+    if num_recorded is not None:
+        num_found = sum(in_events.values()) + sum(log.num_owed for log in events)
+        num_extra = num_found + len(lost_events) - num_recorded
+    untimed = {id(record) for log in events if not log.is_clock_known for record in log.records}
+    empty = [record for record in lines.records if not record.key]
+    changed = _find_changed(lost_lines, lost_events + empty, untimed, num_extra)
     lost_events = [record for record in lost_events if id(record) not in changed]
-    repair = Repair([key for *_, key in lost_lines if key], [key for *_, key in lost_events if key])
+    repair.of_lines = [key for *_, key in lost_lines if key]
+    repair.of_events = [key for *_, key in lost_events if key]
+    lines.restored = [record.step for record in lost_lines]
+    for log in events:
+        log.restored = [record.step for record in lost_events]
     if lost_lines:
         kept = [record for record in lines.records if id(record) not in changed]
         restored = [
@@ -157,10 +193,134 @@ def restore(
             for record in lost_lines
             if record.key
         ]
-        lines.records = _sort(kept + restored, [record for log in events for record in log.records])
+        lines.records = _sort(kept + restored, recorded)
     if lost_events:
         repair.damaged = _put_events(lost_events, events, encode_event, lines.records)
     return repair
+
+
+def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line: EncodeLine) -> list[Key]:
+    """Sets each event file's clock by the lines, then changed times of lines by the events.
+
+    Args:
+        shared: keys that both hold once.
+
+    Returns:
+        The keys of the lines that had another time.
+    """
+    restored, shift = list[Key](), 0.0
+    places = {record.key: place for place, record in enumerate(lines.records) if record.key in shared}
+    for log in events:
+        in_both = [record.key for record in log.records if record.key in places]
+        shift = _set_clock(log, {key: lines.records[places[key]].time_s for key in in_both}, shift)
+        for record in log.records if log.is_clock_known else ():
+            if record.key not in places:
+                continue
+            line = lines.records[places[record.key]]
+            if abs(line.time_s - record.time_s) > _CHANGED_TIME_S:
+                content = encode_line(record.step, record.time_s, _read_values(line.content))
+                lines.records[places[record.key]] = line._replace(time_s=record.time_s, content=content)
+                restored.append(record.key)
+    return restored
+
+
+def _set_clock(log: Log, times: Mapping[Key | None, float], last_shift: float) -> float:
+    """Sets the zero of an event file's clock by the times of its records' lines; most of these are whole.
+
+    The file tells when its session began, but not how long the run had run by then: earlier files may lack it.
+
+    Returns:
+        By how much the clock was wrong; `last_shift` is that of the file before.
+    """
+    shifts = [record.time_s - times[record.key] for record in log.records if record.key in times]
+    is_agreed = len(shifts) > 1 and max(shifts) - min(shifts) <= _SAME_TIME_S
+    if len(shifts) < 3 and log.is_clock_known:
+        return 0.0
+    shift = median_low(shifts) if shifts else last_shift
+    log.is_clock_known = len(shifts) >= 3 or is_agreed
+    if abs(shift) > _SAME_TIME_S:
+        log.clock_zero += shift
+        log.records = [record._replace(time_s=record.time_s - shift) for record in log.records]
+    return shift
+
+
+def _read_values(line: bytes) -> dict[str, float]:
+    values = json.loads(line)
+    return {name: nan if x is None else x for name, x in values.items() if name not in ("step", "time_s")}
+
+
+def _find_changed(
+    lost_lines: list[Record], unmatched: list[Record], untimed: set[int], num_extra: int | None
+) -> set[int]:
+    """Returns the ids of lines that are lost ones with other contents, at most one for each lost line.
+
+    A damage changes one place of a line, so it differs from its event in the step, or in a name, or in a value. Two
+    damages, of a line and of another call's event, look alike, but these two calls differ in more than that.
+
+    Args:
+        unmatched: lines that have no event.
+        untimed: ids of records whose times are guessed.
+        num_extra: how many of them are changed at least, by the count of a checkpoint; None where none tells.
+    """
+    steps, order = defaultdict[int, list[Record]](list), sorted(unmatched, key=lambda record: record.time_s)
+    for record in unmatched:
+        steps[record.step].append(record)
+    times = [record.time_s for record in order]
+    pairs = list[tuple[tuple[bool, int, float], Record, Record]]()
+    for event in lost_lines:
+        nearby = {id(line): line for line in steps.get(event.step, ())}
+        if id(event) not in untimed:
+            first = bisect_left(times, event.time_s - _SAME_TIME_S)
+            last = bisect_right(times, event.time_s + _SAME_TIME_S)
+            nearby |= {id(line): line for line in order[first:last]}
+        for line in nearby.values():
+            difference = _compare(event, line, id(event) not in untimed, num_extra is not None)
+            if difference is not None:
+                pairs.append((difference, event, line))
+    changed, replaced = set[int](), set[int]()
+    for (is_unsure, *_), event, line in sorted(pairs, key=itemgetter(0)):
+        is_free = id(event) not in replaced and id(line) not in changed
+        if is_free and (not is_unsure or len(changed) < (num_extra or 0)):
+            changed.add(id(line))
+            replaced.add(id(event))
+    return changed
+
+
+def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> tuple[bool, int, float] | None:
+    """Returns by how much a line differs from an event, or None if no damage would change all of that.
+
+    First whether it is more than one damage would change, or is likely between two calls.
+    """
+    assert event.key
+    _, names, values = event.key
+    _, line_names, line_values = line.key or (line.step, (), b"")
+    distance_s = abs(event.time_s - line.time_s) if is_timed else 0.0
+    is_near = distance_s <= _SAME_TIME_S
+    is_same_names, is_same_values = names == line_names, values == line_values
+    num_differences = [is_near, is_same_names, is_same_values].count(False)
+    if event.step != line.step:
+        # Two calls may have equal numbers: a count of the lines that are changed knows better.
+        return (is_counted, 1, distance_s) if num_differences == 0 else None
+    is_alike = (
+        is_same_names
+        or (is_same_values and _is_one_name_changed(names, line_names))
+        or (is_timed and is_near and _is_cut(event.key, line.key))
+    )
+    is_sure = (is_near and is_alike) or not line.key
+    return not is_sure, num_differences, distance_s
+
+
+def _is_cut(key: Key, line_key: Key | None) -> bool:
+    """Returns if a line has lost all numbers of a call, or some of them."""
+    return line_key is None or not numbers_of(key).items().isdisjoint(numbers_of(line_key).items())
+
+
+def _is_one_name_changed(names: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Returns if all names are the same but for one character of one of them."""
+    pairs = [(name, other) for name, other in zip(names, others, strict=True) if name != other]
+    if len(pairs) != 1 or len(pairs[0][0]) != len(pairs[0][1]):
+        return False
+    return sum(a != b for a, b in zip(*pairs[0], strict=True)) == 1
 
 
 def _sort(records: list[Record], order: list[Record]) -> list[Record]:
@@ -178,12 +338,7 @@ def _sort(records: list[Record], order: list[Record]) -> list[Record]:
     return sorted(records, key=place_of)
 
 
-def _put_events(
-    lost: list[Record],
-    events: list[Log],
-    encode_event: Callable[[float, int, Mapping[str, float]], bytes],
-    order: list[Record],
-) -> str:
+def _put_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent, order: list[Record]) -> str:
     """Puts records into the event files; returns the names of those they are missing in."""
     starts = [(min(record.step for record in log.records), log) for log in events if log.records]
     chosen: dict[int, Log] = {}
@@ -196,89 +351,27 @@ def _put_events(
         log.records.append(record._replace(content=event))
     for log in chosen.values():
         log.records = _sort(log.records, order)
-    return _name([log for log in events if log.is_damaged], list(chosen.values()))
+    return name_damaged([log for log in events if log.is_damaged], list(chosen.values()))
 
 
-def _name(damaged: list[Log], others: list[Log]) -> str:
+def name_damaged(damaged: list[Log], others: list[Log]) -> str:
     """Returns the damaged files as a message names them; where none shows damage, one may have been removed."""
     if damaged:
         return ", ".join(str(log) for log in damaged)
     return ", ".join(str(log) for log in others) + (", or a file beside it that was removed" if others else "")
 
 
-def _take(records: Iterable[Record], wanted: Counter[Key]) -> Iterator[Record]:
-    for record in records if wanted else ():
+def _take(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:
+    """Yields the wanted numbers of records of each key; of several records, those that no other has the time of."""
+    times = defaultdict[Key | None, list[float]](list)
+    for record in others if wanted else ():
+        if record.key in wanted:
+            times[record.key].append(record.time_s)
+
+    def distance_s(record: Record) -> float:
+        return min((abs(record.time_s - time_s) for time_s in times.get(record.key, ())), default=inf)
+
+    for record in sorted(records, key=distance_s, reverse=True) if wanted else ():
         if record.key and wanted[record.key] > 0:
             wanted[record.key] -= 1
             yield record
-
-
-def _has_near(times: list[float], time_s: float) -> bool:
-    place = bisect_left(times, time_s - _SAME_TIME_S)
-    return place < len(times) and times[place] <= time_s + _SAME_TIME_S
-
-
-def find_lost(logs: list[Log], restored: Iterable[Key], num_lost: int | None, last_step: int) -> set[int]:
-    """Returns the steps among which numbers are lost that no other file holds.
-
-    Args:
-        restored: the keys that were found in another file.
-        num_lost: how many calls' numbers are lost; None where no checkpoint tells.
-        last_step: the last step that had numbers.
-    """
-    known = sorted({key[0] for key in restored})
-    lost: set[int] = set()
-    for log in logs:
-        for before, after in log.gaps:
-            place = bisect_left(known, before)
-            if place == len(known) or known[place] > after:
-                lost |= set(range(before + 1, after)) or {before, after}
-    if num_lost is not None and num_lost > 0:
-        last_found = max((record.step for log in logs for record in log.records if record.key), default=-1)
-        lost |= set(range(last_found + 1, last_step + 1))
-        lost = lost or _find_between(logs) or set(range(last_step + 1))
-    return lost
-
-
-def _find_between(logs: list[Log]) -> set[int]:
-    """Returns the steps between the files, one of which was cut between two records, or is gone."""
-    lost, last = set[int](), -1
-    for log in logs:
-        for record in log.records[:1]:  # that of a restart names the step after the last
-            lost |= set(range(last + 1, record.step))
-        last = max([last, *(record.step for record in log.records[-1:])])
-    return lost
-
-
-def shown_steps(steps: Iterable[int]) -> str:
-    """Returns steps as text, neighbours as one range."""
-    ranges: list[list[int]] = []
-    for step in sorted(set(steps)):
-        if ranges and step == ranges[-1][1] + 1:
-            ranges[-1][1] = step
-        else:
-            ranges.append([step, step])
-    noun = "step " if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "steps "
-    return noun + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
-
-
-def describe_repair(repair: Repair, lines: Log) -> Iterator[str]:
-    """Says in which file which steps were missing."""
-    if repair.of_events:
-        yield (
-            f"{repair.damaged}: damaged; the numbers of {shown_steps(key[0] for key in repair.of_events)} were "
-            f"missing and are restored from {lines.pattern}; texts, pictures and sounds of these steps are not"
-        )
-    if repair.of_lines:
-        yield (
-            f"{lines}: damaged; the numbers of {shown_steps(key[0] for key in repair.of_lines)} were "
-            "missing or changed and are restored from the event files, in their float32 precision"
-        )
-
-
-def describe_lost(logs: list[Log], lost: set[int], num_lost: int | None) -> str:
-    """Says in which files which steps stay missing."""
-    names = _name([log for log in logs if log.is_damaged], logs)
-    if num_lost is not None and num_lost <= 0:
-        return f"{names}: damaged; a record of {shown_steps(lost)} was left out, no numbers are missing"
-    return f"{names}: damaged; the numbers of {shown_steps(lost)} are missing and no file holds them"

@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.log_repair import Key, Log, describe_lost, describe_repair, find_lost, read_lines, restore
+from runner.log_repair import Log, read_lines, restore
+from runner.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, replace_file
 
 METRICS_NAME = "metrics.jsonl"
@@ -235,13 +236,12 @@ class Tracker:
             lines = read_lines(path, step, self._is_eval_owed)
         if self._has_events:
             events = self._read_events(step)
-        restored: list[Key] = []
         if self._has_lines and self._has_events:
-            repair = restore(lines, events, _encode_line, self._events.encode_scalars)
-            restored = repair.of_lines + repair.of_events
+            recorded = self._recorded.get("events")
+            repair = restore(lines, events, _encode_line, self._events.encode_scalars, recorded)
             for text in describe_repair(repair, lines):
                 self._warn(text)
-        self._tell_lost(lines, events, restored)
+        self._tell_lost(lines, events)
         # The lines first: what is restored in them is still in the events, should the process end here.
         if self._has_lines and (lines.records or path.exists()):
             replace_file(path, [record.content for record in lines.records])
@@ -256,11 +256,12 @@ class Tracker:
             log = self._events.read_log(path, step, self._is_eval_owed, earlier_s)
             if log.started is None:
                 log.started, log.clock_zero = self._started, self._started - earlier_s
+            log.is_clock_known &= not logs  # an earlier file may lack its last events
             earlier_s = max([earlier_s, *(record.time_s for record in log.records if record.key)])
             logs.append(log)
         return logs
 
-    def _tell_lost(self, lines: Log, events: list[Log], restored: list[Key]) -> None:
+    def _tell_lost(self, lines: Log, events: list[Log]) -> None:
         """Warns of numbers that no file holds, and counts those that there are."""
         kinds = {"lines": [lines] if self._has_lines else [], "events": events}
         num_lost: list[int] = []
@@ -273,7 +274,7 @@ class Tracker:
                 self._recorded[kind] = found
         logs = [log for of_kind in kinds.values() for log in of_kind]
         most = max(num_lost, default=None)
-        if lost := find_lost(logs, restored, most, self._recorded.get("step", 0)):
+        if lost := find_lost(logs, most, self._recorded.get("step", 0)):
             self._warn(describe_lost(logs, lost, most))
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:

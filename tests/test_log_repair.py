@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from runner.event_file import find_event_files, read_records
+from runner.event_file import encode_header, encode_hparams, encode_scalars, find_event_files, read_log, read_records
+from runner.log_repair import make_key, read_lines
 from runner.tracking import Tracker
 
 LAST = 20
@@ -256,3 +260,236 @@ def test_calls_that_no_clock_tells_apart_are_restored_in_their_order(
         events = [Event.FromString(record) for record in read_records(file)]
     found = [(event.step, {v.tag: v.simple_value}) for event in events for v in event.summary.value]
     assert [each for each in found if "_hparams_" not in str(each)] == expected
+
+
+Calls = list[tuple[int, dict[str, float]]]
+
+
+def spread(numbers: Callable[[int], dict[str, float]], eval_every: int) -> Calls:
+    """The calls of a run of 20 steps that evaluates after every `eval_every`th."""
+    calls: Calls = []
+    for step in range(LAST + 1):
+        calls.append((step, numbers(step)))
+        if step % eval_every == 0:
+            calls.append((step, {"eval/loss": float("nan") if step == 5 else 2 / (step + 1), "eval/acc": step / 30}))
+    return calls
+
+
+RUNS: dict[str, Calls] = {
+    "plain": spread(lambda step: {"train/loss": 1 / (step + 1), "train/lr": 0.1}, 5),
+    "no evaluation": spread(lambda step: {"train/loss": 1 / (step + 1), "train/norm": float("nan")}, 99),
+    "two calls a step": spread(lambda step: {"train/loss": 1 / (step + 1), "train/lr": 0.1}, 1),
+    "equal names": [(step, {"loss": part / (step + 1)}) for step in range(LAST + 1) for part in (1, 2, 3)],
+    "equal numbers": spread(lambda step: {"train/loss": 0.5}, 5),
+    "many metrics": spread(lambda step: {f"train/m{place}": place * step / 7 for place in range(40)}, 5),
+}
+
+
+def log_calls(folder: Path, calls: Calls, ends: tuple[int, ...] = (12, 17, LAST), **options: Any) -> dict[str, int]:
+    """Logs in sessions that end with a step each, with pauses between them; returns the counts of the last."""
+    counts: dict[str, int] = {}
+    last = -1
+    for end in ends:
+        resumed = {"resume_step": last, "recorded": counts} if counts else {}
+        tracker = Tracker(folder, **resumed, **options)
+        tracker.hparams({"lr": 0.1})
+        names: set[str] = set()
+        for step, numbers in calls:
+            if last < step <= end:
+                if names == set(numbers):
+                    time.sleep(1e-4)  # by their times alone are calls of one step and the same names told apart
+                tracker.log(step, numbers)
+                names = set(numbers)
+        counts, last = tracker.counts(), end
+        tracker.close()
+        time.sleep(0.01)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
+    folders = {name: tmp_path_factory.mktemp("run") for name in RUNS}
+    return {name: (folder, log_calls(folder, RUNS[name])) for name, folder in folders.items()}
+
+
+def call_of(step: int, numbers: dict[str, float | None]) -> str:
+    values = array("f", [float("nan") if value is None else value for value in numbers.values()])
+    return repr((step, [*numbers], [*values]))
+
+
+def calls_in_lines(folder: Path) -> Counter[str]:
+    """The calls of the lines that are whole, in the precision of the events."""
+    found: Counter[str] = Counter()
+    path = folder / "metrics.jsonl"
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            numbers = json.loads(line)
+            step, _ = numbers.pop("step"), numbers.pop("time_s")
+            found[call_of(step, numbers)] += line.endswith(b"\n")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found
+
+
+def calls_in_events(folder: Path) -> Counter[str]:
+    return Counter(call_of(step, numbers) for step, numbers in numbers_in_events(folder))
+
+
+@pytest.mark.parametrize("name", RUNS)
+@given(of_lines=DAMAGES, of_events=DAMAGES, file=st.integers(0, 2))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_what_is_whole_in_one_of_two_damaged_files_is_in_both_afterwards(
+    runs: dict[str, tuple[Path, dict[str, int]]],
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    of_lines: Any,
+    of_events: Any,
+    file: int,
+) -> None:
+    source, counts = runs[name]
+    (folder,) = copies(tmp_path_factory.getbasetemp(), source)
+    logged = Counter(call_of(step, numbers) for step, numbers in RUNS[name])
+    damage(folder / "metrics.jsonl", of_lines)
+    damage(find_event_files(folder)[file], of_events)
+    whole = (calls_in_lines(folder) & logged) | (calls_in_events(folder) & logged)
+    warned: list[str] = []
+    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    assert calls_in_lines(folder) & logged == whole
+    assert calls_in_events(folder) & logged == whole
+    if whole == logged:
+        assert calls_in_lines(folder) == calls_in_events(folder) == logged
+        assert "no file holds them" not in str(warned)
+    elif calls_in_lines(folder) == whole:  # else a line has changed and its event is lost
+        lost = {step for step, numbers in RUNS[name] if call_of(step, numbers) not in whole}
+        assert "no file holds them" in warned[-1]
+        assert lost <= steps_named(warned[-1])
+
+
+@pytest.mark.parametrize(("line", "event"), [(21, 20), (20, 21), (20, 22), (20, 24)])
+def test_two_calls_of_which_each_file_lacks_another_are_both_kept(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, line: int, event: int
+) -> None:
+    source, counts = runs["two calls a step"]
+    (folder,) = copies(tmp_path, source)
+    logged = calls_in_events(folder)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    step = json.loads(lines[event])["step"]
+    lines[line] = b"#" + lines[line][1:]
+    path.write_bytes(b"".join(lines))
+    path = find_event_files(folder)[0]
+    (record,) = [each for each in read_log(path, LAST).records if each.key == read_key(lines[event])]
+    path.write_bytes(path.read_bytes().replace(record.content, record.content[:-1] + b"#"))
+    assert sum(calls_in_events(folder).values()) == len(RUNS["two calls a step"]) - 1
+    warned: list[str] = []
+    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    assert calls_in_lines(folder) == calls_in_events(folder) == logged
+    assert [steps_named(said) for said in warned] == [{step}, {10}]
+
+
+def read_key(line: bytes) -> Any:
+    numbers = json.loads(line)
+    step, _ = numbers.pop("step"), numbers.pop("time_s")
+    return make_key(step, numbers, {})
+
+
+@pytest.mark.parametrize("step", [4, 14, 19])
+def test_a_changed_name_is_told_from_the_lines_of_a_removed_event_file(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, step: int
+) -> None:
+    source, counts = runs["no evaluation"]
+    (folder,) = copies(tmp_path, source)
+    logged = calls_in_events(folder)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[step + 1] = lines[step + 1].replace(b"train/loss", b"tsain/loss")  # step 0 has two
+    path.write_bytes(b"".join(lines))
+    find_event_files(folder)[0 if step > 12 else 1].unlink()
+    Tracker(folder, resume_step=LAST, recorded=counts).close()
+    assert calls_in_lines(folder) == calls_in_events(folder) == logged
+
+
+@pytest.mark.parametrize("is_first_removed", [False, True])
+@pytest.mark.parametrize("step", [3, 15, 20])
+def test_a_changed_time_is_told_and_restored_from_the_event(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, step: int, is_first_removed: bool
+) -> None:
+    source, counts = runs["two calls a step"]
+    (folder,) = copies(tmp_path, source)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    before = [json.loads(line)["time_s"] for line in lines]
+    place = 2 * step + 1
+    lines[place] = lines[place].replace(b'"time_s": ', b'"time_s": 8')
+    path.write_bytes(b"".join(lines))
+    if is_first_removed:
+        find_event_files(folder)[0 if step > 12 else 1].unlink()
+    warned: list[str] = []
+    tracker = Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append)
+    tracker.log(LAST + 1, {"train/loss": 1.0})
+    tracker.close()
+    *found, last = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert [line["time_s"] for line in found] == pytest.approx(before, abs=1e-5)
+    assert calls_in_lines(folder) == calls_in_events(folder)
+    assert last["step"] == LAST + 1
+    assert before[-1] <= last["time_s"] < 80
+    assert f"the times of step {step} were changed and are restored from the event files" in str(warned)
+    assert len(warned) == 1 + is_first_removed
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [(34, 15), (30, 17), (40, 29), (41, 2)],  # of the line of another step, of one after the last, of one before
+)
+def test_a_changed_step_takes_no_whole_line_beside_it_along(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, place: int, step: int
+) -> None:
+    source, _ = runs["two calls a step"]
+    (folder,) = copies(tmp_path, source)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[place] = re.sub(rb'"step": \d+', b'"step": %d' % step, lines[place])
+    path.write_bytes(b"".join(lines))
+    log = read_lines(path, LAST, is_eval_owed=False)
+    assert [record.content for record in log.records] == lines[:place] + lines[place + 1 :]
+
+
+def test_the_step_between_two_calls_where_both_files_are_cut_is_told(
+    runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path
+) -> None:
+    source, counts = runs["two calls a step"]
+    (folder,) = copies(tmp_path, source)
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:31]))
+    _, cut, removed = find_event_files(folder)
+    removed.unlink()
+    (record,) = [each for each in read_log(cut, LAST).records if each.key == read_key(lines[31])]
+    cut.write_bytes(cut.read_bytes().partition(record.content)[0])
+    warned: list[str] = []
+    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    assert [steps_named(said) for said in warned] == [set(range(15, LAST + 1))]
+
+
+@pytest.mark.parametrize("how", ["emptied", "removed"])
+def test_all_steps_are_told_of_an_emptied_event_file_beside_a_damaged_one(tmp_path: Path, how: str) -> None:
+    counts = log_calls(tmp_path, RUNS["plain"], jsonl=False)
+    first, second, _ = find_event_files(tmp_path)
+    damage(first, (how, 0, 0))
+    (record,) = [each for each in read_log(second, LAST).records if each.key and each.step == 16]
+    second.write_bytes(second.read_bytes().replace(record.content, record.content[:-1] + b"#"))
+    warned: list[str] = []
+    Tracker(tmp_path, jsonl=False, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    (said,) = warned
+    # Step 17 has one call, as a step does that lacks its evaluation.
+    assert {*range(13), 16} <= steps_named(said) <= {*range(13), 16, 17}
+
+
+def test_a_damaged_call_behind_whole_hparams_is_a_gap(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    header, hparams = encode_header(1.0, None), encode_hparams(1.0, {"lr": 0.1}, None)
+    calls = [encode_scalars(1.0, step, {"loss": 1.0}) for step in range(3)]
+    path.write_bytes(header + hparams + calls[0][:-1] + b"#" + calls[1] + calls[2])
+    assert read_log(path, 2).gaps == [(-1, 1)]
+    path.write_bytes(header + hparams[:-1] + b"#" + calls[1] + calls[2])
+    assert read_log(path, 2).gaps == []
