@@ -266,7 +266,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if block.is_counting:
         block.count_inputs(tensors)
     before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
-    replay = Replay(block.surroundings, call)
+    replay = Replay(block.surroundings, call, block.is_counting)
     function = _Checked(call, block.name) if block.is_counting else call
     recomputed = functools.partial(
         checkpoint, function, *tensors, use_reentrant=False, context_fn=lambda: (block.context(), replay),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from runner.utils.early_stop import stop_safely
+from runner.utils.memory import place_of
 from runner.utils.positional import Call
 from runner.utils.rng_state import (
     find_generators,
@@ -51,11 +52,11 @@ class Replay:
     """
 
     __slots__ = (
-        "_backends", "_call", "_generators", "_global_states", "_modes", "_parameters", "_surroundings", "_undone",
-        "_values",
+        "_backends", "_call", "_generators", "_global_states", "_modes", "_parameters", "_places", "_surroundings",
+        "_undone", "_values",
     )  # fmt: skip
 
-    def __init__(self, surroundings: Surroundings, call: Call) -> None:
+    def __init__(self, surroundings: Surroundings, call: Call, is_checked: bool = False) -> None:
         self._surroundings, self._call = surroundings, call
         self._backends = _attention_backends()
         self._global_states: Any = get_global_states()
@@ -67,6 +68,7 @@ class Replay:
             if (held := owner._buffers[name]) is not None
         ]
         self._parameters = surroundings.parameters()
+        self._places = [place_of(parameter) for _, _, parameter, _ in self._parameters] if is_checked else []
         self._modes: list[bool] = []
         self._undone: list[list[Callable[[], object]]] = []  # at the end of each that is under way
 
@@ -83,12 +85,19 @@ class Replay:
             if parameter._version != version and not _renormalizes(owner):
                 # A table is looked up with `max_norm` by a function, which torch doesn't tell from other changes.
                 table = "use torch.nn.Embedding(max_norm=...) where a lookup with max_norm does it, "
-                raise RuntimeError(
-                    f"{self._surroundings.name}: its forward has modified the parameter {name!r} of "
-                    f"{type(owner).__name__} by an inplace operation, and recomputing it would do so again; "
-                    f"{table if parameter.ndim == 2 else ''}make it a buffer where it is not trained, or leave the "
-                    "block out with exclude"
-                )
+                remedy = f"{table if parameter.ndim == 2 else ''}make it a buffer where it is not trained"
+                self._refuse_change(owner, name, "by an inplace operation", remedy)
+        if not self._places:
+            return
+        for (owner, name, parameter, _), place in zip(self._parameters, self._places, strict=True):
+            if place_of(parameter) != place:  # an assignment to `data` makes no new version
+                self._refuse_change(owner, name, "by an assignment to its data", "change it outside of the forward")
+
+    def _refuse_change(self, owner: nn.Module, name: str, by: str, remedy: str) -> NoReturn:
+        raise RuntimeError(
+            f"{self._surroundings.name}: its forward has modified the parameter {name!r} of {type(owner).__name__} "
+            f"{by}, and recomputing it would do so again; {remedy}, or leave the block out with exclude"
+        )
 
     def __enter__(self) -> None:
         self._check_modes()
@@ -163,8 +172,11 @@ class Replay:
 
 
 def _renormalizes(part: nn.Module) -> bool:
-    """Says whether a module's forward shortens rows of its weight in place, as an embedding with `max_norm` does."""
-    return vars(part).get("max_norm") is not None
+    """Says whether a module is an embedding whose forward shortens rows of its weight in place.
+
+    An attribute called `max_norm` means something else in any other module.
+    """
+    return isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None
 
 
 def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:

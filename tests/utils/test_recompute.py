@@ -270,6 +270,45 @@ def test_a_forward_that_changes_a_parameter_in_place_is_refused_by_name() -> Non
         model(noise())
 
 
+class Limited(Mlp):
+    """Shortens long rows of its output, and calls the limit as an embedding does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_norm = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        limit = self.max_norm or float("inf")
+        return torch.tanh(x * (limit / x.norm(dim=-1, keepdim=True)).clamp(max=1))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_attribute_called_max_norm_of_another_module_is_left_alone(is_first: bool) -> None:
+    model, given = Model([Limited() for _ in range(3)]), noise().requires_grad_()
+    assert_equal(learned(recomputed(model, is_first), given), learned(model, given))
+
+
+class Constrained(nn.Linear):
+    """Shortens the rows of its weight in each forward, as in EEGNet."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+        self.max_norm = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, self.max_norm)
+        return super().forward(x)
+
+
+def test_a_forward_that_puts_other_values_into_a_parameter_is_refused_by_name() -> None:
+    model = recomputed(Model([Mlp(), nn.Sequential(Constrained(), nn.Tanh())]), is_first=True)
+    with pytest.raises(
+        RuntimeError, match=r"blocks\.1: .* parameter 'weight' of Constrained by an assignment to its data"
+    ):
+        model(noise())
+
+
 class Lookup(nn.Module):
     """Shortens the rows of its table by a function, so that no module says so."""
 
