@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +27,15 @@ def recomputed(model: Model, is_first: bool = False) -> Model:
     model = copy.deepcopy(model)
     report = unsloth.apply(model, ["blocks.*"])
     if not is_first:
-        report.stop_counting()
+        skip_checks(report)
     return model
+
+
+def skip_checks(report: unsloth.Report) -> None:
+    """Has blocks run as in a later step than their first."""
+    report.stop_counting()
+    for block in report.blocks.values():
+        block.is_proven = True
 
 
 def outcome(model: Model, given: Tensor) -> list[Tensor]:
@@ -101,7 +110,7 @@ def test_what_a_block_draws_from_a_generator_that_it_holds_is_replayed(name: str
         if is_recomputed:
             report = unsloth.apply(model, ["blocks.*"])
             if not is_first:
-                report.stop_counting()
+                skip_checks(report)
         outcomes.append([*outcome(model, given), *outcome(model, given)])
     assert_equal(*outcomes)
 
@@ -135,6 +144,55 @@ def test_what_can_not_be_replayed_is_found_in_the_first_step_and_the_block_is_na
         model = recomputed(Model([Mlp(), block]), is_first=True)
         with pytest.raises(RuntimeError, match=r"blocks\.1: recomputing it gave another output than its forward"):
             total(model(noise())).backward()
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: Tensor
+
+
+HIDDEN: dict[str, Callable[[Tensor], Any]] = {  # what the 1-norm of the output doesn't show
+    "signs": lambda x: x * (-1) ** next(CALLS),
+    "places": lambda x: x.roll(next(CALLS), -1),
+    "a complex output": lambda x: torch.complex(x, x) * next(CALLS),
+    "a dataclass": lambda x: Output(x * next(CALLS)),
+}
+CALLS = itertools.count(1)  # no walk of objects sees into it
+
+
+class Outputs(Mlp):
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(super().forward(x))
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_outputs_that_differ_in_signs_and_places_and_those_of_any_kind_are_compared(name: str) -> None:
+    model = recomputed(Model([Mlp(), Outputs(HIDDEN[name])]), is_first=True)
+    output = model(noise())
+    with pytest.raises(RuntimeError, match=r"blocks\.1: recomputing it gave another output than its forward"):
+        (output.hidden if isinstance(output, Output) else output).abs().square().sum().backward()
+
+
+def test_a_block_is_checked_in_its_own_first_step_and_in_no_later_one() -> None:
+    model = Model([Mlp(), Outputs(lambda x: x * SCALES.pop()), Mlp()])
+    SCALES = [1.0] * 2
+    model.call = lambda block, x: block(x) if isinstance(block, Mlp) and type(block) is Mlp else x
+    report = unsloth.apply(model, ["blocks.*"])
+    for _ in range(3):  # in which one block is skipped
+        total(model(noise())).backward()
+        report.stop_counting()
+    assert [block.is_proven for block in report.blocks.values()] == [True, False, True]
+    model.call = lambda block, x: block(x)
+    SCALES += [1.0, 2.0]
+    with pytest.raises(RuntimeError, match=r"blocks\.1: recomputing it gave another output"):
+        total(model(noise())).backward()
+    SCALES += [1.0, 1.0]
+    total(model(noise())).backward()
+    assert report.blocks["blocks.1"].is_proven
 
 
 class Rrelu(Mlp):
@@ -179,7 +237,7 @@ def test_a_recomputation_ends_before_the_last_linear_is_computed_again(is_frozen
     block = Counted(lambda x: x + 1)
     block.linear.weight.requires_grad_(not is_frozen)
     wrap(block)
-    block_of(block).is_counting = False
+    block_of(block).is_counting, block_of(block).is_proven = False, True
     block(noise().requires_grad_()).sum().backward()
     assert block.num_runs == 1
 
@@ -201,7 +259,7 @@ def test_an_input_is_known_to_be_filled_and_a_tensor_made_meanwhile_is_not(
 ) -> None:
     block = Masked(view)
     wrap(block)
-    block_of(block).is_counting = False
+    block_of(block).is_counting, block_of(block).is_proven = False, True
     for keywords in ({}, {"mask": torch.rand(3, WIDTH)}):
         given = [noise(3, WIDTH).requires_grad_(), *([] if keywords else [torch.rand(3, WIDTH)])]
         block.num_runs = 0
