@@ -27,11 +27,20 @@ _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
 _MOST_WATCHED = 32
 _Place = tuple[dict[Any, Any], Any, Any]  # a table, its key, and what stood there
-_PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor)
+
+
+class Unsearched:
+    """An object of this package that only refers to what other objects hold; no generator is looked for in it."""
+
+    __slots__ = ()
+
+
+_PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor, Unsearched)
 _NAMING = (str, bytes, int, float, types.NoneType)  # keys whose repr is the same in every process
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BARE = {*_CONTAINERS, OrderedDict, defaultdict}  # that hold nothing beside their items
 _SIMPLE = {str, bytes, int, float, bool, types.NoneType}
+_HOOKS = "_is_full_backward_hook"  # None in every module; it never holds an object
 _TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _GLOBAL = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
 _Generator = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -103,6 +112,11 @@ class HeldGenerators:
                 return True
         return False
 
+    def find_new(self, absent: Any) -> list[_Place]:
+        """Returns the places of attributes that were added or set, each with None, or else `absent` if it was added."""
+        added = [(table, key, absent) for table, size in self._sizes for key in list(table)[size:]]
+        return added + [place for place in self._blanks if place[0].get(place[1]) is not None]
+
     def seed(self, seed: int) -> None:
         """Reseeds each generator from a seed and its own path."""
         for reseed, salt in self._reseeds:
@@ -129,7 +143,8 @@ def _find_blanks(held: Any, sizes: list[tuple[dict[Any, Any], int]]) -> list[_Pl
         return [(table, name, None) for name in names if table.get(name, held) is None]
     if table and len(sizes) < _MOST_WATCHED:
         sizes.append((table, len(table)))
-    return [(table, key, None) for key, value in itertools.islice(table.items(), _MOST_ITEMS) if value is None]
+    items = itertools.islice(table.items(), _MOST_ITEMS)
+    return [(table, key, None) for key, value in items if value is None and key != _HOOKS]
 
 
 def _table_of(held: Any) -> dict[Any, Any]:

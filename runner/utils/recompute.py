@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from runner.utils.comparison import is_close, sums_of, tensors_of, tolerance_of
 from runner.utils.early_stop import IS_KNOWN
+from runner.utils.generators import Unsearched
 from runner.utils.memory import place_of
 from runner.utils.offload import Offloader
 from runner.utils.positional import Call
@@ -31,7 +32,7 @@ _STATE, _OWN = "_recompute", "_recompute_own_forward"
 _NOTHING = contextlib.nullcontext()
 
 
-class Block:
+class Block(Unsearched):
     """What is known of a wrapped block; it stands in the block's own `__dict__` and is copied with it."""
 
     def __init__(self, module: nn.Module, name: str, engine: Offloader | None) -> None:
