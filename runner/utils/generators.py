@@ -65,14 +65,15 @@ class HeldGenerators:
         self.unseeded: list[str] = []
         self.sources: list[Any] = []
         self._reseeds: list[tuple[Callable[[int], Any], int]] = []
-        self._links, self._sizes = list[_Place](), list[tuple[dict[Any, Any], int]]()
+        self._links = list[_Place]()
+        self._tables = list[dict[Any, Any]]()  # of attributes
         long_containers: list[str] = []
         known = set(_GLOBAL)
         parents: dict[int, Any] = {}
         blanks = list[_Place]()
         for path, held in _walk(roots, long_containers, parents):
             if len(blanks) < _MOST_WATCHED:
-                blanks += _find_blanks(held, self._sizes)
+                blanks += _find_blanks(held, self._tables)
             if not isinstance(held, _Generator):
                 continue
             source = held.bit_generator if isinstance(held, np.random.Generator) else held
@@ -88,6 +89,7 @@ class HeldGenerators:
                 self._reseeds.append((reseed, zlib.crc32(path.encode())))
                 self._links += _find_links(held, parents)
         self._links, self._blanks = self._links[:_MOST_WATCHED], blanks[:_MOST_WATCHED]
+        self._sizes = list(map(len, self._tables))
         found = [*self.paths, *self.unseeded]
         self.unseeded += [
             f"{container}[{_MOST_ITEMS}:]"
@@ -104,9 +106,8 @@ class HeldGenerators:
 
     def may_have_more(self) -> bool:
         """Says whether an attribute was added, or set that was None: a generator may have been made since."""
-        for table, size in self._sizes:
-            if len(table) != size:
-                return True
+        if list(map(len, self._tables)) != self._sizes:
+            return True
         for table, key, value in self._blanks:  # noqa: SIM110
             if table.get(key) is not value:
                 return True
@@ -114,7 +115,11 @@ class HeldGenerators:
 
     def find_new(self, absent: Any) -> list[_Place]:
         """Returns the places of attributes that were added or set, each with None, or else `absent` if it was added."""
-        added = [(table, key, absent) for table, size in self._sizes for key in list(table)[size:]]
+        added = [
+            (table, key, absent)
+            for table, size in zip(self._tables, self._sizes, strict=True)
+            for key in list(table)[size:]
+        ]
         return added + [place for place in self._blanks if place[0].get(place[1]) is not None]
 
     def seed(self, seed: int) -> None:
@@ -133,16 +138,16 @@ def _find_links(held: Any, parents: dict[int, Any]) -> list[_Place]:
     return links
 
 
-def _find_blanks(held: Any, sizes: list[tuple[dict[Any, Any], int]]) -> list[_Place]:
-    """Returns the places of an object that hold None; notes the number of its attributes."""
+def _find_blanks(held: Any, tables: list[dict[Any, Any]]) -> list[_Place]:
+    """Returns the places of an object that hold None; notes the table of its attributes."""
     if isinstance(held, (dict, type, types.ModuleType)):
         return []
     table = _table_of(held)
     if isinstance(held, types.FunctionType):
         names = _names(held.__code__) if _is_own(str(held.__module__)) else []
         return [(table, name, None) for name in names if table.get(name, held) is None]
-    if table and len(sizes) < _MOST_WATCHED:
-        sizes.append((table, len(table)))
+    if table and len(tables) < _MOST_WATCHED:
+        tables.append(table)
     items = itertools.islice(table.items(), _MOST_ITEMS)
     return [(table, key, None) for key, value in items if value is None and key != _HOOKS]
 

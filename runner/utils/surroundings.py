@@ -7,6 +7,7 @@ attributes: a second forward on the same batch must not count in them. Imports t
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -161,19 +162,26 @@ class Replay:
 
     def _replace_parameters(self, undone: list[Callable[[], object]]) -> None:
         """Has the parameters of the forward stand in where there are others by now."""
+        if self._versions != _versions(self._parameters):
+            self._refuse_later_change()
+        present = self._surroundings.parameters()
+        if all(map(operator.is_, present, self._parameters)):
+            return
+        named = zip(self._surroundings.parameter_names, self._parameters, present, strict=True)
+        for (owner, name), parameter, other in named:
+            if parameter is not None and parameter is not other:
+                undone.append(partial(owner._parameters.__setitem__, name, owner._parameters[name]))
+                owner._parameters[name] = parameter
+
+    def _refuse_later_change(self) -> None:
         named = zip(self._surroundings.parameter_names, self._parameters, self._versions, strict=True)
         for (owner, name), parameter, version in named:
-            if parameter is None:
-                continue
-            if parameter._version != version and not _renormalizes(owner):
+            if parameter is not None and parameter._version != version and not _renormalizes(owner):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{name} of {type(owner).__name__} in {self._surroundings.name}, which is recomputed in "
                     "backward, was changed after its forward; call backward before the optimizer's step"
                 )
-            if owner._parameters[name] is not parameter:
-                undone.append(partial(owner._parameters.__setitem__, name, owner._parameters[name]))
-                owner._parameters[name] = parameter
 
     def _replace_buffers(self, undone: list[Callable[[], object]]) -> None:
         """Has copies stand in for buffers: a copy back would count as a change to autograd."""
