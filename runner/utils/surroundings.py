@@ -39,6 +39,7 @@ _ENABLE = (
 _ABSENT: Any = type("_Absent", (), {})()
 _SIMPLE = {int, float, bool, str, type(None), type(_ABSENT)}
 _Attribute = tuple[dict[str, Any], str, Any]  # a table of attributes, the name of one, and its value
+_PARAMETRIZE = "constrain it with torch.nn.utils.parametrize, or after the optimizer's step"
 _MOST_SEARCHES = 8  # that find no other generators than the one before
 
 
@@ -109,7 +110,7 @@ class Replay:
                 remedy = f"{table if parameter.ndim == 2 else ''}make it a buffer where it is not trained"
                 self._refuse_change(owner, name, "by an inplace operation", remedy)
             if place is not None and place != place_of(parameter):  # an assignment to `data` makes no new version
-                self._refuse_change(owner, name, "by an assignment to its data", "change it outside of the forward")
+                self._refuse_change(owner, name, "by an assignment to its data", _PARAMETRIZE)
 
     def _refuse_change(self, owner: nn.Module, name: str, by: str, remedy: str) -> NoReturn:
         raise RuntimeError(

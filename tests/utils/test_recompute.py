@@ -339,6 +339,27 @@ def test_a_copy_of_a_block_replays_its_own_generator() -> None:
         assert_equal(learned(copied, given), learned(model, given))
 
 
+class Attending(nn.Module):
+    """Hands one tensor three times to a block inside, which computes otherwise if these are three tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), nn.MultiheadAttention(WIDTH, 2, 0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(x)[None]
+        return x + self.attention(hidden, hidden, value=hidden, need_weights=False)[0][0]
+
+
+def test_a_tensor_that_is_given_several_times_to_a_block_in_a_block_is_one_tensor_again() -> None:
+    model, given = Model([Attending() for _ in range(2)]), noise().requires_grad_()
+    twin = recomputed(model, is_first=True)
+    for block in twin.blocks:
+        wrap(block.attention)  # type: ignore[arg-type]
+    for _ in range(2):
+        assert_equal(learned(twin, given), learned(model, given))
+
+
 @dataclasses.dataclass
 class Output:
     hidden: Tensor
