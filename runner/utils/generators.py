@@ -27,11 +27,20 @@ _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
 _MOST_WATCHED = 32
 _Place = tuple[dict[Any, Any], Any, Any]  # a table, its key, and what stood there
-_PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor)
+
+
+class Unsearched:
+    """An object of this package that only refers to what other objects hold; no generator is looked for in it."""
+
+    __slots__ = ()
+
+
+_PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor, Unsearched)
 _NAMING = (str, bytes, int, float, types.NoneType)  # keys whose repr is the same in every process
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _BARE = {*_CONTAINERS, OrderedDict, defaultdict}  # that hold nothing beside their items
 _SIMPLE = {str, bytes, int, float, bool, types.NoneType}
+_HOOKS = "_is_full_backward_hook"  # None in every module; it never holds an object
 _TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _GLOBAL = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
 _Generator = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
@@ -56,14 +65,15 @@ class HeldGenerators:
         self.unseeded: list[str] = []
         self.sources: list[Any] = []
         self._reseeds: list[tuple[Callable[[int], Any], int]] = []
-        self._links, self._sizes = list[_Place](), list[tuple[dict[Any, Any], int]]()
+        self._links = list[_Place]()
+        self._tables = list[dict[Any, Any]]()  # of attributes
         long_containers: list[str] = []
         known = set(_GLOBAL)
         parents: dict[int, Any] = {}
         blanks = list[_Place]()
         for path, held in _walk(roots, long_containers, parents):
             if len(blanks) < _MOST_WATCHED:
-                blanks += _find_blanks(held, self._sizes)
+                blanks += _find_blanks(held, self._tables)
             if not isinstance(held, _Generator):
                 continue
             source = held.bit_generator if isinstance(held, np.random.Generator) else held
@@ -79,6 +89,7 @@ class HeldGenerators:
                 self._reseeds.append((reseed, zlib.crc32(path.encode())))
                 self._links += _find_links(held, parents)
         self._links, self._blanks = self._links[:_MOST_WATCHED], blanks[:_MOST_WATCHED]
+        self._sizes = list(map(len, self._tables))
         found = [*self.paths, *self.unseeded]
         self.unseeded += [
             f"{container}[{_MOST_ITEMS}:]"
@@ -95,13 +106,21 @@ class HeldGenerators:
 
     def may_have_more(self) -> bool:
         """Says whether an attribute was added, or set that was None: a generator may have been made since."""
-        for table, size in self._sizes:
-            if len(table) != size:
-                return True
+        if list(map(len, self._tables)) != self._sizes:
+            return True
         for table, key, value in self._blanks:  # noqa: SIM110
             if table.get(key) is not value:
                 return True
         return False
+
+    def find_new(self, absent: Any) -> list[_Place]:
+        """Returns the places of attributes that were added or set, each with None, or else `absent` if it was added."""
+        added = [
+            (table, key, absent)
+            for table, size in zip(self._tables, self._sizes, strict=True)
+            for key in list(table)[size:]
+        ]
+        return added + [place for place in self._blanks if place[0].get(place[1]) is not None]
 
     def seed(self, seed: int) -> None:
         """Reseeds each generator from a seed and its own path."""
@@ -119,17 +138,18 @@ def _find_links(held: Any, parents: dict[int, Any]) -> list[_Place]:
     return links
 
 
-def _find_blanks(held: Any, sizes: list[tuple[dict[Any, Any], int]]) -> list[_Place]:
-    """Returns the places of an object that hold None; notes the number of its attributes."""
+def _find_blanks(held: Any, tables: list[dict[Any, Any]]) -> list[_Place]:
+    """Returns the places of an object that hold None; notes the table of its attributes."""
     if isinstance(held, (dict, type, types.ModuleType)):
         return []
     table = _table_of(held)
     if isinstance(held, types.FunctionType):
         names = _names(held.__code__) if _is_own(str(held.__module__)) else []
         return [(table, name, None) for name in names if table.get(name, held) is None]
-    if table and len(sizes) < _MOST_WATCHED:
-        sizes.append((table, len(table)))
-    return [(table, key, None) for key, value in itertools.islice(table.items(), _MOST_ITEMS) if value is None]
+    if table and len(tables) < _MOST_WATCHED:
+        tables.append(table)
+    items = itertools.islice(table.items(), _MOST_ITEMS)
+    return [(table, key, None) for key, value in items if value is None and key != _HOOKS]
 
 
 def _table_of(held: Any) -> dict[Any, Any]:

@@ -17,6 +17,9 @@ _LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 class Call:
     """One call of a function: `tensors` are what it was given, in nests and keywords too, until it has run.
 
+    A tensor that was given several times is one of them, for a function may ask whether two of its arguments are the
+    same.
+
     Called with as many tensors it runs, the first time with the very arguments that were given, so that what the
     function puts into a list of its caller's is there; later with copies of these nests. An error of the first time is
     kept, not raised: what runs it is left whole.
@@ -32,9 +35,13 @@ class Call:
         if len(places) < len(leaves) and not all(isinstance(leaf, _LEAVES) for leaf in leaves):
             leaves, self._spec = tree_flatten((args, kwargs))
             places, names = _places(leaves), None
-        self.tensors: Sequence[Tensor] = [leaves[place] for place in places]
+        tensors = [leaves[place] for place in places]
         for place in places:
             leaves[place] = None  # it is for others to keep them
+        self._repeats: Sequence[tuple[int, int]] = ()  # places, and those of the same tensors before
+        if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
+            tensors, places = self._take_repeats(tensors, places)
+        self.tensors: Sequence[Tensor] = tensors
         self._leaves, self._places = leaves, places
         self._names = names  # of the last leaves, where these are no nests
 
@@ -57,10 +64,22 @@ class Call:
         finally:
             self.tensors = ()
 
+    def _take_repeats(self, tensors: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[int]]:
+        """Returns each tensor and its first place once; notes its other places."""
+        first: dict[int, int] = {}
+        for tensor, place in zip(tensors, places, strict=True):
+            first.setdefault(id(tensor), place)
+        named = list(zip(tensors, places, strict=True))
+        self._repeats = [(place, first[id(tensor)]) for tensor, place in named if first[id(tensor)] != place]
+        kept = [(tensor, place) for tensor, place in named if first[id(tensor)] == place]
+        return [tensor for tensor, _ in kept], [place for _, place in kept]
+
     def _run_again(self, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)
         for index, tensor in zip(self._places, tensors, strict=False):
             leaves[index] = tensor
+        for index, source in self._repeats:
+            leaves[index] = leaves[source]
         if self._names is None:
             args, kwargs = tree_unflatten(leaves, self._spec)
             return self._function(*args, **kwargs)

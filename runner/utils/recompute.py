@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from runner.utils.comparison import is_close, sums_of, tensors_of, tolerance_of
 from runner.utils.early_stop import IS_KNOWN
+from runner.utils.generators import Unsearched
 from runner.utils.memory import place_of
 from runner.utils.offload import Offloader
 from runner.utils.positional import Call
@@ -31,7 +32,7 @@ _STATE, _OWN = "_recompute", "_recompute_own_forward"
 _NOTHING = contextlib.nullcontext()
 
 
-class Block:
+class Block(Unsearched):
     """What is known of a wrapped block; it stands in the block's own `__dict__` and is copied with it."""
 
     def __init__(self, module: nn.Module, name: str, engine: Offloader | None) -> None:
@@ -40,6 +41,7 @@ class Block:
         self.calls = self.input_bytes = self.spared_bytes = 0
         self.input_places: set[int] = set()  # in memory, likewise
         self.is_counting = True  # what its forward would have kept; in its first step only
+        self.is_proven = False  # a recomputation has given the output of its forward
         self.gauge = engine.gauge() if engine is not None else None
         self.is_here = True
         first = next(module.parameters(), None)
@@ -137,46 +139,40 @@ class _Watched:
 
 
 class _Checked:
-    """A function whose recomputation is to give the output of its forward; used in a block's first step only."""
+    """A function whose recomputation is to give the output of its forward; used until one of its block has done so.
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self._function, self._name = function, name
-        self._norms: list[Tensor] | None = None
+    Args:
+        module: whose block it is.
+    """
+
+    def __init__(self, function: Call, block: Block, module: nn.Module) -> None:
+        self._function, self._block = function, block
+        self._tensors = (*function.tensors, *module.parameters())
+        self._sums: list[Tensor] | None = None
+        self._tolerance = 0.0
         self.is_comparable = True
 
     def __call__(self, *tensors: Tensor) -> Any:
         output = self._function(*tensors)
-        norms = _norms(output)
-        if self._norms is None:
-            self._norms = norms
-        elif self.is_comparable and not all(map(_is_close, self._norms, norms)):
-            raise RuntimeError(
-                f"{self._name}: recomputing it gave another output than its forward, and its gradients would be wrong: "
-                "it depends on something that is not replayed, such as a random generator outside of its modules or a "
-                "count of its calls; keep the generator in an attribute and the count in a buffer, or leave the block "
-                "out with exclude"
-            )
+        if self._sums is None:
+            # A block that nothing is differentiated through is never recomputed.
+            has_gradient = any(tensor.requires_grad for tensor in tensors_of(output))
+            self._sums = sums_of(output) if has_gradient else []
+            self._tolerance, self._tensors = tolerance_of([*self._tensors, *tensors_of(output)]), ()
+        elif self.is_comparable:
+            self._compare(output)
         return output
 
-
-@torch.no_grad()
-def _norms(output: Any) -> list[Tensor]:
-    """Returns the sum of the absolute values (0-d) of each tensor of an output."""
-    found = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and _is_plain(leaf):
-            found.append(torch.linalg.vector_norm(leaf, 1, dtype=torch.promote_types(leaf.dtype, torch.float32)))
-    return found
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_floating_point()
-
-
-def _is_close(norm: Tensor, other: Tensor) -> bool:
-    """Says whether two norms differ by rounding alone, which on an accelerator may differ from run to run."""
-    rtol = 1e-6 if norm.device.type == "cpu" else 1e-4
-    return torch.allclose(norm, other.to(norm.dtype), rtol=rtol, atol=0.0, equal_nan=True)
+    def _compare(self, output: Any) -> None:
+        for sums, others in zip(self._sums or (), sums_of(output), strict=False):
+            if not is_close(sums, others, self._tolerance):
+                raise RuntimeError(
+                    f"{self._block.name}: recomputing it gave another output than its forward, and its gradients would "
+                    "be wrong: it depends on something that is not replayed, such as a random generator out of its "
+                    "reach or a count of its calls in a list; keep the generator in an attribute and the count in a "
+                    "buffer, or leave the block out with exclude"
+                )
+        self._block.is_proven = True
 
 
 def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block") -> None:
@@ -266,11 +262,12 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if block.is_counting:
         block.count_inputs(tensors)
     before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
-    replay = Replay(block.surroundings, call)
-    function = _Checked(call, block.name) if block.is_counting else call
+    is_checked = block.is_counting or not block.is_proven
+    replay = Replay(block.surroundings, call, is_checked)
+    function = _Checked(call, block, module) if is_checked else call
     recomputed = functools.partial(
         checkpoint, function, *tensors, use_reentrant=False, context_fn=lambda: (block.context(), replay),
-        early_stop=IS_KNOWN and not block.is_counting,
+        early_stop=IS_KNOWN and not is_checked,
     )  # fmt: skip
     engine, gauge = block.engine, block.gauge
     if engine is None or gauge is None or not gauge.is_worth_it:

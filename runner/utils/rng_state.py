@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
 _METHODS = (types.MethodType, types.BuiltinMethodType)
 _WORDS = struct.Struct("=625I")  # the state of a Mersenne twister: a key of 624 words, and a position in it
 _STAMP_SIZE = 20  # bytes: the position, and four words of the key
@@ -55,6 +55,10 @@ def get_state(generator: Generator) -> Any:
         return generator.getstate()
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
     return generator.get_state()
 
 
@@ -64,6 +68,8 @@ def set_state(generator: Generator, state: Any) -> None:
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state = state
     else:
         generator.set_state(state)
 

@@ -101,6 +101,8 @@ def test_another_bit_generator_put_into_numpy_is_read_and_set():
         (np.random.default_rng(1), lambda each: each.standard_normal()),
         (np.random.Generator(np.random.Philox(1)), lambda each: each.random()),
         (np.random.RandomState(1), lambda each: each.randn()),
+        (np.random.RandomState(np.random.PCG64(1)), lambda each: each.randn()),
+        (np.random.PCG64(1), lambda each: each.random_raw()),
     ],
 )
 def test_a_generator_that_is_held_repeats_its_draws(generator, draw):
