@@ -306,7 +306,7 @@ def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> t
         or (is_same_values and _is_one_name_changed(names, line_names))
         or (is_timed and is_near and _is_cut(event.key, line.key))
     )
-    is_sure = (is_near and is_alike) or not line.key
+    is_sure = (is_timed and is_near and is_alike) or not line.key
     return not is_sure, num_differences, distance_s
 
 
