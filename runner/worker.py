@@ -159,8 +159,7 @@ def main(folder: Path, launcher: int) -> int:
         handover: Handover = pickle.loads((folder / "handover").read_bytes())
         sys.argv = handover.command
         joined = Joined()
-    _end_with(launcher, signals.REPEATED)
-    with _quick_to_import():
+        _end_with(launcher, signals.REPEATED)
         status = _run_told(joined, handover, folder)
     if status is None:
         return 1
