@@ -1,6 +1,9 @@
 """`python -m runner`: imports the program only once Ctrl-C can end it cleanly."""
 
-from runner import signals, terminal
+import os
+import sys
+
+from runner import import_path, signals, terminal
 
 
 def main() -> None:
@@ -10,6 +13,14 @@ def main() -> None:
         from runner import command
 
         command.main()
+
+
+def start_installed() -> None:
+    """Runs the installed command, which finds modules in the current directory, as `python -m` does."""
+    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    opens_run = is_requeued or any(argument.startswith("resume=") for argument in sys.argv[1:])
+    import_path.add_current_directory(first=True, opens_run=opens_run)
+    main()
 
 
 if __name__ == "__main__":

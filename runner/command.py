@@ -39,6 +39,8 @@ def _run() -> None:
         if (followed := launch.join()) is not None:
             sys.exit(followed)
         arguments = launch.with_resumed_overrides([quote_nested(argument) for argument in sys.argv[1:]])
+        if launch.shows_resumed(arguments):
+            sys.exit(0)
         sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
         _compose_and_launch()
         status = 0

@@ -102,6 +102,8 @@ def check(cfg: DictConfig) -> None:
         mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    if OmegaConf.select(cfg, "sign", throw_on_missing=False):
+        mistakes.append("sign=true: signs the run that goes on; give it with resume=")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
             mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")

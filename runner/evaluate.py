@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import signals, terminal
+from runner import import_path, signals, terminal
 from runner.fingerprint import find_change
 from runner.mistakes import ConfigError, told_in_one_message
+from runner.trust import add_trust_arguments
 
 if TYPE_CHECKING:
     from runner.build import Report
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from runner.saved import Saved
     from runner.utils.batches import EvaluationData
 
-_HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
+_WORKERS = "processes that load data; by default the saved config's for a run of your own, and 0 for an untrusted one"
 
 
 def measure(
@@ -134,14 +135,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.evaluate", description="Evaluates a saved model.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT_OR_EXPORT", type=Path, help="a folder, or an exported file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")
-    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
+    parser.add_argument("--num-workers", type=int, metavar="N", help=_WORKERS)
+    add_trust_arguments(parser)
     given = parser.parse_intermixed_args(arguments)
     prefixes = [each for each in given.allow_targets.split(",") if each]
+    if given.num_workers is not None:
+        given.overrides.append(f"data.num_workers={given.num_workers}")
     with told_in_one_message(), signals.exit_on_interrupt():
         from runner import saved
 
-        opening = saved.open_export if given.saved.is_file() else saved.open_saved
-        found = opening(given.saved, given.overrides, prefixes)
+        if given.saved.is_file():
+            found = saved.open_export(given.saved, given.overrides, prefixes)
+        else:
+            found = saved.open_saved(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             print(note, file=sys.stderr)
         numbers, shown = evaluate(found)
@@ -154,6 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}:\n{value}")
         elif isinstance(value, Audio):
             print(f"{name}: a sound of {value.num_samples / value.sample_rate:.1f} s, which a run writes to its folder")
+
+
+def start_installed() -> None:
+    """Runs the installed command, which finds modules in the current directory, as `python -m` does."""
+    import_path.add_current_directory(first=False, opens_run=True)
+    main()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import signals, terminal
+from runner import import_path, signals, signature, terminal
 from runner.config import to_json
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+from runner.signature import SignatureError
+from runner.trust import add_trust_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from runner.saved import Saved
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_HELP = "modules that the saved config may name, with all under them, beside the runner's own and torch.nn: own,other"
 
 
 def write(
@@ -102,16 +103,25 @@ def facts_of(
         evaluation: the newest one's step and numbers.
         fingerprint: of the data, where it has one.
     """
-    config = {key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE}
+    config = to_json({key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE})
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
-        "config": to_json(config),
+        "config": config,
         "step": str(step),
         "commit": str((read_record(run).get("git") or {}).get("commit") or ""),
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
+        **_sign(config, run),
     }
+
+
+def _sign(config: str, run: Path) -> dict[str, str]:
+    """Returns the signature of an export's config, where this user has signed the run's."""
+    try:
+        return {"signature": signature.sign_text(config, signature.check(run))}
+    except (SignatureError, OSError):
+        return {}
 
 
 def _version() -> str:
@@ -148,14 +158,15 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
     from runner.utils.distributed import kept_generators
 
     assert saved.run is not None
+    used = saved.without_feeder()
     with kept_generators():
-        saved.check()
+        used.check()
     try:
         device = build.build_device(saved.plain)
     except ConfigError:  # another machine's: weights can be written anywhere
         device = torch.device("cpu")
     with kept_generators(device):
-        engines = saved.build_engines(device, to_write=True)
+        engines = used.build_engines(device, to_write=True)
     evaluation = last_evaluation(saved.run, saved.step)
     facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation, saved.fingerprint)
     folder = folder or saved.run / "exports"
@@ -173,17 +184,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the floating-point tensors; by default their own")
-    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_HELP)
+    add_trust_arguments(parser)
     given = parser.parse_args(arguments)
     with told_in_one_message():
         with signals.exit_on_interrupt():
             from runner import saved
 
-            found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])
+            prefixes = [each for each in given.allow_targets.split(",") if each]
+            found = saved.open_saved(given.saved, (), prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             print(note, file=sys.stderr)
         for path in export(found, given.output, given.dtype):
             print(path)
+
+
+def start_installed() -> None:
+    """Runs the installed command, which finds modules in the current directory, as `python -m` does."""
+    import_path.add_current_directory(first=False, opens_run=True)
+    main()
 
 
 if __name__ == "__main__":

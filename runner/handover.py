@@ -9,7 +9,7 @@ import contextlib
 import pickle
 import sys
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, run_folder
+from runner import config, import_path, run_folder, signature
 from runner.schema import DistributedConfig
+from runner.signature import Origin
 from runner.utils.files import make_folder, replace_file
 
 if TYPE_CHECKING:
@@ -32,13 +33,16 @@ class Handover:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there.
+    then goes on from the newest checkpoint there. `origin` is where this user has started it; an untrusted run that
+    goes on has none, and stays unsigned.
     """
 
     settings: dict[str, Any]
     folder: Path
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
+    python_path: list[str] = field(default_factory=list)  # directories of the user's modules
+    origin: dict[str, Any] | None = None
     goes_on: bool = False
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
@@ -52,14 +56,25 @@ class Handover:
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""
         make_folder(self.folder / ".hydra", self.folder)
+        if self.origin is not None:
+            try:
+                signature.sign(self.folder, signature.Origin(**self.origin), self.files)
+            except OSError as error:
+                remedy = "set XDG_STATE_HOME to a folder of yours"
+                print(
+                    f"The run isn't signed, so that its config is untrusted later: {error}; {remedy}", file=sys.stderr
+                )
         for name, content in self.files.items():
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
 
 
-def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path | None = None) -> Handover:
+def make(
+    cfg: DictConfig, folder: Path, origin: Origin | None, *, goes_on: bool = False, resumed: Path | None = None
+) -> Handover:
     """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
 
     Args:
+        origin: where this user has started the run; None for an untrusted one.
         resumed: the folder of the run that goes on, which keeps its hydra.yaml: `${hydra:...}` tells what that says.
     """
     hydra_config: Any = HydraConfig.instance().cfg
@@ -68,7 +83,14 @@ def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path 
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
-        return Handover(config.to_plain(cfg), folder.absolute(), files, goes_on=goes_on)
+        return Handover(
+            config.to_plain(cfg),
+            folder.absolute(),
+            files,
+            python_path=import_path.list_own(),
+            origin=None if origin is None else asdict(origin),
+            goes_on=goes_on,
+        )
 
 
 class Post:

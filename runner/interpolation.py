@@ -162,6 +162,13 @@ def _quote(part: re.Match[str]) -> str:
     return '"' + re.sub(r'(\\*)"', r'\1\1\\"', text) + '"'
 
 
+def quote(text: str) -> str:
+    """Returns a text in quotes, as Hydra's grammar and OmegaConf read it back."""
+    # Backslashes before a quote, and at the end, are read in pairs.
+    quoted = re.sub(r"(\\*)('|$)", lambda part: part[1] * 2 + ("\\'" if part[2] else ""), escape(text))
+    return f"'{quoted}'"
+
+
 class _HydraConfig:
     """Stands in for the config that Hydra keeps of a job; it is made when an interpolation asks for it."""
 

@@ -11,20 +11,24 @@ import os
 import shutil
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, mistakes, resume, run_folder, signals, worker
+from runner import agent, config, handover, mistakes, resume, run_folder, signals, signature, worker
 from runner.handover import Handover
-from runner.interpolation import fill_cache, fix_values, told_by_hydra
+from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
+from runner.signature import Origin, SignatureError
 from runner.utils.place import is_one_of_several
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
@@ -59,6 +63,22 @@ class RunFolder(Callback):
             print(line)
         with read_write(config):
             config.hydra.run.dir = str(folder)
+
+
+def shows_resumed(arguments: list[str]) -> bool:
+    """Prints the config of the run that goes on where `--cfg job` asks for it; says whether it did."""
+    parsed = get_args_parser().parse_args(arguments)
+    if _resumption is None or parsed.cfg != "job":
+        return False
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        cfg = compose("config", parsed.overrides, return_hydra_config=True)
+        _restore(cfg, "config", _resumption)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    with run_folder.told_of(_resumption.run, cfg):
+        shown = OmegaConf.select(cfg, parsed.package) if parsed.package else cfg
+        print(OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else shown, end="")
+    return True
 
 
 def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
@@ -120,7 +140,8 @@ def launch(cfg: DictConfig) -> None:
     try:
         goes_on = _is_same_run(cfg, folder) if is_sweep else _is_requeued()
         resumed = _resumption.run if _resumption else None
-        status = _launch(handover.make(cfg, folder, goes_on=goes_on, resumed=resumed), is_sweep)
+        origin = _resumption.origin if _resumption else _find_origin(hydra_config)
+        status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, resumed=resumed), is_sweep)
     except ConfigError as error:
         if is_sweep:
             raise _told(error) from None
@@ -130,6 +151,12 @@ def launch(cfg: DictConfig) -> None:
     if status:
         signals.leave_if_cut(status)
         raise SystemExit(status)
+
+
+def _find_origin(hydra_config: Any) -> Origin:
+    """Returns where this command was started, with the user's directories of YAML."""
+    sources = [s for s in hydra_config.runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    return replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
 
 
 def _is_basic(launcher: Any) -> bool:
@@ -204,8 +231,7 @@ def _end(error: Exception) -> NoReturn:
 
 def _check_job(cfg: DictConfig, folder: Path) -> None:
     try:
-        has_run = (folder / ".hydra" / "config.yaml").is_file()
-        fix_values(cfg, run_folder.read_config(folder) if has_run else None)
+        fix_values(cfg, run_folder.read_config(folder) if _is_signed(folder) else None)
         hydra_root: Any = HydraConfig.instance().cfg
         fix_values(hydra_root)
         if cfg.resume is not None:
@@ -215,6 +241,14 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
             folder.rmdir()
         raise _told(ConfigError(f"{folder.name}: {error}")) from None
+
+
+def _is_signed(run: Path) -> bool:
+    try:
+        signature.check(run)
+    except SignatureError:
+        return False
+    return True
 
 
 def _told(error: ConfigError) -> ConfigError:
@@ -230,14 +264,16 @@ def _is_requeued() -> bool:
 
 
 def with_resumed_overrides(arguments: list[str]) -> list[str]:
-    """Returns the command line with what `resume=` stands for: the run's folder and overrides, beside the new ones.
+    """Returns the command line for Hydra: paths quoted, and with `resume=`, the folder of that run.
 
     Raises:
         ConfigError: there is nothing to resume at that place.
     """
     global _resumption
-    given = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")]
-    if _is_requeued() and given and any(Path(given[-1], "checkpoints").glob("step_*")):
-        arguments = [*(a for a in arguments if not a.startswith("hydra.run.dir=")), f"resume={given[-1]}"]
+    arguments = [resume.quote_path(argument) for argument in arguments]
+    places = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
+    if _is_requeued() and places and any(Path(places[-1], "checkpoints").glob("step_*")):
+        others = [a for a in arguments if not a.startswith("hydra.run.dir=")]
+        arguments = [*others, f"resume={quote(places[-1])}"]
     _resumption = resume.find(arguments)
     return arguments if _resumption is None else _resumption.arguments

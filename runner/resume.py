@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +21,48 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from runner import changes, config, run_folder, trust
-from runner.interpolation import NOT_FOLLOWED, without_elsewhere
+from runner import changes, config, import_path, mistakes, run_folder, signature, trust
+from runner.interpolation import NOT_FOLLOWED, quote, without_elsewhere
 from runner.mistakes import ConfigError
 from runner.run_folder import OF_THE_COMMAND_LINE
+from runner.signature import Origin, SignatureError
 from runner.trust import Trust
 
 OUTPUTS = Path("outputs")
+_PATHS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # whose values are taken as they are typed
 _OF_THIS_PLACE = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")  # whom a run talks to, no file of it says
 Compose = Callable[[list[str]], DictConfig]
 
 
 @dataclass
 class Resumption:
-    """A run to go on with: its folder, where to start, and the overrides of this command line and of its own."""
+    """A run to go on with.
+
+    Args:
+        run: its folder.
+        checkpoint: where to start.
+        typed: this command line's overrides but those of Hydra.
+        own: the run's overrides.
+        search_path: the override that has Hydra search the user's directories of YAML, recorded ones too.
+        arguments: the command line for Hydra: it composes the runner's own config, and `restore` replaces that.
+        origin: where this user has started the run; None for an untrusted one.
+        reason: why the run is untrusted.
+        trust: what the run's config may name, once that is read.
+    """
 
     run: Path
     checkpoint: Path
     typed: list[str]
     own: list[str]
+    search_path: list[str]
     arguments: list[str]
+    origin: Origin | None = None
+    reason: str = ""
     trust: Trust | None = None
 
 
 def find(arguments: list[str]) -> Resumption | None:
-    """Returns what the `resume=` of a command line asks for, with the command line for Hydra: the run's folder and
-    overrides, beside the new ones; None where nothing is to be resumed.
+    """Returns what the `resume=` of a command line asks for; None where nothing is to be resumed.
 
     Raises:
         ConfigError: there is nothing to resume at that place, or the run's overrides are no experiment's.
@@ -53,30 +70,89 @@ def find(arguments: list[str]) -> Resumption | None:
     if not any(_key(argument) == "resume" for argument in arguments):
         return None
     parsed = get_args_parser().parse_args(arguments)
-    typed = [override for override in parsed.overrides if _key(override) != "resume"]
-    given = [o.partition("=")[2].strip("'\"") for o in parsed.overrides if _key(o) == "resume"][-1]
-    if not given:
+    place = [read_path(o) for o in parsed.overrides if _key(o) == "resume"][-1]
+    if not place:
         raise ConfigError("resume=: expected latest, a run folder, or one of its checkpoints/step_*")
-    if given == "null" or parsed.multirun:
+    if place == "null" or parsed.multirun:
         return None
+    typed = [o for o in parsed.overrides if _key(o) not in ("resume", "sign") and _root(o) != "hydra"]
     experiment = next((o for o in typed if _key(o) == "experiment"), None)
-    checkpoint = _latest_run(experiment) if given == "latest" else Path(given)
+    checkpoint = _latest_run(experiment) if place == "latest" else Path(place)
     try:
         run = run_folder.find_run(checkpoint)
     except ConfigError as error:
         raise ConfigError(f"resume={error}; expected latest, a run folder, or one of its checkpoints/step_*") from None
+    is_vouched_for = any(_key(o) == "sign" and o.partition("=")[2].lower() == "true" for o in parsed.overrides)
+    config_dirs = [parsed.config_dir] if parsed.config_dir else []
+    origin, reason = _find_origin(run, is_vouched_for, config_dirs)
     run_folder.refuse_links(run)
     own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
+    if origin is None:
+        _check_overrides(own, _without_typed(own, typed), run / ".hydra" / "overrides.yaml")
+    of_hydra = [o for o in parsed.overrides if _root(o) == "hydra"]
+    places = [f"resume={quote(str(checkpoint))}", f"hydra.run.dir={quote(str(run))}"]
+    count = len(parsed.overrides)
+    start = max(i for i in range(len(arguments) + 1) if arguments[i : i + count] == parsed.overrides)
+    changed = [*arguments[:start], *of_hydra, *places, *arguments[start + count :]]
+    search_path = _find_search_path(of_hydra, config_dirs, origin.config_dirs if origin else [])
+    return Resumption(run, checkpoint, typed, own, search_path, changed, origin, reason)
+
+
+def _find_origin(run: Path, is_vouched_for: bool, config_dirs: list[str]) -> tuple[Origin | None, str]:
+    """Returns where this user has started a run, its modules importable; or None and why it is untrusted."""
+    try:
+        origin = signature.vouch(run, config_dirs) if is_vouched_for else signature.check(run)
+    except SignatureError as error:
+        if is_vouched_for:
+            raise ConfigError(f"sign=true: {run}: {error}") from error
+        return None, str(error)
+    import_path.prepend(origin.python_path)
+    return origin, ""
+
+
+def _find_search_path(of_hydra: list[str], config_dirs: list[str], recorded: list[str]) -> list[str]:
+    """Returns the override that has Hydra search the user's directories of YAML, those of this command line first."""
+    typed = [o for o in of_hydra if _key(o) == "hydra.searchpath"]
+    places: Any = OverridesParser.create().parse_override(typed[-1]).value() if typed else []
+    directories = [os.path.abspath(each) for each in (*config_dirs, *recorded) if os.path.isdir(each)]
+    places = dict.fromkeys([*map(str, places), *(f"file://{each}" for each in directories)])
+    return [f"hydra.searchpath=[{','.join(map(quote, places))}]"] if places else []
+
+
+def _without_typed(own: list[str], typed: list[str]) -> list[str]:
+    """Returns a run's overrides without those whose keys are typed anew."""
     keys = {_key(override) for override in typed}
     kept = [override for override in own if _key(override) not in keys]
     if "distributed" in keys:  # where the run goes on is chosen anew, with nothing of where it was
         kept = [override for override in kept if _root(override) != "distributed"]
-    _check_overrides(own, kept, run / ".hydra" / "overrides.yaml")
-    place = [f"resume={_quote(checkpoint)}", f"hydra.run.dir={_quote(run)}"]
-    count = len(parsed.overrides)
-    start = max(i for i in range(len(arguments) + 1) if arguments[i : i + count] == parsed.overrides)
-    changed = [*arguments[:start], *kept, *typed, *place, *arguments[start + count :]]
-    return Resumption(run, checkpoint, typed, own, changed)
+    return kept
+
+
+def quote_path(argument: str) -> str:
+    """Returns an argument of the command line whose path, where it is one, is quoted for Hydra's grammar."""
+    key, _, text = argument.partition("=")
+    if key not in _PATHS or not text or "${" in text or re.fullmatch(r"[\w./~+-]+", text, re.ASCII):
+        return argument
+    is_sweep = key == "init_from" and "," in text
+    return argument if is_sweep or _unquote(text) is not None else f"{key}={quote(text)}"
+
+
+def read_path(argument: str) -> str:
+    """Returns the path of an argument of the command line: what stands in quotes, or all as it stands."""
+    text = argument.partition("=")[2]
+    unquoted = _unquote(text)
+    return text if unquoted is None else unquoted
+
+
+def _unquote(text: str) -> str | None:
+    """Returns what stands between the quotes of a text that is quoted as a whole; None for another."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return None
+    try:
+        value = OverridesParser.create().parse_override(f"path={text}").value()
+    except HydraException:
+        return None
+    return value.replace("\\${", "${") if isinstance(value, str) else None
 
 
 def _latest_run(experiment: str | None) -> Path:
@@ -132,52 +208,92 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     """Puts a run's own config, with this command line's changes on top, in the place of the composed one.
 
     Args:
-        cfg: what Hydra composed of this command line's overrides beside the run's own.
-        compose: composes other overrides the same way.
+        cfg: what Hydra composed, with Hydra's own part.
+        compose: composes overrides.
     Returns:
         What differs from the run's config, a line a key.
     Raises:
         ConfigError: a change that makes it another run, or a config that names what it may not.
     """
-    typed = _compose_typed(asked.typed, compose)
-    mine = {key: typed[key] for key in ("resume_allow_changes", "allow_targets")}
-    with run_folder.told_of(asked.run, typed):
-        forms = _forms(typed)
-    saved, trusted = _read_run(asked, list(typed.allow_targets), forms)
-    beside = _without_hydra(cfg)
-    wanted = changes.apply(saved, _own_part(_without_hydra(compose(asked.own))), _own_part(beside), _own(asked.typed))
+    typed = _compose_typed(asked, compose)
+    mine = {key: typed[key] for key in OF_THE_COMMAND_LINE if key != "resume"} | {"resume": str(asked.checkpoint)}
+    asked.trust = _make_trust(asked, typed)
+    saved = _read_run(asked)
+    wanted, notes = _change(saved, asked, compose)
     wanted["distributed"] = {**wanted["distributed"], **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
-    before, after = copy.deepcopy(beside), copy.deepcopy(beside)
+    if asked.origin is None:  # a file of a few bytes could start any number of processes
+        wanted["distributed"]["nproc_per_node"] = typed.distributed.nproc_per_node
+        wanted["data"] = {**wanted["data"], "num_workers": typed.data.num_workers}
+    before, after = _without_hydra(cfg), _without_hydra(cfg)
     run_folder.put(before, saved)
     run_folder.put(after, wanted | mine)
     with run_folder.told_of(asked.run, after):
         plain = config.to_plain(after)
-        trust.check_names(plain, trusted)
+        trust.check_names(plain, asked.trust)
         if not typed.resume_allow_changes:
             changes.refuse(config.to_plain(before), plain)
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
-    asked.trust = trusted
-    return changes.tell(saved, wanted)
+        cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
+    return [*notes, *changes.tell(saved, wanted)]
 
 
-def _read_run(asked: Resumption, prefixes: list[str], own: list[dict[str, Any]]) -> tuple[dict[str, Any], Trust]:
-    """Returns a run's config, unresolved, once neither it nor the run's overrides name what they may not."""
-    folder = asked.run / ".hydra"
-    trust.check_names(_nodes_of(asked.own), Trust(folder / "overrides.yaml", prefixes, own))
-    trusted = Trust(folder / "config.yaml", prefixes, own)
+def _make_trust(asked: Resumption, typed: DictConfig) -> Trust:
+    """Returns what a run's config may name, once its overrides name nothing else."""
+    if asked.origin is not None:
+        return Trust(asked.run / ".hydra" / "config.yaml", is_signed=True)
+    with run_folder.told_of(asked.run, typed):
+        forms = _forms(typed)
+    remedy = "allow_targets=[{}]", "sign=true"
+    trusted = Trust(asked.run / ".hydra" / "config.yaml", list(typed.allow_targets), forms, asked.reason, *remedy)
+    trust.check_names(_nodes_of(asked.own), replace(trusted, source=asked.run / ".hydra" / "overrides.yaml"))
+    return trusted
+
+
+def _read_run(asked: Resumption) -> dict[str, Any]:
+    """Returns a run's config, unresolved, once it reads nothing that it may not."""
+    assert asked.trust is not None
     saved = run_folder.read_config(asked.run)
-    trust.check_interpolations(saved, trusted)
-    return {key: value for key, value in saved.items() if key not in OF_THE_COMMAND_LINE}, trusted
+    trust.check_interpolations(saved, asked.trust)
+    return {key: value for key, value in saved.items() if key not in OF_THE_COMMAND_LINE}
 
 
-def _compose_typed(typed: list[str], compose: Compose) -> DictConfig:
+def _change(saved: dict[str, Any], asked: Resumption, compose: Compose) -> tuple[dict[str, Any], list[str]]:
+    """Returns a run's config with what this command line changes, and what its reader should know.
+
+    A change is what the typed overrides change of a composition of the run's own overrides. Where these can't be
+    composed any more, because a file of the user's was deleted, it is what they change of the runner's own config.
+    """
+    try:
+        without = _without_hydra(compose([*asked.search_path, *asked.own]))
+    except (HydraException, OmegaConfBaseException) as error:
+        note = f"The run's YAML can't be composed any more, and its saved config is used: {mistakes.explain(error)}"
+        choices = [override for override in asked.typed if "." not in _key(override)]
+        without = _without_hydra(compose(asked.search_path))
+        beside = _without_hydra(compose([*asked.search_path, *choices]))
+        wanted = changes.apply(saved, _own_part(without), _own_part(beside), choices)
+        return _set(wanted, [override for override in asked.typed if "." in _key(override)]), [note]
+    kept = _without_typed(asked.own, asked.typed)
+    beside = _without_hydra(compose([*asked.search_path, *kept, *asked.typed]))
+    return changes.apply(saved, _own_part(without), _own_part(beside), asked.typed), []
+
+
+def _set(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Returns an unresolved config with the values of dotted overrides set."""
+    cfg = OmegaConf.create(plain)
+    for override in overrides:
+        run_folder.set_value(cfg, override)
+    return _raw(cfg)
+
+
+def _compose_typed(asked: Resumption, compose: Compose) -> DictConfig:
     """Returns what this command line alone composes; where a key is of the run's choices, without such keys."""
-    for part in (typed, [o for o in typed if "." not in _key(o)]):
+    for part in (asked.typed, [o for o in asked.typed if "." not in _key(o)]):
         with contextlib.suppress(HydraException, OmegaConfBaseException):
-            return _without_hydra(compose(part))
-    return _without_hydra(compose([o for o in typed if _root(o) in OF_THE_COMMAND_LINE]))
+            return _without_hydra(compose([*asked.search_path, *part]))
+    of_this_command = [o for o in asked.typed if _root(o) in OF_THE_COMMAND_LINE]
+    return _without_hydra(compose([*asked.search_path, *of_this_command]))
 
 
 def _forms(cfg: DictConfig) -> list[dict[str, Any]]:
@@ -218,17 +334,9 @@ def _own_part(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in _raw(cfg).items() if key not in OF_THE_COMMAND_LINE}
 
 
-def _own(overrides: list[str]) -> list[str]:
-    return [o for o in overrides if _root(o) not in (*OF_THE_COMMAND_LINE, "hydra")]
-
-
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
 def _root(override: str) -> str:
     return re.split(r"[./@]", _key(override))[0]
-
-
-def _quote(path: Path) -> str:
-    return "'" + str(path).replace("'", "\\'") + "'"

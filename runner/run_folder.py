@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf, read_write
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import mistakes
-from runner.interpolation import told_by_hydra, without_elsewhere
+from runner.interpolation import quote_nested, told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
 from runner.utils.files import make_folders
 
-OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets")  # never taken over from a run's config
+OF_THE_COMMAND_LINE = (
+    "resume",
+    "resume_allow_changes",
+    "allow_targets",
+    "sign",
+)  # never taken over from a run's config
 
 
 def find_run(path: Path) -> Path:
@@ -146,6 +152,32 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
         if isinstance(error, ConfigError) or (message := mistakes.explain(error)) is None:
             raise
         raise ConfigError(message) from error
+
+
+def set_value(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
+    """Sets one `key=value`, adds a `+key=value` or removes a `~key`, as Hydra reads them.
+
+    Raises:
+        ConfigError: it is another kind of override, or a choice of conf/.
+    """
+    override = OverridesParser.create().parse_override(quote_nested(text))
+    key = override.key_or_group
+    if override.is_sweep_override() or override.package or "/" in key or (is_new and override.is_delete()):
+        raise ConfigError(f"{text}: expected key=value")
+    if override.is_delete():
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not OmegaConf.is_dict(node) or name not in node:
+            raise ConfigError(f"{text}: no such key")
+        with open_dict(node):
+            del node[name]
+        return
+    value = override.value()
+    if not is_new and isinstance(value, str) and OmegaConf.is_dict(OmegaConf.select(cfg, key)):
+        raise ConfigError(f"{text}: a choice of conf/ can't be made here; set its keys, or {key}={{_target_: ...}}")
+    is_added = is_new or override.is_add() or override.is_force_add()
+    is_whole = isinstance(value, dict) and "_target_" in value  # no argument of what it replaces is kept
+    OmegaConf.update(cfg, key, value, merge=not is_whole, force_add=is_added)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:

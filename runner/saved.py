@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, run_folder, trust
-from runner.interpolation import escape, quote_nested
+from runner import config, import_path, run_folder, signature, trust
+from runner.interpolation import escape
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
+from runner.signature import Origin, SignatureError
 from runner.trust import Trust
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Saved:
     """A checkpoint or an export, opened: its config is checked by its letters, and nothing of it is imported yet.
 
     `plain` is the resolved config. `parts` holds the weights by engine, with `<engine>.optimizer` where there is more.
-    `engine` is the one of an export. `notes` are what its reader should know.
+    `engine` is the one of an export. `notes` are what its reader should know. `origin` is where this user has started
+    the run; None where the config is untrusted.
     """
 
     path: Path
@@ -50,12 +51,19 @@ class Saved:
     engine: str | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str | None = None
+    origin: Origin | None = None
+
+    def without_feeder(self) -> Saved:
+        """Returns it with models that are fed nothing: their weights are written, and nothing is run."""
+        engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
+        return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
 
     def check(self, *roles: str) -> None:
         """Imports what the engines and these roles name, and checks it; the other roles are left alone.
 
         Raises:
-            ConfigError: a target that is not what its name says, not there, or takes other arguments.
+            ConfigError: a target that may not be named, is not what its name says, not there, or takes other
+                arguments.
         """
         from runner.targets import check_targets, seed_imports
 
@@ -64,6 +72,7 @@ class Saved:
         used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
+        trust.check_names(used, self.trust)
         seed_imports(self.plain["seed"])
         trust.check_objects(used, self.trust)
         check_targets(used)
@@ -91,17 +100,27 @@ class Saved:
         return engines
 
 
-def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:
+def open_saved(
+    path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = (), *, is_vouched_for: bool = False
+) -> Saved:
     """Opens a run's folder (at its newest whole checkpoint) or a checkpoint, with overrides set on the run's config.
 
     Args:
         prefixes: modules that the config may name, beside the runner's and torch.nn.
+        is_vouched_for: the user says that the run is theirs, which signs it.
     Raises:
-        ConfigError: it is neither, is not whole, or its config names what it may not.
+        ConfigError: it is neither, is not whole, or its config reads what it may not.
     """
     run = run_folder.find_run(path)
-    source = run / ".hydra" / "config.yaml"
-    plain, trusted = _check_config(run_folder.read_config(run), source, overrides, prefixes, run)
+    try:
+        origin = signature.vouch(run) if is_vouched_for else signature.check(run)
+        trusted = _trust_signed(run / ".hydra" / "config.yaml", origin)
+    except SignatureError as error:
+        if is_vouched_for:
+            raise ConfigError(f"--sign: {run}: {error}") from error
+        origin, remedies = None, (_REMEDY, "--sign")
+        trusted = Trust(run / ".hydra" / "config.yaml", prefixes, (), str(error), *remedies)
+    plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
     from runner.checkpoint import FACTS
 
     found, content, faults = run_folder.find_checkpoint(path)
@@ -114,7 +133,13 @@ def open_saved(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str
     record = run_folder.read_record(run)
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
-    return Saved(found, run, plain, trusted, step, content, best, None, notes, fingerprint)
+    return Saved(found, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
+
+
+def _trust_signed(source: Path, origin: Origin) -> Trust:
+    """Returns the trust of a config that this user has signed, whose modules can be imported from now on."""
+    import_path.prepend(origin.python_path)
+    return Trust(source, is_signed=True)
 
 
 def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:
@@ -134,8 +159,12 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     except ValueError as error:
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
+    try:
+        trusted = _trust_signed(path, signature.check_text(facts["config"], facts.get("signature")))
+    except SignatureError as error:
+        trusted = Trust(path, prefixes, (), str(error), _REMEDY)
     # It was resolved when it was written: its texts are what they say.
-    plain, trusted = _check_config(escape(raw), path, overrides, prefixes)
+    plain, trusted = _check_config(escape(raw), trusted, overrides)
     engines = plain["engines"] or {"model": {}}
     if name not in engines:
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
@@ -160,9 +189,9 @@ def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], s
 
 
 def _check_config(
-    raw: dict[str, Any], source: Path, overrides: Sequence[str], prefixes: Sequence[str], run: Path | None = None
+    raw: dict[str, Any], trusted: Trust, overrides: Sequence[str], run: Path | None = None
 ) -> tuple[dict[str, Any], Trust]:
-    """Returns the resolved config of a file with overrides set on it, once nothing it names is out of bounds.
+    """Returns the resolved config of a file with overrides set on it, once it reads nothing that it may not.
 
     Args:
         run: the folder that `${hydra:...}` tells of.
@@ -172,34 +201,21 @@ def _check_config(
         cfg = compose("config")
     typed = OmegaConf.create({})
     for override in overrides:
-        _set(typed, override, is_new=True)
+        run_folder.set_value(typed, override, is_new=True)
     own = _container(typed)
-    trusted = Trust(source, [*prefixes, *own.get("allow_targets", [])], [own], _REMEDY)
+    trusted = replace(trusted, prefixes=[*trusted.prefixes, *own.get("allow_targets", [])], own=[own])
     trust.check_interpolations(raw, trusted)
     run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.OF_THE_COMMAND_LINE})
+    if not trusted.is_signed:  # a file of a few bytes could start any number of processes
+        cfg.data.num_workers = 0
     for override in overrides:
-        _set(cfg, override)
+        run_folder.set_value(cfg, override)
     with run_folder.told_of(run, cfg) if run else contextlib.nullcontext():
         config.check(cfg)
-        plain = config.to_plain(cfg)
-    trust.check_names(plain, trusted)
-    return plain, trusted
+        return config.to_plain(cfg), trusted
 
 
 def _container(cfg: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
-
-
-def _set(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
-    """Sets one `key=value`, or adds a `+key=value`, as Hydra reads them."""
-    override = OverridesParser.create().parse_override(quote_nested(text))
-    key, value = override.key_or_group, override.value()
-    if override.is_delete() or override.is_sweep_override() or override.package or "/" in key:
-        raise ConfigError(f"{text}: expected key=value")
-    if not is_new and isinstance(value, str) and OmegaConf.is_dict(OmegaConf.select(cfg, key)):
-        raise ConfigError(f"{text}: a choice of conf/ can't be made here; set its keys, or {key}={{_target_: ...}}")
-    is_added = is_new or override.is_add() or override.is_force_add()
-    is_whole = isinstance(value, dict) and "_target_" in value  # no argument of what it replaces is kept
-    OmegaConf.update(cfg, key, value, merge=not is_whole, force_add=is_added)

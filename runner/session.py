@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runner import signature
 from runner.best import Best, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
@@ -376,6 +377,8 @@ class Session:
 
     def _saved(self, step: int, path: Path) -> None:
         self.log.info("Saved %s", path)
+        if is_leader():
+            signature.mark_checkpoints(self.folder)
         self._last_saved = step, path
         with contextlib.suppress(OSError):  # run.json tells it at the next occasion
             self.record.update(last_step=step)

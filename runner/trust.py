@@ -10,6 +10,7 @@ import importlib.util
 import re
 import sys
 import sysconfig
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ _MAKERS = (
     "runner.engines.optimizers",
     "runner.engines.schedulers",
 )  # the built-in modules whose functions may be called
+_ALLOW_HELP = "modules that an untrusted config may name, beside the runner's own and torch.nn's: own,other"
+_SIGN_HELP = "the run is yours, though it was moved, modified or never signed; it may name anything from now on"
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
 _LIBRARIES = [
     Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
@@ -49,13 +52,19 @@ class Trust:
         source: the file that the config stands in.
         prefixes: modules that the user trusts, with all that is in them.
         own: the user's own config, unresolved or not: what stands there, letter for letter, is trusted as well.
+        reason: why the config isn't known to be the user's own.
         remedy: how more is allowed, with `{}` for the prefixes.
+        sign: how the user says that the run is theirs; nothing where it can't be signed.
+        is_signed: the user has signed the config, which may name anything.
     """
 
     source: Path
     prefixes: Sequence[str] = ()
     own: Sequence[Mapping[str, Any]] = ()
+    reason: str = "nobody has signed it"
     remedy: str = "allow_targets=[{}]"
+    sign: str = ""
+    is_signed: bool = False
 
     def is_own(self, node: Mapping[str, Any]) -> bool:
         """Says whether the user's own config names the node's target; if that is a library's, with its arguments."""
@@ -70,12 +79,20 @@ class Trust:
         return any((key, value) in [pair for pair in _walk(config) if isinstance(pair[1], str)] for config in self.own)
 
 
+def add_trust_arguments(parser: ArgumentParser) -> None:
+    """Adds the options by which a user trusts a saved config."""
+    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_ALLOW_HELP)
+    parser.add_argument("--sign", action="store_true", help=_SIGN_HELP)
+
+
 def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
     """Checks that an unresolved config reads nothing but itself: `${oc.env:SECRET}` would tell what the machine knows.
 
     Raises:
         ConfigError: naming every key with another resolver.
     """
+    if trust.is_signed:
+        return
     found = [
         f"{key}={value}: {NOT_FOLLOWED}"
         for key, value in _walk(config)
@@ -91,6 +108,8 @@ def check_names(config: Mapping[str, Any], trust: Trust) -> None:
     Raises:
         ConfigError: naming every key, target and reason, the file, and the remedy.
     """
+    if trust.is_signed:
+        return
     refused, roots = [], []
     for key, node in _nodes(config):
         if reason := _refuse_name(node, trust):
@@ -108,6 +127,8 @@ def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
     Raises:
         ConfigError: naming every key, target and reason, and the file.
     """
+    if trust.is_signed:
+        return
     nodes = [(key, node) for key, node in _nodes(config) if not trust.is_own(node)]
     reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
     refused = [f"{key}={target}: {reason}" for key, target, reason in reasons if reason]
@@ -204,4 +225,7 @@ def _remedy(trust: Trust, roots: list[str]) -> str | None:
 
 def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
-    return "\n".join([head, *(f"  {line}" for line in refused), *([remedy] if remedy else [])])
+    why = f"It isn't known to be yours: {trust.reason}." + (
+        f" If it is: {trust.sign} signs it as it is" if trust.sign else ""
+    )
+    return "\n".join([head, *(f"  {line}" for line in refused), why, *([remedy] if remedy else [])])

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner import mistakes, run_folder, signals, terminal
+from runner import import_path, mistakes, run_folder, signals, terminal
 from runner.handover import Handover, Post
 from runner.mistakes import ConfigError
 from runner.utils.place import Place, find_place
@@ -95,6 +95,7 @@ def work(
     from runner import run
     from runner.utils.distributed import RankError, process_group
 
+    import_path.prepend(handover.python_path)
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
     if place is None or store is None:
         return run.run(*given, goes_on=handover.goes_on, launch=handover.name)

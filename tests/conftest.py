@@ -12,12 +12,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from chaos import Zygote
 
+# runs are signed with a key of the suite's own
+state = tempfile.TemporaryDirectory(prefix="runner-state-")
+os.environ["XDG_STATE_HOME"] = state.name
 # where the suite was started in the background or with nohup, these are ignored, by all that it starts as well
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -122,7 +122,7 @@ def test_what_is_not_allowed_is_refused_and_not_imported(at_home, capsys):
     ("key", "value", "expected"),
     [
         ("model._target_", "evil.Evil", "model._target_=evil.Evil: its module is not on the allow-list"),
-        ("data.train", [{"_target_": "evil.Evil"}], "data.train.0._target_=evil.Evil: its module is not on the"),
+        ("data.eval", [{"_target_": "evil.Evil"}], "data.eval.0._target_=evil.Evil: its module is not on the"),
         ("report._target_", "runner.examples.digits.importlib.import_module", "goes through the module importlib"),
         ("engines", {"../../x": {}}, "engines.../../x: expected a letter"),
         ("hydra", {"run": 1}, "hydra: no such key"),

@@ -205,13 +205,15 @@ def test_latest_is_the_newest_run_with_a_checkpoint_or_that_of_the_experiment_ty
         resume.find(["experiment=z", "resume=latest"])
 
 
-def test_the_command_line_gets_the_runs_overrides_before_its_own_and_its_folder(outputs):
+def test_hydra_gets_the_runs_folder_and_its_own_overrides_and_the_others_are_kept_apart(outputs):
     run = outputs("d/run", "seed=1", "+model.width=3", "resume_allow_changes=true", "allow_targets=[a]", "resume=x")
     for flags in (["--config-dir", "conf"], []):
-        for arguments in ([*flags, "seed=2", f"resume={run}"], ["seed=2", f"resume={run}", *flags]):
+        typed = ["seed=2", f"resume={run}", "hydra.verbose=true"]
+        for arguments in ([*flags, *typed], [*typed, *flags]):
             found = resume.find(arguments)
-            expected = ["+model.width=3", "seed=2", f"resume='{run}'", f"hydra.run.dir='{run}'"]
+            expected = ["hydra.verbose=true", f"resume='{run}'", f"hydra.run.dir='{run}'"]
             assert found.arguments == ([*flags, *expected] if arguments[0] != "seed=2" else [*expected, *flags])
+            assert (found.own, found.typed) == (["seed=1", "+model.width=3"], ["seed=2"])
     step = run / "checkpoints" / "step_00000001"
     assert resume.find([f"resume={step}"]).checkpoint == step
 

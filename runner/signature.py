@@ -1,0 +1,324 @@
+"""Signs a run's config with a key of this user, so that the user's own runs are told from runs of others.
+
+A signed config may name anything, as the YAML that it was composed from; an unsigned one is untrusted. The signature
+covers the files of `.hydra/`, the run's location, where its modules and configs were imported from, and the links that
+lead out of its folder to storage of the user's. Must not import torch.
+
+Source: Jupyter's signed notebooks,
+https://jupyter-server.readthedocs.io/en/latest/operators/security.html#security-in-notebook-documents
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from runner import import_path
+from runner.utils.files import make_folder, make_folders, replace_file
+
+NAME = "signature.json"
+_SIGNED = ("config", "overrides", "hydra")  # of .hydra/, each a .yaml
+_MARK = ".run"  # in checkpoints/: says of which run they are, wherever they are moved to
+_KEY_BYTES = 32
+_MOST_BYTES = 1 << 20
+
+
+class SignatureError(ValueError):
+    """A config isn't known to be this user's own: the message says why."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run was started.
+
+    Args:
+        directory: its working directory.
+        config_dirs: directories of YAML beside the runner's own.
+        python_path: directories that modules are imported from, beside the interpreter's own.
+        links: targets of the links of the run's folder, by their names.
+        run_id: of the run, wherever its folder is moved to.
+    """
+
+    directory: str
+    config_dirs: list[str] = field(default_factory=list)
+    python_path: list[str] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: secrets.token_hex(16))
+
+
+def find_origin(config_dirs: Sequence[str]) -> Origin:
+    """Returns where a run that is started now is started."""
+    return Origin(os.getcwd(), [os.path.abspath(path) for path in config_dirs], import_path.list_own())
+
+
+def sign(run: Path, origin: Origin, files: Mapping[str, bytes]) -> None:
+    """Signs the config that is about to be written to a run's folder; that which is there now stays signed.
+
+    Args:
+        files: the contents of `config`, `overrides` and `hydra`; those that are missing stay as they are.
+    Raises:
+        OSError: the key can't be read or made.
+    """
+    digests = {name: [_digest(files[name])] for name in files}
+    present = _read_digests(run)
+    with contextlib.suppress(SignatureError, OSError):
+        check(run)
+        # A crash between two of the files leaves one of before beside one of after.
+        digests = {name: [*digests.get(name, ()), *present.get(name, ())] for name in _SIGNED}
+    for name in _SIGNED:
+        digests.setdefault(name, present.get(name, []))
+    content = {"run": str(run.absolute()), "digests": digests, **asdict(origin)}
+    content["hmac"] = _authenticate(content, _read_key(make=True))
+    make_folder(run / ".hydra", run)
+    replace_file(run / ".hydra" / NAME, [json.dumps(content, indent=1).encode()])
+
+
+def mark_checkpoints(run: Path) -> None:
+    """Marks the checkpoints of a signed run as its own: a link to them is followed after they are moved elsewhere."""
+    path = run / "checkpoints" / _MARK
+    if path.exists():
+        return
+    with contextlib.suppress(SignatureError, OSError):
+        replace_file(path, [_mark_of(check(run), _read_key()).encode()])
+
+
+def check(run: Path) -> Origin:
+    """Returns where a run was started, if this user has signed its config.
+
+    Raises:
+        SignatureError: the config is another user's, was modified, or lies elsewhere than where it was signed.
+    """
+    content = _read(run)
+    origin = Origin(**{each.name: content[each.name] for each in fields(Origin)})
+    present = _read_digests(run)
+    for name in _SIGNED:
+        if not set(present.get(name, [None])) <= set(content["digests"].get(name) or [None]):
+            raise SignatureError(f".hydra/{name}.yaml was modified after it was signed")
+    if not _is_same_folder(Path(content["run"]), run):
+        raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
+    if not os.path.isdir(origin.directory):
+        raise SignatureError(f"it was started in {origin.directory}, which is gone")
+    return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
+
+
+def vouch(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
+    """Signs a run's config as it is, with the links in its folder, because the user says that the run is theirs.
+
+    Directories that are gone are looked for below the current one, as after a move of the user's project.
+
+    Raises:
+        SignatureError: the key can't be read or made.
+    """
+    before = None
+    with contextlib.suppress(SignatureError):
+        content = _read(run)
+        before = Origin(**{each.name: content[each.name] for each in fields(Origin)})
+    origin = find_origin(config_dirs)
+    if before is not None:
+        origin = replace(
+            origin,
+            directory=before.directory if os.path.isdir(before.directory) else origin.directory,
+            config_dirs=list(dict.fromkeys([*origin.config_dirs, *_relocate(before.config_dirs, before.directory)])),
+            python_path=list(dict.fromkeys([*origin.python_path, *_relocate(before.python_path, before.directory)])),
+            run_id=before.run_id,
+        )
+    links = {path.name: os.path.realpath(path) for path in run.iterdir() if path.is_symlink() and path.is_dir()}
+    origin = replace(origin, links=links)
+    try:
+        sign(run, origin, {})
+    except OSError as error:
+        raise SignatureError(f"it can't be signed: {error}") from error
+    return origin
+
+
+def sign_text(text: str, origin: Origin) -> str:
+    """Returns a signature of a text, such as an exported config, with where it is from.
+
+    Raises:
+        OSError: the key can't be read.
+    """
+    content = {"text": _digest(text.encode()), **asdict(replace(origin, links={}))}
+    return json.dumps(content | {"hmac": _authenticate(content, _read_key())})
+
+
+def check_text(text: str, signature: str | None) -> Origin:
+    """Returns where a text is from, if this user has signed it.
+
+    Raises:
+        SignatureError: nobody has, or another user.
+    """
+    content = _parse(signature, "text", str)
+    if content["text"] != _digest(text.encode()):
+        raise SignatureError("its config was modified after it was signed")
+    return Origin(**{each.name: content[each.name] for each in fields(Origin)})
+
+
+def _relocate(directories: list[str], old: str) -> list[str]:
+    """Returns directories that are there, those below an old working directory below the current one if need be."""
+    places = []
+    for path in directories:
+        relative = os.path.relpath(path, old)
+        moved = path if relative.startswith("..") else os.path.abspath(relative)
+        places += [each for each in (path, moved) if os.path.isdir(each)][:1]
+    return places
+
+
+def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
+    """Returns the link that leads to the run's own checkpoints, moved to another disk after they were marked."""
+    folder = run / "checkpoints"
+    if not folder.is_symlink() or "checkpoints" in origin.links:
+        return {}
+    try:
+        mark = _read_file(folder / _MARK).decode()
+        is_own = hmac.compare_digest(mark, _mark_of(origin, _read_key()))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {"checkpoints": os.path.realpath(folder)} if is_own else {}
+
+
+def _mark_of(origin: Origin, key: bytes) -> str:
+    return hmac.new(key, f"checkpoints of {origin.run_id}".encode(), hashlib.sha256).hexdigest()
+
+
+def _is_same_folder(recorded: Path, run: Path) -> bool:
+    try:
+        return os.path.samefile(recorded, run)
+    except OSError:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_digests(run: Path) -> dict[str, list[str]]:
+    """Returns the digests of the files of `.hydra/` that are there."""
+    digests = {}
+    for name in _SIGNED:
+        path = run / ".hydra" / f"{name}.yaml"
+        try:
+            digests[name] = [_digest(_read_file(path))]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SignatureError(f".hydra/{name}.yaml can't be read ({error.strerror})") from error
+    return digests
+
+
+def _read(run: Path) -> dict[str, Any]:
+    """Returns the content of a run's signature.
+
+    Raises:
+        SignatureError: there is none that is this user's.
+    """
+    try:
+        text = _read_file(run / ".hydra" / NAME).decode()
+    except FileNotFoundError:
+        raise SignatureError("nobody has signed it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SignatureError(f".hydra/{NAME} can't be read ({error})") from error
+    content = _parse(text, "run", str)
+    digests = content.get("digests")
+    if not isinstance(digests, dict):
+        raise SignatureError(f".hydra/{NAME} is damaged")
+    return content
+
+
+def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
+    """Returns the content of a signature whose code is right."""
+    if text is None:
+        raise SignatureError("nobody has signed it")
+    try:
+        content = json.loads(text)
+        code = content.pop("hmac")
+        expected = _authenticate(content, _read_key())
+        is_right = isinstance(code, str) and hmac.compare_digest(code.encode(), expected.encode())
+    except FileNotFoundError:
+        raise SignatureError("it was signed by another user, or on another machine") from None
+    except OSError as error:
+        raise SignatureError(f"the key can't be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SignatureError("its signature is damaged") from error
+    if not is_right:
+        raise SignatureError(
+            "another user has signed it, or this one on another machine; or its signature was modified"
+        )
+    wanted = {key, *(each.name for each in fields(Origin))}
+    if not wanted <= content.keys() or not isinstance(content[key], kind):
+        raise SignatureError("another version of the runner has signed it")
+    return dict(content)
+
+
+def _authenticate(content: Mapping[str, Any], key: bytes) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _key_path() -> Path:
+    state = os.environ.get("XDG_STATE_HOME", "")
+    place = state if os.path.isabs(state) else os.path.expanduser("~/.local/state")
+    return Path(place, "runner", "key")
+
+
+def _read_key(*, make: bool = False) -> bytes:
+    """Returns this user's key, which is made where it is not there and `make` says so.
+
+    Raises:
+        OSError: it can't be read or made, or others could read it.
+    """
+    path = _key_path()
+    if make and not path.exists():
+        _make_key(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        key = file.read(_KEY_BYTES + 1)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        expected = "expected a file of this user that nobody else can read; remove it, and sign your runs anew"
+        raise PermissionError(13, expected, str(path))
+    if len(key) != _KEY_BYTES:
+        raise OSError(22, f"expected {_KEY_BYTES} bytes; remove it, and sign your runs anew", str(path))
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Makes the key, whole under its name at once: of two processes that make it both use the first one's."""
+    make_folders(path.parent.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path.parent, 0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(descriptor)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+
+
+def _read_file(path: Path) -> bytes:
+    """Returns a regular file's content, of at most a MiB.
+
+    Raises:
+        OSError: it is another kind of file, too large, or not there.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(22, "expected a regular file", str(path))
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise OSError(27, f"expected at most {_MOST_BYTES} bytes", str(path))
+    return data
