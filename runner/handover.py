@@ -60,10 +60,8 @@ class Handover:
             try:
                 signature.sign(self.folder, signature.Origin(**self.origin), self.files)
             except OSError as error:
-                remedy = "set XDG_STATE_HOME to a folder of yours"
-                print(
-                    f"The run isn't signed, so that its config is untrusted later: {error}; {remedy}", file=sys.stderr
-                )
+                effect = "resume, evaluate and export will not know it as yours; set XDG_STATE_HOME"
+                print(f"The run can't be signed: {error}; {effect}", file=sys.stderr)
         for name, content in self.files.items():
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
 

@@ -20,7 +20,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import mistakes
+from runner import mistakes, signature
 from runner.interpolation import quote_nested, told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
 from runner.utils.files import make_folders
@@ -41,9 +41,13 @@ def find_run(path: Path) -> Path:
     """
     if (path / "checkpoints").is_dir():
         return path
-    if re.fullmatch(r"step_\d{8,}", path.resolve().name) and path.is_dir():
-        return path.resolve().parent.parent
-    raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+    real = path.resolve()
+    if not re.fullmatch(r"step_\d{8,}", real.name) or not path.is_dir():
+        raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+    places = [place.parent.parent for place in (path.absolute(), real)]
+    holds_run = [run for run in places if (run / ".hydra").is_dir()]
+    marked = None if holds_run else signature.find_marked_run(real.parent)  # its checkpoints lie on another disk
+    return holds_run[0] if holds_run else marked or places[-1]
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:

@@ -84,11 +84,19 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes]) -> None:
 
 def mark_checkpoints(run: Path) -> None:
     """Marks the checkpoints of a signed run as its own: a link to them is followed after they are moved elsewhere."""
-    path = run / "checkpoints" / _MARK
-    if path.exists():
-        return
     with contextlib.suppress(SignatureError, OSError):
-        replace_file(path, [_mark_of(check(run), _read_key()).encode()])
+        content = {"checkpoints_of": str(run.absolute()), "run_id": check(run).run_id}
+        if _read_mark(run / "checkpoints") != content:
+            signed = content | {"hmac": _authenticate(content, _read_key())}
+            replace_file(run / "checkpoints" / _MARK, [json.dumps(signed).encode()])
+
+
+def find_marked_run(checkpoints: Path) -> Path | None:
+    """Returns the run whose checkpoints lie in a folder that this user has marked, and that a link leads to."""
+    content = _read_mark(checkpoints)
+    if content is None or not _is_same_folder(Path(content["checkpoints_of"], "checkpoints"), checkpoints):
+        return None
+    return Path(content["checkpoints_of"])
 
 
 def check(run: Path) -> Origin:
@@ -177,21 +185,25 @@ def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
     folder = run / "checkpoints"
     if not folder.is_symlink() or "checkpoints" in origin.links:
         return {}
-    try:
-        mark = _read_file(folder / _MARK).decode()
-        is_own = hmac.compare_digest(mark, _mark_of(origin, _read_key()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    content = _read_mark(folder)
+    is_own = content is not None and content["run_id"] == origin.run_id
     return {"checkpoints": os.path.realpath(folder)} if is_own else {}
 
 
-def _mark_of(origin: Origin, key: bytes) -> str:
-    return hmac.new(key, f"checkpoints of {origin.run_id}".encode(), hashlib.sha256).hexdigest()
-
-
-def _is_same_folder(recorded: Path, run: Path) -> bool:
+def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
+    """Returns what the mark of a folder of checkpoints says; None where it has none that is this user's."""
     try:
-        return os.path.samefile(recorded, run)
+        content = json.loads(_read_file(checkpoints / _MARK))
+        code = content.pop("hmac")
+        is_own = hmac.compare_digest(code.encode(), _authenticate(content, _read_key()).encode())
+        return dict(content) if is_own and "checkpoints_of" in content else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _is_same_folder(recorded: Path, found: Path) -> bool:
+    try:
+        return os.path.samefile(recorded, found)
     except OSError:
         return False
 
