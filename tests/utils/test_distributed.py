@@ -41,10 +41,11 @@ def test_moving_keeps_the_shape_of_a_nest():
 
 @pytest.mark.parametrize("is_file", [True, False])
 def test_ranks_meet_in_a_file_or_at_an_address_and_wait_alike(tmp_path, is_file):
-    host = None if is_file else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    place = Place(
-        port=0 if is_file else host.port, has_host=True, store_file=str(tmp_path / "store") if is_file else ""
-    )
+    if is_file:
+        place = Place(has_host=True, store_file=str(tmp_path / "store"))
+    else:
+        host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = Place(has_host=True, port=host.port)
     first, second = connect(place, 10.0), connect(place, 10.0)
     assert isinstance(first, dist.FileStore if is_file else dist.TCPStore)
     assert not wait_for(first, ["a", "b"], 0.05)
