@@ -241,7 +241,7 @@ def _decode(number: int, data: bytes) -> Any:
         raise RankError(f"rank {number} has sent something else than a message: {error}") from error
 
 
-_AT_ONCE = 2040  # bytes for which one collective is enough
+_AT_ONCE = 4088  # bytes for which one collective is enough
 
 
 def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> list[bytes]:

@@ -52,10 +52,17 @@ def _mark(value: Any) -> Any:
         return {_BYTES: b64encode(value).decode()}
     if isinstance(value, Path):
         return {_PATH: str(value)}
-    plain = value.item() if hasattr(value, "item") else value
+    plain = _to_python(value)
     if type(plain) not in _SCALARS:
         raise TypeError(f"a message can't hold a {type(value).__module__}.{type(value).__qualname__}")
     return plain
+
+
+def _to_python(value: Any) -> Any:
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):  # it has none, or many elements
+        return value
 
 
 def _mark_list(values: list[Any]) -> Any:
