@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -24,6 +23,7 @@ from runner.handover import Handover
 from runner.mistakes import ConfigError
 
 _GRACE_S = 5.0  # for workers to end after a second signal
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def num_workers(settings: Any) -> int:
@@ -56,13 +56,12 @@ def start(handover: Handover, num_local: int) -> int:
     Raises:
         ConfigError: the machines did not meet.
     """
-    settings = handover.distributed
     with tempfile.TemporaryDirectory(prefix="runner-") as name, _unchanged_environment():
         folder = Path(name)
-        (folder / "handover").write_bytes(pickle.dumps(handover))
+        (folder / "handover").write_bytes(handover.encode())
         relay = _Relay(folder)
         with signals.taken(relay.take):
-            problem = _run_agent(settings, num_local, folder, handover.folder)
+            problem = _run_agent(handover, num_local, folder)
         relay.close()
         status = _read_status(folder)
         if status is None and relay.seen:
@@ -72,8 +71,9 @@ def start(handover: Handover, num_local: int) -> int:
         return 1 if status is None else status
 
 
-def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | None:
+def _run_agent(handover: Handover, num_local: int, folder: Path) -> str | None:
     """Runs the workers to their end; returns what a person should know where that is not how they ended."""
+    settings = handover.distributed
     if settings.rdzv_endpoint is not None:
         host, _, port = settings.rdzv_endpoint.rpartition(":")
         try:
@@ -87,20 +87,22 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if handover.has_file_store:
+        meeting = _meet_in_files(folder)
+    else:
+        meeting = {"run_id": "runner", "rdzv_endpoint": settings.rdzv_endpoint, "rdzv_configs": {}}
+    timeout_s = int(settings.rdzv_timeout_s)
+    meeting["rdzv_configs"] |= {"timeout": timeout_s, "join_timeout": timeout_s}
     config = LaunchConfig(
         min_nodes=settings.nnodes,
         max_nodes=settings.nnodes,
         nproc_per_node=num_local,
-        run_id="runner" if settings.rdzv_endpoint else folder.name,
         rdzv_backend="c10d",
-        rdzv_endpoint=settings.rdzv_endpoint or "localhost:0",
-        # Else the workers meet at this machine's host name, which need not resolve.
-        local_addr=None if settings.rdzv_endpoint else "127.0.0.1",
-        rdzv_configs={"timeout": int(settings.rdzv_timeout_s), "join_timeout": int(settings.rdzv_timeout_s)},
         max_restarts=settings.max_restarts,
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # a list that is not empty, and without those that are relayed
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),  # it makes a folder of its own, and would leave it behind
+        **meeting,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder), str(os.getpid()))
@@ -108,11 +110,33 @@ def _run_agent(settings: Any, num_local: int, folder: Path, run: Path) -> str | 
         rank, failure = error.get_first_failure()
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
         number = settings.max_restarts
-        return f"rank {rank} ended with {how}, after {number} restarts; go on with resume={run}"
+        return f"rank {rank} ended with {how}, after {number} restarts; go on with resume={handover.folder}"
     except RendezvousError as error:
         where = f"distributed.rdzv_endpoint={settings.rdzv_endpoint}"
         raise ConfigError(f"{where}: the machines did not meet ({error})") from error
     return None
+
+
+def _meet_in_files(folder: Path) -> dict[str, Any]:
+    """Returns the settings of an agent that is alone: neither it nor its workers open a port that others can reach.
+
+    The stores are files in `folder`, which this user alone can open. What carries tensors listens on loopback.
+    """
+    # Else the agent starts a TCPStore for its workers, which listens on all interfaces whatever its address.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, _LOOPBACK)
+    return {
+        "run_id": folder.name,
+        "rdzv_endpoint": str(folder / "rendezvous"),
+        # A FileStore only grows, and nobody waits for the heartbeats of an agent that is alone.
+        "rdzv_configs": {"store_type": "file", "keep_alive_interval": _KEEP_ALIVE_S},
+        # Else the agent looks up this machine's host name, which need not resolve.
+        "local_addr": "127.0.0.1",
+    }
+
+
+_KEEP_ALIVE_S = 3600
 
 
 def _read_status(folder: Path) -> int | None:

@@ -1,25 +1,28 @@
 """A run as the process that composed it hands it to those that run it, and the way there: a file, or torch's store.
 
+It travels as a message: what lies in a store that others can reach executes nothing when it is read.
+
 Must not import torch at the top: what is wrong in a config is told before that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
+import math
 import sys
 import uuid
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runner import config, import_path, run_folder, signature
+from runner.mistakes import ConfigError
 from runner.schema import DistributedConfig
 from runner.signature import Origin
+from runner.utils import message
 from runner.utils.files import make_folder, replace_file
 
 if TYPE_CHECKING:
@@ -28,13 +31,16 @@ if TYPE_CHECKING:
     from runner.utils.place import Place
 
 
+class HandoverError(ConfigError):
+    """Something else lies where a hand-over is expected. Each process that finds it tells it."""
+
+
 @dataclass
 class Handover:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there. `origin` is where this user has started it; an untrusted run that
-    goes on has none, and stays unsigned.
+    then goes on from the newest checkpoint there. An untrusted run that goes on has no `origin`, and stays unsigned.
     """
 
     settings: dict[str, Any]
@@ -42,7 +48,7 @@ class Handover:
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     python_path: list[str] = field(default_factory=list)  # directories of the user's modules
-    origin: dict[str, Any] | None = None
+    origin: dict[str, Any] = field(default_factory=dict)  # where this user has started it
     goes_on: bool = False
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
@@ -53,10 +59,28 @@ class Handover:
         """The settings by which its processes are started."""
         return config.typed(DistributedConfig, self.settings["distributed"])
 
+    @property
+    def has_file_store(self) -> bool:
+        """Whether its processes, all on this machine, meet in the launcher's folder instead of at a port."""
+        return self.distributed.rdzv_endpoint is None
+
+    def encode(self) -> bytes:
+        """Returns it as a message."""
+        return message.encode({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @classmethod
+    def decode(cls, data: bytes) -> Handover:
+        """Returns the hand-over that `encode` made a message of.
+
+        Raises:
+            HandoverError: the message is of another program, or of another version of this one.
+        """
+        return _check(_read(data))
+
     def write_config(self) -> None:
         """Puts the config in the run's folder, once all is built, each file whole at every moment."""
         make_folder(self.folder / ".hydra", self.folder)
-        if self.origin is not None:
+        if self.origin:
             try:
                 signature.sign(self.folder, signature.Origin(**self.origin), self.files)
             except OSError as error:
@@ -64,6 +88,53 @@ class Handover:
                 print(f"The run can't be signed: {error}; {effect}", file=sys.stderr)
         for name, content in self.files.items():
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
+
+
+def _read(data: bytes) -> Any:
+    try:
+        return message.decode(data)
+    except ValueError as error:
+        raise _error(f"no message ({error})") from error
+
+
+def _check(values: Any) -> Handover:
+    types = get_type_hints(Handover)
+    if not isinstance(values, dict):
+        raise _error(f"a {type(values).__name__}")
+    if values.keys() != types.keys():
+        raise _error(f"the keys {', '.join(map(repr, values))}")
+    for name, value in values.items():
+        if not _is_of(value, types[name]):
+            raise _error(f"{name}={value!r}")
+    made = Handover(**values)
+    try:
+        made.distributed  # noqa: B018
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _error(f"settings with another `distributed` ({error!r})") from error
+    return made
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Says whether a value is of a type such as `dict[str, bytes]`."""
+    if hint is Any:
+        return True
+    if not isinstance(value, get_origin(hint) or hint):
+        return False
+    if isinstance(value, dict):
+        key_hint, child_hint = get_args(hint)
+        return all(_is_of(key, key_hint) and _is_of(child, child_hint) for key, child in value.items())
+    return all(_is_of(child, get_args(hint)[0]) for child in value) if isinstance(value, list) else True
+
+
+def _error(found: str) -> HandoverError:
+    shown = found if len(found) <= _MOST_SHOWN else f"{found[:_MOST_SHOWN]}..."
+    return HandoverError(
+        f"hand-over: expected a run as rank 0 composed it, found {shown}; start all ranks with the same version of the "
+        "runner, at an address that no other program uses"
+    )
+
+
+_MOST_SHOWN = 200
 
 
 def make(
@@ -86,16 +157,13 @@ def make(
             folder.absolute(),
             files,
             python_path=import_path.list_own(),
-            origin=None if origin is None else asdict(origin),
+            origin=asdict(origin) if origin else {},
             goes_on=goes_on,
         )
 
 
 class Post:
-    """Hand-overs in the store of a run's processes, from the one that composes to the others, job after job.
-
-    What one's own processes say is believed: hand-overs are pickles.
-    """
+    """Hand-overs in the store of a run's processes, from the one that composes to the others, job after job."""
 
     def __init__(self, store: Store, place: Place) -> None:
         self._store, self._place = store, place
@@ -103,35 +171,38 @@ class Post:
 
     def send(self, handover: Handover) -> None:
         """Hands the next job over."""
-        self._put(pickle.dumps(handover))
+        self._put(handover.encode())
 
     def end(self, status: int) -> None:
         """Says that there is no other job, and with which status all end; where the store is here, waits for them."""
-        self._put(pickle.dumps(status))
-        if not self._place.has_host:
-            with contextlib.suppress(RuntimeError):  # they are gone already, or never came
-                others = [f"bye/{rank}" for rank in range(1, self._place.num_ranks)]
-                self._store.wait(others, timedelta(seconds=_LINGER_S))
+        from runner.utils.distributed import wait_for
+
+        self._put(message.encode(status))
+        if not (self._place.has_host or self._place.store_file):
+            with contextlib.suppress(RuntimeError):  # they are gone already
+                wait_for(self._store, [f"bye/{rank}" for rank in range(1, self._place.num_ranks)], _LINGER_S)
 
     def _put(self, data: bytes) -> None:
         self._store.set(f"job/{self._number}", data)  # type: ignore[arg-type]  # torch's stub lacks bytes
         self._number += 1
 
     def receive(self) -> Handover | int:
-        """Waits for the next job; returns a status where there is none."""
-        from torch.distributed import DistStoreError
+        """Waits for the next job; returns a status where there is none.
+
+        Raises:
+            HandoverError: something else lies there.
+        """
+        from runner.utils.distributed import wait_for
 
         key = f"job/{self._number}"
         self._number += 1
-        while True:
-            try:
-                self._store.wait([key], timedelta(minutes=1))
-            except DistStoreError:
-                continue  # whoever composes takes its time; if it is gone, so is the store or the launcher
-            found: Handover | int = pickle.loads(self._store.get(key))
-            if not isinstance(found, Handover):
-                self._store.set(f"bye/{self._place.rank}", "")
-            return found
+        # Whoever composes takes its time. If it is gone, so is the store or the launcher.
+        wait_for(self._store, [key], math.inf)
+        found = _read(self._store.get(key))
+        if type(found) is not int:
+            return _check(found)
+        self._store.set(f"bye/{self._place.rank}", "")
+        return found
 
 
 _LINGER_S = 10.0

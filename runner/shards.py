@@ -76,9 +76,10 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             io.write_new_json(document, folder / INDEX, indent=None)
 
     refused = together(lambda: _refusal_of(write_share, folder / names.get(number, INDEX)), group)
-    for rank, error in enumerate(refused):
-        if error is not None:
-            raise OSError(error.errno, f"rank {rank}: {error.strerror}", error.filename)
+    for rank, refusal in enumerate(refused):
+        if refusal is not None:
+            code, reason, file = refusal
+            raise OSError(code, f"rank {rank}: {reason}", file)
 
 
 def read(folder: Path) -> dict[str, Tensor]:
@@ -157,12 +158,12 @@ def _text_of(tensor: Tensor | None) -> str:
     return "not there" if tensor is None else f"{name_of(tensor.dtype)}{[*tensor.shape]}"
 
 
-def _refusal_of(work: Callable[[], None], path: Path) -> OSError | None:
-    """Returns what the disk had against it, in a form that goes to other ranks."""
+def _refusal_of(work: Callable[[], None], path: Path) -> tuple[int, str, str] | None:
+    """Returns what the disk had against it, as an `OSError` is made of: number, reason and file."""
     try:
         work()
     except OSError as error:
-        return OSError(error.errno or errno.EIO, error.strerror or str(error), str(error.filename or path))
+        return error.errno or errno.EIO, error.strerror or str(error), str(error.filename or path)
     return None
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import pickle
 import signal
 import sys
 import traceback
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner import import_path, mistakes, run_folder, signals, terminal
-from runner.handover import Handover, Post
+from runner.handover import Handover, HandoverError, Post
 from runner.mistakes import ConfigError
 from runner.utils.place import Place, find_place
 
@@ -29,15 +28,19 @@ _CONNECT_S = 300.0
 
 
 class Joined:
-    """This process among several that something else has started."""
+    """This process among several that something else has started.
 
-    def __init__(self) -> None:
+    Args:
+        store_file: where they meet; "" where the environment has an address for that.
+    """
+
+    def __init__(self, store_file: str = "") -> None:
         from torch.distributed import PrefixStore
 
         from runner.utils import distributed
 
         try:
-            self.place = find_place()
+            self.place = find_place(store_file=store_file)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         whole = distributed.connect(self.place, _CONNECT_S)
@@ -59,14 +62,17 @@ class Joined:
 
     def remember(self, handover: Handover) -> None:
         """Keeps the hand-over of the only job, for all to go on with after a restart."""
-        self._store.set("only", pickle.dumps(handover))  # type: ignore[arg-type]
+        self._store.set("only", handover.encode())  # type: ignore[arg-type]  # torch's stub lacks bytes
 
     def recall(self) -> Handover | None:
-        """Returns the hand-over that was kept before a restart."""
+        """Returns the hand-over that was kept before a restart.
+
+        Raises:
+            HandoverError: something else lies there.
+        """
         if not self.place.restarts or not self._store.check(["only"]):
             return None
-        found: Handover = pickle.loads(self._store.get("only"))
-        return found
+        return Handover.decode(self._store.get("only"))
 
     def work(self, handover: Handover) -> int:
         """Runs this process's share of a job; returns the exit status."""
@@ -157,9 +163,14 @@ def main(folder: Path, launcher: int) -> int:
     # signals.
     _end_with(launcher, signal.SIGKILL)
     with _quick_to_import():
-        handover: Handover = pickle.loads((folder / "handover").read_bytes())
+        try:
+            handover = Handover.decode((folder / "handover").read_bytes())
+        except HandoverError as error:  # such as a runner that was installed anew meanwhile
+            print(error, file=sys.stderr)
+            (folder / "status").write_text("2")
+            return 0
         sys.argv = handover.command
-        joined = Joined()
+        joined = Joined(str(folder / "store") if handover.has_file_store else "")
         _end_with(launcher, signals.REPEATED)
         status = _run_told(joined, handover, folder)
     if status is None:
@@ -187,7 +198,7 @@ def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
             print(f"rank {joined.place.rank}: {error}", file=sys.stderr)
             return None
         message = mistakes.explain(error)
-        if joined.is_leader:
+        if joined.is_leader or isinstance(error, HandoverError):
             print(message or "".join(traceback.format_exception(error)), file=sys.stderr)
         return 1 if message is None else 2
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-import pickle
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ import pytest
 import torch
 from chaos import TIMES, find_difference
 from conftest import Project, read_metrics
+from sockets import RENAMED, exposed, listening
 from test_ranks import wait_for
 
 from runner import agent, checkpoint, worker
+from runner.handover import Handover
 from runner.mistakes import ConfigError
 from runner.utils.place import Place
 
@@ -144,7 +147,8 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
 
 
 def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
-    (tmp_path / "handover").write_bytes(pickle.dumps(SimpleNamespace(command=["runner"])))
+    elsewhere = {"distributed": {"rdzv_endpoint": "node:29500"}}
+    (tmp_path / "handover").write_bytes(Handover(elsewhere, tmp_path, {}, command=["runner"]).encode())
     with socket.create_server(("127.0.0.1", 0)) as silent:
         names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environment = os.environ | names | {"MASTER_PORT": str(silent.getsockname()[1])}
@@ -160,6 +164,32 @@ def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "host_name"), [("ddp", "192.0.2.7"), ("fsdp", "192.0.2.7"), ("ddp", "no-such-host.invalid")]
+)
+def test_no_process_listens_where_others_can_reach_it(project, strategy, host_name):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(RENAMED.format(name=host_name))
+    settings = [f"distributed={strategy}", *DDP[1:], *LONG, "trainer.steps=100000", "distributed.max_restarts=0"]
+    process = project.start(*settings, forks_workers=True)
+    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 2,')
+    workers = workers_of(process).values()
+    pids = [process.pid, *processes_of(process.pid)]
+    assert len(workers) == 2
+    assert {*workers} < {*pids}
+    assert all(listening(pid) for pid in workers)  # gloo
+    assert exposed(pids) == []
+    (shared,) = {path.parent for pid in workers for path in Path(tempfile.gettempdir()).glob(f"runner-*/pid.0.{pid}")}
+    assert (shared / "store").exists()
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o700
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert not shared.exists()
+    with socket.create_server(("", 0)) as server:
+        assert exposed([os.getpid()]) == [(os.getpid(), "0.0.0.0", server.getsockname()[1])]
 
 
 @pytest.mark.parametrize(

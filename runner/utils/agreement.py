@@ -139,9 +139,9 @@ class Agreement:
         """
         self.has_left = self.is_alone = True
         if self._store is not None and self._is_many:
-            word = f"rank {distributed.rank()}: {reason}"
+            word = f"rank {distributed.rank()}: {reason}".encode("utf-8", "backslashreplace").decode()
             with contextlib.suppress(RuntimeError):  # the store has gone before
-                first = self._store.compare_set(_LEFT, "", word).decode()
+                first = self._store.compare_set(_LEFT, "", word).decode(errors="replace")
                 if first != word and first.partition(": ")[2] == reason:  # that rank tells it
                     return LeftError(first, is_told=True)
         return LeftError(reason, is_told)
@@ -177,7 +177,7 @@ class Agreement:
         with contextlib.suppress(RuntimeError):  # the store has gone too
             if self._store is not None and distributed.wait_for(self._store, [_LEFT], _PATIENCE_S):
                 self.is_alone = True
-                return self._store.get(_LEFT).decode()
+                return self._store.get(_LEFT).decode(errors="replace")
         self._lost = LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
         raise self._lost from error
 

@@ -1,12 +1,11 @@
 """What training needs to know of devices and processes: start-up, ranks, collectives that are no-ops on one process.
 
-Must not import a sibling but `place` and `utils`.
+Must not import a sibling but `message`, `place` and `utils`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runner.utils import message
 from runner.utils.place import Place
 from runner.utils.utils import describe, is_signal, message_of
 
@@ -100,27 +100,38 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def connect(place: Place, timeout_s: float) -> dist.Store:
-    """Returns the store in which the processes of a run leave word for each other.
+    """Returns the store in which the processes of a run leave messages for each other.
+
+    A `FileStore` has no port, and is as private as its folder. A `TCPStore` listens on all interfaces, whatever its
+    address: anyone who reaches its port can read and write it.
 
     Raises:
         RuntimeError: nobody answers there within the time.
     """
-    is_host = place.rank == 0 and not place.has_host
     timeout = timedelta(seconds=timeout_s)
+    if place.store_file:
+        store = dist.FileStore(place.store_file, -1)  # -1: no process removes the file when it closes the store
+        store.set_timeout(timeout)
+        return store
+    is_host = place.rank == 0 and not place.has_host
     return dist.TCPStore(
         place.address, place.port, place.num_ranks, is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
     )
 
 
 def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
-    """Says whether a store has all of the keys within the time; unlike `store.wait`, it hears signals meanwhile."""
-    deadline = time.monotonic() + timeout_s
-    while not (has_all := store.check(keys)) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+    """Says whether a store of any kind has all of the keys within the time.
+
+    Unlike `store.wait`, it hears signals meanwhile, and the kinds of stores do not differ in what they raise.
+    """
+    began = time.monotonic()
+    while not (has_all := store.check(keys)) and (waited_s := time.monotonic() - began) < timeout_s:
+        # Many ranks that wait for long shall not keep the store busy.
+        time.sleep(min(max(waited_s / 100, _POLL_S), _MAX_POLL_S))
     return has_all
 
 
-_POLL_S = 0.01
+_POLL_S, _MAX_POLL_S = 0.01, 0.1
 
 
 @contextlib.contextmanager
@@ -203,24 +214,34 @@ _OF_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "Bro
 
 
 def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns every rank's value, by rank, on every rank; values are pickled, and those of one's own processes.
+    """Returns every rank's value, by rank, on every rank. Values are sent as `message.encode` takes them.
 
     Raises:
+        TypeError, ValueError: this rank's value can't be sent.
         LostError: a rank is gone, or does not answer within the group's time.
+        RankError: a rank has sent something else than a message.
     """
     if not is_many():
         return [value]
-    group = group or _words
-    data = pickle.dumps(value)
+    return _gather_encoded(message.encode(value), group or _words)
+
+
+def _gather_encoded(data: bytes, group: dist.ProcessGroup | None) -> list[Any]:
     fitting = _gather_bytes(len(data).to_bytes(8, "little") + data[:_AT_ONCE], _AT_ONCE + 8, group)
     sizes = [int.from_bytes(part[:8], "little") for part in fitting]
-    if max(sizes) <= _AT_ONCE:
-        return [pickle.loads(part[8 : 8 + size]) for part, size in zip(fitting, sizes, strict=True)]
-    parts = _gather_bytes(data, max(sizes), group)
-    return [pickle.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+    fits = max(sizes) <= _AT_ONCE
+    parts = [part[8:] for part in fitting] if fits else _gather_bytes(data, max(sizes), group)
+    return [_decode(number, part[:size]) for number, (part, size) in enumerate(zip(parts, sizes, strict=True))]
 
 
-_AT_ONCE = 2040  # bytes for which one collective is enough
+def _decode(number: int, data: bytes) -> Any:
+    try:
+        return message.decode(data)
+    except ValueError as error:
+        raise RankError(f"rank {number} has sent something else than a message: {error}") from error
+
+
+_AT_ONCE = 4088  # bytes for which one collective is enough
 
 
 def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> list[bytes]:
@@ -247,18 +268,20 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     if not is_many():
         return [work()]
     cause: BaseException | None = None
+    failure: str | None = None
     try:
-        own: tuple[Any, str | None] = (work(), None)
+        data = message.encode((work(), None))
     except BaseException as error:
         if is_signal(error) or isinstance(error, LostError):
             raise
-        own, cause = (None, _describe_to_ranks(error)), error
-    found = gather(own, group)
-    if cause is not None and all(message == own[1] for _, message in found):
+        cause, failure = error, _describe_to_ranks(error)
+        data = message.encode((None, failure))
+    found = _gather_encoded(data, group or _words)
+    if cause is not None and all(other == failure for _, other in found):
         raise cause  # of all, and the same
-    for number, (_, message) in enumerate(found):
-        if message is not None:
-            raise RankError(f"rank {number}: {message}") from cause
+    for number, (_, other) in enumerate(found):
+        if other is not None:
+            raise RankError(f"rank {number}: {other}") from cause
     return [value for value, _ in found]
 
 

@@ -21,14 +21,17 @@ class Place:
     has_host: bool = False  # the store is another program's, such as torchrun's agent
     restarts: int = 0
     run_id: str = ""
+    store_file: str = ""  # in a private folder, where they meet there instead of at the address
 
 
-def find_place(environ: Mapping[str, str] = os.environ) -> Place:
+def find_place(environ: Mapping[str, str] = os.environ, store_file: str = "") -> Place:
     """Returns this process's place, from the variables of torch's launchers or, where one is missing, of Slurm's srun.
 
     A Slurm batch script is no task of its own: outside a step it is one process, whatever its allocation; and so is a
     script that was submitted from within a step, whose variables it inherits.
 
+    Args:
+        store_file: where whoever started the processes has them meet.
     Raises:
         ValueError: variables that are no numbers, contradict each other, or do not say where to meet.
     """
@@ -54,6 +57,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         port=int(port or 0),
         has_host=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
+        store_file=store_file,
     )
 
 

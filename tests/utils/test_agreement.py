@@ -1,6 +1,7 @@
 """Collectives, agreement and slices, on real gloo processes."""
 
 import os
+import pickle
 import time
 
 import pytest
@@ -15,6 +16,7 @@ from runner.utils import distributed
 from runner.utils.agreement import Agreement
 from runner.utils.batches import Batches, EvaluationData, slice_of
 from runner.utils.distributed import LostError, RankError, gather, is_leader, of_leader, together
+from runner.utils.place import Place
 from runner.utils.sampler import BatchedOrderedSampler, PoolSampler
 
 
@@ -78,6 +80,59 @@ def _make_mistake():
 
 def test_a_mistake_of_the_users_is_told_without_its_type():
     assert set(run_ranks(2, _make_mistake)) == {"rank 1: seed=-1: expected 0 or more"}
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def _send_a_pickle(canary):
+    try:
+        if distributed.rank() == 1:
+            distributed._gather_encoded(pickle.dumps(Canary(canary)), distributed._words)
+        else:
+            gather("word")
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_pickle_from_another_rank_is_told_and_not_executed(tmp_path):
+    (told,) = set(run_ranks(2, _send_a_pickle, str(tmp_path / "canary")))
+    assert told.startswith("rank 1 has sent something else than a message: ")
+    assert not (tmp_path / "canary").exists()
+
+
+def _return_what_cannot_be_sent():
+    try:
+        together(lambda: {1} if distributed.rank() == 1 else 0)
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_what_cannot_be_sent_is_told_on_all_ranks():
+    told = "rank 1: TypeError: a message can't hold a builtins.set"
+    assert run_ranks(2, _return_what_cannot_be_sent) == [told, told]
+
+
+def _leave(store_file, port):
+    agreement = Agreement(distributed.connect(Place(port=port, has_host=True, store_file=store_file), 10.0))
+    fails_alike = agreement.fails_everywhere()
+    if distributed.rank() == 1:
+        return fails_alike, str(agreement.leave("it \udcff fails", is_told=False))
+    return fails_alike, agreement.why_left(LostError("nobody answers"))
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_rank_that_leaves_tells_why_through_either_kind_of_store(tmp_path, is_file):
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = run_ranks(2, _leave, str(tmp_path / "store") if is_file else "", host.port)
+    assert found == [(True, "rank 1: it \\udcff fails"), (True, "it \udcff fails")]
 
 
 def _lose():

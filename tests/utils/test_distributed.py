@@ -1,9 +1,14 @@
+import contextlib
+import signal
+import threading
 from collections import namedtuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from runner.utils.distributed import generator_of, move, pick_device
+from runner.utils.distributed import connect, generator_of, move, pick_device, wait_for
+from runner.utils.place import Place
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
@@ -32,6 +37,41 @@ def test_moving_keeps_the_shape_of_a_nest():
     assert moved["x"][0].device.type == moved["pair"].a.device.type == "meta"
     assert (moved["x"][1], moved["pair"].b, type(moved["pair"])) == ("text", 3, Pair)
     assert move(batch, torch.device("cpu")) is batch
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_ranks_meet_in_a_file_or_at_an_address_and_wait_alike(tmp_path, is_file):
+    if is_file:
+        place = Place(has_host=True, store_file=str(tmp_path / "store"))
+    else:
+        host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = Place(has_host=True, port=host.port)
+    first, second = connect(place, 10.0), connect(place, 10.0)
+    assert isinstance(first, dist.FileStore if is_file else dist.TCPStore)
+    assert not wait_for(first, ["a", "b"], 0.05)
+    second.set("a", "")
+    assert not wait_for(first, ["a", "b"], 0.05)
+    late = threading.Timer(0.05, second.set, ("b", "1"))
+    late.start()
+    assert wait_for(first, ["a", "b"], 10.0)
+    late.join()
+    with pytest.raises(InterruptedError), interrupted(0.05):
+        wait_for(first, ["c"], 60.0)
+    del first, second
+    assert (tmp_path / "store").exists() is is_file  # for a rank that comes again
+
+
+@contextlib.contextmanager
+def interrupted(after_s):
+    def raise_error(*_):
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, raise_error)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.gpu

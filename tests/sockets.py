@@ -1,0 +1,55 @@
+"""The sockets of a process that others may reach, as Linux lists them; and a host name that leads elsewhere."""
+
+import ipaddress
+import struct
+from pathlib import Path
+
+LISTENS, UNCONNECTED = "0A", "07"  # of TCP; of UDP
+
+# Gives this process, and what it starts, a host name that resolves to an address of its own that is no loopback, or to
+# none. Where that is not allowed, the host name stays.
+RENAMED = """
+import ctypes
+import fcntl
+import socket
+import struct
+
+libc = ctypes.CDLL(None, use_errno=True)
+if socket.gethostname() != {name!r} and libc.unshare(0x44000000) == 0:  # CLONE_NEWUTS | CLONE_NEWNET
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+        address = struct.pack("16sH2x4s8x", b"lo:1", socket.AF_INET, socket.inet_aton("192.0.2.7"))
+        fcntl.ioctl(any_socket, 0x8916, address)  # SIOCSIFADDR
+    socket.sethostname({name!r})
+"""
+
+
+def listening(pid):
+    """Returns the address and port at which a process takes what others send, of TCP and UDP, IPv4 and IPv6."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(link.readlink().name)
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    found = []
+    for table, state in (("tcp", LISTENS), ("tcp6", LISTENS), ("udp", UNCONNECTED), ("udp6", UNCONNECTED)):
+        path = Path(f"/proc/{pid}/net/{table}")
+        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+            fields = line.split()
+            if fields[3] == state and f"socket:[{fields[9]}]" in inodes:
+                address, port = fields[1].split(":")
+                found.append((_address(address), int(port, 16)))
+    return found
+
+
+def _address(text):
+    """Returns an address of the kernel's table: words of 32 bits, each in the machine's own order."""
+    words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
+    address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def exposed(pids):
+    """Returns what any of the processes listens at that is no loopback address."""
+    return [(pid, str(address), port) for pid in pids for address, port in listening(pid) if not address.is_loopback]
