@@ -37,8 +37,13 @@ class Best:
 
     def rate(self, metric: Any) -> float | None:
         """Returns the rating of what `metric_of` returned, lower being better; None where another metric decides."""
-        is_ours = isinstance(metric, Mapping) and metric["name"] == self._name
-        return self._sign * float(metric["value"]) if is_ours else None
+        if not isinstance(metric, Mapping) or metric.get("name") != self._name:
+            return None
+        value: Any = metric.get("value")
+        try:
+            return self._sign * float(value) if type(value) in (int, float) else None
+        except OverflowError:
+            return None
 
     @property
     def rating(self) -> float:
