@@ -12,6 +12,12 @@ def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
     return {"name": name, "value": -number if mode == "max" else number}
 
 
+def mode_of(config: Mapping[str, Any]) -> str:
+    """Returns the mode that an unresolved config of a run names, "min" where it names none."""
+    trainer = config.get("trainer")
+    return str(trainer.get("best_mode", "min")) if isinstance(trainer, Mapping) else "min"
+
+
 class Best:
     """The best evaluation so far.
 

@@ -114,7 +114,12 @@ def _check_schedule(schedule: Mapping[str, Any], place: str) -> None:
 
 
 def _check(
-    values: Mapping[str, Any], key: str, expected: str, is_kind: Callable[[Any], bool], place: str, default: Any = _ABSENT
+    values: Mapping[str, Any],
+    key: str,
+    expected: str,
+    is_kind: Callable[[Any], bool],
+    place: str,
+    default: Any = _ABSENT,
 ) -> Any:
     """Returns the value of a key.
 

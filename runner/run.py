@@ -187,6 +187,8 @@ def _run(
         ConfigError, RankError: a mistake that was found before the first step.
         LostError: another rank is gone.
     """
+    for fault in record.faults:
+        log.warning("run.json: left out %s", fault)
     if record.crashed:
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None

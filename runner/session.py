@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.best import Best, name_metric
+from runner.best import Best, mode_of, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
 from runner.config import flatten
@@ -149,9 +149,7 @@ class Session:
             read_config: returns the config by which the run rated them so far.
         """
         if best := self._saved_best:
-            self.checkpoints.convert_metrics(
-                lambda number: name_metric(number, best["name"], read_config()["trainer"]["best_mode"])
-            )
+            self.checkpoints.convert_metrics(lambda number: name_metric(number, best["name"], mode_of(read_config())))
 
     def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
         """Returns the best evaluation as run.json names it: a step only where its checkpoint can be loaded.

@@ -82,9 +82,7 @@ def _split_storage(value: Any) -> Parts:
     return "storage", {"bytes": content}, facts
 
 
-def join(
-    kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None
-) -> Any:
+def join(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None) -> Any:
     """Puts together what `split` has taken apart.
 
     Args:
