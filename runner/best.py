@@ -12,6 +12,12 @@ def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
     return {"name": name, "value": -number if mode == "max" else number}
 
 
+def mode_of(config: Mapping[str, Any]) -> str:
+    """Returns the mode that an unresolved config of a run names, "min" where it names none."""
+    trainer = config.get("trainer")
+    return str(trainer.get("best_mode", "min")) if isinstance(trainer, Mapping) else "min"
+
+
 class Best:
     """The best evaluation so far.
 
@@ -37,8 +43,13 @@ class Best:
 
     def rate(self, metric: Any) -> float | None:
         """Returns the rating of what `metric_of` returned, lower being better; None where another metric decides."""
-        is_ours = isinstance(metric, Mapping) and metric["name"] == self._name
-        return self._sign * float(metric["value"]) if is_ours else None
+        if not isinstance(metric, Mapping) or metric.get("name") != self._name:
+            return None
+        value: Any = metric.get("value")
+        try:
+            return self._sign * float(value) if type(value) in (int, float) else None
+        except OverflowError:
+            return None
 
     @property
     def rating(self) -> float:

@@ -19,8 +19,10 @@ from typing import Any
 from crc32c import crc32c
 
 from runner.utils import disk, io
-from runner.utils.files import make_folder, remove_tree
+from runner.utils.files import make_folder, read_bounded, remove_tree
 from runner.utils.packing import restore_raw, unpack
+from runner.utils.strict_json import parse_json
+from runner.utils.utils import describe
 
 MANIFEST = "MANIFEST.json"
 # A part is a file of tensors under an engine's name; the runner's own files are JSON under these: no name is both.
@@ -30,10 +32,12 @@ SHARDS = "shards"
 SUFFIXES = {"sft": ".safetensors", "pt": ".pt"}
 _LOADED: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
 _NAME = re.compile(r"step_(\d{8,})")
-_FILE = re.compile(rf"({SHARDS}/)?[^/.\\][^/\\]*")
+_FILE = re.compile(rf"({SHARDS}/)?[^/.\\\0][^/\\\0]*")
 _LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 22
+_MAX_MANIFEST_BYTES = 32 << 20
+_MAX_FILES = 100_000
 
 
 class CheckpointError(ValueError):
@@ -258,10 +262,14 @@ class Checkpoints:
         )
         return {int(match[1]): path for match, path in matches if match}
 
+    def newest_first(self) -> list[Path]:
+        """Returns all checkpoints, whole or not, the newest first."""
+        return [path for _, path in sorted(self._steps().items(), reverse=True)]
+
     def newest(self) -> tuple[Path | None, list[str]]:
         """Returns the newest whole checkpoint, and why each newer one is not whole."""
         faults = []
-        for _, path in sorted(self._steps().items(), reverse=True):
+        for path in self.newest_first():
             try:
                 verify(path)
             except CheckpointError as error:
@@ -279,8 +287,6 @@ def verify(path: Path) -> dict[str, Any]:
     """
     manifest = _read_manifest(path)
     for name, expected in manifest["files"].items():
-        if not _FILE.fullmatch(name) or Path(name).suffix not in _LOADED:
-            raise CheckpointError(f"{path}: {MANIFEST} names {name!r}, which is no file of a checkpoint")
         file = path / name
         if not file.is_file() or file.is_symlink():
             raise CheckpointError(f"{path}: {name} is missing")
@@ -302,16 +308,18 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
-    values = {}
-    names = verify(path)["files"]
+    values: dict[str, Any] = {}
+    manifest = verify(path)
     try:
-        for name in names:
+        for name in manifest["files"]:
             if "/" not in name:
                 key = name if Path(name).suffix == ".json" else Path(name).stem
+                if key in values:
+                    raise ValueError(f"{path}: {MANIFEST} names two files of {key!r}")
                 values[key] = _LOADED[Path(name).suffix](path / name)
         if STRUCTURE in values:
             values |= _assemble(path, values.pop(STRUCTURE))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     return values
 
@@ -320,6 +328,8 @@ def _assemble(path: Path, documents: Any) -> dict[str, Any]:
     """Returns the parts of a checkpoint whose tensors many ranks wrote, each its share."""
     from runner import shards
 
+    if not isinstance(documents, dict):
+        raise ValueError(f"{path / STRUCTURE}: expected an object, found {type(documents).__name__}")
     tensors = shards.read(path / SHARDS)
     by_part: dict[str, dict[str, Any]] = {part: {} for part in documents}
     for name, tensor in tensors.items():
@@ -329,25 +339,52 @@ def _assemble(path: Path, documents: Any) -> dict[str, Any]:
         for part, found in by_part.items():
             restore_raw(documents[part], found)
         return {part: unpack(documents[part], found) for part, found in by_part.items()}
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / STRUCTURE}: does not fit its tensors ({error!r})") from error
+    except Exception as error:
+        raise ValueError(f"{path / STRUCTURE}: does not fit its tensors ({describe(error)})") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint's manifest, checked: its form, the names in it, and its own checksum.
+
+    Raises:
+        CheckpointError: naming the fault.
+    """
     try:
-        manifest = io.read_json(path / MANIFEST)
-        if not (path / MANIFEST).read_bytes().endswith(b"}\n"):
+        content = read_bounded(path / MANIFEST, _MAX_MANIFEST_BYTES)
+        manifest = parse_json(content)
+        if not content.endswith(b"}\n"):
             raise ValueError("cut short by its last character")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {MANIFEST} is missing") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error.strerror})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {_FORMAT}")
     own = manifest.pop("crc32c", None)
     if own != _sum_of(manifest):
-        raise CheckpointError(f"{path}: {MANIFEST} has crc32c {_sum_of(manifest)}, it says {own}")
+        raise CheckpointError(f"{path}: {MANIFEST} has crc32c {_sum_of(manifest)}, it says {own!r:.40}")
+    if fault := _find_fault(manifest):
+        raise CheckpointError(f"{path}: {MANIFEST} {fault}")
     return manifest
+
+
+def _find_fault(manifest: Mapping[str, Any]) -> str | None:
+    """Returns what a manifest has that no checkpoint's has, or lacks."""
+    files = manifest.get("files")
+    if missing := {"step", "metric", "files"} - manifest.keys():
+        return f"lacks {', '.join(sorted(missing))}"
+    if type(manifest["step"]) is not int or not isinstance(files, dict):
+        return "has no number as its step, or no object as its files"
+    if len(files) > _MAX_FILES:
+        return f"names {len(files):,} files, {_MAX_FILES:,} at most are read"
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name) or Path(name).suffix not in _LOADED:
+            return f"names {name!r:.100}, which is no file of a checkpoint"
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("crc32c")) is not str:
+            return f"has no bytes and crc32c of {name!r:.100}"
+    return None
 
 
 def _stamps(path: Path) -> list[tuple[int, ...]]:

@@ -18,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
+from runner.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
 from runner.mistakes import ConfigError, nearest
 from runner.optimizations import find_mistakes
 from runner.schema import (
@@ -29,6 +30,7 @@ from runner.schema import (
     TrackingConfig,
     TrainerConfig,
 )
+from runner.utils.strict_json import parse_json
 
 _PACKAGE = Path(__file__).resolve().parent
 _WHEEL_CONF = _PACKAGE / "conf"
@@ -78,6 +80,7 @@ _AT_LEAST = {
 }
 _LONGEST_NAME = 200  # a file name has 255 bytes, and some are for its suffixes
 _BACKENDS = ("auto", "gloo", "nccl")
+_MAX_JSON = 20 * MAX_CHARACTERS  # six for a character that is escaped, and the rest for brackets and marks
 _ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
 Section = TypeVar("Section")
 
@@ -88,6 +91,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every key that is missing or out of range, a line each.
     """
+    check_expansion(cfg)
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(OmegaConf.to_container(cfg, resolve=False))]
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
@@ -204,7 +208,11 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """Returns the config as plain dicts and lists, interpolations resolved, enums as their names.
 
     An escaped `\\${...}` becomes the text `${...}`, so a text of the result must not be resolved again.
+
+    Raises:
+        ConfigError: it would expand to too much.
     """
+    check_expansion(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -238,9 +246,13 @@ def from_json(text: str) -> Any:
     """Returns the config that `to_json` wrote.
 
     Raises:
-        ValueError, TypeError, RecursionError: another program wrote it.
+        ValueError, TypeError: another program wrote it.
     """
-    return _unmark(json.loads(text))
+    if len(text) > _MAX_JSON:
+        raise ValueError(f"it has {len(text):,} characters, expected {_MAX_JSON:,} at most")
+    found = _unmark(parse_json(text, 3 * MAX_DEPTH))
+    check_plain(found)
+    return found
 
 
 def _unmark(value: Any) -> Any:

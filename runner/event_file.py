@@ -5,6 +5,7 @@ Owns what TensorBoard reads. It must not import torch, Hydra, OmegaConf or `torc
 """
 
 import io
+import os
 import re
 import socket
 import struct
@@ -22,8 +23,8 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from runner.log_repair import Log, Record, make_key
-from runner.utils.files import replace_file
+from runner.log_repair import Log, Record, is_restorable, is_step, is_time, make_key
+from runner.utils.files import open_regular, replace_file
 
 _PREFIX = "events.out.tfevents."
 _HPARAMS = "_hparams_/"
@@ -38,7 +39,7 @@ def find_event_files(folder: Path) -> list[Path]:
 
 def name_next_file(folder: Path) -> Path:
     """The path of a new event file, which TensorBoard reads after all those of `folder`."""
-    stamps = [re.match(r"\d+", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
+    stamps = [re.match(r"\d{1,12}(?!\d)", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
     stamp = max([int(time.time()), *(int(found[0]) + 1 for found in stamps if found)])
     return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{getpid()}.0"
 
@@ -128,15 +129,18 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
     """Reads the records of a file up to `step`, but for its header and hparams, which a resume writes anew.
 
     With `is_eval_owed`, evaluations of that very step are left out. `earlier_s` is how long the run had run before.
+
+    Raises:
+        OSError: it is no regular file, or the disk refuses.
     """
     log, names = Log(path, f"{_PREFIX}*"), dict[tuple[str, ...], tuple[str, ...]]()
     last, is_gap, has_header, is_own = -1, False, False, True  # not a SummaryWriter's of the user
     is_begun = False
-    for record in _scan(path.read_bytes() if path.exists() else b""):
-        if record is None:
+    for record in _scan(_read(path)):
+        event = None if record is None else _parse(record)
+        if record is None or event is None:
             is_gap = log.is_damaged = True
             continue
-        event = Event.FromString(record[12:-4])
         if log.started is None:
             log.started, log.clock_zero = event.wall_time, event.wall_time - earlier_s
             log.is_clock_known = event.HasField("file_version")
@@ -159,11 +163,28 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
             else:
                 found = event.summary.value
                 values = {value.tag: value.simple_value for value in found if value.HasField("simple_value")}
-                key = make_key(event.step, values, names) if values and is_own else None
+                is_restored = is_own and is_restorable(event.step, values)
+                key = make_key(event.step, values, names) if values and is_restored else None
                 time_s = earlier_s + event.wall_time - log.started
                 log.records.append(Record(event.step, time_s, record, key))
     log.is_damaged |= not has_header
     return log
+
+
+def _read(path: Path) -> bytes:
+    if not os.path.lexists(path):
+        return b""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def _parse(record: bytes) -> Event | None:
+    """Returns the event of a record, or None of one that no run has written, though its checksums are right."""
+    try:
+        event = Event.FromString(record[12:-4])
+    except Exception:  # protobuf's own
+        return None
+    return event if is_step(abs(event.step)) and is_time(event.wall_time) else None
 
 
 def write_log(log: Log) -> None:
@@ -179,14 +200,16 @@ def read_records(file: BinaryIO) -> Iterator[bytes]:
 
 def _scan(content: bytes) -> Iterator[bytes | None]:
     """The records, and None for each place that is torn or damaged."""
-    at = 0
+    at = num_vain = 0
     while at < len(content):
         record = _record_at(content, at)
         yield record
         while record is None:
+            # What looks like records that contain each other would take the square of the file's length.
+            num_vain += _size_at(content, at) or 0
             # The next place that may begin a record: a length of at most four bytes that is not 0.
             found = _BEGINNING.search(content, at + 1)
-            if found is None:
+            if found is None or num_vain > _MOST_IN_VAIN * len(content) + _SPARE_BYTES:
                 return
             at = found.start()
             record = _record_at(content, at)
@@ -195,16 +218,25 @@ def _scan(content: bytes) -> Iterator[bytes | None]:
         at += len(record)
 
 
+_MOST_IN_VAIN, _SPARE_BYTES = 16, 64 << 20  # bytes of damaged records whose checksums are computed
 _BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
 
 
 def _record_at(content: bytes, at: int) -> bytes | None:
+    size = _size_at(content, at)
+    if size is None:
+        return None
+    record = content[at : at + size + 16]
+    return record if record[-4:] == _masked_crc(record[12:-4]) else None
+
+
+def _size_at(content: bytes, at: int) -> int | None:
+    """Returns the size of the payload of the record that begins at a place; None where none does that is whole."""
     head = content[at : at + 12]
     if len(head) < 12 or head[8:] != _masked_crc(head[:8]):
         return None
     (size,) = struct.unpack_from("<Q", head)
-    record = content[at : at + size + 16]
-    return record if len(record) == size + 16 and record[-4:] == _masked_crc(record[12:-4]) else None
+    return int(size) if at + size + 16 <= len(content) else None
 
 
 def frame(payload: bytes) -> bytes:

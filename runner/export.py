@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -16,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from runner import import_path, signals, signature, terminal
 from runner.config import to_json
+from runner.log_repair import is_step
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
 from runner.signature import SignatureError
 from runner.trust import add_trust_arguments
+from runner.utils.files import iterate_lines, open_regular
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from runner.saved import Saved
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MAX_LINE_BYTES = 1 << 20
 
 
 def write(
@@ -108,7 +113,7 @@ def facts_of(
     return {
         "config": config,
         "step": str(step),
-        "commit": str((read_record(run).get("git") or {}).get("commit") or ""),
+        "commit": _commit_of(run),
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
@@ -124,6 +129,12 @@ def _sign(config: str, run: Path) -> dict[str, str]:
         return {}
 
 
+def _commit_of(run: Path) -> str:
+    git = read_record(run).get("git")
+    commit = git.get("commit") if isinstance(git, dict) else None
+    return commit if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{7,64}", commit) else ""
+
+
 def _version() -> str:
     try:
         return metadata.version("runner")
@@ -135,15 +146,32 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     """Returns the step and numbers of the newest evaluation up to a step, as metrics.jsonl has it; None without one."""
     path = run / "metrics.jsonl"
     found = None
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            values = json.loads(line)
-            numbers = {key: value for key, value in values.items() if key.startswith("eval/")}
-            if numbers and values["step"] <= step:
-                found = {"step": values["step"], **numbers}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue  # torn by a kill in the middle of a write
+    if not os.path.lexists(path):
+        return None
+    try:
+        with open_regular(path) as file:
+            for line in iterate_lines(file, _MAX_LINE_BYTES):
+                evaluation = _read_evaluation(line)
+                if evaluation is not None and evaluation["step"] <= step:
+                    found = evaluation
+    except OSError:  # the run whose folder it is tells it
+        return None
     return found
+
+
+def _read_evaluation(line: bytes | None) -> dict[str, Any] | None:
+    """Returns the step and numbers of an evaluation's line; None of another line, or one that no run has written."""
+    try:
+        values = json.loads(line or b"")
+        numbers = {key: value for key, value in values.items() if key.startswith("eval/")}
+        is_valid = is_step(values["step"]) and all(value is None or _is_number(value) for value in numbers.values())
+        return {"step": values["step"], **numbers} if numbers and is_valid else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None  # torn by a kill in the middle of a write
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
 def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -> list[Path]:

@@ -24,7 +24,7 @@ _STABLE = {"run_label", "hydra", "python_version"}  # and OmegaConf's own, `oc.`
 NOT_FOLLOWED = "a resolver other than hydra, now or run_label"
 _BRACES = r"\{[^{}]*\}"
 for _ in range(4):  # so deep
-    _BRACES = rf"\{{(?:[^{{}}]|{_BRACES})*\}}"
+    _BRACES = rf"\{{(?:[^{{}}]|{_BRACES})*+\}}"
 # A quoted text, or an interpolation that is a whole element of a list, a mapping or a sweep.
 _PARTS = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?:(?<![^,\[{(:\s]))\$""" + _BRACES + r"(?=\s*(?:[,\]})]|$))"
@@ -38,7 +38,7 @@ def escape(value: Any) -> Any:
     if isinstance(value, list):
         return [escape(child) for child in value]
     # Backslashes before an interpolation are read in pairs; an odd one escapes it.
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return re.sub(r"(?<!\\)(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def find_resolvers(text: str) -> set[str]:
@@ -159,7 +159,7 @@ def _quote(part: re.Match[str]) -> str:
     if not text.startswith("$") or "}" not in text[:-1]:
         return text
     # A backslash before a quote is doubled, and the quote gets one of its own.
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', text) + '"'
+    return '"' + re.sub(r'(?<!\\)(\\*)"', r'\1\1\\"', text) + '"'
 
 
 def quote(text: str) -> str:

@@ -29,6 +29,7 @@ from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
 from runner.signature import Origin, SignatureError
+from runner.utils.files import read_bounded
 from runner.utils.place import is_one_of_several
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
@@ -190,9 +191,9 @@ def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
     """
     if not (folder / "run.json").exists():
         return False
-    path = folder / ".hydra" / "config.yaml"
-    if path.is_file() and path.read_text() == OmegaConf.to_yaml(cfg):
-        return True
+    with contextlib.suppress(OSError, ValueError):
+        if read_bounded(folder / ".hydra" / "config.yaml", 1 << 20).decode() == OmegaConf.to_yaml(cfg):
+            return True
     raise _told(ConfigError(f"{folder}: holds another run already; give the sweep another hydra.sweep.dir"))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from operator import itemgetter
@@ -14,12 +15,19 @@ from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
 
+from runner.utils.files import iterate_lines, open_regular
+
 # Step, names, and the values as float32, which is what an event holds.
 Key = tuple[int, tuple[str, ...], bytes]
 EncodeLine = Callable[[int, float, Mapping[str, float]], bytes]
 EncodeEvent = Callable[[float, int, Mapping[str, float]], bytes]
 _SAME_TIME_S = 2e-6  # more than the times of a line and its event differ by rounding
 _CHANGED_TIME_S = 1e-3
+_MAX_TIME_S = 1e12  # 30,000 years
+_MAX_STEP = 1 << 53
+_MAX_LINE_BYTES = 1 << 20
+_MAX_NEARBY = 100  # lines that are compared with an event: of one step or instant there are a few
+_OWN_NAMES = ("step", "time_s")  # of a line
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -72,6 +80,21 @@ def make_key(step: int, values: Mapping[str, float | None], names: dict[tuple[st
     return step, names.setdefault(found, found), numbers.tobytes()
 
 
+def is_step(step: object) -> bool:
+    """Says whether a value is a step that a run can have made."""
+    return type(step) is int and 0 <= step < _MAX_STEP
+
+
+def is_time(time_s: object) -> bool:
+    """Says whether a value is a time that a clock can have told, in seconds."""
+    return type(time_s) in (int, float) and abs(time_s) < _MAX_TIME_S  # type: ignore[arg-type]
+
+
+def is_restorable(step: int, names: Iterable[str]) -> bool:
+    """Says whether an event's numbers can stand in a line of `metrics.jsonl`."""
+    return step >= 0 and not any(name in _OWN_NAMES for name in names)
+
+
 def numbers_of(key: Key) -> dict[str, float]:
     """Returns a call's numbers, in the precision of float32."""
     return dict(zip(key[1], array("f", key[2]), strict=True))
@@ -82,10 +105,15 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
 
     With `is_eval_owed`, evaluations of that very step are left out. A line that is no JSON of numbers counts as
     damaged, as does one whose step is not between those of its neighbours.
+
+    Raises:
+        OSError: it is no regular file, or the disk refuses.
     """
     log, names = Log(path, path.name), dict[tuple[str, ...], tuple[str, ...]]()
-    content = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    records = [_parse_line(line, names) for line in content]
+    records = []
+    if os.path.lexists(path):
+        with open_regular(path) as file:
+            records = [_parse_line(line, names) for line in iterate_lines(file, _MAX_LINE_BYTES)]
     parsed = [record for record in records if record is not None]
     num_same = Counter(_step_and_names(record) for record in parsed)
     repeated = [num_same[_step_and_names(record)] > 1 for record in parsed]
@@ -133,12 +161,14 @@ def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bo
     return not (is_next_changed or is_last_changed)
 
 
-def _parse_line(line: bytes, names: dict[tuple[str, ...], tuple[str, ...]]) -> Record | None:
+def _parse_line(line: bytes | None, names: dict[tuple[str, ...], tuple[str, ...]]) -> Record | None:
+    """Returns the record of a line, or None of what a run has not written: it is damaged, or by another program."""
     try:
-        values = json.loads(line)
+        values = json.loads(line or b"")
         step, time_s = values.pop("step"), values.pop("time_s")
-        if type(step) is not int or not isfinite(time_s) or not line.endswith(b"\n"):
+        if line is None or not line.endswith(b"\n") or not is_step(step) or not is_time(time_s):
             return None
+        "".join(values).encode()  # a lone surrogate is a ValueError, and no event has one
         return Record(step, float(time_s), line, make_key(step, values, names) if values else None)
     except _JSON_ERRORS:
         return None
@@ -268,11 +298,11 @@ def _find_changed(
     times = [record.time_s for record in order]
     pairs = list[tuple[tuple[bool, int, float], Record, Record]]()
     for event in lost_lines:
-        nearby = {id(line): line for line in steps.get(event.step, ())}
+        nearby = {id(line): line for line in steps.get(event.step, [])[:_MAX_NEARBY]}
         if id(event) not in untimed:
             first = bisect_left(times, event.time_s - _SAME_TIME_S)
             last = bisect_right(times, event.time_s + _SAME_TIME_S)
-            nearby |= {id(line): line for line in order[first:last]}
+            nearby |= {id(line): line for line in order[first : min(last, first + _MAX_NEARBY)]}
         for line in nearby.values():
             difference = _compare(event, line, id(event) not in untimed, num_extra is not None)
             if difference is not None:
@@ -364,12 +394,14 @@ def name_damaged(damaged: list[Log], others: list[Log]) -> str:
 def _take(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:
     """Yields the wanted numbers of records of each key; of several records, those that no other has the time of."""
     times = defaultdict[Key | None, list[float]](list)
-    for record in others if wanted else ():
+    for record in sorted(others, key=lambda record: record.time_s) if wanted else ():
         if record.key in wanted:
             times[record.key].append(record.time_s)
 
     def distance_s(record: Record) -> float:
-        return min((abs(record.time_s - time_s) for time_s in times.get(record.key, ())), default=inf)
+        known = times.get(record.key, [])
+        place = bisect_left(known, record.time_s)
+        return min((abs(record.time_s - time_s) for time_s in known[max(place - 1, 0) : place + 1]), default=inf)
 
     for record in sorted(records, key=distance_s, reverse=True) if wanted else ():
         if record.key and wanted[record.key] > 0:

@@ -11,8 +11,8 @@ from statistics import mode
 from runner.log_repair import Log, Repair, name_damaged
 
 
-def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]:
-    """Returns the steps among which numbers are lost that no other file holds.
+def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> list[range]:
+    """Returns the steps among which numbers are lost that no other file holds, as ranges.
 
     Args:
         num_lost: how many calls' numbers are lost; None where no checkpoint tells.
@@ -23,12 +23,12 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
     found = sorted(num_calls)
     spacing = mode(sorted(after - before for before, after in pairwise(found)) or [1])  # the least of equally many
     open_gaps, restored_gaps = _sort_gaps(logs)
-    lost = set[int]().union(*(_steps_of(gap, spacing) for gap in open_gaps))
+    lost = _merge(span for gap in open_gaps for span in _steps_of(gap, spacing))
     if num_lost is None or num_lost <= 0:
         return lost
     last_found = found[-1] if found else -1
-    tail = set(range(last_found + 1, last_step + 1))
-    lost |= tail
+    tail = range(last_found + 1, last_step + 1)
+    lost = _merge([*lost, tail])
     num_explained = len(tail) // spacing
     num_explained += sum(max(len(range(before + 1, after)) // spacing, 1) for before, after in open_gaps)
     most = max(num_calls.values(), default=1)
@@ -36,16 +36,35 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> set[int]
         # Whole calls may be cut out, between files, or within one, or between the calls of a step.
         between, ends = _find_between(logs, is_all=not lost)
         holes = [(last, step) for last, step in pairwise(found) if step - last > spacing]
-        lost |= between.union(*(range(last + 1, step) for last, step in holes))
-        if not lost or num_lost > len(lost) * most:
+        lost = _merge([*lost, *between, *(range(last + 1, step) for last, step in holes)])
+        if not lost or num_lost > _count(lost) * most:
             # A restored call hides that another of its gap is lost.
-            lost |= set[int]().union(*(range(max(before, 0), after + 1) for before, after in restored_gaps))
+            lost = _merge([*lost, *(range(max(before, 0), after + 1) for before, after in restored_gaps)])
         if lost or any(log.is_damaged for log in logs):
             ends |= {last_found}.union(*open_gaps, *restored_gaps, *holes)
-            lost |= {step for step in ends if 0 < num_calls[step] < most}
-        if lost and num_lost > len(lost) * most:
-            lost |= {step for step in ends if step >= 0}
-    return lost or set(range(last_step + 1))
+            lost = _merge([*lost, *map(_only, (step for step in ends if 0 < num_calls[step] < most))])
+        if lost and num_lost > _count(lost) * most:
+            lost = _merge([*lost, *map(_only, (step for step in ends if step >= 0))])
+    return lost or _merge([range(last_step + 1)])
+
+
+def _only(step: int) -> range:
+    return range(step, step + 1)
+
+
+def _merge(spans: Iterable[range]) -> list[range]:
+    """Returns the same steps as ranges apart from each other, in order; a set of the steps could be of any size."""
+    merged: list[range] = []
+    for span in sorted((span for span in spans if span), key=lambda span: span.start):
+        if merged and span.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, span.stop))
+        else:
+            merged.append(span)
+    return merged
+
+
+def _count(spans: Iterable[range]) -> int:
+    return sum(map(len, spans))
 
 
 def _sort_gaps(logs: list[Log]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
@@ -60,27 +79,27 @@ def _sort_gaps(logs: list[Log]) -> tuple[set[tuple[int, int]], set[tuple[int, in
     return open_gaps, restored_gaps - open_gaps
 
 
-def _steps_of(gap: tuple[int, int], spacing: int) -> set[int]:
+def _steps_of(gap: tuple[int, int], spacing: int) -> list[range]:
     """Returns the steps in a gap, with those beside it where none between them would have numbers."""
     before, after = gap
-    between = set(range(before + 1, after))
-    return between if len(between) >= spacing else between | {max(before, 0), after}
+    between = range(before + 1, after)
+    return [between] if len(between) >= spacing else [between, _only(max(before, 0)), _only(after)]
 
 
-def _find_between(logs: list[Log], is_all: bool) -> tuple[set[int], set[int]]:
+def _find_between(logs: list[Log], is_all: bool) -> tuple[list[range], set[int]]:
     """Returns the steps between the files, one of which was cut or is gone, and the steps where they may be cut.
 
     A run may well begin at step 1: without `is_all`, step 0 counts only if the file is damaged before its numbers.
     """
-    lost, ends = set[int](), set[int]()
+    lost, ends = list[range](), set[int]()
     last, pattern = -1, ""
     for log in logs:
         if log.pattern != pattern:
             last, pattern = -1, log.pattern
         for record in log.records[:1]:  # that of a restart names the step after the last
-            steps = set(range(last + 1, record.step))
+            steps = range(last + 1, record.step)
             if is_all or last >= 0 or record.step > 1 or log.is_begin_damaged:
-                lost |= steps
+                lost.append(steps)
             if log.is_begin_damaged and not steps:
                 ends.add(record.step)
         for record in log.records[-1:]:
@@ -91,12 +110,11 @@ def _find_between(logs: list[Log], is_all: bool) -> tuple[set[int], set[int]]:
 
 def shown_steps(steps: Iterable[int]) -> str:
     """Returns steps as text, neighbours as one range."""
-    ranges: list[list[int]] = []
-    for step in sorted(set(steps)):
-        if ranges and step == ranges[-1][1] + 1:
-            ranges[-1][1] = step
-        else:
-            ranges.append([step, step])
+    return _show(_merge(map(_only, steps)))
+
+
+def _show(spans: list[range]) -> str:
+    ranges = [(span[0], span[-1]) for span in spans]
     noun = "step " if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "steps "
     return noun + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
 
@@ -120,9 +138,9 @@ def describe_repair(repair: Repair, lines: Log) -> Iterator[str]:
         )
 
 
-def describe_lost(logs: list[Log], lost: set[int], num_lost: int | None) -> str:
+def describe_lost(logs: list[Log], lost: list[range], num_lost: int | None) -> str:
     """Says in which files which steps stay missing."""
     names = name_damaged([log for log in logs if log.is_damaged], logs)
     if num_lost is not None and num_lost <= 0:
-        return f"{names}: damaged; a record of {shown_steps(lost)} was left out, no numbers are missing"
-    return f"{names}: damaged; the numbers of {shown_steps(lost)} are missing and no file holds them"
+        return f"{names}: damaged; a record of {_show(lost)} was left out, no numbers are missing"
+    return f"{names}: damaged; the numbers of {_show(lost)} are missing and no file holds them"

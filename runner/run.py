@@ -13,11 +13,11 @@ from typing import Any
 from torch.distributed import Store
 
 from runner.build import Experiment, build
-from runner.checkpoint import FACTS, load
+from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
 from runner.mistakes import ConfigError
-from runner.run_folder import find_checkpoint, read_config, read_record
+from runner.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
 from runner.signals import MEANINGS, STATUSES, Signals, meaning_of
@@ -187,6 +187,8 @@ def _run(
         ConfigError, RankError: a mistake that was found before the first step.
         LostError: another rank is gone.
     """
+    for fault in record.faults:
+        log.warning("run.json: left out %s", fault)
     if record.crashed:
         log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
     status, reason = "failed", None
@@ -238,9 +240,11 @@ def _finish(session: Session, record: RunRecord, status: str, reason: str | None
 def _describe_runner(folder: Path) -> str:
     record = read_record(folder)
     try:
-        return f"process {record['pid']} on {record['host']}, since {record['sessions'][-1]['started']}"
+        pid, host, started = record["pid"], record["host"], record["sessions"][-1]["started"]
     except (KeyError, IndexError, TypeError):
         return "it has only just begun"
+    is_known = type(pid) is int and isinstance(host, str) and isinstance(started, str)
+    return f"process {pid} on {host:.80}, since {started:.40}" if is_known else "its run.json does not say which"
 
 
 def _remove_begun(folder: Path, has_log: bool) -> None:
@@ -279,5 +283,5 @@ def _find_together(path: Path) -> Found:
         return found
 
     found = of_leader(find)
-    together(lambda: None if is_leader() else content.update(load(found)))
+    together(lambda: None if is_leader() else content.update(load_checked(found)))
     return found, content

@@ -7,11 +7,11 @@ torch at the top.
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,33 +21,48 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner import mistakes, signature
+from runner.expansion import MAX_DEPTH, MAX_TEXTS, check_expansion, check_text
 from runner.interpolation import quote_nested, told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
-from runner.utils.files import make_folders
+from runner.utils.files import make_folders, read_bounded
+from runner.utils.strict_json import parse_json
 
-OF_THE_COMMAND_LINE = (
-    "resume",
-    "resume_allow_changes",
-    "allow_targets",
-    "sign",
-)  # never taken over from a run's config
+_MAX_YAML_BYTES = 1 << 20
+_MAX_EVENTS = 50_000
+_MAX_DIGITS = 400
+_MAX_KEY = 1_000  # characters
+_MAX_OVERRIDES = 1_000
+_MAX_COMMAS = 1_000  # Hydra parses a list in the square of its length: 0.1 s
+_MAX_RECORD_BYTES = 64 << 20
+_LONG_NUMBER = re.compile(rf"[-+.0-9][0-9a-fA-FxXoO_:.+-]{{{_MAX_DIGITS},}}")
+_TAGS = ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:python/object/apply:pathlib.")  # what OmegaConf writes
+# Never taken over from a run's config.
+OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets", "sign")
 
 
 def find_run(path: Path) -> Path:
     """Returns the run's folder of a run's folder or of one of its checkpoints.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither, or can't be looked at.
     """
-    if (path / "checkpoints").is_dir():
-        return path
-    real = path.resolve()
-    if not re.fullmatch(r"step_\d{8,}", real.name) or not path.is_dir():
-        raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
-    places = [place.parent.parent for place in (path.absolute(), real)]
-    holds_run = [run for run in places if (run / ".hydra").is_dir()]
-    marked = None if holds_run else signature.find_marked_run(real.parent)  # its checkpoints lie on another disk
-    return holds_run[0] if holds_run else marked or places[-1]
+    try:
+        if (path / "checkpoints").is_dir():
+            return path
+        real = path.resolve()
+        if re.fullmatch(r"step_\d{8,}", real.name) and path.is_dir():
+            return _find_run_of(path.absolute(), real)
+        path.exists()
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
+    raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+
+
+def _find_run_of(checkpoint: Path, real: Path) -> Path:
+    """Returns the run of a checkpoint, which may lie on another disk that the run's folder links to."""
+    holds_run = [place.parent.parent for place in (checkpoint, real) if (place.parent.parent / ".hydra").is_dir()]
+    marked = None if holds_run else signature.find_marked_run(real.parent)
+    return holds_run[0] if holds_run else marked or real.parent.parent
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
@@ -92,51 +107,130 @@ def refuse_links(run: Path) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Returns a run's own config, unresolved.
+    """Returns a run's own config, unresolved; it expands to a bounded size.
 
     Raises:
-        ConfigError: it is not there or can't be read.
+        ConfigError: it is not there, can't be read, or expands to more.
     """
-    content = _read_yaml(run / ".hydra" / "config.yaml")
+    path = run / ".hydra" / "config.yaml"
+    content = _read_yaml(path)
     if not isinstance(content, dict) or "hydra" in content:
-        raise ConfigError(f"{run / '.hydra' / 'config.yaml'}: not the config of a run")
-    return {str(key): value for key, value in content.items()}
+        raise ConfigError(f"{path}: not the config of a run")
+    config = {str(key): value for key, value in content.items()}
+    reads_hydra = any("${hydra:" in text for text in _texts(config))
+    _check(path, lambda: check_expansion(config, _read_hydra(run) if reads_hydra else None, is_strict=True))
+    return config
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(child)
+
+
+def _check(path: Path, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def told_of(run: Path, cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
     """Has `${hydra:...}` of a run's config tell what it told when the run was begun, and the folder where it lies now.
 
-    A value of Hydra's that reads what the machine knows is missing.
+    A value of Hydra's that reads what the machine knows is missing. Hydra's config and the run's together expand to a
+    bounded size, or the first that is told of it raises ConfigError.
     """
-    return told_by_hydra(cfg, lambda: without_elsewhere(_read_hydra(run)), run)
+
+    def read() -> Any:
+        hydra = without_elsewhere(_read_hydra(run))
+        _check(run / ".hydra" / "hydra.yaml", lambda: check_expansion(cfg, hydra))
+        return hydra
+
+    return told_by_hydra(cfg, read, run)
 
 
 def _read_hydra(run: Path) -> Any:
     path = run / ".hydra" / "hydra.yaml"
-    content = _read_yaml(path) if path.is_file() else {}
+    content = _read_yaml(path) if os.path.lexists(path) else {}
     return content.get("hydra", {}) if isinstance(content, dict) else {}
 
 
 def read_overrides(run: Path) -> list[str]:
-    """Returns the overrides that a run was last started with; none where no file tells."""
+    """Returns the overrides that a run was last started with; none where no file tells.
+
+    Raises:
+        ConfigError: it can't be read, or parsing it would take long.
+    """
     path = run / ".hydra" / "overrides.yaml"
-    content = _read_yaml(path) if path.is_file() else []
+    content = _read_yaml(path) if os.path.lexists(path) else []
     if not isinstance(content, list):
         raise ConfigError(f"{path}: not the overrides of a run")
-    return [str(override) for override in content]
+    overrides = [str(override) for override in content]
+    _check(path, lambda: _check_overrides(overrides))
+    return overrides
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Checks that Hydra parses overrides in little time, and without exhausting Python's stack."""
+    for number, override in enumerate(overrides):
+        check_text(override, f"override {number}")
+    counts = {
+        "overrides": (len(overrides), _MAX_OVERRIDES),
+        "characters": (sum(map(len, overrides)), MAX_TEXTS),
+        "commas in one override": (max((override.count(",") for override in overrides), default=0), _MAX_COMMAS),
+        "commas": (sum(override.count(",") for override in overrides), 5 * _MAX_COMMAS),
+    }
+    for kind, (found, limit) in counts.items():
+        if found > limit:
+            raise ConfigError(f"has {found:,} {kind}; {limit:,} at most are read")
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_text(encoding="utf-8"))):
-            raise ConfigError(f"{path}: has an alias (*), which a run's own config never has")
-        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = read_bounded(path, _MAX_YAML_BYTES).decode()
+        _check_events(path, text)
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except ConfigError:
         raise
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; the run's folder is not whole") from None
-    except Exception as error:  # of YAML, of its encoding, of the disk
-        raise ConfigError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from error
+    except Exception as error:  # of YAML, of its encoding
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"{path}: can't be read ({reason})") from error
+    if key := next((key for key in _keys(content) if len(str(key)) > _MAX_KEY), None):
+        raise ConfigError(f"{path}: the key {str(key)[:60]}... has over {_MAX_KEY:,} characters")
+    return content
+
+
+def _keys(value: Any) -> Iterator[Any]:
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield key
+        yield from _keys(child)
+
+
+def _check_events(path: Path, text: str) -> None:
+    """Checks a YAML text while it is parsed, before values are made of it: some texts would make any number of them.
+
+    Raises:
+        ConfigError: it has what a config that OmegaConf has written never has, or too much of what it may have.
+    """
+    depth = 0
+    for number, event in enumerate(yaml.parse(text)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{path}: has an alias (*), which a run's own config never has")
+        if depth > MAX_DEPTH or number > _MAX_EVENTS:
+            limit = f"nested over {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"over {_MAX_EVENTS:,} keys and values"
+            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: {limit}")
+        if (tag := getattr(event, "tag", None)) and not tag.startswith(_TAGS):
+            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: has the tag {tag[:60]}, which no config has")
+        # Python reads 4300 digits at most, and a number of base 60 (1:30:00) takes its square of time.
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _LONG_NUMBER.match(event.value):
+            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: a number of over {_MAX_DIGITS} digits")
 
 
 def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
@@ -194,20 +288,40 @@ def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
     faults: list[str] = []
     try:
-        if (path / "checkpoints").is_dir():
-            newest, faults = checkpoint.Checkpoints(path / "checkpoints").newest()
-            if newest is None:
-                raise ConfigError(f"{path} has no whole checkpoint. {' '.join(faults)}")
-            path = newest
-        return path, checkpoint.load(path), faults
+        if not (path / "checkpoints").is_dir():
+            return path, load_checked(path), faults
+        for found in checkpoint.Checkpoints(path / "checkpoints").newest_first():
+            try:
+                return found, load_checked(found), faults
+            except checkpoint.CheckpointError as error:
+                faults.append(str(error))
     except checkpoint.CheckpointError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{error.filename or path}: can't be read ({error.strerror or error})") from error
+    raise ConfigError(f"{path} has no whole checkpoint. {' '.join(faults)}")
+
+
+def load_checked(path: Path) -> dict[str, Any]:
+    """Returns a whole checkpoint's content, whose values have the types that a run reads.
+
+    Raises:
+        CheckpointError: naming the file, and the check that failed.
+    """
+    from runner import checkpoint, facts
+
+    content = checkpoint.load(path)
+    try:
+        facts.check_content(content)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from error
+    return content
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Returns a run's run.json; nothing where it is not there or can't be read."""
+    """Returns a run's run.json; nothing where it is not there or can't be read. Its values may be of any type."""
     try:
-        record = json.loads((run / "run.json").read_bytes())
+        record = parse_json(read_bounded(run / "run.json", _MAX_RECORD_BYTES))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -218,7 +332,7 @@ def is_crashed(record: Mapping[str, Any]) -> bool:
     pid = record.get("pid")
     if record.get("status") != "running" or record.get("host") != socket.gethostname():
         return False
-    if type(pid) is not int or pid < 1:
+    if type(pid) is not int or not 0 < pid < 1 << 31:
         return False
     try:
         os.kill(pid, 0)

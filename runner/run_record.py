@@ -13,12 +13,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from runner.utils.files import replace_file
+from runner.utils.files import read_bounded, replace_file
+from runner.utils.strict_json import parse_json
 
 _PACKAGES = ("runner", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _GIT_TIMEOUT_S = 5.0
@@ -43,6 +45,7 @@ class RunRecord:
         self._clock_zero = 0.0
         self._survey: threading.Thread | None = None
         self.crashed: dict[str, Any] | None = None
+        self.faults: list[str] = []  # what `read` has left out
 
     def start(self, **facts: Any) -> None:
         """A session of the run has begun; a run.json that lies there is of the same run, and goes on.
@@ -104,21 +107,80 @@ class RunRecord:
         replace_file(self._path, [text.encode(), b"\n"])
 
     def read(self) -> dict[str, Any]:
-        """Returns what lies there; nothing where no run has begun.
+        """Returns what lies there but for values of a kind that no run writes, which `faults` names; or nothing.
 
         Raises:
             ValueError: it is no run.json.
         """
-        if not self._path.exists():
+        if not os.path.lexists(self._path):
             return {}
         try:
-            content: dict[str, Any] = json.loads(self._path.read_bytes())
-            for session in content.get("sessions", []):
-                float(session["duration_s"]), session["status"], int(session["pid"]), session["host"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            remedy = "move it away to resume the run"
-            raise ValueError(f"{self._path}: not the record of a run ({error}); {remedy}") from None
-        return content
+            content = parse_json(read_bounded(self._path, _MAX_BYTES))
+            if not isinstance(content, dict):
+                raise ValueError(f"expected an object, found {type(content).__name__}")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"{self._path}: not the record of a run ({reason}); move it away to resume the run"
+            ) from None
+        self.faults = []
+        valid = self._valid(content, _KINDS, "")
+        sessions = valid.get("sessions", [])
+        own = [self._valid(each, _SESSION_KINDS, f"sessions.{i}") for i, each in enumerate(sessions)]
+        return valid | {"sessions": [session for session in own if session.keys() >= _SESSION_KINDS.keys()]}
+
+    def _valid(self, values: Any, kinds: Mapping[str, Callable[[Any], bool]], place: str) -> dict[str, Any]:
+        """Returns those of an object's values that are of their kinds; notes the others."""
+        if not isinstance(values, dict):
+            self._note(place, values)
+            return {}
+        for name in kinds.keys() - values.keys() if place else ():
+            self.faults.append(f"{place}.{name}: nothing, so this session is left out")
+        invalid = [name for name, is_kind in kinds.items() if name in values and not is_kind(values[name])]
+        for name in invalid:
+            self._note(f"{place}.{name}".lstrip("."), values[name])
+        return {name: value for name, value in values.items() if name not in invalid}
+
+    def _note(self, place: str, value: Any) -> None:
+        self.faults.append(f"{place}: {value!r:.60}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pid(value: Any) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < _MAX_DURATION_S
+
+
+def _is_step(value: Any) -> bool:
+    return value is None or (type(value) is int and 0 <= value < _MAX_STEP)
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_MAX_BYTES = 64 << 20
+_MAX_DURATION_S, _MAX_STEP = 1e12, 1 << 53
+# What is read of a run.json, by what it has to be.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "sessions": lambda value: isinstance(value, list),
+    "started": _is_text,
+    "last_step": _is_step,
+    "best": _is_object,
+    "git": _is_object,
+}
+_SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
+    "duration_s": _is_duration,
+    "status": _is_text,
+    "pid": _is_pid,
+    "host": _is_text,
+}
 
 
 def _read_git(folder: str) -> dict[str, Any] | None:

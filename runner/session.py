@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import signature
-from runner.best import Best, name_metric
+from runner.best import Best, mode_of, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
 from runner.config import flatten
@@ -21,6 +21,7 @@ from runner.console import Console
 from runner.dialogue import Dialogue
 from runner.evaluate import measure, show
 from runner.export import facts_of, last_evaluation, write
+from runner.facts import BATCHES
 from runner.fingerprint import find_change, fingerprint_of
 from runner.first_step import KnownTensors, introduce
 from runner.mistakes import ConfigError
@@ -38,9 +39,8 @@ from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.packing import Packed
 from runner.utils.steps import Steps
 from runner.utils.train import Loop
-from runner.utils.utils import describe, is_signal
+from runner.utils.utils import describe, is_signal, message_of
 
-_BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
 
 
@@ -150,9 +150,7 @@ class Session:
             read_config: returns the config by which the run rated them so far.
         """
         if best := self._saved_best:
-            self.checkpoints.convert_metrics(
-                lambda number: name_metric(number, best["name"], read_config()["trainer"]["best_mode"])
-            )
+            self.checkpoints.convert_metrics(lambda number: name_metric(number, best["name"], mode_of(read_config())))
 
     def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
         """Returns the best evaluation as run.json names it: a step only where its checkpoint can be loaded.
@@ -372,7 +370,7 @@ class Session:
         try:
             io.check_json(facts["batches"])
         except (TypeError, ValueError):  # of a sampler whose state has tensors in it
-            parts[_BATCHES] = facts.pop("batches")
+            parts[BATCHES] = facts.pop("batches")
         return parts, facts
 
     def _saved(self, step: int, path: Path) -> None:
@@ -396,12 +394,14 @@ class Session:
             allows = self.experiment.settings["resume_allow_changes"]
             changed = find_change(self.experiment.batches.dataset, facts.get("fingerprint"), allows)
             notes = self.engines.load_state_dict(saved, allows)
-            batches = saved[_BATCHES] if _BATCHES in saved else facts["batches"]
+            batches = saved[BATCHES] if BATCHES in saved else facts["batches"]
             note = self.experiment.load_stream(batches)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"resume={path}: {error}") from error
-        self.loop.load_state_dict(facts["loop"])
-        self.dialogue.inbox.load_state_dict(facts["commands"])
+            self.loop.load_state_dict(facts["loop"])
+            self.dialogue.inbox.load_state_dict(facts["commands"])
+        except (LeftError, LostError, RankError):
+            raise
+        except Exception as error:  # of a state whose types are right, which is no state of these objects
+            raise ConfigError(f"resume={path}: {message_of(error)}") from error
         self._recorded = facts.get("numbers")
         self.evaluation, self._saved_best = last_evaluation(self.folder, self.loop.step), facts["best"]
         renamed = self.best.restore(facts["best"], self.evaluation or {})

@@ -9,6 +9,7 @@ class Silent:
     """Takes every call, and does nothing: of a tracker, a record, a saver that another rank has."""
 
     crashed = None
+    faults: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         return _do_nothing

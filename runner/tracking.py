@@ -6,6 +6,7 @@ import torch, Hydra, OmegaConf, `build` or anything above; a tensor is whatever 
 
 import atexit
 import json
+import os
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from typing import Any
 
 from runner.log_repair import Log, read_lines, restore
 from runner.repair_report import describe_lost, describe_repair, find_lost
-from runner.utils.files import AppendFile, replace_file
+from runner.utils.files import AppendFile, UnreadableError, check_regular, replace_file
 
 METRICS_NAME = "metrics.jsonl"
 _CHUNK = 4096
@@ -46,7 +47,8 @@ class Tracker:
 
     An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
 
-    Raises: FileExistsError when the folder holds another run's numbers and there is no `resume_step`.
+    Raises: FileExistsError when the folder holds another run's numbers and there is no `resume_step`; OSError when
+    they are no regular file.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Tracker:
             self._refuse_numbers()
             self._recorded = {"lines": 0, "events": 0}
             self._opened.set()
+        elif jsonl and os.path.lexists(self._folder / METRICS_NAME):
+            check_regular(self._folder / METRICS_NAME)
         self._last_step = self._recorded.get("step", 0)
         self._started, self._clock_zero = time.time(), time.perf_counter()
         self._earlier_s = 0.0
@@ -252,7 +256,8 @@ class Tracker:
 
     def _read_events(self, step: int) -> list[Log]:
         logs, earlier_s = list[Log](), 0.0
-        for path in self._events.find_event_files(self._folder) or [self._events.name_next_file(self._folder)]:
+        paths = [path for path in self._events.find_event_files(self._folder) if self._is_readable(path)]
+        for path in paths or [self._events.name_next_file(self._folder)]:
             log = self._events.read_log(path, step, self._is_eval_owed, earlier_s)
             if log.started is None:
                 log.started, log.clock_zero = self._started, self._started - earlier_s
@@ -260,6 +265,14 @@ class Tracker:
             earlier_s = max([earlier_s, *(record.time_s for record in log.records if record.key)])
             logs.append(log)
         return logs
+
+    def _is_readable(self, path: Path) -> bool:
+        try:
+            check_regular(path)
+        except UnreadableError as error:
+            self._warn(f"{error}; it is left as it is")
+            return False
+        return True
 
     def _tell_lost(self, lines: Log, events: list[Log]) -> None:
         """Warns of numbers that no file holds, and counts those that there are."""

@@ -23,6 +23,9 @@ from runner.utils.generators import HeldGenerators
 from runner.utils.utils import mix
 from runner.utils.weights import load_weights
 
+# What loading a state raises that was saved of something else, or by another program.
+_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+
 
 class Engines(dict[str, Engine]):
     """Engines by name; with one, metrics are named `loss`, with several `<engine>/loss`."""
@@ -267,13 +270,13 @@ class Engines(dict[str, Engine]):
         for name, engine in self.items():
             try:
                 load_weights(engine.module, engine.layout.fitted(state[name], engine.module))
-            except RuntimeError as error:
+            except _MISFITS as error:
                 misfit = _tell_misfit(engine.module, state[name]) or error
                 remedy = "resume with the model as it was"
                 raise ValueError(f"engine {name}: its saved weights do not fit: {misfit}; {remedy}") from error
             try:
                 found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
-            except (KeyError, RuntimeError) as error:
+            except _MISFITS as error:
                 raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {error!r}") from error
             notes += [f"{name}.{note}" for note in found]
         return notes

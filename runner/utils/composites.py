@@ -27,6 +27,7 @@ _COMPRESSED = {
 }
 _QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 _LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _COMPRESSED}
+_MAX_DTYPE_LENGTH = 100_000
 _SCHEMES = {torch.per_tensor_affine: "per_tensor", torch.per_channel_affine: "per_channel"}
 
 
@@ -81,16 +82,23 @@ def _split_storage(value: Any) -> Parts:
     return "storage", {"bytes": content}, facts
 
 
-def join(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
+def join(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None) -> Any:
     """Puts together what `split` has taken apart.
+
+    Args:
+        copies: by address, the arrays and storages joined before; what is made of the same bytes shares their memory.
 
     Raises:
         KeyError, RuntimeError, TypeError, ValueError: parts and facts that do not fit each other.
     """
+    copies = {} if copies is None else copies
     if kind == "ndarray":
-        return _join_array(parts["bytes"], facts)
+        return _join_array(parts["bytes"], facts, copies)
     if kind == "storage":
-        untyped = parts["bytes"].clone().untyped_storage()
+        place = parts["bytes"].data_ptr()
+        if not isinstance(copies.get(place), torch.UntypedStorage):
+            copies[place] = parts["bytes"].clone().untyped_storage()
+        untyped = copies[place]
         if "dtype" not in facts:
             return untyped
         return torch.TypedStorage(wrap_storage=untyped, dtype=of_torch(facts["dtype"], torch.dtype), _internal=True)
@@ -125,12 +133,18 @@ def _join_tensor(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any
     raise ValueError(f"{kind!r} is no kind of value")
 
 
-def _join_array(content: Tensor, facts: Mapping[str, Any]) -> np.ndarray:
+def _join_array(content: Tensor, facts: Mapping[str, Any], copies: dict[int, Any]) -> np.ndarray:
     dtype, shape = _numpy_dtype_of(facts["dtype"]), facts["shape"]
     if math.prod(shape) * dtype.itemsize != content.nbytes:
         raise ValueError(f"{content.nbytes} bytes are no array of {dtype} and shape {shape}")
+    place = content.data_ptr()
+    if place and isinstance(copies.get(place), np.ndarray):
+        shared: np.ndarray = copies[place].view(dtype).reshape(shape)
+        return shared
     array = np.empty(shape, dtype)
-    array.reshape(-1).view(np.uint8)[:] = content.cpu().numpy()
+    flat = array.reshape(-1).view(np.uint8)
+    flat[:] = content.cpu().numpy()
+    copies[place] = flat
     return array
 
 
@@ -162,6 +176,8 @@ def _describe_dtype(dtype: np.dtype) -> str | None:
 
 
 def _numpy_dtype_of(text: str) -> np.dtype:
+    if len(text) > _MAX_DTYPE_LENGTH:
+        raise ValueError(f"the text of a dtype has {len(text):,} characters, {_MAX_DTYPE_LENGTH:,} at most are read")
     dtype = np.lib.format.descr_to_dtype(ast.literal_eval(text))
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"{text} is no dtype of numbers or text")

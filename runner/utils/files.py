@@ -1,4 +1,4 @@
-"""Files that are replaced whole, files that only grow, and files that one process holds.
+"""Files that are replaced whole, files that only grow, files that one process holds, and files read within bounds.
 
 Owns the order of writing, flushing and renaming, by the operations of `disk`. It runs on POSIX systems.
 """
@@ -6,13 +6,15 @@ Owns the order of writing, flushing and renaming, by the operations of `disk`. I
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from runner.utils import disk
 
@@ -21,6 +23,17 @@ _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
 _begin_writeback = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _begin_writeback is not None:
     _begin_writeback.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+
+class UnreadableError(OSError):
+    """A path that is no regular file, or a file that is larger than its reader takes; `strerror` says which."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(errno.EINVAL, reason, os.fspath(path))
+
+    def __str__(self) -> str:
+        """Returns the path and the reason."""
+        return f"{self.filename}: {self.strerror}"
 
 
 class AppendFile:
@@ -108,6 +121,76 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     """
     with _naming(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
         file.writelines(chunks)
+
+
+def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Returns the content of a regular file of at most `max_bytes`; returns or raises at once.
+
+    Raises:
+        UnreadableError: it is a link, FIFO, device, socket or folder, or is larger.
+        OSError: it is not there, or the disk refuses.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise UnreadableError(path, f"is larger than {max_bytes:,} bytes, the most that is read of such a file")
+    return content
+
+
+def open_regular(path: str | os.PathLike[str], *, follows_link: bool = False) -> BinaryIO:
+    """Opens a regular file to read; opening a FIFO would wait for its writer, and opening a device acts on it.
+
+    Args:
+        follows_link: of the last name; links to the folders above it are always followed.
+    Raises:
+        UnreadableError: it is a link, FIFO, device, socket or folder.
+        OSError: it is not there, or the disk refuses.
+    """
+    check_regular(path, follows_link=follows_link)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    descriptor = os.open(path, flags if follows_link else flags | os.O_NOFOLLOW)
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode)  # another file may have taken its place
+        return cast(BinaryIO, os.fdopen(descriptor, "rb"))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str], *, follows_link: bool = False) -> None:
+    """Checks that a path is a regular file, for a reader that opens it by its name.
+
+    Raises:
+        UnreadableError: it is a link, FIFO, device, socket or folder.
+        OSError: it is not there, or the disk refuses.
+    """
+    _check_mode(path, os.stat(path, follow_symlinks=follows_link).st_mode)
+
+
+def _check_mode(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise UnreadableError(path, f"is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}, expected a regular file")
+
+
+_KINDS = {
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def iterate_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
+    """Yields the lines of a file with their ends, and None for each that is longer than `max_bytes`."""
+    while line := file.readline(max_bytes + 1):
+        if len(line) <= max_bytes:
+            yield line
+            continue
+        while not line.endswith(b"\n") and (line := file.readline(max_bytes)):
+            pass
+        yield None
 
 
 def make_folder(folder: Path, run: Path) -> None:

@@ -30,8 +30,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runner.utils import disk
-from runner.utils.files import EagerFile, atomic_path
+from runner.utils.files import EagerFile, UnreadableError, atomic_path, check_regular, open_regular, read_bounded
 from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, restore_raw, text_of, unpack, where
+from runner.utils.pt_file import check_archive, check_value
+from runner.utils.strict_json import MAX_DEPTH, parse_json
 
 __all__ = [
     "Snapshot",
@@ -48,8 +50,9 @@ __all__ = [
 _PT, _SFT = (".pt", ".pth"), (".sft", ".safetensors")
 _OURS = "runner.keys"  # names, within a header's metadata, the keys that the user did not give
 _PT_METADATA = "archive/metadata.json"
-_MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
+_MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set, and ours of a JSON file
 _MAX_INLINE_BYTES = 16_000_000
+_MAX_STRUCTURE_DEPTH = 4 * MAX_DEPTH + 20  # a container is a list in a list in a list in an object at most
 _MAX_JSON_DIGITS = 4300  # of an integer: Python reads no longer ones
 
 
@@ -102,7 +105,7 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_locati
         return tensors
     with _complaint(path, f"its {STRUCTURE!r} does not fit its tensors"):
         text = metadata[STRUCTURE] or tensors.pop(STRUCTURE).cpu().numpy().tobytes()
-        document = json.loads(text)
+        document = parse_json(text, _MAX_STRUCTURE_DEPTH)
         restore_raw(document, tensors)
         return unpack(document, tensors)
 
@@ -118,12 +121,14 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         with _open_sft(path) as file:
             metadata: dict[str, str] = file.metadata() or {}
         return {key: text for key, text in metadata.items() if key not in metadata.get(_OURS, "").split()}
-    with _complaint(path, "not a whole .pt file"), zipfile.ZipFile(path) as archive:
+    with _complaint(path, "not a whole .pt file"), open_regular(path, follows_link=True) as stream:
+        check_archive(stream)
+        archive = zipfile.ZipFile(stream)
         if _PT_METADATA not in archive.namelist():
             return {}
         if archive.getinfo(_PT_METADATA).file_size > _MAX_HEADER_BYTES:
             raise ValueError(f"metadata of over {_MAX_HEADER_BYTES:,} bytes")
-        return dict(json.loads(archive.read(_PT_METADATA)))
+        return _checked_metadata(parse_json(archive.read(_PT_METADATA)))
 
 
 def _suffix(path: Path) -> str:
@@ -204,8 +209,14 @@ def _as_bytes_of_dtype(tensor: Tensor) -> Tensor:
 
 def _load_pt(path: Path, allow_pickle: bool, map_location: str | torch.device) -> Any:
     try:
+        with open_regular(path, follows_link=True) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if not allow_pickle:
+                check_archive(stream)
         value = torch.load(path, map_location=map_location, weights_only=not allow_pickle)
-    except FileNotFoundError:
+        if not allow_pickle:
+            check_value(value, size)
+    except (FileNotFoundError, UnreadableError):
         raise
     except Exception as error:
         remedy = "" if allow_pickle else "; if you trust where it comes from to run code here, pass allow_pickle=True"
@@ -213,11 +224,12 @@ def _load_pt(path: Path, allow_pickle: bool, map_location: str | torch.device) -
     if type(value) is not dict or value.keys() != {STRUCTURE, "tensors"}:
         return value
     with _complaint(path, f"its {STRUCTURE!r} does not fit its tensors"):
-        return unpack(json.loads(value[STRUCTURE]), value["tensors"])
+        return unpack(parse_json(value[STRUCTURE], _MAX_STRUCTURE_DEPTH), value["tensors"])
 
 
 @contextmanager
 def _open_sft(path: Path) -> Iterator[Any]:
+    check_regular(path, follows_link=True)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -265,9 +277,12 @@ def _encode_json(value: Any, indent: int | None) -> bytes:
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, ensure_ascii=False, separators=separators) + "\n"
     try:
-        return text.encode()
+        encoded = text.encode()
     except UnicodeEncodeError:  # lone surrogates
-        return (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
+        encoded = (json.dumps(value, indent=indent, separators=separators) + "\n").encode()
+    if len(encoded) > _MAX_HEADER_BYTES:
+        raise ValueError(f"as JSON it has {len(encoded):,} bytes, {_MAX_HEADER_BYTES:,} are read back")
+    return encoded
 
 
 def check_json(value: Any) -> None:
@@ -285,6 +300,8 @@ def _check_json(value: Any, path: tuple[Any, ...], above: set[int]) -> None:
         raise TypeError(f"{where(path)} is a {kind.__module__}.{kind.__qualname__}, which JSON does not have")
     if id(value) in above:
         raise ValueError(f"{where(path)}, a {kind.__name__}, holds itself, which JSON does not have")
+    if len(path) >= MAX_DEPTH:
+        raise ValueError(f"{where(path[:3])} is nested over {MAX_DEPTH} deep, which is not read back")
     above.add(id(value))
     for key, item in value.items() if kind is dict else enumerate(value):
         if kind is dict and type(key) is not str:
@@ -294,22 +311,16 @@ def _check_json(value: Any, path: tuple[Any, ...], above: set[int]) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Gives the value of a JSON file.
+    """Gives the value of a JSON file of at most 100 MB.
 
     Raises:
-        ValueError: not JSON, with line and column, or a key twice in one object.
+        ValueError: not JSON, with line and column, a key twice in one object, or nested too deeply.
+        OSError: no regular file, larger, or the disk refuses.
     """
+    content = read_bounded(path, _MAX_HEADER_BYTES)
     try:
-        return json.loads(Path(path).read_bytes().decode(), object_pairs_hook=_unique)
+        return parse_json(content)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON, {error.msg}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not read as JSON, {_first_line(error)}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"the key {twice!r} is twice in one object")
-    return found

@@ -229,12 +229,12 @@ def unpack(document: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """The value of a packed `document`; `tensors` are those it names, all of them, no other."""
     if document["version"] > _VERSION:
         raise ValueError("written by a newer version of this program")
-    objects, named = [], set[str]()
+    objects, named, copies = [], set[str](), dict[int, Any]()
     for entry in document["objects"]:
         names = entry["parts"] if "kind" in entry else {"": entry["name"]}
         named.update(names.values())
         parts = {role: tensors[name].detach() for role, name in names.items()}
-        value = join(entry["kind"], parts, entry["facts"]) if "kind" in entry else parts[""]
+        value = join(entry["kind"], parts, entry["facts"], copies) if "kind" in entry else parts[""]
         is_leaf = entry.get("requires_grad", False)
         if isinstance(value, Tensor):
             value = Parameter(value, is_leaf) if "parameter" in entry else value.requires_grad_(is_leaf)
