@@ -88,9 +88,9 @@ def _check(cfg: DictConfig) -> None:
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     wanted = Path(cfg.hydra.run.dir)
-    if task.resume is not None:
+    if (given := OmegaConf.select(task, "resume")) is not None:
         if _resumption is None:
-            raise ConfigError(f"resume={task.resume}: give it on the command line; it stands in a YAML file")
+            raise ConfigError(f"resume={given}: give it on the command line; it stands in a YAML file")
         return wanted
     if task.distributed.nnodes > 1 and _joined is None:
         return wanted  # of several machines the one with the first rank claims it
@@ -208,7 +208,7 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         fix_values(cfg, run_folder.read_config(folder) if has_run else None)
         hydra_root: Any = HydraConfig.instance().cfg
         fix_values(hydra_root)
-        if cfg.resume is not None:
+        if OmegaConf.select(cfg, "resume") is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
     except ConfigError as error:
