@@ -140,7 +140,9 @@ def _absent_keys(cfg: DictConfig) -> list[str]:
             mistakes.append(f"{key}: it is deleted, and has no default; leave ~{key} out")
     for section, kind in _SECTIONS.items():
         needed = [field.name for field in fields(kind) if field.default is MISSING]
-        if section in cfg and all(OmegaConf.is_missing(cfg[section], key) for key in needed):
+        is_whole = OmegaConf.is_missing(cfg, section)
+        num_missing = 0 if is_whole else sum(OmegaConf.is_missing(cfg[section], key) for key in needed)
+        if is_whole or (num_missing > 1 and 2 * num_missing >= len(needed)):
             mistakes.append(f"{section}: nothing is chosen; leave ~{section} out, or choose one: {section}=...")
     return mistakes
 
