@@ -87,7 +87,8 @@ def run(
         try:
             status, failure = _run(session, record, log, signals)
         except ConfigError:
-            if session.is_new and not session.begins_again and is_leader():
+            has_saved = any((folder / "checkpoints").glob("step_*"))
+            if session.is_new and not session.begins_again and is_leader() and not has_saved:
                 _remove_begun(folder, had_log)
             raise
     if failure is not None:
