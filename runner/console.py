@@ -1,6 +1,6 @@
 """What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
 
-It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
+Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
 """
 
 import logging
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
+
+from runner.utils.utils import escape_controls, one_line
 
 _DRAW_EVERY_S = 0.1
 
@@ -74,7 +76,7 @@ class Console:
         self._next_draw = perf_counter() + _DRAW_EVERY_S
         if self._bar is None:
             return
-        values = ", ".join(f"{name}={_format_value(value)}" for name, value in shown.items())
+        values = ", ".join(f"{one_line(name)}={_format_value(value)}" for name, value in shown.items())
         try:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(self._step - self._bar.n)
@@ -98,7 +100,7 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
     before = logger.level, logger.propagate
     to_file = _LogFile(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
     where = f"rank {rank}: " if rank else ""
-    to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
+    to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
     handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
     if rank:
         to_file.addFilter(lambda record: record.exc_info is not None)
@@ -113,6 +115,13 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+class _Formatter(logging.Formatter):
+    """Indents the lines of a message after its first: none of them can pass for a message of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record)).replace("\n", "\n    ")
 
 
 class _LogFile(logging.FileHandler):
@@ -132,6 +141,8 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_for_file", False):
+            return
         try:
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
             self._console.print(level + record.getMessage())  # a traceback is for log.txt
@@ -170,6 +181,7 @@ def _write_line(text: str) -> None:
     if stream is None or stream.closed:
         return
     encoding = stream.encoding or "utf-8"
+    text = escape_controls(text)
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

@@ -32,7 +32,7 @@ class Handover:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there.
+    then goes on from the newest checkpoint there. A job of a sweep is told in one line where it fails.
     """
 
     settings: dict[str, Any]
@@ -40,6 +40,7 @@ class Handover:
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     goes_on: bool = False
+    is_job: bool = False
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -56,10 +57,13 @@ class Handover:
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
 
 
-def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path | None = None) -> Handover:
+def make(
+    cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path | None = None, is_job: bool = False
+) -> Handover:
     """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
 
     Args:
+        is_job: it is one of a sweep's.
         resumed: the folder of the run that goes on, which keeps its hydra.yaml: `${hydra:...}` tells what that says.
     """
     hydra_config: Any = HydraConfig.instance().cfg
@@ -68,7 +72,7 @@ def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path 
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
-        return Handover(config.to_plain(cfg), folder.absolute(), files, goes_on=goes_on)
+        return Handover(config.to_plain(cfg), folder.absolute(), files, goes_on=goes_on, is_job=is_job)
 
 
 class Post:
