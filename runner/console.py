@@ -6,8 +6,9 @@ Control characters of a message are shown escaped. It must not import torch, Hyd
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -148,6 +149,34 @@ class _ConsoleHandler(logging.Handler):
             self._console.print(level + record.getMessage())  # a traceback is for log.txt
         except Exception:
             self.handleError(record)
+
+
+def describe_numbers(numbers: Mapping[str, float], form: str = ".4g") -> str:
+    """Returns numbers as a part of one short line: thousands of them as the first few, learning rates as a range."""
+    rates: dict[str, list[float]] = {}
+    for name, value in numbers.items():
+        if found := _RATE.fullmatch(name):
+            rates.setdefault(found.group(1), []).append(value)
+    shown: list[str] = []
+    ranges: list[str] = []
+    for name, value in numbers.items():
+        found = _RATE.fullmatch(name)
+        several = rates[found.group(1)] if found else []
+        if len(several) <= _MOST_RATES:
+            shown.append(f"{_short(name)} {value:{form}}")
+        elif found and found.group(1) == name:
+            ranges.append(f"{_short(name)} {min(several):{form}} to {max(several):{form}} ({len(several)} groups)")
+    if len(shown) + len(ranges) > _MOST_NUMBERS:
+        shown, ranges = shown[:_MOST_NUMBERS], [*ranges[:_MOST_RATES], f"... ({len(numbers)} in all)"]
+    return ", ".join(shown + ranges)
+
+
+_RATE = re.compile(r"((?:.*/)?lr)(?:_\d+)?", re.DOTALL)  # of an optimizer's groups: lr, lr_1, lr_2, ...
+_MOST_RATES, _MOST_NUMBERS, _LONGEST_NAME = 4, 20, 100
+
+
+def _short(name: str) -> str:
+    return one_line(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
 
 
 def _make_bar(total: int, first: int, stream: TextIO) -> Any:

@@ -19,6 +19,7 @@ Feeder = Callable[[nn.Module, Any], Any]
 Number = Tensor | float  # a tensor (0-d) on an accelerator, which is not waited for; else a float
 
 _log = logging.getLogger(__name__)
+_MOST_REFUSED = 20  # values that are no metrics, each named in a warning
 _NO_METRICS = ("loss", "tokens", "weight")
 # What the runner logs under train/ itself.
 _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
@@ -168,7 +169,7 @@ class Reader:
 
     @property
     def _where(self) -> str:
-        return f"{type(self._module).__name__}.forward"
+        return f"{type(self._module).__name__.removeprefix('FSDP')}.forward"
 
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}
@@ -196,7 +197,10 @@ class Reader:
         if not is_model_output(output):
             kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             found = f"{name!r} is a {_describe(value)}{kind}"
-            _log.warning("%s: %s, which is not logged; a metric is a number or a tensor with one", self._where, found)
+            rest = "; no further ones are named" if len(self._refused) == _MOST_REFUSED else ""
+            if len(self._refused) <= _MOST_REFUSED:
+                remedy = f"a metric is a number or a tensor with one{rest}"
+                _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
 
     def _decide(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):

@@ -199,7 +199,7 @@ class Steps:
         left = self.agreement.why_left(error)
         if left is not None:
             raise Halt(left, is_whole=False) from error
-        message = reason or describe(error)
+        message = reason or (str(error) if isinstance(error, Halt) else describe(error))
         is_told, is_early = reason is not None or isinstance(error, Halt), isinstance(error, EarlyMistake)
         # Heard a step later, it would come after the update of a step that lacks this rank's share.
         if not self._engines.can_make_up or self.agreement.is_late:
