@@ -20,7 +20,7 @@ from typing import Any
 
 from runner import signals, terminal
 from runner.handover import Handover
-from runner.mistakes import ConfigError
+from runner.mistakes import ConfigError, tell
 
 _GRACE_S = 5.0  # for workers to end after a second signal
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -67,7 +67,7 @@ def start(handover: Handover, num_local: int) -> int:
         if status is None and relay.seen:
             status = signals.STATUSES[signals.MEANINGS[relay.seen[0]]]
         if status is None and problem is not None:
-            print(problem, file=sys.stderr)
+            tell(problem)
         return 1 if status is None else status
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,15 @@ from runner.engines.settings import check_held, check_sparse
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
 from runner.schema import CheckpointConfig, TrackingConfig, TrainerConfig
-from runner.targets import find_parameters, find_sampler_fault, is_called_later, locate, seed_imports
+from runner.targets import (
+    find_parameters,
+    find_sampler_fault,
+    find_untyped,
+    is_called_later,
+    is_number_text,
+    locate,
+    seed_imports,
+)
 from runner.utils.agreement import Agreement
 from runner.utils.altered import Changes, shorten
 from runner.utils.batches import Batches, EvaluationData
@@ -464,14 +471,14 @@ def _explained(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None
     except (Exception, SystemExit) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
-        hint = _hint_at_numbers(node) if isinstance(cause, TypeError) else ""
+        hint = _hint_at_numbers(node) if isinstance(cause, (TypeError, ValueError)) else ""
         remedy = f"; {describe_limit()}" if is_out_of_files(cause) else ""
         raise ConfigError(f"{key}: {cause if is_said else repr(cause)}{hint}{remedy}") from error
 
 
 def _hint_at_numbers(node: Mapping[str, Any] | None) -> str:
     """Returns the remedy where an argument is a text that reads as a number, as one from the environment does."""
-    number = re.compile(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", re.IGNORECASE)
-    texts = {name: value for name, value in (node or {}).items() if isinstance(value, str) and number.fullmatch(value)}
+    texts = {name: value for name, value in (node or {}).items() if is_number_text(value)}
     shown = ", ".join(f"{name}={value!r}" for name, value in texts.items())
-    return f"; {shown}: a text; ${{oc.decode:...}} makes it a number" if texts else ""
+    remedy = f"; {shown}: a text; ${{oc.decode:...}} makes it a number" if texts else ""
+    return remedy + (find_untyped(node) if node else "")

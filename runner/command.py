@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -14,8 +15,8 @@ from runner.interpolation import quote_nested
 
 
 @hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
-def _compose_and_launch(cfg: DictConfig) -> None:
-    launch.launch(cfg)
+def _compose_and_launch(cfg: DictConfig) -> Any:
+    return launch.launch(cfg)
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def _run() -> None:
         if wants_traceback or message is None:
             raise
         if not getattr(error, "is_told", False):
-            print(message, file=sys.stderr)
+            mistakes.tell(message)
         status = 2
         sys.exit(status)
     except KeyboardInterrupt as interrupt:  # before there was a run to save

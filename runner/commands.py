@@ -32,6 +32,8 @@ _MEANINGS = {  # name: (how it is typed, what it does)
 }
 _AT_STEP = ("COMMAND@STEP", "do it when that step is done: eval@20, lr 1e-4@50, quit@40")
 HELP = "\n".join(f"{form:<24}{meaning}" for form, meaning in [*_MEANINGS.values(), _AT_STEP])
+_MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
+_MOST_SHOWN = 20  # of the scheduled commands
 _MAX_LINE = READ_BYTES // 4  # characters: a line cut at READ_BYTES is above it in any encoding of UTF-8
 
 
@@ -161,6 +163,7 @@ class Commands:
         *,
         peeks: bool = False,
         warn: Callable[[str], None] | None = None,
+        num_elsewhere: Callable[[], int] = int,
     ) -> None:
         """Begins to read, `step` steps being done; what lies ready in a pipe or file is taken at once.
 
@@ -168,6 +171,7 @@ class Commands:
             take: gets each line, to have all ranks of a run take it.
             peeks: reads a terminal and a pipe whose first line is a command, and nothing else.
             warn: called with the reason why a pipe is not read.
+            num_elsewhere: returns how many lines `take` has, and not given to `take` of this object yet.
         """
         self._step = step
         stream = sys.stdin if self._stream is None else self._stream
@@ -180,7 +184,14 @@ class Commands:
         if peeks and not is_terminal_or_pipe(fd):
             os.close(fd)
             return
-        self._reader = Reader(fd, take or self.take, self._answer, _is_command if peeks else None, warn)
+        self._reader = Reader(
+            fd,
+            take or self.take,
+            self._answer,
+            _is_command if peeks else None,
+            warn,
+            lambda: len(self._waiting) + num_elsewhere() < _MOST_PENDING,
+        )
         self._reader.start()
 
     def close(self) -> None:
@@ -190,13 +201,17 @@ class Commands:
             self._reader = None
 
     def due(self, step: int) -> list[Command]:
-        """Returns, once and in the order typed, what is to be done now that `step` steps are done."""
+        """Returns, once and in the order typed, what is to be done now that `step` steps are done.
+
+        Of equal commands that are due at once only the first is done: each but `lr` has no other effect again.
+        """
         self._step = step
         if step < self._next_step:
             return []
         with self._lock:
             due = [c for c in self._waiting if c.step is None or c.step <= step]
             self._wait_for([c for c in self._waiting if c.step is not None and c.step > step])
+        due = _without_repeats(due)
         for command in due:
             if command.step is not None and command.step < step:
                 self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
@@ -258,6 +273,17 @@ class Commands:
         self._next_step = min((c.step or 0 for c in waiting), default=math.inf)
 
 
+def _without_repeats(commands: list[Command]) -> list[Command]:
+    seen = set[tuple[str, float | int | None]]()
+    kept = []
+    for command in commands:
+        effect = command.name, command.argument
+        if command.name == "lr" or effect not in seen:
+            seen.add(effect)
+            kept.append(command)
+    return kept
+
+
 def describe_time(step: int, total_steps: int, seconds_per_step: float, elapsed_s: float, to: int | None = None) -> str:
     """Says where a run stands or, with `to`, when it reaches that step; an unknown pace is 0 or nan."""
     is_timed = math.isfinite(seconds_per_step) and seconds_per_step > 0
@@ -274,7 +300,9 @@ def describe_time(step: int, total_steps: int, seconds_per_step: float, elapsed_
 
 def describe_events(pending: Sequence[Command]) -> str:
     """Says what is scheduled, in the order given."""
-    return f"scheduled: {', '.join(map(str, pending))}" if pending else "nothing is scheduled"
+    rest = f", ... ({len(pending)} in all)" if len(pending) > _MOST_SHOWN else ""
+    shown = ", ".join(map(str, pending[:_MOST_SHOWN]))
+    return f"scheduled: {shown}{rest}" if pending else "nothing is scheduled"
 
 
 def _clock(seconds: float) -> str:

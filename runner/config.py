@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
+from runner import config_source
 from runner.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
 from runner.mistakes import ConfigError, nearest
 from runner.optimizations import find_mistakes
@@ -31,6 +32,7 @@ from runner.schema import (
     TrainerConfig,
 )
 from runner.utils.strict_json import parse_json
+from runner.utils.utils import one_line
 
 _PACKAGE = Path(__file__).resolve().parent
 _WHEEL_CONF = _PACKAGE / "conf"
@@ -38,7 +40,8 @@ CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
 
 
 def register() -> None:
-    """Makes the schema and the resolvers known to Hydra."""
+    """Makes the schema, the resolvers and the source of YAML files known to Hydra."""
+    config_source.register()
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
@@ -56,6 +59,15 @@ _SECTIONS: dict[str, type] = {
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,
+}
+_DEFAULTS: dict[str, Any] = {  # of what a `~` may delete
+    "resume": None,
+    "resume_allow_changes": False,
+    "allow_targets": [],
+    "pattern": None,
+    "engines": {},
+    "feeder": None,
+    "report": None,
 }
 _LARGEST_SEED = 2**63 - 1
 _AT_LEAST = {
@@ -91,6 +103,8 @@ def check(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with every key that is missing or out of range, a line each.
     """
+    if absent := _absent_keys(cfg):
+        raise ConfigError("\n".join(absent))
     check_expansion(cfg)
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(OmegaConf.to_container(cfg, resolve=False))]
     for key, least in _AT_LEAST.items():
@@ -111,28 +125,48 @@ def check(cfg: DictConfig) -> None:
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
             mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
-    for name in cfg.engines:
+    engines = _engines_of(cfg)
+    for name in engines:
         if not re.fullmatch(rf"[A-Za-z][A-Za-z0-9_-]{{0,{_LONGEST_NAME - 1}}}", name):
             expected = f"a letter, then letters, digits, '_', '-', {_LONGEST_NAME} in all at most (it names files)"
             mistakes.append(f"engines.{name}: expected {expected}")
-        elif not OmegaConf.is_dict(cfg.engines[name]):
+        elif not OmegaConf.is_dict(engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
-    if len({name.lower() for name in cfg.engines}) < len(cfg.engines):
+    if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError("\n".join(map(one_line, mistakes)))
+
+
+def _absent_keys(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of keys and whole sections that a `~` has deleted and that have no default."""
+    mistakes = []
+    for key in (field.name for field in fields(Config)):
+        if key not in cfg and key not in _DEFAULTS and not OmegaConf.is_missing(cfg, key):
+            mistakes.append(f"{key}: it is deleted, and has no default; leave ~{key} out")
+    for section, kind in _SECTIONS.items():
+        needed = [field.name for field in fields(kind) if field.default is MISSING]
+        is_whole = OmegaConf.is_missing(cfg, section)
+        num_missing = 0 if is_whole else sum(OmegaConf.is_missing(cfg[section], key) for key in needed)
+        if is_whole or (num_missing > 1 and 2 * num_missing >= len(needed)):
+            mistakes.append(f"{section}: nothing is chosen; leave ~{section} out, or choose one: {section}=...")
+    return mistakes
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys that a `+` has forced into what the runner owns."""
     known = {"": [f.name for f in fields(Config)]} | {k: [f.name for f in fields(t)] for k, t in _SECTIONS.items()}
-    known |= {f"engines.{name}": _ENGINE_KEYS for name in cfg.engines}
-    return [
-        f"{section}.{key!s}: no such key; {nearest(str(key), keys)}".lstrip(".")
-        for section, keys in known.items()
-        for key in ((OmegaConf.select(cfg, section) or {}) if section else cfg)
-        if key not in keys
-    ]
+    known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
+    mistakes = []
+    for section, keys in known.items():
+        node = OmegaConf.select(cfg, section) if section else cfg
+        unknown = [str(key) for key in node if key not in keys] if OmegaConf.is_dict(node) else []
+        mistakes += [f"{section}.{key}: no such key; {nearest(key, keys)}".lstrip(".") for key in unknown]
+    return mistakes
+
+
+def _engines_of(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.select(cfg, "engines") or {}
 
 
 def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:
@@ -152,7 +186,7 @@ def _stdin_mistakes(cfg: DictConfig) -> list[str]:
 
 
 def _pattern_mistakes(cfg: DictConfig) -> list[str]:
-    if cfg.pattern is None:
+    if OmegaConf.select(cfg, "pattern") is None:
         return []
     remedy = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
     try:
@@ -171,7 +205,8 @@ def _holds(node: Any, wanted: Any) -> bool:
 
 
 def _batch_mistakes(cfg: DictConfig) -> list[str]:
-    has_own_models = cfg.engines and all("model" in engine for engine in cfg.engines.values())
+    engines = _engines_of(cfg)
+    has_own_models = engines and all(OmegaConf.is_dict(engine) and "model" in engine for engine in engines.values())
     needed = ["data.train", "sampler", *([] if has_own_models else ["model"])]
     if empty := [key for key in needed if OmegaConf.select(cfg, key) is None]:
         return [f"{key}: nothing is chosen; a run needs one" for key in empty]
@@ -215,7 +250,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     check_expansion(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return _DEFAULTS | {str(key): value for key, value in plain.items()}
 
 
 def typed(section: type[Section], values: Mapping[str, Any]) -> Section:

@@ -1,17 +1,20 @@
 """What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
 
-It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
+Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
 """
 
 import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
+
+from runner.utils.utils import escape_controls, one_line
 
 _DRAW_EVERY_S = 0.1
 
@@ -74,7 +77,7 @@ class Console:
         self._next_draw = perf_counter() + _DRAW_EVERY_S
         if self._bar is None:
             return
-        values = ", ".join(f"{name}={_format_value(value)}" for name, value in shown.items())
+        values = ", ".join(f"{one_line(name)}={_format_value(value)}" for name, value in shown.items())
         try:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(self._step - self._bar.n)
@@ -98,7 +101,7 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
     before = logger.level, logger.propagate
     to_file = _LogFile(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
     where = f"rank {rank}: " if rank else ""
-    to_file.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
+    to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
     handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
     if rank:
         to_file.addFilter(lambda record: record.exc_info is not None)
@@ -113,6 +116,13 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+
+
+class _Formatter(logging.Formatter):
+    """Indents the lines of a message after its first: none of them can pass for a message of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record)).replace("\n", "\n    ")
 
 
 class _LogFile(logging.FileHandler):
@@ -132,11 +142,41 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_for_file", False):
+            return
         try:
             level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
             self._console.print(level + record.getMessage())  # a traceback is for log.txt
         except Exception:
             self.handleError(record)
+
+
+def describe_numbers(numbers: Mapping[str, float], form: str = ".4g") -> str:
+    """Returns numbers as a part of one short line: thousands of them as the first few, learning rates as a range."""
+    rates: dict[str, list[float]] = {}
+    for name, value in numbers.items():
+        if found := _RATE.fullmatch(name):
+            rates.setdefault(found.group(1), []).append(value)
+    shown: list[str] = []
+    ranges: list[str] = []
+    for name, value in numbers.items():
+        found = _RATE.fullmatch(name)
+        several = rates[found.group(1)] if found else []
+        if len(several) <= _MOST_RATES:
+            shown.append(f"{_short(name)} {value:{form}}")
+        elif found and found.group(1) == name:
+            ranges.append(f"{_short(name)} {min(several):{form}} to {max(several):{form}} ({len(several)} groups)")
+    if len(shown) + len(ranges) > _MOST_NUMBERS:
+        shown, ranges = shown[:_MOST_NUMBERS], [*ranges[:_MOST_RATES], f"... ({len(numbers)} in all)"]
+    return ", ".join(shown + ranges)
+
+
+_RATE = re.compile(r"((?:.*/)?lr)(?:_\d+)?", re.DOTALL)  # of an optimizer's groups: lr, lr_1, lr_2, ...
+_MOST_RATES, _MOST_NUMBERS, _LONGEST_NAME = 4, 20, 100
+
+
+def _short(name: str) -> str:
+    return one_line(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
 
 
 def _make_bar(total: int, first: int, stream: TextIO) -> Any:
@@ -170,6 +210,7 @@ def _write_line(text: str) -> None:
     if stream is None or stream.closed:
         return
     encoding = stream.encoding or "utf-8"
+    text = escape_controls(text)
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

@@ -55,7 +55,8 @@ class Dialogue:
     def start(self, step: int, *, peeks: bool, warn: Callable[[str], None]) -> None:
         """Begins to read what is typed, on the leader; the arguments are those of `Commands.start`."""
         if is_leader():
-            self.inbox.start(step, self._relay if is_many() else None, peeks=peeks, warn=warn)
+            waiting, relay = (self._agreement.num_unsaid, self._relay) if is_many() else (int, None)
+            self.inbox.start(step, relay, peeks=peeks, warn=warn, num_elsewhere=waiting)
 
     def _relay(self, line: str) -> bool:
         """Has all ranks take what was typed here, if it is a command."""

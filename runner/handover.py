@@ -40,7 +40,8 @@ class Handover:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there. An untrusted run that goes on has no `origin`, and stays unsigned.
+    then goes on from the newest checkpoint there. An untrusted run that goes on has no `origin`, and stays unsigned. A
+    job of a sweep is told in one line where it fails.
     """
 
     settings: dict[str, Any]
@@ -50,6 +51,7 @@ class Handover:
     python_path: list[str] = field(default_factory=list)  # directories of the user's modules
     origin: dict[str, Any] = field(default_factory=dict)  # where this user has started it
     goes_on: bool = False
+    is_job: bool = False
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -138,12 +140,19 @@ _MOST_SHOWN = 200
 
 
 def make(
-    cfg: DictConfig, folder: Path, origin: Origin | None, *, goes_on: bool = False, resumed: Path | None = None
+    cfg: DictConfig,
+    folder: Path,
+    origin: Origin | None,
+    *,
+    goes_on: bool = False,
+    resumed: Path | None = None,
+    is_job: bool = False,
 ) -> Handover:
     """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
 
     Args:
         origin: where this user has started the run; None for an untrusted one.
+        is_job: it is one of a sweep's.
         resumed: the folder of the run that goes on, which keeps its hydra.yaml: `${hydra:...}` tells what that says.
     """
     hydra_config: Any = HydraConfig.instance().cfg
@@ -159,6 +168,7 @@ def make(
             python_path=import_path.list_own(),
             origin=asdict(origin) if origin else {},
             goes_on=goes_on,
+            is_job=is_job,
         )
 
 

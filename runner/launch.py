@@ -9,8 +9,6 @@ import contextlib
 import copy
 import os
 import shutil
-import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +21,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, mistakes, resume, run_folder, signals, signature, worker
+from runner import agent, config, handover, mistakes, resume, run_folder, signals, signature, sweep, worker
 from runner.handover import Handover
 from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
@@ -31,6 +29,7 @@ from runner.resume import Resumption
 from runner.signature import Origin, SignatureError
 from runner.utils.files import read_bounded
 from runner.utils.place import is_one_of_several
+from runner.utils.utils import escape_controls
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
@@ -45,6 +44,12 @@ class RunFolder(Callback):
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
+        sweep.begin(OmegaConf.to_container(config.hydra.overrides.task))
+
+    def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
+        """Prints the table of all jobs; ends the program where one of them has failed."""
+        if status := sweep.end():
+            raise SystemExit(status)
 
     def on_run_start(self, config: DictConfig, **given: Any) -> None:
         """Ends the program with one message where the config is wrong: nothing was made yet."""
@@ -61,7 +66,7 @@ class RunFolder(Callback):
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
             _end(error)
         for line in lines:
-            print(line)
+            print(escape_controls(line))
         with read_write(config):
             config.hydra.run.dir = str(folder)
 
@@ -109,9 +114,9 @@ def _check(cfg: DictConfig) -> None:
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     wanted = Path(cfg.hydra.run.dir)
-    if task.resume is not None:
+    if (given := OmegaConf.select(task, "resume")) is not None:
         if _resumption is None:
-            raise ConfigError(f"resume={task.resume}: give it on the command line; it stands in a YAML file")
+            raise ConfigError(f"resume={given}: give it on the command line; it stands in a YAML file")
         return wanted
     if task.distributed.nnodes > 1 and _joined is None:
         return wanted  # of several machines the one with the first rank claims it
@@ -131,27 +136,48 @@ def drop_unused() -> None:
         shutil.rmtree(_made, ignore_errors=True)
 
 
-def launch(cfg: DictConfig) -> None:
-    """Runs the composed config in this process, or in workers; ends the program where the run was cut short."""
+def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
+    """Runs the composed config in this process, or in workers; ends the program where the run was cut short.
+
+    Returns:
+        For a job of a sweep, how it ended; the value of its best metric for sweepers that search, such as Optuna's.
+    """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    is_sweep = hydra_config.mode == RunMode.MULTIRUN
-    if is_sweep:
-        _check_job(cfg, folder)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _launch_job(cfg, hydra_config, folder)
     try:
-        goes_on = _is_same_run(cfg, folder) if is_sweep else _is_requeued()
         resumed = _resumption.run if _resumption else None
         origin = _resumption.origin if _resumption else _find_origin(hydra_config)
-        status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, resumed=resumed), is_sweep)
+        status = _launch(handover.make(cfg, folder, origin, goes_on=_is_requeued(), resumed=resumed))
     except ConfigError as error:
-        if is_sweep:
-            raise _told(error) from None
         _end(error)
-    if is_sweep and (status == 1 or (status and not _is_basic(hydra_config.launcher))):  # the other jobs go on
-        raise RuntimeError(f"{folder}: the run ended with status {status}; log.txt there says why")
     if status:
         signals.leave_if_cut(status)
         raise SystemExit(status)
+    return None
+
+
+def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outcome | float | None:
+    """Runs one job of a sweep; the other jobs go on where it fails."""
+    facts: tuple[str, int, str, float | None]
+    try:
+        _check_job(cfg, folder)
+        goes_on, origin = _is_same_run(cfg, folder), _find_origin(hydra_config)
+        status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
+        facts = sweep.describe_end(folder, status)
+    except ConfigError as error:
+        status, facts = 2, ("refused", 2, "; ".join(str(error).splitlines()), None)
+    outcome = sweep.note(hydra_config.job.num, tuple(map(str, hydra_config.overrides.task)), *facts)
+    if status not in (0, 1, 2) and _is_basic(hydra_config.launcher):  # a signal ends the whole sweep
+        sweep.end()
+        signals.leave_if_cut(status)
+        raise SystemExit(status)
+    if hydra_config.sweeper["_target_"].endswith(".BasicSweeper"):
+        return outcome
+    if status:
+        raise ConfigError(outcome.result)
+    return outcome.metric
 
 
 def _find_origin(hydra_config: Any) -> Origin:
@@ -164,8 +190,8 @@ def _is_basic(launcher: Any) -> bool:
     return bool(launcher["_target_"].endswith(".BasicLauncher"))
 
 
-def _launch(job: Handover, is_sweep: bool) -> int:
-    settings = job.distributed
+def _launch(job: Handover) -> int:
+    settings, is_sweep = job.distributed, job.is_job
     if _joined is not None:
         if settings.strategy is None:
             raise ConfigError(f"distributed: it trains on one process, and {_joined.place.num_ranks} were started")
@@ -194,7 +220,7 @@ def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
         if read_bounded(folder / ".hydra" / "config.yaml", 1 << 20).decode() == OmegaConf.to_yaml(cfg):
             return True
-    raise _told(ConfigError(f"{folder}: holds another run already; give the sweep another hydra.sweep.dir"))
+    raise ConfigError(f"{folder}: holds another run already; give the sweep another hydra.sweep.dir")
 
 
 def join() -> int | None:
@@ -224,9 +250,9 @@ def leave(status: int) -> None:
 def _end(error: Exception) -> NoReturn:
     message = mistakes.explain(error)
     if message is None:
-        traceback.print_exception(error)
+        mistakes.tell_traceback(error)
         raise SystemExit(1) from None
-    print(message, file=sys.stderr)
+    mistakes.tell(message)
     raise SystemExit(2) from None
 
 
@@ -235,13 +261,13 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         fix_values(cfg, run_folder.read_config(folder) if _is_signed(folder) else None)
         hydra_root: Any = HydraConfig.instance().cfg
         fix_values(hydra_root)
-        if cfg.resume is not None:
+        if OmegaConf.select(cfg, "resume") is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
-    except ConfigError as error:
+    except ConfigError:
         with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
             folder.rmdir()
-        raise _told(ConfigError(f"{folder.name}: {error}")) from None
+        raise
 
 
 def _is_signed(run: Path) -> bool:
@@ -250,13 +276,6 @@ def _is_signed(run: Path) -> bool:
     except SignatureError:
         return False
     return True
-
-
-def _told(error: ConfigError) -> ConfigError:
-    """The mistake of a sweep's job, told at once: the other jobs go on, and Hydra raises but one at the end."""
-    print(error, file=sys.stderr)
-    error.is_told = True
-    return error
 
 
 def _is_requeued() -> bool:

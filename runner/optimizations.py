@@ -134,7 +134,8 @@ def find_mistakes(cfg: DictConfig) -> list[str]:
     """Returns what is wrong with the optimizations of a composed config, of all engines and each one's own."""
     shared = OmegaConf.to_container(cfg.optimizations, resolve=True)
     assert isinstance(shared, dict)
-    engines = {name: OmegaConf.select(cfg.engines, f"{name}.optimizations") for name in cfg.engines}
+    names = OmegaConf.select(cfg, "engines") or []
+    engines = {name: OmegaConf.select(cfg, f"engines.{name}.optimizations") for name in names}
     places: dict[str, Any] = {
         "optimizations": None,
         **{f"engines.{n}.optimizations": own for n, own in engines.items()},

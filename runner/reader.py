@@ -13,6 +13,7 @@ import signal
 import stat
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 READ_BYTES = 64 * 1024
@@ -21,6 +22,9 @@ _DRAIN_S = 0.05  # spent at most on what already lies in a pipe or file when a r
 _BACKGROUND_S = 0.25  # between two looks at whether this process came to the foreground
 _PEEK_S = 0.1  # between two looks at a pipe whose first line has not ended yet
 _LONGEST_BYTES = 4096  # a first line that is longer is no command
+_ROOM_S = 0.05  # between two looks at whether there is room for another line
+_BURST = 1000  # lines that are taken at once; then so many a second:
+_LINES_PER_S = 2.0
 _NONBLOCK = 2  # SPLICE_F_NONBLOCK
 _tee = getattr(ctypes.CDLL(None, use_errno=True), "tee", None)  # Linux has it
 if _tee is not None:
@@ -66,6 +70,7 @@ class Reader:
         is_command: says whether the first line of a pipe is a command. Where it is none, the pipe is somebody else's,
             such as a shell's loop over its lines, and nothing of it is read. None reads any pipe.
         refuse: called with the reason why a pipe is not read.
+        has_room: says whether another line may be taken. Until then, what follows stays unread: whoever writes waits.
     """
 
     def __init__(
@@ -75,15 +80,20 @@ class Reader:
         answer: Callable[[str], None],
         is_command: Callable[[str], bool] | None = None,
         refuse: Callable[[str], None] | None = None,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         self._fd, self._take, self._answer = fd, take, answer
+        self._has_room = has_room
+        self._allowance, self._allowed_at = float(_BURST), time.monotonic()  # lines that may be taken now
+        self._lines: deque[bytes] = deque()  # read, and not taken yet
         self._refuse = refuse or answer
         self._is_terminal = os.isatty(fd)
         self._is_command = None if self._is_terminal else is_command  # until the first line of a pipe is known
         self._woken, self._wake = os.pipe()
         self._rest = b""  # of the line that no newline has ended yet
         self._refused = 0  # lines in a row
-        self._is_open = True
+        self._is_open, self._is_ended = True, False  # the input has ended
+        self._tells_end = self._is_wait_told = False
         self._thread = threading.Thread(target=self._run, name="commands", daemon=True)
 
     def start(self) -> None:
@@ -91,7 +101,7 @@ class Reader:
             self._thread.start()
             return
         deadline = 0 if self._is_terminal else time.monotonic() + _DRAIN_S
-        self._serve(lambda: time.monotonic() < deadline and bool(select.select([self._fd], [], [], 0)[0]))
+        self._serve(lambda: time.monotonic() < deadline and bool(select.select([self._fd], [], [], 0)[0]), _never)
         self._thread.start()
 
     def close(self) -> None:
@@ -110,7 +120,7 @@ class Reader:
             # What is peeked at stays there, so that the pipe is ready at once again.
             if self._woken in ready or (not self._may_begin() and select.select([self._woken], [], [], _PEEK_S)[0]):
                 return
-        self._serve(self._wait)
+        self._serve(self._wait, self._wait_for_room)
 
     def _may_begin(self) -> bool:
         """Says whether the first line of the pipe is known to be a command; where it is none, the reading ends."""
@@ -145,13 +155,55 @@ class Reader:
         self._is_open = False
         self._refuse(f"{reason}: nothing of it is read; tracking.stdin=true reads it, tracking.stdin=false is silent")
 
-    def _serve(self, may_read: Callable[[], bool]) -> None:
+    def _serve(self, may_read: Callable[[], bool], may_wait: Callable[[], bool]) -> None:
+        """Takes lines and reads on, as long as the two functions say that it may read, and wait for room."""
         try:
-            while self._is_open and may_read():
-                self._is_open = self._read()
+            while self._is_open and self._take_lines(may_wait) and may_read():
+                self._is_ended = not self._read()
+                self._is_open = not self._is_ended or bool(self._lines)
         except (OSError, ValueError) as error:
             self._is_open = False
             self._answer(f"commands are no longer read: {error}")
+
+    def _take_lines(self, may_wait: Callable[[], bool]) -> bool:
+        """Takes the lines that were read; returns whether all are taken and more may be read."""
+        while self._lines:
+            if not self._may_take():
+                self._tell_wait()
+                if not may_wait():
+                    return False
+                continue
+            self._allowance -= 1
+            line = self._lines.popleft()
+            self._refused = 0 if self._take(line.decode(errors="replace")) else self._refused + 1
+            if self._refused >= _MAX_REFUSED:
+                self._refuse_rest()
+                return False
+        if self._is_ended:
+            self._is_open = False
+            if self._tells_end:
+                self._answer("end of input: no more commands are read")
+        return self._is_open
+
+    def _tell_wait(self) -> None:
+        if not self._is_wait_told:
+            self._is_wait_told = True
+            self._answer(f"{_BURST} commands at once: the rest is read as these are done, {_LINES_PER_S:g} a second")
+
+    def _may_take(self) -> bool:
+        now = time.monotonic()
+        self._allowance = min(_BURST, self._allowance + (now - self._allowed_at) * _LINES_PER_S)
+        self._allowed_at = now
+        return self._allowance >= 1 and self._has_room()
+
+    def _wait_for_room(self) -> bool:
+        """Waits a moment; returns whether to go on, or `close` was called."""
+        return not select.select([self._woken], [], [], _ROOM_S)[0]
+
+    def _refuse_rest(self) -> None:
+        self._is_open = False
+        self._lines.clear()
+        self._answer(f"{_MAX_REFUSED} lines in a row were no commands: this input is read no further")
 
     def _wait(self) -> bool:
         """Blocks until there is something to read (True) or `close` is called (False)."""
@@ -181,14 +233,14 @@ class Reader:
             return not self._is_foreground()
         *lines, rest = (self._rest + (chunk or b"\n")).split(b"\n")
         self._rest = rest[: READ_BYTES + 1]
-        for line in lines:
-            self._refused = 0 if self._take(line.decode(errors="replace")) else self._refused + 1
-            if self._refused >= _MAX_REFUSED:
-                break
+        self._lines += lines
         self._refused += len(rest) > READ_BYTES
         if self._refused >= _MAX_REFUSED:
-            self._answer(f"{_MAX_REFUSED} lines in a row were no commands: this input is read no further")
+            self._refuse_rest()
             return False
-        if not chunk and self._is_terminal:
-            self._answer("end of input: no more commands are read")
+        self._tells_end = not chunk and self._is_terminal
         return bool(chunk)
+
+
+def _never() -> bool:
+    return False

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from runner.build import Experiment, build
 from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
-from runner.mistakes import ConfigError
+from runner.mistakes import ConfigError, tell_traceback
 from runner.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
@@ -34,7 +33,7 @@ from runner.utils.distributed import (
     together,
 )
 from runner.utils.files import held, make_folders
-from runner.utils.utils import describe, is_signal
+from runner.utils.utils import describe, escape_controls, is_signal, one_line
 from runner.watch import watched
 
 LOCK = ".lock"
@@ -51,6 +50,7 @@ def run(
     goes_on: bool = False,
     lasting: Store | None = None,
     launch: str = "",
+    is_job: bool = False,
 ) -> int:
     """Runs a resolved config in its folder, on this rank; returns the exit status.
 
@@ -64,6 +64,7 @@ def run(
         goes_on: the folder holds the run already, which goes on from its newest whole checkpoint, or begins again.
         lasting: a store that outlives the processes, where they are started again: it says whether the run has begun.
         launch: the same for each start of all ranks by one launcher.
+        is_job: of a sweep, which prints one line where the run fails; the traceback is in log.txt.
     Raises:
         SystemExit: this rank has left the others, so that its process must end.
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
@@ -85,14 +86,14 @@ def run(
         session.begins_again = goes_on and session.is_new
         _connect(signals, session, record, log)
         try:
-            status, failure = _run(session, record, log, signals)
+            status, failure = _run(session, record, log, signals, {"is_for_file": is_job})
         except ConfigError:
-            if session.is_new and not session.begins_again and is_leader():
+            has_saved = any((folder / "checkpoints").glob("step_*"))
+            if session.is_new and not session.begins_again and is_leader() and not has_saved:
                 _remove_begun(folder, had_log)
             raise
-    if failure is not None:
-        with contextlib.suppress(OSError):  # whoever read it has gone
-            traceback.print_exception(failure)
+    if failure is not None and not is_job:
+        tell_traceback(failure)
     if session.agreement.has_left:  # the other ranks wait until its connections are closed
         raise SystemExit(status)
     return status
@@ -179,10 +180,12 @@ def _begin(session: Session, record: RunRecord, accept: Callable[[], None], laun
 
 
 def _run(
-    session: Session, record: RunRecord, log: logging.Logger, signals: Signals
+    session: Session, record: RunRecord, log: logging.Logger, signals: Signals, extra: Mapping[str, Any]
 ) -> tuple[int, BaseException | None]:
     """Runs a session to its end; returns the exit status and an error whose traceback is to be printed.
 
+    Args:
+        extra: of the log record that says why the run failed.
     Raises:
         ConfigError, RankError: a mistake that was found before the first step.
         LostError: another rank is gone.
@@ -190,7 +193,8 @@ def _run(
     for fault in record.faults:
         log.warning("run.json: left out %s", fault)
     if record.crashed:
-        log.warning("The session of process %d on %s crashed", record.crashed["pid"], record.crashed["host"])
+        pid, host = record.crashed["pid"], one_line(str(record.crashed["host"]))
+        log.warning("The session of process %s on %s crashed", pid, host)
     status, reason = "failed", None
     try:
         with _watched(session):
@@ -198,7 +202,7 @@ def _run(
         reason = signals.first
     except RunError as error:
         reason = str(error)
-        log.error("The run ends: %s", error)
+        log.error("The run ends: %s", error, extra=extra)
     except ConfigError as error:  # whoever started the run prints it
         reason = str(error)
         raise
@@ -207,7 +211,7 @@ def _run(
             status, reason = _describe_cut(number := meaning_of(error)[1])
             return 128 + number, None
         reason = describe(error)
-        log.error("The run failed: %s", reason, exc_info=True)
+        log.error("The run failed: %s", reason, exc_info=True, extra=extra)
         if isinstance(error, (RankError, LostError)):
             raise
         return STATUSES["failed"], error
@@ -244,7 +248,9 @@ def _describe_runner(folder: Path) -> str:
     except (KeyError, IndexError, TypeError):
         return "it has only just begun"
     is_known = type(pid) is int and isinstance(host, str) and isinstance(started, str)
-    return f"process {pid} on {host:.80}, since {started:.40}" if is_known else "its run.json does not say which"
+    return (
+        one_line(f"process {pid} on {host:.80}, since {started:.40}") if is_known else "its run.json does not say which"
+    )
 
 
 def _remove_begun(folder: Path, has_log: bool) -> None:
@@ -278,7 +284,7 @@ def _find_together(path: Path) -> Found:
         except ConfigError as error:
             raise ConfigError(f"resume: {error}") from error
         for fault in faults:
-            print(f"Passed over: {fault}")
+            print(escape_controls(f"Passed over: {fault}"))
         content.update(loaded)
         return found
 

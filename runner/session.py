@@ -17,7 +17,7 @@ from runner.best import Best, mode_of, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
 from runner.config import flatten
-from runner.console import Console
+from runner.console import Console, describe_numbers
 from runner.dialogue import Dialogue
 from runner.evaluate import measure, show
 from runner.export import facts_of, last_evaluation, write
@@ -327,8 +327,8 @@ class Session:
             self.tracker.log(step, values)
         if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
-            shown = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values.items())
-            self.log.info("Step %d of %d: %s", step, self.experiment.trainer.steps, shown)
+            shown = {name.removeprefix("train/"): value for name, value in values.items()}
+            self.log.info("Step %d of %d: %s", step, self.experiment.trainer.steps, describe_numbers(shown))
 
     def _answer(self, text: str) -> None:
         self.log.info("%s", text)
@@ -424,7 +424,7 @@ class Session:
         self.evaluation = {"step": step, **numbers}
         with told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
-        self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        self.log.info("Step %d: %s", step, describe_numbers(numbers, ".4f"))
         with told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         # An evaluation that was typed or is the last one of this length must not change the schedule.

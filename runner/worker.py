@@ -11,7 +11,6 @@ import gc
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,12 +103,13 @@ def work(
     import_path.prepend(handover.python_path)
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
     if place is None or store is None:
-        return run.run(*given, goes_on=handover.goes_on, launch=handover.name)
+        return run.run(*given, goes_on=handover.goes_on, launch=handover.name, is_job=handover.is_job)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            return run.run(*given, words, goes_on=goes_on, lasting=lasting, launch=handover.name)
+            facts = {"launch": handover.name, "is_job": handover.is_job}
+            return run.run(*given, words, goes_on=goes_on, lasting=lasting, **facts)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
@@ -195,11 +195,11 @@ def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
         return int(str(end.code))
     except Exception as error:
         if is_of_connection(error):
-            print(f"rank {joined.place.rank}: {error}", file=sys.stderr)
+            mistakes.tell(f"rank {joined.place.rank}: {error}")
             return None
         message = mistakes.explain(error)
         if joined.is_leader or isinstance(error, HandoverError):
-            print(message or "".join(traceback.format_exception(error)), file=sys.stderr)
+            mistakes.tell_traceback(error) if message is None else mistakes.tell(message)
         return 1 if message is None else 2
 
 

@@ -35,11 +35,11 @@ def told(*overrides):
     [
         ("trainer.stepz=3", "trainer.stepz: no such key; did you mean steps?"),
         ("optimizations.unsloht=true", "optimizations.unsloht: no such key; did you mean unsloth?"),
-        ("trainer.steps=many", "trainer.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("trainer.steps=many", "trainer.steps=many: expected a whole number, found a text"),
         ("sampler=poool", "sampler=poool: no such choice; did you mean pool? (there are: batched_ordered, ordered,"),
         ("model.no_such_arg=1", "model.no_such_arg: no such key; there are: "),
         ("samplr=pool", "samplr: no such key; did you mean sampler?"),
-        ("trainer.precision=fp8", "trainer.precision: Invalid value 'fp8', expected one of [fp32, bf16, fp16]"),
+        ("trainer.precision=fp8", "trainer.precision=fp8: expected one of fp32, bf16, fp16; did you mean fp32?"),
         ("trainer.steps=0", "trainer.steps=0: expected 1 or more"),
         ("tracking.stdin=1", "tracking.stdin=1: expected auto, true or false"),
         ("tracking.stdin=pipe", "tracking.stdin=pipe: expected auto, true or false"),

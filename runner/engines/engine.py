@@ -152,7 +152,7 @@ class Engine:
     def forward(self, batch: Any, fed: Any = None, share: float | None = None) -> Output:
         """Returns what the module makes of a batch; without a `share` it is an evaluation."""
         fed = fed or self._fed.forward
-        self._reader.share = share
+        self._reader.share, self._reader.has_trained = share, self.micro_steps >= self.accumulate
         if self._dtype is None:
             output: Output = fed(batch)
         else:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.hugging_face import count_terms, is_model_output
-from runner.utils.mishaps import Halt
+from runner.utils.mishaps import EarlyMistake, Halt
 
 Feeder = Callable[[nn.Module, Any], Any]
 Number = Tensor | float  # a tensor (0-d) on an accelerator, which is not waited for; else a float
 
 _log = logging.getLogger(__name__)
+_MOST_REFUSED = 20  # values that are no metrics, each named in a warning
 _NO_METRICS = ("loss", "tokens", "weight")
 # What the runner logs under train/ itself.
 _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
@@ -26,6 +27,10 @@ _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tok
 
 class OutputError(Halt, ValueError):
     """A forward returned what can't be trained on or logged."""
+
+
+class EarlyOutputError(OutputError, EarlyMistake):
+    """The first forward did so: nothing was trained yet."""
 
 
 class Weight(NamedTuple):
@@ -111,7 +116,7 @@ class Reader:
         self.multiplies = False  # a weighted loss counts as often as it has terms; else it is a step's only one
         self.reference: Number | None = None
         self._is_weighted: bool | None = None
-        self._is_told = False
+        self._is_told = self.has_trained = False
         self._names, self._refused = set[Any](), set[Any]()
         self._counter = count_terms(module)
 
@@ -119,13 +124,16 @@ class Reader:
         """Returns an output's loss, numbers, tokens and weight.
 
         Raises:
-            TypeError: there is no loss in it, nor on the module's modules.
-            OutputError: a number has a reserved name, or the weight is no number, or not always there.
+            OutputError: there is no loss in it, nor on the module's modules, or the loss has no gradients; a number has
+                a reserved name, or the weight is no number, or not always there.
         """
         if isinstance(output, Tensor) and output.numel() == 1:
             loss, fields = output.reshape(()) if output.ndim else output, _NO_FIELDS
         else:
             loss, fields = self._find_loss(output), _find_fields(output)
+        if not loss.requires_grad and self.share is not None and torch.is_grad_enabled():
+            remedy = "compute it from parameters that are trained, without detach(), item() or no_grad()"
+            raise self._error(f"{self._where} returned a loss without gradients; {remedy}")
         extras = self._read_extras(output, fields) if fields else {}
         terms = fields.get("weight")
         if self._counter is not None:
@@ -144,7 +152,7 @@ class Reader:
         if not isinstance(loss, Tensor):
             loss = _collect_losses(self._module)
         if loss is None:
-            raise TypeError(
+            raise self._error(
                 f"{self._where} returned {_describe(output)}: expected a scalar loss, a mapping "
                 "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
             )
@@ -153,11 +161,15 @@ class Reader:
     def _scalar(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss.reshape(()) if loss.ndim else loss
-        raise TypeError(f"{self._where}: its loss is a {_describe(loss)}: expected a tensor with one number")
+        raise self._error(f"{self._where}: its loss is a {_describe(loss)}: expected a tensor with one number")
+
+    def _error(self, message: str) -> OutputError:
+        """Returns an error that costs a run the steps done so far only where there are any."""
+        return OutputError(message) if self.has_trained else EarlyOutputError(message, is_whole=False)
 
     @property
     def _where(self) -> str:
-        return f"{type(self._module).__name__}.forward"
+        return f"{type(self._module).__name__.removeprefix('FSDP')}.forward"
 
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}
@@ -177,7 +189,7 @@ class Reader:
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
             remedy = "as the runner names one of its own: call it something else"
-            raise OutputError(f"{self._where} returned a number named {name!r}, {remedy}")
+            raise self._error(f"{self._where} returned a number named {name!r}, {remedy}")
         self._names.add(name)
 
     def _refuse(self, output: Any, name: Any, value: Any) -> None:
@@ -185,12 +197,15 @@ class Reader:
         if not is_model_output(output):
             kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             found = f"{name!r} is a {_describe(value)}{kind}"
-            _log.warning("%s: %s, which is not logged; a metric is a number or a tensor with one", self._where, found)
+            rest = "; no further ones are named" if len(self._refused) == _MOST_REFUSED else ""
+            if len(self._refused) <= _MOST_REFUSED:
+                remedy = f"a metric is a number or a tensor with one{rest}"
+                _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
 
     def _decide(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
             remedy = "return it always or never, also in evaluations: the losses would not count alike"
-            raise OutputError(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
+            raise self._error(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
         self._is_weighted = is_weighted
         if self.share is not None:
             self._is_told = True
@@ -221,7 +236,7 @@ class Reader:
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
             expected = "expected the number of terms in its mean loss, 0 or more"
             shown = _describe(found) if terms is None else terms
-            raise OutputError(f"{self._where} returned weight={shown}: {expected}")
+            raise self._error(f"{self._where} returned weight={shown}: {expected}")
         return terms
 
 

@@ -58,6 +58,10 @@ class Agreement:
         """Has something to say at the next occasion; a signal handler or another thread may call it."""
         self._words.append((topic, content))
 
+    def num_unsaid(self) -> int:
+        """Returns how much this rank has to say that the others have not heard."""
+        return len(self._words)
+
     @property
     def is_raised(self) -> bool:
         """Whether this rank's flag is up."""

@@ -34,11 +34,15 @@ class Cut(Exception):
 
 
 class Elsewhere(Exception):
-    """What one rank can't do, as all ranks know it. `is_told`: it is no mistake in the program."""
+    """What one rank can't do, as all ranks know it. `is_told`: it is no mistake in the program.
 
-    def __init__(self, rank: int, reason: str, is_told: bool, is_oom: bool) -> None:
+    `is_early`: it is a mistake that was found before the first step.
+    """
+
+    def __init__(self, rank: int, reason: str, is_told: bool, is_oom: bool, is_early: bool = False) -> None:
         super().__init__(reason)
         self.rank, self.reason, self.is_told, self.is_oom = rank, reason, is_told, is_oom
+        self.is_early = is_early
 
     def describe(self) -> str:
         """Says on which rank it was, and what."""

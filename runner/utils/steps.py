@@ -16,7 +16,7 @@ from runner.utils import distributed
 from runner.utils.agreement import Agreement, Word
 from runner.utils.distributed import LostError, RankError
 from runner.utils.memory import is_out_of_memory
-from runner.utils.mishaps import Cut, Elsewhere, Halt, Policy, explain
+from runner.utils.mishaps import Cut, EarlyMistake, Elsewhere, Halt, Policy, explain
 from runner.utils.utils import add_note, describe, is_signal, mix
 
 
@@ -157,6 +157,8 @@ class Steps:
             raise error
         if is_stopping():  # the signal that asked for it may have ended a worker too
             raise Cut(reason) from error
+        if shared is not None and shared.is_early:
+            raise EarlyMistake(reason, is_whole=False) from error
         if self._policy.on_oom == "stop" or not is_oom:
             raise Halt(reason) from error
         try:
@@ -197,14 +199,14 @@ class Steps:
         left = self.agreement.why_left(error)
         if left is not None:
             raise Halt(left, is_whole=False) from error
-        message = reason or describe(error)
-        is_told = reason is not None or isinstance(error, Halt)
+        message = reason or (str(error) if isinstance(error, Halt) else describe(error))
+        is_told, is_early = reason is not None or isinstance(error, Halt), isinstance(error, EarlyMistake)
         # Heard a step later, it would come after the update of a step that lacks this rank's share.
         if not self._engines.can_make_up or self.agreement.is_late:
             if self.agreement.fails_everywhere():
-                return Elsewhere(distributed.rank(), message, is_told, is_oom=False)  # no further step is made
+                return Elsewhere(distributed.rank(), message, is_told, False, is_early)  # no further step is made
             raise self.agreement.leave(message, is_told) from error
-        self.agreement.say("error", (message, is_told, is_oom))
+        self.agreement.say("error", (message, is_told, is_oom, is_early))
         self._engines.make_up()
         try:
             self._hear()

@@ -2,9 +2,37 @@
 
 import contextlib
 import operator
+import re
 from typing import Any, TypeGuard
 
 _MASK = 2**64 - 1
+# Control characters but newline and tab, line and paragraph separators, lone surrogates, and marks that turn the
+# direction of what follows.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_NEWLINE_AND_TAB = str.maketrans({"\n": "\\n", "\t": "\\t"})
+
+
+def escape_controls(text: str) -> str:
+    """Returns a text that a terminal and a log show as it stands: control characters are escaped as in code.
+
+    Newlines and tabs stay.
+    """
+    return _CONTROLS.sub(_escape, text)
+
+
+def one_line(text: str) -> str:
+    """Returns a text that was found somewhere as a part of one line: with newlines and tabs escaped, too."""
+    return escape_controls(text).translate(_NEWLINE_AND_TAB)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def encodable(text: str) -> str:
+    """Returns a text that UTF-8 can encode: lone surrogates are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode() if not text.isascii() else text
 
 
 def mix(*values: int) -> int:

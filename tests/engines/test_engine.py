@@ -90,7 +90,7 @@ def test_a_tuple_is_passed_by_position_and_a_feeder_may_do_as_it_likes():
 
 def test_a_forward_without_a_loss_is_an_error_that_says_what_is_expected():
     engine = make_engine(feeder=lambda module, batch: batch["x"])
-    with pytest.raises(TypeError, match=r"Tensor of shape \[8, 4\]: expected a scalar loss.*feeder"):
+    with pytest.raises(ValueError, match=r"Tensor of shape \[8, 4\]: expected a scalar loss.*feeder"):
         train(engine, make_batches(1)[0])
 
 
