@@ -13,6 +13,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
+from runner.utils.utils import format_number
+
 _DRAW_EVERY_S = 0.1
 
 
@@ -178,5 +180,4 @@ def _write_line(text: str) -> None:
 
 
 def _format_value(value: Any) -> str:
-    number = float(value)
-    return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.4g}"
+    return format_number(float(value))

@@ -18,6 +18,7 @@ from runner import signals, terminal
 from runner.config import to_json
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+from runner.run_record import DISTRIBUTION
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,7 @@ def facts_of(
 
 def _version() -> str:
     try:
-        return metadata.version("runner")
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:  # it runs from its source
         return ""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, run_folder
+from runner import config, hparams, run_folder
 from runner.schema import DistributedConfig
 from runner.utils.files import make_folder, replace_file
 
@@ -32,7 +32,7 @@ class Handover:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there.
+    then goes on from the newest checkpoint there. `hparams` are its hyperparameters, as TensorBoard shows them.
     """
 
     settings: dict[str, Any]
@@ -43,6 +43,7 @@ class Handover:
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    hparams: dict[str, bool | float | str] = field(default_factory=dict)
 
     @property
     def distributed(self) -> DistributedConfig:
@@ -68,7 +69,9 @@ def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path 
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
-        return Handover(config.to_plain(cfg), folder.absolute(), files, goes_on=goes_on)
+        settings = config.to_plain(cfg)
+    found = hparams.select(hydra_config, settings, reads_experiment=resumed is None)
+    return Handover(settings, folder.absolute(), files, goes_on=goes_on, hparams=found)
 
 
 class Post:

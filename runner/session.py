@@ -15,7 +15,6 @@ from typing import Any
 from runner.best import Best, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
-from runner.config import flatten
 from runner.console import Console
 from runner.dialogue import Dialogue
 from runner.evaluate import measure, show
@@ -37,7 +36,7 @@ from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.packing import Packed
 from runner.utils.steps import Steps
 from runner.utils.train import Loop
-from runner.utils.utils import describe, is_signal
+from runner.utils.utils import describe, format_number, is_signal
 
 _BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
@@ -90,6 +89,7 @@ class Session:
         self._saved_best: dict[str, Any] | None = None  # as the checkpoint says
         self._last_saved: tuple[int, Path | None] = (found[1][FACTS]["loop"]["step"], found[0]) if found else (0, None)
         self.evaluation: dict[str, Any] | None = None
+        self.hparams: dict[str, bool | float | str] = {}  # as TensorBoard shows them
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
         self.loop = self.dialogue.loop = self._make_loop(console)
@@ -193,7 +193,7 @@ class Session:
             recorded=self._recorded,
             warn=self.log.warning,
         )
-        self.tracker.hparams(dict(flatten(self.experiment.settings)))
+        self.tracker.hparams(self.hparams)
 
     def _make_loop(self, console: Console) -> Loop:
         trainer = self.experiment.trainer
@@ -328,7 +328,7 @@ class Session:
             self.tracker.log(step, values)
         if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
-            shown = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in values.items())
+            shown = ", ".join(f"{name.removeprefix('train/')} {format_number(value)}" for name, value in values.items())
             self.log.info("Step %d of %d: %s", step, self.experiment.trainer.steps, shown)
 
     def _answer(self, text: str) -> None:
@@ -421,7 +421,7 @@ class Session:
         self.evaluation = {"step": step, **numbers}
         with told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
-        self.log.info("Step %d: %s", step, ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        self.log.info("Step %d: %s", step, ", ".join(f"{k} {format_number(v)}" for k, v in numbers.items()))
         with told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         # An evaluation that was typed or is the last one of this length must not change the schedule.

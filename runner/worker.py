@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,13 +97,14 @@ def work(
     from runner.utils.distributed import RankError, process_group
 
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
+    start = partial(run.run, launch=handover.name, hparams=handover.hparams)
     if place is None or store is None:
-        return run.run(*given, goes_on=handover.goes_on, launch=handover.name)
+        return start(*given, goes_on=handover.goes_on)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            return run.run(*given, words, goes_on=goes_on, lasting=lasting, launch=handover.name)
+            return start(*given, words, goes_on=goes_on, lasting=lasting)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
