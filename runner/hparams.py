@@ -58,7 +58,7 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Keys:
         if key == "experiment" and is_swept:
             is_experiment_swept, experiments = True, _find_choices(override)
     if reads_experiment:
-        names = _read_experiments(cfg, experiments)
+        names = [name for name in _read_experiments(cfg, experiments) if name not in fixed]
         (swept if is_experiment_swept else fixed).update(dict.fromkeys(names))
     return Keys(list(swept), [key for key in fixed if key not in swept])
 
@@ -206,7 +206,7 @@ def merge(recorded: Any, found: Mapping[str, Value], plain: Mapping[str, Any]) -
     """
     values, merged = dict(flatten(plain)), dict[str, Value]()
     for key, before in list(recorded.items())[:_LONGEST_RECORD] if isinstance(recorded, dict) else ():
-        if isinstance(before, (bool, int, float, str)) and _is_hyperparameter(key):
+        if isinstance(before, (bool, int, float, str)) and _is_hyperparameter(str(key)):
             value = found.get(key, values.get(key, before))
             merged[key] = before if _is_path(key, value) else value
     return merged | {key: value for key, value in found.items() if key not in merged}
