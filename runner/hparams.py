@@ -9,13 +9,14 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.default_element import GroupDefault
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
@@ -36,10 +37,14 @@ _LONGEST_RECORD = 1000
 
 @dataclass
 class Keys:
-    """The keys of a run's hyperparameters: those that jobs of its sweep vary, and those that are set for all."""
+    """The keys of a run's hyperparameters: those that jobs of its sweep vary, and those that are set for all.
 
-    swept: list[str] = field(default_factory=list)
-    fixed: list[str] = field(default_factory=list)
+    `constant` are the overrides that are the same in all jobs, by their own keys: one may set a mapping.
+    """
+
+    swept: list[str]
+    fixed: list[str]
+    constant: list[str]
 
 
 def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Keys:
@@ -49,18 +54,20 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Keys:
         cfg: a run's config, or a sweep's own, whose overrides are those of all jobs.
         reads_experiment: False leaves out the keys of the experiment's file.
     """
-    swept, fixed = dict[str, None](), dict[str, None]()
+    swept, fixed, constant = dict[str, None](), dict[str, None](), list[str]()
     experiments = _listed(cfg.hydra.runtime.choices.get("experiment"))
     is_experiment_swept = False
     for key, override in _find_overrides(cfg).items():
         is_swept = override is None or override.is_sweep_override()
         (swept if is_swept else fixed).update(dict.fromkeys(_expand(key, override)))
-        if key == "experiment" and is_swept:
+        if not is_swept:
+            constant.append(key)
+        elif key == "experiment":
             is_experiment_swept, experiments = True, _find_choices(override)
     if reads_experiment:
         names = [name for name in _read_experiments(cfg, experiments) if name not in fixed]
         (swept if is_experiment_swept else fixed).update(dict.fromkeys(names))
-    return Keys(list(swept), [key for key in fixed if key not in swept])
+    return Keys(list(swept), [key for key in fixed if key not in swept], constant)
 
 
 def _find_overrides(cfg: DictConfig) -> dict[str, Override | None]:
@@ -70,7 +77,7 @@ def _find_overrides(cfg: DictConfig) -> dict[str, Override | None]:
     if cfg.hydra.mode == RunMode.MULTIRUN:
         for key, value in _find_space(cfg.hydra.sweeper):
             found[_without_prefix(key)] = None if isinstance(value, Mapping) else _parse(f"{key}={value}")
-    for override in OverridesParser.create().parse_overrides(texts):
+    for override in _make_parser().parse_overrides(texts):
         if not override.is_delete():
             found[_without_prefix(override.get_key_element())] = override
     return found
@@ -89,8 +96,13 @@ def _find_space(sweeper: Any) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str) -> Override | None:
     with contextlib.suppress(HydraException):
-        return OverridesParser.create().parse_override(text)
+        return _make_parser().parse_override(text)
     return None
+
+
+def _make_parser() -> OverridesParser:
+    hydra = GlobalHydra.instance()
+    return OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)  # which lists glob(...)
 
 
 def _without_prefix(key: str) -> str:
@@ -156,7 +168,7 @@ def put_into_jobs(cfg: DictConfig) -> None:
     """Has each job of a sweep find the keys that all its jobs vary: Hydra composes it with these overrides."""
     keys = find_keys(cfg)
     with read_write(cfg), open_dict(cfg):
-        for name, found in (("swept", keys.swept), ("fixed", keys.fixed)):
+        for name, found in vars(keys).items():
             texts = ",".join(f"'{key}'" for key in found if re.fullmatch(r"[\w./@:-]+", key))
             cfg.hydra.overrides.hydra.append(f"++{_PLACE}.{name}=[{texts}]")
 
@@ -191,9 +203,12 @@ def _find_keys_of_job(root: DictConfig) -> Keys | None:
     place = OmegaConf.select(root, _PLACE)
     if root.hydra.mode != RunMode.MULTIRUN or place is None or place.get("swept") is None:
         return None
-    swept, fixed = list(place.swept), list(place.fixed)
-    own = [_without_prefix(text.partition("=")[0]) for text in root.hydra.overrides.task]
-    return Keys([*swept, *(key for key in own if key not in {*swept, *fixed})], fixed)
+    keys = Keys(list(place.swept), list(place.fixed), list(place.constant))
+    for text in root.hydra.overrides.task:
+        key = _without_prefix(text.partition("=")[0])
+        if key not in keys.constant and not any(f"{known}.".startswith(f"{key}.") for known in keys.swept):
+            keys.swept.append(key)
+    return keys
 
 
 def merge(recorded: Any, found: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
@@ -252,18 +267,18 @@ def flatten(node: Any, key: str = "") -> Iterator[tuple[str, Value]]:
         yield key, _show(node)
 
 
-def run_label(overrides: Any, fixed: Any = None) -> str:
+def run_label(overrides: Any, constant: Any = None) -> str:
     """Returns a folder name for a sweep's job: the overrides that its sweep varies, in at most 72 characters.
 
     A key is shown by its last part, or as many as tell it from the others. Where nothing varies, all are shown.
 
     Args:
         overrides: of the job, or one text.
-        fixed: the keys that are the same in all jobs.
+        constant: the keys that are the same in all jobs.
     """
     texts = [overrides] if isinstance(overrides, str) else _texts(overrides)
     keys = [_without_prefix(text.partition("=")[0]) for text in texts]
-    swept = [at for at, key in enumerate(keys) if key not in _texts(fixed)] or range(len(texts))
+    swept = [at for at, key in enumerate(keys) if key not in _texts(constant)] or range(len(texts))
     names = _shorten_keys([keys[at] for at in swept])
     parts = [
         _clean(f"{name}{equals}{value}")
@@ -292,7 +307,7 @@ def _shorten_keys(keys: list[str]) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"[^\w.,=+-]+", "-", re.sub(r"['\"]", "", text))
+    return re.sub(r"[^\w.,=+-]+", "-", re.sub(r"['\"(){}\[\]]", "", text))
 
 
 def _cut_parts(parts: list[str]) -> list[str]:

@@ -36,10 +36,10 @@ class RunFolder(Callback):
     """Checks the config and claims the run's folder, before Hydra writes into it.
 
     Args:
-        swept, fixed: the keys of a sweep's hyperparameters, which its jobs read in their config.
+        keys: of a sweep's hyperparameters, which its jobs read in their config.
     """
 
-    def __init__(self, swept: list[str] | None = None, fixed: list[str] | None = None) -> None:
+    def __init__(self, **keys: list[str] | None) -> None:
         pass
 
     def on_multirun_start(self, config: DictConfig, **given: Any) -> None:

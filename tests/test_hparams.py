@@ -29,11 +29,6 @@ def composed(*overrides, is_sweep=False):
         return loader.load_configuration("config", [f"hydra.mode={mode.name}", *overrides], run_mode=mode)
 
 
-def keys_of(*overrides, is_sweep=False):
-    found = hparams.find_keys(composed(*overrides, is_sweep=is_sweep))
-    return found.swept, found.fixed
-
-
 def selected(*overrides):
     root = composed(*overrides)
     plain = OmegaConf.create({key: root._get_node(key) for key in root if key != "hydra"})
@@ -72,15 +67,17 @@ SWEPT = {
     "trainer={steps:1},{steps:2,log_every:1}": ["trainer.steps", "trainer.log_every"],
     "name='a,b'": [],
     "trainer.accumulate=1": [],
+    "data={batch_size:4}": [],
     "+hydra.sweeper.search_space={model.depth:{type:int,low:1,high:2}}": ["model.depth"],
     "+hydra.sweeper.ax_config.params={model.dropout:{type:range,bounds:[0.1,1]}}": ["model.dropout"],
 }
 
 
 def test_the_keys_that_a_sweep_varies_are_found_in_its_command_line_and_its_sweeper():
-    swept, fixed = keys_of(*SWEPT, is_sweep=True)
-    assert sorted(swept) == sorted(key for keys in SWEPT.values() for key in keys)
-    assert fixed == ["name", "trainer.accumulate"]
+    keys = hparams.find_keys(composed(*SWEPT, is_sweep=True))
+    assert sorted(keys.swept) == sorted(key for keys in SWEPT.values() for key in keys)
+    assert keys.fixed == ["name", "trainer.accumulate", "data.batch_size"]
+    assert keys.constant == ["name", "trainer.accumulate", "data"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +93,7 @@ def test_a_search_space_of_an_experiment_varies_too(tmp_path, params, overrides,
     text = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
     (tmp_path / "experiment" / "search.yaml").write_text(text)
     place = f"hydra.searchpath=[file://{tmp_path}]"
-    assert keys_of(place, "experiment=search", *overrides, is_sweep=True)[0] == swept
+    assert hparams.find_keys(composed(place, "experiment=search", *overrides, is_sweep=True)).swept == swept
 
 
 def test_a_run_has_the_values_that_its_command_line_sets_and_no_others():
@@ -199,9 +196,16 @@ def test_a_sweep_over_paths_shows_their_last_parts(project):
     assert [recorded(job)["data.train.path"] for job in jobs] == ["a", "b"]
 
 
-def test_a_value_of_none_fills_a_sweeps_cell(project):
-    jobs = jobs_of(project, "trainer.best_metric=null,eval/error")
-    assert [shown(job)["trainer.best_metric"] for job in jobs] == ["null", "eval/error"]
+def test_a_value_of_none_and_one_that_is_not_there_fill_a_sweeps_cell(project):
+    jobs = jobs_of(
+        project, "trainer.best_metric=null,eval/error", "data={batch_size: 5}", "+model={width:3},{dropout:0}"
+    )
+    found = [shown(job) for job in jobs]
+    values = [[each[key] for key in ("trainer.best_metric", "model.width", "model.dropout")] for each in found]
+    assert values == [["null", 3, ABSENT], ["null", ABSENT, 0], ["eval/error", 3, ABSENT], ["eval/error", ABSENT, 0]]
+    assert [each["data.batch_size"] for each in found] == [5] * 4
+    assert not {"model", "data"} & set(found[0])
+    assert jobs[1].name == "1-best_metric=null,model=dropout-0"
 
 
 def test_a_run_that_goes_on_keeps_its_values_and_gets_those_that_are_changed(project):
@@ -227,12 +231,12 @@ def test_a_value_of_the_start_is_told_as_it_is_now_or_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fixed", "expected"),
+    ("overrides", "constant", "expected"),
     [
         (["optimizer.lr=0.001", "sampler=pool", "seed=1"], ["seed"], "lr=0.001,sampler=pool"),
         (["optimizer.lr=1", "engines.a.optimizer.lr=2"], [], "optimizer.lr=1,a.optimizer.lr=2"),
         (["model._target_=own.A"], [], "model._target_=own.A"),
-        (["+model.text='a b/c'"], [], "text=a-b-c"),
+        (["+model.text='a b/c'", "optimizer.betas=[0.9,0.95]"], [], "text=a-b-c,betas=0.9,0.95"),
         (["seed=1"], ["seed"], "seed=1"),
         (["seed=1", "model.width=2"], None, "seed=1,width=2"),
         ([], [], "job"),
@@ -241,15 +245,15 @@ def test_a_value_of_the_start_is_told_as_it_is_now_or_as_it_was():
         ([f"model.a_rather_long_name_{i}={i}" for i in range(9)], [], None),
     ],
 )
-def test_a_label_shows_what_varies(overrides, fixed, expected):
-    label = run_label(overrides, fixed)
+def test_a_label_shows_what_varies(overrides, constant, expected):
+    label = run_label(overrides, constant)
     assert label == expected if expected else len(label) <= 72
     assert expected or "seed=1" not in overrides or label.endswith("yyyyyyyyy,seed=1")
 
 
 @given(st.lists(st.text(), max_size=8) | st.text(), st.lists(st.text()) | st.none())
-def test_a_label_is_a_folder_name_of_at_most_72_characters(overrides, fixed):
-    label = run_label(overrides, fixed)
+def test_a_label_is_a_folder_name_of_at_most_72_characters(overrides, constant):
+    label = run_label(overrides, constant)
     assert 0 < len(label) <= 72
     assert len(label.encode()) <= 200
     assert Path(f"0-{label}").name == f"0-{label}"
