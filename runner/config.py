@@ -20,6 +20,7 @@ from omegaconf.errors import InterpolationKeyError
 
 from runner import config_source
 from runner.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
+from runner.hparams import run_label
 from runner.mistakes import ConfigError, nearest
 from runner.optimizations import find_mistakes
 from runner.schema import (
@@ -44,11 +45,6 @@ def register() -> None:
     config_source.register()
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
-
-
-def run_label(overrides: str) -> str:
-    """Returns a sweep job's overrides as a folder name of at most 80 characters."""
-    return re.sub(r"[^\w.,=+-]+", "-", overrides)[:80] or "job"
 
 
 _ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations"]
@@ -300,14 +296,3 @@ def _unmark(value: Any) -> Any:
     if value.keys() == {_ITEMS}:
         return {_unmark(key): _unmark(child) for key, child in value[_ITEMS]}
     return {key: _unmark(child) for key, child in value.items()}
-
-
-def flatten(node: Any, key: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Yields the dotted keys of a plain config with values that TensorBoard shows."""
-    if isinstance(node, dict) and node:
-        for name, value in node.items():
-            yield from flatten(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(node, (bool, int, float, str)):
-        yield key, node
-    else:
-        yield key, str(node)

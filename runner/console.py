@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
-from runner.utils.utils import escape_controls, one_line
+from runner.utils.utils import escape_controls, format_number, one_line
 
 _DRAW_EVERY_S = 0.1
 
@@ -151,7 +151,7 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-def describe_numbers(numbers: Mapping[str, float], form: str = ".4g") -> str:
+def describe_numbers(numbers: Mapping[str, float]) -> str:
     """Returns numbers as a part of one short line: thousands of them as the first few, learning rates as a range."""
     rates: dict[str, list[float]] = {}
     for name, value in numbers.items():
@@ -163,9 +163,11 @@ def describe_numbers(numbers: Mapping[str, float], form: str = ".4g") -> str:
         found = _RATE.fullmatch(name)
         several = rates[found.group(1)] if found else []
         if len(several) <= _MOST_RATES:
-            shown.append(f"{_short(name)} {value:{form}}")
+            shown.append(f"{_short(name)} {format_number(value)}")
         elif found and found.group(1) == name:
-            ranges.append(f"{_short(name)} {min(several):{form}} to {max(several):{form}} ({len(several)} groups)")
+            ranges.append(
+                f"{_short(name)} {format_number(min(several))} to {format_number(max(several))} ({len(several)} groups)"
+            )
     if len(shown) + len(ranges) > _MOST_NUMBERS:
         shown, ranges = shown[:_MOST_NUMBERS], [*ranges[:_MOST_RATES], f"... ({len(numbers)} in all)"]
     return ", ".join(shown + ranges)
@@ -219,5 +221,4 @@ def _write_line(text: str) -> None:
 
 
 def _format_value(value: Any) -> str:
-    number = float(value)
-    return f"{number:,.0f}" if 1000 <= abs(number) < math.inf else f"{number:.4g}"
+    return format_number(float(value))

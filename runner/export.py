@@ -21,6 +21,7 @@ from runner.config import to_json
 from runner.log_repair import is_step
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+from runner.run_record import DISTRIBUTION
 from runner.signature import SignatureError
 from runner.trust import add_trust_arguments
 from runner.utils.files import iterate_lines, open_regular
@@ -137,7 +138,7 @@ def _commit_of(run: Path) -> str:
 
 def _version() -> str:
     try:
-        return metadata.version("runner")
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:  # it runs from its source
         return ""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, import_path, run_folder, signature
+from runner import config, hparams, import_path, run_folder, signature
 from runner.mistakes import ConfigError
 from runner.schema import DistributedConfig
 from runner.signature import Origin
@@ -41,7 +41,7 @@ class Handover:
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
     then goes on from the newest checkpoint there. An untrusted run that goes on has no `origin`, and stays unsigned. A
-    job of a sweep is told in one line where it fails.
+    job of a sweep is told in one line where it fails. `hparams` are its hyperparameters, as TensorBoard shows them.
     """
 
     settings: dict[str, Any]
@@ -55,6 +55,7 @@ class Handover:
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    hparams: dict[str, Any] = field(default_factory=dict)
 
     @property
     def distributed(self) -> DistributedConfig:
@@ -161,15 +162,17 @@ def make(
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
-        return Handover(
-            config.to_plain(cfg),
-            folder.absolute(),
-            files,
-            python_path=import_path.list_own(),
-            origin=asdict(origin) if origin else {},
-            goes_on=goes_on,
-            is_job=is_job,
-        )
+        settings = config.to_plain(cfg)
+    return Handover(
+        settings,
+        folder.absolute(),
+        files,
+        python_path=import_path.list_own(),
+        origin=asdict(origin) if origin else {},
+        goes_on=goes_on,
+        is_job=is_job,
+        hparams=hparams.select(hydra_config, settings, reads_experiment=resumed is None),
+    )
 
 
 class Post:

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, mistakes, resume, run_folder, signals, signature, sweep, worker
+from runner import agent, config, handover, hparams, mistakes, resume, run_folder, signals, signature, sweep, worker
 from runner.handover import Handover
 from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
@@ -37,13 +37,21 @@ _made: Path | None = None  # the run's folder, if it was not there before
 
 
 class RunFolder(Callback):
-    """Checks the config and claims the run's folder, before Hydra writes into it."""
+    """Checks the config and claims the run's folder, before Hydra writes into it.
+
+    Args:
+        keys: of a sweep's hyperparameters, which its jobs read in their config.
+    """
+
+    def __init__(self, **keys: list[str] | None) -> None:
+        pass
 
     def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
         """Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them."""
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
+        hparams.put_into_jobs(config)
         sweep.begin(OmegaConf.to_container(config.hydra.overrides.task))
 
     def on_multirun_end(self, config: DictConfig, **given: Any) -> None:

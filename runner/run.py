@@ -15,6 +15,7 @@ from runner.build import Experiment, build
 from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
+from runner.hparams import merge
 from runner.mistakes import ConfigError, tell_traceback
 from runner.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.run_record import RunRecord
@@ -51,6 +52,7 @@ def run(
     lasting: Store | None = None,
     launch: str = "",
     is_job: bool = False,
+    hparams: Mapping[str, bool | float | str] | None = None,
 ) -> int:
     """Runs a resolved config in its folder, on this rank; returns the exit status.
 
@@ -65,6 +67,7 @@ def run(
         lasting: a store that outlives the processes, where they are started again: it says whether the run has begun.
         launch: the same for each start of all ranks by one launcher.
         is_job: of a sweep, which prints one line where the run fails; the traceback is in log.txt.
+        hparams: the values that TensorBoard's HPARAMS page shows of this start.
     Raises:
         SystemExit: this rank has left the others, so that its process must end.
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
@@ -80,7 +83,7 @@ def run(
         if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
             settings = {**settings, "resume": str(folder)}
         had_log = (folder / "log.txt").exists()
-        session, record, log = _open(settings, folder, stack, accept, store, launch)
+        session, record, log = _open(settings, folder, stack, accept, store, launch, hparams or {})
         if lasting is not None and is_leader():
             lasting.set(_BEGUN, "")
         session.begins_again = goes_on and session.is_new
@@ -138,6 +141,7 @@ def _open(
     accept: Callable[[], None],
     store: Store | None,
     launch: str,
+    hparams: Mapping[str, bool | float | str],
 ) -> tuple[Session, Any, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
@@ -147,7 +151,7 @@ def _open(
         made: list[tuple[Session, Any, logging.Logger]] = []
         together(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
-        together(lambda: _begin(session, record, accept, launch) if is_leader() else None)
+        together(lambda: _begin(session, record, accept, launch, hparams) if is_leader() else None)
         return session, record, log
     except BaseException as error:
         if not settings["resume"] and is_leader() and not (folder / "run.json").exists():
@@ -173,10 +177,18 @@ def _make_session(
     return Session(experiment, folder, record, console, log, found), record, log
 
 
-def _begin(session: Session, record: RunRecord, accept: Callable[[], None], launch: str) -> None:
+def _begin(
+    session: Session,
+    record: RunRecord,
+    accept: Callable[[], None],
+    launch: str,
+    hparams: Mapping[str, bool | float | str],
+) -> None:
+    before = read_record(session.folder).get("hparams")
+    session.hparams = merge(before, hparams, session.experiment.settings)
     session.convert_metrics(lambda: read_config(session.folder))  # which `accept` replaces
     accept()
-    session.start_record(name=session.experiment.name, ranks=num_ranks(), launch=launch)
+    session.start_record(name=session.experiment.name, ranks=num_ranks(), launch=launch, hparams=session.hparams)
 
 
 def _run(

@@ -22,7 +22,8 @@ from typing import Any
 from runner.utils.files import read_bounded, replace_file
 from runner.utils.strict_json import parse_json
 
-_PACKAGES = ("runner", "torch", "numpy", "hydra-core", "tensorboard", "safetensors")
+DISTRIBUTION = "exact-runner"  # this package, as pip knows it
+_PACKAGES = ("torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _GIT_TIMEOUT_S = 5.0
 _SURVEY_WAIT_S = 1.0  # at the end of a run, for git to have answered
 
@@ -93,7 +94,7 @@ class RunRecord:
             self.update(**facts)
 
     def _look_around(self, folder: str) -> None:
-        packages = {name: _find_version(name) for name in _PACKAGES}
+        packages = {"runner": _find_version(DISTRIBUTION)} | {name: _find_version(name) for name in _PACKAGES}
         git = _read_git(folder)
         with self._lock:
             self._session["git"] = git

@@ -16,7 +16,6 @@ from runner import signature
 from runner.best import Best, mode_of, name_metric
 from runner.build import Experiment
 from runner.checkpoint import FACTS, Checkpoints
-from runner.config import flatten
 from runner.console import Console, describe_numbers
 from runner.dialogue import Dialogue
 from runner.evaluate import measure, show
@@ -91,6 +90,7 @@ class Session:
         self._saved_best: dict[str, Any] | None = None  # as the checkpoint says
         self._last_saved: tuple[int, Path | None] = (found[1][FACTS]["loop"]["step"], found[0]) if found else (0, None)
         self.evaluation: dict[str, Any] | None = None
+        self.hparams: dict[str, bool | float | str] = {}  # as TensorBoard shows them
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
         self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
         self.loop = self.dialogue.loop = self._make_loop(console)
@@ -192,7 +192,7 @@ class Session:
             recorded=self._recorded,
             warn=self.log.warning,
         )
-        self.tracker.hparams(dict(flatten(self.experiment.settings)))
+        self.tracker.hparams(self.hparams)
 
     def _make_loop(self, console: Console) -> Loop:
         trainer = self.experiment.trainer
@@ -424,7 +424,7 @@ class Session:
         self.evaluation = {"step": step, **numbers}
         with told("the run's numbers", Halt):
             self.tracker.log(step, numbers)
-        self.log.info("Step %d: %s", step, describe_numbers(numbers, ".4f"))
+        self.log.info("Step %d: %s", step, describe_numbers(numbers))
         with told("the run's sounds", Halt):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
         # An evaluation that was typed or is the last one of this length must not change the schedule.

@@ -397,7 +397,7 @@ def _descend(found: Any, name: str, attributes: list[str]) -> Any:
 
 def _extra(module: str | None) -> str:
     extra = _EXTRAS.get((module or "").partition(".")[0])
-    return f'; pip install "runner[{extra}]"' if extra else ""
+    return f'; pip install "exact-runner[{extra}]"' if extra else ""
 
 
 def is_called_later(key: str, target: Any) -> bool:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,14 +103,14 @@ def work(
 
     import_path.prepend(handover.python_path)
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
+    start = partial(run.run, launch=handover.name, is_job=handover.is_job, hparams=handover.hparams)
     if place is None or store is None:
-        return run.run(*given, goes_on=handover.goes_on, launch=handover.name, is_job=handover.is_job)
+        return start(*given, goes_on=handover.goes_on)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            facts = {"launch": handover.name, "is_job": handover.is_job}
-            return run.run(*given, words, goes_on=goes_on, lasting=lasting, **facts)
+            return start(*given, words, goes_on=goes_on, lasting=lasting)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None

@@ -174,11 +174,5 @@ def test_composing_does_not_import_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_a_label_of_overrides_is_a_folder_name():
-    assert config.run_label("sampler=pool,seed=1") == "sampler=pool,seed=1"
-    assert "/" not in config.run_label("data.path=/a/b c")
-    assert len(config.run_label("x" * 500)) == 80
-
-
 def test_config_error_is_a_value_error():
     assert issubclass(ConfigError, ValueError)

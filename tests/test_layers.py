@@ -1,11 +1,24 @@
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "runner"
+CONTRACTS = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+# These import Hydra or OmegaConf themselves; `runner.utils` may not even import what does.
+KNOWS_CONFIG = {
+    "command", "launch", "resume", "handover", "saved", "build", "run_folder", "trust", "changes", "config",
+    "optimizations", "hparams", "mistakes", "interpolation", "schema",
+}  # fmt: skip
+
+
+def modules_in(folder):
+    found = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
+    return found | {path.parent.name for path in folder.glob("*/__init__.py")}
 
 
 def test_an_import_only_goes_down():
@@ -13,6 +26,18 @@ def test_an_import_only_goes_down():
         [Path(sys.executable).parent / "lint-imports", "--no-cache"], cwd=PACKAGE.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("number", "folder"), [(0, PACKAGE), (1, PACKAGE / "utils")], ids=["runner", "runner.utils"])
+def test_every_module_stands_once_in_the_layers(number, folder):
+    layers = [name.strip() for layer in CONTRACTS[number]["layers"] for name in layer.split("|")]
+    parent = ".".join(folder.relative_to(PACKAGE.parent).parts)
+    assert sorted(layers) == sorted(f"{parent}.{name}" for name in modules_in(folder))
+
+
+def test_every_module_that_may_not_know_the_config_stands_in_that_contract():
+    found = {name.removeprefix("runner.") for name in CONTRACTS[3]["source_modules"]}
+    assert found == modules_in(PACKAGE) - KNOWS_CONFIG - {"utils"}
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "utils").glob("*.py")), ids=lambda path: path.name)
@@ -27,6 +52,11 @@ def test_the_box_of_tools_imports_torch_safetensors_numpy_and_the_standard_libra
         for name in names:
             assert name.partition(".")[0] in allowed, f"{path.name} imports {name}"
             assert not name.startswith("runner") or name.startswith("runner.utils"), f"{path.name} imports {name}"
+
+
+def test_the_readme_of_the_box_lists_each_of_its_modules_once():
+    rows = re.findall(r"^\| `(\w+)` \|", (PACKAGE / "utils" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(modules_in(PACKAGE / "utils"))
 
 
 def test_the_box_itself_imports_nothing():

@@ -71,3 +71,12 @@ def test_a_best_metric_that_a_later_evaluation_lacks_ends_the_run_with_its_steps
     if count == 1:
         assert [line.get("train/loss") for line in resumed] == [line.get("train/loss") for line in whole]
         assert [line.get("eval/loss") for line in resumed] == [line.get("eval/loss") for line in whole]
+
+
+def test_an_evaluation_is_printed_with_significant_digits(project):
+    own = project.folder / "own.py"
+    own.write_text(
+        own.read_text() + "\n\ndef tell(module, dataset):\n    return {'a': 3e-6, 'b': 20, 'c': 0.5, 'd': 1e999}\n"
+    )
+    printed = project.run("report._target_=own.tell", "trainer.steps=1", "trainer.eval_at_start=false")
+    assert "eval/a 3e-6, eval/b 20, eval/c 0.5, eval/d inf\n" in printed

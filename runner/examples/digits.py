@@ -177,5 +177,6 @@ def require(name: str, find_only: bool = False) -> Any:
         return None if find_only else importlib.import_module(name)
     except (ModuleNotFoundError, ValueError) as error:
         raise ImportError(
-            f'the digits example needs {name.partition(".")[0]}, which is not installed: pip install "runner[digits]"'
+            f"the digits example needs {name.partition('.')[0]}, which is not installed: "
+            'pip install "exact-runner[digits]"'
         ) from error

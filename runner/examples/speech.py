@@ -256,4 +256,6 @@ def require_soundfile() -> Any:
     try:
         return importlib.import_module("soundfile")
     except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
-        raise ImportError('speech: a folder of audio files needs soundfile; pip install "runner[audio]"') from error
+        raise ImportError(
+            'speech: a folder of audio files needs soundfile; pip install "exact-runner[audio]"'
+        ) from error

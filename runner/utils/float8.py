@@ -106,7 +106,7 @@ def import_torchao(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "torchao":
             raise
-        raise ImportError('torchao is not installed; pip install "runner[torchao]"') from error
+        raise ImportError('torchao is not installed; pip install "exact-runner[torchao]"') from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,11 +1,13 @@
 """Pure helpers that two or more modules call; imports no sibling and nothing beyond the standard library."""
 
 import contextlib
+import math
 import operator
 import re
 from typing import Any, TypeGuard
 
 _MASK = 2**64 - 1
+_LARGEST_IN_FULL = 10**15
 # Control characters but newline and tab, line and paragraph separators, lone surrogates, and marks that turn the
 # direction of what follows.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
@@ -50,6 +52,22 @@ def mix(*values: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def format_number(number: float) -> str:
+    """Returns a number as a person reads it: whole numbers in full, others with four significant digits.
+
+    Numbers from 1000 to a million keep all digits before the point; beyond, and below 0.0001, the exponent is as short
+    as it is typed: 3e-6.
+    """
+    if not math.isfinite(number):
+        return str(float(number))
+    if number == int(number) and abs(number) < _LARGEST_IN_FULL:
+        return str(int(number))
+    if 1000 <= abs(number) < 1e6:
+        return f"{number:.0f}"
+    digits, _, exponent = f"{number:.4g}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 def is_signal(error: BaseException) -> TypeGuard[KeyboardInterrupt]:

@@ -226,7 +226,7 @@ def main():
             try:
                 found = measure(run, batches)
             except ImportError as error:
-                print(f'{name}: not measured ({error}); pip install "runner[benchmarks]"', file=sys.stderr)
+                print(f'{name}: not measured ({error}); pip install "exact-runner[benchmarks]"', file=sys.stderr)
                 figures[name] = None
                 continue
             if round_number:

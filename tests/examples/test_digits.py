@@ -194,7 +194,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(package: str, monkey
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     need = Digits if package == "sklearn" else HardestMistakes  # before anything is trained
-    with pytest.raises(ImportError, match=rf'needs {package}, which .* pip install "runner\[digits\]"'):
+    with pytest.raises(ImportError, match=rf'needs {package}, which .* pip install "exact-runner\[digits\]"'):
         need()
 
 

@@ -153,7 +153,7 @@ def test_a_folder_that_gives_nothing_says_why(folder: Path) -> None:
 
 def test_a_folder_without_soundfile_names_the_extra(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
-    with pytest.raises(ImportError, match=r'pip install "runner\[audio\]"'):
+    with pytest.raises(ImportError, match=r'pip install "exact-runner\[audio\]"'):
         Speech("train", Source(str(folder), 0.0))
 
 

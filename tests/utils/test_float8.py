@@ -131,7 +131,7 @@ def test_without_torchao_the_extra_is_named(net, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(ImportError, match=r'torchao is not installed; pip install "runner\[torchao\]"'):
+    with pytest.raises(ImportError, match=r'torchao is not installed; pip install "exact-runner\[torchao\]"'):
         to_float8(net)
 
 

@@ -1,0 +1,28 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.utils.utils import format_number
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (3e-6, "3e-6"), (-3.14159e-6, "-3.142e-6"), (0.00012345, "0.0001234"), (0.001, "0.001"), (1.70912, "1.709"),
+        (98.7654, "98.77"), (999.96, "1000"), (1234.5, "1234"), (123456.7, "123457"), (1234567.8, "1.235e6"),
+        (1.5e300, "1.5e300"), (0.0, "0"), (-0.0, "0"), (3, "3"), (3.0, "3"), (1234567, "1234567"),
+        (10**14, "1" + 14 * "0"),
+        (1e15, "1e15"), (True, "1"), (math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"),
+    ],
+)  # fmt: skip
+def test_a_number_has_four_significant_digits_and_a_whole_one_all(number, expected):
+    assert format_number(number) == expected
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**18), 10**18))
+def test_a_number_that_is_read_again_differs_by_less_than_a_thousandth(number):
+    text = format_number(number)
+    assert math.isclose(float(text), number, rel_tol=1e-3, abs_tol=1e-320)
+    assert len(text) <= 16
