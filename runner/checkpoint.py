@@ -296,9 +296,11 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Any]:
     """Returns a complete checkpoint's values: the parts that were saved by name and, under `FACTS`, the facts.
 
+    Args:
+        is_wanted: says of a name whether its value is read; by default all are.
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
@@ -308,9 +310,11 @@ def load(path: Path) -> dict[str, Any]:
         for name in names:
             if "/" not in name:
                 key = name if Path(name).suffix == ".json" else Path(name).stem
-                values[key] = _LOADED[Path(name).suffix](path / name)
+                if key == STRUCTURE or is_wanted(key):
+                    values[key] = _LOADED[Path(name).suffix](path / name)
         if STRUCTURE in values:
-            values |= _assemble(path, values.pop(STRUCTURE))
+            documents = {part: each for part, each in values.pop(STRUCTURE).items() if is_wanted(part)}
+            values |= _assemble(path, documents)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     return values
@@ -320,7 +324,7 @@ def _assemble(path: Path, documents: Any) -> dict[str, Any]:
     """Returns the parts of a checkpoint whose tensors many ranks wrote, each its share."""
     from runner import shards
 
-    tensors = shards.read(path / SHARDS)
+    tensors = shards.read(path / SHARDS, lambda name: name.partition("/")[0] in documents)
     by_part: dict[str, dict[str, Any]] = {part: {} for part in documents}
     for name, tensor in tensors.items():
         part, _, own = name.partition("/")

@@ -46,7 +46,7 @@ def run_label(overrides: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", overrides)[:80] or "job"
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations"]
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "init_from"]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizations": OptimizationsConfig,
@@ -111,6 +111,8 @@ def check(cfg: DictConfig) -> None:
             mistakes.append(f"engines.{name}: expected {expected}")
         elif not OmegaConf.is_dict(cfg.engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
+        elif not isinstance(found := cfg.engines[name].get("init_from"), (str, type(None))):
+            mistakes.append(f"engines.{name}.init_from={found}: expected a path or null")
     if len({name.lower() for name in cfg.engines}) < len(cfg.engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     if mistakes:

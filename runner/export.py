@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import signals, terminal
+from runner import signals, terminal, warm_start
 from runner.config import to_json
 from runner.mistakes import ConfigError, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
@@ -111,6 +111,7 @@ def facts_of(
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
+        **warm_start.exported(run),
     }
 
 

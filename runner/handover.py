@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, run_folder
+from runner import config, run_folder, warm_start
 from runner.schema import DistributedConfig
 from runner.utils.files import make_folder, replace_file
 
@@ -50,10 +50,16 @@ class Handover:
         return config.typed(DistributedConfig, self.settings["distributed"])
 
     def write_config(self) -> None:
-        """Puts the config in the run's folder, once all is built, each file whole at every moment."""
+        """Puts the config in the run's folder, once all is built, each file whole at every moment.
+
+        Beside it stands the structure of the weights files that the models were built from.
+        """
         make_folder(self.folder / ".hydra", self.folder)
-        for name, content in self.files.items():
-            replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
+        for name, text in self.files.items():
+            replace_file(self.folder / ".hydra" / f"{name}.yaml", [text])
+        path = self.folder / ".hydra" / warm_start.RECORD
+        if (content := warm_start.record(self.settings, path)) is not None:
+            replace_file(path, [content])
 
 
 def make(cfg: DictConfig, folder: Path, *, goes_on: bool = False, resumed: Path | None = None) -> Handover:

@@ -238,6 +238,7 @@ def with_resumed_overrides(arguments: list[str]) -> list[str]:
     global _resumption
     given = [a.partition("=")[2].strip("'\"") for a in arguments if a.startswith("hydra.run.dir=")]
     if _is_requeued() and given and any(Path(given[-1], "checkpoints").glob("step_*")):
-        arguments = [*(a for a in arguments if not a.startswith("hydra.run.dir=")), f"resume={given[-1]}"]
+        arguments = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
+        arguments.append(f"resume={given[-1]}")
     _resumption = resume.find(arguments)
     return arguments if _resumption is None else _resumption.arguments

@@ -240,6 +240,7 @@ class Config:
     resume: str | None = MISSING
     resume_allow_changes: bool = MISSING
     allow_targets: list[str] = MISSING
+    init_from: str | None = MISSING
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING

@@ -1,0 +1,429 @@
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import Project, read_numbers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from runner import evaluate, export, warm_start
+from runner.utils import io
+
+WARM = """
+import torch
+from pathlib import Path
+from safetensors.torch import load_file
+from own import Model
+
+
+def read(path):
+    return load_file(path) if str(path).endswith(".safetensors") else torch.load(path, weights_only=True)
+
+
+def warm(path, width=8, prefix=None):
+    model, state = Model(width), read(path)
+    model.load_state_dict(state if prefix is None else state[prefix])
+    return model
+
+
+class Held(Model):
+    # a tensor that no checkpoint holds, of the file that it starts from
+    def __init__(self, path, name):
+        super().__init__()
+        self.load_state_dict(read(path))
+        self.held = read(path)[name] * 2
+
+    def forward(self, x, y):
+        return super().forward(x, y)["loss"] + self.held.square().mean()
+
+
+class Frozen(Model):
+    # beside a teacher that is hidden in a list
+    def __init__(self, path):
+        super().__init__()
+        self.teacher = [warm(path)]
+
+
+class Folder(Model):
+    def __init__(self, folder):
+        import json
+        config = json.loads((Path(folder) / "config.json").read_text())
+        super().__init__(config["width"])
+        for part in sorted(Path(folder).glob("part-*.safetensors")):
+            self.load_state_dict(load_file(part), strict=False)
+
+
+class Normed(Model):
+    def __init__(self, path, drifts=False):
+        super().__init__()
+        self.load_state_dict(read(path))
+        self.second = torch.nn.utils.weight_norm(self.second) if not drifts else self.second
+        import time
+        self.began = time.time()
+"""
+
+
+def write_start(folder, name="start.safetensors", width=40):
+    """Weights of `own.Model`, larger than what is recorded with its values."""
+    torch.manual_seed(3)
+    first, second = nn.Linear(4, width), nn.Linear(width, 1)
+    state = {f"first.{key}": value.detach() for key, value in first.state_dict().items()}
+    state |= {f"second.{key}": value.detach() for key, value in second.state_dict().items()}
+    if name.endswith(".safetensors"):
+        save_file(state, folder / name)
+    elif name.endswith(".old.pth"):
+        torch.save(state, folder / name, _use_new_zipfile_serialization=False)
+    elif name.endswith(".ckpt"):
+        torch.save({"state_dict": state, "epoch": 7, "betas": (0.9, 0.99)}, folder / name)
+    else:
+        torch.save(state, folder / name)
+
+
+def node(target="warm.warm", **arguments):
+    given = ", ".join(f"{key}: {value}" for key, value in arguments.items())
+    return f"{{_target_: {target}, {given}}}"
+
+
+def put_model(folder, model):
+    path = folder / "conf" / "experiment" / "mine.yaml"
+    path.write_text(path.read_text().replace("{_target_: own.Model}", model))
+
+
+MODEL = node(path="start.safetensors", width=40)
+
+
+def make_project(folder, model, *overrides, name="start.safetensors", width=40):
+    project = Project(folder)
+    (folder / "warm.py").write_text(WARM)
+    write_start(folder, name, width)
+    put_model(folder, model)
+    project.run("hydra.run.dir=run", "trainer.steps=6", "trainer.save_every=3", "trainer.eval_every=3", *overrides)
+    return project
+
+
+@pytest.fixture(scope="session")
+def warm_run(tmp_path_factory):
+    """A project with a run of 6 steps that started from a file, which is there."""
+    return make_project(tmp_path_factory.mktemp("warm"), MODEL, "trainer.export_every=6").folder
+
+
+@pytest.fixture
+def warmed(warm_run, tmp_path, monkeypatch):
+    shutil.copytree(warm_run, tmp_path, dirs_exist_ok=True)
+    return stand_in(tmp_path, monkeypatch)
+
+
+def stand_in(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    for name in ("own", "warm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    project = Project.__new__(Project)
+    project.folder, project.started = folder, []
+    return project
+
+
+@pytest.fixture(autouse=True)
+def forgets_modules():
+    yield
+    for name in ("own", "warm"):
+        sys.modules.pop(name, None)
+
+
+def evaluated(capsys, place="run", *arguments):
+    capsys.readouterr()
+    evaluate.main([place, *arguments, "--allow-targets", "own,warm"])
+    return capsys.readouterr().out
+
+
+def exported(place="run"):
+    export.main([place, "--output", "out", "--allow-targets", "own,warm"])
+    return load_file("out/model.safetensors")
+
+
+def refused(capsys, run, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        run([*arguments, "--allow-targets", "own,warm"])
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed
+
+
+def put_older_weights():
+    """Leaves a file of other shapes where the run's was."""
+    save_file({"first.weight": torch.zeros(2, 2)}, "start.safetensors")
+
+
+LOSSES = {"gone": lambda: os.remove("start.safetensors"), "of other shapes": put_older_weights}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_warm_started_run_evaluates_exports_and_goes_on_without_its_file_to_the_same_numbers(warmed, capsys, loss):
+    whole = evaluated(capsys)
+    weights = exported()
+    export_numbers = evaluated(capsys, "run/exports/model.safetensors")
+    assert export_numbers.splitlines()[:2] == whole.splitlines()[:2]
+    shutil.copytree("run", "other")
+    warmed.run("resume=run", "trainer.steps=9")
+    LOSSES[loss]()
+    assert evaluated(capsys, "other") == whole
+    assert evaluated(capsys, "other/checkpoints/step_00000006") == whole
+    found = exported("other")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert evaluated(capsys, "other/exports/model.safetensors") == export_numbers
+    warmed.run("resume=other", "trainer.steps=9")
+    assert read_numbers(warmed.folder / "other") == read_numbers(warmed.folder / "run")
+    one, two = (load_file(f"{run}/checkpoints/step_00000009/model.safetensors") for run in ("run", "other"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_config_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, monkeypatch, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    os.remove("start.safetensors")
+    evaluated(capsys)
+    exported()
+    assert json.loads(io.read_metadata("out/model.safetensors")["config"])["model"]["path"] == "start.safetensors"
+    before = (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes()
+    warmed.run("resume=run", "trainer.steps=7")
+    assert "path: start.safetensors" in (warmed.folder / "run" / ".hydra" / "config.yaml").read_text()
+    assert (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes() == before
+    assert [*temporary.iterdir()] == []
+
+
+def test_an_older_run_without_a_record_builds_from_its_own_weights(warmed, capsys):
+    whole = evaluated(capsys)
+    os.remove("start.safetensors")
+    os.remove("run/.hydra/weights.json")
+    assert evaluated(capsys) == whole
+    warmed.run("resume=run", "trainer.steps=7")
+
+
+@pytest.mark.parametrize("name", ["start.pt", "start.old.pth", "start.bin", "start.ckpt"])
+def test_pickled_weights_are_recorded_with_their_nesting(tmp_path, monkeypatch, capsys, name):
+    extra = {"prefix": "state_dict"} if name.endswith(".ckpt") else {}
+    make_project(tmp_path, node(path=name, width=40, **extra), name=name)
+    stand_in(tmp_path, monkeypatch)
+    whole = evaluated(capsys)
+    os.remove(name)
+    assert evaluated(capsys) == whole
+
+
+def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
+    plain = {"engines": {}, "model": {"path": str(tmp_path / "whole.pt")}}
+    assert warm_start.record(plain) is None
+
+
+def test_a_folder_of_weights_and_small_json_is_recorded_whole(tmp_path, monkeypatch, capsys):
+    (tmp_path / "start").mkdir()
+    write_start(tmp_path)
+    state = load_file(tmp_path / "start.safetensors")
+    save_file({name: state[name] for name in state if name.startswith("first")}, tmp_path / "start/part-1.safetensors")
+    save_file({name: state[name] for name in state if name.startswith("second")}, tmp_path / "start/part-2.safetensors")
+    (tmp_path / "start" / "config.json").write_text('{"width": 40}')
+    (tmp_path / "start" / "code.py").write_text("raise SystemExit(3)")
+    make_project(tmp_path, node("warm.Folder", folder="start"))
+    stand_in(tmp_path, monkeypatch)
+    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
+    files = record["entries"]["model.folder"]["files"]
+    assert sorted(files) == ["config.json", "part-1.safetensors", "part-2.safetensors"]
+    whole = evaluated(capsys)
+    shutil.rmtree("start")
+    assert evaluated(capsys) == whole
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [("second.weight", True), ("second.bias", True), ("first.weight", False)])
+def test_a_tensor_that_no_checkpoint_holds_is_kept_if_small_and_else_told(tmp_path, monkeypatch, capsys, name, is_kept):
+    make_project(tmp_path, node("warm.Held", path="start.safetensors", name=name), width=8)
+    write_start(tmp_path, "large.safetensors", 40)
+    stand_in(tmp_path, monkeypatch)
+    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
+    if not is_kept:  # as of a larger file
+        del record["entries"]["model.path"]["files"]["start.safetensors"]["tensors"][name][2]
+        (tmp_path / "run" / ".hydra" / "weights.json").write_text(json.dumps(record))
+    whole = evaluated(capsys)
+    os.remove("start.safetensors")
+    if is_kept:
+        assert evaluated(capsys) == whole
+    else:
+        assert "model: held: read from start.safetensors, and no checkpoint holds" in refused(
+            capsys, evaluate.main, "run"
+        )
+
+
+def test_a_teacher_that_is_no_part_of_the_model_is_told(tmp_path, monkeypatch, capsys):
+    make_project(tmp_path, node("warm.Frozen", path="start.safetensors"), width=8)
+    stand_in(tmp_path, monkeypatch)
+    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
+    for tensor in record["entries"]["model.path"]["files"]["start.safetensors"]["tensors"].values():
+        del tensor[2:]
+    (tmp_path / "run" / ".hydra" / "weights.json").write_text(json.dumps(record))
+    os.remove("start.safetensors")
+    assert "model: teacher.0.first.bias, " in refused(capsys, export.main, "run")
+
+
+def test_what_a_build_computes_of_parameters_or_of_the_clock_is_not_taken_for_the_files(tmp_path, monkeypatch, capsys):
+    make_project(tmp_path, node("warm.Normed", path="start.safetensors", drifts="true"), width=8)
+    stand_in(tmp_path, monkeypatch)
+    whole = evaluated(capsys)
+    os.remove("start.safetensors")
+    assert evaluated(capsys) == whole
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizations.lora.rank=2",),
+        ("optimizations.ema.decay=0.5",),
+        ("+engines.a={}", "+engines.b={feeder:{_target_:own.feed}}"),
+    ],
+    ids=["lora", "ema", "engines"],
+)
+def test_adapters_averages_and_several_engines_need_no_file_either(tmp_path, monkeypatch, capsys, overrides):
+    make_project(tmp_path, MODEL, *overrides)
+    project = stand_in(tmp_path, monkeypatch)
+    whole = evaluated(capsys)
+    shutil.copytree("run", "other")
+    project.run("resume=run", "trainer.steps=8")
+    os.remove("start.safetensors")
+    assert evaluated(capsys, "other") == whole
+    project.run("resume=other", "trainer.steps=8")
+    assert read_numbers(tmp_path / "other") == read_numbers(tmp_path / "run")
+
+
+def test_an_exported_adapter_still_needs_the_file_of_its_base(tmp_path, monkeypatch, capsys):
+    overrides = ["optimizations.lora.rank=2", "optimizations.lora.export=adapter", "trainer.export_every=6"]
+    make_project(tmp_path, MODEL, *overrides)
+    stand_in(tmp_path, monkeypatch)
+    evaluated(capsys, "run/exports/model.safetensors")
+    os.remove("start.safetensors")
+    assert "start.safetensors" in refused(capsys, evaluate.main, "run/exports/model.safetensors")
+    evaluated(capsys)
+
+
+def test_two_ranks_go_on_without_the_file(warmed):
+    os.remove("start.safetensors")
+    warmed.run("resume=run", "trainer.steps=8", "distributed=ddp", "distributed.nproc_per_node=2", forks_workers=True)
+    assert read_numbers(warmed.folder / "run")[-1]["step"] == 8
+
+
+HUGE = {"kind": "safetensors", "bytes": 1, "sha256": "", "metadata": {}, "tensors": {"a": ["float32", [1 << 40]]}}
+
+
+def entry(files, is_folder=False):
+    return {
+        "format": 1,
+        "entries": {"model.path": {"path": "start.safetensors", "is_folder": is_folder, "files": files}},
+    }
+
+
+def pt(document, tensors):
+    return {"kind": "pt", "bytes": 1, "sha256": "", "document": document, "tensors": tensors}
+
+
+HOSTILE = {
+    "no JSON": "{",
+    "deep": "[" * 100_000,
+    "a list": "[]",
+    "another format": json.dumps({"format": 9, "entries": {}}),
+    "a number for a file": json.dumps(entry({"start.safetensors": 3})),
+    "a path that leads out": json.dumps(entry({"../../canary": HUGE | {"tensors": {}}}, is_folder=True)),
+    "an absolute path": json.dumps(entry({"/tmp/canary": HUGE | {"tensors": {}}}, is_folder=True)),
+    "a module's source": json.dumps(entry({"modeling.py": {"kind": "text", "text": ""}}, is_folder=True)),
+    "a huge tensor": json.dumps(entry({"start.safetensors": HUGE})),
+    "a negative size": json.dumps(entry({"start.safetensors": HUGE | {"tensors": {"a": ["float32", [-4]]}}})),
+    "no dtype": json.dumps(entry({"start.safetensors": HUGE | {"tensors": {"a": ["system", [4]]}}})),
+    "a dtype the format lacks": json.dumps(
+        entry({"start.safetensors": HUGE | {"tensors": {"a": ["complex128", [4]]}}})
+    ),
+    "values of another size": json.dumps(entry({"start.safetensors": HUGE | {"tensors": {"a": ["int8", [4], "00"]}}})),
+    "a pickle of a huge tensor": json.dumps(entry({"start.safetensors": pt({}, {"a": ["float32", [1 << 40]]})})),
+    "a document that is none": json.dumps(entry({"start.safetensors": pt({"version": "x"}, {})})),
+    "a deep document": '{"format":1,"entries":{"model.path":{"path":"start.safetensors","is_folder":false,"files":'
+    '{"start.safetensors":{"kind":"pt","bytes":1,"sha256":"","tensors":{},"document":{"version":2,"raw":{},"objects":[],'
+    f'"tree":{"[" * 400}{"]" * 400}' + "}}}}}}",
+}
+
+
+@pytest.mark.parametrize("harm", HOSTILE)
+def test_a_hostile_record_ends_in_one_message_or_is_ignored(warmed, capsys, harm):
+    os.remove("start.safetensors")
+    (warmed.folder / "run" / ".hydra" / "weights.json").write_text(HOSTILE[harm])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        evaluated(capsys)
+    except SystemExit as end:
+        assert end.code == 2
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        assert "start.safetensors is gone" in printed
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB
+    assert not (warmed.folder / "canary").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_a_record_that_is_no_regular_file_is_ignored(warmed, capsys, kind):
+    os.remove("start.safetensors")
+    path = warmed.folder / "run" / ".hydra" / "weights.json"
+    path.unlink()
+    {"fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
+    evaluated(capsys)
+
+
+def test_the_record_is_bounded_and_holds_no_large_tensor(tmp_path):
+    save_file({f"a.{i}": torch.rand(100, 100) for i in range(3)}, tmp_path / "a.safetensors")
+    found = warm_start.record({"engines": {}, "model": {"deep": [{"path": str(tmp_path / "a.safetensors")}]}})
+    assert len(found) < 600
+    tensors = json.loads(found)["entries"]["model.deep.0.path"]["files"]["a.safetensors"]["tensors"]
+    assert tensors == {f"a.{i}": ["float32", [100, 100]] for i in range(3)}
+
+
+def test_a_stand_in_equals_what_was_recorded_but_for_the_values_of_large_tensors(tmp_path):
+    from runner import weights_structure
+
+    value = {
+        "state": {"w": torch.rand(30, 30), "count": torch.tensor(5), "half": torch.rand(100).bfloat16()},
+        "extra": [1, 2.5, math.inf, None, "text", b"bytes", (True, 1j), torch.float16],
+        "parameters": {"p": nn.Parameter(torch.rand(80))},
+    }
+    torch.save(value, tmp_path / "a.pt")
+    described = {"path": "a.pt"} | weights_structure.describe(str(tmp_path / "a.pt"))
+    weights_structure.check(json.loads(json.dumps(described)))
+    (tmp_path / "made").mkdir()
+    own = {"w": torch.full((30, 30), 2.0)}
+    found = torch.load(weights_structure.write(tmp_path / "made", "a.pt", described, own), weights_only=True)
+    assert torch.equal(found["state"]["w"], own["w"])  # under a prefix
+    assert torch.equal(found["state"]["count"], torch.tensor(5))
+    assert torch.equal(found["state"]["half"], torch.zeros(100, dtype=torch.bfloat16))
+    assert found["extra"] == value["extra"]
+    assert type(found["parameters"]["p"]) is nn.Parameter
+
+
+def test_a_real_model_of_transformers_is_built_again_without_its_folder(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    project = Project(tmp_path)
+    (tmp_path / "warm.py").write_text(
+        "import torch\nclass Tokens:\n    def __len__(self): return 40\n"
+        "    def __getitem__(self, i): t = torch.arange(i, i + 8) % 64; return {'input_ids': t, 'labels': t}\n"
+    )
+    put_model(tmp_path, node("transformers.AutoModelForCausalLM.from_pretrained", pretrained_model_name_or_path="hf"))
+    data = ["data.train={_target_:warm.Tokens}", "data.eval={_target_:warm.Tokens}", "report=null"]
+    project.run("hydra.run.dir=run", "trainer.steps=4", *data)
+    stand_in(tmp_path, monkeypatch)
+    arguments = ["run", "--allow-targets", "own,warm,transformers"]
+    evaluate.main(arguments)
+    whole = capsys.readouterr().out
+    shutil.rmtree("hf")
+    evaluate.main(arguments)
+    assert capsys.readouterr().out == whole
+    project.run("resume=run", "trainer.steps=6")
