@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import os
@@ -7,14 +8,17 @@ import sys
 
 import pytest
 import torch
+from conftest import MODEL as MODEL_SOURCE
 from conftest import Project, read_numbers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runner import evaluate, export, warm_start
+from runner import evaluate, export, warm_start, weights_structure
+from runner.mistakes import ConfigError
 from runner.utils import io
 
 WARM = """
+import time
 import torch
 from pathlib import Path
 from safetensors.torch import load_file
@@ -59,11 +63,10 @@ class Folder(Model):
 
 
 class Normed(Model):
-    def __init__(self, path, drifts=False):
+    def __init__(self, path):
         super().__init__()
         self.load_state_dict(read(path))
-        self.second = torch.nn.utils.weight_norm(self.second) if not drifts else self.second
-        import time
+        torch.nn.utils.spectral_norm(self.second)
         self.began = time.time()
 """
 
@@ -164,37 +167,37 @@ LOSSES = {"gone": lambda: os.remove("start.safetensors"), "of other shapes": put
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_warm_started_run_evaluates_exports_and_goes_on_without_its_file_to_the_same_numbers(warmed, capsys, loss):
-    whole = evaluated(capsys)
-    weights = exported()
-    export_numbers = evaluated(capsys, "run/exports/model.safetensors")
-    assert export_numbers.splitlines()[:2] == whole.splitlines()[:2]
-    shutil.copytree("run", "other")
-    warmed.run("resume=run", "trainer.steps=9")
+def test_a_warm_started_run_evaluates_and_exports_without_its_file_to_the_same_numbers(warmed, capsys, loss):
+    whole, weights = evaluated(capsys), exported()
     LOSSES[loss]()
-    assert evaluated(capsys, "other") == whole
-    assert evaluated(capsys, "other/checkpoints/step_00000006") == whole
-    found = exported("other")
+    assert evaluated(capsys) == whole
+    assert evaluated(capsys, "run/checkpoints/step_00000006") == whole
+    assert evaluated(capsys, "run/exports/model.safetensors") == whole
+    found = exported()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
-    assert evaluated(capsys, "other/exports/model.safetensors") == export_numbers
+
+
+def test_a_warm_started_run_goes_on_without_its_file_as_the_same_run(warmed):
+    shutil.copytree("run", "other")
+    warmed.run("resume=run", "trainer.steps=9")
+    os.remove("start.safetensors")
     warmed.run("resume=other", "trainer.steps=9")
     assert read_numbers(warmed.folder / "other") == read_numbers(warmed.folder / "run")
     one, two = (load_file(f"{run}/checkpoints/step_00000009/model.safetensors") for run in ("run", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    hydra = warmed.folder / "other" / ".hydra"
+    assert (hydra / "weights.json").read_bytes() == (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes()
+    assert "path: start.safetensors" in (hydra / "config.yaml").read_text()
 
 
-def test_the_config_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, monkeypatch, tmp_path_factory):
+def test_an_export_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, monkeypatch, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     os.remove("start.safetensors")
     evaluated(capsys)
     exported()
     assert json.loads(io.read_metadata("out/model.safetensors")["config"])["model"]["path"] == "start.safetensors"
-    before = (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes()
-    warmed.run("resume=run", "trainer.steps=7")
-    assert "path: start.safetensors" in (warmed.folder / "run" / ".hydra" / "config.yaml").read_text()
-    assert (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes() == before
     assert [*temporary.iterdir()] == []
 
 
@@ -203,17 +206,53 @@ def test_an_older_run_without_a_record_builds_from_its_own_weights(warmed, capsy
     os.remove("start.safetensors")
     os.remove("run/.hydra/weights.json")
     assert evaluated(capsys) == whole
-    warmed.run("resume=run", "trainer.steps=7")
+
+
+def make(node):
+    """Returns what a node describes; a mistake is told as the runner tells it."""
+    import warm
+
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    try:
+        return getattr(warm, node["_target_"])(**arguments)
+    except Exception as error:
+        raise ConfigError(f"model: {error!r}") from error
+
+
+class Recorded:
+    """A model that was built from a file, which is gone since, and the run's folder with its record."""
+
+    def __init__(self, tmp_path, monkeypatch, target, forget_values=False, **arguments):
+        folder = tmp_path
+        (folder / "own.py").write_text(MODEL_SOURCE)
+        (folder / "warm.py").write_text(WARM)
+        stand_in(folder, monkeypatch)
+        self.node = {"_target_": target, **arguments}
+        self.whole = make(self.node)
+        self.record = json.loads(warm_start.record({"engines": {}, "model": self.node}))
+        if forget_values:  # as of larger tensors
+            for entry in self.record["entries"].values():
+                for file in entry["files"].values():
+                    for tensor in file["tensors"].values():
+                        del tensor[2:]
+        self.run = folder / "run"
+        (self.run / ".hydra").mkdir(parents=True)
+        (self.run / ".hydra" / "weights.json").write_text(json.dumps(self.record))
+
+    def build(self):
+        state = {name: value.clone() for name, value in self.whole.state_dict().items()}
+        made = warm_start.StandIns(self.run, {"model": state}).build("model", "model", self.node, make)
+        made.load_state_dict(state)
+        return made
 
 
 @pytest.mark.parametrize("name", ["start.pt", "start.old.pth", "start.bin", "start.ckpt"])
-def test_pickled_weights_are_recorded_with_their_nesting(tmp_path, monkeypatch, capsys, name):
+def test_pickled_weights_are_recorded_with_their_nesting(tmp_path, monkeypatch, name):
+    write_start(tmp_path, name)
     extra = {"prefix": "state_dict"} if name.endswith(".ckpt") else {}
-    make_project(tmp_path, node(path=name, width=40, **extra), name=name)
-    stand_in(tmp_path, monkeypatch)
-    whole = evaluated(capsys)
+    recorded = Recorded(tmp_path, monkeypatch, "warm", path=name, width=40, **extra)
     os.remove(name)
-    assert evaluated(capsys) == whole
+    assert recorded.build().first.weight.equal(recorded.whole.first.weight)
 
 
 def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
@@ -222,7 +261,7 @@ def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
     assert warm_start.record(plain) is None
 
 
-def test_a_folder_of_weights_and_small_json_is_recorded_whole(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_weights_and_small_json_is_recorded_whole(tmp_path, monkeypatch):
     (tmp_path / "start").mkdir()
     write_start(tmp_path)
     state = load_file(tmp_path / "start.safetensors")
@@ -230,73 +269,62 @@ def test_a_folder_of_weights_and_small_json_is_recorded_whole(tmp_path, monkeypa
     save_file({name: state[name] for name in state if name.startswith("second")}, tmp_path / "start/part-2.safetensors")
     (tmp_path / "start" / "config.json").write_text('{"width": 40}')
     (tmp_path / "start" / "code.py").write_text("raise SystemExit(3)")
-    make_project(tmp_path, node("warm.Folder", folder="start"))
-    stand_in(tmp_path, monkeypatch)
-    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
-    files = record["entries"]["model.folder"]["files"]
+    recorded = Recorded(tmp_path, monkeypatch, "Folder", folder="start")
+    files = recorded.record["entries"]["model.folder"]["files"]
     assert sorted(files) == ["config.json", "part-1.safetensors", "part-2.safetensors"]
-    whole = evaluated(capsys)
     shutil.rmtree("start")
-    assert evaluated(capsys) == whole
+    assert recorded.build().first.weight.shape == (40, 4)
 
 
-@pytest.mark.parametrize(("name", "is_kept"), [("second.weight", True), ("second.bias", True), ("first.weight", False)])
-def test_a_tensor_that_no_checkpoint_holds_is_kept_if_small_and_else_told(tmp_path, monkeypatch, capsys, name, is_kept):
-    make_project(tmp_path, node("warm.Held", path="start.safetensors", name=name), width=8)
-    write_start(tmp_path, "large.safetensors", 40)
-    stand_in(tmp_path, monkeypatch)
-    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
-    if not is_kept:  # as of a larger file
-        del record["entries"]["model.path"]["files"]["start.safetensors"]["tensors"][name][2]
-        (tmp_path / "run" / ".hydra" / "weights.json").write_text(json.dumps(record))
-    whole = evaluated(capsys)
+def test_a_small_tensor_that_no_checkpoint_holds_is_kept(tmp_path, monkeypatch):
+    write_start(tmp_path, width=8)
+    recorded = Recorded(tmp_path, monkeypatch, "Held", path="start.safetensors", name="second.weight")
     os.remove("start.safetensors")
-    if is_kept:
-        assert evaluated(capsys) == whole
-    else:
-        assert "model: held: read from start.safetensors, and no checkpoint holds" in refused(
-            capsys, evaluate.main, "run"
-        )
-
-
-def test_a_teacher_that_is_no_part_of_the_model_is_told(tmp_path, monkeypatch, capsys):
-    make_project(tmp_path, node("warm.Frozen", path="start.safetensors"), width=8)
-    stand_in(tmp_path, monkeypatch)
-    record = json.loads((tmp_path / "run" / ".hydra" / "weights.json").read_text())
-    for tensor in record["entries"]["model.path"]["files"]["start.safetensors"]["tensors"].values():
-        del tensor[2:]
-    (tmp_path / "run" / ".hydra" / "weights.json").write_text(json.dumps(record))
-    os.remove("start.safetensors")
-    assert "model: teacher.0.first.bias, " in refused(capsys, export.main, "run")
-
-
-def test_what_a_build_computes_of_parameters_or_of_the_clock_is_not_taken_for_the_files(tmp_path, monkeypatch, capsys):
-    make_project(tmp_path, node("warm.Normed", path="start.safetensors", drifts="true"), width=8)
-    stand_in(tmp_path, monkeypatch)
-    whole = evaluated(capsys)
-    os.remove("start.safetensors")
-    assert evaluated(capsys) == whole
+    assert recorded.build().held.equal(recorded.whole.held)
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("target", "arguments", "told"),
     [
-        ("optimizations.lora.rank=2",),
-        ("optimizations.ema.decay=0.5",),
-        ("+engines.a={}", "+engines.b={feeder:{_target_:own.feed}}"),
+        ("Held", {"name": "first.weight"}, "model: held: read from start.safetensors, and no checkpoint holds"),
+        ("Frozen", {}, "model: teacher.0.first.bias, teacher.0.first.weight"),
     ],
-    ids=["lora", "ema", "engines"],
 )
-def test_adapters_averages_and_several_engines_need_no_file_either(tmp_path, monkeypatch, capsys, overrides):
-    make_project(tmp_path, MODEL, *overrides)
-    project = stand_in(tmp_path, monkeypatch)
-    whole = evaluated(capsys)
-    shutil.copytree("run", "other")
-    project.run("resume=run", "trainer.steps=8")
+def test_what_no_checkpoint_holds_is_told_where_the_file_is_gone(tmp_path, monkeypatch, target, arguments, told):
+    write_start(tmp_path, width=8)
+    recorded = Recorded(tmp_path, monkeypatch, target, forget_values=True, path="start.safetensors", **arguments)
+    recorded.build()  # with the file
     os.remove("start.safetensors")
-    assert evaluated(capsys, "other") == whole
-    project.run("resume=other", "trainer.steps=8")
-    assert read_numbers(tmp_path / "other") == read_numbers(tmp_path / "run")
+    with pytest.raises(ConfigError) as caught:
+        recorded.build()
+    assert str(caught.value).startswith(told)
+    assert "put start.safetensors back" in str(caught.value)
+
+
+def test_what_a_build_computes_of_parameters_or_of_the_clock_is_not_taken_for_the_files(tmp_path, monkeypatch):
+    write_start(tmp_path, width=8)
+    recorded = Recorded(tmp_path, monkeypatch, "Normed", forget_values=True, path="start.safetensors")
+    os.remove("start.safetensors")
+    recorded.build()
+
+
+def test_a_file_that_is_as_it_was_is_read_again(tmp_path, monkeypatch):
+    write_start(tmp_path, width=8)
+    recorded = Recorded(
+        tmp_path, monkeypatch, "Held", forget_values=True, path="start.safetensors", name="first.weight"
+    )
+    shutil.copy("start.safetensors", "copy.safetensors")
+    os.replace("copy.safetensors", "start.safetensors")
+    assert recorded.build().held.equal(recorded.whole.held)
+
+
+def test_adapters_averages_and_several_engines_need_no_file_either(tmp_path, monkeypatch, capsys):
+    engines = ["+engines.a={optimizations:{lora:{rank:2}}}", "+engines.b={optimizations:{ema:{decay:0.5}}}"]
+    make_project(tmp_path, MODEL, *engines)
+    stand_in(tmp_path, monkeypatch)
+    whole = evaluated(capsys)
+    os.remove("start.safetensors")
+    assert evaluated(capsys) == whole
 
 
 def test_an_exported_adapter_still_needs_the_file_of_its_base(tmp_path, monkeypatch, capsys):
@@ -353,29 +381,38 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("harm", HOSTILE)
-def test_a_hostile_record_ends_in_one_message_or_is_ignored(warmed, capsys, harm):
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A model whose file is gone, its record yet to be harmed."""
+    write_start(tmp_path, width=8)
+    made = Recorded(tmp_path, monkeypatch, "warm", path="start.safetensors")
     os.remove("start.safetensors")
-    (warmed.folder / "run" / ".hydra" / "weights.json").write_text(HOSTILE[harm])
+    return made
+
+
+@pytest.mark.parametrize("harm", HOSTILE)
+def test_a_hostile_record_ends_in_one_message_or_is_ignored(recorded, harm):
+    (recorded.run / ".hydra" / "weights.json").write_text(HOSTILE[harm])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        evaluated(capsys)
-    except SystemExit as end:
-        assert end.code == 2
-        printed = capsys.readouterr().err
-        assert "Traceback" not in printed
-        assert "start.safetensors is gone" in printed
+    with contextlib.suppress(ConfigError):
+        recorded.build()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB
-    assert not (warmed.folder / "canary").exists()
+    assert not list(recorded.run.parent.glob("**/canary"))
+
+
+def test_a_hostile_record_is_told_without_a_traceback(warmed, capsys):
+    os.remove("start.safetensors")
+    (warmed.folder / "run" / ".hydra" / "weights.json").write_text(HOSTILE["a huge tensor"])
+    printed = refused(capsys, evaluate.main, "run")
+    assert "model.path=start.safetensors is gone, and the run's own weights do not stand for it: put it back" in printed
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
-def test_a_record_that_is_no_regular_file_is_ignored(warmed, capsys, kind):
-    os.remove("start.safetensors")
-    path = warmed.folder / "run" / ".hydra" / "weights.json"
+def test_a_record_that_is_no_regular_file_is_ignored(recorded, kind):
+    path = recorded.run / ".hydra" / "weights.json"
     path.unlink()
     {"fifo": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("/dev/zero"), "folder": path.mkdir}[kind]()
-    evaluated(capsys)
+    recorded.build()
 
 
 def test_the_record_is_bounded_and_holds_no_large_tensor(tmp_path):
@@ -387,8 +424,6 @@ def test_the_record_is_bounded_and_holds_no_large_tensor(tmp_path):
 
 
 def test_a_stand_in_equals_what_was_recorded_but_for_the_values_of_large_tensors(tmp_path):
-    from runner import weights_structure
-
     value = {
         "state": {"w": torch.rand(30, 30), "count": torch.tensor(5), "half": torch.rand(100).bfloat16()},
         "extra": [1, 2.5, math.inf, None, "text", b"bytes", (True, 1j), torch.float16],
