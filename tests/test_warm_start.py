@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -452,8 +453,10 @@ def test_a_real_model_of_transformers_is_built_again_without_its_folder(tmp_path
         "    def __getitem__(self, i): t = torch.arange(i, i + 8) % 64; return {'input_ids': t, 'labels': t}\n"
     )
     put_model(tmp_path, node("transformers.AutoModelForCausalLM.from_pretrained", pretrained_model_name_or_path="hf"))
-    data = ["data.train={_target_:warm.Tokens}", "data.eval={_target_:warm.Tokens}", "report=null"]
-    project.run("hydra.run.dir=run", "trainer.steps=4", *data)
+    path = tmp_path / "conf" / "experiment" / "mine.yaml"
+    experiment = re.sub(r"own.Data, length: \d+", "warm.Tokens", path.read_text())
+    path.write_text(experiment.replace("report: {_target_: own.report}\n", ""))
+    project.run("hydra.run.dir=run", "trainer.steps=4")
     stand_in(tmp_path, monkeypatch)
     arguments = ["run", "--allow-targets", "own,warm,transformers"]
     evaluate.main(arguments)
