@@ -45,6 +45,7 @@ from runner.utils.generators import HeldGenerators
 from runner.utils.open_files import describe_limit, is_out_of_files
 from runner.utils.place import find_place
 from runner.utils.utils import mix
+from runner.warm_start import Builder
 
 _OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_")
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
@@ -97,12 +98,13 @@ class _Part:
         return self.settings["optimizer"] is not None and any(p.requires_grad for p in self.module.parameters())
 
 
-def build(plain: dict[str, Any], store: Store | None = None) -> Experiment:
+def build(plain: dict[str, Any], store: Store | None = None, builder: Builder | None = None) -> Experiment:
     """Builds this rank's share of an experiment; all ranks of a run call it.
 
     Args:
         plain: the resolved config.
         store: where ranks leave word for each other.
+        builder: decides which weights the models begin with; by default those that they are built with.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
         RankError: another rank could not build its share.
@@ -115,7 +117,7 @@ def build(plain: dict[str, Any], store: Store | None = None) -> Experiment:
 
     def build_alone() -> None:  # a rank that fails here leaves nobody waiting
         device = build_device(plain)
-        parts = _build_parts(plain, device)
+        parts = _build_parts(plain, device, builder=builder)
         batches = _build_batches(plain, device)
         evaluation = build_evaluation(plain)
         made.update(batches=batches, evaluation=evaluation, report=build_report(plain))
@@ -146,34 +148,46 @@ def build_device(plain: dict[str, Any]) -> torch.device:
         raise ConfigError(f"distributed.{error}") from error
 
 
-def build_engines(plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train) -> Engines:
+def build_engines(
+    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: Builder | None = None
+) -> Engines:
     """Returns the engines of a resolved config in its order, on this process alone.
 
     Args:
         purpose: to use exported weights takes no optimizer or schedule, nor other things that only training needs.
+        builder: as of `build`.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
     is_trained = purpose is not Purpose.use
-    return _make_engines(plain, _build_parts(plain, device, purpose), None, is_trained=is_trained)
+    return _make_engines(plain, _build_parts(plain, device, purpose, builder), None, is_trained=is_trained)
 
 
-def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train) -> dict[str, _Part]:
+def _build_parts(
+    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: Builder | None = None
+) -> dict[str, _Part]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
-    found = {}
+    found, builder = {}, builder or Builder()
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
         settings = shared | own
         changed = optimizations.of_engine(plain, name)
-        module = _make(plain, place + "model", settings["model"])
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"{place}model: expected a torch.nn.Module, got {type(module).__name__}")
-        _explained(place + "model", partial(_check_sized, module))
+        make = partial(_make_model, plain, place + "model")
+        module = builder.build(name, place + "model", settings["model"], make)
         change = partial(optimizations.carry_out, module, device, changed, purpose)
         changes = _explained(place + "optimizations", change)
+        builder.finish(name, module)
         found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found
+
+
+def _make_model(plain: dict[str, Any], key: str, node: Any) -> nn.Module:
+    module = _make(plain, key, node)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{key}: expected a torch.nn.Module, got {type(module).__name__}")
+    _explained(key, partial(_check_sized, module))
+    return module
 
 
 def _check_sized(module: nn.Module) -> None:

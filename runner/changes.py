@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,7 +28,7 @@ _FIXED: list[KeyPath] = [  # what makes a run the one it is
     *(("optimizations", key) for key in ("freeze", "freeze_mode", "replace", "fp8", "compile", "ema")),
     *(("optimizations", "lora", key) for key in ("rank", "alpha", "dropout", "include", "exclude", "also_train")),
 ]  # fmt: skip
-_BY_KEY = ("optimizer", "scheduler", "optimizations")
+_BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from")
 
 
 def apply(saved: Nest, without: Nest, beside: Nest, typed: list[str]) -> Nest:
@@ -98,9 +101,11 @@ def tell(saved: Nest, wanted: Nest) -> list[str]:
     return [f"{_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in _differences(saved, wanted)]
 
 
-def refuse(saved: Nest, wanted: Nest) -> None:
+def refuse(saved: Nest, wanted: Nest, source: Path | None = None) -> None:
     """Checks that two resolved configs are of the same run: more steps, another rate, more workers are.
 
+    Args:
+        source: the run or checkpoint that was to go on, for the remedy.
     Raises:
         ConfigError: naming every key that makes it another run, its values, and the remedy.
     """
@@ -108,8 +113,18 @@ def refuse(saved: Nest, wanted: Nest) -> None:
     if fixed:
         lines = [f"  {_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in fixed]
         head = "resume: these changes would make it another run than the one that was begun"
-        remedy = "Leave them as they were, or accept that with resume_allow_changes=true"
+        begin = f"start a new run from its weights: {_show_init_from(source)} (without resume=) with the same overrides"
+        remedy = f"Leave them as they were, accept that with resume_allow_changes=true, or {begin}"
         raise ConfigError("\n".join([head, *lines, remedy]))
+
+
+def _show_init_from(source: Path | None) -> str:
+    """Returns the override that starts from a run's weights, quoted for Hydra and the shell where it must be."""
+    text = "<run>" if source is None else str(source)
+    if source is None or re.fullmatch(r"[\w./:+-]+", text, re.ASCII):
+        return f"init_from={text}"
+    escaped = text.replace("'", "\\'")
+    return shlex.quote(f"init_from='{escaped}'")
 
 
 def _join(path: KeyPath) -> str:

@@ -302,9 +302,11 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Any]:
     """Returns a complete checkpoint's values: the parts that were saved by name and, under `FACTS`, the facts.
 
+    Args:
+        is_wanted: says of a name whether its value is read; by default all are.
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
@@ -314,23 +316,26 @@ def load(path: Path) -> dict[str, Any]:
         for name in manifest["files"]:
             if "/" not in name:
                 key = name if Path(name).suffix == ".json" else Path(name).stem
+                if key != STRUCTURE and not is_wanted(key):
+                    continue
                 if key in values:
                     raise ValueError(f"{path}: {MANIFEST} names two files of {key!r}")
                 values[key] = _LOADED[Path(name).suffix](path / name)
         if STRUCTURE in values:
-            values |= _assemble(path, values.pop(STRUCTURE))
+            values |= _assemble(path, values.pop(STRUCTURE), is_wanted)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     return values
 
 
-def _assemble(path: Path, documents: Any) -> dict[str, Any]:
+def _assemble(path: Path, documents: Any, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
     """Returns the parts of a checkpoint whose tensors many ranks wrote, each its share."""
     from runner import shards
 
     if not isinstance(documents, dict):
         raise ValueError(f"{path / STRUCTURE}: expected an object, found {type(documents).__name__}")
-    tensors = shards.read(path / SHARDS)
+    documents = {part: each for part, each in documents.items() if is_wanted(part)}
+    tensors = shards.read(path / SHARDS, lambda name: name.partition("/")[0] in documents)
     by_part: dict[str, dict[str, Any]] = {part: {} for part in documents}
     for name, tensor in tensors.items():
         part, _, own = name.partition("/")

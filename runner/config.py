@@ -47,7 +47,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations"]
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "init_from"]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "optimizations": OptimizationsConfig,
@@ -128,6 +128,8 @@ def check(cfg: DictConfig) -> None:
             mistakes.append(f"engines.{name}: expected {expected}")
         elif not OmegaConf.is_dict(engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
+        elif not isinstance(found := engines[name].get("init_from"), (str, type(None))):
+            mistakes.append(f"engines.{name}.init_from={found}: expected a path or null")
     if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     if mistakes:

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner import import_path, signals, signature, terminal
+from runner import import_path, signals, signature, terminal, warm_start
 from runner.config import to_json
 from runner.log_repair import is_step
 from runner.mistakes import ConfigError, told_in_one_message
@@ -119,6 +119,7 @@ def facts_of(
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
         **_sign(config, run),
+        **warm_start.exported(run),
     }
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, hparams, import_path, run_folder, signature
+from runner import config, hparams, import_path, run_folder, signature, warm_start
 from runner.mistakes import ConfigError
 from runner.schema import DistributedConfig
 from runner.signature import Origin
@@ -81,7 +81,10 @@ class Handover:
         return _check(_read(data))
 
     def write_config(self) -> None:
-        """Puts the config in the run's folder, once all is built, each file whole at every moment."""
+        """Puts the config in the run's folder, once all is built, each file whole at every moment.
+
+        Beside it stands the structure of the weights files that the models were built from.
+        """
         make_folder(self.folder / ".hydra", self.folder)
         if self.origin:
             try:
@@ -89,8 +92,11 @@ class Handover:
             except OSError as error:
                 effect = "resume, evaluate and export will not know it as yours; set XDG_STATE_HOME"
                 print(f"The run can't be signed: {error}; {effect}", file=sys.stderr)
-        for name, content in self.files.items():
-            replace_file(self.folder / ".hydra" / f"{name}.yaml", [content])
+        for name, text in self.files.items():
+            replace_file(self.folder / ".hydra" / f"{name}.yaml", [text])
+        path = self.folder / ".hydra" / warm_start.RECORD
+        if (content := warm_start.record(self.settings, path)) is not None:
+            replace_file(path, [content])
 
 
 def _read(data: bytes) -> Any:

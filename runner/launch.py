@@ -301,7 +301,7 @@ def with_resumed_overrides(arguments: list[str]) -> list[str]:
     arguments = [resume.quote_path(argument) for argument in arguments]
     places = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
     if _is_requeued() and places and any(Path(places[-1], "checkpoints").glob("step_*")):
-        others = [a for a in arguments if not a.startswith("hydra.run.dir=")]
+        others = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
         arguments = [*others, f"resume={quote(places[-1])}"]
     _resumption = resume.find(arguments)
     return arguments if _resumption is None else _resumption.arguments

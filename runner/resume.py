@@ -76,6 +76,8 @@ def find(arguments: list[str]) -> Resumption | None:
     if place == "null" or parsed.multirun:
         return None
     typed = [o for o in parsed.overrides if _key(o) not in ("resume", "sign") and _root(o) != "hydra"]
+    if begun := next((o for o in typed if sets_init_from(o) and not o.endswith("=null")), None):
+        raise ConfigError(f"{begun}: expected it of a new run alone, found resume={place}; leave one of the two out")
     experiment = next((o for o in typed if _key(o) == "experiment"), None)
     checkpoint = _latest_run(experiment) if place == "latest" else Path(place)
     try:
@@ -187,7 +189,7 @@ def _check_overrides(own: list[str], kept: list[str], source: Path) -> None:
             refused.append(f"{text}: sets Hydra itself")
         elif text in kept and _reads_elsewhere(override):
             refused.append(f"{text}: {NOT_FOLLOWED}; where you want it, give it anew")
-        elif "." not in override.key_or_group and _leads_out(override.value()):
+        elif "." not in (key := override.key_or_group) and key != "init_from" and _leads_out(override.value()):
             refused.append(f"{text}: leads out of conf/")
     if refused:
         raise ConfigError("\n  ".join([f"{source}: a run's overrides are data, and these are not followed", *refused]))
@@ -231,7 +233,7 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
         plain = config.to_plain(after)
         trust.check_names(plain, asked.trust)
         if not typed.resume_allow_changes:
-            changes.refuse(config.to_plain(before), plain)
+            changes.refuse(config.to_plain(before), plain, asked.checkpoint)
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
@@ -336,6 +338,11 @@ def _own_part(cfg: DictConfig) -> dict[str, Any]:
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+def sets_init_from(override: str) -> bool:
+    """Says whether an override sets the weights that a new run, or one of its engines, begins with."""
+    return re.fullmatch(r"(engines\.[^.]+\.)?init_from", _key(override)) is not None
 
 
 def _root(override: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.distributed import Store
 
+from runner import initial_weights, warm_start
 from runner.build import Experiment, build
 from runner.checkpoint import FACTS
 from runner.console import Console, open_log
@@ -146,11 +147,14 @@ def _open(
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
     try:
-        experiment = build(settings, store)
         found = _find_together(Path(settings["resume"])) if settings["resume"] else None
+        other_run = None if found else initial_weights.find(settings)
+        experiment = build(settings, store, warm_start.StandIns(folder, found[1]) if found else other_run)
         made: list[tuple[Session, Any, logging.Logger]] = []
         together(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
+        for line in other_run.lines if other_run and is_leader() else ():
+            log.info("%s", line)
         together(lambda: _begin(session, record, accept, launch, hparams) if is_leader() else None)
         return session, record, log
     except BaseException as error:
@@ -276,7 +280,7 @@ def _remove_begun(folder: Path, has_log: bool) -> None:
 def _remove_unused(folder: Path, has_log: bool) -> None:
     """Removes a folder in which nothing but the config was written yet."""
     with contextlib.suppress(OSError):  # it holds something else
-        for file in (folder / ".hydra").glob("*.yaml"):
+        for file in [*(folder / ".hydra").glob("*.yaml"), *(folder / ".hydra").glob(warm_start.RECORD)]:
             file.unlink()
         (folder / LOCK).unlink(missing_ok=True)
         if not has_log:

@@ -86,10 +86,11 @@ class Saved:
         Raises:
             ConfigError: they can't be built, or the weights are of others.
         """
-        from runner import build
+        from runner import build, warm_start
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
-        engines = build.build_engines(self.plain, device, purpose)
+        stand_ins = warm_start.of_saved(self.plain, self.run or self.path, self.parts, self.engine)
+        engines = build.build_engines(self.plain, device, purpose, stand_ins)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)

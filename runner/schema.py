@@ -241,6 +241,7 @@ class Config:
     resume_allow_changes: bool = MISSING
     allow_targets: list[str] = MISSING
     sign: bool = False
+    init_from: str | None = MISSING
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING

@@ -82,15 +82,17 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             raise OSError(code, f"rank {rank}: {reason}", file)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
+def read(folder: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Tensor]:
     """Returns every tensor whole, on the CPU; it needs no process group. The files may be a stranger's.
 
+    Args:
+        is_wanted: says of a name whether its tensor is read.
     Raises:
         ValueError: naming the file and its fault: it is missing, broken, or contradicts another.
         OSError: the disk can't be read.
     """
     known, places = _scan(folder)
-    tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in known.items()}
+    tensors = {name: torch.empty(like.shape, dtype=like.dtype) for name, like in known.items() if is_wanted(name)}
     _fill(tensors, places)
     return tensors
 

@@ -1,0 +1,260 @@
+"""Stand-ins for weights files that a run's model was built from, where these are gone or have changed.
+
+A checkpoint holds every weight, yet the function that builds the model may read a file first. A run records the
+structure of each such file: names, shapes, dtypes and small values. A saved run then builds its model from a file of
+that structure, and loads its own weights over it. Must not import torch at the top, nor know of Hydra.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io as streams
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner import optimizations
+from runner.mistakes import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RECORD = "weights.json"  # in a run's .hydra/, and `weights` in the metadata of its exports
+_METADATA_KEY = "weights"
+_FORMAT = 1
+_SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
+_MAX_RECORD_BYTES = 16 << 20
+_MAX_EXPORTED_BYTES = 1 << 20
+_MAX_PATH_LENGTH = 4096
+_MAX_NUM_PROBED = 1000  # strings of a model's config that are looked up on disk
+
+Make = Callable[[Any], "nn.Module"]
+
+
+def models_of(plain: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yields each engine's name, the key of its model and the model's config, of a resolved config."""
+    for name, own in (plain["engines"] or {"model": {}}).items():
+        place = f"engines.{name}." if plain["engines"] else ""
+        yield name, f"{place}model", own.get("model", plain["model"])
+
+
+def record(plain: Mapping[str, Any], known: Path | None = None) -> bytes | None:
+    """Returns the record of the weights files that a resolved config names under its models; None for none.
+
+    A file that can't be read without running what is in it is left out.
+
+    Args:
+        known: an earlier record of the same run, whose entries stay.
+    """
+    from runner.weights_structure import describe
+
+    entries = {} if known is None else _read(known)
+    texts = {place: text for _, key, node in models_of(plain) for place, text in _strings(node, key)}
+    for place, text in list(texts.items())[:_MAX_NUM_PROBED]:
+        if place not in entries and (files := describe(text)) is not None:
+            entries[place] = {"path": text, **files}
+            if len(_encode(entries)) > _MAX_RECORD_BYTES:
+                del entries[place]
+    return _encode(entries) if entries else None
+
+
+def _encode(entries: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"format": _FORMAT, "entries": entries}, separators=(",", ":")) + "\n").encode()
+
+
+def exported(run: Path) -> dict[str, str]:
+    """Returns what an export's metadata holds of its run's record: nothing where that is large or not there."""
+    path = run / ".hydra" / RECORD
+    text = _read_bounded(path, _MAX_EXPORTED_BYTES) if _is_regular(path) else None
+    return {} if text is None else {_METADATA_KEY: text.decode(errors="replace")}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns the entries of a record by the key of the string in the config; none where it can't be read."""
+    from runner.weights_structure import check
+
+    try:
+        if path.suffix == ".json":
+            text: str | bytes | None = _read_bounded(path, _MAX_RECORD_BYTES) if _is_regular(path) else None
+        else:
+            from runner.utils import io
+
+            text = io.read_metadata(path).get(_METADATA_KEY)
+        if text is None:
+            return {}
+        document = json.loads(text)
+        if document["format"] != _FORMAT:
+            return {}
+        for entry in document["entries"].values():
+            check(entry)
+    except Exception:  # a stranger's: what it is not is of any kind
+        return {}
+    entries: dict[str, Any] = document["entries"]
+    return entries
+
+
+def _read_bounded(path: Path, most_bytes: int) -> bytes | None:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+        return content if len(content) <= most_bytes else None
+    return None
+
+
+def _is_regular(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return stat.S_ISREG(path.lstat().st_mode)
+    return False
+
+
+def _strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yields the strings of a config that may be paths, with their dotted keys."""
+    if isinstance(node, str) and 0 < len(node) <= _MAX_PATH_LENGTH and "\0" not in node:
+        yield key, node
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        if name != "_target_":
+            yield from _strings(child, f"{key}.{name}")
+
+
+def _replaced(node: Any, key: str, paths: Mapping[str, Path]) -> Any:
+    """Returns a config with other paths at some dotted keys."""
+    if isinstance(node, Mapping):
+        return {name: _replaced(child, f"{key}.{name}", paths) for name, child in node.items()}
+    if isinstance(node, list):
+        return [_replaced(child, f"{key}.{index}", paths) for index, child in enumerate(node)]
+    return str(paths[key]) if key in paths else node
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A string of a model's config that names a weights file that is gone or has changed, and its recorded entry."""
+
+    place: str
+    path: str
+    entry: dict[str, Any] | None
+
+
+class Builder:
+    """Builds models whose weights are those that they are built with."""
+
+    def build(self, engine: str, key: str, node: Any, make: Make) -> nn.Module:
+        """Returns what `make` makes of the config `node` of an engine's model, which stands at `key`."""
+        return make(node)
+
+    def finish(self, engine: str, module: nn.Module) -> None:
+        """Ends what `build` began, once the optimizations of the engine have changed its module."""
+
+
+class StandIns(Builder):
+    """Builds the models of a saved run without the weights files that they were first built from.
+
+    Args:
+        source: the run's folder, or one of its exports.
+        weights: the saved parts by name; those of an engine under its name.
+    """
+
+    def __init__(self, source: Path, weights: Mapping[str, Any]) -> None:
+        self._entries = _read(source if source.is_file() else source / ".hydra" / RECORD)
+        self._weights = weights
+
+    def build(self, engine: str, key: str, node: Any, make: Make) -> nn.Module:
+        """Returns what `make` makes of a model's config.
+
+        Raises:
+            ConfigError: it needs a file that is gone, beyond the weights that the run has saved.
+        """
+        strings = dict(_strings(node, key))
+        lost = [found for place, text in strings.items() if (found := self._find_lost(place, text))]
+        if all(each.entry is None for each in lost):
+            try:
+                return make(node)
+            except ConfigError:
+                if not lost:
+                    raise
+        return self._build_from_stand_ins(engine, key, node, make, lost)
+
+    def _find_lost(self, place: str, text: str) -> Lost | None:
+        from runner.weights_structure import is_same
+
+        entry = self._entries.get(place)
+        if entry is None:
+            return Lost(place, text, None) if text.endswith(_SUFFIXES) and not os.path.exists(text) else None
+        is_usable = is_same(text, entry) if text == entry["path"] else os.path.exists(text)
+        return None if is_usable else Lost(place, text, entry)
+
+    def _build_from_stand_ins(self, engine: str, key: str, node: Any, make: Make, lost: list[Lost]) -> Any:
+        """Builds a model twice, from other values of the lost files, to find what the checkpoint does not hold."""
+        from runner.weights_structure import find_unsaved
+
+        own = self._weights.get(engine)
+        build = _Builds(key, node, make, lost, own if isinstance(own, Mapping) else {})
+        other: dict[str, Any] | None = None
+        with contextlib.suppress(ConfigError), contextlib.redirect_stdout(streams.StringIO()):
+            other = find_unsaved(build(fills_with_ones=True))
+        gc.collect()  # the first model is gone before the second is built
+        module = build()
+        unsaved = find_unsaved(module) if other is not None else {}
+        differing = {place for place, digest in unsaved.items() if (other or {}).get(place) != digest}
+        if differing:  # what differs from one build to the next anyway does not come from the files
+            with contextlib.redirect_stdout(streams.StringIO()):
+                module = build()
+            again = find_unsaved(module)
+            differing = {place for place in differing if again.get(place) == unsaved[place]}
+        if differing:
+            names = ", ".join(sorted(differing)[:3])
+            remedy = f"put {lost[0].path} back, or register them as parameters or persistent buffers"
+            raise ConfigError(f"{key}: {names}: read from {lost[0].path}, and no checkpoint holds them; {remedy}")
+        return module
+
+
+def of_saved(plain: dict[str, Any], source: Path, weights: Mapping[str, Any], engine: str | None) -> StandIns | None:
+    """Returns the stand-ins for what evaluates or exports a saved run; None for an adapter without its base weights.
+
+    Args:
+        plain: the resolved config.
+        engine: of an export.
+    """
+    lora = {"rank": 0} if engine is None else optimizations.of_engine(plain, engine)["lora"]
+    is_adapter = lora["rank"] > 0 and lora["export"] == "adapter"
+    return None if is_adapter else StandIns(source, weights)
+
+
+class _Builds:
+    """Builds a model from stand-ins in a temporary folder, which is removed each time."""
+
+    def __init__(self, key: str, node: Any, make: Make, lost: list[Lost], own: Mapping[str, Any]) -> None:
+        self._key, self._node, self._make, self._lost, self._own = key, node, make, lost, own
+
+    def __call__(self, *, fills_with_ones: bool = False) -> Any:
+        from runner.weights_structure import write
+
+        paths: dict[str, Path] = {}
+        with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
+            try:
+                for number, each in enumerate(self._lost):
+                    place = Path(folder, str(number))
+                    place.mkdir()
+                    paths[each.place] = write(place, each.path, each.entry, self._own, fills_with_ones=fills_with_ones)
+            except OSError as error:
+                told = f"{self._key}: {folder}: can't be written to ({error.strerror}); set TMPDIR"
+                raise ConfigError(told) from error
+            except Exception as error:  # of a record that came from elsewhere
+                raise ConfigError(f"{self._key}: {error}; {self._describe_lost()}") from error
+            try:
+                return self._make(_replaced(self._node, self._key, paths))
+            except ConfigError as error:
+                message = str(error)
+                for each in self._lost:
+                    message = message.replace(str(paths[each.place]), each.path)
+                raise ConfigError(f"{message}; {self._describe_lost()}") from error
+
+    def _describe_lost(self) -> str:
+        lost = self._lost[0]
+        state = "has changed since the run began" if os.path.exists(lost.path) else "is gone"
+        return f"{lost.place}={lost.path} {state}, and the run's own weights do not stand for it: put it back"
