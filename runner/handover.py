@@ -43,6 +43,7 @@ class Handover:
     is_unclaimed: bool = False  # its folder is to be made by the first rank
     is_asked_for: bool = False  # that folder and no other
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    links: dict[str, str] = field(default_factory=dict)  # in its folder, by name: the folders that they may lead to
 
     @property
     def distributed(self) -> DistributedConfig:

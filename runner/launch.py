@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -25,6 +24,8 @@ from runner.handover import Handover
 from runner.interpolation import fill_cache, fix_values, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
+from runner.utils import disk
+from runner.utils.files import remove_tree
 from runner.utils.place import is_one_of_several
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
@@ -36,7 +37,14 @@ class RunFolder(Callback):
     """Checks the config and claims the run's folder, before Hydra writes into it."""
 
     def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
-        """Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them."""
+        """Checks the folder of the sweep before Hydra writes into it, as it does through links.
+
+        Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them.
+        """
+        try:
+            run_folder.refuse_links(Path(config.hydra.sweep.dir))
+        except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
+            _end(error)
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
@@ -107,7 +115,8 @@ def _is_folder_given(overrides: Any) -> bool:
 def drop_unused() -> None:
     """Removes the folder that was made for a run if none has begun in it."""
     if _made is not None and not (_made / "run.json").exists():
-        shutil.rmtree(_made, ignore_errors=True)
+        with contextlib.suppress(OSError), disk.confine(_made):
+            remove_tree(_made)
 
 
 def launch(cfg: DictConfig) -> None:
@@ -118,9 +127,15 @@ def launch(cfg: DictConfig) -> None:
     if is_sweep:
         _check_job(cfg, folder)
     try:
+        if is_sweep:
+            _refuse_links_to(folder, Path(hydra_config.sweep.dir))
         goes_on = _is_same_run(cfg, folder) if is_sweep else _is_requeued()
         resumed = _resumption.run if _resumption else None
-        status = _launch(handover.make(cfg, folder, goes_on=goes_on, resumed=resumed), is_sweep)
+        job = handover.make(cfg, folder, goes_on=goes_on, resumed=resumed)
+        job.links = {} if is_sweep or goes_on or resumed else _take_over_links(folder)
+        if resumed is None:
+            run_folder.refuse_links(folder, job.links)
+        status = _launch(job, is_sweep)
     except ConfigError as error:
         if is_sweep:
             raise _told(error) from None
@@ -130,6 +145,26 @@ def launch(cfg: DictConfig) -> None:
     if status:
         signals.leave_if_cut(status)
         raise SystemExit(status)
+
+
+def _take_over_links(folder: Path) -> dict[str, str]:
+    """Returns the links that the user has put into a new run's folder for its storage, and tells of them."""
+    links = run_folder.find_links(folder)
+    for name, target in links.items():
+        print(f"{folder / name}: a link; the run writes to {target}")
+    return links
+
+
+def _refuse_links_to(folder: Path, sweep: Path) -> None:
+    """Checks that the folder of a sweep's job lies in the sweep's.
+
+    Raises:
+        ConfigError: a folder between them, or the job's own, is a link.
+    """
+    root = Path(os.path.abspath(sweep))
+    for place in (folder, *folder.parents):
+        if root in place.parents and place.is_symlink():
+            raise ConfigError(f"{place}: a link; a job of the sweep would write where it leads: remove it")
 
 
 def _is_basic(launcher: Any) -> bool:
@@ -150,7 +185,7 @@ def _launch(job: Handover, is_sweep: bool) -> int:
         return worker.work(job)
     if settings.nnodes > 1 and job.settings["resume"] is None and not is_sweep:
         with contextlib.suppress(OSError):
-            job.folder.rmdir()  # Hydra's; the first rank makes the one that counts
+            disk.remove_folder(job.folder)  # Hydra's; the first rank makes the one that counts
         job.is_unclaimed, job.is_asked_for = True, _is_folder_given(HydraConfig.get().overrides.hydra)
     return agent.start(job, num_local)
 
@@ -213,7 +248,7 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         _check(cfg)
     except ConfigError as error:
         with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
-            folder.rmdir()
+            disk.remove_folder(folder)
         raise _told(ConfigError(f"{folder.name}: {error}")) from None
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from runner.interpolation import told_by_hydra, without_elsewhere
 from runner.mistakes import ConfigError
 from runner.utils.files import make_folders
 
+_MOST_ENTRIES, _MOST_LEVELS = 100_000, 16  # of a run's folder that are looked at
 OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets")  # never taken over from a run's config
 
 
@@ -35,9 +36,15 @@ def find_run(path: Path) -> Path:
     """
     if (path / "checkpoints").is_dir():
         return path
-    if re.fullmatch(r"step_\d{8,}", path.resolve().name) and path.is_dir():
+    if _is_step(path.absolute().name) and path.absolute().parent.name == "checkpoints" and path.is_dir():
+        return path.absolute().parent.parent  # of a link there, the run that has the link
+    if _is_step(path.resolve().name) and path.is_dir():
         return path.resolve().parent.parent
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
+
+
+def _is_step(name: str) -> bool:
+    return re.fullmatch(r"step_\d{8,}", name) is not None
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
@@ -67,18 +74,58 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
     return folder, is_new
 
 
-def refuse_links(run: Path) -> None:
-    """Checks that nothing in a run's folder that a run writes to leads elsewhere.
+def refuse_links(run: Path, links: Mapping[str, str] = {}) -> None:
+    """Checks that a run's folder holds files and folders alone: says early what `disk.confine` would refuse later.
 
+    Of a folder with very many files or levels the first are looked at.
+
+    Args:
+        links: the folders that links in the run's folder may lead to, by the links' paths in it.
     Raises:
-        ConfigError: naming what does.
+        ConfigError: naming a link that leads elsewhere, a pipe, a socket or a device.
     """
-    places = [run.glob("*"), run.glob(".hydra/*"), run.glob("exports/*"), run.glob("checkpoints/*")]
-    links = sorted(path for paths in places for path in paths if path.is_symlink())
-    if links:
+    if (found := next(_find_irregular(run, links), None)) is None:
+        return
+    if found.is_symlink():
         raise ConfigError(
-            f"{links[0]}: a link; a run that goes on would write where it leads: put the file itself there"
+            f"{found}: a link; a run that goes on would write where it leads: put the file itself there, or remove it"
         )
+    raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
+
+
+def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
+    num_seen, folders = 0, [run]
+    for folder in folders:  # it grows; a link is not entered
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:  # who needs it finds out
+            continue
+        num_seen += len(entries)
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_symlink():
+                place = path.relative_to(run).as_posix()
+                if links.get(place) != os.path.realpath(path):
+                    yield path
+            elif entry.is_dir(follow_symlinks=False):
+                if len(path.parts) - len(run.parts) < _MOST_LEVELS and num_seen < _MOST_ENTRIES:
+                    folders.append(path)
+            elif not entry.is_file(follow_symlinks=False):
+                yield path
+
+
+def find_links(folder: Path) -> dict[str, str]:
+    """Returns the links that a user has put into a run's folder before the run, by name: the folders they lead to.
+
+    There are none where the folder holds anything else than such links and Hydra's own.
+    """
+    links = {}
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and entry.is_dir():
+            links[entry.name] = os.path.realpath(entry.path)
+        elif entry.is_symlink() or entry.name != ".hydra":
+            return {}
+    return links
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -97,12 +97,12 @@ def work(
 
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
     if place is None or store is None:
-        return run.run(*given, goes_on=handover.goes_on, launch=handover.name)
+        return run.run(*given, goes_on=handover.goes_on, launch=handover.name, links=handover.links)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            return run.run(*given, words, goes_on=goes_on, lasting=lasting, launch=handover.name)
+            return run.run(*given, words, goes_on=goes_on, lasting=lasting, launch=handover.name, links=handover.links)
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
