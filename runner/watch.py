@@ -31,7 +31,7 @@ def watched(progress: Callable[[], Any], timeout_s: float, log: Path, name: str)
     """
     is_over, parent = threading.Event(), os.getppid()
     descriptor = disk.open_minor(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    with open(descriptor, "a", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
 
         def watch() -> None:
             last, since, orphan_since = progress(), time.monotonic(), None

@@ -104,9 +104,12 @@ def sync_folder(path: Path) -> None:
 
 
 def list_folder(path: Path) -> list[tuple[str, bool]]:
-    """Returns the names in a folder in order, each with a flag for a folder; a link is no folder."""
-    with _folder(path) as folder:
-        own = os.open(".", _FOLDER, dir_fd=folder)  # with a position that no other thread moves
+    """Returns the names in a folder in order, each with a flag for a folder; a link is no folder, nor is `path` one."""
+    if is_confined(path):
+        with _folder(path) as folder:
+            own = os.open(".", _FOLDER, dir_fd=folder)  # with a position that no other thread moves
+    else:
+        own = os.open(path, _FOLDER | os.O_NOFOLLOW)
     try:
         with os.scandir(own) as entries:
             return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from runner.utils import disk
 
 _EAGER_BYTES = 8 << 20
+_MOST_LEVELS = 64  # of folders in folders
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
 _begin_writeback = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _begin_writeback is not None:
@@ -156,18 +157,22 @@ def make_folders(folder: Path, exist_ok: bool = True) -> None:
 def remove_tree(folder: Path) -> None:
     """Removes a folder with all that is in it, as far as the disk lets it; no link is followed."""
     with suppress(OSError):
-        for name, is_folder in disk.list_folder(folder):
-            if is_folder:
-                remove_tree(folder / name)
-            else:
-                disk.unlink(folder / name)
-        disk.remove_folder(folder)
+        files, folders = find_files(folder)
+        for file in files:
+            disk.unlink(file)
+        for each in reversed(folders):
+            disk.remove_folder(each)
 
 
 def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns the files below a folder, and the folders: itself, then those in it; no link is followed."""
+    """Returns what is below a folder but for folders, and the folders: itself, then those in it, outermost first.
+
+    No link is followed, and no folder entered that is over 64 levels down.
+    """
     files, folders = list[Path](), [folder]
     for parent in folders:  # it grows
+        if len(parent.parts) - len(folder.parts) > _MOST_LEVELS:
+            continue
         for name, is_folder in disk.list_folder(parent):
             (folders if is_folder else files).append(parent / name)
     return files, folders
