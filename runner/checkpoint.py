@@ -19,7 +19,7 @@ from typing import Any
 from crc32c import crc32c
 
 from runner.utils import disk, io
-from runner.utils.files import make_folder, read_bounded, remove_tree
+from runner.utils.files import find_files, make_folder, read_bounded, remove_tree
 from runner.utils.packing import restore_raw, unpack
 from runner.utils.strict_json import parse_json
 from runner.utils.utils import describe
@@ -119,12 +119,12 @@ class Checkpoints:
     ) -> Path:
         """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
         io.write_new_json(dict(facts), partial / FACTS)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(partial)): _settle(path) for path in files}
+        files, folders = find_files(partial)
+        sums = {str(path.relative_to(partial)): _settle(path) for path in sorted(files)}
         manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
         io.write_new_json(_sealed(manifest), partial / MANIFEST)
         disk.sync_file(partial / MANIFEST)
-        for folder in (*(path for path in partial.iterdir() if path.is_dir()), partial):
+        for folder in reversed(folders):
             disk.sync_folder(folder)
         if before_commit is not None:
             before_commit()
@@ -417,7 +417,7 @@ def _settle(file: Path) -> dict[str, Any]:
 
 def _measure(file: Path) -> dict[str, Any]:
     total = 0
-    with file.open("rb") as stream:
+    with disk.open_read(file) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             total = crc32c(chunk, total)
         return {"bytes": stream.tell(), "crc32c": f"{total:08x}"}

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
+from runner.utils import disk
 from runner.utils.utils import escape_controls, format_number, one_line
 
 _DRAW_EVERY_S = 0.1
@@ -99,7 +100,7 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
     """
     logger = logging.getLogger("runner")
     before = logger.level, logger.propagate
-    to_file = _LogFile(Path(folder) / "log.txt", encoding="utf-8", errors="backslashreplace")
+    to_file = _LogFile(Path(folder).absolute() / "log.txt")
     where = f"rank {rank}: " if rank else ""
     to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
     handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
@@ -125,15 +126,26 @@ class _Formatter(logging.Formatter):
         return escape_controls(super().format(record)).replace("\n", "\n    ")
 
 
-class _LogFile(logging.FileHandler):
-    """Says once that it can't be written, where logging would print a traceback a message."""
+class _LogFile(logging.StreamHandler):
+    """Appends to a file; says once that it can't be written, where logging would print a traceback a message."""
 
     is_refused = False
+
+    def __init__(self, path: Path) -> None:
+        descriptor = disk.open_minor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        super().__init__(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
+        self._path = path
+
+    def close(self) -> None:
+        try:
+            self.stream.close()
+        finally:
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # logging's own name
         if not self.is_refused:
             self.is_refused = True
-            _write_line(f"error: {self.baseFilename} can't be written: {sys.exc_info()[1]}")
+            _write_line(f"error: {self._path} can't be written: {sys.exc_info()[1]}")
 
 
 class _ConsoleHandler(logging.Handler):

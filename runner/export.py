@@ -6,12 +6,13 @@ Owns what an exported file holds, written in a run or after it. Must not import 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,11 @@ from runner import import_path, signals, signature, terminal, warm_start
 from runner.config import to_json
 from runner.log_repair import is_step
 from runner.mistakes import ConfigError, told_in_one_message
-from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+from runner.run_folder import OF_THE_COMMAND_LINE, read_record, refuse_links
 from runner.run_record import DISTRIBUTION
 from runner.signature import SignatureError
 from runner.trust import add_trust_arguments
+from runner.utils import disk
 from runner.utils.files import iterate_lines, open_regular
 
 if TYPE_CHECKING:
@@ -180,14 +182,35 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
     """Writes a saved model's exports, by default beside its run's checkpoints; returns the paths.
 
     Raises:
-        ConfigError: its engines can't be built, or its numbers not be held by the dtype.
+        ConfigError: its engines can't be built, or its numbers not be held by the dtype; or the exports go to the
+            run's folder, and that has a link.
     """
+    assert saved.run is not None
+    links = saved.origin.links if saved.origin else {}
+    with _confined(saved.run, links):
+        folder = folder or saved.run / "exports"
+        if disk.is_confined(folder):
+            refuse_links(saved.run, links)
+        return _export(saved, saved.run, folder, dtype)
+
+
+@contextlib.contextmanager
+def _confined(run: Path, links: Mapping[str, str]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(disk.confine(run, links))
+        except OSError as error:
+            raise ConfigError(f"{run}: can't be read ({error.strerror})") from error
+        yield
+
+
+def _export(saved: Saved, run: Path, folder: Path, dtype: str | None) -> list[Path]:
     import torch
 
     from runner import build
     from runner.utils.distributed import kept_generators
+    from runner.utils.files import make_folders
 
-    assert saved.run is not None
     used = saved.without_feeder()
     with kept_generators():
         used.check()
@@ -197,11 +220,10 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
         device = torch.device("cpu")
     with kept_generators(device):
         engines = used.build_engines(device, to_write=True)
-    evaluation = last_evaluation(saved.run, saved.step)
-    facts = facts_of(saved.plain, saved.run, saved.step, saved.best, evaluation, saved.fingerprint)
-    folder = folder or saved.run / "exports"
+    evaluation = last_evaluation(run, saved.step)
+    facts = facts_of(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folders(folder.parent)
         return write(engines, folder, facts, getattr(torch, DTYPES[dtype]) if dtype else None)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

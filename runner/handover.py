@@ -63,6 +63,11 @@ class Handover:
         return config.typed(DistributedConfig, self.settings["distributed"])
 
     @property
+    def links(self) -> dict[str, str]:
+        """The folders that links in its folder may lead to, by the links' names."""
+        return dict(self.origin.get("links", {}))
+
+    @property
     def has_file_store(self) -> bool:
         """Whether its processes, all on this machine, meet in the launcher's folder instead of at a port."""
         return self.distributed.rdzv_endpoint is None

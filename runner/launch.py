@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +26,8 @@ from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
 from runner.signature import Origin, SignatureError
-from runner.utils.files import read_bounded
+from runner.utils import disk
+from runner.utils.files import read_bounded, remove_tree
 from runner.utils.place import is_one_of_several
 from runner.utils.utils import escape_controls
 
@@ -47,7 +47,14 @@ class RunFolder(Callback):
         pass
 
     def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
-        """Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them."""
+        """Checks the folder of the sweep before Hydra writes into it, as it does through links.
+
+        Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them.
+        """
+        try:
+            run_folder.refuse_links_of_sweep(Path(config.hydra.sweep.dir))
+        except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
+            _end(error)
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
@@ -141,7 +148,8 @@ def _is_folder_given(overrides: Any) -> bool:
 def drop_unused() -> None:
     """Removes the folder that was made for a run if none has begun in it."""
     if _made is not None and not (_made / "run.json").exists():
-        shutil.rmtree(_made, ignore_errors=True)
+        with contextlib.suppress(OSError), disk.confine(_made):
+            remove_tree(_made)
 
 
 def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
@@ -157,7 +165,11 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
     try:
         resumed = _resumption.run if _resumption else None
         origin = _resumption.origin if _resumption else _find_origin(hydra_config)
-        status = _launch(handover.make(cfg, folder, origin, goes_on=_is_requeued(), resumed=resumed))
+        if origin is not None and _resumption is None and not _is_requeued():
+            origin = replace(origin, links=_take_over_links(folder))
+        job = handover.make(cfg, folder, origin, goes_on=_is_requeued(), resumed=resumed)
+        run_folder.refuse_links(folder, job.links)
+        status = _launch(job)
     except ConfigError as error:
         _end(error)
     if status:
@@ -170,8 +182,12 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
     """Runs one job of a sweep; the other jobs go on where it fails."""
     facts: tuple[str, int, str, float | None]
     try:
-        _check_job(cfg, folder)
+        signed = _find_signed(folder)
+        _check_job(cfg, folder, signed is not None)
         goes_on, origin = _is_same_run(cfg, folder), _find_origin(hydra_config)
+        if signed is not None:
+            origin = replace(origin, links=signed.links, run_id=signed.run_id)
+        run_folder.refuse_links(folder, origin.links)
         status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
         facts = sweep.describe_end(folder, status)
     except ConfigError as error:
@@ -194,6 +210,14 @@ def _find_origin(hydra_config: Any) -> Origin:
     return replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
 
 
+def _take_over_links(folder: Path) -> dict[str, str]:
+    """Returns the links that the user has put into a new run's folder for its storage, and tells of them."""
+    links = run_folder.find_links(folder)
+    for name, target in links.items():
+        print(f"{folder / name}: a link; the run writes to {target}")
+    return links
+
+
 def _is_basic(launcher: Any) -> bool:
     return bool(launcher["_target_"].endswith(".BasicLauncher"))
 
@@ -212,7 +236,7 @@ def _launch(job: Handover) -> int:
         return worker.work(job)
     if settings.nnodes > 1 and job.settings["resume"] is None and not is_sweep:
         with contextlib.suppress(OSError):
-            job.folder.rmdir()  # Hydra's; the first rank makes the one that counts
+            disk.remove_folder(job.folder)  # Hydra's; the first rank makes the one that counts
         job.is_unclaimed, job.is_asked_for = True, _is_folder_given(HydraConfig.get().overrides.hydra)
     return agent.start(job, num_local)
 
@@ -264,9 +288,9 @@ def _end(error: Exception) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _check_job(cfg: DictConfig, folder: Path) -> None:
+def _check_job(cfg: DictConfig, folder: Path, is_signed: bool) -> None:
     try:
-        fix_values(cfg, run_folder.read_config(folder) if _is_signed(folder) else None)
+        fix_values(cfg, run_folder.read_config(folder) if is_signed else None)
         hydra_root: Any = HydraConfig.instance().cfg
         fix_values(hydra_root)
         if OmegaConf.select(cfg, "resume") is not None:
@@ -274,16 +298,16 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         _check(cfg)
     except ConfigError:
         with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
-            folder.rmdir()
+            disk.remove_folder(folder)
         raise
 
 
-def _is_signed(run: Path) -> bool:
+def _find_signed(run: Path) -> Origin | None:
+    """Returns where this user has started the run in a folder; None without one that is the user's own."""
     try:
-        signature.check(run)
+        return signature.check(run)
     except SignatureError:
-        return False
-    return True
+        return None
 
 
 def _is_requeued() -> bool:

@@ -87,7 +87,7 @@ def find(arguments: list[str]) -> Resumption | None:
     is_vouched_for = any(_key(o) == "sign" and o.partition("=")[2].lower() == "true" for o in parsed.overrides)
     config_dirs = [parsed.config_dir] if parsed.config_dir else []
     origin, reason = _find_origin(run, is_vouched_for, config_dirs)
-    run_folder.refuse_links(run)
+    run_folder.refuse_links(run, origin.links if origin else {})
     own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
     if origin is None:
         _check_overrides(own, _without_typed(own, typed), run / ".hydra" / "overrides.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import signal
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from runner import initial_weights, warm_start
+from runner import initial_weights, signature, warm_start
 from runner.build import Experiment, build
 from runner.checkpoint import FACTS
 from runner.console import Console, open_log
@@ -24,6 +25,7 @@ from runner.session import RunError, Session
 from runner.signals import MEANINGS, STATUSES, Signals, meaning_of
 from runner.silent import Silent
 from runner.tracking import METRICS_NAME
+from runner.utils import disk
 from runner.utils.distributed import (
     LostError,
     RankError,
@@ -54,6 +56,7 @@ def run(
     launch: str = "",
     is_job: bool = False,
     hparams: Mapping[str, bool | float | str] | None = None,
+    links: Mapping[str, str] = {},
 ) -> int:
     """Runs a resolved config in its folder, on this rank; returns the exit status.
 
@@ -69,6 +72,7 @@ def run(
         launch: the same for each start of all ranks by one launcher.
         is_job: of a sweep, which prints one line where the run fails; the traceback is in log.txt.
         hparams: the values that TensorBoard's HPARAMS page shows of this start.
+        links: the folders that links in `folder` may lead to, by the links' names; no other link there is followed.
     Raises:
         SystemExit: this rank has left the others, so that its process must end.
         ConfigError: the config's objects can't be built, there is nothing whole to resume, or another process runs
@@ -80,7 +84,8 @@ def run(
         signals = Signals()
         stack.enter_context(signals.taken())
         stack.callback(forget_compiled)
-        together(lambda: _hold(folder, stack, goes_on, lasting) if is_leader() else None)
+        together(lambda: _hold(folder, stack, links, goes_on, lasting) if is_leader() else None)
+        together(lambda: None if is_leader() else _confine(folder, stack, links))
         if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
             settings = {**settings, "resume": str(folder)}
         had_log = (folder / "log.txt").exists()
@@ -123,16 +128,33 @@ def _has_begun(folder: Path, resume: str | None, launch: str) -> bool:
     return (resume is None or is_of_this) and any((folder / "checkpoints").glob("step_*"))
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack, goes_on: bool, lasting: Store | None) -> None:
+def _hold(
+    folder: Path, stack: contextlib.ExitStack, links: Mapping[str, str], goes_on: bool, lasting: Store | None
+) -> None:
     try:
         # A start that was cut before the run began has removed the folder. A later one was deleted, and stays so.
         if goes_on and not (lasting is not None and lasting.check([_BEGUN])):
             make_folders(folder)
+        _confine(folder, stack, links)
         stack.enter_context(held(folder / LOCK))
     except BlockingIOError:
         raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
     except OSError as error:
-        raise ConfigError(f"{folder}: can't be written to ({error.strerror})") from error
+        raise _refused(error, folder) from error
+
+
+def _confine(folder: Path, stack: contextlib.ExitStack, links: Mapping[str, str]) -> None:
+    """Keeps this rank's writes in the run's folder until the stack is closed."""
+    try:
+        stack.enter_context(disk.confine(folder, links))
+    except OSError as error:
+        raise _refused(error, folder) from error
+
+
+def _refused(error: OSError, folder: Path) -> ConfigError:
+    """Returns what a run that has not begun ends with where the disk refuses, naming a link or the folder."""
+    place = error.filename if error.errno in (errno.ELOOP, errno.EINVAL) else folder
+    return ConfigError(f"{place}: can't be written to ({error.strerror or error})")
 
 
 def _open(
@@ -161,7 +183,7 @@ def _open(
         if not settings["resume"] and is_leader() and not (folder / "run.json").exists():
             _remove_unused(folder, has_log)
         if isinstance(error, OSError):
-            raise ConfigError(f"{folder}: can't be written to ({error.strerror or error})") from error
+            raise _refused(error, folder) from error
         raise
 
 
@@ -273,21 +295,27 @@ def _remove_begun(folder: Path, has_log: bool) -> None:
     """Removes the folder of a run that has made no step, as what it was started with is a mistake."""
     with contextlib.suppress(OSError):
         for file in [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / "run.json"]:
-            file.unlink(missing_ok=True)
+            _remove(file)
     _remove_unused(folder, has_log)
 
 
 def _remove_unused(folder: Path, has_log: bool) -> None:
     """Removes a folder in which nothing but the config was written yet."""
     with contextlib.suppress(OSError):  # it holds something else
-        for file in [*(folder / ".hydra").glob("*.yaml"), *(folder / ".hydra").glob(warm_start.RECORD)]:
-            file.unlink()
-        (folder / LOCK).unlink(missing_ok=True)
+        for file in [*(folder / ".hydra").glob("*.yaml"), folder / ".hydra" / warm_start.RECORD]:
+            _remove(file)
+        _remove(folder / ".hydra" / signature.NAME)
+        _remove(folder / LOCK)
         if not has_log:
-            (folder / "log.txt").unlink(missing_ok=True)
-        if (folder / ".hydra").is_dir():
-            (folder / ".hydra").rmdir()
-        folder.rmdir()
+            _remove(folder / "log.txt")
+        if disk.is_folder(folder / ".hydra"):
+            disk.remove_folder(folder / ".hydra")
+        disk.remove_folder(folder)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        disk.unlink(file)
 
 
 def _find_together(path: Path) -> Found:

@@ -36,6 +36,8 @@ _MAX_COMMAS = 1_000  # Hydra parses a list in the square of its length: 0.1 s
 _MAX_RECORD_BYTES = 64 << 20
 _LONG_NUMBER = re.compile(rf"[-+.0-9][0-9a-fA-FxXoO_:.+-]{{{_MAX_DIGITS},}}")
 _TAGS = ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:python/object/apply:pathlib.")  # what OmegaConf writes
+_OWN_NAMES = {".hydra", ".lock", "audio", "checkpoints", "exports", "log.txt", "metrics.jsonl", "run.json"}
+_MOST_ENTRIES, _MOST_LEVELS = 100_000, 16  # of a run's folder that are looked at
 # Never taken over from a run's config.
 OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets", "sign")
 
@@ -50,19 +52,24 @@ def find_run(path: Path) -> Path:
         if (path / "checkpoints").is_dir():
             return path
         real = path.resolve()
-        if re.fullmatch(r"step_\d{8,}", real.name) and path.is_dir():
-            return _find_run_of(path.absolute(), real)
+        if _is_step(path.absolute().name) and path.absolute().parent.name == "checkpoints" and path.is_dir():
+            return path.absolute().parent.parent  # of a link there, the run that has the link
+        if _is_step(real.name) and path.is_dir():
+            return _find_run_of(real)
         path.exists()
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
 
 
-def _find_run_of(checkpoint: Path, real: Path) -> Path:
+def _find_run_of(checkpoint: Path) -> Path:
     """Returns the run of a checkpoint, which may lie on another disk that the run's folder links to."""
-    holds_run = [place.parent.parent for place in (checkpoint, real) if (place.parent.parent / ".hydra").is_dir()]
-    marked = None if holds_run else signature.find_marked_run(real.parent)
-    return holds_run[0] if holds_run else marked or real.parent.parent
+    run = checkpoint.parent.parent
+    return run if (run / ".hydra").is_dir() else signature.find_marked_run(checkpoint.parent) or run
+
+
+def _is_step(name: str) -> bool:
+    return re.fullmatch(r"step_\d{8,}", name) is not None
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
@@ -92,18 +99,85 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
     return folder, is_new
 
 
-def refuse_links(run: Path) -> None:
-    """Checks that nothing in a run's folder that a run writes to leads elsewhere.
+def refuse_links(run: Path, links: Mapping[str, str] = {}) -> None:
+    """Checks that a run's folder holds files and folders alone: says early what `disk.confine` would refuse later.
+
+    Of a folder with very many files or levels the first are looked at.
+
+    Args:
+        links: the folders that links in the run's folder may lead to, by the links' paths in it.
+    Raises:
+        ConfigError: naming a link that leads elsewhere, a pipe, a socket or a device.
+    """
+    if (found := next(_find_irregular(run, links), None)) is None:
+        return
+    if found.is_symlink():
+        raise ConfigError(
+            f"{found}: a link; a run that goes on would write where it leads: put the file itself there, or remove it"
+        )
+    raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
+
+
+def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
+    num_seen, folders = 0, [run]
+    for folder in folders:  # it grows; a link is not entered
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:  # who needs it finds out
+            continue
+        num_seen += len(entries)
+        for entry in entries:
+            path = folder / entry.name
+            if folder == run and not _is_own_name(entry.name):
+                continue
+            if entry.is_symlink():
+                place = path.relative_to(run).as_posix()
+                if links.get(place) != os.path.realpath(path):
+                    yield path
+            elif entry.is_dir(follow_symlinks=False):
+                if len(path.parts) - len(run.parts) < _MOST_LEVELS and num_seen < _MOST_ENTRIES:
+                    folders.append(path)
+            elif not entry.is_file(follow_symlinks=False):
+                yield path
+
+
+def _is_own_name(name: str) -> bool:
+    """Says whether a run writes to a file or folder of that name; what else lies in its folder is the user's."""
+    return name in _OWN_NAMES or name.startswith("events.out.tfevents.")
+
+
+def refuse_links_of_sweep(folder: Path) -> None:
+    """Checks that no link leads out of a sweep's folder, up to those of its jobs: Hydra writes there through links.
 
     Raises:
-        ConfigError: naming what does.
+        ConfigError: naming a link, a pipe, a socket or a device.
     """
-    places = [run.glob("*"), run.glob(".hydra/*"), run.glob("exports/*"), run.glob("checkpoints/*")]
-    links = sorted(path for paths in places for path in paths if path.is_symlink())
-    if links:
-        raise ConfigError(
-            f"{links[0]}: a link; a run that goes on would write where it leads: put the file itself there"
-        )
+    num_seen, folders = 0, [folder] if folder.is_dir() else []
+    for each in folders:  # it grows
+        for entry in os.scandir(each):
+            num_seen += 1
+            if entry.is_symlink():
+                raise ConfigError(f"{entry.path}: a link; a job of the sweep would write where it leads: remove it")
+            if entry.is_dir():
+                is_job = any(os.path.lexists(os.path.join(entry.path, mark)) for mark in (".hydra", "run.json"))
+                if not is_job and num_seen < _MOST_ENTRIES:
+                    folders.append(Path(entry.path))
+            elif not entry.is_file():
+                raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device")
+
+
+def find_links(folder: Path) -> dict[str, str]:
+    """Returns the links that a user has put into a run's folder before the run, by name: the folders they lead to.
+
+    There are none where the folder holds anything else than such links and Hydra's own.
+    """
+    links = {}
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and entry.is_dir():
+            links[entry.name] = os.path.realpath(entry.path)
+        elif entry.is_symlink() or entry.name != ".hydra":
+            return {}
+    return links
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class RunRecord:
         self._session: dict[str, Any] = {}
         self._clock_zero = 0.0
         self._survey: threading.Thread | None = None
+        self._is_over = False
         self.crashed: dict[str, Any] | None = None
         self.faults: list[str] = []  # what `read` has left out
 
@@ -92,11 +93,14 @@ class RunRecord:
             self._session.update(ending)
             self._facts.update(ending)
             self.update(**facts)
+            self._is_over = True
 
     def _look_around(self, folder: str) -> None:
         packages = {"runner": _find_version(DISTRIBUTION)} | {name: _find_version(name) for name in _PACKAGES}
         git = _read_git(folder)
         with self._lock:
+            if self._is_over:  # and the folder no longer this session's to write to
+                return
             self._session["git"] = git
             with contextlib.suppress(OSError):  # who can't write it is told by the next who writes
                 self.update(packages=packages, git=git)

@@ -1,6 +1,6 @@
 """A watch over one rank of many: where it makes no progress it is ended, the stacks of its threads in the log.
 
-Imports the standard library alone. A process that runs alone is not watched: nobody waits for it.
+Imports `disk` of the tools, and the standard library. A process that runs alone is not watched: nobody waits for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from runner.utils import disk
 
 _ORPHAN_GRACE_S = 30.0  # for a rank whose launcher is gone to save and end
 _MARGIN_S = 5.0
@@ -28,7 +30,8 @@ def watched(progress: Callable[[], Any], timeout_s: float, log: Path, name: str)
         name: of this rank, in the log.
     """
     is_over, parent = threading.Event(), os.getppid()
-    with open(log, "a", encoding="utf-8") as file:
+    descriptor = disk.open_minor(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
 
         def watch() -> None:
             last, since, orphan_since = progress(), time.monotonic(), None

@@ -103,7 +103,13 @@ def work(
 
     import_path.prepend(handover.python_path)
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
-    start = partial(run.run, launch=handover.name, is_job=handover.is_job, hparams=handover.hparams)
+    start = partial(
+        run.run,
+        launch=handover.name,
+        is_job=handover.is_job,
+        hparams=handover.hparams,
+        links=handover.links,
+    )
     if place is None or store is None:
         return start(*given, goes_on=handover.goes_on)
     goes_on = handover.goes_on or place.restarts > 0

@@ -544,18 +544,17 @@ import logging, re, shutil, sys, threading
 from pathlib import Path
 
 RUN = Path("run").resolve()
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def name_of(event, args):
-    # the kind of a file operation in the run's folder, such as "saver: os.mkdir checkpoints", or None
-    if event not in ("open", "os.mkdir") or not isinstance(args[0], (str, os.PathLike)):
+    # the kind of a file operation in the run's folder, such as "saver: make_folder checkpoints", or None
+    if event != "runner.disk" or args[0] not in ("create", "open_append", "open_minor", "make_folder"):
         return None
-    path = Path(os.fspath(args[0])).absolute()
-    if not path.is_relative_to(RUN) or (event == "open" and not (args[2] or 0) & WRITING):
+    path = Path(args[1]).absolute()
+    if not path.is_relative_to(RUN):
         return None
     place = re.sub(r"[0-9a-f]{16}|[0-9]+", "N", str(path.relative_to(RUN)))
-    return f"{threading.current_thread().name}: {event} {place}"
+    return f"{threading.current_thread().name}: {args[0]} {place}"
 
 
 class DeletesItsFolder(Model):
@@ -598,10 +597,10 @@ def test_no_file_operation_brings_a_deleted_run_folder_back(project, monkeypatch
     shutil.rmtree(project.folder / "run")
     operations = (project.folder / "operations").read_text().splitlines()
     assert {
-        "MainThread: os.mkdir .hydra", "MainThread: os.mkdir audio", "MainThread: os.mkdir exports",
-        "saver: os.mkdir checkpoints", "run record: open .N.tmp", "tracker: open metrics.jsonl",
+        "MainThread: make_folder .hydra", "MainThread: make_folder audio", "MainThread: make_folder exports",
+        "saver: make_folder checkpoints", "run record: create .N.tmp", "tracker: open_append metrics.jsonl",
     } <= {*operations}  # fmt: skip
-    assert not [name for name in operations if name.endswith("os.mkdir .")]
+    assert not [name for name in operations if name.endswith("make_folder .")]
     for name in operations:
         monkeypatch.setenv("OWN_DELETES_BEFORE", name)
         # run.json is written once more by a thread of its own, at any time: all else may be done by then

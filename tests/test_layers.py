@@ -71,3 +71,90 @@ def test_a_module_stays_under_500_lines_and_a_function_under_60(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name}"
+
+
+# Changes of files that no call of `disk` makes, by module: what they are of, which is no run's folder.
+ELSEWHERE = {
+    "agent.py": ["tempfile.TemporaryDirectory", "touch", "write_bytes"],  # for the workers
+    "examples/audio_codec.py": ["write_bytes"],  # a sound where the user's program wants it
+    "examples/speech_codes.py": ["mkdir", "os.open"],  # the user's cache
+    "signals.py": ["write_text"],  # the status for the launcher
+    "terminal.py": ["os.open"],  # /dev/null
+    "utils/open_files.py": ["os.open"],  # /dev/null, and open files again
+    "worker.py": ["touch", "write_text"],  # for the launcher
+}
+OF_OS = set(
+    [
+        "open",
+        "replace",
+        "rename",
+        "renames",
+        "unlink",
+        "remove",
+        "mkdir",
+        "makedirs",
+        "rmdir",
+        "removedirs",
+        "truncate",
+        "link",
+        "symlink",
+        "mkfifo",
+        "mknod",
+        "chmod",
+        "chown",
+        "utime",
+        "setxattr",
+        "removexattr",
+    ]
+)
+OF_PATHS = set(
+    ["write_text", "write_bytes", "unlink", "mkdir", "rmdir", "touch", "symlink_to", "hardlink_to", "rename", "chmod"]
+)
+OF_LIBRARIES = {"shutil", "tempfile"}
+READS = {"shutil.which", "shutil.disk_usage", "shutil.get_terminal_size"}
+TO_A_PATH = {"FileHandler", "save_file", "savez", "savetxt", "tofile", "memmap", "SummaryWriter"}
+
+
+def changes_of_files(tree):
+    """Yields each call that opens a file by its path to write to it, or changes a name; as Python's own."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in READS:
+            continue
+        holder, _, last = name.rpartition(".")
+        is_path = last in OF_PATHS and holder not in ("disk", "os")
+        if (holder == "os" and last in OF_OS) or is_path or holder in OF_LIBRARIES or last in TO_A_PATH:
+            yield last if is_path else name
+        elif last == "open" and holder not in ("wave_format", "disk", "self._reserve", "reserve"):
+            arguments = [*node.args[0 if holder else 1 :], *(each.value for each in node.keywords)]
+            if any(not isinstance(each, ast.Constant) or set(str(each.value)) & {*"wax+"} for each in arguments):
+                yield name
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_is_changed_by_the_operations_of_disk_alone(path):
+    changes = {*changes_of_files(ast.parse(path.read_text()))}
+    assert path.name == "disk.py" or changes <= {*ELSEWHERE.get(str(path.relative_to(PACKAGE)), [])}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "open(path, 'w')",
+        "open(path, mode)",
+        "open(path, mode='ab')",
+        "path.open('w')",
+        "os.replace(a, b)",
+        "(a / b).write_text('')",
+        "shutil.rmtree(a)",
+        "tempfile.mkstemp()",
+        "logging.FileHandler(a)",
+        "a.rename(b)",
+    ],
+)
+def test_a_change_of_a_file_is_seen(call):
+    assert [*changes_of_files(ast.parse(call))]
+    reads = "open(path), open(path, 'rb'), path.open('rb'), path.open(), disk.unlink(a), text.replace('a', 'b')"
+    assert not [*changes_of_files(ast.parse(reads))]

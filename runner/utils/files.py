@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from runner.utils import disk
 
 _EAGER_BYTES = 8 << 20
+_MOST_LEVELS = 64  # of folders in folders
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
 _begin_writeback = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _begin_writeback is not None:
@@ -97,10 +98,11 @@ class EagerFile:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path beside `path` to write to, which takes its place, flushed to disk, when the block ends well.
 
-    Links are followed. Where the block raises, the old file stays and the new one goes. The folder must exist: a
-    writer that made it would bring back one that was deleted while the program ran.
+    Links are followed, but below a folder to which `disk.confine` holds: there a link at `path` is replaced itself.
+    Where the block raises, the old file stays and the new one goes. The folder must exist: a writer that made it would
+    bring back one that was deleted while the program ran.
     """
-    final = Path(os.path.realpath(path))
+    final = Path(path) if disk.is_confined(Path(path)) else Path(os.path.realpath(path))
     temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
@@ -198,7 +200,10 @@ def make_folder(folder: Path, run: Path) -> None:
 
     Raises:
         FileNotFoundError: the run's folder does not exist.
+        OSError: the folder is not below the run's.
     """
+    if not Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(run)):
+        raise OSError(errno.EINVAL, "not a place in the run's folder", str(folder))
     if folder.parent != run:
         make_folder(folder.parent, run)
     try:
@@ -206,7 +211,7 @@ def make_folder(folder: Path, run: Path) -> None:
     except FileNotFoundError:
         raise FileNotFoundError(2, "the run's folder was deleted", str(run)) from None
     except FileExistsError:
-        if not folder.is_dir():
+        if not disk.is_folder(folder):
             raise
     else:
         disk.sync_folder(folder.parent)
@@ -234,12 +239,25 @@ def make_folders(folder: Path, exist_ok: bool = True) -> None:
 def remove_tree(folder: Path) -> None:
     """Removes a folder with all that is in it, as far as the disk lets it; no link is followed."""
     with suppress(OSError):
-        for entry in list(os.scandir(folder)):
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(Path(entry.path))
-            else:
-                disk.unlink(Path(entry.path))
-        disk.remove_folder(folder)
+        files, folders = find_files(folder)
+        for file in files:
+            disk.unlink(file)
+        for each in reversed(folders):
+            disk.remove_folder(each)
+
+
+def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns what is below a folder but for folders, and the folders: itself, then those in it, outermost first.
+
+    No link is followed, and no folder entered that is over 64 levels down.
+    """
+    files, folders = list[Path](), [folder]
+    for parent in folders:  # it grows
+        if len(parent.parts) - len(folder.parts) > _MOST_LEVELS:
+            continue
+        for name, is_folder in disk.list_folder(parent):
+            (folders if is_folder else files).append(parent / name)
+    return files, folders
 
 
 @contextmanager
@@ -252,7 +270,7 @@ def held(path: Path) -> Iterator[None]:
         BlockingIOError: another process holds it.
     """
     with _naming(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = disk.open_minor(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         with _naming(path):
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,6 +290,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None and Path(error.filename).name == path.name:
+        is_named = error.filename is not None and Path(error.filename).name == path.name
+        if is_named or error.errno == errno.ELOOP:  # which names a link on the way
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -6,6 +6,7 @@ Imports `memory` and `open_files` of its siblings.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,5 +86,7 @@ def told(what: str, as_error: type[Exception]) -> Iterator[None]:
         action = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
         if isinstance(error, FileNotFoundError):
             action = "leave the files of a run in place"
+        elif error.errno == errno.ELOOP:
+            action = "put the file or folder itself in the place of the link"
         remedy = f"what was saved before is whole: {action}, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error
