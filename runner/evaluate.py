@@ -145,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from runner import saved
 
         if given.saved.is_file():
+            if given.sign:
+                raise ConfigError(f"--sign: signs a run; {given.saved} is a file: export it anew from its run")
             found = saved.open_export(given.saved, given.overrides, prefixes)
         else:
             found = saved.open_saved(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)

@@ -87,15 +87,16 @@ class RunFolder(Callback):
 
 
 def shows_resumed(arguments: list[str]) -> bool:
-    """Prints the config of the run that goes on where `--cfg job` asks for it; says whether it did."""
+    """Prints the config of the run that goes on where `--cfg` asks for it; says whether it did."""
     parsed = get_args_parser().parse_args(arguments)
-    if _resumption is None or parsed.cfg != "job":
+    if _resumption is None or parsed.cfg not in ("job", "all"):
         return False
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("config", parsed.overrides, return_hydra_config=True)
         _restore(cfg, "config", _resumption)
-    with read_write(cfg), open_dict(cfg):
-        del cfg["hydra"]
+    if parsed.cfg == "job":
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
     with run_folder.told_of(_resumption.run, cfg):
         shown = OmegaConf.select(cfg, parsed.package) if parsed.package else cfg
         print(OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else shown, end="")
