@@ -42,7 +42,7 @@ class RunFolder(Callback):
         Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them.
         """
         try:
-            run_folder.refuse_links(Path(config.hydra.sweep.dir))
+            run_folder.refuse_links(Path(config.hydra.sweep.dir), is_sweep=True)
         except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
             _end(error)
         if not _is_basic(config.hydra.launcher):

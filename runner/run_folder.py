@@ -74,17 +74,18 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
     return folder, is_new
 
 
-def refuse_links(run: Path, links: Mapping[str, str] = {}) -> None:
+def refuse_links(run: Path, links: Mapping[str, str] = {}, *, is_sweep: bool = False) -> None:
     """Checks that a run's folder holds files and folders alone: says early what `disk.confine` would refuse later.
 
     Of a folder with very many files or levels the first are looked at.
 
     Args:
         links: the folders that links in the run's folder may lead to, by the links' paths in it.
+        is_sweep: it is a sweep's folder, where a launcher of Hydra's may put links that lead nowhere else.
     Raises:
         ConfigError: naming a link that leads elsewhere, a pipe, a socket or a device.
     """
-    if (found := next(_find_irregular(run, links), None)) is None:
+    if (found := next(_find_irregular(run, links, is_sweep), None)) is None:
         return
     if found.is_symlink():
         raise ConfigError(
@@ -93,8 +94,9 @@ def refuse_links(run: Path, links: Mapping[str, str] = {}) -> None:
     raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
 
 
-def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
+def _find_irregular(run: Path, links: Mapping[str, str], is_sweep: bool) -> Iterator[Path]:
     num_seen, folders = 0, [run]
+    root = Path(os.path.realpath(run))
     for folder in folders:  # it grows; a link is not entered
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -104,8 +106,9 @@ def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
         for entry in entries:
             path = folder / entry.name
             if entry.is_symlink():
-                place = path.relative_to(run).as_posix()
-                if links.get(place) != os.path.realpath(path):
+                target = os.path.realpath(path)
+                is_inside = is_sweep and Path(target).is_relative_to(root)
+                if not is_inside and links.get(path.relative_to(run).as_posix()) != target:
                     yield path
             elif entry.is_dir(follow_symlinks=False):
                 if len(path.parts) - len(run.parts) < _MOST_LEVELS and num_seen < _MOST_ENTRIES:
@@ -120,11 +123,12 @@ def find_links(folder: Path) -> dict[str, str]:
     There are none where the folder holds anything else than such links and Hydra's own.
     """
     links = {}
-    for entry in os.scandir(folder):
-        if entry.is_symlink() and entry.is_dir():
-            links[entry.name] = os.path.realpath(entry.path)
-        elif entry.is_symlink() or entry.name != ".hydra":
-            return {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and entry.is_dir():
+                links[entry.name] = os.path.realpath(entry.path)
+            elif entry.is_symlink() or entry.name != ".hydra":
+                return {}
     return links
 
 
