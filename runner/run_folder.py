@@ -131,8 +131,7 @@ def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
             if folder == run and not _is_own_name(entry.name):
                 continue
             if entry.is_symlink():
-                place = path.relative_to(run).as_posix()
-                if links.get(place) != os.path.realpath(path):
+                if links.get(path.relative_to(run).as_posix()) != os.path.realpath(path):
                     yield path
             elif entry.is_dir(follow_symlinks=False):
                 if len(path.parts) - len(run.parts) < _MOST_LEVELS and num_seen < _MOST_ENTRIES:
@@ -149,14 +148,19 @@ def _is_own_name(name: str) -> bool:
 def refuse_links_of_sweep(folder: Path) -> None:
     """Checks that no link leads out of a sweep's folder, up to those of its jobs: Hydra writes there through links.
 
+    A launcher of Hydra's may put links there that lead nowhere else.
+
     Raises:
         ConfigError: naming a link, a pipe, a socket or a device.
     """
+    root = Path(os.path.realpath(folder))
     num_seen, folders = 0, [folder] if folder.is_dir() else []
     for each in folders:  # it grows
         for entry in os.scandir(each):
             num_seen += 1
             if entry.is_symlink():
+                if Path(os.path.realpath(entry.path)).is_relative_to(root) and entry.name != "multirun.yaml":
+                    continue
                 raise ConfigError(f"{entry.path}: a link; a job of the sweep would write where it leads: remove it")
             if entry.is_dir():
                 is_job = any(os.path.lexists(os.path.join(entry.path, mark)) for mark in (".hydra", "run.json"))
@@ -172,11 +176,12 @@ def find_links(folder: Path) -> dict[str, str]:
     There are none where the folder holds anything else than such links and Hydra's own.
     """
     links = {}
-    for entry in os.scandir(folder):
-        if entry.is_symlink() and entry.is_dir():
-            links[entry.name] = os.path.realpath(entry.path)
-        elif entry.is_symlink() or entry.name != ".hydra":
-            return {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink() and entry.is_dir():
+                links[entry.name] = os.path.realpath(entry.path)
+            elif entry.is_symlink() or entry.name != ".hydra":
+                return {}
     return links
 
 

@@ -83,33 +83,9 @@ ELSEWHERE = {
     "utils/open_files.py": ["os.open"],  # /dev/null, and open files again
     "worker.py": ["touch", "write_text"],  # for the launcher
 }
-OF_OS = set(
-    [
-        "open",
-        "replace",
-        "rename",
-        "renames",
-        "unlink",
-        "remove",
-        "mkdir",
-        "makedirs",
-        "rmdir",
-        "removedirs",
-        "truncate",
-        "link",
-        "symlink",
-        "mkfifo",
-        "mknod",
-        "chmod",
-        "chown",
-        "utime",
-        "setxattr",
-        "removexattr",
-    ]
-)
-OF_PATHS = set(
-    ["write_text", "write_bytes", "unlink", "mkdir", "rmdir", "touch", "symlink_to", "hardlink_to", "rename", "chmod"]
-)
+OF_OS = {"open", "replace", "rename", "renames", "unlink", "remove", "mkdir", "makedirs", "rmdir", "removedirs"}
+OF_OS |= {"truncate", "link", "symlink", "mkfifo", "mknod", "chmod", "chown", "utime", "setxattr", "removexattr"}
+OF_PATHS = {"write_text", "write_bytes", "unlink", "mkdir", "rmdir", "touch", "symlink_to", "hardlink_to", "rename"}
 OF_LIBRARIES = {"shutil", "tempfile"}
 READS = {"shutil.which", "shutil.disk_usage", "shutil.get_terminal_size"}
 TO_A_PATH = {"FileHandler", "save_file", "savez", "savetxt", "tofile", "memmap", "SummaryWriter"}

@@ -2,15 +2,15 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from flips import flipped
 
 from runner.utils import disk, io
 from runner.utils.disk import confine
@@ -333,54 +333,28 @@ with confine(Path(sys.argv[1])):
     assert not (made.decoy / "a").exists()
 
 
-FLIPS = """
-import itertools, os, sys
-run, decoy, *names = sys.argv[1:]
-for name in names:
-    os.symlink(decoy, f"{run}/.{name}.link")
-print("begun", flush=True)
-for _ in itertools.count():
-    for name in names:
-        place, link, aside = f"{run}/{name}", f"{run}/.{name}.link", f"{run}/.{name}.aside"
-        try:
-            os.rename(place, aside)
-        except FileNotFoundError:
-            continue
-        os.rename(link, place)
-        os.rename(place, link)
-        os.rename(aside, place)
-"""
-
-
-@contextmanager
-def flipped(run: Path, decoy: Path, *names: str) -> Iterator[None]:
-    """Another process turns folders into links to the decoy and back, without a pause."""
-    command = [sys.executable, "-c", FLIPS, run, decoy, *names]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "begun\n"
-        yield
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-
-
 def test_a_folder_that_becomes_a_link_at_any_moment_lets_no_write_out(folders: Folders) -> None:
     before = folders.seen()
-    num_done = num_refused = 0
+    inner = folders.run / "inner"
+    writes: list[Callable[[], object]] = [
+        lambda: replace_file(inner / "file", [b"new"]),
+        lambda: append(inner / "file"),
+        lambda: make_folder(inner / "deep", folders.run),
+        lambda: replace_file(inner / "deep" / "file", [b"new"]),
+        lambda: disk.rename(inner / "deep", inner / "renamed"),
+        lambda: remove_tree(inner / "renamed"),
+        lambda: disk.unlink(inner / "file"),
+        lambda: hold(inner / "lock"),
+    ]
+    num_done, num_refused = Counter[int](), Counter[int]()
     with flipped(folders.run, folders.decoy, "inner"):
-        while min(num_done, num_refused) < 50:
-            try:
-                replace_file(folders.run / "inner" / "file", [b"new"])
-                make_folder(folders.run / "inner" / "deep", folders.run)
-                replace_file(folders.run / "inner" / "deep" / "a", [b"new"])
-                remove_tree(folders.run / "inner" / "deep")
-                append(folders.run / "inner" / "file")
-            except OSError:
-                num_refused += 1
-            else:
-                num_done += 1
-            with suppress(OSError):
-                disk.unlink(folders.run / "inner" / "file")
+        while min(num_done.total(), num_refused.total()) < 300:
+            for number, write in enumerate(writes):
+                try:
+                    write()
+                except OSError:
+                    num_refused[number] += 1
+                else:
+                    num_done[number] += 1
+    assert num_done.keys() == {*range(len(writes))}
     assert folders.seen() == before

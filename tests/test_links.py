@@ -1,0 +1,342 @@
+"""No write of the runner's follows a link out of a run's folder, whoever put it there and whenever."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from flips import flipped
+from test_power_loss import FILES, settings
+
+from runner import evaluate, export, run_folder
+from runner.checkpoint import CheckpointError, Checkpoints, verify
+from runner.handover import Handover
+from runner.mistakes import ConfigError
+from runner.run import run
+from runner.utils import io
+from runner.utils.disk import confine
+from runner.utils.files import replace_file
+from runner.utils.media import Audio
+
+WAV = "audio/tone-00000014.wav"
+PLACES = [  # files and folders that a run makes, replaces, appends to or removes
+    "run.json", "metrics.jsonl", "log.txt", ".lock", ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml",
+    "checkpoints", "checkpoints/.step_00000014.1.partial", "checkpoints/step_00000012", "exports",
+    "exports/model.safetensors", "audio", WAV,
+]  # fmt: skip
+
+
+class Decoy:
+    """A folder of the user's, with a file in it, that nothing may change."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("step_00000004", "shards"):
+            (folder / name).mkdir(parents=True)
+        (folder / "diary").write_text('{"dear": "diary"}\n')
+        (folder / "step_00000004" / "MANIFEST.json").write_text("{}")
+        self.before = self.seen()
+
+    def seen(self):
+        paths = [self.folder, *sorted(self.folder.rglob("*"))]
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in paths}
+
+    def is_as_before(self):
+        return self.seen() == self.before
+
+
+@pytest.fixture
+def decoy(tmp_path_factory):
+    return Decoy(tmp_path_factory.mktemp("decoy"))
+
+
+def plant(run: Path, name: str, decoy: Decoy, is_dangling: bool = False) -> Path:
+    """Puts a link into a run's folder, in the place of what is there."""
+    path = run / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_folder = path.is_dir() or name in ("exports", "audio", "checkpoints", ".hydra") or "step" in name
+    if path.exists():
+        path.rename(run.parent / f"aside_{path.name}")
+    path.symlink_to(decoy.folder / ("none" if is_dangling else "." if is_folder else "diary"))
+    return path
+
+
+@pytest.mark.parametrize("name", [*PLACES, "by/hand"])
+def test_a_run_with_a_link_is_not_gone_on_with(trained, decoy, name):
+    link = plant(trained.folder / "run", name, decoy)
+    before = sorted(trained.folder.rglob("*"))
+    with pytest.raises(ConfigError, match=rf"run/{re.escape(name)}: a link; "):
+        run_folder.refuse_links(link.parents[name.count("/")])
+    assert sorted(trained.folder.rglob("*")) == before
+
+
+def test_a_resumed_run_names_the_link_and_does_nothing(trained, decoy):
+    plant(trained.folder / "run", name := WAV, decoy)
+    printed = trained.run("resume=run", "trainer.steps=14", "allow_targets=[own]", status=2)
+    assert printed.startswith(f"run/{name}: a link; ")
+    assert printed.count("\n") == 1
+    assert decoy.is_as_before()
+
+
+def test_a_checkpoint_that_is_a_link_to_another_runs_is_no_way_to_that_run(trained, decoy):
+    trained.copy("run", "stranger")
+    step = trained.folder / "stranger" / "checkpoints" / "step_00000012"
+    step.rename(trained.folder / "aside")
+    step.symlink_to(trained.folder / "run" / "checkpoints" / "step_00000004")
+    before = {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()}
+    printed = trained.run(f"resume=stranger/checkpoints/{step.name}", "allow_targets=[own]", status=2)
+    assert f"stranger/checkpoints/{step.name}: a link; " in printed
+    assert before == {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()}
+
+
+def test_a_job_that_a_scheduler_starts_again_follows_no_link(trained, decoy, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = trained.folder / "run"
+    for name in ("metrics.jsonl", "checkpoints"):  # without checkpoints it is a run that has saved nothing yet
+        plant(run, name, decoy)
+        printed = trained.run("hydra.run.dir=run", "allow_targets=[own]", status=2)
+        assert printed.startswith("run/") or str(run) in printed
+        assert ": a link; " in printed
+        (run / name).unlink()
+        (trained.folder / f"aside_{name}").rename(run / name)
+    assert decoy.is_as_before()
+    empty = trained.folder / "empty"
+    empty.mkdir()
+    (empty / "checkpoints").symlink_to(decoy.folder)
+    assert "empty/checkpoints: a link; " in trained.run("hydra.run.dir=empty", status=2)
+    assert decoy.is_as_before()
+
+
+SWEEP = ("-m", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}", "seed=1", "trainer.eval_every=0")
+
+
+@pytest.mark.parametrize("name", ["0/metrics.jsonl", "0", "multirun.yaml"])
+def test_a_sweep_that_is_started_again_follows_no_link(trained, decoy, name):
+    sweep = trained.folder / "sweep"
+    sweep.mkdir()
+    trained.copy("run", "sweep/0")
+    plant(sweep, name, decoy)
+    printed = trained.run(*SWEEP, status=2)
+    assert printed.startswith(f"sweep/{name}: a link; ")
+    assert printed.count("\n") == 1
+    assert decoy.is_as_before()
+
+
+def test_a_sweep_whose_job_is_a_pipe_or_a_link_does_not_wait_and_makes_nothing_behind_it(project, decoy):
+    (project.folder / "sweep" / "a").mkdir(parents=True)
+    os.mkfifo(project.folder / "sweep" / "multirun.yaml")
+    assert "sweep/multirun.yaml: expected a file or a folder, found a pipe" in project.run(*SWEEP, status=2)
+    (project.folder / "sweep" / "multirun.yaml").unlink()
+    (project.folder / "sweep" / "a" / "b").symlink_to(decoy.folder)
+    nested = (*SWEEP[:2], "hydra.sweep.subdir=a/b/c", *SWEEP[3:])
+    assert project.run(*nested, status=2).startswith("sweep/a/b: a link; ")
+    (project.folder / "sweep" / "a" / "b").unlink()
+    (project.folder / "sweep" / "other").mkdir()
+    (project.folder / "sweep" / "a" / "b").symlink_to("../other")  # as a launcher may for itself
+    assert f"{project.folder}/sweep/a/b: a link; " in project.run(*nested, status=2)
+    assert decoy.is_as_before()
+
+
+def test_an_export_into_a_run_with_a_link_is_refused_and_one_elsewhere_is_made(at_home, decoy, capsys):
+    plant(at_home.folder / "run", name := "exports/model.safetensors", decoy)
+    allowed = ["--allow-targets", "own"]
+    for output in ([], ["--output", "run/other"], ["--output", f"../{at_home.folder.name}/run/exports"]):
+        with pytest.raises(SystemExit) as caught:
+            export.main(["run", *output, *allowed])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.startswith(f"run/{name}: a link; ")
+    export.main(["run", "--output", "elsewhere", *allowed])
+    assert capsys.readouterr().out == "elsewhere/model.safetensors\n"
+    assert decoy.is_as_before()
+    assert not (at_home.folder / "run" / "other").exists()
+
+
+def test_links_that_the_user_made_for_a_new_run_are_followed(project, tmp_path_factory):
+    storage = tmp_path_factory.mktemp("storage")
+    (project.folder / "disk").mkdir()
+    (project.folder / "run").symlink_to("disk")
+    (project.folder / "disk" / "checkpoints").symlink_to(storage)
+    printed = project.run("hydra.run.dir=run")
+    assert f"run/checkpoints: a link; the run writes to {storage}\n" in printed
+    assert sorted(path.name for path in storage.iterdir()) == ["step_00000004", "step_00000008", "step_00000012"]
+    assert not (project.folder / "disk" / "checkpoints" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected"),
+    [
+        ({}, {}),
+        ({"checkpoints": "folder"}, {"checkpoints": "folder"}),
+        ({"checkpoints": "folder", ".hydra": None}, {"checkpoints": "folder"}),
+        ({"checkpoints": "folder", "exports": "other"}, {"checkpoints": "folder", "exports": "other"}),
+        ({"checkpoints": "folder", "notes": None}, {}),
+        ({"checkpoints": "folder", "metrics.jsonl": "file"}, {}),
+        ({"checkpoints": "folder", "exports": "missing"}, {}),
+    ],
+)
+def test_a_folder_with_links_to_folders_alone_is_one_that_a_user_prepared(tmp_path, inside, expected):
+    run = tmp_path / "run"
+    for folder in ("run", "folder", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "file").write_text("")
+    for name, target in inside.items():
+        (run / name).mkdir() if target is None else (run / name).symlink_to(f"../{target}")
+    assert run_folder.find_links(run) == {name: str(tmp_path / target) for name, target in expected.items()}
+
+
+PLANTS = """
+
+class Plants(Model):
+    # puts a link in the place of a file or folder of the run's once step 5 is done
+    def __init__(self, place, decoy):
+        super().__init__()
+        self.place, self.decoy, self.calls = place, decoy, 0
+
+    def forward(self, x, y):
+        self.calls += self.training
+        if self.calls == 6 and self.training:
+            self.calls += 1
+            if os.path.lexists(self.place):
+                os.rename(self.place, "aside")
+            os.makedirs(os.path.dirname(self.place), exist_ok=True)
+            os.symlink(self.decoy, self.place)
+        return super().forward(x, y)
+
+
+def tones(module, dataset):
+    from runner.utils.media import Audio
+
+    return {"tone": Audio(torch.zeros(100), 8000)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "told", "last_saved"),
+    [
+        ("checkpoints", "error: The run ends: the last checkpoint can't be written: ", None),
+        ("audio", "error: The run ends: the run's sounds can't be written: ", 6),
+        ("exports", "error: The run ends: the export can't be written: ", 12),
+        ("run.json", None, 12),
+    ],
+)
+def test_a_link_that_is_planted_while_the_run_goes_ends_it_in_one_message_or_is_replaced(
+    project, decoy, place, told, last_saved
+):
+    with open(project.folder / "own.py", "a") as file:
+        file.write(PLANTS)
+    target = decoy.folder / "diary" if "." in place else decoy.folder
+    overrides = [
+        "model._target_=own.Plants",
+        f"+model.place=run/{place}",
+        f"+model.decoy={target}",
+        "hydra.run.dir=run",
+    ]
+    overrides += ["report._target_=own.tones", "trainer.export_every=12"]
+    printed = project.run(*overrides, status=0 if told is None else 1)
+    assert "Traceback" not in printed
+    assert decoy.is_as_before()
+    assert last_saved is None or verify(project.folder / "run" / "checkpoints" / f"step_{last_saved:08d}")
+    path = project.folder / "run" / place
+    if told is None:
+        assert not path.is_symlink()
+        return
+    (line,) = (line for line in printed.splitlines() if line.startswith(told))
+    assert f"a link, which is not followed: '{path}'" in line
+    assert line.endswith("put the file or folder itself in the place of the link, then resume")
+
+
+def start(folder):
+    """Runs in a folder at once, past every check of the folder; returns the status and what was told."""
+    plain = settings(2)
+    plain["report"] = {"_target_": "test_links.tones"}
+    job = Handover(plain, folder, FILES)
+    try:
+        status = run(job.settings, folder, job.write_config)
+    except ConfigError as error:
+        return 2, str(error)
+    return status, json.loads((folder / "run.json").read_text())["reason"]
+
+
+@pytest.mark.parametrize("is_dangling", [False, True])
+def test_links_in_the_place_of_files_that_are_replaced_are_replaced_themselves(tmp_path, decoy, is_dangling):
+    places = ("run.json", ".hydra/config.yaml", "exports/model.safetensors", "audio/tone-00000002.wav")
+    links = [plant(tmp_path / "run", name, decoy, is_dangling) for name in places]
+    assert start(tmp_path / "run") == (0, None)
+    assert not any(link.is_symlink() for link in links)
+    assert decoy.is_as_before()
+
+
+@pytest.mark.parametrize("name", [".lock", "log.txt", ".hydra"])
+def test_a_link_that_no_check_has_seen_is_told_by_its_name_before_the_run_begins(tmp_path, decoy, name):
+    for is_dangling in (False, True):
+        link = plant(tmp_path / "run", name, decoy, is_dangling)
+        assert start(tmp_path / "run") == (2, f"{link}: can't be written to (a link, which is not followed)")
+        link.unlink(missing_ok=True)
+    assert decoy.is_as_before()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "audio", "exports"])
+def test_a_link_that_no_check_has_seen_ends_the_run_and_is_not_followed(tmp_path, decoy, name):
+    link = plant(tmp_path / "run", name, decoy, is_dangling=name == "metrics.jsonl")
+    status, reason = start(tmp_path / "run")
+    assert status == 1
+    assert f"a link, which is not followed: '{link}'" in reason
+    assert decoy.is_as_before()
+
+
+def tones(module, dataset):
+    """Returns a report's sound."""
+    return {"tone": Audio(torch.zeros(100), 8000)}
+
+
+def test_a_sound_that_is_named_out_of_the_folder_is_not_written(tmp_path, decoy):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (f"../../{decoy.folder.name}/tone", f"{decoy.folder}/tone"):
+        with pytest.raises(OSError, match="not a place in the run's folder"):
+            shown(folder, name)
+    assert decoy.is_as_before()
+
+
+def test_saves_sounds_and_exports_beside_links_that_come_and_go_write_nothing_out_of_the_folder(tmp_path, decoy):
+    folder = tmp_path / "run"
+    for name in ("checkpoints", "audio", "exports"):
+        (folder / name).mkdir(parents=True)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
+    num_done = num_refused = 0
+    with confine(folder), flipped(folder, decoy.folder, "checkpoints", "audio", "exports"):
+        for step in range(1, 10_000):
+            for write in (
+                lambda step=step: checkpoints.save(step, {"model": {"weight": torch.ones(2)}}, {"step": step}),
+                lambda step=step: shown(folder, "tone", step),
+                lambda: io.save({"weight": torch.ones(2)}, folder / "exports" / "model.safetensors"),
+                lambda step=step: replace_file(folder / "run.json", [str(step).encode()]),
+                checkpoints.recover,
+            ):
+                try:
+                    write()
+                except (OSError, CheckpointError):
+                    num_refused += 1
+                else:
+                    num_done += 1
+            if min(num_done, num_refused) > 100:
+                break
+    assert min(num_done, num_refused) > 100
+    assert decoy.is_as_before()
+    for path in [*tmp_path.glob("run/checkpoints/step_*"), *tmp_path.glob("run/.checkpoints.link/step_*")]:
+        if path.resolve().is_relative_to(decoy.folder):
+            continue
+        assert verify(path)["files"].keys() >= {"model.safetensors", "trainer.json"}
+
+
+def shown(folder, name, step=4):
+    """Writes a sound as an evaluation does."""
+
+    class Nowhere:
+        def audio(self, *given): ...
+
+        def info(self, *given): ...
+
+    evaluate.show(Nowhere(), Nowhere(), folder, step, {f"eval/{name}": Audio(torch.zeros(100), 8000)})
