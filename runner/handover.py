@@ -11,6 +11,7 @@ import contextlib
 import math
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
@@ -73,8 +74,19 @@ class Handover:
         return self.distributed.rdzv_endpoint is None
 
     def encode(self) -> bytes:
-        """Returns it as a message."""
-        return message.encode({each.name: getattr(self, each.name) for each in fields(self)})
+        """Returns it as a message.
+
+        Raises:
+            ConfigError: naming the key of an object in the config, as a resolver may return it.
+        """
+        try:
+            return message.encode({each.name: getattr(self, each.name) for each in fields(self)})
+        except TypeError:
+            for key, value in _objects_in(self.settings):
+                kind = f"{type(value).__module__}.{type(value).__qualname__}"
+                expected = "expected a text, number, list or mapping, which can be sent to the run's other processes"
+                raise ConfigError(f"{key}: {expected}; found a {kind}; make it of these where it is used") from None
+            raise
 
     @classmethod
     def decode(cls, data: bytes) -> Handover:
@@ -102,6 +114,19 @@ class Handover:
         path = self.folder / ".hydra" / warm_start.RECORD
         if (content := warm_start.record(self.settings, path)) is not None:
             replace_file(path, [content])
+
+
+def _objects_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields what no message can hold, with its key."""
+    if isinstance(node, (dict, list, tuple)):
+        children = node.items() if isinstance(node, dict) else enumerate(node)
+        for name, child in children:
+            yield from _objects_in(child, f"{key}.{name}".lstrip("."))
+        return
+    try:
+        message.encode(node)
+    except TypeError:
+        yield key, node
 
 
 def _read(data: bytes) -> Any:

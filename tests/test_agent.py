@@ -166,6 +166,17 @@ def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
         connection.close()
 
 
+def test_where_the_workers_of_a_job_meet_is_left_to_no_later_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    before = dict(os.environ)
+    with agent._unchanged_environment():
+        agent._meet_in_files(tmp_path)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+        assert os.environ["NCCL_SOCKET_IFNAME"] in dict(socket.if_nameindex()).values()
+    assert dict(os.environ) == before
+
+
 @pytest.mark.parametrize(
     ("strategy", "host_name"), [("ddp", "192.0.2.7"), ("fsdp", "192.0.2.7"), ("ddp", "no-such-host.invalid")]
 )

@@ -1,5 +1,6 @@
 """Hand-overs of runs, through files and through both kinds of stores."""
 
+import datetime
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from runner import worker
 from runner.handover import Handover, HandoverError, Post
+from runner.mistakes import ConfigError
 from runner.utils import message
 from runner.utils.place import Place
 
@@ -48,6 +50,12 @@ def test_a_handover_is_read_as_it_was_written(values, files, command, flag):
     found = Handover.decode(handover.encode())
     assert found == handover
     assert found.distributed == handover.distributed
+
+
+def test_an_object_in_the_config_that_cannot_be_sent_is_told_by_its_key(tmp_path):
+    values = {"distributed": DISTRIBUTED, "model": {"layers": [1, {"since": datetime.date(2020, 1, 2)}]}}
+    with pytest.raises(ConfigError, match=r"^model\.layers\.1\.since: expected a text, .*; found a datetime\.date; "):
+        Handover(values, tmp_path, {}).encode()
 
 
 class Canary:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import resource
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from chaos import Zygote, find_difference
 from conftest import read_metrics
 from ranks import Ranks
@@ -430,3 +432,20 @@ def test_a_feeder_that_uses_a_part_of_the_model_is_told_with_the_remedy(ranks, p
 def test_weights_spread_over_ranks_are_not_stored_as_pickles(ranks, project):
     printed = ranks.run(project.folder, 2, *BASE, FSDP, "checkpoint.format=pt", "hydra.run.dir=run", status=2)
     assert "checkpoint.format: weights that are spread over the ranks are stored as sft" in printed
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_in_the_store_of_torchruns_agent_is_one_error_and_executes_nothing(ranks, project):
+    canary = project.folder / "canary"
+    dist.PrefixStore("runner/planted", ranks.store).set("only", pickle.dumps(Canary(str(canary))))
+    printed = ranks.run(project.folder, 2, *BASE, DDP, run_id="planted", restarts=1, status=2)
+    assert printed.count("hand-over: expected a run as rank 0 composed it, found no message") == 1
+    assert "Traceback" not in printed
+    assert not canary.exists()
