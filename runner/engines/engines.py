@@ -23,7 +23,6 @@ from runner.utils.generators import HeldGenerators
 from runner.utils.utils import mix
 from runner.utils.weights import load_weights
 
-
 # What loading a state raises that was saved of something else, or by another program.
 _MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
