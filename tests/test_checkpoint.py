@@ -345,7 +345,9 @@ def test_a_manifest_that_names_two_files_of_a_part_is_refused(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("metric", [{"name": "eval/loss"}, {"value": 1}, [1], "x", 10**400, {"name": "loss", "value": []}])
+@pytest.mark.parametrize(
+    "metric", [{"name": "eval/loss"}, {"value": 1}, [1], "x", 10**400, {"name": "loss", "value": []}]
+)
 def test_a_metric_of_any_kind_is_never_best(tmp_path, metric):
     saved = Checkpoints(tmp_path, keep_last=1, keep_best=1, rate=Best("loss", False).rate)
     saved.save(1, make_parts(), FACTS, metric)

@@ -32,7 +32,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_what_expands_to_too_much_is_refused_by_its_key(name):
-    with pytest.raises(ConfigError, match=r"^[\w.]+: its interpolations expand to .* values and .* characters; expected"):
+    with pytest.raises(
+        ConfigError, match=r"^[\w.]+: its interpolations expand to .* values and .* characters; expected"
+    ):
         check_expansion(BOMBS[name])
     with pytest.raises(ConfigError, match="its interpolations expand to"):
         config.to_plain(OmegaConf.create(BOMBS[name]))
@@ -45,24 +47,19 @@ def test_what_expands_to_too_much_is_refused_by_its_key(name):
         ({"a": "${b}", "b": "${a}"}, r"leads back to itself \(a -> b -> a\)"),
         ({"a": {"b": "${a}"}}, r"leads back to itself \(a -> a.b -> a\)"),
         ({"a": {"b": "x${..a}"}}, "leads back to itself"),
-        ({"a": "${b.c}", "b": "${a}"}, "nested over 60 deep|leads back"),
+        ({"a": "${b.c}", "b": "${a}"}, r"nested over 60 deep|leads back"),
         ({f"a{i}": f"${{a{i + 1}}}" for i in range(5000)}, "nested over 60 deep"),
         ({f"a{i}": f"${{a{i + 1}}}" for i in range(70)} | {"a70": 1}, "nested over 60 deep"),
         ({f"a{i}": [[f"${{a{i + 1}}}"]] for i in range(30)} | {"a30": 1}, "nested over 60 deep"),
-        ({f"a{i}": f"${{a{i + 1}.b}}" for i in range(5000)}, "nested over 60 deep|^$"),
+        ({f"a{i}": f"${{a{i + 1}.b}}" for i in range(5000)}, "nested over 60 deep"),
         ({"a": "${" * 100_000}, "has 200,000 characters"),
         ({"a": "${" + "[" * 30}, "nested over 20 deep"),
         ({"a": ["${b}" + "x" * 9000] * 20, "b": 1}, "texts with interpolations have"),
     ],
 )
 def test_what_nests_too_deep_or_takes_long_to_parse_is_refused(plain, told):
-    try:
+    with pytest.raises(ConfigError, match=told):
         check_expansion(plain)
-    except ConfigError as error:
-        assert any(each in str(error) for each in ("nested", "itself", "characters"))
-        pytest.raises(ConfigError, check_expansion, plain).match(told)
-    else:
-        assert "^$" in told  # of a node that is not there
 
 
 def test_what_a_deep_nest_holds_is_refused_at_once():
@@ -102,7 +99,7 @@ def test_a_key_that_a_resolver_tells_is_refused_where_all_is_to_be_known(monkeyp
 def test_what_hydra_tells_is_counted():
     hydra = {"x": {"a": "y" * 600_000, "b": ["${hydra:x.a}", "${hydra:x.a}"]}}
     check_expansion({"a": 1}, hydra)
-    with pytest.raises(ConfigError, match="hydra.x.b: its interpolations expand to"):
+    with pytest.raises(ConfigError, match=r"hydra\.x\.b: its interpolations expand to"):
         check_expansion({"a": "${hydra:x.b}"}, hydra)
 
 

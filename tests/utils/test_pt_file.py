@@ -101,7 +101,7 @@ def test_members_that_share_bytes_are_refused(tmp_path):
             archive.filelist.append(copied)
             archive.NameToInfo[copied.filename] = copied
         archive._didModify = True
-    with pytest.raises(ValueError, match="its members have|not read"):
+    with pytest.raises(ValueError, match="its members have"):
         io.load(tmp_path / "x.pt")
 
 
