@@ -28,7 +28,7 @@ from runner.utils.files import make_folders, read_bounded
 from runner.utils.strict_json import parse_json
 
 _MAX_YAML_BYTES = 1 << 20
-_MAX_EVENTS = 50_000
+_MAX_EVENTS = 20_000
 _MAX_DIGITS = 400
 _MAX_KEY = 1_000  # characters
 _MAX_OVERRIDES = 1_000
@@ -297,7 +297,7 @@ def _check_events(path: Path, text: str) -> None:
     Raises:
         ConfigError: it has what a config that OmegaConf has written never has, or too much of what it may have.
     """
-    depth = 0
+    depth = num_characters = 0
     for number, event in enumerate(yaml.parse(text)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
@@ -307,6 +307,11 @@ def _check_events(path: Path, text: str) -> None:
             raise ConfigError(f"{path}: line {event.start_mark.line + 1}: {limit}")
         if (tag := getattr(event, "tag", None)) and not tag.startswith(_TAGS):
             raise ConfigError(f"{path}: line {event.start_mark.line + 1}: has the tag {tag[:60]}, which no config has")
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:  # OmegaConf parses it as soon as it is read
+            check_text(event.value, f"{path}: line {event.start_mark.line + 1}")
+            num_characters += len(event.value)
+            if num_characters > MAX_TEXTS:
+                raise ConfigError(f"{path}: its texts with interpolations have over {MAX_TEXTS:,} characters")
         # Python reads 4300 digits at most, and a number of base 60 (1:30:00) takes its square of time.
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _LONG_NUMBER.match(event.value):
             raise ConfigError(f"{path}: line {event.start_mark.line + 1}: a number of over {_MAX_DIGITS} digits")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner import checkpoint, shards
+from runner.best import Best
 from runner.checkpoint import CheckpointError, Checkpoints, load, verify
 from runner.utils import io
 
@@ -308,6 +309,50 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path, name):
     forge(path, name, path / "trainer.json")
     with pytest.raises(CheckpointError, match="no file of a checkpoint"):
         verify(path)
+
+
+ELSEWHERE = [
+    *("../../x.json", "{root}/x.json", "a/../../../x.json", "a/x.json", "shards/../x.json", "shards/a/x.json"),
+    *("..\\x.json", ".x.json", ".json", "./x.json"),
+]
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "x\0.json", "x.json"])
+def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path, name):
+    """The file is there, with these bytes: nothing but its name is wrong."""
+    (tmp_path / "run").mkdir()
+    path = Checkpoints(tmp_path / "run" / "checkpoints").save(1, make_parts(), FACTS)
+    file, name = tmp_path / "copy", name.format(root=tmp_path)
+    if "\0" not in name:
+        file = path / name
+        for folder in ("a", "shards/a"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+    file.write_text('"a secret"')
+    forge(path, name, file)
+    if name == "x.json":
+        assert load(path)["x.json"] == "a secret"
+        return
+    for read in (verify, load):
+        with pytest.raises(CheckpointError, match="no file of a checkpoint"):
+            read(path)
+
+
+def test_a_manifest_that_names_two_files_of_a_part_is_refused(tmp_path):
+    path = Checkpoints(tmp_path / "checkpoints").save(1, make_parts(), FACTS)
+    io.save({"weight": torch.zeros(3)}, path / "model.pt")
+    forge(path, "model.pt", path / "model.pt")
+    with pytest.raises(CheckpointError, match="names two files of 'model'"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "metric", [{"name": "eval/loss"}, {"value": 1}, [1], "x", 10**400, {"name": "loss", "value": []}]
+)
+def test_a_metric_of_any_kind_is_never_best(tmp_path, metric):
+    saved = Checkpoints(tmp_path, keep_last=1, keep_best=1, rate=Best("loss", False).rate)
+    saved.save(1, make_parts(), FACTS, metric)
+    saved.save(2, make_parts(), FACTS, {"name": "loss", "value": 1.0})
+    assert saved.rank_best() == [(2, 1.0)]
 
 
 def test_a_link_in_place_of_a_file_is_refused(tmp_path):

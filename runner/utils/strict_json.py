@@ -42,7 +42,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(value: Any, max_depth: int) -> None:
     level, depth = [value], 0
-    while containers := [each for each in level if isinstance(each, (dict, list)) and each]:
+    while containers := [each for each in level if isinstance(each, (dict, list))]:
         depth += 1
         if depth > max_depth:
             raise ValueError(f"nested over {max_depth} deep")

@@ -1,14 +1,29 @@
 """`runner.utils.files`: whole writes, and errors that name the file."""
 
+import io
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from runner.utils.files import AppendFile, held, make_folder, replace_file
+from runner.utils.files import (
+    AppendFile,
+    UnreadableError,
+    check_regular,
+    held,
+    iterate_lines,
+    make_folder,
+    open_regular,
+    read_bounded,
+    replace_file,
+)
 
 
 def test_what_was_appended_is_visible_at_once_and_kept_by_the_next(tmp_path: Path) -> None:
@@ -78,3 +93,56 @@ def test_a_held_file_is_refused_to_another_process_until_the_first_has_gone(tmp_
         assert "BlockingIOError" in done.stderr
     assert subprocess.run(other, capture_output=True, text=True).stdout == "held\n"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+KINDS = {
+    "a FIFO": os.mkfifo,
+    "a folder": os.mkdir,
+    "a link": lambda path: os.symlink(path.with_name("file"), path),
+    "a device": lambda path: path.parent.rmdir() or os.symlink("/dev", path.parent),
+    "a socket": bind,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_regular_file_is_refused_at_once_by_its_kind(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    path = tmp_path / "x"
+    if kind == "a device":
+        path = tmp_path / "dev" / "zero"
+        path.parent.mkdir()
+    elif kind == "a socket":
+        path = Path(tempfile.mkdtemp(dir="/tmp")) / "s"  # the path of one is short
+    KINDS[kind](path)
+    for read in (lambda path: read_bounded(path, 100), check_regular, open_regular):
+        with pytest.raises(UnreadableError) as raised:
+            read(path)
+        assert str(raised.value) == f"{path}: is {kind}, expected a regular file"
+        assert (raised.value.filename, raised.value.strerror) == (str(path), f"is {kind}, expected a regular file")
+    if kind == "a link":
+        with open_regular(path, follows_link=True) as file:
+            assert file.read() == b"content"
+
+
+def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "x", 5) == b"12345"
+    with pytest.raises(UnreadableError, match="is larger than 4 bytes"):
+        read_bounded(tmp_path / "x", 4)
+    os.truncate(tmp_path / "x", 1 << 40)
+    with pytest.raises(UnreadableError, match="is larger than 4 bytes"):
+        read_bounded(tmp_path / "x", 4)
+    with pytest.raises(FileNotFoundError):
+        read_bounded(tmp_path / "none", 4)
+
+
+@given(st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b".") + b"\n")), st.integers(1, 15))
+def test_lines_are_whole_or_none_where_they_are_too_long(lines: list[bytes], most: int) -> None:
+    expected = [line if len(line) <= most else None for line in lines]
+    assert list(iterate_lines(io.BytesIO(b"".join(lines)), most)) == expected
+    assert list(iterate_lines(io.BytesIO(b"".join(lines) + b"x"), most)) == [*expected, b"x"]
