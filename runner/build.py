@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

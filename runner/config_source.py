@@ -48,7 +48,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
         _check_defaults(path, content)
         if header["package"] == "_global_":
             _check_kinds(path, content)
-        return ConfigResult(config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header)
+        return ConfigResult(
+            config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
+        )
 
 
 def _shown_path(path: str) -> str:
@@ -164,7 +166,8 @@ def _check_defaults(path: str, content: DictConfig) -> None:
     name, node = _shown_path(path), content._get_node("defaults")
     defaults = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else None
     if not isinstance(defaults, list):
-        found = shown(repr(OmegaConf.to_container(content, resolve=False)["defaults"]))
+        plain: Any = OmegaConf.to_container(content, resolve=False)
+        found = shown(repr(plain["defaults"]))
         raise ConfigError(f"{name}: defaults: expected a list, found {found}; {_DEFAULTS_REMEDY}")
     for item in defaults:
         is_choice = isinstance(item, dict) and len(item) == 1 and _is_choice(*next(iter(item.items())))

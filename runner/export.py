@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from runner import signals, terminal
 from runner.config import to_json
-from runner.mistakes import ConfigError, told_in_one_message
+from runner.mistakes import ConfigError, tell, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record
+from runner.utils.utils import escape_controls
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,7 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     terminal.open_missing()
+    terminal.escape_unencodable()
     parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
@@ -181,9 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             found = saved.open_saved(given.saved, (), [each for each in given.allow_targets.split(",") if each])
         for note in found.notes:
-            print(note, file=sys.stderr)
+            tell(note)
         for path in export(found, given.output, given.dtype):
-            print(path)
+            print(escape_controls(str(path)))
 
 
 if __name__ == "__main__":

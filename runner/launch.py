@@ -39,7 +39,7 @@ class RunFolder(Callback):
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
-        sweep.begin(OmegaConf.to_container(config.hydra.overrides.task))
+        sweep.begin([str(override) for override in config.hydra.overrides.task])
 
     def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
         """Prints the table of all jobs; ends the program where one of them has failed."""
@@ -236,7 +236,7 @@ def _check_job(cfg: DictConfig, folder: Path) -> None:
         if OmegaConf.select(cfg, "resume") is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
-    except ConfigError as error:
+    except ConfigError:
         with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
             folder.rmdir()
         raise

@@ -97,7 +97,9 @@ def explain(error: BaseException) -> str | None:
         return f"{shown(typed)}: expected the name of a choice; {remedy}"
     if isinstance(error, OverrideParseException):
         reason = one_line(str(error).splitlines()[0])
-        return f"{shown(error.override)}: it can't be read as key=value: {reason}; put a text into quotes: key='\"...\"'"
+        return (
+            f"{shown(error.override)}: it can't be read as key=value: {reason}; put a text into quotes: key='\"...\"'"
+        )
     if isinstance(error, RecursionError) and _is_of_composer(error, depth=100):
         return "defaults: two configs include each other, or one includes itself; delete one of these entries"
     is_of_composer = isinstance(error, (HydraException, OmegaConfBaseException)) or _is_of_composer(error)
@@ -122,7 +124,11 @@ def _find_override(error: BaseException) -> str:
     """Returns the argument of the command line that Hydra was about, which its error does not name."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():
-            if isinstance(value, Override) and value.is_delete() is False and not isinstance(value.value(), (str, list)):
+            if (
+                isinstance(value, Override)
+                and value.is_delete() is False
+                and not isinstance(value.value(), (str, list))
+            ):
                 return str(value.input_line)
     return ""
 
@@ -149,7 +155,9 @@ def _explain_hydra(message: str) -> str | None:
     """Returns what to do about a mistake that Hydra tells without the remedy, or None for any other."""
     place = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
     if place and (re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE)):
-        return f'{shown(place.group(1))}.yaml: expected the first line "{HEADER}": its keys are those of the whole config'
+        return (
+            f'{shown(place.group(1))}.yaml: expected the first line "{HEADER}": its keys are those of the whole config'
+        )
     if found := re.search(r"Could not load '([^']*)'", message):
         return f"{place.group() if place else ''}{shown(found.group(1))}: there is no such file in the config folders"
     if found := re.search(r"Could not override '(\w*)'\. No match", message):
@@ -204,7 +212,9 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
     hint = _hint_of(full_key)
     if full_key in _BUILT and "ListConfig" in str(cause.msg):
         return f"{full_key}: expected a mapping with _target_, found a list"
-    is_of_value = isinstance(cause, (ValidationError, TypeError)) and not isinstance(cause, InterpolationResolutionError)
+    is_of_value = isinstance(cause, (ValidationError, TypeError)) and not isinstance(
+        cause, InterpolationResolutionError
+    )
     if not is_of_value or hint is None or hint is Any:
         return None
     value = cause.value
@@ -253,7 +263,7 @@ def _describe_kind(kind: Any) -> str:
 
 
 def _choices_of(hint: Any) -> list[str]:
-    return [member.name for member in hint] if isinstance(hint, EnumMeta) else []
+    return [str(name) for name in hint.__members__] if isinstance(hint, EnumMeta) else []
 
 
 def top_level_keys() -> list[str]:
@@ -262,7 +272,7 @@ def top_level_keys() -> list[str]:
 
 
 def _hint_of(key: str) -> Any:
-    """Returns the type that the schema gives a key, or an element of its list; None where the schema has no such key."""
+    """Returns the type that the schema gives a key, or an element of its list; None for keys that it lacks."""
     hint: Any = Config
     for name in re.split(r"[.\[]", key.replace("]", "")):
         if typing.get_origin(hint) is list and name.isdigit():

@@ -101,8 +101,9 @@ def work(
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:
             words = PrefixStore("words", store)
-            facts = {"launch": handover.name, "is_job": handover.is_job}
-            return run.run(*given, words, goes_on=goes_on, lasting=lasting, **facts)
+            return run.run(
+                *given, words, goes_on=goes_on, lasting=lasting, launch=handover.name, is_job=handover.is_job
+            )
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None

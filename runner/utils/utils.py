@@ -8,9 +8,7 @@ from typing import Any, TypeGuard
 _MASK = 2**64 - 1
 # Control characters but newline and tab, line and paragraph separators, lone surrogates, and marks that turn the
 # direction of what follows.
-_CONTROLS = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
-)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _NEWLINE_AND_TAB = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
