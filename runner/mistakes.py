@@ -304,4 +304,4 @@ _BUILT = ("model", "data.train", "data.eval", "data.collate", "sampler", "optimi
 
 def _may_be_null(key: str) -> bool:
     hint = _hint_of(key)
-    return hint is Any or type(None) in typing.get_args(hint)
+    return (hint is Any and key in (*_BUILT, "distributed.strategy")) or type(None) in typing.get_args(hint)
