@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner.mistakes import ConfigError
+from runner.utils.utils import one_line
 
 KeyPath = tuple[Any, ...]
 Nest = dict[str, Any]
@@ -95,7 +96,7 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 def tell(saved: Nest, wanted: Nest) -> list[str]:
     """Returns what differs, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
-    return [f"{_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in _differences(saved, wanted)]
+    return [one_line(f"{_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in _differences(saved, wanted)]
 
 
 def refuse(saved: Nest, wanted: Nest) -> None:
@@ -106,7 +107,7 @@ def refuse(saved: Nest, wanted: Nest) -> None:
     """
     fixed = [(path, old, new) for path, old, new in _differences(saved, wanted) if _is_fixed(path)]
     if fixed:
-        lines = [f"  {_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in fixed]
+        lines = [one_line(f"  {_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in fixed]
         head = "resume: these changes would make it another run than the one that was begun"
         remedy = "Leave them as they were, or accept that with resume_allow_changes=true"
         raise ConfigError("\n".join([head, *lines, remedy]))

@@ -21,6 +21,7 @@ from hydra.utils import get_object
 from runner.interpolation import NOT_FOLLOWED, reads_elsewhere
 from runner.mistakes import ConfigError
 from runner.targets import find_module, rule_paths
+from runner.utils.utils import one_line
 
 BUILT_IN = (
     "runner.examples",
@@ -204,4 +205,4 @@ def _remedy(trust: Trust, roots: list[str]) -> str | None:
 
 def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
-    return "\n".join([head, *(f"  {line}" for line in refused), *([remedy] if remedy else [])])
+    return "\n".join([head, *(f"  {one_line(line)}" for line in refused), *([remedy] if remedy else [])])
