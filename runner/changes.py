@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner.mistakes import ConfigError
+from runner.utils.utils import one_line
 
 KeyPath = tuple[Any, ...]
 Nest = dict[str, Any]
@@ -98,7 +99,7 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 def tell(saved: Nest, wanted: Nest) -> list[str]:
     """Returns what differs, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
-    return [f"{_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in _differences(saved, wanted)]
+    return [one_line(f"{_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in _differences(saved, wanted)]
 
 
 def refuse(saved: Nest, wanted: Nest, source: Path | None = None) -> None:
@@ -111,7 +112,7 @@ def refuse(saved: Nest, wanted: Nest, source: Path | None = None) -> None:
     """
     fixed = [(path, old, new) for path, old, new in _differences(saved, wanted) if _is_fixed(path)]
     if fixed:
-        lines = [f"  {_join(path)}: {_show(old)} -> {_show(new)}" for path, old, new in fixed]
+        lines = [one_line(f"  {_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in fixed]
         head = "resume: these changes would make it another run than the one that was begun"
         begin = f"start a new run from its weights: {_show_init_from(source)} (without resume=) with the same overrides"
         remedy = f"Leave them as they were, accept that with resume_allow_changes=true, or {begin}"

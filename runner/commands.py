@@ -274,12 +274,11 @@ class Commands:
 
 
 def _without_repeats(commands: list[Command]) -> list[Command]:
-    seen = set[tuple[str, float | int | None]]()
+    seen = set[Command]()
     kept = []
     for command in commands:
-        effect = command.name, command.argument
-        if command.name == "lr" or effect not in seen:
-            seen.add(effect)
+        if command.name == "lr" or command not in seen:
+            seen.add(command)
             kept.append(command)
     return kept
 

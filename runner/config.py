@@ -21,7 +21,7 @@ from omegaconf.errors import InterpolationKeyError
 from runner import config_source
 from runner.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
 from runner.hparams import run_label
-from runner.mistakes import ConfigError, nearest
+from runner.mistakes import BUILT, ConfigError, nearest, shown
 from runner.optimizations import find_mistakes
 from runner.schema import (
     CheckpointConfig,
@@ -102,7 +102,8 @@ def check(cfg: DictConfig) -> None:
     if absent := _absent_keys(cfg):
         raise ConfigError("\n".join(absent))
     check_expansion(cfg)
-    mistakes = [*_unknown_keys(cfg), *_mixed_keys(OmegaConf.to_container(cfg, resolve=False))]
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved)]
     for key, least in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
         if value is not None and not value >= least:  # so that nan is told too
@@ -165,6 +166,18 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
 
 def _engines_of(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.select(cfg, "engines") or {}
+
+
+def _unbuildable(plain: Any) -> Iterator[str]:
+    """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is to be built."""
+    for key in BUILT:
+        node = plain
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
+        is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # which `targets` tells
+        if not is_open and not is_several:
+            yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
 
 
 def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:

@@ -166,7 +166,8 @@ def _check_defaults(path: str, content: DictConfig) -> None:
     name, node = _shown_path(path), content._get_node("defaults")
     defaults = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else None
     if not isinstance(defaults, list):
-        found = shown(repr(OmegaConf.to_container(content, resolve=False)["defaults"]))
+        plain: Any = OmegaConf.to_container(content, resolve=False)
+        found = shown(repr(plain["defaults"]))
         raise ConfigError(f"{name}: defaults: expected a list, found {found}; {_DEFAULTS_REMEDY}")
     for item in defaults:
         is_choice = isinstance(item, dict) and len(item) == 1 and _is_choice(*next(iter(item.items())))

@@ -1,6 +1,7 @@
 """What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
 
-Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything above; tqdm only where a bar is drawn.
+Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything
+above; tqdm only where a bar is drawn.
 """
 
 import logging

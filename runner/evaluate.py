@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner import import_path, signals, terminal
 from runner.fingerprint import find_change
-from runner.mistakes import ConfigError, told_in_one_message
+from runner.mistakes import ConfigError, tell, told_in_one_message
 from runner.trust import add_trust_arguments
+from runner.utils.utils import encodable, escape_controls, one_line
 
 if TYPE_CHECKING:
     from runner.build import Report
@@ -64,8 +64,9 @@ def measure(
         if clash := sorted(values.keys() & shown):
             raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
         values |= shown
-    numbers = {f"eval/{name}": float(value) for name, value in values.items() if _is_number(value)}
-    return numbers, {f"eval/{name}": value for name, value in values.items() if not _is_number(value)}
+    named = {f"eval/{encodable(str(name))}": value for name, value in values.items()}
+    numbers = {name: float(value) for name, value in named.items() if _is_number(value)}
+    return numbers, {name: value for name, value in named.items() if not _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:
@@ -82,14 +83,14 @@ def show(
     for name, value in shown.items():
         if isinstance(value, str):
             tracker.text(step, name, value)
-            log.info("%s:\n%s", name, value)
+            log.info("%s:\n%s", one_line(name), value)
         elif isinstance(value, Audio):
             tracker.audio(step, name, value)
             if writes:
                 path = folder / "audio" / f"{name.removeprefix('eval/')}-{step:08d}.wav"
                 make_folder(path.parent, folder)
                 replace_file(path, [value.encode()])
-                log.info("%s: %s", name, path)
+                log.info("%s: %s", one_line(name), one_line(str(path)))
         else:
             tracker.image(step, name, value)
 
@@ -116,7 +117,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
         assert evaluation is not None
         changed = find_change(evaluation.dataset, saved.fingerprint)
         for note in filter(None, [changed, *build.find_unseeded(plain, None, evaluation)]):
-            print(note, file=sys.stderr)
+            tell(note)
         try:
             return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
         except Exception as error:
@@ -132,6 +133,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     terminal.open_missing()
+    terminal.escape_unencodable()
     parser = argparse.ArgumentParser(prog="python -m runner.evaluate", description="Evaluates a saved model.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT_OR_EXPORT", type=Path, help="a folder, or an exported file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")
@@ -151,17 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             found = saved.open_saved(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
         for note in found.notes:
-            print(note, file=sys.stderr)
+            tell(note)
         numbers, shown = evaluate(found)
         from runner.utils.media import Audio
 
     for name, number in numbers.items():
-        print(name, number)
+        print(one_line(name), number)
     for name, value in shown.items():
         if isinstance(value, str):
-            print(f"{name}:\n{value}")
+            print(f"{one_line(name)}:\n{escape_controls(value)}")
         elif isinstance(value, Audio):
-            print(f"{name}: a sound of {value.num_samples / value.sample_rate:.1f} s, which a run writes to its folder")
+            length_s = value.num_samples / value.sample_rate
+            print(f"{one_line(name)}: a sound of {length_s:.1f} s, which a run writes to its folder")
 
 
 def start_installed() -> None:

@@ -25,6 +25,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from runner.log_repair import Log, Record, is_restorable, is_step, is_time, make_key
 from runner.utils.files import open_regular, replace_file
+from runner.utils.utils import encodable
 
 _PREFIX = "events.out.tfevents."
 _HPARAMS = "_hparams_/"
@@ -62,14 +63,14 @@ def encode_scalars(wall_time: float, step: int, values: Mapping[str, float]) -> 
     event = Event(wall_time=wall_time, step=step)
     add = event.summary.value.add
     for tag, value in values.items():
-        add(tag=tag, simple_value=value)
+        add(tag=encodable(tag), simple_value=value)
     return frame(event.SerializeToString())
 
 
 def encode_text(wall_time: float, step: int, name: str, text: str) -> bytes:
     """A record that TensorBoard shows, as Markdown, in its TEXT tab."""
     value = Summary.Value(
-        tag=name,
+        tag=encodable(name),
         metadata=SummaryMetadata(
             plugin_data=SummaryMetadata.PluginData(plugin_name="text"), data_class=DATA_CLASS_TENSOR
         ),
@@ -87,7 +88,7 @@ def encode_image(wall_time: float, step: int, name: str, image: Any) -> bytes:
     png = image if isinstance(image, bytes) else _encode_png(image)
     width, height = struct.unpack_from(">II", png, 16)
     picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
-    return _frame_values(wall_time, step, Summary.Value(tag=name, image=picture))
+    return _frame_values(wall_time, step, Summary.Value(tag=encodable(name), image=picture))
 
 
 def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate: int) -> bytes:
@@ -99,7 +100,7 @@ def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate
         encoded_audio_string=wav,
         content_type="audio/wav",
     )
-    return _frame_values(wall_time, step, Summary.Value(tag=name, audio=sound))
+    return _frame_values(wall_time, step, Summary.Value(tag=encodable(name), audio=sound))
 
 
 def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], metrics: list[str] | None) -> bytes:
@@ -108,11 +109,12 @@ def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], m
     infos = []
     for name, value in values.items():
         field, kind = _kind_of(value)
+        name, value = encodable(name), encodable(value) if isinstance(value, str) else value
         setattr(start.hparams[name], field, value)
         infos.append(api_pb2.HParamInfo(name=name, type=kind))
     rows = [_hparams_value("session_start_info", session_start_info=start)]
     if metrics is not None:
-        shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in metrics]
+        shown = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=encodable(tag))) for tag in metrics]
         experiment = api_pb2.Experiment(hparam_infos=infos, metric_infos=shown)
         rows.append(_hparams_value("experiment", experiment=experiment))
     return _frame_values(wall_time, 0, *rows)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 from runner import import_path, signals, signature, terminal, warm_start
 from runner.config import to_json
 from runner.log_repair import is_step
-from runner.mistakes import ConfigError, told_in_one_message
+from runner.mistakes import ConfigError, tell, told_in_one_message
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record, refuse_links
 from runner.run_record import DISTRIBUTION
 from runner.signature import SignatureError
 from runner.trust import add_trust_arguments
 from runner.utils import disk
 from runner.utils.files import iterate_lines, open_regular
+from runner.utils.utils import escape_controls
 
 if TYPE_CHECKING:
     import torch
@@ -232,6 +232,7 @@ def _export(saved: Saved, run: Path, folder: Path, dtype: str | None) -> list[Pa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     terminal.open_missing()
+    terminal.escape_unencodable()
     parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
@@ -245,9 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prefixes = [each for each in given.allow_targets.split(",") if each]
             found = saved.open_saved(given.saved, (), prefixes, is_vouched_for=given.sign)
         for note in found.notes:
-            print(note, file=sys.stderr)
+            tell(note)
         for path in export(found, given.output, given.dtype):
-            print(path)
+            print(escape_controls(str(path)))
 
 
 def start_installed() -> None:

@@ -59,7 +59,7 @@ class RunFolder(Callback):
             signals.raise_on_interrupt()
         fill_cache(config)
         hparams.put_into_jobs(config)
-        sweep.begin(OmegaConf.to_container(config.hydra.overrides.task))
+        sweep.begin([str(override) for override in config.hydra.overrides.task])
 
     def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
         """Prints the table of all jobs; ends the program where one of them has failed."""

@@ -201,8 +201,8 @@ def _explain_key(cause: OmegaConfBaseException, where: str, context: str) -> str
         mapping = full_key.rpartition(".")[0]
         return f"{where}{full_key}: expected a number as the key, found a text; set {mapping}={{{key}: ...}}"
     keys = [str(key) for key in parent if key != "hydra"] + (["experiment"] if "." not in full_key else [])
-    hint = nearest(str(cause.key), keys)
-    if OmegaConf.get_type(parent) is dict:
+    hint = nearest(str(cause.key), keys) if keys else f"to add it: +{full_key}=..."
+    if OmegaConf.get_type(parent) is dict and keys:
         hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."
     return f"{where}{full_key}: no such key; {hint}"
 
@@ -210,7 +210,7 @@ def _explain_key(cause: OmegaConfBaseException, where: str, context: str) -> str
 def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
     """Returns what was expected of a value of another type and what was found, or None for another mistake."""
     hint = _hint_of(full_key)
-    if full_key in _BUILT and "ListConfig" in str(cause.msg):
+    if full_key in BUILT and "ListConfig" in str(cause.msg):
         return f"{full_key}: expected a mapping with _target_, found a list"
     is_of_value = isinstance(cause, (ValidationError, TypeError)) and not isinstance(
         cause, InterpolationResolutionError
@@ -220,6 +220,8 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
     value = cause.value
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=False)
+    if value is None and str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):
+        return f"{full_key}: expected {describe_hint(hint)}, found a mapping"
     found = f"{full_key}={shown(_as_yaml(value))}"
     return f"{found}: expected {describe_hint(hint)}{_remedy_for(value, hint)}"
 
@@ -263,7 +265,7 @@ def _describe_kind(kind: Any) -> str:
 
 
 def _choices_of(hint: Any) -> list[str]:
-    return [member.name for member in hint] if isinstance(hint, EnumMeta) else []
+    return [str(name) for name in hint.__members__] if isinstance(hint, EnumMeta) else []
 
 
 def top_level_keys() -> list[str]:
@@ -272,7 +274,7 @@ def top_level_keys() -> list[str]:
 
 
 def _hint_of(key: str) -> Any:
-    """Returns the type that the schema gives a key, or an element of its list; None where the schema has no such key."""
+    """Returns the type that the schema gives a key, or an element of its list; None for keys that it lacks."""
     hint: Any = Config
     for name in re.split(r"[.\[]", key.replace("]", "")):
         if typing.get_origin(hint) is list and name.isdigit():
@@ -293,15 +295,15 @@ def find_misplaced(content: Any, hint: Any = Config, key: str = "") -> Iterator[
             yield from find_misplaced(content[name], hints[name], f"{key}.{name}".lstrip("."))
     elif dataclasses.is_dataclass(hint) and not (is_open and "${" in str(content)):
         yield f"{place if content is not None else f'{key}=null'}: expected {describe_hint(hint)}"
-    elif isinstance(content, list) and (typing.get_origin(hint) is dict or key in _BUILT):
-        yield f"{place}: expected {'a mapping with _target_' if key in _BUILT else 'a mapping'}, found a list"
+    elif isinstance(content, list) and (typing.get_origin(hint) is dict or key in BUILT):
+        yield f"{place}: expected {'a mapping with _target_' if key in BUILT else 'a mapping'}, found a list"
     elif isinstance(content, dict) and typing.get_origin(hint) is list:
         yield f"{place}: expected {describe_hint(hint)}, found a mapping"
 
 
-_BUILT = ("model", "data.train", "data.eval", "data.collate", "sampler", "optimizer", "scheduler", "feeder", "report")
+BUILT = ("model", "data.train", "data.eval", "data.collate", "sampler", "optimizer", "scheduler", "feeder", "report")
 
 
 def _may_be_null(key: str) -> bool:
     hint = _hint_of(key)
-    return hint is Any or type(None) in typing.get_args(hint)
+    return (hint is Any and key in (*BUILT, "distributed.strategy")) or type(None) in typing.get_args(hint)

@@ -202,10 +202,13 @@ def find_mistyped(key: str, node: Mapping[str, Any], target: Any) -> Iterator[st
         kinds = _kinds_of(hints[name]) if name in hints else None
         if kinds is None or _fits(value, kinds, _default_of(target, name)):
             continue
-        found = {dict: ", found a mapping", list: ", found a list", str: ", found a text"}.get(type(value), "")
+        found = next((f", found {name}" for kind, name in _FOUND.items() if isinstance(value, kind)), "")
         remedy = "; ${oc.decode:...} makes it a number" if is_number_text(value) else ""
         text = "null" if value is None else shown(str(value))
         yield f"{key}.{name}={text}: expected {_describe_kinds(kinds)}{found}{remedy}"
+
+
+_FOUND: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text"}
 
 
 def _default_of(target: Any, name: str) -> Any:

@@ -48,9 +48,16 @@ def open_missing() -> None:
             os.set_inheritable(null, True)
 
 
+def escape_unencodable() -> None:
+    """Has standard output escape what its encoding lacks, as standard error does: printing never raises for that."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def outlive() -> None:
     """Has `sys.stdout` and `sys.stderr` take what is printed after their terminal was closed."""
     open_missing()
+    escape_unencodable()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():

@@ -21,6 +21,7 @@ from typing import Any
 from runner.log_repair import Log, read_lines, restore
 from runner.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, UnreadableError, check_regular, replace_file
+from runner.utils.utils import encodable
 
 METRICS_NAME = "metrics.jsonl"
 _CHUNK = 4096
@@ -324,7 +325,9 @@ class Tracker:
         if callable(content):
             records.append(content(self._events, wall_time))
             return
-        numbers = {name: value if type(value) is float else _number(name, value) for name, value in content.items()}
+        numbers = {
+            _encodable(name): value if type(value) is float else _number(name, value) for name, value in content.items()
+        }
         if self._has_lines:
             time_s = self._earlier_s + (now - self._clock_zero)
             lines.append(_encode_line(step, time_s, numbers))
@@ -344,6 +347,9 @@ def _number(name: str, value: Any) -> float:
 def _encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> bytes:
     values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
     return f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n'.encode()
+
+
+_encodable = lru_cache(maxsize=4096)(encodable)  # JSON and the event file then have the same names
 
 
 @lru_cache(maxsize=4096)

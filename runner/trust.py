@@ -22,6 +22,7 @@ from hydra.utils import get_object
 from runner.interpolation import NOT_FOLLOWED, reads_elsewhere
 from runner.mistakes import ConfigError
 from runner.targets import find_module, rule_paths
+from runner.utils.utils import one_line
 
 BUILT_IN = (
     "runner.examples",
@@ -225,7 +226,6 @@ def _remedy(trust: Trust, roots: list[str]) -> str | None:
 
 def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
-    why = f"It isn't known to be yours: {trust.reason}." + (
-        f" If it is: {trust.sign} signs it as it is" if trust.sign else ""
-    )
-    return "\n".join([head, *(f"  {line}" for line in refused), why, *([remedy] if remedy else [])])
+    why = f"It isn't known to be yours: {one_line(trust.reason)}."
+    why += f" If it is: {trust.sign} signs it as it is" if trust.sign else ""
+    return "\n".join([head, *(f"  {one_line(line)}" for line in refused), why, *([remedy] if remedy else [])])

@@ -198,7 +198,9 @@ def test_pending_commands_survive_saving_and_loading(scheduled):
     assert resumed.pending == commands.pending == tuple(sorted(scheduled, key=lambda command: command.step))
     assert resumed.state_dict() == state
     last = max((command.step for command in scheduled), default=1)
-    assert resumed.due(last) == list(commands.pending)
+    due = resumed.due(last)
+    assert list(dict.fromkeys(due)) == list(dict.fromkeys(commands.pending))
+    assert [each for each in due if each.name == "lr"] == [each for each in commands.pending if each.name == "lr"]
 
 
 def test_loading_keeps_what_was_typed_and_doubles_nothing():
@@ -510,9 +512,44 @@ def from_file(content):
 
 
 def test_a_file_is_read_to_its_end_and_needs_no_last_newline():
-    commands, answers = from_file(b"save\n" * 20_000 + b"quit")
+    commands, answers = from_file(b"lr 1\n" * 900 + b"quit")
     due = commands.due(1)
-    assert (len(due), due[-1], answers) == (20_001, Command("quit"), [])
+    assert (len(due), due[-1], answers) == (901, Command("quit"), [])
+
+
+def test_a_flood_stays_unread_until_some_of_it_is_done_and_none_is_lost(monkeypatch):
+    monkeypatch.setattr(reader_module, "_LINES_PER_S", 1e9)
+    monkeypatch.setattr(reader_module, "_ROOM_S", 0.001)
+    answers = []
+    with tempfile.TemporaryFile() as file:
+        file.write(b"".join(b"lr 1@%d\n" % step for step in range(1, 3000)))
+        file.seek(0)
+        commands = Commands(answers.append, stream=file)
+        commands.start()
+        for done in (0, 400, 900):
+            assert len(commands.due(done)) == (0 if not done else 400 if done == 400 else 500)
+            wait_until(lambda: len(commands.pending) == 1000)
+            assert [command.step for command in commands.pending] == list(range(done + 1, done + 1001))
+        assert (
+            sum(answer.startswith("1000 commands at once: the rest is read as these are done") for answer in answers)
+            == 1
+        )
+        assert file.tell() < 100_000
+        wait_until(lambda: commands.close() or not readers())
+
+
+def test_of_a_flood_without_steps_a_thousand_commands_are_done_and_then_a_few_a_second():
+    with tempfile.TemporaryFile() as file:
+        file.write(b"lr 1\n" * 5000)
+        file.seek(0)
+        commands = Commands(lambda text: None, stream=file)
+        began = time.monotonic()
+        commands.start()
+        done = []
+        wait_until(lambda: done.extend(commands.due(1)) or len(done) >= 1000)
+        assert len(done) <= 1001 + 2 * (time.monotonic() - began)
+        commands.close()
+        wait_until(lambda: not readers())
 
 
 def test_bytes_that_are_no_text_are_answered():

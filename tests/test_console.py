@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import pytest
 
 from runner import console as console_module
-from runner.console import Console, open_log
+from runner.console import Console, describe_numbers, open_log
 
 ROOT = Path(__file__).parents[1]
 
@@ -295,3 +295,50 @@ def test_messages_are_not_repeated_by_the_root_logger(tmp_path: Path, capsys: py
     finally:
         logging.getLogger().removeHandler(handler)
     assert capsys.readouterr().out == "once\n"
+
+
+HOSTILE = "a\x1b]0;owned\x07\r\u202e\ud800\x9b31m\x7f"
+ESCAPED = r"a\x1b]0;owned\x07\x0d\u202e\ud800\x9b31m\x7f"
+
+
+def test_control_characters_reach_neither_the_terminal_nor_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log(tmp_path, Console(1)) as log:
+        log.warning("%s", HOSTILE)
+        try:
+            raise RuntimeError(HOSTILE)
+        except RuntimeError:
+            log.error("failed", exc_info=True)
+    assert capsys.readouterr().out == f"warning: {ESCAPED}\nerror: failed\n"
+    written = (tmp_path / "log.txt").read_text()
+    assert written.splitlines()[0].endswith(f"WARNING {ESCAPED}")
+    assert written.splitlines()[-1] == f"    RuntimeError: {ESCAPED}"
+
+
+def test_the_lines_of_a_text_pass_for_no_message_of_their_own(tmp_path: Path) -> None:
+    with open_log(tmp_path, Console(1)) as log:
+        log.info("%s", "sample:\n2026-01-01 00:00:00,000 ERROR forged\n\tand more")
+        log.info("next")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[1:3] == ["    2026-01-01 00:00:00,000 ERROR forged", "    \tand more"]
+    assert [line[:2] for line in lines] == ["20", "  ", "  ", "20"]
+
+
+def test_what_is_for_the_file_alone_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_log(tmp_path, Console(1)) as log:
+        log.error("a job failed", extra={"is_for_file": True})
+    assert capsys.readouterr().out == ""
+    assert "a job failed" in (tmp_path / "log.txt").read_text()
+
+
+def test_thousands_of_numbers_are_one_short_line() -> None:
+    rates = {"lr": 0.001, **{f"lr_{index}": index * 1e-5 for index in range(1, 2000)}}
+    assert describe_numbers({"loss": 0.5, **rates, "grad_norm": 1.0}) == (
+        "loss 0.5, grad_norm 1, lr 1e-05 to 0.01999 (2000 groups)"
+    )
+    many = describe_numbers({f"m{index}": index for index in range(2000)} | rates)
+    assert many.startswith("m0 0, m1 1, ")
+    assert many.endswith("m19 19, lr 1e-05 to 0.01999 (2000 groups), ... (4000 in all)")
+    assert describe_numbers({"a\nb": 1.0, "lr": 2.0, "lr_1": 3.0}, ".4f") == "a\\nb 1.0000, lr 2.0000, lr_1 3.0000"
+    assert len(describe_numbers({"x" * 10_000: 1.0})) < 200

@@ -271,7 +271,7 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["+model.no_such_arg=1"], "model.no_such_arg: own.Model takes no such argument; there are: width, dropout"),
         (["model.no_such_arg=1"], "model.no_such_arg: no such key"),
         (["optimizations.unsloht=true"], "optimizations.unsloht: no such key"),
-        (["trainer.steps=many"], "trainer.steps: Value 'many'"),
+        (["trainer.steps=many"], "trainer.steps=many: expected a whole number"),
         (["sampler=poool"], "sampler=poool: no such choice; did you mean pool?"),
         (["distributed.device=gpu"], "distributed.device='gpu': expected"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
@@ -288,7 +288,7 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["sampler=batched_ordered", "trainer.accumulate=2"], "trainer.accumulate=2: each batch of BatchedOrdered"),
         (["seed=18446744073709551616"], "seed=18446744073709551616: expected at most"),
         (["trainer.clip_norm=nan"], "trainer.clip_norm=nan: expected 0 or more"),
-        (["model=null"], "Config group override must be a string"),
+        (["model=null"], "model=null: expected the name of a choice"),
         (["experimnt=digits"], "did you mean experiment?"),
         (["hydra.run.dir=own.py"], "hydra.run.dir=own.py: is a file"),
         (["+engines={a.optimizer: {}}"], "engines.a.optimizer: expected a letter, then letters, digits, '_', '-'"),
@@ -360,13 +360,37 @@ def test_a_mistake_leaves_what_lay_in_the_folder_alone(project):
 
 def test_a_sweep_tells_each_job_that_fails_and_does_the_others(project):
     printed = project.run("-m", "trainer.steps=2,0", "trainer.clip_norm=1,-1", status=2)
-    assert [name in printed for name in ("trainer.steps=0: expected", "trainer.clip_norm=-1.0: expected")] == [
-        True,
-        True,
+    lines = printed.splitlines()
+    wrong_norm, wrong_steps = "trainer.clip_norm=-1.0: expected 0 or more", "trainer.steps=0: expected 1 or more"
+    assert "job 1 (trainer.steps=2 trainer.clip_norm=-1) refused: " + wrong_norm in lines
+    assert "job 2 (trainer.steps=0 trainer.clip_norm=1) refused: " + wrong_steps in lines
+    assert [line.split()[:4] for line in lines[-5:]] == [
+        ["job", "trainer.steps", "trainer.clip_norm", "status"],
+        ["0", "2", "1", "finished"],
+        ["1", "2", "-1", "refused"],
+        ["2", "0", "1", "refused"],
+        ["3", "0", "-1", "refused"],
     ]
-    assert printed.count("trainer.clip_norm=-1.0: expected") == 2
+    assert lines[-2].endswith(wrong_steps)
+    assert lines[-1].endswith(f"{wrong_steps}; {wrong_norm}")
+    assert "Traceback" not in printed
     (folder,) = project.runs
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_job_of_a_sweep_whose_model_raises_is_told_in_one_line_and_its_log_has_the_traceback(project):
+    failing = "feeder={_target_: own.fail},null"
+    printed = project.run("-m", failing, "trainer.steps=2", "hydra.sweep.dir=sweep", status=1)
+    (log,) = (path for path in project.folder.glob("sweep/0-*/log.txt"))
+    told = f"RuntimeError: the model's own mistake; see {log}"
+    assert [line for line in printed.splitlines() if "the model's own mistake" in line] == [
+        f"job 0 (feeder={{_target_:own.fail}}) failed: {told}",
+        next(line for line in printed.splitlines() if line.startswith("0 ")),
+    ]
+    assert "Traceback" not in printed
+    assert 'own.py", line' in log.read_text()
+    (record,) = (json.loads(path.read_text()) for path in project.folder.glob("sweep/1-*/run.json"))
+    assert record["status"] == "finished"
 
 
 def test_a_refused_resume_leaves_the_run_as_it_was(project):

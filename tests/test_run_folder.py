@@ -62,7 +62,7 @@ def test_what_is_put_keeps_the_schemas_types_and_replaces_what_has_none():
     ("values", "told"),
     [
         ({"trainer": {"stepz": 3}}, "trainer.stepz: no such key; did you mean steps"),
-        ({"trainer": {"steps": "many"}}, "trainer.steps: Value 'many'"),
+        ({"trainer": {"steps": "many"}}, "trainer.steps=many: expected a whole number"),
         ({"trainer": None}, "trainer"),
         ({"seed": [1]}, "seed"),
     ],

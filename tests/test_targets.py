@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import Sampler
 
-from runner.targets import find_sampler_fault
+from runner.targets import check_targets, find_mistyped, find_sampler_fault, locate
 
 SHIPPED = [kind for _, kind in inspect.getmembers(torch.utils.data, inspect.isclass) if issubclass(kind, Sampler)]
 
@@ -114,3 +114,78 @@ def test_a_sampler_that_can_not_resume_ends_in_one_message_before_the_first_step
     assert told in printed
     assert "Traceback" not in printed
     assert not (project.folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("raise RuntimeError('broken at import')", ":1: RuntimeError: broken at import"),
+        ("import json\njson.loads('x')", ":2: JSONDecodeError: Expecting value"),
+        ("from torch import nosuch", ":1: ImportError: cannot import name 'nosuch'"),
+        ("import nosuch", ":1: ModuleNotFoundError: No module named 'nosuch'"),
+        ("x = 1\ndef f(:\n", ":2: SyntaxError: invalid syntax"),
+        ("import sys\nsys.exit(3)", ":2: SystemExit: 3"),
+        ("raise BaseException('a\\nb\\x1b[31m')", ":1: BaseException: a\\nb\\x1b[31m"),
+        ("def __getattr__(name):\n    raise RuntimeError(name)", ":2: RuntimeError: "),
+    ],
+)
+def test_what_an_import_raises_is_told_with_the_last_line_in_the_users_files(tmp_path, monkeypatch, content, expected):
+    name = f"fails_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError) as caught:
+        locate(f"{name}.Model")
+    assert f"failed at {name}.py{expected}" in str(caught.value)
+    assert str(caught.value).startswith(f"importing {name}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["", ".own.Model", "own..Model", "own.a b", "own.Model\n"])
+def test_a_text_that_is_no_dotted_path_is_told(path):
+    with pytest.raises(ImportError, match="expected a dotted path such as"):
+        locate(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"lr": "abc"}, ["optimizer.lr=abc: expected a number, found a text"]),
+        ({"lr": "1e-3"}, ["optimizer.lr=1e-3: expected a number, found a text; ${oc.decode:...} makes it a number"]),
+        ({"lr": [1]}, ["optimizer.lr=[1]: expected a number, found a list"]),
+        ({"lr": {"a": 1}}, ["optimizer.lr={'a': 1}: expected a number, found a mapping"]),
+        ({"lr": None}, ["optimizer.lr=null: expected a number"]),
+        ({"betas": "abc"}, ["optimizer.betas=abc: expected a list of numbers, found a text"]),
+        ({"betas": ["a", 0.9]}, ["optimizer.betas=['a', 0.9]: expected a list of numbers, found a list"]),
+        ({"amsgrad": "x"}, ["optimizer.amsgrad=x: expected true or false, found a text"]),
+        ({"lr": 1e-3, "betas": [0.9, 0.99], "foreach": None, "capturable": False}, []),
+    ],
+)
+def test_an_argument_that_is_annotated_as_a_number_takes_nothing_else(arguments, expected):
+    assert list(find_mistyped("optimizer", arguments, torch.optim.AdamW)) == expected
+
+
+def unannotated(width=16, mode="auto", size=3):
+    return width + 1
+
+
+def loosely(size: int = None, path: "Unknown" = 3, either: "int | str" = 3):  # noqa: F821, RUF013
+    pass
+
+
+def test_what_an_annotation_does_not_say_is_left_to_the_target():
+    assert list(find_mistyped("model", {"width": "a", "mode": "b", "size": "c"}, unannotated)) == []
+    assert list(find_mistyped("model", {"size": None, "path": "a", "either": "b"}, loosely)) == []
+
+
+@pytest.mark.parametrize("has_target", [False, True])
+@pytest.mark.parametrize("role", ["train", "eval"])
+def test_several_datasets_for_one_key_are_told_with_what_to_do(role, has_target):
+    node = {name: {"_target_": "torch.utils.data.TensorDataset"} for name in ("a", "b")}
+    plain = {"engines": {}, "model": None, "sampler": None, "optimizer": None, "scheduler": None, "feeder": None}
+    plain |= {"report": None, "distributed": {"strategy": None}}
+    plain["data"] = {"train": None, "eval": None, "collate": None}
+    plain["data"][role] = node | ({"_target_": "torch.utils.data.ConcatDataset", "datasets": []} if has_target else {})
+    with pytest.raises(ValueError, match=rf"^data\.{role}: expected one dataset, found a, b; join them: ") as caught:
+        check_targets(plain)
+    assert ("a report of your own" in str(caught.value)) == (role == "eval")

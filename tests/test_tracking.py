@@ -492,3 +492,18 @@ def test_a_flush_that_fails_says_so_and_leaves_the_error_to_the_next_call(tmp_pa
     with pytest.raises(FileNotFoundError, match="deleted"):
         tracker.log(2, {"loss": 1.0})
     tracker.close()
+
+
+def test_a_name_with_a_lone_surrogate_is_the_same_in_both_files_and_each_line_is_one(tmp_path):
+    name = "a\ud800\n\x1b[31m"
+    tracker = Tracker(tmp_path)
+    tracker.log(1, {name: 1.0})
+    tracker.text(1, name, name)
+    tracker.hparams({name: name}, [name])
+    tracker.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["a\\ud800\n\x1b[31m"] == 1.0
+    assert all(32 <= byte < 127 for byte in line)
+    warnings = []
+    Tracker(tmp_path, resume_step=1, recorded={"lines": 1, "events": 1, "step": 1}, warn=warnings.append).close()
+    assert warnings == []

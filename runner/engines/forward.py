@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runner.engines.hugging_face import count_terms, is_model_output
 from runner.utils.mishaps import EarlyMistake, Halt
+from runner.utils.utils import encodable
 
 Feeder = Callable[[nn.Module, Any], Any]
 Number = Tensor | float  # a tensor (0-d) on an accelerator, which is not waited for; else a float
@@ -117,7 +118,7 @@ class Reader:
         self.reference: Number | None = None
         self._is_weighted: bool | None = None
         self._is_told = self.has_trained = False
-        self._names, self._refused = set[Any](), set[Any]()
+        self._names, self._refused = dict[Any, str](), set[Any]()  # names as they are logged
         self._counter = count_terms(module)
 
     def __call__(self, output: Any) -> Output:
@@ -183,14 +184,14 @@ class Reader:
                 continue
             if name not in self._names:
                 self._accept(name)
-            extras[str(name)] = number
+            extras[self._names[name]] = number
         return extras
 
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
             remedy = "as the runner names one of its own: call it something else"
             raise self._error(f"{self._where} returned a number named {name!r}, {remedy}")
-        self._names.add(name)
+        self._names[name] = encodable(str(name))
 
     def _refuse(self, output: Any, name: Any, value: Any) -> None:
         self._refused.add(name)
