@@ -117,7 +117,7 @@ def build(plain: dict[str, Any], store: Store | None = None, builder: Builder | 
 
     def build_alone() -> None:  # a rank that fails here leaves nobody waiting
         device = build_device(plain)
-        parts = _build_parts(plain, device, builder=builder)
+        parts = _build_parts(plain, device, Purpose.train, builder or Builder())
         batches = _build_batches(plain, device)
         evaluation = build_evaluation(plain)
         made.update(batches=batches, evaluation=evaluation, report=build_report(plain))
@@ -159,16 +159,14 @@ def build_engines(
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    is_trained = purpose is not Purpose.use
-    return _make_engines(plain, _build_parts(plain, device, purpose, builder), None, is_trained=is_trained)
+    parts = _build_parts(plain, device, purpose, builder or Builder())
+    return _make_engines(plain, parts, None, is_trained=purpose is not Purpose.use)
 
 
-def _build_parts(
-    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: Builder | None = None
-) -> dict[str, _Part]:
+def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose, builder: Builder) -> dict[str, _Part]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
-    found, builder = {}, builder or Builder()
+    found = {}
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
         settings = shared | own

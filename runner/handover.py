@@ -112,7 +112,7 @@ class Handover:
         for name, text in self.files.items():
             replace_file(self.folder / ".hydra" / f"{name}.yaml", [text])
         path = self.folder / ".hydra" / warm_start.RECORD
-        if (content := warm_start.record(self.settings, path)) is not None:
+        if self.settings["resume"] is None and (content := warm_start.record(self.settings, path)) is not None:
             replace_file(path, [content])
 
 

@@ -24,7 +24,7 @@ from runner.warm_start import Builder
 KEY = "init_from"
 _EXPORTS = (".safetensors", ".sft")
 _EXPECTED = "expected a run's folder, one of its checkpoints/step_*, or an export (a .safetensors file)"
-_MOST_NAMES = 20
+_MOST_NAMES, _LONGEST_NAME = 20, 200  # in a message
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class OtherRun(Builder):
         is_only = len(parts) == 1 and (source.key != KEY or len(self._sources) == 1)
         weights = next(iter(parts.values())) if is_only else parts.get(engine)
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-            there_are = ", ".join(sorted(parts)) or "none"
+            there_are = _list(sorted(parts)) or "none"
             raise ConfigError(f"{source}: expected weights of engine {engine!r}, found those of {there_are}")
         return weights
 
@@ -193,4 +193,4 @@ def _find_misfit(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
 def _list(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
-    return ", ".join(listed[:_MOST_NAMES]) + more
+    return ", ".join(name[:_LONGEST_NAME] for name in listed[:_MOST_NAMES]) + more

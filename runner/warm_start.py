@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner import optimizations
 from runner.mistakes import ConfigError
+from runner.utils import disk
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +51,7 @@ def record(plain: Mapping[str, Any], known: Path | None = None) -> bytes | None:
     A file that can't be read without running what is in it is left out.
 
     Args:
-        known: an earlier record of the same run, whose entries stay.
+        known: an earlier record of a run that begins again, whose entries stay.
     """
     from runner.weights_structure import describe
 
@@ -235,11 +236,11 @@ class _Builds:
         from runner.weights_structure import write
 
         paths: dict[str, Path] = {}
-        with tempfile.TemporaryDirectory(prefix="runner-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="runner-weights-", ignore_cleanup_errors=True) as folder:
             try:
                 for number, each in enumerate(self._lost):
                     place = Path(folder, str(number))
-                    place.mkdir()
+                    disk.make_folder(place)
                     paths[each.place] = write(place, each.path, each.entry, self._own, fills_with_ones=fills_with_ones)
             except OSError as error:
                 told = f"{self._key}: {folder}: can't be written to ({error.strerror}); set TMPDIR"

@@ -6,6 +6,7 @@ in a file. Importing it imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from runner.utils import disk
 from runner.utils.packing import SFT_DTYPES, Packed, dtype_of, name_of, unpack
 
 METADATA_KEY = "weights"  # an export's: what its own run recorded, which would nest at each warm start
@@ -150,7 +152,7 @@ def is_same(text: str, entry: Mapping[str, Any]) -> bool:
                     return False
             elif _identify(path) != {key: found[key] for key in ("bytes", "sha256")}:
                 return False
-    except OSError:
+    except (OSError, ValueError):  # a name that the disk can't have is a ValueError
         return False
     return True
 
@@ -168,13 +170,17 @@ def check(entry: Any) -> None:
         raise ValueError("several files in the place of one")
     for name, found in files.items():
         parts = name.split("/")
-        if len(parts) > 2 or any(part in ("", "..") or part.startswith(".") or len(part) > 255 for part in parts):
+        if (
+            "\0" in name
+            or len(parts) > 2
+            or any(part in ("", "..") or part.startswith(".") or len(part) > 255 for part in parts)
+        ):
             raise ValueError(f"{name!r}: no file of it")
         if found["kind"] == _TEXT:
             if not is_folder or Path(name).suffix not in _TEXTS or type(found["text"]) is not str:
                 raise ValueError(f"{name!r}: no text")
             continue
-        if found["kind"] not in (_SFT, _PT) or "\0" in name:
+        if found["kind"] not in (_SFT, _PT):
             raise ValueError(f"{name!r}: no weights")
         for place, (dtype, shape, *values) in found["tensors"].items():
             _check_tensor(place, dtype, shape, values)
@@ -217,9 +223,12 @@ def write(
         raise ValueError(f"{text}: its recorded structure has over {limit:,} bytes")
     for inner, found in entry["files"].items():
         target = path / inner if entry["is_folder"] else path
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in (path, target.parent) if entry["is_folder"] else ():
+            if not parent.is_dir():
+                disk.make_folder(parent)
         if found["kind"] == _TEXT:
-            target.write_text(found["text"], encoding="utf-8")
+            with disk.create(target, "xb") as file:
+                file.write(found["text"].encode())
         else:
             values = _Values(found["tensors"], tensors, fills_with_ones=fills_with_ones)
             _write_file(target, found, values)
@@ -296,7 +305,7 @@ def _write_sft(
         header[name] = {"dtype": SFT_DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("xb") as file:
+    with disk.create(path, "xb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         start = file.tell()
         for name in described:
@@ -311,18 +320,25 @@ def find_unsaved(module: nn.Module) -> dict[str, str]:
 
     Searched are attributes and items, modules that are not registered too.
     """
-    saved = module.state_dict(keep_vars=True)
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    known = {id(value) for value in saved.values()} | {id(value) for name, value in named if name in saved}
-    found: dict[str, str] = {}
-    for place, held in _walk(module):
-        if isinstance(held, Tensor) and id(held) not in known and held.layout is torch.strided and not held.is_meta:
-            found[place] = sha256(_bytes_of(held)).hexdigest()
-        elif isinstance(held, (np.ndarray, np.generic)) and not held.dtype.hasobject:
-            found[place] = sha256(held.tobytes()).hexdigest()
-        elif isinstance(held, float):
-            found[place] = held.hex()
-    return found
+    known = set[int]()
+    with contextlib.suppress(Exception):  # of the module's own methods
+        saved = module.state_dict(keep_vars=True)
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        known = {id(value) for value in saved.values()} | {id(value) for name, value in named if name in saved}
+    digests = ((place, _digest(held)) for place, held in _walk(module) if id(held) not in known)
+    return {place: digest for place, digest in digests if digest is not None}
+
+
+def _digest(value: Any) -> str | None:
+    """Returns a digest of a number's or a dense array's value; None of anything else."""
+    if isinstance(value, float):
+        return value.hex()
+    with contextlib.suppress(Exception):  # of a kind of tensor without plain bytes
+        if isinstance(value, Tensor):
+            return sha256(_bytes_of(value)).hexdigest()
+        if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+            return sha256(value.tobytes()).hexdigest()
+    return None
 
 
 def _walk(root: nn.Module) -> Iterator[tuple[str, Any]]:

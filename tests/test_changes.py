@@ -1,4 +1,8 @@
+import shlex
+from pathlib import Path
+
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner import changes
 from runner.mistakes import ConfigError
@@ -92,6 +96,7 @@ def test_a_change_that_makes_another_run_is_refused_with_its_values_and_the_reme
         {"optimizer": {"lr": 1}}, {"scheduler": {"_target_": "own.s", "a": 1}}, {"trainer": {"steps": 3}},
         {"trainer": {"save_every": 3, "keep_last": 2}}, {"data": {"num_workers": 3}}, {"tracking": {"jsonl": False}},
         {"data": {"eval": {"length": 3}}}, {"engines": {"a": {"optimizer": {"lr": 1}, "scheduler": {"a": 1}}}},
+        {"init_from": "run"}, {"engines": {"a": {"init_from": "run"}}},
         {"distributed": {"device": "cpu"}}, {"report": None},
     ],
     ids=str,
@@ -104,3 +109,21 @@ def test_all_that_is_refused_is_named_in_one_message():
     with pytest.raises(ConfigError) as caught:
         changes.refuse({"seed": 0, "model": {"width": 8}}, {"seed": 1, "model": {"width": None}})
     assert "  seed: 0 -> 1\n  model.width: 8 -> null\n" in str(caught.value)
+
+
+def remedy_for(source):
+    with pytest.raises(ConfigError) as caught:
+        changes.refuse({"seed": 0}, {"seed": 1}, source)
+    return str(caught.value).rpartition("its weights: ")[2].partition(" (without resume=)")[0]
+
+
+@pytest.mark.parametrize("source", ["outputs/2026-11-23/15-04-05-a", "a b", "it's", "ü", 'a"b', "a,b", "$HOME", "[a]"])
+def test_what_is_refused_may_begin_as_a_new_run_by_an_argument_that_shell_and_hydra_read(source):
+    (argument,) = shlex.split(remedy_for(Path(source)))
+    override = OverridesParser.create().parse_override(argument)
+    assert (override.key_or_group, override.value()) == ("init_from", source)
+
+
+def test_the_argument_is_quoted_only_where_it_must_be():
+    assert remedy_for(Path("outputs/a")) == "init_from=outputs/a"
+    assert remedy_for(None) == "init_from=<run>"

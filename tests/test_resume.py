@@ -61,7 +61,7 @@ def test_every_change_that_makes_another_run_is_named_in_one_message_and_nothing
     for _, told in changes:
         assert f"  {told}\n" in printed
     assert "scheduler" not in printed
-    assert printed.endswith("accept that with resume_allow_changes=true\n")
+    assert "accept that with resume_allow_changes=true, or start a new run from its weights: init_from=run " in printed
     assert {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()} == before
 
 

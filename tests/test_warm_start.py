@@ -198,7 +198,12 @@ def test_an_export_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, 
     os.remove("start.safetensors")
     evaluated(capsys)
     exported()
-    assert json.loads(io.read_metadata("out/model.safetensors")["config"])["model"]["path"] == "start.safetensors"
+    metadata = io.read_metadata("out/model.safetensors")
+    assert json.loads(metadata["config"])["model"]["path"] == "start.safetensors"
+    assert metadata["weights"] == (warmed.folder / "run" / ".hydra" / "weights.json").read_text()
+    found = weights_structure.describe("out/model.safetensors")["files"]["model.safetensors"]
+    assert found["metadata"].keys() >= {"config", "step"}
+    assert "weights" not in found["metadata"]  # or each warm start from an export would hold all before
     assert [*temporary.iterdir()] == []
 
 
