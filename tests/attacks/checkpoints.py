@@ -59,7 +59,6 @@ def _archive(data, others=(), compression=zipfile.ZIP_STORED):
     return stream.getvalue()
 
 
-
 def _tensor_pickle(size, stride, number=1):
     """Returns the pickle of a dict with a tensor of so few stored numbers and that size and stride."""
     out = b"\x80\x02}X\x0c\x00\x00\x00first.weightctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
@@ -87,7 +86,9 @@ def _saved(value):
     return stream.getvalue()
 
 
-_called_by_pickle("of_a_shell", lambda decoy: _saved(Calls(os.system, command_of(decoy))), "evaluate", "resume", "export", of=BOTH)
+_called_by_pickle(
+    "of_a_shell", lambda decoy: _saved(Calls(os.system, command_of(decoy))), "evaluate", "resume", "export", of=BOTH
+)
 _called_by_pickle("of_code", lambda decoy: _saved(Calls(exec, f"open({str(decoy / 'canary')!r}, 'w')")), "evaluate")
 _called_by_pickle("that_is_bare", lambda decoy: pickle.dumps(Calls(os.system, command_of(decoy))), "evaluate", "resume")
 _called_by_pickle("of_protocol_0", lambda decoy: b"cos\nsystem\n(V" + command_of(decoy).encode() + b"\ntR.", "evaluate")
@@ -96,18 +97,43 @@ _called_by_pickle(
     lambda decoy: _archive(b"\x80\x02ctorch.hub\nload\n(X\x01\x00\x00\x00.X\x01\x00\x00\x00xtR."),
     "evaluate",
 )
-_called_by_pickle("in_an_archive_of_script", lambda decoy: _archive(b".", [("code/x.py", b"import os"), ("constants.pkl", b".")]), "evaluate")
+_called_by_pickle(
+    "in_an_archive_of_script",
+    lambda decoy: _archive(b".", [("code/x.py", b"import os"), ("constants.pkl", b".")]),
+    "evaluate",
+)
 _called_by_pickle("that_is_empty", lambda decoy: b"", "evaluate")
 _called_by_pickle("of_a_list", lambda decoy: _saved([1, 2]), "evaluate", "resume")
-_called_by_pickle("of_other_values", lambda decoy: _saved({"first.weight": "x", 3: None, ESCAPES: torch.ones(2)}), "evaluate", "resume")
-_called_by_pickle("that_is_deep", lambda decoy: _archive(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "evaluate")
+_called_by_pickle(
+    "of_other_values",
+    lambda decoy: _saved({"first.weight": "x", 3: None, ESCAPES: torch.ones(2)}),
+    "evaluate",
+    "resume",
+)
+_called_by_pickle(
+    "that_is_deep", lambda decoy: _archive(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."), "evaluate"
+)
 _called_by_pickle("of_doubled_lists", lambda decoy: _archive(_doubled()), "evaluate", "resume")
-_called_by_pickle("of_a_long_number", lambda decoy: _archive(b"\x80\x02\x8b" + struct.pack("<i", 2**30) + b"1."), "evaluate")
-_called_by_pickle("of_a_long_text", lambda decoy: _archive(b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"."), "evaluate")
-_called_by_pickle("of_a_large_memo", lambda decoy: _archive(b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b"."), "evaluate")
-_called_by_pickle("of_stride_0", lambda decoy: _archive(_tensor_pickle([10**12], [0]), [("data/0", b"\0" * 4)]), "evaluate", "resume")
-_called_by_pickle("of_negative_size", lambda decoy: _archive(_tensor_pickle([-5], [1]), [("data/0", b"\0" * 4)]), "evaluate")
-_called_by_pickle("of_a_large_storage", lambda decoy: _archive(_tensor_pickle([8, 4], [4, 1], 2**40), [("data/0", b"\0" * 4)]), "evaluate")
+_called_by_pickle(
+    "of_a_long_number", lambda decoy: _archive(b"\x80\x02\x8b" + struct.pack("<i", 2**30) + b"1."), "evaluate"
+)
+_called_by_pickle(
+    "of_a_long_text", lambda decoy: _archive(b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"."), "evaluate"
+)
+_called_by_pickle(
+    "of_a_large_memo", lambda decoy: _archive(b"\x80\x02Nr" + struct.pack("<I", 2**32 - 1) + b"."), "evaluate"
+)
+_called_by_pickle(
+    "of_stride_0", lambda decoy: _archive(_tensor_pickle([10**12], [0]), [("data/0", b"\0" * 4)]), "evaluate", "resume"
+)
+_called_by_pickle(
+    "of_negative_size", lambda decoy: _archive(_tensor_pickle([-5], [1]), [("data/0", b"\0" * 4)]), "evaluate"
+)
+_called_by_pickle(
+    "of_a_large_storage",
+    lambda decoy: _archive(_tensor_pickle([8, 4], [4, 1], 2**40), [("data/0", b"\0" * 4)]),
+    "evaluate",
+)
 _called_by_pickle(
     "that_expands",
     lambda decoy: _deflated(_tensor_pickle([3 << 27], [1], 3 << 27), 3 << 29),
@@ -220,7 +246,12 @@ _headed("of_a_negative_shape", _change(shape=[-1, -32]), "evaluate")
 _headed("of_an_unknown_type", _change(dtype=ESCAPES), "evaluate", "resume")
 _headed("of_many_tensors", lambda header: header | {f"x{n}": header["first.bias"] for n in range(100_000)}, "evaluate")
 _headed("of_tied_tensors", lambda header: header | {"first.weight": header["second.weight"]}, "evaluate", "resume")
-_headed("of_escaped_names", lambda header: {ESCAPES if k == "first.weight" else k: v for k, v in header.items()}, "evaluate", "resume")
+_headed(
+    "of_escaped_names",
+    lambda header: {ESCAPES if k == "first.weight" else k: v for k, v in header.items()},
+    "evaluate",
+    "resume",
+)
 _headed("of_paths", lambda header: {"../../x" if k == "first.weight" else k: v for k, v in header.items()}, "evaluate")
 _headed("of_other_metadata", lambda header: header | {"__metadata__": {"a": 5}}, "evaluate")
 _headed("of_bytes", lambda header: b'{"\xff": 1}', "evaluate")
@@ -236,10 +267,16 @@ def _structured(document):
 
 _headed("of_a_deep_structure", _structured(deep("[", "]")), "evaluate", "resume")
 _headed("of_a_structure_that_is_none", _structured("{"), "evaluate")
-_headed("of_a_structure_of_other_types", _structured({"version": 2, "raw": 5, "objects": {}, "tree": {"tensor": -1}}), "evaluate")
+_headed(
+    "of_a_structure_of_other_types",
+    _structured({"version": 2, "raw": 5, "objects": {}, "tree": {"tensor": -1}}),
+    "evaluate",
+)
 _headed(
     "of_a_structure_of_large_objects",
-    _structured({"version": 2, "raw": {"x": ["complex128", [2**60]]}, "objects": [], "tree": {"int": "0x" + "f" * 10**6}}),
+    _structured(
+        {"version": 2, "raw": {"x": ["complex128", [2**60]]}, "objects": [], "tree": {"int": "0x" + "f" * 10**6}}
+    ),
     "evaluate",
 )
 
@@ -292,9 +329,14 @@ _listed("of_a_zero", _named("a\x00.json"), "resume", "evaluate")
 _listed("of_escapes", _named(f"{ESCAPES}.json"), "resume", "evaluate")
 _listed("of_a_surrogate", _named("\ud800.json"), "resume", "evaluate")
 _listed("of_a_long_name", _named("x" * 5000 + ".json"), "evaluate")
-_listed("without_sums", lambda files, run, decoy: dict.fromkeys(files, {}), "resume", "evaluate")
+_listed(
+    "without_sums",
+    lambda files, run, decoy: {name: {"crc32c": f"{number:08x}"} for number, name in enumerate(files)},
+    "resume",
+    "evaluate",
+)
 _listed("of_wrong_sizes", lambda files, run, decoy: {key: {"bytes": -1, "crc32c": None} for key in files}, "evaluate")
-_listed("of_texts_for_sizes", lambda files, run, decoy: {key: ESCAPES for key in files}, "evaluate", "resume")
+_listed("of_texts_for_sizes", lambda files, run, decoy: dict.fromkeys(files, ESCAPES), "evaluate", "resume")
 _listed("of_a_list", lambda files, run, decoy: [*files], "resume", "evaluate")
 _listed("of_nothing", lambda files, run, decoy: {}, "resume", "evaluate", "export")
 _listed("of_null", None, "evaluate", files=None)
@@ -340,7 +382,9 @@ _state("of_a_huge_step", {"loop.step": 10**400}, "resume", "evaluate", "export")
 _state("of_a_negative_step", {"loop.step": -1, "loop.skipped": -5}, "resume", "evaluate")
 _state("of_a_text_step", {"loop.step": ESCAPES}, "resume", "evaluate")
 _state("of_a_list_step", {"loop": [1]}, "resume", "evaluate")
-_state("without_parts", {"loop": None, "batches": None, "commands": None, "best": 5, "numbers": []}, "resume", "evaluate")
+_state(
+    "without_parts", {"loop": None, "batches": None, "commands": None, "best": 5, "numbers": []}, "resume", "evaluate"
+)
 _state("of_owed_work", {"loop.owed": ["export", ESCAPES, {"a": 1}, "eval"] * 100}, "resume")
 _state("of_another_position", {"batches.sampler.position": 10**18, "batches.ordinal": 10**400}, "resume")
 _state("of_another_length", {"batches.sampler.length": 10**12, "batches.sampler.epoch": 10**18}, "resume")
@@ -350,8 +394,17 @@ _state("of_a_best_of_escapes", {"best": {"name": ESCAPES, "value": 1e308, "step"
 _state("of_a_fingerprint_of_escapes", {"fingerprint": ESCAPES}, "resume", "evaluate", "export")
 _state("of_a_fingerprint_of_another_type", {"fingerprint": [{}]}, "resume", "evaluate", "export")
 _state("of_many_numbers", {"numbers": {"lines": 10**400, "events": -1, "step": "x"}}, "resume")
-_state("of_pending_commands", {"commands.pending": ["quit@5", "export@6", f"save {ESCAPES}@5", "lr 1e999@6"]}, "resume", of=BOTH)
-_state("of_pending_shells", {"commands.pending": ["!touch canary", "../../decoy/notes@5", "export decoy/notes@5"]}, "resume")
+_state(
+    "of_pending_commands",
+    {"commands.pending": ["quit@5", "export@6", f"save {ESCAPES}@5", "lr 1e999@6"]},
+    "resume",
+    of=BOTH,
+)
+_state(
+    "of_pending_shells",
+    {"commands.pending": ["!touch canary", "../../decoy/notes@5", "export decoy/notes@5"]},
+    "resume",
+)
 _state("of_many_pending_commands", {"commands.pending": ["eval@5"] * 50_000}, "resume")
 _state("of_pending_commands_of_other_types", {"commands.pending": {"a": 1}}, "resume")
 _state("of_a_pending_mapping", {"commands": {"pending": [{"a": 1}, None, 5]}}, "resume")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import time
+from pathlib import Path
 
 from attacks.plants import CHECKPOINT, OWN, STRANGER, attack, clear, events_of, link, newest, seal
 
@@ -123,11 +124,10 @@ def link_of_checkpoint_to_save(run, decoy):
 @attack("resume", "sweep")
 def links_of_half_written_checkpoints(run, decoy):
     """One for each process that could write there next."""
-    with contextlib.suppress(ValueError):
-        first = int(open("/proc/loadavg").read().split()[-1])  # the newest process id
-        for pid in range(first, first + 300):
-            for step in (4, 6):
-                link(run / "checkpoints" / f".step_{step:08d}.{pid}.partial", decoy / "notes")
+    newest_pid = int(Path("/proc/loadavg").read_text().split()[-1])
+    for pid in range(newest_pid, newest_pid + 300):
+        for step in (4, 6):
+            link(run / "checkpoints" / f".step_{step:08d}.{pid}.partial", decoy / "notes")
 
 
 @attack("resume")

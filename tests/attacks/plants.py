@@ -57,14 +57,21 @@ def attack(*commands: str, of: tuple[str, ...] = (STRANGER,), arguments=(), type
     return add
 
 
-def trials() -> list[tuple[Attack, str, str]]:
-    """Returns each attack with each origin and command that applies; a sweep is always the user's own."""
-    return [
-        (each, origin, command)
-        for each in ATTACKS
-        for command in each.commands
-        for origin in (each.origins if command != "sweep" else (OWN,))
-    ]
+def trials(is_thorough: bool) -> list[tuple[Attack, str, str]]:
+    """Returns attacks with an origin and a command each; a sweep is always the user's own.
+
+    Each attack is tried with its first command, and with those that few others have; if it is thorough, with each of
+    its commands and origins.
+    """
+    chosen = []
+    for each in ATTACKS:
+        for number, command in enumerate(each.commands):
+            origins = (OWN,) if command == "sweep" else each.origins
+            if not is_thorough:
+                is_common = command in ("resume", "evaluate", "export")
+                origins = () if number and is_common else (origins[0],) if number == 0 else (origins[-1],)
+            chosen += [(each, origin, command) for origin in origins]
+    return chosen
 
 
 def link(path: Path, target: Path) -> None:

@@ -6,7 +6,19 @@ import shutil
 from attacks.plants import OWN, attack, clear, command_of, deep, link, read_config, set_config, write_canary
 
 SIGNATURE = ".hydra/signature.json"
-MODULES = ("yaml", "torch", "numpy", "sitecustomize", "usercustomize", "runner", "own", "crc32c", "json", "hydra", "evil")
+MODULES = (
+    "yaml",
+    "torch",
+    "numpy",
+    "sitecustomize",
+    "usercustomize",
+    "runner",
+    "own",
+    "crc32c",
+    "json",
+    "hydra",
+    "evil",
+)
 
 
 def _edit(folder, /, **fields):

@@ -66,7 +66,9 @@ def _add(put, name, *commands, of=(STRANGER,)):
 
 
 _CONFIG, _RECORD, _METRICS = ".hydra/config.yaml", "run.json", "metrics.jsonl"
-_MANIFEST, _TRAINER, _WEIGHTS = (f"{CHECKPOINT}/{name}" for name in ("MANIFEST.json", "trainer.json", "model.safetensors"))
+_MANIFEST, _TRAINER, _WEIGHTS = (
+    f"{CHECKPOINT}/{name}" for name in ("MANIFEST.json", "trainer.json", "model.safetensors")
+)
 
 _add(put_pipe, _CONFIG, "evaluate", "resume", "sweep")
 _add(put_pipe, ".hydra/overrides.yaml", "resume")

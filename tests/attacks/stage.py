@@ -26,7 +26,7 @@ from conftest import EXPERIMENT, Project
 import runner
 from attacks.plants import EXPORT, FORGED, SECRET, Attack
 
-LIMIT_S = float(os.environ.get("ATTACK_LIMIT_S", 20))
+LIMIT_S = 20.0
 MAX_PRINTED_BYTES = 64 << 10
 MAX_PROCESSES = 8
 MAX_MEMORY_KB = 3 << 19  # 1.5 GiB, of which the imported modules take a third
@@ -62,6 +62,7 @@ COMMANDS = {
     "inside_resume": ("runner", ["resume=.", "trainer.steps=6"], ["allow_targets=[own]"]),
     "inside_evaluate": ("runner.evaluate", ["."], ["--allow-targets", "own"]),
     "inside_export": ("runner.export", ["."], ["--allow-targets", "own"]),
+    "harmful": ("attacks.harmful", [], []),
 }
 
 
@@ -73,12 +74,12 @@ class Ending:
     printed: str
     peak_kb: int = 0
     num_processes: int = 0
-    is_killed: bool = False
+    is_late: bool = False
 
     def find_faults(self) -> list[str]:
         """Returns what is wrong with it, whatever it was to do."""
         faults = ["the command line of the trial is wrong"] if self.printed.startswith("usage:") else []
-        if self.is_killed:
+        if self.is_late:
             faults.append("it did not end in time")
         elif self.status not in (0, 1, 2):
             faults.append(f"it ended with status {self.status}")
@@ -108,6 +109,7 @@ class Stage:
 
     def __init__(self, root: Path) -> None:
         self.folder, self._root = root / "project", root
+        self.limit_s = LIMIT_S
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         self._zygote = Zygote("attacks.composed", "runner.evaluate", "runner.export", "runner.saved")
         (root / "composed").mkdir()
@@ -117,13 +119,13 @@ class Stage:
         self._run(["hydra.run.dir=run"])
         shutil.copytree(self.folder / "run", self.folder / "decoy" / "copy", symlinks=True)
         self._keep("run", "own")
-        self._finish(self._start("runner.__main__", SWEEP), LIMIT_S)
+        self._finish(self._start("runner.__main__", SWEEP))
         for newest in (self.folder / "sweep").glob(f"*/{STEP}"):
             shutil.rmtree(newest)
         self._keep("sweep", "sweep")
         elsewhere = root / "elsewhere"
         stranger = self._make_project(elsewhere)
-        self._finish(self._start("runner.__main__", [*MINE, "hydra.run.dir=run"], elsewhere, stranger), LIMIT_S)
+        self._finish(self._start("runner.__main__", [*MINE, "hydra.run.dir=run"], elsewhere, stranger))
         shutil.move(elsewhere / "run", root / "stranger")
         shutil.copytree(self.folder, root / "kept", symlinks=True)
         self._before = self._survey()
@@ -143,7 +145,7 @@ class Stage:
         return of_home | {"ATTACK_SECRET": SECRET, "XDG_CACHE_HOME": str(folder / "home")}
 
     def _run(self, overrides: list[str]) -> None:
-        ending = self._finish(self._start("runner.__main__", [*MINE, *overrides]), LIMIT_S)
+        ending = self._finish(self._start("runner.__main__", [*MINE, *overrides]))
         assert ending.status == 0, ending.printed
 
     def _keep(self, name: str, kept: str) -> None:
@@ -209,18 +211,18 @@ class Stage:
     def _finish_beside(self, pid: int, beside) -> Ending:
         """Waits for a process while what an attack does meanwhile is done."""
         if beside is None:
-            return self._finish(pid, LIMIT_S)
+            return self._finish(pid)
         is_over = threading.Event()
         thread = threading.Thread(target=beside, args=(is_over,))
         thread.start()
         try:
-            return self._finish(pid, LIMIT_S)
+            return self._finish(pid)
         finally:
             is_over.set()
             thread.join()
 
-    def _finish(self, pid: int, limit_s: float) -> Ending:
-        ending = watch(pid, lambda: self._zygote.poll(pid), limit_s)
+    def _finish(self, pid: int) -> Ending:
+        ending = watch(pid, lambda: self._zygote.poll(pid), self.limit_s)
         ending.printed = self._printed.read_bytes().decode(errors="surrogateescape") if self._printed.exists() else ""
         return ending
 
@@ -235,7 +237,7 @@ class Stage:
                 [sys.executable, "-P", "-c", script], cwd=cwd, env=settings, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-            ending = watch(process.pid, process.poll, LIMIT_S)
+            ending = watch(process.pid, process.poll, self.limit_s)
         ending.printed = self._printed.read_bytes().decode(errors="surrogateescape")
         return ending
 
@@ -296,8 +298,8 @@ def watch(pid: int, poll, limit_s: float) -> Ending:
             ending.peak_kb = max(ending.peak_kb, _read_peak_kb(pid))
             ending.num_processes = max(ending.num_processes, len(_find_descendants(pid)))
         is_growing = ending.num_processes > MAX_PROCESSES or ending.peak_kb > MAX_MEMORY_KB
-        if now > deadline or is_growing:
-            ending.is_killed = True
+        ending.is_late |= now > deadline
+        if ending.is_late or is_growing:
             for process in [pid, *_find_descendants(pid)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)

@@ -104,7 +104,9 @@ for _key in (
 
 _called("in_engines", lambda decoy: {"x": {"model": _EVIL(decoy)}}, "evaluate", "resume", key="engines")
 _called("partial", lambda decoy: _EVIL(decoy) | {"_partial_": True}, "evaluate")
-_called("in_arguments", lambda decoy: {"_target_": "own.Model", "_args_": [_EVIL(decoy)]}, "evaluate", "export", of=BOTH)
+_called(
+    "in_arguments", lambda decoy: {"_target_": "own.Model", "_args_": [_EVIL(decoy)]}, "evaluate", "export", of=BOTH
+)
 _called("in_keyword", lambda decoy: {"_target_": "own.Model", "width": _EVIL(decoy)}, "resume", of=BOTH)
 _called("in_list", lambda decoy: {"_target_": "own.Model", "width": [[_EVIL(decoy)]]}, "evaluate")
 _called("not_recursive", lambda decoy: _EVIL(decoy) | {"_recursive_": False, "_convert_": "all"}, "evaluate")
@@ -224,7 +226,14 @@ _set("workers", "evaluate", "export", "resume", data__num_workers=40)
 _set("many_workers", "evaluate", data__num_workers=10**9)
 _set("processes", "evaluate", "resume", distributed__nproc_per_node=64)
 _set("restarts", "resume", distributed__max_restarts=10**9, distributed__timeout_s=1e-9)
-_set("machines", "evaluate", "resume", distributed__nnodes=2, distributed__rdzv_endpoint="127.0.0.1:9", distributed__rdzv_timeout_s=1e9)
+_set(
+    "machines",
+    "evaluate",
+    "resume",
+    distributed__nnodes=2,
+    distributed__rdzv_endpoint="127.0.0.1:9",
+    distributed__rdzv_timeout_s=1e9,
+)
 _set("meta_device", "evaluate", "resume", "export", distributed__device="meta")
 _set("odd_device", "evaluate", "export", distributed__device=ESCAPES)
 _set("backend", "resume", distributed__backend="os.system")
@@ -238,7 +247,9 @@ _set("infinite", "evaluate", "resume", trainer__clip_norm=float("inf"), optimize
 _set("name", "resume", "evaluate", of=BOTH, name=ESCAPES)
 _set("name_of_a_path", "resume", "export", name="../../decoy/notes")
 _set("best_metric", "resume", trainer__best_metric=f"../../decoy/{ESCAPES}")
-_set("compiler", "evaluate", "resume", optimizations__compile__scope="whole", optimizations__compile__backend="os.system")
+_set(
+    "compiler", "evaluate", "resume", optimizations__compile__scope="whole", optimizations__compile__backend="os.system"
+)
 _set("compiler_mode", "evaluate", optimizations__compile__scope="blocks", optimizations__compile__mode=ESCAPES)
 _set("device_map", "evaluate", optimizations__device_map__budgets={"/dev/zero": 10**30, "cpu": "1e999GB"})
 _set("pattern_of_names", "evaluate", optimizations__freeze=["(a+)+$", "*" * 50, "[" * 10_000])
@@ -267,6 +278,13 @@ def ten_thousand_engines(run, decoy):
 
 @attack("evaluate")
 def config_of_other_types(run, decoy):
-    other = {"trainer": 5, "data": [1], "name": ["a"], "model": "text", "optimizations": None, "tracking": {"stdin": {}}}
+    other = {
+        "trainer": 5,
+        "data": [1],
+        "name": ["a"],
+        "model": "text",
+        "optimizations": None,
+        "tracking": {"stdin": {}},
+    }
     config = read_config(run) | other
     (run / ".hydra" / "config.yaml").write_text(yaml.dump(config))

@@ -8,7 +8,7 @@ _TEN = range(10)
 
 def _bomb(run, levels, join):
     """Puts texts in the config, each of which holds the one before it several times."""
-    nodes = {"a0": "x"} | {f"a{number}": join("${model.b.a%d}" % (number - 1)) for number in range(1, levels)}
+    nodes = {"a0": "x"} | {f"a{number}": join(f"${{model.b.a{number - 1}}}") for number in range(1, levels)}
     set_config(run, {"model.b": nodes})
 
 
@@ -29,20 +29,20 @@ def bomb_of_interpolated_mappings(run, decoy):
 
 @attack("evaluate")
 def bomb_of_relative_interpolations(run, decoy):
-    nodes = {"a0": "x"} | {f"a{number}": ["${..a%d}" % (number - 1)] * 10 for number in range(1, 9)}
+    nodes = {"a0": "x"} | {f"a{number}": [f"${{..a{number - 1}}}"] * 10 for number in range(1, 9)}
     set_config(run, {"model.b": nodes})
 
 
 @attack("evaluate")
 def bomb_in_a_part_that_is_not_built(run, decoy):
-    nodes = {"a0": "x"} | {f"a{number}": ["${scheduler.a%d}" % (number - 1)] * 10 for number in range(1, 9)}
+    nodes = {"a0": "x"} | {f"a{number}": [f"${{scheduler.a{number - 1}}}"] * 10 for number in range(1, 9)}
     set_config(run, {"scheduler": nodes})
 
 
 @attack("evaluate")
 def bomb_of_names_by_hydra(run, decoy):
     path = run / ".hydra" / "hydra.yaml"
-    nodes = {"a0": "x"} | {f"a{number}": "${hydra:job.a%d}" % (number - 1) * 2 for number in range(1, 40)}
+    nodes = {"a0": "x"} | {f"a{number}": f"${{hydra:job.a{number - 1}}}" * 2 for number in range(1, 40)}
     lines = "".join(f"    {key}: {value}\n" for key, value in nodes.items())
     path.write_text(path.read_text().replace("  job:\n", f"  job:\n{lines}", 1))
     set_config(run, {"name": "${hydra:job.a39}"})
@@ -52,7 +52,7 @@ def bomb_of_names_by_hydra(run, decoy):
 def bomb_in_an_override(run, decoy):
     lines = ["- experiment=mine", "- +model.a0=x"]
     for number in range(1, 9):
-        before = "${model.a%d}" % (number - 1)
+        before = f"${{model.a{number - 1}}}"
         lines.append(f"- +model.a{number}=[{','.join([before] * 10)}]")
     (run / ".hydra" / "overrides.yaml").write_text("\n".join(lines) + "\n")
 
@@ -105,7 +105,12 @@ def _text(short, text, *commands, where="config.yaml", of=("stranger",)):
 _text("that_calls", 'OWNx: !!python/object/apply:os.system ["touch CANARY"]\n', "evaluate", "resume")
 _text("that_makes", "OWNx: !!python/object/new:subprocess.Popen [[touch, CANARY]]\n", "evaluate")
 _text("that_imports", "OWNx: !!python/module:evil\ny: !!python/name:os.system\n", "evaluate")
-_text("of_aliases", "a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\nd: [*c,*c,*c,*c]\nOWN", "evaluate", "resume")
+_text(
+    "of_aliases",
+    "a: &a [x,x,x,x]\nb: &b [*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b]\nd: [*c,*c,*c,*c]\nOWN",
+    "evaluate",
+    "resume",
+)
 _text("that_holds_itself", "a: &a [*a]\nOWN", "evaluate")
 _text("that_merges", "a: &a {b: 1}\nc:\n  <<: *a\nOWN", "evaluate")
 _text("that_merges_itself", "a: &a\n  <<: *a\nOWN", "evaluate")
@@ -130,7 +135,11 @@ _text("of_a_long_hexadecimal_number", "OWNx: 0x" + "9" * 1_000_000, "evaluate")
 _text("of_sixties", "OWNx: " + "1:" * 50_000 + "1\n", "evaluate")
 _text("of_a_time_that_is_none", "OWNx: 2001-99-99\ny: 9999-12-31T99:99:99Z\n", "evaluate")
 _text("of_other_keys", "OWN? [a, b]\n: 1\n? {a: b}\n: 2\nnull: 3\n1.5: 4\ntrue: 5\n", "evaluate")
-_text("of_other_types", "OWNx: !!set {a, b}\ny: !!binary aGVsbG8=\nz: !!omap [a: 1]\nw: !!timestamp 2001-01-01\n", "evaluate")
+_text(
+    "of_other_types",
+    "OWNx: !!set {a, b}\ny: !!binary aGVsbG8=\nz: !!omap [a: 1]\nw: !!timestamp 2001-01-01\n",
+    "evaluate",
+)
 _text("that_is_empty", "", "evaluate", "resume")
 _text("that_is_a_list", "[a, b]", "evaluate", "resume")
 _text("that_is_a_word", "word", "evaluate", "resume")
@@ -142,7 +151,9 @@ _text("of_a_long_indicator", "OWNx: |99999999999\n a\n", "evaluate")
 _text("of_aliased_hydra", "hydra: &a {job: [*a]}\n", "resume", where="hydra.yaml")
 _text("of_deep_hydra", "hydra: " + deep("[", "]"), "resume", where="hydra.yaml")
 _text("of_deep_overrides", deep("[", "]"), "resume", where="overrides.yaml")
-_text("of_overrides_that_call", '- !!python/object/apply:os.system ["touch CANARY"]\n', "resume", where="overrides.yaml")
+_text(
+    "of_overrides_that_call", '- !!python/object/apply:os.system ["touch CANARY"]\n', "resume", where="overrides.yaml"
+)
 _text("of_overrides_in_a_mapping", "a: b\n", "resume", where="overrides.yaml")
 _text("of_overrides_of_bytes", b"- \xff\xfe\n", "resume", where="overrides.yaml")
 
