@@ -52,9 +52,10 @@ class Zygote:
         forks_workers: bool = False,
         finalizes: bool = False,
         output: Path | None = None,
+        program: str = "runner.__main__",
     ) -> int:
         request = {"cwd": str(cwd), "argv": argv, "output": str(output or cwd / "printed.txt"), "crash_at": crash_at}
-        request |= {"environment": environment or {}, "typed": str(typed) if typed else None}
+        request |= {"environment": environment or {}, "typed": str(typed) if typed else None, "program": program}
         return int(self._ask(request | {"forks_workers": forks_workers, "finalizes": finalizes}))
 
     def load(self, modules: list[str]) -> None:

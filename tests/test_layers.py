@@ -80,6 +80,9 @@ ELSEWHERE = {
     "examples/speech_codes.py": ["mkdir", "os.open"],  # the user's cache
     "signals.py": ["write_text"],  # the status for the launcher
     "terminal.py": ["os.open"],  # /dev/null
+    "signature.py": ["open", "os.link", "os.mkdir", "os.open", "os.unlink"],  # the user's key; files that it reads
+    "utils/files.py": ["os.open"],  # to read
+    "warm_start.py": ["tempfile.TemporaryDirectory"],  # of weights files that are gone
     "utils/open_files.py": ["os.open"],  # /dev/null, and open files again
     "worker.py": ["touch", "write_text"],  # for the launcher
 }

@@ -1,14 +1,15 @@
 """A process that has imported everything once, and forks a real `python -m runner` for each request: fast to kill.
 
-Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files), `environment` (beside this one's), and
-`crash_at`: the number of the file operation on checkpoints at which the child kills itself, 0 for none. With
-`forks_workers`, a child that is a launcher forks its workers instead of executing them; one that `finalizes` ends as
-Python does, which takes a moment. The answer is the child's pid; a line `{"wait": pid}` is answered with its wait
-status and the number of operations that were noted in `output`.count and its rank, if it has one; a child that does not
-end is killed; `{"poll": pid}` is answered at once, with "running" where it has not ended. A line `{"load": modules}`
-has them imported beforehand.
+Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files), `environment` (beside this one's),
+`program` (the module whose `main` is called), and `crash_at`: the number of the file operation on checkpoints at which
+the child kills itself, 0 for none. With `forks_workers`, a child that is a launcher forks its workers instead of
+executing them; one that `finalizes` ends as Python does, which takes a moment. The answer is the child's pid; a line
+`{"wait": pid}` is answered with its wait status and the number of operations that were noted in `output`.count and its
+rank, if it has one; a child that does not end is killed; `{"poll": pid}` is answered at once, with "running" where it
+has not ended. A line `{"load": modules}` has them imported beforehand.
 """
 
+import fcntl
 import gc
 import importlib
 import json
@@ -61,6 +62,8 @@ def run_child(request: dict) -> None:
     typed = os.open(os.devnull, os.O_RDONLY)
     if request["typed"]:
         typed, end = os.pipe()
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 1 << 20)  # all is written before anything is read
         os.write(end, Path(request["typed"]).read_bytes())
         os.close(end)
     for fd, source in ((0, typed), (1, output), (2, output)):
@@ -73,7 +76,7 @@ def run_child(request: dict) -> None:
     if request["forks_workers"]:
         fork_workers()
     try:
-        runner.__main__.main()
+        importlib.import_module(request.get("program", "runner.__main__")).main()
     except SystemExit as end:
         status = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     except BaseException:
