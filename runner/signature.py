@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from runner import import_path
-from runner.utils.files import make_folder, make_folders, replace_file
+from runner.utils.files import make_folder, make_folders, read_bounded, replace_file
 
 NAME = "signature.json"
 _SIGNED = ("config", "overrides", "hydra")  # of .hydra/, each a .yaml
 _MARK = ".run"  # in checkpoints/: says of which run they are, wherever they are moved to
 _KEY_BYTES = 32
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 
 
 class SignatureError(ValueError):
@@ -193,7 +193,7 @@ def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
 def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
     """Returns what the mark of a folder of checkpoints says; None where it has none that is this user's."""
     try:
-        content = json.loads(_read_file(checkpoints / _MARK))
+        content = json.loads(read_bounded(checkpoints / _MARK, _MAX_BYTES))
         code = content.pop("hmac")
         is_own = hmac.compare_digest(code.encode(), _authenticate(content, _read_key()).encode())
         return dict(content) if is_own and "checkpoints_of" in content else None
@@ -218,11 +218,11 @@ def _read_digests(run: Path) -> dict[str, list[str]]:
     for name in _SIGNED:
         path = run / ".hydra" / f"{name}.yaml"
         try:
-            digests[name] = [_digest(_read_file(path))]
+            digests[name] = [_digest(read_bounded(path, _MAX_BYTES))]
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise SignatureError(f".hydra/{name}.yaml can't be read ({error.strerror})") from error
+            raise SignatureError(f".hydra/{name}.yaml can't be read ({error})") from error
     return digests
 
 
@@ -233,7 +233,7 @@ def _read(run: Path) -> dict[str, Any]:
         SignatureError: there is none that is this user's.
     """
     try:
-        text = _read_file(run / ".hydra" / NAME).decode()
+        text = read_bounded(run / ".hydra" / NAME, _MAX_BYTES).decode()
     except FileNotFoundError:
         raise SignatureError("nobody has signed it") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -318,19 +318,3 @@ def _make_key(path: Path) -> None:
             os.link(temporary, path)
     finally:
         os.unlink(temporary)
-
-
-def _read_file(path: Path) -> bytes:
-    """Returns a regular file's content, of at most a MiB.
-
-    Raises:
-        OSError: it is another kind of file, too large, or not there.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(22, "expected a regular file", str(path))
-        data = file.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-        raise OSError(27, f"expected at most {_MOST_BYTES} bytes", str(path))
-    return data

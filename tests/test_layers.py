@@ -12,7 +12,7 @@ CONTRACTS = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool
 # These import Hydra or OmegaConf themselves; `runner.utils` may not even import what does.
 KNOWS_CONFIG = {
     "command", "launch", "resume", "handover", "saved", "build", "run_folder", "trust", "changes", "config",
-    "optimizations", "hparams", "mistakes", "interpolation", "schema",
+    "optimizations", "hparams", "mistakes", "interpolation", "schema", "config_source", "expansion", "sweep",
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ ELSEWHERE = {
     "examples/speech_codes.py": ["mkdir", "os.open"],  # the user's cache
     "signals.py": ["write_text"],  # the status for the launcher
     "terminal.py": ["os.open"],  # /dev/null
-    "signature.py": ["open", "os.link", "os.mkdir", "os.open", "os.unlink"],  # the user's key; files that it reads
+    "signature.py": ["open", "os.link", "os.mkdir", "os.open", "os.unlink"],  # the user's key
     "utils/files.py": ["os.open"],  # to read
     "warm_start.py": ["tempfile.TemporaryDirectory"],  # of weights files that are gone
     "utils/open_files.py": ["os.open"],  # /dev/null, and open files again
