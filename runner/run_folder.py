@@ -36,8 +36,9 @@ def find_run(path: Path) -> Path:
     """
     if (path / "checkpoints").is_dir():
         return path
-    if _is_step(path.absolute().name) and path.absolute().parent.name == "checkpoints" and path.is_dir():
-        return path.absolute().parent.parent  # of a link there, the run that has the link
+    written = Path(os.path.abspath(path))
+    if _is_step(written.name) and written.parent.name == "checkpoints" and path.is_dir():
+        return written.parent.parent  # of a link there, the run that has the link
     if _is_step(path.resolve().name) and path.is_dir():
         return path.resolve().parent.parent
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
