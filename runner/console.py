@@ -133,7 +133,7 @@ class _LogFile(logging.StreamHandler):
     is_refused = False
 
     def __init__(self, path: Path) -> None:
-        descriptor = disk.open_minor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = disk.open_unsynced(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         super().__init__(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
         self._path = path
 

@@ -52,8 +52,9 @@ def find_run(path: Path) -> Path:
         if (path / "checkpoints").is_dir():
             return path
         real = path.resolve()
-        if _is_step(path.absolute().name) and path.absolute().parent.name == "checkpoints" and path.is_dir():
-            return path.absolute().parent.parent  # of a link there, the run that has the link
+        written = Path(os.path.abspath(path))
+        if _is_step(written.name) and written.parent.name == "checkpoints" and path.is_dir():
+            return written.parent.parent  # of a link there, the run that has the link
         if _is_step(real.name) and path.is_dir():
             return _find_run_of(real)
         path.exists()

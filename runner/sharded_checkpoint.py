@@ -5,6 +5,7 @@ Must not know what is in them.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,7 @@ class ShardedCheckpoints:
             OSError: the disk refused on one of the ranks; every earlier checkpoint is untouched.
             RankError: something else failed on one of them.
         """
-        partial = of_leader(lambda: self._begin(step), self._group)
+        partial = self._of_leader(lambda: self._begin(step))
         tensors = {f"{part}/{name}": t for part, value in parts.items() for name, t in self._spread(value).items()}
         documents = {part: value.document for part, value in parts.items()}
 
@@ -66,11 +67,27 @@ class ShardedCheckpoints:
 
         try:
             shards.write(tensors, partial / SHARDS, self._group)
-            return of_leader(commit, self._group)
+            return self._of_leader(commit)
         except BaseException:
             if self._commits:  # no other knows how far the one that commits has come
                 remove_tree(partial)
             raise
+
+    def _of_leader(self, work: Callable[[], Path]) -> Path:
+        """Returns on every rank what the leader's work gave; what the disk refused it is an OSError on all."""
+
+        def attempt() -> tuple[Path | None, tuple[int, str, str | None] | None]:
+            try:
+                return work(), None
+            except OSError as error:
+                name = None if error.filename is None else str(error.filename)
+                return None, (error.errno or errno.EIO, error.strerror or str(error), name)
+
+        path, refusal = of_leader(attempt, self._group)
+        if refusal is not None:
+            raise OSError(*refusal)
+        assert path is not None
+        return path
 
     def _begin(self, step: int) -> Path:
         partial = self._checkpoints.begin(step)

@@ -30,7 +30,7 @@ def watched(progress: Callable[[], Any], timeout_s: float, log: Path, name: str)
         name: of this rank, in the log.
     """
     is_over, parent = threading.Event(), os.getppid()
-    descriptor = disk.open_minor(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = disk.open_unsynced(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with os.fdopen(descriptor, "a", encoding="utf-8") as file:
 
         def watch() -> None:

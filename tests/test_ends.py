@@ -548,7 +548,7 @@ RUN = Path("run").resolve()
 
 def name_of(event, args):
     # the kind of a file operation in the run's folder, such as "saver: make_folder checkpoints", or None
-    if event != "runner.disk" or args[0] not in ("create", "open_append", "open_minor", "make_folder"):
+    if event != "runner.disk" or args[0] not in ("create", "open_append", "open_unsynced", "make_folder"):
         return None
     path = Path(args[1]).absolute()
     if not path.is_relative_to(RUN):

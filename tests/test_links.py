@@ -37,6 +37,7 @@ class Decoy:
             (folder / name).mkdir(parents=True)
         (folder / "diary").write_text('{"dear": "diary"}\n')
         (folder / "step_00000004" / "MANIFEST.json").write_text("{}")
+        (folder / "config.yaml").write_text("{}")
         self.before = self.seen()
 
     def seen(self):

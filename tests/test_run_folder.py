@@ -100,6 +100,44 @@ def test_a_link_in_a_runs_folder_is_refused_by_name(tmp_path, name):
         run_folder.refuse_links(run)
 
 
+def test_a_recorded_link_is_let_while_it_leads_where_it_was_recorded_to(tmp_path):
+    run, storage = tmp_path / "run", tmp_path / "storage"
+    for folder in (run, storage):
+        folder.mkdir()
+    (run / "checkpoints").symlink_to("../storage")
+    (storage / "best").symlink_to("step_00000004")  # not entered
+    run_folder.refuse_links(run, {"checkpoints": str(storage)})
+    for links in ({"checkpoints": str(tmp_path)}, {"exports": str(storage)}):
+        with pytest.raises(ConfigError, match="checkpoints: a link"):
+            run_folder.refuse_links(run, links)
+
+
+def test_a_link_of_a_launcher_that_leads_nowhere_out_of_the_sweep_is_let(tmp_path):
+    sweep = tmp_path / "sweep"
+    (sweep / ".submitit" / "1").mkdir(parents=True)
+    (sweep / ".submitit" / "submission.sh").symlink_to(sweep / ".submitit" / "1" / "submission.sh")
+    run_folder.refuse_links(sweep, is_sweep=True)
+    (sweep / ".submitit" / "2").symlink_to("../../elsewhere")
+    with pytest.raises(ConfigError, match=r"\.submitit/2: a link"):
+        run_folder.refuse_links(sweep, is_sweep=True)
+
+
+def test_a_pipe_in_a_runs_folder_is_refused_by_name_and_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: expected a file or a folder, found a pipe"):
+        run_folder.refuse_links(tmp_path)
+
+
+def test_a_checkpoint_that_is_a_link_is_of_the_run_that_has_the_link(tmp_path):
+    other = tmp_path / "other" / "checkpoints" / "step_00000012"
+    other.mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000012").symlink_to(other)
+    (tmp_path / "newest").symlink_to(other)
+    assert run_folder.find_run(tmp_path / "run" / "checkpoints" / "step_00000012") == tmp_path / "run"
+    assert run_folder.find_run(tmp_path / "newest") == tmp_path / "other"
+
+
 def test_an_alias_is_refused_before_it_is_expanded(tmp_path):
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{b}: &{b} [{','.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)

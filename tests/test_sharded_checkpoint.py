@@ -1,8 +1,10 @@
 """`runner.sharded_checkpoint`: what several ranks save together is loaded whole by one process."""
 
+import errno
 from collections import Counter, defaultdict
 
 import numpy as np
+import pytest
 import torch
 from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
@@ -10,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from runner import sharded_checkpoint
 from runner.checkpoint import Checkpoints, load
+from runner.utils.disk import confine
 from runner.utils.packing import Snapshot
 
 EXTRA = {
@@ -67,3 +70,17 @@ def test_rotation_counts_complete_checkpoints_alone_on_several_ranks(tmp_path):
     run_ranks(2, save, tmp_path / "checkpoints", 2, [6])
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == [f"step_{step:08d}" for step in (2, 4, 6, 10)]
+
+
+def save_behind_a_link(folder):
+    with confine(folder.parent), pytest.raises(OSError, match="a link, which is not followed") as caught:
+        save(folder, 0, [2])
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, str(folder))
+
+
+def test_what_the_disk_refuses_to_the_leader_is_the_same_error_on_every_rank(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "decoy").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "decoy")
+    run_ranks(2, save_behind_a_link, tmp_path / "run" / "checkpoints")
+    assert list((tmp_path / "decoy").iterdir()) == []

@@ -43,9 +43,9 @@ def open_append(path: Path) -> int:
     return _open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
 
 
-def open_minor(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a file that nobody needs after a loss of power, a lock or a log; returns its descriptor."""
-    sys.audit("runner.disk", "open_minor", path)
+def open_unsynced(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Opens a file that need not survive a loss of power, a lock or a log; returns its descriptor."""
+    sys.audit("runner.disk", "open_unsynced", path)
     return _open(path, flags | os.O_CLOEXEC, mode)
 
 

@@ -270,7 +270,7 @@ def held(path: Path) -> Iterator[None]:
         BlockingIOError: another process holds it.
     """
     with _naming(path):
-        fd = disk.open_minor(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fd = disk.open_unsynced(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         with _naming(path):
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

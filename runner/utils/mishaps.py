@@ -88,5 +88,7 @@ def told(what: str, as_error: type[Exception]) -> Iterator[None]:
             action = "leave the files of a run in place"
         elif error.errno == errno.ELOOP:
             action = "put the file or folder itself in the place of the link"
+        elif error.errno == errno.EINVAL:
+            action = "choose another name, or remove what has that name"
         remedy = f"what was saved before is whole: {action}, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error
