@@ -146,7 +146,9 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     saved, trusted = _read_run(asked, list(typed.allow_targets), forms)
     beside = _without_hydra(cfg)
     wanted = changes.apply(saved, _own_part(_without_hydra(compose(asked.own))), _own_part(beside), _own(asked.typed))
-    wanted["distributed"] = {**wanted["distributed"], **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
+    processes = wanted.get("distributed")
+    processes = processes if isinstance(processes, dict) else {}
+    wanted["distributed"] = {**processes, **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
     before, after = copy.deepcopy(beside), copy.deepcopy(beside)
     run_folder.put(before, saved)
     run_folder.put(after, wanted | mine)
