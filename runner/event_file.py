@@ -235,7 +235,7 @@ def _scan(content: Any) -> Iterator[bytes | None]:
 
 
 _MOST_IN_VAIN = 64  # times the bytes of a file, for checksums of damaged records
-_MOST_SEARCHED_BYTES = 128 << 20
+_MOST_SEARCHED_BYTES = 16 << 20
 _BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
 
 
