@@ -36,7 +36,7 @@ _FILE = re.compile(rf"({SHARDS}/)?[^/.\\\0][^/\\\0]*")
 _LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 22
-_MAX_MANIFEST_BYTES = 32 << 20
+_MAX_MANIFEST_BYTES = 16 << 20
 _MAX_FILES = 100_000
 
 

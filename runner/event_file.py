@@ -5,12 +5,14 @@ Owns what TensorBoard reads. It must not import torch, Hydra, OmegaConf or `torc
 """
 
 import io
+import mmap
 import os
 import re
 import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import getpid
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -138,8 +140,7 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
     log, names = Log(path, f"{_PREFIX}*"), dict[tuple[str, ...], tuple[str, ...]]()
     last, is_gap, has_header, is_own = -1, False, False, True  # not a SummaryWriter's of the user
     is_begun = False
-    for record in _scan(_read(path)):
-        event = None if record is None else _parse(record)
+    for record, event in _events(path):
         if record is None or event is None:
             is_gap = log.is_damaged = True
             continue
@@ -173,11 +174,25 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
     return log
 
 
-def _read(path: Path) -> bytes:
+@contextmanager
+def _mapped(path: Path) -> Iterator[Any]:
+    """Gives the content of a file that may be larger than memory; nothing where there is no file."""
     if not os.path.lexists(path):
-        return b""
+        yield b""
+        return
     with open_regular(path) as file:
-        return file.read()
+        if not os.fstat(file.fileno()).st_size:
+            yield b""
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+
+
+def _events(path: Path) -> Iterator[tuple[bytes | None, Event | None]]:
+    """Yields the records of a file with their events; None for what is damaged."""
+    with _mapped(path) as content:
+        for record in _scan(content):
+            yield record, None if record is None else _parse(record)
 
 
 def _parse(record: bytes) -> Event | None:
@@ -200,9 +215,9 @@ def read_records(file: BinaryIO) -> Iterator[bytes]:
     return (record[12:-4] for record in _scan(file.read()) if record is not None)
 
 
-def _scan(content: bytes) -> Iterator[bytes | None]:
-    """The records, and None for each place that is torn or damaged."""
-    at = num_vain = 0
+def _scan(content: Any) -> Iterator[bytes | None]:
+    """The records of bytes or a mapped file, and None for each place that is torn or damaged."""
+    at = num_vain = num_searched = 0
     while at < len(content):
         record = _record_at(content, at)
         yield record
@@ -210,9 +225,10 @@ def _scan(content: bytes) -> Iterator[bytes | None]:
             # What looks like records that contain each other would take the square of the file's length.
             num_vain += _size_at(content, at) or 0
             # The next place that may begin a record: a length of at most four bytes that is not 0.
-            found = _BEGINNING.search(content, at + 1)
-            if found is None or num_vain > _MOST_IN_VAIN * len(content) + _SPARE_BYTES:
+            found = _BEGINNING.search(content, at + 1, at + 1 + _MOST_SEARCHED_BYTES)
+            if found is None or num_vain > _MOST_IN_VAIN * len(content) or num_searched > _MOST_SEARCHED_BYTES:
                 return
+            num_searched += found.start() - at
             at = found.start()
             record = _record_at(content, at)
             if record is not None:
@@ -220,19 +236,20 @@ def _scan(content: bytes) -> Iterator[bytes | None]:
         at += len(record)
 
 
-_MOST_IN_VAIN, _SPARE_BYTES = 16, 64 << 20  # bytes of damaged records whose checksums are computed
+_MOST_IN_VAIN = 64  # times the bytes of a file, for checksums of damaged records
+_MOST_SEARCHED_BYTES = 16 << 20
 _BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
 
 
-def _record_at(content: bytes, at: int) -> bytes | None:
+def _record_at(content: Any, at: int) -> bytes | None:
     size = _size_at(content, at)
     if size is None:
         return None
-    record = content[at : at + size + 16]
+    record: bytes = content[at : at + size + 16]
     return record if record[-4:] == _masked_crc(record[12:-4]) else None
 
 
-def _size_at(content: bytes, at: int) -> int | None:
+def _size_at(content: Any, at: int) -> int | None:
     """Returns the size of the payload of the record that begins at a place; None where none does that is whole."""
     head = content[at : at + 12]
     if len(head) < 12 or head[8:] != _masked_crc(head[:8]):

@@ -222,10 +222,7 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     asked.trust = _make_trust(asked, typed)
     saved = _read_run(asked)
     wanted, notes = _change(saved, asked, compose)
-    wanted["distributed"] = {**wanted["distributed"], **{key: typed.distributed[key] for key in _OF_THIS_PLACE}}
-    if asked.origin is None:  # a file of a few bytes could start any number of processes
-        wanted["distributed"]["nproc_per_node"] = typed.distributed.nproc_per_node
-        wanted["data"] = {**wanted["data"], "num_workers": typed.data.num_workers}
+    _set_processes(wanted, typed, asked)
     before, after = _without_hydra(cfg), _without_hydra(cfg)
     run_folder.put(before, saved)
     run_folder.put(after, wanted | mine)
@@ -239,6 +236,18 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
             cfg[key] = after[key]
         cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
     return [*notes, *changes.tell(saved, wanted)]
+
+
+def _set_processes(wanted: dict[str, Any], typed: DictConfig, asked: Resumption) -> None:
+    """Has this command line say where a run's processes meet; of an untrusted run, how many there are, too."""
+    of_processes = {key: typed.distributed[key] for key in _OF_THIS_PLACE}
+    of_data = {}
+    if asked.origin is None:  # a file of a few bytes could start any number of processes
+        of_processes["nproc_per_node"] = typed.distributed.nproc_per_node
+        of_data["num_workers"] = typed.data.num_workers
+    for section, values in (("distributed", of_processes), ("data", of_data)):
+        found = wanted.get(section)
+        wanted[section] = {**(found if isinstance(found, dict) else {}), **values}
 
 
 def _make_trust(asked: Resumption, typed: DictConfig) -> Trust:

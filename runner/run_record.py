@@ -170,7 +170,7 @@ def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 8 << 20
 _MAX_DURATION_S, _MAX_STEP = 1e12, 1 << 53
 # What is read of a run.json, by what it has to be.
 _KINDS: dict[str, Callable[[Any], bool]] = {

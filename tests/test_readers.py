@@ -507,6 +507,52 @@ def test_a_run_is_opened_at_the_newest_checkpoint_whose_facts_are_right(tmp_path
         run_folder.find_checkpoint(newest)
 
 
+def test_a_run_with_corrupt_records_is_resumed_from_what_is_right(trained):
+    folder = trained.folder / "run"
+    with open(folder / "metrics.jsonl", "a") as file:
+        for text in SPECIAL[:12]:
+            file.write(f'{{"step": 1, "time_s": {text}}}\n')
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"sessions": [*record["sessions"], {"pid": "x"}], "git": [], "best": 5, "last_step": 10**400}
+    (folder / "run.json").write_text(json.dumps(record))
+    newest = folder / "checkpoints" / "step_00000012"
+    facts_of_run = io.read_json(newest / "trainer.json")
+    (newest / "trainer.json").write_text(json.dumps(replaced(facts_of_run, ("loop", "skipped"), {"a": "b"})))
+    manifest = io.read_json(newest / "MANIFEST.json")
+    manifest["files"]["trainer.json"] = checkpoint._measure(newest / "trainer.json")
+    forge(newest, json.dumps(manifest))
+    printed = trained.run("resume=run", "allow_targets=[own]")
+    assert "Passed over: " in printed
+    assert "trainer.json: loop.skipped: expected a number from 0 on, found dict" in printed
+    assert "run.json: left out best: 5" in printed
+    assert "run.json: left out sessions.1" in printed
+    assert "Going on after step 8" in printed
+    assert "Traceback" not in printed
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()][-1] == 12
+    assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 2
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "overrides.yaml", "hydra.yaml"])
+def test_a_fifo_in_place_of_a_config_is_told_at_once(tmp_path, name):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("a: ${hydra:run.dir}")
+    (tmp_path / ".hydra" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / ".hydra" / name)
+    with pytest.raises(ConfigError, match=rf"{name}: can't be read \(is a FIFO, expected a regular file\)"):
+        (run_folder.read_overrides if name == "overrides.yaml" else run_folder.read_config)(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "trainer.json", "model.safetensors"])
+def test_a_fifo_in_place_of_a_file_of_a_checkpoint_is_passed_over(tmp_path, finished_run, name):
+    shutil.copytree(finished_run / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / "step_00000012" / name
+    file.unlink()
+    os.mkfifo(file)
+    found, _, faults = run_folder.find_checkpoint(tmp_path)
+    assert found.name == "step_00000008"
+    assert name in faults[0]
+
+
 def make_engines():
     module = nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)

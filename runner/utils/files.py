@@ -20,6 +20,7 @@ from runner.utils import disk
 
 _EAGER_BYTES = 8 << 20
 _MOST_LEVELS = 64  # of folders in folders
+_MOST_SKIPPED_BYTES = 256 << 20
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
 _begin_writeback = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _begin_writeback is not None:
@@ -185,14 +186,20 @@ _KINDS = {
 
 
 def iterate_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
-    """Yields the lines of a file with their ends, and None for each that is longer than `max_bytes`."""
+    """Yields the lines of a file with their ends, and None for each that is longer than `max_bytes`.
+
+    After 256 MB of such lines it yields no more: a file of holes can be of any size.
+    """
+    num_skipped = 0
     while line := file.readline(max_bytes + 1):
         if len(line) <= max_bytes:
             yield line
             continue
-        while not line.endswith(b"\n") and (line := file.readline(max_bytes)):
-            pass
+        while num_skipped < _MOST_SKIPPED_BYTES and not line.endswith(b"\n") and (line := file.readline(max_bytes)):
+            num_skipped += len(line)
         yield None
+        if num_skipped >= _MOST_SKIPPED_BYTES:
+            return
 
 
 def make_folder(folder: Path, run: Path) -> None:
