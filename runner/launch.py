@@ -24,7 +24,7 @@ from runner.interpolation import fill_cache, fix_values, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
 from runner.utils.place import is_one_of_several
-from runner.utils.utils import escape_controls
+from runner.utils.utils import describe, escape_controls
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
@@ -39,7 +39,7 @@ class RunFolder(Callback):
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
-        sweep.begin([str(override) for override in config.hydra.overrides.task])
+        sweep.begin(_typed(config.hydra))
 
     def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
         """Prints the table of all jobs; ends the program where one of them has failed."""
@@ -143,9 +143,14 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
         _check_job(cfg, folder)
         status = _launch(handover.make(cfg, folder, goes_on=_is_same_run(cfg, folder), is_job=True))
         facts = sweep.describe_end(folder, status)
-    except ConfigError as error:
-        status, facts = 2, ("refused", 2, "; ".join(str(error).splitlines()), None)
-    outcome = sweep.note(hydra_config.job.num, tuple(map(str, hydra_config.overrides.task)), *facts)
+    except Exception as error:  # Hydra would keep it for the end, and raise the first alone
+        message = mistakes.explain(error)
+        if message is None:
+            mistakes.tell_traceback(error)
+        status = 1 if message is None else 2
+        result = describe(error) if message is None else "; ".join(message.splitlines())
+        facts = "failed" if message is None else "refused", status, result, None
+    outcome = sweep.note(hydra_config.job.num, tuple(_typed(hydra_config)), *facts)
     if status not in (0, 1, 2) and _is_basic(hydra_config.launcher):  # a signal ends the whole sweep
         sweep.end()
         signals.leave_if_cut(status)
@@ -155,6 +160,12 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
     if status:
         raise ConfigError(outcome.result)
     return outcome.metric
+
+
+def _typed(hydra_config: Any) -> list[str]:
+    """Returns the overrides as typed, interpolations as they stand."""
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
 
 
 def _is_basic(launcher: Any) -> bool:
