@@ -6,6 +6,7 @@ Must not import torch: a misspelt key ends before that second is spent.
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -261,7 +262,8 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     check_expansion(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
-    return _DEFAULTS | {str(key): value for key, value in plain.items()}
+    deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
+    return {str(key): value for key, value in plain.items()} | deleted
 
 
 def typed(section: type[Section], values: Mapping[str, Any]) -> Section:

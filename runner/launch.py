@@ -29,7 +29,7 @@ from runner.signature import Origin, SignatureError
 from runner.utils import disk
 from runner.utils.files import read_bounded, remove_tree
 from runner.utils.place import is_one_of_several
-from runner.utils.utils import escape_controls
+from runner.utils.utils import describe, escape_controls
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
@@ -58,8 +58,8 @@ class RunFolder(Callback):
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         fill_cache(config)
+        sweep.begin(_typed(config.hydra))
         hparams.put_into_jobs(config)
-        sweep.begin([str(override) for override in config.hydra.overrides.task])
 
     def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
         """Prints the table of all jobs; ends the program where one of them has failed."""
@@ -88,8 +88,10 @@ class RunFolder(Callback):
 
 def shows_resumed(arguments: list[str]) -> bool:
     """Prints the config of the run that goes on where `--cfg` asks for it; says whether it did."""
+    if _resumption is None:
+        return False
     parsed = get_args_parser().parse_args(arguments)
-    if _resumption is None or parsed.cfg not in ("job", "all"):
+    if parsed.cfg not in ("job", "all"):
         return False
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         cfg = compose("config", parsed.overrides, return_hydra_config=True)
@@ -191,9 +193,14 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
         run_folder.refuse_links(folder, origin.links)
         status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
         facts = sweep.describe_end(folder, status)
-    except ConfigError as error:
-        status, facts = 2, ("refused", 2, "; ".join(str(error).splitlines()), None)
-    outcome = sweep.note(hydra_config.job.num, tuple(map(str, hydra_config.overrides.task)), *facts)
+    except Exception as error:  # Hydra would keep it for the end, and raise the first alone
+        message = mistakes.explain(error)
+        if message is None:
+            mistakes.tell_traceback(error)
+        status = 1 if message is None else 2
+        result = describe(error) if message is None else "; ".join(message.splitlines())
+        facts = "failed" if message is None else "refused", status, result, None
+    outcome = sweep.note(hydra_config.job.num, tuple(_typed(hydra_config)), *facts)
     if status not in (0, 1, 2) and _is_basic(hydra_config.launcher):  # a signal ends the whole sweep
         sweep.end()
         signals.leave_if_cut(status)
@@ -217,6 +224,12 @@ def _take_over_links(folder: Path) -> dict[str, str]:
     for name, target in links.items():
         print(f"{folder / name}: a link; the run writes to {target}")
     return links
+
+
+def _typed(hydra_config: Any) -> list[str]:
+    """Returns the overrides as typed, interpolations as they stand."""
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
 
 
 def _is_basic(launcher: Any) -> bool:

@@ -49,8 +49,8 @@ class ConfigError(ValueError):
 def nearest(name: str, choices: list[str]) -> str:
     """Returns ' Did you mean ...?' where something is near, else what there is to choose from."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    listed = ", ".join(choices)
-    return f"did you mean {close[0]}? (there are: {listed})" if close else f"there are: {listed}"
+    listed = one_line(", ".join(choices))
+    return f"did you mean {one_line(close[0])}? (there are: {listed})" if close else f"there are: {listed}"
 
 
 def shown(text: str) -> str:

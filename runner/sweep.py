@@ -40,7 +40,7 @@ class Outcome:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A launcher that runs jobs in other processes hands back what they return as pickles, to Hydra's sweeper alone.
-        return note, (self.number, self.overrides, self.status, self.exit_status, self.result, self.metric)
+        return _take, (self.number, self.overrides, self.status, self.exit_status, self.result, self.metric)
 
 
 _outcomes: dict[int, Outcome] = {}  # by the job's number
@@ -58,13 +58,17 @@ def begin(overrides: Sequence[str]) -> None:
 
 
 def note(*facts: Any) -> Outcome:
-    """Takes down the end of a job, and tells it if the job has failed."""
+    """Takes down the end of a job that this process has run, and tells it if the job has failed."""
+    outcome = _take(*facts)
+    if outcome.status not in _ENDED:
+        varied = " ".join(o for o in outcome.overrides if not _swept or _key(o) in _swept)
+        tell(f"job {outcome.number} ({one_line(varied)}) {outcome.status}: {one_line(outcome.result)}")
+    return outcome
+
+
+def _take(*facts: Any) -> Outcome:
     outcome = Outcome(*facts)
-    if _outcomes.get(outcome.number) != outcome:
-        _outcomes[outcome.number] = outcome
-        if outcome.status not in _ENDED:
-            varied = " ".join(o for o in outcome.overrides if not _swept or _key(o) in _swept)
-            tell(f"job {outcome.number} ({one_line(varied)}) {outcome.status}: {outcome.result}")
+    _outcomes[outcome.number] = outcome
     return outcome
 
 

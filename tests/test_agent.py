@@ -280,6 +280,13 @@ def test_a_sweep_leaves_a_folder_a_job_and_nothing_of_one_in_the_next(project):
     assert not list((project.folder / "outputs").glob("*")) if (project.folder / "outputs").exists() else True
 
 
+def test_a_wrong_return_value_is_told_once_by_all_ranks_and_leaves_no_folder(project):
+    printed = project.run(*DDP, "feeder={_target_: operator.is_}", status=2, forks_workers=True)
+    assert printed.count("Model.forward returned bool: expected a scalar loss") == 1
+    assert "Traceback" not in printed
+    assert not (project.folder / "run").exists()
+
+
 def test_typed_commands_reach_the_leader_through_the_launcher(project):
     printed = project.run(*DDP, typed="save@5\nquit@7\n", forks_workers=True)
     assert "Quit at step 7" in printed

@@ -295,6 +295,11 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         ([f"+engines.{'a' * 201}={{}}"], "200 in all at most (it names files)"),
         (["+engines={a: {}, A: {}}"], "engines: names differ in case alone"),
         (["resume="], "resume=: expected latest"),
+        (["feeder={_target_: operator.is_}"], "Model.forward returned bool: expected a scalar loss, a mapping"),
+        (["data.eval={a: {_target_: own.Data}}"], "data.eval: expected one dataset, found several; join them"),
+        (["~distributed"], "distributed: nothing is chosen; leave ~distributed out"),
+        (["optimizer.lr=abc"], "optimizer.lr=abc: expected a number, found a text"),
+        (["+model.width=abc"], "width=abc: expected a number, as its default 8, found a text"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -305,6 +310,17 @@ def test_a_mistake_ends_in_one_message_with_no_folder_left(project, overrides, e
     assert expected in printed
     assert "Traceback" not in printed
     assert project.runs == []
+
+
+def test_a_wrong_return_value_of_a_later_forward_costs_no_step_and_is_told_once(project):
+    with (project.folder / "own.py").open("a") as file:
+        file.write("\n\ndef feed_six(module, batch):\n    global calls\n    calls += 1\n")
+        file.write("    return module(**batch) if calls <= 6 else [1]\n")
+    off = ("trainer.eval_every=0", "trainer.save_every=0")
+    printed = project.run("hydra.run.dir=run", "feeder={_target_: own.feed_six}", *off, status=1)
+    assert printed.count("Model.forward returned list: expected a scalar loss") == 1
+    assert "Traceback" not in printed
+    assert (project.folder / "run" / "checkpoints" / "step_00000006").is_dir()
 
 
 INTERRUPTED_AT_AN_IMPORT = """

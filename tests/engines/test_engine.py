@@ -7,6 +7,7 @@ from torch import nn
 
 from runner.engines import Engine
 from runner.engines.faults import LateFaults
+from runner.engines.forward import EarlyOutputError, OutputError
 from runner.engines.schedulers import warmup, warmup_cosine
 from runner.utils import io
 
@@ -92,6 +93,36 @@ def test_a_forward_without_a_loss_is_an_error_that_says_what_is_expected():
     engine = make_engine(feeder=lambda module, batch: batch["x"])
     with pytest.raises(ValueError, match=r"Tensor of shape \[8, 4\]: expected a scalar loss.*feeder"):
         train(engine, make_batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (lambda loss: {"loss": float(loss.detach())}, "its loss is a float: expected a tensor with one number"),
+        (lambda loss: {"loss": None}, "its loss is a NoneType"),
+        (lambda loss: (loss, loss), "returned tuple: expected a scalar loss"),
+        (lambda loss: None, "returned NoneType: expected a scalar loss"),
+        (lambda loss: loss.detach(), "returned a loss without gradients; compute it from parameters that are trained"),
+        (lambda loss: {"loss": loss.detach().long()}, "returned a loss without gradients"),
+    ],
+)
+def test_a_wrong_return_value_of_the_first_forward_is_a_mistake_and_of_a_later_one_ends_the_run(returned, expected):
+    is_wrong = False
+    batch = make_batches(1)[0]
+
+    def feed(module, batch):
+        loss = module(**batch)
+        return returned(loss["loss"] if isinstance(loss, dict) else loss) if is_wrong else loss
+
+    engine = make_engine(feeder=feed)
+    train(engine, batch)
+    is_wrong = True
+    with pytest.raises(OutputError, match=expected) as later:
+        train(engine, batch)
+    with pytest.raises(EarlyOutputError, match=expected) as first:
+        train(make_engine(feeder=feed), batch)
+    assert (later.value.is_whole, first.value.is_whole) == (True, False)
+    assert not isinstance(later.value, EarlyOutputError)
 
 
 def test_a_loss_left_on_a_module_counts_once():
