@@ -169,7 +169,7 @@ def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose, 
     found = {}
     for name, own in (plain["engines"] or {"model": {}}).items():
         place = f"engines.{name}." if plain["engines"] else ""
-        settings = shared | own
+        settings = shared | own | ({"feeder": None} if purpose is Purpose.write else {})
         changed = optimizations.of_engine(plain, name)
         make = partial(_make_model, plain, place + "model")
         module = builder.build(name, place + "model", settings["model"], make)

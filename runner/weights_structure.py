@@ -37,7 +37,8 @@ _SIZE_FACTOR, _SIZE_FLOOR = 16, 256 << 20  # how much larger than a run's weight
 _SAMPLED_BYTES = 1 << 20
 _TEXTS = (".json", ".txt", ".yaml", ".yml")
 _OLD_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_SFT, _PT, _TEXT = "safetensors", "pt", "text"
+_SFT, _PT, _NPY, _TEXT = "safetensors", "pt", "npy", "text"
+_ARRAY = "array"  # the name of the only tensor of a .npy file
 _DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
@@ -46,8 +47,8 @@ _DERIVED = ("_orig", "_g", "_v")  # torch computes `weight` of these parameters 
 
 def describe(text: str) -> dict[str, Any] | None:
     """Returns the structure of the weights file, or of the folder of weights files, at a path; None for no such."""
-    path = Path(text)
     try:
+        path = Path(text).expanduser()
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
             found = _describe_file(path)
@@ -96,6 +97,13 @@ def _describe_file(path: Path) -> dict[str, Any] | None:
         packed = Packed(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
         tensors = {name: _describe_tensor(each.dtype, [*each.shape], each) for name, each in packed.tensors.items()}
         return {"kind": _PT, **_identify(path), "tensors": tensors, "document": packed.document}
+    if kind == _NPY:
+        array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        return {
+            "kind": _NPY,
+            **_identify(path),
+            "tensors": {_ARRAY: _describe_tensor(array.dtype, [*array.shape], array)},
+        }
     return None
 
 
@@ -105,6 +113,8 @@ def _kind_of(path: Path) -> str | None:
         start = file.read(16)
     if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES and start[8:9] == b"{":
         return _SFT
+    if start.startswith(b"\x93NUMPY"):
+        return _NPY
     if start.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(path) as archive:
             return _PT if any(name.endswith("/data.pkl") for name in archive.namelist()) else None
@@ -145,6 +155,7 @@ def is_same(text: str, entry: Mapping[str, Any]) -> bool:
     try:
         for name, found in entry["files"].items():
             path = Path(text, name) if entry["is_folder"] else Path(text)
+            path = path.expanduser()
             if not stat.S_ISREG(path.stat().st_mode):
                 return False
             if found["kind"] == _TEXT:
@@ -152,7 +163,7 @@ def is_same(text: str, entry: Mapping[str, Any]) -> bool:
                     return False
             elif _identify(path) != {key: found[key] for key in ("bytes", "sha256")}:
                 return False
-    except (OSError, ValueError):  # a name that the disk can't have is a ValueError
+    except (OSError, ValueError, RuntimeError):  # also of a name that the disk can't have, or a home of nobody
         return False
     return True
 
@@ -180,7 +191,7 @@ def check(entry: Any) -> None:
             if not is_folder or Path(name).suffix not in _TEXTS or type(found["text"]) is not str:
                 raise ValueError(f"{name!r}: no text")
             continue
-        if found["kind"] not in (_SFT, _PT):
+        if found["kind"] not in (_SFT, _PT, _NPY):
             raise ValueError(f"{name!r}: no weights")
         for place, (dtype, shape, *values) in found["tensors"].items():
             _check_tensor(place, dtype, shape, values)
@@ -273,6 +284,10 @@ def _write_file(path: Path, found: Mapping[str, Any], values: _Values) -> None:
     if found["kind"] == _SFT:
         described = {name: (dtype_of(dtype), shape) for name, (dtype, shape, *_) in found["tensors"].items()}
         _write_sft(path, described, found["metadata"], values.find)
+        return
+    if found["kind"] == _NPY:
+        with disk.create(path, "xb") as file:
+            np.save(file, values[_ARRAY].numpy(), allow_pickle=False)
         return
     try:
         value = unpack(found["document"], {name: values[name] for name in found["tensors"]})

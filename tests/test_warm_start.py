@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import MODEL as MODEL_SOURCE
@@ -20,7 +21,9 @@ from runner.utils import io
 
 WARM = """
 import time
+import numpy as np
 import torch
+from torch import nn
 from pathlib import Path
 from safetensors.torch import load_file
 from own import Model
@@ -61,6 +64,13 @@ class Folder(Model):
         super().__init__(config["width"])
         for part in sorted(Path(folder).glob("part-*.safetensors")):
             self.load_state_dict(load_file(part), strict=False)
+
+
+class Embedding(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        table = torch.from_numpy(np.load(Path(path).expanduser()))
+        self.table = nn.Embedding.from_pretrained(table, freeze=False)
 
 
 class Normed(Model):
@@ -259,6 +269,28 @@ def test_pickled_weights_are_recorded_with_their_nesting(tmp_path, monkeypatch, 
     recorded = Recorded(tmp_path, monkeypatch, "warm", path=name, width=40, **extra)
     os.remove(name)
     assert recorded.build().first.weight.equal(recorded.whole.first.weight)
+
+
+def test_an_array_of_numpy_is_recorded_also_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "table.npy", np.random.default_rng(0).random((40, 8), dtype=np.float32))
+    recorded = Recorded(tmp_path, monkeypatch, "Embedding", path="~/table.npy")
+    os.remove(tmp_path / "table.npy")
+    assert recorded.build().table.weight.equal(recorded.whole.table.weight)
+
+
+def test_an_export_does_not_build_a_feeder_whose_file_is_gone(at_home, capsys):
+    (at_home.folder / "teacher.py").write_text(
+        "import torch\nclass Feeder:\n    def __init__(self, path): self.teacher = torch.load(path)\n"
+    )
+    path = at_home.folder / "run" / ".hydra" / "config.yaml"
+    saved = path.read_text()
+    assert "feeder: null\n" in saved
+    path.write_text(saved.replace("feeder: null\n", "feeder: {_target_: teacher.Feeder, path: gone.pt}\n"))
+    export.main(["run", "--output", "out", "--allow-targets", "own,teacher"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--allow-targets", "own,teacher"])
+    assert "feeder: [Errno 2] No such file or directory: 'gone.pt'" in capsys.readouterr().err
 
 
 def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
