@@ -33,6 +33,7 @@ import runner.event_file
 import runner.run
 
 LIMIT_S = 240.0
+PIPE_BYTES = 1 << 16
 
 
 class Watch:
@@ -61,10 +62,11 @@ def run_child(request: dict) -> None:
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     typed = os.open(os.devnull, os.O_RDONLY)
     if request["typed"]:
+        content = Path(request["typed"]).read_bytes()
         typed, end = os.pipe()
-        if hasattr(fcntl, "F_SETPIPE_SZ"):
-            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, 1 << 20)  # all is written before anything is read
-        os.write(end, Path(request["typed"]).read_bytes())
+        if len(content) > PIPE_BYTES:
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, len(content))  # all is written before anything is read
+        os.write(end, content)
         os.close(end)
     for fd, source in ((0, typed), (1, output), (2, output)):
         os.dup2(source, fd)

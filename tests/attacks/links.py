@@ -205,33 +205,56 @@ def hard_links(run, decoy):
         os.link(decoy / "diary.txt", run / name)
 
 
+def _target_of(path, decoy):
+    return decoy / ("diary.txt" if path.suffix in (".txt", ".json", ".jsonl") else "notes")
+
+
 def _swaps(*names):
-    """Returns what puts a link in the place of folders and files, and takes it away, again and again."""
+    """Returns what puts links in the place of files and folders and takes them away, again and again."""
 
     def plant(run, decoy):
         places = [run / name for name in names]
-        for path in places:
-            away = path.with_name(f"{path.name}.away")
-            away.symlink_to(os.path.relpath(decoy / ("notes" if path.suffix == "" else "diary.txt"), path.parent))
-            if not path.exists() and path.suffix == "":
-                path.mkdir()
+        spares = decoy.parent / "tmp" / "spares"
+        clear(spares)
+        spares.mkdir()
 
         def swap(is_over):
             while not is_over.is_set():
+                time.sleep(0.002)
                 for path in places:
-                    spare, away = path.with_name(f"{path.name}.spare"), path.with_name(f"{path.name}.away")
                     with contextlib.suppress(OSError):
-                        if path.exists() and not path.is_symlink():
-                            os.rename(path, spare)
-                        os.rename(away, path)
-                    time.sleep(0.0005)
+                        os.rename(path, spares / path.name)
+                        path.symlink_to(_target_of(path, decoy))
+                time.sleep(0.0005)
+                for path in places:
                     with contextlib.suppress(OSError):
                         if path.is_symlink():
-                            os.rename(path, away)
-                        os.rename(spare, path)
-                time.sleep(0.0005)
+                            path.unlink()
+                        os.rename(spares / path.name, path)
 
         return swap
+
+    return plant
+
+
+def _late(*names):
+    """Returns what puts links in the place of files and folders once a run has begun: the config is then replaced."""
+
+    def plant(run, decoy):
+        config = run / ".hydra" / "config.yaml"
+        before = config.stat().st_ino
+
+        def put_links(is_over):
+            while not is_over.is_set():
+                with contextlib.suppress(OSError):
+                    if config.stat().st_ino != before:
+                        break
+                time.sleep(0.0002)
+            for name in names:
+                with contextlib.suppress(OSError):
+                    link(run / name, _target_of(run / name, decoy))
+
+        return put_links
 
     return plant
 
@@ -239,3 +262,9 @@ def _swaps(*names):
 attack("export", "resume", name="swapped_exports_folder")(_swaps("exports"))
 attack("resume", "sweep", name="swapped_files")(_swaps("log.txt", "metrics.jsonl", "run.json"))
 attack("resume", name="swapped_folders")(_swaps(".hydra", "audio", "checkpoints"))
+attack("resume", "sweep", name="links_of_folders_put_late")(_late("exports", "audio"))
+attack("resume", "sweep", name="links_of_files_put_late")(
+    _late("exports/model.safetensors", "audio/original-00000006.wav", "run.json", "checkpoints/step_00000006")
+)
+attack("resume", "requeue", name="link_of_checkpoints_put_late")(_late("checkpoints"))
+attack("resume", name="link_of_hydra_put_late")(_late(".hydra"))

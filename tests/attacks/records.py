@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import struct
 
 from crc32c import crc32c
@@ -164,7 +165,9 @@ TYPED = ("tracking.stdin=true",)
 attack("resume", of=BOTH, arguments=TYPED, typed=b"eval@1000000\n" * 20_000, name="typed_flood")(
     lambda run, decoy: None
 )
-attack("resume", arguments=TYPED, typed=os.urandom(200_000), name="typed_garbage")(lambda run, decoy: None)
+attack("resume", arguments=TYPED, typed=random.Random(0).randbytes(200_000), name="typed_garbage")(
+    lambda run, decoy: None
+)
 attack("resume", arguments=TYPED, typed=f"save{ESCAPES}lr 1e-3 \x1b[31m\n".encode(), name="typed_escapes")(
     lambda run, decoy: None
 )

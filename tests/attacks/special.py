@@ -57,7 +57,7 @@ def put_giant(run, name):
     """So many zeros that memory does not hold them; the disk does, as a hole."""
     path = _place(run, name)
     with path.open("wb") as file:
-        file.truncate(1 << 40)
+        file.truncate(1 << 36)
 
 
 def _add(put, name, *commands, of=(STRANGER,)):
