@@ -87,7 +87,7 @@ def load_torch_into(state, folder):
 
 
 def load_ours(state, folder):
-    (path,) = (folder / "checkpoints").iterdir()
+    (path,) = (folder / "checkpoints").glob("step_*")
     loaded = checkpoint.load(path)["model"]
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     for name, tensor in loaded.items():
