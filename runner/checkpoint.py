@@ -22,7 +22,7 @@ from runner.utils import disk, io
 from runner.utils.files import find_files, make_folder, read_bounded, remove_tree
 from runner.utils.packing import restore_raw, unpack
 from runner.utils.strict_json import parse_json
-from runner.utils.utils import describe
+from runner.utils.utils import describe, one_line
 
 MANIFEST = "MANIFEST.json"
 # A part is a file of tensors under an engine's name; the runner's own files are JSON under these: no name is both.
@@ -42,6 +42,9 @@ _MAX_FILES = 100_000
 
 class CheckpointError(ValueError):
     """A checkpoint that is not there or not whole: which file of it failed which check."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # names and values of a file may hold anything
 
 
 class Checkpoints:

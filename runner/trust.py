@@ -20,7 +20,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from runner.interpolation import NOT_FOLLOWED, reads_elsewhere
-from runner.mistakes import ConfigError
+from runner.mistakes import ConfigError, shown
 from runner.targets import find_module, rule_paths
 from runner.utils.utils import one_line
 
@@ -40,6 +40,8 @@ _MAKERS = (
 _ALLOW_HELP = "modules that an untrusted config may name, beside the runner's own and torch.nn's: own,other"
 _SIGN_HELP = "the run is yours, though it was moved, modified or never signed; it may name anything from now on"
 _DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
+_LONGEST_PATH = 1_000  # characters
+_MOST_LISTED = 20
 _LIBRARIES = [
     Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
 ]
@@ -95,7 +97,7 @@ def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
     if trust.is_signed:
         return
     found = [
-        f"{key}={value}: {NOT_FOLLOWED}"
+        f"{shown(key)}={shown(value)}: {NOT_FOLLOWED}"
         for key, value in _walk(config)
         if isinstance(value, str) and reads_elsewhere(value) and not trust.is_own_value(key, value)
     ]
@@ -114,7 +116,7 @@ def check_names(config: Mapping[str, Any], trust: Trust) -> None:
     refused, roots = [], []
     for key, node in _nodes(config):
         if reason := _refuse_name(node, trust):
-            refused.append(f"{key}={node['_target_']}: {reason}")
+            refused.append(f"{shown(key)}={shown(str(node['_target_']))}: {reason}")
             roots += [str(node["_target_"]).partition(".")[0]]
     if refused:
         raise ConfigError(_told(trust, refused, _remedy(trust, roots)))
@@ -132,7 +134,7 @@ def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
         return
     nodes = [(key, node) for key, node in _nodes(config) if not trust.is_own(node)]
     reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
-    refused = [f"{key}={target}: {reason}" for key, target, reason in reasons if reason]
+    refused = [f"{shown(key)}={shown(target)}: {reason}" for key, target, reason in reasons if reason]
     if refused:
         raise ConfigError(_told(trust, refused, None))
 
@@ -143,7 +145,7 @@ def _refuse_name(node: Mapping[str, Any], trust: Trust) -> str | None:
         return "expected the dotted path of a class or function"
     if trust.is_own(node) or target in SHIPPED:
         return None
-    if not _DOTTED.fullmatch(target):
+    if len(target) > _LONGEST_PATH or not _DOTTED.fullmatch(target):
         return "expected the dotted path of a class or function"
     return None if is_under(target, (*BUILT_IN, *trust.prefixes)) else "its module is not on the allow-list"
 
@@ -228,4 +230,6 @@ def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
     why = f"It isn't known to be yours: {one_line(trust.reason)}."
     why += f" If it is: {trust.sign} signs it as it is" if trust.sign else ""
-    return "\n".join([head, *(f"  {one_line(line)}" for line in refused), why, *([remedy] if remedy else [])])
+    lines = [f"  {one_line(line)}" for line in refused[:_MOST_LISTED]]
+    lines += [f"  ... ({len(refused)} in all)"] if len(refused) > _MOST_LISTED else []
+    return "\n".join([head, *lines, why, *([remedy] if remedy else [])])

@@ -278,13 +278,34 @@ def _open(path: str | Path, flags: int, mode: int = 0o666) -> int:
         if not where:
             return os.open(name, flags, mode)
         try:
-            descriptor = os.open(name, flags | _GUARDS, mode, **where)
+            descriptor = os.open(name, (flags & ~os.O_TRUNC) | _GUARDS, mode, **where)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             raise OSError(errno.EINVAL, _IS_IRREGULAR, os.fspath(path)) from None  # a pipe or socket
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, _IS_IRREGULAR, os.fspath(path))
+    if status.st_nlink > 1 and flags & (os.O_APPEND | os.O_TRUNC):
+        os.close(descriptor)
+        _separate(Path(path))
+        return _open(path, flags, mode)
+    if flags & os.O_TRUNC:
+        os.ftruncate(descriptor, 0)
     os.set_blocking(descriptor, True)
     return descriptor
+
+
+def _separate(path: Path) -> None:
+    """Makes a file that has other names, hard links, one of its own: what is written to it changes no other."""
+    copied = path.with_name(f".{path.name}.{os.getpid()}.copied")
+    with suppress(FileNotFoundError):
+        unlink(copied)
+    with open_read(path) as source, create(copied, "xb") as goal:
+        while chunk := source.read(1 << 20):
+            goal.write(chunk)
+        goal.flush()
+        os.fsync(goal.fileno())
+    rename(copied, path)
+    sync_folder(path.parent)
