@@ -47,6 +47,7 @@ from runner.utils.place import find_place
 from runner.utils.utils import mix
 from runner.warm_start import Builder
 
+_MOST_PASSES = 10_000
 _OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_")
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -349,6 +350,9 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
         raise ConfigError(
             f"{found}: {num_ranks()} ranks share {data['batch_size'] // parts}; expected one each or more"
         )
+    if not is_batched and data["batch_size"] > _MOST_PASSES * len(dataset):
+        expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
+        raise ConfigError(f"data.batch_size={data['batch_size']}: {expected}")
     what = _lengths(dataset) if is_batched else len(dataset)
     sampler = _make(plain, "sampler", plain["sampler"], what)
     _check_sampler(sampler)

@@ -118,6 +118,9 @@ def check(cfg: DictConfig) -> None:
         mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    best_metric = OmegaConf.select(cfg, "trainer.best_metric", throw_on_missing=False) or ""
+    if best_metric != one_line(best_metric):
+        mistakes.append(f"trainer.best_metric={best_metric}: expected the name of a metric, without control characters")
     if OmegaConf.select(cfg, "sign", throw_on_missing=False):
         mistakes.append("sign=true: signs the run that goes on; give it with resume=")
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:

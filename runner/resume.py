@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import changes, config, import_path, mistakes, run_folder, signature, trust
 from runner.interpolation import NOT_FOLLOWED, quote, without_elsewhere
-from runner.mistakes import ConfigError
+from runner.mistakes import ConfigError, shown
 from runner.run_folder import OF_THE_COMMAND_LINE
 from runner.signature import Origin, SignatureError
 from runner.trust import Trust
@@ -182,15 +182,15 @@ def _check_overrides(own: list[str], kept: list[str], source: Path) -> None:
         try:
             override = parser.parse_override(text)
         except HydraException:
-            refused.append(f"{text}: no override")
+            refused.append(f"{shown(text)}: no override")
             continue
         places = [override.key_or_group.lstrip("/"), *re.split(r"[.:]", override.package or "")]
         if text.startswith("-") or any(re.split(r"[./]", place)[0] == "hydra" for place in places):
-            refused.append(f"{text}: sets Hydra itself")
+            refused.append(f"{shown(text)}: sets Hydra itself")
         elif text in kept and _reads_elsewhere(override):
-            refused.append(f"{text}: {NOT_FOLLOWED}; where you want it, give it anew")
+            refused.append(f"{shown(text)}: {NOT_FOLLOWED}; where you want it, give it anew")
         elif "." not in (key := override.key_or_group) and key != "init_from" and _leads_out(override.value()):
-            refused.append(f"{text}: leads out of conf/")
+            refused.append(f"{shown(text)}: leads out of conf/")
     if refused:
         raise ConfigError("\n  ".join([f"{source}: a run's overrides are data, and these are not followed", *refused]))
 

@@ -214,7 +214,11 @@ def _begin(
     session.hparams = merge(before, hparams, session.experiment.settings)
     session.convert_metrics(lambda: read_config(session.folder))  # which `accept` replaces
     accept()
-    session.start_record(name=session.experiment.name, ranks=num_ranks(), launch=launch, hparams=session.hparams)
+    facts = {"name": session.experiment.name, "ranks": num_ranks(), "launch": launch, "hparams": session.hparams}
+    try:
+        session.start_record(**facts)
+    except ValueError as error:  # another file has taken the place of run.json
+        raise ConfigError(str(error)) from error
 
 
 def _run(

@@ -95,8 +95,9 @@ def link_of_hydra_folder(run, decoy):
     link(run / ".hydra", decoy / "copy" / ".hydra")
 
 
-@attack("resume", "export", "requeue", of=BOTH)
+@attack("resume", "export", "requeue")
 def link_of_checkpoints_folder(run, decoy):
+    """To a copy of the run's own, which the run itself may be linked to: so it goes on from another disk."""
     link(run / "checkpoints", decoy / "copy" / "checkpoints")
 
 
