@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from runner.engines.settings import base_lrs, describe, has_unseen_settings, pick, set_base_lr, set_base_lrs, walk
+from runner.utils.utils import one_line
 
 _OWNED = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}  # keys of a group
 _CYCLED = {"momentum", "betas"}  # with cycle_momentum
@@ -65,7 +66,7 @@ class Schedule:
         if self.metric is None or self._scheduler is None:
             return
         if self.metric not in numbers:
-            raise ValueError(f"scheduler.metric={self.metric}: expected one of {', '.join(sorted(numbers))}")
+            raise ValueError(f"scheduler.metric={one_line(self.metric)}: expected one of {', '.join(sorted(numbers))}")
         if not any(event["count"] == self._count and "metric" in event for event in self._events):
             self._apply({"count": self._count, "metric": float(numbers[self.metric])})
 
