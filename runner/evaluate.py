@@ -144,9 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.num_workers is not None:
         given.overrides.append(f"data.num_workers={given.num_workers}")
     with told_in_one_message(), signals.exit_on_interrupt():
-        from runner import saved
+        from runner import run_folder, saved
 
-        if given.saved.is_file():
+        if run_folder.is_file(given.saved):
             if given.sign:
                 raise ConfigError(f"--sign: signs a run; {given.saved} is a file: export it anew from its run")
             found = saved.open_export(given.saved, given.overrides, prefixes)

@@ -60,6 +60,8 @@ def find_run(path: Path) -> Path:
         path.exists()
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:  # it holds NUL
+        raise ConfigError(f"{path}: {error}") from error
     raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
 
 
@@ -71,6 +73,14 @@ def _find_run_of(checkpoint: Path) -> Path:
 
 def _is_step(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}", name) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Says whether a path is a file, such as an export; no path that can't be looked at is."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
