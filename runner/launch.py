@@ -167,9 +167,7 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
         return _launch_job(cfg, hydra_config, folder)
     try:
         resumed = _resumption.run if _resumption else None
-        origin = _resumption.origin if _resumption else _find_origin(hydra_config)
-        if origin is not None and _resumption is None and not _is_requeued():
-            origin = replace(origin, links=_take_over_links(folder))
+        origin = _resumption.origin if _resumption else _find_new_origin(hydra_config, folder)
         job = handover.make(cfg, folder, origin, goes_on=_is_requeued(), resumed=resumed)
         run_folder.refuse_links(folder, job.links)
         status = _launch(job)
@@ -186,11 +184,11 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
     facts: tuple[str, int, str, float | None]
     try:
         signed = _find_signed(folder)
-        _check_job(cfg, folder, signed is not None)
-        goes_on, origin = _is_same_run(cfg, folder), _find_origin(hydra_config)
-        if signed is not None:
-            origin = replace(origin, links=signed.links, run_id=signed.run_id)
+        origin = _find_origin(hydra_config, signed)
+        run_folder.refuse_links_to(folder, Path(hydra_config.sweep.dir))
         run_folder.refuse_links(folder, origin.links)
+        _check_job(cfg, folder, signed is not None)
+        goes_on = _is_same_run(cfg, folder)
         status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
         facts = sweep.describe_end(folder, status)
     except Exception as error:  # Hydra would keep it for the end, and raise the first alone
@@ -212,10 +210,24 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
     return outcome.metric
 
 
-def _find_origin(hydra_config: Any) -> Origin:
-    """Returns where this command was started, with the user's directories of YAML."""
+def _find_new_origin(hydra_config: Any, folder: Path) -> Origin:
+    """Returns where this command was started, with the links of the run's folder that it may follow."""
+    signed = _find_signed(folder)
+    origin = _find_origin(hydra_config, signed)
+    if signed is not None or _is_requeued():
+        return origin
+    return replace(origin, links=_take_over_links(folder))
+
+
+def _find_origin(hydra_config: Any, signed: Origin | None) -> Origin:
+    """Returns where this command was started, with the user's directories of YAML.
+
+    Args:
+        signed: where an earlier start of the same run was; its links are followed further.
+    """
     sources = [s for s in hydra_config.runtime.config_sources if s.schema == "file" and s.provider != "main"]
-    return replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
+    origin = replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
+    return origin if signed is None else replace(origin, links=signed.links, run_id=signed.run_id)
 
 
 def _take_over_links(folder: Path) -> dict[str, str]:

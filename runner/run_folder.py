@@ -181,6 +181,18 @@ def refuse_links_of_sweep(folder: Path) -> None:
                 raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device")
 
 
+def refuse_links_to(job: Path, sweep: Path) -> None:
+    """Checks that the folder of a sweep's job lies in the sweep's.
+
+    Raises:
+        ConfigError: a folder between them, or the job's own, is a link.
+    """
+    root = Path(os.path.abspath(sweep))
+    for place in (job, *job.parents):
+        if root in place.parents and place.is_symlink():
+            raise ConfigError(f"{place}: a link; a job of the sweep would write where it leads: remove it")
+
+
 def find_links(folder: Path) -> dict[str, str]:
     """Returns the links that a user has put into a run's folder before the run, by name: the folders they lead to.
 

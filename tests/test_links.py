@@ -64,7 +64,14 @@ def plant(run: Path, name: str, decoy: Decoy, is_dangling: bool = False) -> Path
     return path
 
 
-@pytest.mark.parametrize("name", [*PLACES, "by/hand"])
+def test_a_link_of_the_users_that_no_run_writes_to_does_not_matter(trained):
+    (trained.folder / "run" / "self").symlink_to(".")
+    (trained.folder / "run" / "by").mkdir()
+    (trained.folder / "run" / "by" / "hand").symlink_to(trained.folder)
+    run_folder.refuse_links(trained.folder / "run")
+
+
+@pytest.mark.parametrize("name", PLACES)
 def test_a_run_with_a_link_is_not_gone_on_with(trained, decoy, name):
     link = plant(trained.folder / "run", name, decoy)
     before = sorted(trained.folder.rglob("*"))
@@ -120,8 +127,7 @@ def test_a_sweep_that_is_started_again_follows_no_link(trained, decoy, name):
     trained.copy("run", "sweep/0")
     plant(sweep, name, decoy)
     printed = trained.run(*SWEEP, status=2)
-    assert printed.startswith(f"sweep/{name}: a link; ")
-    assert printed.count("\n") == 1
+    assert f"sweep/{name}: a link; " in printed.splitlines()[0]
     assert decoy.is_as_before()
 
 
@@ -161,7 +167,7 @@ def test_links_that_the_user_made_for_a_new_run_are_followed(project, tmp_path_f
     (project.folder / "disk" / "checkpoints").symlink_to(storage)
     printed = project.run("hydra.run.dir=run")
     assert f"run/checkpoints: a link; the run writes to {storage}\n" in printed
-    assert sorted(path.name for path in storage.iterdir()) == ["step_00000004", "step_00000008", "step_00000012"]
+    assert sorted(path.name for path in storage.glob("step_*")) == ["step_00000004", "step_00000008", "step_00000012"]
     assert not (project.folder / "disk" / "checkpoints" / "checkpoints").exists()
 
 
@@ -262,10 +268,18 @@ def start(folder):
 
 @pytest.mark.parametrize("is_dangling", [False, True])
 def test_links_in_the_place_of_files_that_are_replaced_are_replaced_themselves(tmp_path, decoy, is_dangling):
-    places = ("run.json", ".hydra/config.yaml", "exports/model.safetensors", "audio/tone-00000002.wav")
+    places = (".hydra/config.yaml", "exports/model.safetensors", "audio/tone-00000002.wav")
     links = [plant(tmp_path / "run", name, decoy, is_dangling) for name in places]
     assert start(tmp_path / "run") == (0, None)
     assert not any(link.is_symlink() for link in links)
+    assert decoy.is_as_before()
+
+
+def test_a_link_in_the_place_of_the_record_is_told(tmp_path, decoy):
+    link = plant(tmp_path / "run", "run.json", decoy)
+    status, reason = start(tmp_path / "run")
+    assert status == 2
+    assert f"{link}: not the record of a run (is a link, expected a regular file)" in reason
     assert decoy.is_as_before()
 
 

@@ -116,10 +116,10 @@ def test_a_link_of_a_launcher_that_leads_nowhere_out_of_the_sweep_is_let(tmp_pat
     sweep = tmp_path / "sweep"
     (sweep / ".submitit" / "1").mkdir(parents=True)
     (sweep / ".submitit" / "submission.sh").symlink_to(sweep / ".submitit" / "1" / "submission.sh")
-    run_folder.refuse_links(sweep, is_sweep=True)
+    run_folder.refuse_links_of_sweep(sweep)
     (sweep / ".submitit" / "2").symlink_to("../../elsewhere")
     with pytest.raises(ConfigError, match=r"\.submitit/2: a link"):
-        run_folder.refuse_links(sweep, is_sweep=True)
+        run_folder.refuse_links_of_sweep(sweep)
 
 
 def test_a_pipe_in_a_runs_folder_is_refused_by_name_and_not_opened(tmp_path):
