@@ -133,7 +133,8 @@ def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
     num_seen, folders = 0, [run]
     for folder in folders:  # it grows; a link is not entered
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError:  # who needs it finds out
             continue
         num_seen += len(entries)
@@ -167,7 +168,9 @@ def refuse_links_of_sweep(folder: Path) -> None:
     root = Path(os.path.realpath(folder))
     num_seen, folders = 0, [folder] if folder.is_dir() else []
     for each in folders:  # it grows
-        for entry in os.scandir(each):
+        with os.scandir(each) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
             num_seen += 1
             if entry.is_symlink():
                 if Path(os.path.realpath(entry.path)).is_relative_to(root) and entry.name != "multirun.yaml":
