@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from runner.engines import Engine
+from runner.engines.forward import OutputError
 from runner.utils.altered import shorten
 from runner.utils.mishaps import Halt
 
@@ -111,8 +112,12 @@ class FirstStep:
         self._engine.changes.watch_calls()  # from here on: an evaluation before it calls all there is
         if (recomputed := self._engine.changes.recomputed) is not None:
             recomputed.forget_calls()
-        with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
-            yield
+        try:
+            with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
+                yield
+        except OutputError:  # as of a loss without gradients: that no adapter was called tells more
+            self._check(is_last=False)
+            raise
         if not self._engine.layout.is_sharded:  # else gathered weights stand for the shards until after backward
             self._tensors.check()
         if not self._engine.changes.is_compiled:  # backward would fail where nothing that is trained was called

@@ -221,7 +221,7 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     mine = {key: typed[key] for key in OF_THE_COMMAND_LINE if key != "resume"} | {"resume": str(asked.checkpoint)}
     asked.trust = _make_trust(asked, typed)
     saved = _read_run(asked)
-    wanted, notes = _change(saved, asked, compose)
+    wanted, choices, notes = _change(saved, asked, compose)
     _set_processes(wanted, typed, asked)
     before, after = _without_hydra(cfg), _without_hydra(cfg)
     run_folder.put(before, saved)
@@ -234,6 +234,7 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
+        cfg.hydra.runtime.choices = choices
         cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
     return [*notes, *changes.tell(saved, wanted)]
 
@@ -270,28 +271,31 @@ def _read_run(asked: Resumption) -> dict[str, Any]:
     return {key: value for key, value in saved.items() if key not in OF_THE_COMMAND_LINE}
 
 
-def _change(saved: dict[str, Any], asked: Resumption, compose: Compose) -> tuple[dict[str, Any], list[str]]:
-    """Returns a run's config with what this command line changes, and what its reader should know.
+def _change(saved: dict[str, Any], asked: Resumption, compose: Compose) -> tuple[dict[str, Any], Any, list[str]]:
+    """Returns a run's config with what this command line changes, the choices made, and a note where there is one.
 
     A change is what the typed overrides change of a composition of the run's own overrides. Where these can't be
     composed any more, because a file of the user's was deleted, it is what they change of the runner's own config.
     """
+    typed, own, notes = asked.typed, asked.own, []
     try:
-        without = _without_hydra(compose([*asked.search_path, *asked.own]))
+        without = compose([*asked.search_path, *own])
     except (HydraException, OmegaConfBaseException) as error:
-        note = f"The run's YAML can't be composed any more, and its saved config is used: {mistakes.explain(error)}"
-        choices = [override for override in asked.typed if "." not in _key(override)]
-        without = _without_hydra(compose(asked.search_path))
-        beside = _without_hydra(compose([*asked.search_path, *choices]))
-        wanted = changes.apply(saved, _own_part(without), _own_part(beside), choices)
-        return _set(wanted, [override for override in asked.typed if "." in _key(override)]), [note]
-    kept = _without_typed(asked.own, asked.typed)
-    beside = _without_hydra(compose([*asked.search_path, *kept, *asked.typed]))
-    return changes.apply(saved, _own_part(without), _own_part(beside), asked.typed), []
+        told = f"{mistakes.explain(error)}; its saved config is used"
+        notes = [f"The run's YAML can't be composed any more: {told}"]
+        typed, own = [override for override in asked.typed if "." not in _key(override)], []
+        without = compose(asked.search_path)
+    beside = compose([*asked.search_path, *_without_typed(own, typed), *typed])
+    before, after = _own_part(_without_hydra(without)), _own_part(_without_hydra(beside))
+    others = [override for override in asked.typed if override not in typed]
+    wanted = _set(changes.apply(saved, before, after, typed), others)
+    return wanted, beside.hydra.runtime.choices, notes
 
 
 def _set(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Returns an unresolved config with the values of dotted overrides set."""
+    if not overrides:
+        return plain
     cfg = OmegaConf.create(plain)
     for override in overrides:
         run_folder.set_value(cfg, override)

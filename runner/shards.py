@@ -82,7 +82,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             raise OSError(code, f"rank {rank}: {reason}", file)
 
 
-def read(folder: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Tensor]:
+def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """Returns every tensor whole, on the CPU; it needs no process group. The files may be a stranger's.
 
     Args:

@@ -44,7 +44,8 @@ def test_a_run_leaves_a_folder_that_answers_every_question(project):
     assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-mine", str(folder.relative_to(project.folder)))
     names = {path.name for path in folder.iterdir()}
     assert {".hydra", "run.json", "metrics.jsonl", "log.txt", "checkpoints", "exports"} <= names
-    assert sorted(p.name for p in (folder / ".hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+    files = ["config.yaml", "hydra.yaml", "overrides.yaml", "signature.json"]
+    assert sorted(p.name for p in (folder / ".hydra").iterdir()) == files
     assert sorted(p.name for p in (folder / "checkpoints").glob("step_*")) == [f"step_{n:08d}" for n in (4, 8, 12)]
     assert sorted(p.name for p in (folder / "checkpoints" / "step_00000012").iterdir()) == [
         "MANIFEST.json",
