@@ -57,21 +57,33 @@ def attack(*commands: str, of: tuple[str, ...] = (STRANGER,), arguments=(), type
     return add
 
 
+MOST_OF_A_CLASS = 48
+
+
 def trials(is_thorough: bool) -> list[tuple[Attack, str, str]]:
     """Returns attacks with an origin and a command each; a sweep is always the user's own.
 
-    Each attack is tried with its first command, and with those that few others have; if it is thorough, with each of
-    its commands and origins.
+    Each attack is tried with its first command, and with those that few others have, and of each class of attacks some
+    are, spread over it; if it is thorough, all are, with each of their commands and origins.
     """
-    chosen = []
+    by_class: dict[str, list[tuple[Attack, str, str]]] = {}
     for each in ATTACKS:
         for number, command in enumerate(each.commands):
             origins = (OWN,) if command == "sweep" else each.origins
             if not is_thorough:
                 is_common = command in ("resume", "evaluate", "export")
                 origins = () if number and is_common else (origins[0],) if number == 0 else (origins[-1],)
+            chosen = by_class.setdefault(each.plant.__module__, [])
             chosen += [(each, origin, command) for origin in origins]
-    return chosen
+    if is_thorough:
+        return [trial for chosen in by_class.values() for trial in chosen]
+    return [trial for chosen in by_class.values() for trial in _spread(chosen, MOST_OF_A_CLASS)]
+
+
+def _spread(chosen: list[tuple[Attack, str, str]], count: int) -> list[tuple[Attack, str, str]]:
+    """Returns so many of a list, at equal distances."""
+    step = max(len(chosen) / count, 1.0)
+    return [chosen[int(number * step)] for number in range(min(count, len(chosen)))]
 
 
 def link(path: Path, target: Path) -> None:
