@@ -1,6 +1,5 @@
 """`python -m runner`: imports the program only once Ctrl-C can end it cleanly."""
 
-import os
 import sys
 
 from runner import import_path, signals, terminal
@@ -16,10 +15,14 @@ def main() -> None:
 
 
 def start_installed() -> None:
-    """Runs the installed command, which finds modules in the current directory, as `python -m` does."""
-    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    opens_run = is_requeued or any(argument.startswith("resume=") for argument in sys.argv[1:])
-    import_path.add_current_directory(first=True, opens_run=opens_run)
+    """Runs the installed command, which finds modules in the current directory, as `python -m` does.
+
+    Where the command opens a folder that may be untrusted, only what the user allows is imported from there.
+    """
+    if import_path.opens_folder(sys.argv[1:]):
+        import_path.defer_current_directory()
+    else:
+        import_path.add_current_directory()
     main()
 
 

@@ -105,7 +105,7 @@ def _run_agent(handover: Handover, num_local: int, folder: Path) -> str | None:
         **meeting,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "runner.worker", str(folder), str(os.getpid()))
+        elastic_launch(config, sys.executable)("-P", "-c", _START, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
@@ -137,6 +137,10 @@ def _meet_in_files(folder: Path) -> dict[str, Any]:
 
 
 _KEEP_ALIVE_S = 3600
+
+
+# `-P`: no module is imported from the current directory, unless the run says so. The package lies last on the path.
+_START = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from runner import worker; worker.start()"
 
 
 def _read_status(folder: Path) -> int | None:

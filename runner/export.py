@@ -252,8 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def start_installed() -> None:
-    """Runs the installed command, which finds modules in the current directory, as `python -m` does."""
-    import_path.add_current_directory(first=False, opens_run=True)
+    """Runs the installed command, which imports only what the user allows from the current directory."""
+    import_path.defer_current_directory()
     main()
 
 

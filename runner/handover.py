@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner import config, hparams, import_path, run_folder, signature, warm_start
 from runner.mistakes import ConfigError
 from runner.schema import DistributedConfig
-from runner.signature import Origin
+from runner.signature import Origin, SignatureError
 from runner.utils import message
 from runner.utils.files import make_folder, replace_file
 
@@ -102,18 +102,22 @@ class Handover:
 
         Beside it stands the structure of the weights files that the models were built from.
         """
-        make_folder(self.folder / ".hydra", self.folder)
+        folder = self.folder / ".hydra"
+        make_folder(folder, self.folder)
+        files = {f"{name}.yaml": text for name, text in self.files.items()}
+        if self.settings["resume"] is None:
+            content = warm_start.record(self.settings, folder / warm_start.RECORD)
+            files |= {} if content is None else {warm_start.RECORD: content}
         if self.origin:
             try:
-                signature.sign(self.folder, signature.Origin(**self.origin), self.files)
-            except OSError as error:
-                effect = "resume, evaluate and export will not know it as yours; set XDG_STATE_HOME"
+                signature.sign(self.folder, signature.Origin(**self.origin), files)
+            except (OSError, SignatureError) as error:
+                effect = (
+                    "resume, evaluate and export will not know it as yours; set XDG_STATE_HOME to a folder of yours"
+                )
                 print(f"The run can't be signed: {error}; {effect}", file=sys.stderr)
-        for name, text in self.files.items():
-            replace_file(self.folder / ".hydra" / f"{name}.yaml", [text])
-        path = self.folder / ".hydra" / warm_start.RECORD
-        if self.settings["resume"] is None and (content := warm_start.record(self.settings, path)) is not None:
-            replace_file(path, [content])
+        for name, text in files.items():
+            replace_file(folder / name, [text])
 
 
 def _objects_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,11 @@
 import os
 import sys
 
-_MARKS = (".hydra", "run.json")  # a folder that holds one of these is a run folder
+# A folder that holds one of these is a run folder, or a sweep's or a checkpoint's.
+_MARKS = (".hydra", "run.json", "multirun.yaml", "MANIFEST.json")
+# Keys of a command line that name a folder which may be untrusted.
+_OPENING = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")
+_deferred: str | None = None  # a directory to import from once it is known that the user trusts what it has
 
 
 def is_in_run_folder(directory: str) -> bool:
@@ -51,23 +55,35 @@ def _find_module_name() -> str | None:
 
 
 def _opens_run() -> bool:
-    """Says whether a command opens a run that is there: each but `python -m runner` without `resume=`."""
+    """Says whether a command opens a folder that is there: each but `python -m runner` of a new run."""
+    return _find_module_name() not in ("runner", "runner.__main__") or opens_folder(sys.argv[1:])
+
+
+def opens_folder(arguments: list[str]) -> bool:
+    """Says whether a command line of `runner` names a folder that may be untrusted."""
     is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    resumes = any(argument.startswith("resume=") for argument in sys.argv[1:])
-    return _find_module_name() not in ("runner", "runner.__main__") or resumes or is_requeued
+    return is_requeued or any(argument.partition("=")[0].lstrip("+~") in _OPENING for argument in arguments)
 
 
-def add_current_directory(*, first: bool, opens_run: bool) -> None:
-    """Puts the current directory on the path, as `python -m` does, for an installed command.
-
-    Args:
-        first: before all else, where a module of the user's may stand in for an installed one; else after it.
-        opens_run: the command opens a run that is there, so that a run folder is left out.
-    """
+def add_current_directory() -> None:
+    """Puts the current directory first on the path, as `python -m` does, for an installed command."""
     current = os.getcwd()
-    if sys.flags.safe_path or current in sys.path or (opens_run and is_in_run_folder(current)):
-        return
-    sys.path.insert(0 if first else len(sys.path), current)
+    if not sys.flags.safe_path and current not in sys.path:
+        sys.path.insert(0, current)
+
+
+def defer_current_directory() -> None:
+    """Remembers the current directory for `add_deferred`; a run folder is none to import from."""
+    global _deferred
+    current = os.getcwd()
+    if not sys.flags.safe_path and current not in sys.path and not is_in_run_folder(current):
+        _deferred = current
+
+
+def add_deferred() -> None:
+    """Puts the remembered directory last on the path: what the user allowed by name may lie there."""
+    if _deferred is not None and _deferred not in sys.path:
+        sys.path.append(_deferred)
 
 
 def list_own() -> list[str]:

@@ -20,7 +20,20 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from runner import agent, config, handover, hparams, mistakes, resume, run_folder, signals, signature, sweep, worker
+from runner import (
+    agent,
+    config,
+    handover,
+    hparams,
+    import_path,
+    mistakes,
+    resume,
+    run_folder,
+    signals,
+    signature,
+    sweep,
+    worker,
+)
 from runner.handover import Handover
 from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
@@ -29,7 +42,7 @@ from runner.signature import Origin, SignatureError
 from runner.utils import disk
 from runner.utils.files import read_bounded, remove_tree
 from runner.utils.place import is_one_of_several
-from runner.utils.utils import describe, escape_controls
+from runner.utils.utils import describe, escape_controls, one_line
 
 _joined: worker.Joined | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
@@ -123,6 +136,8 @@ def _check(cfg: DictConfig) -> None:
     from runner import targets, trust  # what they name is imported, and torch with it, once the rest is right
 
     plain = config.to_plain(cfg)
+    if _resumption is None or _resumption.origin is None:
+        import_path.add_deferred()
     targets.seed_imports(plain["seed"])
     if _resumption is not None:
         assert _resumption.trust is not None
@@ -234,7 +249,7 @@ def _take_over_links(folder: Path) -> dict[str, str]:
     """Returns the links that the user has put into a new run's folder for its storage, and tells of them."""
     links = run_folder.find_links(folder)
     for name, target in links.items():
-        print(f"{folder / name}: a link; the run writes to {target}")
+        print(one_line(f"{folder / name}: a link; the run writes to {target}"))
     return links
 
 

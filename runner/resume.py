@@ -103,7 +103,7 @@ def find(arguments: list[str]) -> Resumption | None:
 def _find_origin(run: Path, is_vouched_for: bool, config_dirs: list[str]) -> tuple[Origin | None, str]:
     """Returns where this user has started a run, its modules importable; or None and why it is untrusted."""
     try:
-        origin = signature.vouch(run, config_dirs) if is_vouched_for else signature.check(run)
+        origin = signature.sign_present(run, config_dirs) if is_vouched_for else signature.check(run)
     except SignatureError as error:
         if is_vouched_for:
             raise ConfigError(f"sign=true: {run}: {error}") from error

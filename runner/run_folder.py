@@ -180,6 +180,8 @@ def refuse_links_of_sweep(folder: Path) -> None:
                 is_job = any(os.path.lexists(os.path.join(entry.path, mark)) for mark in (".hydra", "run.json"))
                 if not is_job and num_seen < _MOST_ENTRIES:
                     folders.append(Path(entry.path))
+            elif entry.name == "multirun.yaml" and entry.stat().st_nlink > 1:
+                raise ConfigError(f"{entry.path}: has another name, a hard link, which Hydra would write to; remove it")
             elif not entry.is_file():
                 raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device")
 

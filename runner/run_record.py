@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runner import import_path, signature
+from runner.signature import SignatureError
 from runner.utils.files import read_bounded, replace_file
 from runner.utils.strict_json import parse_json
 
@@ -97,7 +99,7 @@ class RunRecord:
 
     def _look_around(self, folder: str) -> None:
         packages = {"runner": _find_version(DISTRIBUTION)} | {name: _find_version(name) for name in _PACKAGES}
-        git = _read_git(folder)
+        git = _read_git(folder) if self._may_read_git(folder) else None
         with self._lock:
             if self._is_over:  # and the folder no longer this session's to write to
                 return
@@ -133,6 +135,15 @@ class RunRecord:
         sessions = valid.get("sessions", [])
         own = [self._valid(each, _SESSION_KINDS, f"sessions.{i}") for i, each in enumerate(sessions)]
         return valid | {"sessions": [session for session in own if session.keys() >= _SESSION_KINDS.keys()]}
+
+    def _may_read_git(self, directory: str) -> bool:
+        """Says whether git may read a directory's repository, whose config may name programs that git runs."""
+        if not import_path.is_in_run_folder(directory):
+            return True
+        try:
+            return os.path.samefile(signature.check(self._path.parent).directory, directory)
+        except (SignatureError, OSError):
+            return False
 
     def _valid(self, values: Any, kinds: Mapping[str, Callable[[Any], bool]], place: str) -> dict[str, Any]:
         """Returns those of an object's values that are of their kinds; notes the others."""
@@ -190,7 +201,9 @@ _SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
 
 def _read_git(folder: str) -> dict[str, Any] | None:
     """The commit and whether anything differs from it; None outside a repository or without git."""
-    command = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
+    # The repository's own config may name programs; `_may_read_git` leaves out untrusted folders.
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    command = ["git", *safe, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
         done = subprocess.run(
             command,

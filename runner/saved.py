@@ -73,6 +73,8 @@ class Saved:
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
         trust.check_names(used, self.trust)
+        if self.trust.prefixes and not self.trust.is_signed:
+            import_path.add_deferred()
         seed_imports(self.plain["seed"])
         trust.check_objects(used, self.trust)
         check_targets(used)
@@ -114,7 +116,7 @@ def open_saved(
     """
     run = run_folder.find_run(path)
     try:
-        origin = signature.vouch(run) if is_vouched_for else signature.check(run)
+        origin = signature.sign_present(run) if is_vouched_for else signature.check(run)
         trusted = _trust_signed(run / ".hydra" / "config.yaml", origin)
     except SignatureError as error:
         if is_vouched_for:

@@ -17,17 +17,19 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner import import_path
+from runner.utils import disk
 from runner.utils.files import make_folder, make_folders, read_bounded, replace_file
 
 NAME = "signature.json"
-_SIGNED = ("config", "overrides", "hydra")  # of .hydra/, each a .yaml
-_MARK = ".run"  # in checkpoints/: says of which run they are, wherever they are moved to
+_SIGNED = ("config.yaml", "overrides.yaml", "hydra.yaml", "weights.json")  # of .hydra/
+_MARK = ".run"  # a file in checkpoints/ that names their run
 _KEY_BYTES = 32
 _MAX_BYTES = 1 << 20
 
@@ -60,26 +62,39 @@ def find_origin(config_dirs: Sequence[str]) -> Origin:
     return Origin(os.getcwd(), [os.path.abspath(path) for path in config_dirs], import_path.list_own())
 
 
-def sign(run: Path, origin: Origin, files: Mapping[str, bytes]) -> None:
-    """Signs the config that is about to be written to a run's folder; that which is there now stays signed.
+def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_present: bool = False) -> None:
+    """Signs the config that is about to be written to a run's folder; the signed config that is there stays valid.
 
     Args:
-        files: the contents of `config`, `overrides` and `hydra`; those that are missing stay as they are.
+        files: the contents of files of `.hydra/` by name; those that are missing stay as they are.
+        trusts_present: the user says that the files that stay are theirs.
     Raises:
-        OSError: the key can't be read or made.
+        OSError: the key can't be read or made, or the signature not be written.
+        SignatureError: a file that stays isn't known to be this user's own.
     """
-    digests = {name: [_digest(files[name])] for name in files}
     present = _read_digests(run)
-    with contextlib.suppress(SignatureError, OSError):
-        check(run)
-        # A crash between two of the files leaves one of before beside one of after.
-        digests = {name: [*digests.get(name, ()), *present.get(name, ())] for name in _SIGNED}
-    for name in _SIGNED:
-        digests.setdefault(name, present.get(name, []))
+    stays = [name for name in present if name not in files]
+    is_signed = _is_signed(run, present)
+    if stays and not (is_signed or trusts_present):
+        raise SignatureError(f".hydra/{stays[0]} was modified after it was signed")
+    digests = {name: [_digest(content)] for name, content in files.items()}
+    for name in present:
+        if is_signed or name in stays:  # a crash between two of the files leaves an old one beside a new one
+            digests[name] = [*digests.get(name, ()), *present[name]]
     content = {"run": str(run.absolute()), "digests": digests, **asdict(origin)}
     content["hmac"] = _authenticate(content, _read_key(make=True))
     make_folder(run / ".hydra", run)
     replace_file(run / ".hydra" / NAME, [json.dumps(content, indent=1).encode()])
+
+
+def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
+    """Says whether the files whose digests were read are signed."""
+    try:
+        content = _read(run)
+        _check_digests(content, present)
+    except SignatureError:
+        return False
+    return True
 
 
 def mark_checkpoints(run: Path) -> None:
@@ -107,10 +122,7 @@ def check(run: Path) -> Origin:
     """
     content = _read(run)
     origin = Origin(**{each.name: content[each.name] for each in fields(Origin)})
-    present = _read_digests(run)
-    for name in _SIGNED:
-        if not set(present.get(name, [None])) <= set(content["digests"].get(name) or [None]):
-            raise SignatureError(f".hydra/{name}.yaml was modified after it was signed")
+    _check_digests(content, _read_digests(run))
     if not _is_same_folder(Path(content["run"]), run):
         raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
     if not os.path.isdir(origin.directory):
@@ -118,34 +130,65 @@ def check(run: Path) -> Origin:
     return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
 
 
-def vouch(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
-    """Signs a run's config as it is, with the links in its folder, because the user says that the run is theirs.
+def _check_digests(content: Mapping[str, Any], present: Mapping[str, list[str]]) -> None:
+    for name in _SIGNED:
+        if not set(present.get(name, [None])) <= set(content["digests"].get(name) or [None]):
+            raise SignatureError(f".hydra/{name} was modified after it was signed")
 
-    Directories that are gone are looked for below the current one, as after a move of the user's project.
+
+def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
+    """Signs the present config and links of a run, because the user says that the run is theirs.
+
+    Directories that are gone are looked for where they would have been moved with the run's folder, and below the
+    current one.
 
     Raises:
-        SignatureError: the key can't be read or made.
+        SignatureError: it can't be signed.
     """
-    before = None
+    before, old_run = None, run.absolute()
     with contextlib.suppress(SignatureError):
         content = _read(run)
         before = Origin(**{each.name: content[each.name] for each in fields(Origin)})
+        old_run = Path(content["run"])
     origin = find_origin(config_dirs)
     if before is not None:
+        moves = [(str(old_run), str(run.absolute())), *_find_moves(old_run, run.absolute())]
+        moves.append((before.directory, origin.directory))
+        relocate = partial(_relocate, moves)
         origin = replace(
             origin,
-            directory=before.directory if os.path.isdir(before.directory) else origin.directory,
-            config_dirs=list(dict.fromkeys([*origin.config_dirs, *_relocate(before.config_dirs, before.directory)])),
-            python_path=list(dict.fromkeys([*origin.python_path, *_relocate(before.python_path, before.directory)])),
+            directory=relocate(before.directory),
+            config_dirs=list(dict.fromkeys([*origin.config_dirs, *map(relocate, before.config_dirs)])),
+            python_path=list(dict.fromkeys([*origin.python_path, *map(relocate, before.python_path)])),
             run_id=before.run_id,
         )
     links = {path.name: os.path.realpath(path) for path in run.iterdir() if path.is_symlink() and path.is_dir()}
     origin = replace(origin, links=links)
     try:
-        sign(run, origin, {})
+        with disk.confine(run):
+            sign(run, origin, {}, trusts_present=True)
     except OSError as error:
         raise SignatureError(f"it can't be signed: {error}") from error
     return origin
+
+
+def _find_moves(old: Path, new: Path) -> Iterator[tuple[str, str]]:
+    """Yields the folders above a run's that were moved with it: `a/b/run` to `c/b/run` moves `a/b`, too, and `a`."""
+    while old.name and old.name == new.name:
+        old, new = old.parent, new.parent
+        yield str(old), str(new)
+
+
+def _relocate(moves: Sequence[tuple[str, str]], directory: str) -> str:
+    """Returns where a directory is after moves of folders; itself where it is there, or is not found."""
+    if os.path.isdir(directory):
+        return directory
+    for old, new in moves:
+        relative = os.path.relpath(directory, old)
+        moved = os.path.normpath(os.path.join(new, relative))
+        if not relative.startswith("..") and os.path.isdir(moved):
+            return moved
+    return directory
 
 
 def sign_text(text: str, origin: Origin) -> str:
@@ -168,16 +211,6 @@ def check_text(text: str, signature: str | None) -> Origin:
     if content["text"] != _digest(text.encode()):
         raise SignatureError("its config was modified after it was signed")
     return Origin(**{each.name: content[each.name] for each in fields(Origin)})
-
-
-def _relocate(directories: list[str], old: str) -> list[str]:
-    """Returns directories that are there, those below an old working directory below the current one if need be."""
-    places = []
-    for path in directories:
-        relative = os.path.relpath(path, old)
-        moved = path if relative.startswith("..") else os.path.abspath(relative)
-        places += [each for each in (path, moved) if os.path.isdir(each)][:1]
-    return places
 
 
 def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
@@ -216,13 +249,13 @@ def _read_digests(run: Path) -> dict[str, list[str]]:
     """Returns the digests of the files of `.hydra/` that are there."""
     digests = {}
     for name in _SIGNED:
-        path = run / ".hydra" / f"{name}.yaml"
+        path = run / ".hydra" / name
         try:
             digests[name] = [_digest(read_bounded(path, _MAX_BYTES))]
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise SignatureError(f".hydra/{name}.yaml can't be read ({error})") from error
+            raise SignatureError(f".hydra/{name} can't be read ({error})") from error
     return digests
 
 

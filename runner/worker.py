@@ -237,8 +237,13 @@ def _end_with(launcher: int, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs the worker that the command line of this process describes, and ends the process."""
     ended = main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ended)  # all is closed: libraries that take themselves apart beside a group's threads may abort
+
+
+if __name__ == "__main__":
+    start()

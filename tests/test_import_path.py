@@ -73,18 +73,34 @@ def test_a_link_to_a_run_folder_is_one(tmp_path):
     assert import_path.is_in_run_folder(str(tmp_path / "link"))
 
 
-def test_an_installed_command_takes_the_current_directory_first_or_last_and_no_run_folder(tmp_path, monkeypatch):
+def test_an_installed_command_takes_the_current_directory_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for first, place in ((True, 0), (False, -1)):
-        monkeypatch.setattr(sys, "path", ["/bin", "/lib"])
-        import_path.add_current_directory(first=first, opens_run=True)
-        assert len(sys.path) == 3
-        assert sys.path[place] == str(tmp_path)
-    (tmp_path / ".hydra").mkdir()
-    for opens_run in (True, False):
-        monkeypatch.setattr(sys, "path", ["/bin", "/lib"])
-        import_path.add_current_directory(first=True, opens_run=opens_run)
-        assert (str(tmp_path) in sys.path) == (not opens_run)
+    monkeypatch.setattr(sys, "path", ["/bin", "/lib"])
+    import_path.add_current_directory()
+    import_path.add_current_directory()
+    assert sys.path == [str(tmp_path), "/bin", "/lib"]
+
+
+@pytest.mark.parametrize("is_run_folder", [False, True])
+def test_one_that_opens_a_folder_takes_it_last_and_later_and_no_run_folder(tmp_path, monkeypatch, is_run_folder):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(import_path, "_deferred", None)
+    monkeypatch.setattr(sys, "path", ["/bin", "/lib"])
+    if is_run_folder:
+        (tmp_path / "multirun.yaml").touch()
+    import_path.defer_current_directory()
+    assert sys.path == ["/bin", "/lib"]
+    import_path.add_deferred()
+    import_path.add_deferred()
+    assert sys.path == ["/bin", "/lib", *([] if is_run_folder else [str(tmp_path)])]
+
+
+@pytest.mark.parametrize("argument", ["resume=.", "+resume=.", "init_from=x", "hydra.sweep.dir=.", "hydra.run.dir=."])
+def test_a_command_that_names_a_folder_opens_it(monkeypatch, argument):
+    assert import_path.opens_folder(["-m", argument])
+    assert not import_path.opens_folder(["seed=1", "experiment=resume"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert import_path.opens_folder([])
 
 
 def test_own_directories_are_those_outside_the_interpreters(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runner import signature
 from runner.signature import Origin, SignatureError
 
-FILES = {"config": b"seed: 0\n", "overrides": b"[]\n", "hydra": b"hydra: {}\n"}
+FILES = {"config.yaml": b"seed: 0\n", "overrides.yaml": b"[]\n", "hydra.yaml": b"hydra: {}\n", "weights.json": b"{}"}
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def state(tmp_path, monkeypatch):
 def write(run, files=FILES):
     (run / ".hydra").mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (run / ".hydra" / f"{name}.yaml").write_bytes(content)
+        (run / ".hydra" / name).write_bytes(content)
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_a_run_is_the_users_own_through_a_link_and_by_a_relative_path(run, origi
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", [lambda path: path.write_text("x: 1\n"), lambda path: path.unlink()])
 def test_each_file_is_signed(run, name, harm):
-    harm(run / ".hydra" / f"{name}.yaml")
-    assert why_untrusted(run) == f".hydra/{name}.yaml was modified after it was signed"
+    harm(run / ".hydra" / name)
+    assert why_untrusted(run) == f".hydra/{name} was modified after it was signed"
 
 
 @pytest.mark.parametrize("key", ["run", "directory", "config_dirs", "python_path", "links", "run_id", "digests"])
@@ -91,7 +91,7 @@ def test_a_run_whose_working_directory_is_gone_is_untrusted(run, tmp_path, origi
 def test_a_run_of_another_user_is_untrusted(run, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
     assert "another user" in why_untrusted(run)  # who has no key yet
-    signature.vouch(tmp_path / "project")
+    signature.sign_present(tmp_path / "project")
     assert "another user" in why_untrusted(run)
 
 
@@ -131,20 +131,20 @@ def test_a_pipe_in_the_place_of_a_signature_or_a_config_is_a_reason(run):
 
 
 def test_until_all_files_of_a_resume_are_written_both_old_and_new_ones_are_signed(run, origin):
-    new = {"config": b"seed: 1\n", "overrides": b"[seed=1]\n"}  # hydra.yaml stays
+    new = {"config.yaml": b"seed: 1\n", "overrides.yaml": b"[seed=1]\n"}  # hydra.yaml stays
     signature.sign(run, origin, new)
     assert signature.check(run) == origin
-    write(run, {"config": new["config"]})
+    write(run, {"config.yaml": new["config.yaml"]})
     assert signature.check(run) == origin
     write(run, new)
     assert signature.check(run) == origin
-    write(run, {"hydra": b"hydra: {x: 1}\n"})
+    write(run, {"hydra.yaml": b"hydra: {x: 1}\n"})
     assert "hydra.yaml was modified" in why_untrusted(run)
 
 
 def test_a_new_run_signs_nothing_that_lay_there_before(run, origin, tmp_path):
     folder = tmp_path / "project" / "new"
-    write(folder, {"config": b"evil: 1\n"})
+    write(folder, {"config.yaml": b"evil: 1\n"})
     signature.sign(folder, origin, FILES)
     assert "config.yaml was modified" in why_untrusted(folder)
 
@@ -154,7 +154,7 @@ def test_vouching_signs_a_moved_project_and_finds_its_directories_below_the_curr
     monkeypatch.chdir(tmp_path / "moved")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "moved")])
     run = tmp_path / "moved" / "run"
-    vouched = signature.vouch(run)
+    vouched = signature.sign_present(run)
     assert signature.check(run) == vouched
     assert vouched.directory == str(tmp_path / "moved")
     assert vouched.config_dirs == [str(tmp_path / "moved" / "conf")]
@@ -164,7 +164,7 @@ def test_vouching_signs_a_moved_project_and_finds_its_directories_below_the_curr
 def test_vouching_keeps_directories_that_are_there_where_the_run_alone_was_moved(run, origin, tmp_path, monkeypatch):
     shutil.move(run, tmp_path / "away")
     monkeypatch.chdir(tmp_path)
-    vouched = signature.vouch(tmp_path / "away", [str(tmp_path / "project" / "more")])
+    vouched = signature.sign_present(tmp_path / "away", [str(tmp_path / "project" / "more")])
     assert vouched.directory == origin.directory
     assert vouched.config_dirs == [str(tmp_path / "project" / "more"), *origin.config_dirs]
     assert set(origin.python_path) <= set(vouched.python_path)
@@ -174,7 +174,7 @@ def test_vouching_keeps_directories_that_are_there_where_the_run_alone_was_moved
 def test_vouching_records_the_links_of_the_folder(run, tmp_path):
     (tmp_path / "disk").mkdir()
     (run / "exports").symlink_to("../../disk")
-    assert signature.vouch(run).links == {"exports": str(tmp_path / "disk")}
+    assert signature.sign_present(run).links == {"exports": str(tmp_path / "disk")}
     assert signature.check(run).links == {"exports": str(tmp_path / "disk")}
 
 

@@ -95,7 +95,8 @@ class ForkedWorker:
     """What the elastic agent uses of a `Popen`, of a worker that is a fork of its launcher as if it were executed."""
 
     def __init__(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
-        assert args[1:3] == ("-m", "runner.worker")
+        assert args[1:3] == ("-P", "-c")
+        assert args[3].endswith("worker.start()")
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
@@ -113,7 +114,7 @@ class ForkedWorker:
             os.environ.update(environment)
             from runner import worker
 
-            status = worker.main(Path(args[3]), int(args[4]))
+            status = worker.main(Path(args[4]), int(args[5]))
         except BaseException:
             traceback.print_exc()
         finally:
