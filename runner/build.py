@@ -476,7 +476,7 @@ def _make_dataset(plain: dict[str, Any], key: str, node: Any) -> Any:
         raise ConfigError(
             f"{key}: expected a dataset with __len__ and __getitem__, for a position in it; found {found}"
         )
-    if not len(dataset):
+    if not _explained(key, lambda: len(dataset), node):
         raise ConfigError(f"{key}: the dataset is empty")
     return dataset
 

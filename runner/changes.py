@@ -102,11 +102,12 @@ def tell(saved: Nest, wanted: Nest) -> list[str]:
     return [one_line(f"{_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in _differences(saved, wanted)]
 
 
-def refuse(saved: Nest, wanted: Nest, source: Path | None = None) -> None:
+def refuse(saved: Nest, wanted: Nest, source: Path | None = None, new_run: str = "") -> None:
     """Checks that two resolved configs are of the same run: more steps, another rate, more workers are.
 
     Args:
         source: the run or checkpoint that was to go on, for the remedy.
+        new_run: the command that starts a new run from it, for the remedy.
     Raises:
         ConfigError: naming every key that makes it another run, its values, and the remedy.
     """
@@ -114,7 +115,8 @@ def refuse(saved: Nest, wanted: Nest, source: Path | None = None) -> None:
     if fixed:
         lines = [one_line(f"  {_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in fixed]
         head = "resume: these changes would make it another run than the one that was begun"
-        begin = f"start a new run from its weights: {_show_init_from(source)} (without resume=) with the same overrides"
+        short = f"{_show_init_from(source)} (without resume=) with the same overrides"
+        begin = f"start a new run from its weights: {new_run or short}"
         remedy = f"Leave them as they were, accept that with resume_allow_changes=true, or {begin}"
         raise ConfigError("\n".join([head, *lines, remedy]))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner import import_path, signals, terminal
 from runner.fingerprint import find_change
-from runner.mistakes import ConfigError, tell, told_in_one_message
+from runner.mistakes import ConfigError, tell, told_in_one_message, told_where_started
 from runner.trust import add_trust_arguments
 from runner.utils.utils import encodable, escape_controls, one_line
 
@@ -154,7 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = saved.open_saved(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             tell(note)
-        numbers, shown = evaluate(found)
+        with told_where_started(found.origin.directory if found.origin else None):
+            numbers, shown = evaluate(found)
         from runner.utils.media import Audio
 
     for name, number in numbers.items():

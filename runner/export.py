@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from runner import import_path, signals, signature, terminal, warm_start
 from runner.config import to_json
 from runner.log_repair import is_step
-from runner.mistakes import ConfigError, tell, told_in_one_message
+from runner.mistakes import ConfigError, tell, told_in_one_message, told_where_started
 from runner.run_folder import OF_THE_COMMAND_LINE, read_record, refuse_links
 from runner.run_record import DISTRIBUTION
 from runner.signature import SignatureError
@@ -190,7 +190,7 @@ def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -
     with _confined(saved.run, links):
         folder = folder or saved.run / "exports"
         if disk.is_confined(folder):
-            refuse_links(saved.run, links)
+            refuse_links(saved.run, links, "--sign" if saved.origin else "")
         return _export(saved, saved.run, folder, dtype)
 
 
@@ -247,7 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = saved.open_saved(given.saved, (), prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             tell(note)
-        for path in export(found, given.output, given.dtype):
+        with told_where_started(found.origin.directory if found.origin else None):
+            paths = export(found, given.output, given.dtype)
+        for path in paths:
             print(escape_controls(str(path)))
 
 

@@ -70,6 +70,22 @@ def tell_traceback(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
+def told_where_started(directory: str | None) -> Iterator[None]:
+    """Adds to the message for a file that is not there where the run was started: a relative path was read there.
+
+    Args:
+        directory: the working directory of the run's start; None where it isn't known.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if not directory or not isinstance(error.__cause__, FileNotFoundError) or directory == os.getcwd():
+            raise
+        remedy = "start there, or give an absolute path"
+        raise ConfigError(f"{error}; the run was started in {directory}: {remedy}") from error.__cause__
+
+
+@contextlib.contextmanager
 def told_in_one_message() -> Iterator[None]:
     """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130."""
     try:

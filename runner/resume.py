@@ -9,7 +9,8 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from runner.mistakes import ConfigError, shown
 from runner.run_folder import OF_THE_COMMAND_LINE
 from runner.signature import Origin, SignatureError
 from runner.trust import Trust
+from runner.utils.utils import one_line
 
 OUTPUTS = Path("outputs")
 _PATHS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # whose values are taken as they are typed
@@ -67,10 +69,10 @@ def find(arguments: list[str]) -> Resumption | None:
     Raises:
         ConfigError: there is nothing to resume at that place, or the run's overrides are no experiment's.
     """
-    if not any(_key(argument) == "resume" for argument in arguments):
+    if not any(_names_run(argument) for argument in arguments):
         return None
     parsed = get_args_parser().parse_args(arguments)
-    place = [read_path(o) for o in parsed.overrides if _key(o) == "resume"][-1]
+    place = [read_path(o) for o in parsed.overrides if _names_run(o)][-1]
     if not place:
         raise ConfigError("resume=: expected latest, a run folder, or one of its checkpoints/step_*")
     if place == "null" or parsed.multirun:
@@ -84,10 +86,9 @@ def find(arguments: list[str]) -> Resumption | None:
         run = run_folder.find_run(checkpoint)
     except ConfigError as error:
         raise ConfigError(f"resume={error}; expected latest, a run folder, or one of its checkpoints/step_*") from None
-    is_vouched_for = any(_key(o) == "sign" and o.partition("=")[2].lower() == "true" for o in parsed.overrides)
     config_dirs = [parsed.config_dir] if parsed.config_dir else []
-    origin, reason = _find_origin(run, is_vouched_for, config_dirs)
-    run_folder.refuse_links(run, origin.links if origin else {})
+    origin, reason = _find_origin(run, _reads_sign(parsed.overrides), config_dirs)
+    run_folder.refuse_links(run, origin.links if origin else {}, "sign=true" if origin else "")
     own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
     if origin is None:
         _check_overrides(own, _without_typed(own, typed), run / ".hydra" / "overrides.yaml")
@@ -100,6 +101,18 @@ def find(arguments: list[str]) -> Resumption | None:
     return Resumption(run, checkpoint, typed, own, search_path, changed, origin, reason)
 
 
+def _reads_sign(overrides: list[str]) -> bool:
+    """Says whether a command line sets `sign`."""
+    values = [override.partition("=")[2] for override in overrides if _key(override) == "sign"]
+    if values and values[-1].lower() not in ("true", "false"):
+        raise ConfigError(f"sign={shown(values[-1])}: expected true or false")
+    return bool(values) and values[-1].lower() == "true"
+
+
+def _names_run(argument: str) -> bool:
+    return _key(argument) == "resume" and not argument.startswith("~")
+
+
 def _find_origin(run: Path, is_vouched_for: bool, config_dirs: list[str]) -> tuple[Origin | None, str]:
     """Returns where this user has started a run, its modules importable; or None and why it is untrusted."""
     try:
@@ -108,6 +121,8 @@ def _find_origin(run: Path, is_vouched_for: bool, config_dirs: list[str]) -> tup
         if is_vouched_for:
             raise ConfigError(f"sign=true: {run}: {error}") from error
         return None, str(error)
+    for note in signature.describe_links(origin) if is_vouched_for else ():
+        print(one_line(note))
     import_path.prepend(origin.python_path)
     return origin, ""
 
@@ -133,7 +148,7 @@ def _without_typed(own: list[str], typed: list[str]) -> list[str]:
 def quote_path(argument: str) -> str:
     """Returns an argument of the command line whose path, where it is one, is quoted for Hydra's grammar."""
     key, _, text = argument.partition("=")
-    if key not in _PATHS or not text or "${" in text or re.fullmatch(r"[\w./~+-]+", text, re.ASCII):
+    if key not in _PATHS or not text or "${" in text or re.fullmatch(r"[\w./+-]+", text, re.ASCII):
         return argument
     is_sweep = key == "init_from" and "," in text
     return argument if is_sweep or _unquote(text) is not None else f"{key}={quote(text)}"
@@ -158,7 +173,7 @@ def _unquote(text: str) -> str | None:
 
 
 def _latest_run(experiment: str | None) -> Path:
-    places = [path for depth in ("*/*", "multirun/*/*") for path in OUTPUTS.glob(f"{depth}/checkpoints/step_*")]
+    places = [path for run in _find_runs(OUTPUTS) for path in run.glob("checkpoints/step_*")]
     runs = {path.parent.parent: path.stat().st_mtime for path in sorted(places) if (path / "MANIFEST.json").is_file()}
     of_it = [run for run in runs if experiment is None or experiment in _overrides_or_none(run)]
     if not of_it:
@@ -166,6 +181,15 @@ def _latest_run(experiment: str | None) -> Path:
         where = OUTPUTS.resolve()
         raise ConfigError(f"resume=latest: no run{what} with a checkpoint under {where}; start one, or give its path")
     return max(of_it, key=lambda run: runs[run])
+
+
+def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
+    """Yields the run folders below a folder, none of them inside another."""
+    for path in sorted(folder.glob("*/")):
+        if (path / "checkpoints").is_dir():
+            yield path
+        elif levels > 1:
+            yield from _find_runs(path, levels - 1)
 
 
 def _overrides_or_none(run: Path) -> list[str]:
@@ -230,13 +254,23 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
         plain = config.to_plain(after)
         trust.check_names(plain, asked.trust)
         if not typed.resume_allow_changes:
-            changes.refuse(config.to_plain(before), plain, asked.checkpoint)
+            changes.refuse(config.to_plain(before), plain, asked.checkpoint, _describe_new_run(asked))
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
         cfg.hydra.runtime.choices = choices
         cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
     return [*notes, *changes.tell(saved, wanted)]
+
+
+def _describe_new_run(asked: Resumption) -> str:
+    """Returns the command that starts a new run like a user's own with this command line's changes."""
+    if asked.origin is None:  # what a stranger's overrides would start is not to be copied
+        return ""
+    changed = [override for override in asked.typed if _root(override) not in OF_THE_COMMAND_LINE]
+    weights = quote_path(f"init_from={asked.checkpoint}")
+    overrides = [*asked.search_path, *_without_typed(asked.own, asked.typed), *changed, weights]
+    return shlex.join(["python", "-m", "runner", *(o for o in overrides if not sets_init_from(o) or o == weights)])
 
 
 def _set_processes(wanted: dict[str, Any], typed: DictConfig, asked: Resumption) -> None:
@@ -257,7 +291,7 @@ def _make_trust(asked: Resumption, typed: DictConfig) -> Trust:
         return Trust(asked.run / ".hydra" / "config.yaml", is_signed=True)
     with run_folder.told_of(asked.run, typed):
         forms = _forms(typed)
-    remedy = "allow_targets=[{}]", "sign=true"
+    remedy = "allow_targets=[{}]", "sign=true, typed in the project's directory,"
     trusted = Trust(asked.run / ".hydra" / "config.yaml", list(typed.allow_targets), forms, asked.reason, *remedy)
     trust.check_names(_nodes_of(asked.own), replace(trusted, source=asked.run / ".hydra" / "overrides.yaml"))
     return trusted

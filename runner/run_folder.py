@@ -110,22 +110,22 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
     return folder, is_new
 
 
-def refuse_links(run: Path, links: Mapping[str, str] = {}) -> None:
+def refuse_links(run: Path, links: Mapping[str, str] = {}, sign: str = "") -> None:
     """Checks that a run's folder holds files and folders alone: says early what `disk.confine` would refuse later.
 
     Of a folder with very many files or levels the first are looked at.
 
     Args:
         links: the folders that links in the run's folder may lead to, by the links' paths in it.
+        sign: how the user, whose own run it is, has a link recorded.
     Raises:
         ConfigError: naming a link that leads elsewhere, a pipe, a socket or a device.
     """
     if (found := next(_find_irregular(run, links), None)) is None:
         return
     if found.is_symlink():
-        raise ConfigError(
-            f"{found}: a link; a run that goes on would write where it leads: put the file itself there, or remove it"
-        )
+        remedy = f"; if you made it for this run of yours: {sign} records where it leads" if sign else ", or remove it"
+        raise ConfigError(f"{found}: a link; a run would write where it leads: put the file itself there{remedy}")
     raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
 
 

@@ -121,7 +121,7 @@ def open_saved(
     except SignatureError as error:
         if is_vouched_for:
             raise ConfigError(f"--sign: {run}: {error}") from error
-        origin, remedies = None, (_REMEDY, "--sign")
+        origin, remedies = None, (_REMEDY, "--sign, typed in the project's directory,")
         trusted = Trust(run / ".hydra" / "config.yaml", prefixes, (), str(error), *remedies)
     plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
     from runner.checkpoint import FACTS
@@ -133,6 +133,7 @@ def open_saved(
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{found}: it tells no step ({error})") from error
     notes = [f"Passed over: {fault}" for fault in faults]
+    notes += signature.describe_links(origin) if origin and is_vouched_for else []
     record = run_folder.read_record(run)
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")

@@ -172,6 +172,11 @@ def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
     return origin
 
 
+def describe_links(origin: Origin) -> list[str]:
+    """Returns a note on each link that was signed."""
+    return [f"{name}: a link; the run writes to {target}" for name, target in origin.links.items()]
+
+
 def _find_moves(old: Path, new: Path) -> Iterator[tuple[str, str]]:
     """Yields the folders above a run's that were moved with it: `a/b/run` to `c/b/run` moves `a/b`, too, and `a`."""
     while old.name and old.name == new.name:

@@ -111,7 +111,8 @@ def work(
         links=handover.links,
     )
     if place is None or store is None:
-        return start(*given, goes_on=handover.goes_on)
+        with mistakes.told_where_started(handover.origin.get("directory")):
+            return start(*given, goes_on=handover.goes_on)
     goes_on = handover.goes_on or place.restarts > 0
     with process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
         try:

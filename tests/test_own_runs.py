@@ -95,10 +95,10 @@ def test_a_deleted_yaml_leaves_mistakes_to_be_told(own):
 def test_after_a_move_one_message_gives_the_argument_that_signs_it_again(own, capsys, monkeypatch):
     (own.folder / "run").rename(own.folder / "moved")
     printed = own.run("resume=moved", "trainer.steps=14", status=2)
-    assert f"it was signed in {own.folder / 'run'}, and lies elsewhere now. If it is: sign=true signs it" in printed
+    assert f"it was signed in {own.folder / 'run'}, and lies elsewhere now. If it is: sign=true, typed in" in printed
     monkeypatch.chdir(own.folder)
-    assert "--sign signs it" in message_of(capsys, evaluate.main, "moved")
-    assert "--sign signs it" in message_of(capsys, export.main, "moved")
+    assert "--sign, typed in the project's directory, signs it" in message_of(capsys, evaluate.main, "moved")
+    assert "--sign, typed in the project's directory, signs it" in message_of(capsys, export.main, "moved")
     call(evaluate.main, "moved", "--sign")
     own.run("resume=moved", "trainer.steps=14")
     call(export.main, "moved")
