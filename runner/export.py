@@ -112,6 +112,7 @@ def facts_of(
         fingerprint: of the data, where it has one.
     """
     config = to_json({key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE})
+    weights = warm_start.exported(run)
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
         "config": config,
@@ -120,15 +121,15 @@ def facts_of(
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
-        **_sign(config, run),
-        **warm_start.exported(run),
+        **_sign(warm_start.join(config, weights), run),
+        **weights,
     }
 
 
-def _sign(config: str, run: Path) -> dict[str, str]:
-    """Returns the signature of an export's config, where this user has signed the run's."""
+def _sign(text: str, run: Path) -> dict[str, str]:
+    """Returns the signature of an export's config and record, where this user has signed the run's."""
     try:
-        return {"signature": signature.sign_text(config, signature.check(run))}
+        return {"signature": signature.sign_text(text, signature.check(run))}
     except (SignatureError, OSError):
         return {}
 

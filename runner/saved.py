@@ -164,7 +164,9 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        trusted = _trust_signed(path, signature.check_text(facts["config"], facts.get("signature")))
+        trusted = _trust_signed(
+            path, signature.check_text(warm_start.join(facts["config"], facts), facts.get("signature"))
+        )
     except SignatureError as error:
         trusted = Trust(path, prefixes, (), str(error), _REMEDY)
     # It was resolved when it was written: its texts are what they say.

@@ -76,6 +76,11 @@ def exported(run: Path) -> dict[str, str]:
     return {} if text is None else {_METADATA_KEY: text.decode(errors="replace")}
 
 
+def join(config: str, metadata: Mapping[str, str]) -> str:
+    """Returns what an export's signature covers: its config, and the record in its metadata."""
+    return f"{config}\0{metadata.get(_METADATA_KEY, '')}"
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Returns the entries of a record by the key of the string in the config; none where it can't be read."""
     from runner.weights_structure import check
