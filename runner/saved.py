@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from runner import config, import_path, run_folder, signature, trust
+from runner import config, import_path, run_folder, signature, trust, warm_start
 from runner.interpolation import escape
 from runner.mistakes import ConfigError
 from runner.optimizations import Purpose
@@ -88,7 +88,7 @@ class Saved:
         Raises:
             ConfigError: they can't be built, or the weights are of others.
         """
-        from runner import build, warm_start
+        from runner import build
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
         stand_ins = warm_start.of_saved(self.plain, self.run or self.path, self.parts, self.engine)
@@ -164,9 +164,8 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        trusted = _trust_signed(
-            path, signature.check_text(warm_start.join(facts["config"], facts), facts.get("signature"))
-        )
+        signed_text = warm_start.join(facts["config"], facts)
+        trusted = _trust_signed(path, signature.check_text(signed_text, facts.get("signature")))
     except SignatureError as error:
         trusted = Trust(path, prefixes, (), str(error), _REMEDY)
     # It was resolved when it was written: its texts are what they say.
