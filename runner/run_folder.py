@@ -296,7 +296,10 @@ def _check_overrides(overrides: list[str]) -> None:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        text = read_bounded(path, _MAX_YAML_BYTES).decode()
+        data = read_bounded(path, _MAX_YAML_BYTES)
+        if not signature.is_as_checked(path, data):
+            raise ConfigError(f"{path}: was modified while it was read; try again")
+        text = data.decode()
         _check_events(path, text)
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except ConfigError:

@@ -34,6 +34,10 @@ _KEY_BYTES = 32
 _MAX_BYTES = 1 << 20
 
 
+# Digests of signed files by their paths: what is read later must be what was checked.
+_checked: dict[str, set[str]] = {}
+
+
 class SignatureError(ValueError):
     """A config isn't known to be this user's own: the message says why."""
 
@@ -85,6 +89,7 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_presen
     content["hmac"] = _authenticate(content, _read_key(make=True))
     make_folder(run / ".hydra", run)
     replace_file(run / ".hydra" / NAME, [json.dumps(content, indent=1).encode()])
+    _remember(run, digests)
 
 
 def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
@@ -120,6 +125,8 @@ def check(run: Path) -> Origin:
     Raises:
         SignatureError: the config is another user's, was modified, or lies elsewhere than where it was signed.
     """
+    for name in _SIGNED:
+        _checked.pop(os.path.realpath(run / ".hydra" / name), None)
     content = _read(run)
     origin = Origin(**{each.name: content[each.name] for each in fields(Origin)})
     _check_digests(content, _read_digests(run))
@@ -127,7 +134,19 @@ def check(run: Path) -> Origin:
         raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
     if not os.path.isdir(origin.directory):
         raise SignatureError(f"it was started in {origin.directory}, which is gone")
+    _remember(run, content["digests"])
     return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
+
+
+def is_as_checked(path: Path, content: bytes) -> bool:
+    """Says whether a file that was just read is the one whose signature was checked, if one was."""
+    digests = _checked.get(os.path.realpath(path))
+    return digests is None or _digest(content) in digests
+
+
+def _remember(run: Path, digests: Mapping[str, list[str]]) -> None:
+    for name in _SIGNED:
+        _checked[os.path.realpath(run / ".hydra" / name)] = set(digests.get(name, ()))
 
 
 def _check_digests(content: Mapping[str, Any], present: Mapping[str, list[str]]) -> None:

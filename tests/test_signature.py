@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner import signature
+from runner import run_folder, signature
+from runner.mistakes import ConfigError
 from runner.signature import Origin, SignatureError
 
 FILES = {"config.yaml": b"seed: 0\n", "overrides.yaml": b"[]\n", "hydra.yaml": b"hydra: {}\n", "weights.json": b"{}"}
@@ -264,3 +265,47 @@ def test_the_key_lies_in_the_home_folder_where_no_other_place_is_set(tmp_path, m
 
 def test_the_fields_of_an_origin_are_plain(origin):
     assert Origin(**json.loads(json.dumps(asdict(origin)))) == origin
+
+
+def test_a_file_that_is_read_is_the_one_that_was_checked(run):
+    path = run / ".hydra" / "config.yaml"
+    signature.check(run)
+    assert signature.is_as_checked(path, FILES["config.yaml"])
+    assert not signature.is_as_checked(path, b"evil: 1\n")
+    path.write_bytes(b"evil: 1\n")
+    with pytest.raises(ConfigError, match="modified while it was read"):
+        run_folder.read_config(run)
+    why_untrusted(run)
+    assert run_folder.read_config(run) == {"evil": 1}  # as what is known to be untrusted
+
+
+def test_a_file_that_was_modified_meanwhile_is_not_signed(run, origin):
+    (run / ".hydra" / "hydra.yaml").write_bytes(b"evil: 1\n")
+    with pytest.raises(SignatureError, match=r"hydra\.yaml was modified"):
+        signature.sign(run, origin, {"config.yaml": b"seed: 1\n", "overrides.yaml": b"[]\n", "weights.json": b"{}"})
+    assert "hydra.yaml was modified" in why_untrusted(run)
+
+
+def test_signing_the_present_follows_no_link(run, tmp_path):
+    (run / ".hydra" / signature.NAME).rename(tmp_path / "kept")
+    (tmp_path / "diary").write_text("dear diary")
+    (run / ".hydra" / signature.NAME).symlink_to(tmp_path / "diary")
+    signature.sign_present(run)
+    assert (tmp_path / "diary").read_text() == "dear diary"
+    assert not (run / ".hydra" / signature.NAME).is_symlink()
+    (run / ".hydra").rename(tmp_path / "hydra")
+    (run / ".hydra").symlink_to(tmp_path / "hydra")
+    before = (tmp_path / "hydra" / signature.NAME).read_bytes()
+    with pytest.raises(SignatureError, match="a link, which is not followed"):
+        signature.sign_present(run)
+    assert (tmp_path / "hydra" / signature.NAME).read_bytes() == before
+
+
+def test_directories_are_found_where_they_were_moved_with_the_run_typed_from_anywhere(run, tmp_path, monkeypatch):
+    (tmp_path / "project").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    signed = signature.sign_present(tmp_path / "moved" / "run")
+    assert signed.directory == str(tmp_path / "moved")
+    assert signed.config_dirs == [str(tmp_path / "moved" / "conf")]
+    assert str(tmp_path / "moved") in signed.python_path
