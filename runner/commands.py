@@ -34,12 +34,8 @@ _AT_STEP = ("COMMAND@STEP", "do it when that step is done: eval@20, lr 1e-4@50, 
 HELP = "\n".join(f"{form:<24}{meaning}" for form, meaning in [*_MEANINGS.values(), _AT_STEP])
 MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
 _MOST_SHOWN = 20  # of the scheduled commands
-_MOST_ANSWERED = 20  # of the commands at one boundary that only answer
 _MAX_RATE = 1e9  # above it an update of any optimizer may overflow float32
 _MAX_LINE = READ_BYTES // 4  # characters: a line cut at READ_BYTES is above it in any encoding of UTF-8
-
-
-_ANSWERING = ("time", "events", "help")
 
 
 class CommandError(ValueError):
@@ -210,8 +206,7 @@ class Commands:
     def due(self, step: int) -> list[Command]:
         """Returns, once and in the order typed, what is to be done now that `step` steps are done.
 
-        Of equal commands that are due at once only the first is done: each but `lr` has no other effect again. Of
-        `lr` commands in a row the last one counts. Of over 20 commands that only answer the others are counted.
+        Of equal commands that are due at once only the first is done: each but `lr` has no other effect again.
         """
         self._step = step
         if step < self._next_step:
@@ -220,11 +215,6 @@ class Commands:
             due = [c for c in self._waiting if c.step is None or c.step <= step]
             self._wait_for([c for c in self._waiting if c.step is not None and c.step > step])
         due = _without_repeats(due)
-        answering = [command for command in due if command.name in _ANSWERING]
-        if len(answering) > _MOST_ANSWERED:
-            self._answer(f"{len(answering)} commands ask at once: the first {_MOST_ANSWERED} are answered")
-            unanswered = set(answering[_MOST_ANSWERED:])
-            due = [command for command in due if command not in unanswered]
         passed = [command for command in due if command.step is not None and command.step < step]
         for command in passed[:_MOST_SHOWN]:
             self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
@@ -292,9 +282,7 @@ def _without_repeats(commands: list[Command]) -> list[Command]:
     seen = set[Command]()
     kept = []
     for command in commands:
-        if command.name == "lr" and kept and kept[-1].name == "lr":
-            kept[-1] = command
-        elif command.name == "lr" or command not in seen:
+        if command.name == "lr" or command not in seen:
             seen.add(command)
             kept.append(command)
     return kept
