@@ -14,7 +14,6 @@ from runner.utils.distributed import is_leader, is_many
 from runner.utils.pace import Pace
 from runner.utils.train import Stop
 
-
 _MOST_ANSWERS = 20  # at one step
 
 

@@ -277,7 +277,8 @@ class Engines(dict[str, Engine]):
             try:
                 found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
             except _MISFITS as error:
-                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {describe(error)}") from error
+                misfit = describe(error)
+                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {misfit}") from error
             notes += [f"{name}.{note}" for note in found]
         return notes
 

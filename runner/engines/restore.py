@@ -38,7 +38,8 @@ def restore(
     Returns:
         Which parts begin anew, as the state has none of their kind.
     Raises:
-        ValueError: there is such a part, and changes are not allowed; or a group of the optimizer holds a value of another kind.
+        ValueError: there is such a part, and changes are not allowed.
+        TypeError: a group of the optimizer would hold a value of another kind.
     """
     notes = find_changed_kinds(parts, state)
     if notes and not allows_changes:
