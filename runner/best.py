@@ -8,6 +8,8 @@ from typing import Any
 
 from runner.utils.utils import one_line
 
+_LONGEST = 200  # characters of a name that are shown
+
 
 def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
     """Returns the metric that older versions stored as a number, negated with the mode "max"."""
@@ -69,7 +71,8 @@ class Best:
             self.found = found
             return None
         self.found, name = None, self._name or "the first evaluated loss"
-        return f"The best checkpoint is now found by {name}: that by {one_line(str(found['name']))} no longer counts"
+        other = one_line(str(found["name"])[:_LONGEST])
+        return f"The best checkpoint is now found by {name}: that by {other} no longer counts"
 
     def describe(self, step: int, rating: float) -> dict[str, Any]:
         """Returns what `found` is after an evaluation with that rating."""

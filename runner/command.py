@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from typing import Any
 
@@ -31,9 +30,8 @@ def _clean_up(status: int) -> None:
 
 
 def _run() -> None:
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print; the message is made here
     config.register()
+    mistakes.hide_tracebacks(False)
     gc.disable()  # importing torch makes no garbage, and looking for it takes a third of the time; `run` enables it
     status = 1
     try:
@@ -43,11 +41,15 @@ def _run() -> None:
         if launch.shows_resumed(arguments):
             sys.exit(0)
         sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-        _compose_and_launch()
+        with mistakes.raised_by_hydra():  # the message is made here
+            _compose_and_launch()
         status = 0
     except Exception as error:
         message = mistakes.explain(error)
-        if wants_traceback or message is None:
+        if message is None and mistakes.hides_tracebacks():
+            mistakes.tell_traceback(error)
+            sys.exit(status)
+        if mistakes.wants_traceback() or message is None:
             raise
         if not getattr(error, "is_told", False):
             mistakes.tell(message)
@@ -62,5 +64,3 @@ def _run() -> None:
     finally:
         _clean_up(status)
         gc.enable()
-        if not wants_traceback:
-            os.environ.pop("HYDRA_FULL_ERROR", None)

@@ -32,8 +32,9 @@ _MEANINGS = {  # name: (how it is typed, what it does)
 }
 _AT_STEP = ("COMMAND@STEP", "do it when that step is done: eval@20, lr 1e-4@50, quit@40")
 HELP = "\n".join(f"{form:<24}{meaning}" for form, meaning in [*_MEANINGS.values(), _AT_STEP])
-_MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
+MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
 _MOST_SHOWN = 20  # of the scheduled commands
+_MAX_RATE = 1e9  # above it an update of any optimizer may overflow float32
 _MAX_LINE = READ_BYTES // 4  # characters: a line cut at READ_BYTES is above it in any encoding of UTF-8
 
 
@@ -101,6 +102,8 @@ def _rate(words: list[str]) -> float:
             number = float(words[0])
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"expected one finite number above 0, found {_shown(' '.join(words))}")
+    if number > _MAX_RATE:
+        raise ValueError(f"expected at most {_MAX_RATE:g}, found {_shown(' '.join(words))}")
     return number
 
 
@@ -190,7 +193,7 @@ class Commands:
             self._answer,
             _is_command if peeks else None,
             warn,
-            lambda: len(self._waiting) + num_elsewhere() < _MOST_PENDING,
+            lambda: len(self._waiting) + num_elsewhere() < MOST_PENDING,
         )
         self._reader.start()
 
@@ -212,9 +215,11 @@ class Commands:
             due = [c for c in self._waiting if c.step is None or c.step <= step]
             self._wait_for([c for c in self._waiting if c.step is not None and c.step > step])
         due = _without_repeats(due)
-        for command in due:
-            if command.step is not None and command.step < step:
-                self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
+        passed = [command for command in due if command.step is not None and command.step < step]
+        for command in passed[:_MOST_SHOWN]:
+            self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
+        if len(passed) > _MOST_SHOWN:
+            self._answer(f"... ({len(passed)} in all whose step has passed)")
         return due
 
     def take(self, line: str) -> bool:

@@ -14,6 +14,8 @@ from runner.utils.distributed import is_leader, is_many
 from runner.utils.pace import Pace
 from runner.utils.train import Stop
 
+_MOST_ANSWERS = 20  # at one step
+
 
 class Running(Protocol):
     """The loop that is talked to."""
@@ -40,6 +42,7 @@ class Dialogue:
         self._engines, self._agreement, self._answer = engines, agreement, answer
         self.inbox = Commands(answer)
         self.loop: Running | None = None
+        self._answered = 0, 0  # the last step with an answer, and how many it had
 
     @property
     def commands(self) -> Mapping[str, Callable[[Any], None]]:
@@ -48,8 +51,8 @@ class Dialogue:
             "quit": self._quit,
             "lr": self._set_lr,
             "time": self._tell_time,
-            "events": lambda _: self._answer(describe_events(self.inbox.pending)),
-            "help": lambda _: self._answer(HELP),
+            "events": lambda _: self._answer_due(describe_events(self.inbox.pending)),
+            "help": lambda _: self._answer_due(HELP),
         }
 
     def start(self, step: int, *, peeks: bool, warn: Callable[[str], None]) -> None:
@@ -67,15 +70,26 @@ class Dialogue:
         self._agreement.say("line", line)
         return True
 
+    def _answer_due(self, text: str) -> None:
+        """Answers a command that was due, with the first few at one step."""
+        assert self.loop is not None
+        step, count = self._answered
+        count = count + 1 if step == self.loop.step else 1
+        self._answered = self.loop.step, count
+        if count <= _MOST_ANSWERS:
+            self._answer(text)
+        elif count == _MOST_ANSWERS + 1:
+            self._answer("... (further commands at this step are done without an answer)")
+
     def _quit(self, _: Any) -> None:
         raise Stop("quit")
 
     def _set_lr(self, lr: float) -> None:
         assert self.loop is not None
         self._engines.set_lr(lr)
-        self._answer(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
+        self._answer_due(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
 
     def _tell_time(self, to: int | None) -> None:
         assert self.loop is not None
         elapsed_s, step_s = self.loop.pace.overall(self.loop.step)
-        self._answer(describe_time(self.loop.step, self.loop.steps, step_s, elapsed_s, to))
+        self._answer_due(describe_time(self.loop.step, self.loop.steps, step_s, elapsed_s, to))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from runner.checkpoint import FACTS
-from runner.commands import parse
+from runner.commands import MOST_PENDING, parse
 
 BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
 ACTIONS = ("eval", "export", "save")
@@ -56,7 +56,10 @@ def _check_loop(loop: Mapping[str, Any]) -> None:
 
 def _check_commands(commands: Mapping[str, Any]) -> None:
     place = f"{FACTS}: commands"
-    for line in _check(commands, "pending", "a list of commands", lambda value: _is_list_of(value, _is_text), place):
+    pending = _check(commands, "pending", "a list of commands", lambda value: _is_list_of(value, _is_text), place)
+    if len(pending) > 2 * MOST_PENDING:  # a run keeps fewer
+        raise ValueError(f"{place}.pending: expected at most {2 * MOST_PENDING} commands, found {len(pending)}")
+    for line in pending:
         try:
             is_scheduled = parse(line).step is not None
         except ValueError as error:

@@ -6,6 +6,8 @@ changes with it.
 
 from typing import Any
 
+_LONGEST = 200  # characters of a saved fingerprint that are shown
+
 
 def fingerprint_of(dataset: Any) -> str | None:
     """Returns what a dataset says of its content, or None."""
@@ -23,7 +25,7 @@ def find_change(dataset: Any, saved: str | None, is_allowed: bool = True) -> str
     if saved is None or now is None or now == saved:
         return None
     kind = type(dataset).__name__
-    changed = f"{kind}: its data is not what the run was trained on: {now} now, {saved} then"
+    changed = f"{kind}: its data is not what the run was trained on: {now} now, {saved[:_LONGEST]} then"
     if is_allowed:
         return changed
     raise ValueError(f"{changed}; give it that data, or go on with this: resume_allow_changes=true")

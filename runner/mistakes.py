@@ -31,11 +31,15 @@ from omegaconf.errors import (
 
 from runner.schema import Config
 from runner.signals import STATUSES
-from runner.utils.utils import escape_controls, one_line
+from runner.utils.utils import describe, escape_controls, one_line
 
 HEADER = "# @package _global_"
 _NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's own words, for model=null
 _LONGEST_SHOWN = 200  # characters of what was found
+_LONGEST_TOLD = 16_000  # characters of a message
+_LONGEST_REASON = 1000  # characters of an error of an untrusted run
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+_OWN_FULL_ERROR = "RUNNER_SET_HYDRA_FULL_ERROR"  # in this process and its workers: the user did not set it
 _COMPOSERS = ("hydra.", "omegaconf.", "yaml.", "antlr4.")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
@@ -58,15 +62,61 @@ def shown(text: str) -> str:
     return one_line(text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…")
 
 
+def cut(text: str, most: int) -> str:
+    """Returns a text that says so where characters beyond `most` are left out."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
+
+
 def tell(message: str) -> None:
-    """Prints a message on standard error; it may have several lines."""
-    print(escape_controls(message), file=sys.stderr)
+    """Prints a message on standard error, cut where it is long; it may have several lines."""
+    print(escape_controls(cut(message, _LONGEST_TOLD)), file=sys.stderr)
+
+
+def wants_traceback() -> bool:
+    """Says whether the user has asked for tracebacks."""
+    return os.environ.get(_FULL_ERROR) == "1" and _OWN_FULL_ERROR not in os.environ
+
+
+@contextlib.contextmanager
+def raised_by_hydra() -> Iterator[None]:
+    """Has Hydra raise what it would print, for the length of a block, here and in processes that this one starts."""
+    if wants_traceback():
+        yield
+        return
+    os.environ.update({_FULL_ERROR: "1", _OWN_FULL_ERROR: "1"})
+    try:
+        yield
+    finally:
+        for name in (_FULL_ERROR, _OWN_FULL_ERROR):
+            os.environ.pop(name, None)
+
+
+_is_hidden = False
+
+
+def hide_tracebacks(is_on: bool = True) -> None:
+    """Has errors that nobody understands end in one line: this process runs what its user has not written."""
+    global _is_hidden
+    _is_hidden = is_on
+
+
+def hides_tracebacks() -> bool:
+    """Says whether an error is to be told in one line."""
+    return _is_hidden and not wants_traceback()
+
+
+def describe_hidden(error: BaseException) -> str:
+    """Returns an error of an untrusted run as a part of one line, with the way to its traceback."""
+    return f"{one_line(cut(describe(error), _LONGEST_REASON))}; {_FULL_ERROR}=1 shows the traceback"
 
 
 def tell_traceback(error: BaseException) -> None:
-    """Prints an error with its traceback on standard error."""
+    """Prints an error with its traceback on standard error, or in one line where tracebacks are hidden."""
     with contextlib.suppress(OSError):  # whoever read it has gone
-        tell("".join(traceback.format_exception(error)).rstrip("\n"))
+        if hides_tracebacks():
+            tell(describe_hidden(error))
+        else:
+            print(escape_controls("".join(traceback.format_exception(error)).rstrip("\n")), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -87,14 +137,21 @@ def told_where_started(directory: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_in_one_message() -> Iterator[None]:
-    """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130."""
+    """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130.
+
+    Another error of an untrusted run ends it with status 1 and one line.
+    """
+    hide_tracebacks(False)
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(STATUSES["interrupted"]) from None
     except Exception as error:
         message = explain(error)
-        if message is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if message is None and hides_tracebacks():
+            tell_traceback(error)
+            raise SystemExit(1) from None
+        if message is None or wants_traceback():
             raise
         tell(message)
         raise SystemExit(2) from None

@@ -18,7 +18,7 @@ from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
 from runner.hparams import merge
-from runner.mistakes import ConfigError, tell_traceback
+from runner.mistakes import ConfigError, describe_hidden, hides_tracebacks, tell_traceback
 from runner.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
@@ -101,7 +101,7 @@ def run(
             if session.is_new and not session.begins_again and is_leader() and not has_saved:
                 _remove_begun(folder, had_log)
             raise
-    if failure is not None and not is_job:
+    if failure is not None and not is_job and not hides_tracebacks():
         tell_traceback(failure)
     if session.agreement.has_left:  # the other ranks wait until its connections are closed
         raise SystemExit(status)
@@ -252,8 +252,9 @@ def _run(
         if is_signal(error):
             status, reason = _describe_cut(number := meaning_of(error)[1])
             return 128 + number, None
-        reason = describe(error)
-        log.error("The run failed: %s", reason, exc_info=True, extra=extra)
+        is_hidden = hides_tracebacks()
+        reason = describe_hidden(error) if is_hidden else describe(error)
+        log.error("The run failed: %s", reason, exc_info=None if is_hidden else True, extra=extra)
         if isinstance(error, (RankError, LostError)):
             raise
         return STATUSES["failed"], error

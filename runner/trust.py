@@ -20,7 +20,7 @@ from typing import Any
 from hydra.utils import get_object
 
 from runner.interpolation import NOT_FOLLOWED, reads_elsewhere
-from runner.mistakes import ConfigError, shown
+from runner.mistakes import ConfigError, hide_tracebacks, shown
 from runner.targets import find_module, rule_paths
 from runner.utils.utils import one_line
 
@@ -96,6 +96,7 @@ def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
     """
     if trust.is_signed:
         return
+    hide_tracebacks()
     found = [
         f"{shown(key)}={shown(value)}: {NOT_FOLLOWED}"
         for key, value in _walk(config)

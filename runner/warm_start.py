@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ _MAX_RECORD_BYTES = 16 << 20
 _MAX_EXPORTED_BYTES = 1 << 20
 _MAX_PATH_LENGTH = 4096
 _MAX_NUM_PROBED = 1000  # strings of a model's config that are looked up on disk
+_MAX_NUM_ENTRIES = 100  # files and folders in a run's record
 
 Make = Callable[[Any], "nn.Module"]
 
@@ -58,6 +60,8 @@ def record(plain: Mapping[str, Any], known: Path | None = None) -> bytes | None:
     entries = {} if known is None else _read(known)
     texts = {place: text for _, key, node in models_of(plain) for place, text in _strings(node, key)}
     for place, text in list(texts.items())[:_MAX_NUM_PROBED]:
+        if len(entries) >= _MAX_NUM_ENTRIES:
+            break
         if place not in entries and (files := describe(text)) is not None:
             entries[place] = {"path": text, **files}
             if len(_encode(entries)) > _MAX_RECORD_BYTES:
@@ -97,11 +101,11 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(text)
         if document["format"] != _FORMAT:
             return {}
-        for entry in document["entries"].values():
+        entries: dict[str, Any] = dict(islice(document["entries"].items(), _MAX_NUM_ENTRIES))
+        for entry in entries.values():
             check(entry)
     except Exception:  # a stranger's: what it is not is of any kind
         return {}
-    entries: dict[str, Any] = document["entries"]
     return entries
 
 
@@ -168,6 +172,7 @@ class StandIns(Builder):
     def __init__(self, source: Path, weights: Mapping[str, Any]) -> None:
         self._entries = _read(source if source.is_file() else source / ".hydra" / RECORD)
         self._weights = weights
+        self._num_bytes = 0  # of all stand-ins so far
 
     def build(self, engine: str, key: str, node: Any, make: Make) -> nn.Module:
         """Returns what `make` makes of a model's config.
@@ -198,8 +203,10 @@ class StandIns(Builder):
         """Builds a model twice, from other values of the lost files, to find what the checkpoint does not hold."""
         from runner.weights_structure import find_unsaved
 
-        own = self._weights.get(engine)
-        build = _Builds(key, node, make, lost, own if isinstance(own, Mapping) else {})
+        found = self._weights.get(engine)
+        own = found if isinstance(found, Mapping) else {}
+        self._check_size(key, lost, own)
+        build = _Builds(key, node, make, lost, own)
         other: dict[str, Any] | None = None
         with contextlib.suppress(ConfigError), contextlib.redirect_stdout(streams.StringIO()):
             other = find_unsaved(build(fills_with_ones=True))
@@ -217,6 +224,22 @@ class StandIns(Builder):
             remedy = f"put {lost[0].path} back, or register them as parameters or persistent buffers"
             raise ConfigError(f"{key}: {names}: read from {lost[0].path}, and no checkpoint holds them; {remedy}")
         return module
+
+    def _check_size(self, key: str, lost: list[Lost], own: Mapping[str, Any]) -> None:
+        """Checks that the stand-ins of a run, whose record may be a stranger's, are few and no larger than is right.
+
+        Raises:
+            ConfigError: there are too many, or they are too large together.
+        """
+        from runner.weights_structure import count_bytes, most_bytes
+
+        remedy = _describe_lost(lost[0])
+        if len(lost) > _MAX_NUM_ENTRIES:
+            raise ConfigError(f"{key}: expected at most {_MAX_NUM_ENTRIES} weights files, found {len(lost)}; {remedy}")
+        self._num_bytes += sum(count_bytes(each.entry, own) for each in lost)
+        if self._num_bytes > (limit := most_bytes(self._weights)):
+            found = f"the recorded structure of {len(lost)} has over {limit:,} bytes with all before"
+            raise ConfigError(f"{key}: weights files: {found}; {remedy}")
 
 
 def of_saved(plain: dict[str, Any], source: Path, weights: Mapping[str, Any], engine: str | None) -> StandIns | None:
@@ -251,16 +274,16 @@ class _Builds:
                 told = f"{self._key}: {folder}: can't be written to ({error.strerror}); set TMPDIR"
                 raise ConfigError(told) from error
             except Exception as error:  # of a record that came from elsewhere
-                raise ConfigError(f"{self._key}: {error}; {self._describe_lost()}") from error
+                raise ConfigError(f"{self._key}: {error}; {_describe_lost(self._lost[0])}") from error
             try:
                 return self._make(_replaced(self._node, self._key, paths))
             except ConfigError as error:
                 message = str(error)
                 for each in self._lost:
                     message = message.replace(str(paths[each.place]), each.path)
-                raise ConfigError(f"{message}; {self._describe_lost()}") from error
+                raise ConfigError(f"{message}; {_describe_lost(self._lost[0])}") from error
 
-    def _describe_lost(self) -> str:
-        lost = self._lost[0]
-        state = "has changed since the run began" if os.path.exists(lost.path) else "is gone"
-        return f"{lost.place}={lost.path} {state}, and the run's own weights do not stand for it: put it back"
+
+def _describe_lost(lost: Lost) -> str:
+    state = "has changed since the run began" if os.path.exists(lost.path) else "is gone"
+    return f"{lost.place}={lost.path} {state}, and the run's own weights do not stand for it: put it back"

@@ -219,7 +219,7 @@ def write(
         own: the run's own weights, for tensors of the same name and shape.
         fills_with_ones: all values are ones but those recorded; else own weights, or zeros.
     Raises:
-        ValueError: it would be much larger than the run's weights, or the description can't be followed.
+        ValueError: the description can't be followed.
         OSError: the disk refused.
     """
     tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
@@ -228,10 +228,6 @@ def write(
     if entry is None:
         _write_own(path, tensors, fills_with_ones=fills_with_ones)
         return path
-    described = [found for found in entry["files"].values() if found["kind"] != _TEXT]
-    limit = max(_SIZE_FACTOR * sum(each.nbytes for each in tensors.values()), _SIZE_FLOOR)
-    if sum(_count_bytes(found) for found in described) > limit:
-        raise ValueError(f"{text}: its recorded structure has over {limit:,} bytes")
     for inner, found in entry["files"].items():
         target = path / inner if entry["is_folder"] else path
         for parent in (path, target.parent) if entry["is_folder"] else ():
@@ -246,8 +242,18 @@ def write(
     return path
 
 
-def _count_bytes(found: Mapping[str, Any]) -> int:
-    return sum(math.prod(shape) * dtype_of(dtype).itemsize for dtype, shape, *_ in found["tensors"].values())
+def count_bytes(entry: Mapping[str, Any] | None, own: Mapping[str, Any]) -> int:
+    """Returns how large the tensors of a stand-in are; the arguments are those of `write`."""
+    if entry is None:
+        return sum(value.nbytes for value in own.values() if isinstance(value, Tensor))
+    described = [found["tensors"].values() for found in entry["files"].values() if found["kind"] != _TEXT]
+    return sum(math.prod(shape) * dtype_of(dtype).itemsize for tensors in described for dtype, shape, *_ in tensors)
+
+
+def most_bytes(weights: Mapping[str, Any]) -> int:
+    """Returns how large all stand-ins of a run with these saved parts may be together."""
+    parts = [part for part in weights.values() if isinstance(part, Mapping)]
+    return max(_SIZE_FACTOR * sum(count_bytes(None, part) for part in parts), _SIZE_FLOOR)
 
 
 class _Values:

@@ -101,6 +101,7 @@ def work(
     from runner import run
     from runner.utils.distributed import RankError, process_group
 
+    mistakes.hide_tracebacks(not handover.origin)
     import_path.prepend(handover.python_path)
     settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
     start = partial(

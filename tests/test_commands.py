@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = st.integers(1, 10**18 - 1)
 NAMES = ("save", "export", "eval", "quit", "lr", "time", "events", "help")
 PLAIN = st.builds(Command, st.sampled_from([name for name in NAMES if name != "lr"]))
-RATES = st.builds(Command, st.just("lr"), st.floats(0, exclude_min=True, allow_infinity=False))
+RATES = st.builds(Command, st.just("lr"), st.floats(0, 1e9, exclude_min=True))
 TIMES_TO = st.builds(Command, st.just("time"), STEPS)
 COMMANDS = st.builds(
     lambda command, step: Command(command.name, command.argument, step),

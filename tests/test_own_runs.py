@@ -225,3 +225,44 @@ def test_installed_commands_find_modules_in_the_current_directory(own, tmp_path_
     for name in ("runner-evaluate", "runner-export"):
         ended = subprocess.run([*python, installed(name, scripts), "run", "--allow-targets", "own"], **settings)
         assert ended.returncode == 0, ended.stderr
+
+
+FAILING = """
+
+
+def fails(module, dataset):
+    raise RuntimeError("first\\nsecond" + "y" * 100_000)
+"""
+
+
+@pytest.fixture
+def failing(own):
+    """A run that nobody has signed, whose report fails."""
+    source = own.folder / "own.py"
+    source.write_text(source.read_text() + FAILING)
+    path = own.folder / "run" / ".hydra" / "config.yaml"
+    text = path.read_text()
+    assert "_target_: own.report\n" in text
+    path.write_text(text.replace("_target_: own.report\n", "_target_: own.fails\n"))
+    return own
+
+
+def test_an_error_of_an_untrusted_run_is_one_line_unless_its_traceback_is_asked_for(failing, capsys, monkeypatch):
+    line = "RuntimeError: first\\nsecond"
+    hint = "; HYDRA_FULL_ERROR=1 shows the traceback\n"
+    log = failing.folder / "run" / "log.txt"
+    arguments = "resume=run", "trainer.steps=14", "trainer.eval_every=1", "allow_targets=[own]"
+    printed = failing.run(*arguments, status=1)
+    assert printed.count(f"error: The run failed: {line}") == printed.count(hint) == 1
+    assert "Traceback" not in printed + log.read_text()
+    assert hint in log.read_text()
+    assert len(printed) < 10_000
+    with pytest.raises(SystemExit) as caught:
+        call(evaluate.main, failing.folder / "run", "--allow-targets", "own")
+    assert caught.value.code == 1
+    told = capsys.readouterr().err
+    assert (told.startswith(line), told.endswith(hint), told.count("\n")) == (True, True, 1)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    assert "Traceback (most recent call last)" in failing.run(*arguments, status=1)
+    with pytest.raises(RuntimeError, match="first"):
+        call(evaluate.main, failing.folder / "run", "--allow-targets", "own")

@@ -502,3 +502,25 @@ def test_a_real_model_of_transformers_is_built_again_without_its_folder(tmp_path
     evaluate.main(arguments)
     assert capsys.readouterr().out == whole
     project.run("resume=run", "trainer.steps=6")
+
+
+def test_the_stand_ins_of_a_run_are_bounded_together(tmp_path):
+    entries = {
+        f"model.a{i}": {"path": f"gone{i}.npy", "is_folder": False, "files": {"x.npy": HUGE | {"kind": "npy"}}}
+        for i in range(12)
+    }
+    for each in entries.values():
+        each["files"]["x.npy"] = {**each["files"]["x.npy"], "tensors": {"array": ["float32", [1 << 23]]}}
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "weights.json").write_text(json.dumps({"format": 1, "entries": entries}))
+    node = {f"a{i}": f"gone{i}.npy" for i in range(12)}
+    with pytest.raises(ConfigError, match=r"of 12 has over 268,435,456 bytes .*gone0\.npy is gone.*put it back"):
+        warm_start.StandIns(tmp_path, {}).build("model", "model", node, nn.Identity)
+
+
+def test_a_record_has_a_hundred_entries_at_most(tmp_path):
+    paths = [str(tmp_path / f"{number:03}.npy") for number in range(101)]
+    for path in paths:
+        np.save(path, np.zeros(1))
+    record = json.loads(warm_start.record({"engines": {}, "model": {"paths": paths}}))
+    assert list(record["entries"]) == [f"model.paths.{number}" for number in range(100)]

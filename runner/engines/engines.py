@@ -20,7 +20,7 @@ from runner.engines.gradients import EMPTY
 from runner.engines.layouts import map_tensors
 from runner.utils.distributed import gather, is_many, move, seed_all, together
 from runner.utils.generators import HeldGenerators
-from runner.utils.utils import mix
+from runner.utils.utils import describe, mix
 from runner.utils.weights import load_weights
 
 # What loading a state raises that was saved of something else, or by another program.
@@ -277,7 +277,8 @@ class Engines(dict[str, Engine]):
             try:
                 found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
             except _MISFITS as error:
-                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {error!r}") from error
+                misfit = describe(error)
+                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {misfit}") from error
             notes += [f"{name}.{note}" for note in found]
         return notes
 

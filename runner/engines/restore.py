@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from runner.engines.group_values import check_values, values_of
 from runner.engines.optimizer_state import Matched, Names, groups_of, match, numbers_of, set_numbers
 from runner.engines.schedule import Schedule, recall, reorder_events
 from runner.engines.settings import apply_changes, find_changed_kinds, reorder
@@ -38,6 +39,7 @@ def restore(
         Which parts begin anew, as the state has none of their kind.
     Raises:
         ValueError: there is such a part, and changes are not allowed.
+        TypeError: a group of the optimizer would hold a value of another kind.
     """
     notes = find_changed_kinds(parts, state)
     if notes and not allows_changes:
@@ -49,6 +51,7 @@ def restore(
     optimizer: Optimizer | None = parts["optimizer"]
     saved, before, is_replayed = dict(state), dict(state["configured"]), bool(changed & _KINDS)
     if optimizer is not None:
+        built = values_of(optimizer)
         history = recall(state, groups_of(state["optimizer"] or {}))
         if changed & _KINDS:  # rates that were set live were those of the other schedule or optimizer
             metrics = [event for event in history["events"] if "metric" in event]
@@ -69,6 +72,7 @@ def restore(
         schedule.take_base_lrs(now, before)
     if optimizer is not None and "optimizer" not in changed:
         apply_changes(optimizer, now, before)
+        check_values(optimizer, built)
         set_numbers(optimizer, state.get("numbers") or [{}] * len(numbers_of(optimizer)))
         if is_replayed:
             schedule.restore(owned)

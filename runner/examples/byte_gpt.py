@@ -11,6 +11,7 @@ from torch import Tensor, nn
 VOCABULARY = 256
 # Contexts are a few hundred bytes; a slower rotation than this would leave half of the angles unused.
 ROTARY_BASE = 1000.0
+MAX_SAMPLE_BYTES = 100_000
 
 
 class ByteGPT(nn.Module):
@@ -165,9 +166,21 @@ class SampleCode:
         num_bytes: bytes to generate after it.
         temperature: 0 takes the likeliest byte; 1 draws from the model's own distribution.
         seed: of the sampling.
+
+    Raises:
+        ValueError: an argument is of another kind or out of range.
     """
 
     def __init__(self, prompt: str = "def ", num_bytes: int = 200, temperature: float = 0.8, seed: int = 0) -> None:
+        if not isinstance(prompt, str) or len(prompt) > MAX_SAMPLE_BYTES:
+            most = f"{MAX_SAMPLE_BYTES} characters"
+            raise ValueError(f"SampleCode: prompt is a text of at most {most}, not {prompt!r:.60}")
+        if type(num_bytes) is not int or not 0 <= num_bytes <= MAX_SAMPLE_BYTES:
+            raise ValueError(f"SampleCode: num_bytes is 0 to {MAX_SAMPLE_BYTES}, not {num_bytes!r:.60}")
+        if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+            raise ValueError(f"SampleCode: temperature is a number from 0 on, not {temperature!r:.60}")
+        if type(seed) is not int or not -(1 << 63) <= seed < 1 << 64:
+            raise ValueError(f"SampleCode: seed is a whole number of 64 bits, not {seed!r:.60}")
         self.prompt = prompt
         self.num_bytes = num_bytes
         self.temperature = temperature
@@ -175,7 +188,7 @@ class SampleCode:
 
     def __call__(self, module: ByteGPT, dataset: object) -> dict[str, str]:
         """`sample`: prompt and generated text as a Markdown code block; `dataset` is not used."""
-        prompt = self.prompt.encode()
+        prompt = self.prompt.encode(errors="replace")
         generated = module.generate(prompt, self.num_bytes, self.temperature, self.seed)
         return {"sample": as_code_block((prompt + generated).decode(errors="replace"))}
 

@@ -18,6 +18,9 @@ SKIPPED_FOLDERS = frozenset(
     | {"site-packages", "test", "tests", "turtledemo"}
 )
 GENERATED_PREFIX = "_sysconfigdata"
+MAX_FILE_BYTES = 16 << 20
+MAX_BYTES = 1 << 30  # of all files of a split
+MAX_ENTRIES = 1_000_000  # of the folder and those below it
 
 
 class SourceCode(Dataset[dict[str, Tensor]]):
@@ -51,10 +54,11 @@ class SourceCode(Dataset[dict[str, Tensor]]):
         self._settings = (split, context, max_windows, validation_fraction, root)
         if split not in SPLITS:
             raise ValueError(f"SourceCode: split is one of {', '.join(SPLITS)}, not {split!r}")
-        if context < 1 or (max_windows is not None and max_windows < 1):
-            raise ValueError(f"SourceCode: context and max_windows are at least 1, not {context}, {max_windows}")
-        if not 0 <= validation_fraction <= 1:
-            raise ValueError(f"SourceCode: validation_fraction is 0 to 1, not {validation_fraction}")
+        if not _is_count(context) or not (max_windows is None or _is_count(max_windows)):
+            found = f"{context!r:.60}, {max_windows!r:.60}"
+            raise ValueError(f"SourceCode: context and max_windows are whole numbers, at least 1, not {found}")
+        if type(validation_fraction) not in (int, float) or not 0 <= validation_fraction <= 1:
+            raise ValueError(f"SourceCode: validation_fraction is 0 to 1, not {validation_fraction!r:.60}")
         folder = sysconfig.get_paths()["stdlib"] if root is None else os.fspath(root)
         names = list_sources(folder)
         if not names:
@@ -91,18 +95,33 @@ class SourceCode(Dataset[dict[str, Tensor]]):
         return type(self), self._settings
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
 def list_sources(folder: str) -> list[str]:
-    """Relative names, with forward slashes and sorted, of the Python files that the dataset reads."""
+    """Relative names, with forward slashes and sorted, of the Python files that the dataset reads.
+
+    Raises:
+        ValueError: the folder has too many entries, as where links below it lead in circles.
+    """
     names = []
+    num_entries = 0
     pending = [""] if os.path.isdir(folder) else []  # an interpreter may keep its library in a zip file
     while pending:
         prefix = pending.pop()
-        for entry in os.scandir(os.path.join(folder, prefix)):
-            if entry.is_dir():
-                if entry.name not in SKIPPED_FOLDERS:
-                    pending.append(f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".py") and not entry.name.startswith(GENERATED_PREFIX):
-                names.append(prefix + entry.name)
+        with os.scandir(os.path.join(folder, prefix)) as entries:
+            for entry in entries:
+                num_entries += 1
+                if num_entries > MAX_ENTRIES:
+                    raise ValueError(
+                        f"SourceCode: {folder} has over {MAX_ENTRIES:,} entries; set root to a smaller folder"
+                    )
+                if entry.is_dir():
+                    if entry.name not in SKIPPED_FOLDERS:
+                        pending.append(f"{prefix}{entry.name}/")
+                elif entry.name.endswith(".py") and not entry.name.startswith(GENERATED_PREFIX) and entry.is_file():
+                    names.append(prefix + entry.name)
     return sorted(names)
 
 
@@ -112,10 +131,19 @@ def in_validation(name: str, fraction: float) -> bool:
 
 
 def read_stream(folder: str, names: list[str]) -> Tensor:
-    """The bytes of the files in order, a zero byte after each: uint8 [total]."""
+    """The bytes of the files in order, a zero byte after each: uint8 [total].
+
+    Raises:
+        ValueError: a file is too large for source code, or all are together.
+    """
     stream = bytearray()
     for name in names:
         with open(os.path.join(folder, name), "rb") as file:
-            stream += file.read()
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES or len(stream) > MAX_BYTES:
+            found = f"{name} is" if len(content) > MAX_FILE_BYTES else f"the files up to {name} are"
+            largest = f"{MAX_FILE_BYTES:,} bytes, or all over {MAX_BYTES:,}"
+            raise ValueError(f"SourceCode: {found} too large: no file may have over {largest}; set root to source code")
+        stream += content
         stream.append(0)
     return torch.frombuffer(stream, dtype=torch.uint8) if stream else torch.empty(0, dtype=torch.uint8)

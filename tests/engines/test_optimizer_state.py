@@ -8,6 +8,7 @@ from ranks import run_ranks
 from torch import nn
 
 from runner.engines import Engine, Engines
+from runner.engines.group_values import check_values, values_of
 from runner.engines.layouts import DDP, Alone
 from runner.engines.optimizers import TorchaoAdamW8bit, muon
 from runner.engines.schedulers import warmup_cosine
@@ -237,3 +238,28 @@ def test_numbers_and_generators_beside_the_state_go_on_and_settings_are_those_of
     for engines in (whole, cut):
         train(engines, range(3, 6))
     assert_same(whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eps", "x"), ("eps", 1e300), ("betas", (0.9,)), ("betas", (0.9, None)), ("weight_decay", torch.zeros(2)),
+        ("weight_decay", torch.zeros(())), ("lr", None), ("foreach", "yes"), ("maximize", {}), ("amsgrad", True),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_than_the_group_was_built_with_is_told(key, value):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
+    built = values_of(optimizer)
+    check_values(optimizer, built)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(TypeError, match=f"group 0: {key}: expected .*, found "):
+        check_values(optimizer, built)
+
+
+def test_values_that_a_schedule_or_compiling_changes_are_taken():
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], weight_decay=0)
+    built = values_of(optimizer)
+    optimizer.param_groups[0] |= {"lr": torch.tensor(1.0), "betas": [0.5, 0.5], "weight_decay": 0.1, "added": "text"}
+    optimizer.param_groups[0]["capturable"] = True  # on an accelerator; here it would fail
+    check_values(optimizer, built)
+    assert optimizer.param_groups[0]["capturable"] is False

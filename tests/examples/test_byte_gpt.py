@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import markdown
 import pytest
@@ -164,6 +165,14 @@ def test_the_report_is_the_prompt_and_its_continuation() -> None:
     text = (b"def f(" + module.generate(b"def f(", 30, 1.0, 4)).decode(errors="replace")
     assert report == {"sample": as_code_block(text)}
     assert report["sample"].startswith("    def f(")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"prompt": None}, {"num_bytes": 10**9}, {"num_bytes": 1.5}, {"temperature": "x"}, {"seed": 1 << 70}]
+)
+def test_a_sample_of_other_arguments_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"SampleCode: {next(iter(arguments))} is .*, not "):
+        SampleCode(**arguments)
 
 
 @pytest.mark.parametrize(

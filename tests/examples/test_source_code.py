@@ -1,8 +1,10 @@
 """The standard library as data: what is read, how it is split, and that windows are exactly the files' bytes."""
 
+import os
 import pickle
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +139,33 @@ def test_a_split_without_a_whole_window_is_an_error_that_counts_bytes(tmp_path: 
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SourceCode(**settings)  # type: ignore[arg-type]
+
+
+def test_only_regular_files_are_read(folder: Path) -> None:
+    before = list_sources(str(folder))
+    os.mkfifo(folder / "pipe.py")
+    (folder / "zeros.py").symlink_to("/dev/zero")
+    assert list_sources(str(folder)) == before
+    (folder / "linked.py").symlink_to(folder / "m0.py")
+    assert list_sources(str(folder)) == sorted([*before, "linked.py"])
+
+
+def test_a_file_too_large_for_source_code_is_refused(folder: Path) -> None:
+    (folder / "holes.py").touch()
+    os.truncate(folder / "holes.py", 1 << 40)
+    with pytest.raises(ValueError, match=r"holes\.py is too large: no file may have over 16,777,216 bytes"):
+        SourceCode("train", 8, validation_fraction=0.0, root=str(folder))
+
+
+def test_links_that_lead_in_circles_end_in_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.examples.source_code.MAX_ENTRIES", 1000)
+    (folder / "one").symlink_to(".")
+    (folder / "two").symlink_to(".")
+    with pytest.raises(ValueError, match="over 1,000 entries"):
+        list_sources(str(folder))
+
+
+@pytest.mark.parametrize("arguments", [{"max_windows": 1.5}, {"context": True}, {"validation_fraction": "x"}])
+def test_arguments_of_another_kind_are_refused(folder: Path, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}.* not "):
+        SourceCode(root=str(folder), **arguments)
