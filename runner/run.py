@@ -171,7 +171,7 @@ def _open(
     try:
         found = _find_together(Path(settings["resume"])) if settings["resume"] else None
         other_run = None if found else initial_weights.find(settings)
-        experiment = build(settings, store, warm_start.StandIns(folder, found[1]) if found else other_run)
+        experiment = build(settings, store, _make_stand_ins(folder, found[1]) if found else other_run)
         made: list[tuple[Session, Any, logging.Logger]] = []
         together(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
@@ -185,6 +185,11 @@ def _open(
         if isinstance(error, OSError):
             raise _refused(error, folder) from error
         raise
+
+
+def _make_stand_ins(folder: Path, weights: Mapping[str, Any]) -> warm_start.StandIns:
+    is_signed = of_leader(lambda: signature.is_signed(folder))  # the key may lie on its machine alone
+    return warm_start.StandIns(folder, weights, is_signed)
 
 
 def _make_session(

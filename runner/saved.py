@@ -91,7 +91,8 @@ class Saved:
         from runner import build
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
-        stand_ins = warm_start.of_saved(self.plain, self.run or self.path, self.parts, self.engine)
+        source, is_signed = self.run or self.path, self.trust.is_signed
+        stand_ins = warm_start.of_saved(self.plain, source, self.parts, self.engine, is_signed)
         engines = build.build_engines(self.plain, device, purpose, stand_ins)
         try:
             if self.engine is None:

@@ -138,6 +138,15 @@ def check(run: Path) -> Origin:
     return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
 
 
+def is_signed(run: Path) -> bool:
+    """Says whether this user has signed a run's config."""
+    try:
+        check(run)
+    except SignatureError:
+        return False
+    return True
+
+
 def is_as_checked(path: Path, content: bytes) -> bool:
     """Says whether a file that was just read is the one whose signature was checked, if one was."""
     digests = _checked.get(os.path.realpath(path))

@@ -167,10 +167,14 @@ class StandIns(Builder):
     Args:
         source: the run's folder, or one of its exports.
         weights: the saved parts by name; those of an engine under its name.
+        is_signed: the record is the user's own. Another describes no folder, whose texts a loader may execute, and
+            takes the place of no file that is there.
     """
 
-    def __init__(self, source: Path, weights: Mapping[str, Any]) -> None:
-        self._entries = _read(source if source.is_file() else source / ".hydra" / RECORD)
+    def __init__(self, source: Path, weights: Mapping[str, Any], is_signed: bool) -> None:
+        entries = _read(source if source.is_file() else source / ".hydra" / RECORD)
+        self._entries = {key: entry for key, entry in entries.items() if is_signed or not entry.get("is_folder")}
+        self._is_signed = is_signed
         self._weights = weights
         self._num_bytes = 0  # of all stand-ins so far
 
@@ -196,7 +200,8 @@ class StandIns(Builder):
         entry = self._entries.get(place)
         if entry is None:
             return Lost(place, text, None) if text.endswith(_SUFFIXES) and not os.path.exists(text) else None
-        is_usable = is_same(text, entry) if text == entry["path"] else os.path.exists(text)
+        is_compared = self._is_signed and text == entry["path"]
+        is_usable = is_same(text, entry) if is_compared else os.path.exists(text)
         return None if is_usable else Lost(place, text, entry)
 
     def _build_from_stand_ins(self, engine: str, key: str, node: Any, make: Make, lost: list[Lost]) -> Any:
@@ -242,16 +247,19 @@ class StandIns(Builder):
             raise ConfigError(f"{key}: weights files: {found}; {remedy}")
 
 
-def of_saved(plain: dict[str, Any], source: Path, weights: Mapping[str, Any], engine: str | None) -> StandIns | None:
+def of_saved(
+    plain: dict[str, Any], source: Path, weights: Mapping[str, Any], engine: str | None, is_signed: bool
+) -> StandIns | None:
     """Returns the stand-ins for what evaluates or exports a saved run; None for an adapter without its base weights.
 
     Args:
         plain: the resolved config.
         engine: of an export.
+        is_signed: the run, or the export, is the user's own.
     """
     lora = {"rank": 0} if engine is None else optimizations.of_engine(plain, engine)["lora"]
     is_adapter = lora["rank"] > 0 and lora["export"] == "adapter"
-    return None if is_adapter else StandIns(source, weights)
+    return None if is_adapter else StandIns(source, weights, is_signed)
 
 
 class _Builds:

@@ -15,7 +15,7 @@ from conftest import Project, read_numbers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runner import evaluate, export, warm_start, weights_structure
+from runner import evaluate, export, signature, warm_start, weights_structure
 from runner.mistakes import ConfigError
 from runner.utils import io
 
@@ -129,7 +129,9 @@ def warm_run(tmp_path_factory):
 @pytest.fixture
 def warmed(warm_run, tmp_path, monkeypatch):
     shutil.copytree(warm_run, tmp_path, dirs_exist_ok=True)
-    return stand_in(tmp_path, monkeypatch)
+    project = stand_in(tmp_path, monkeypatch)
+    signature.sign_present(tmp_path / "run")
+    return project
 
 
 def stand_in(folder, monkeypatch):
@@ -187,6 +189,16 @@ def test_a_warm_started_run_evaluates_and_exports_without_its_file_to_the_same_n
     found = exported()
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_of_a_strangers_run_no_file_that_is_there_is_replaced(warmed, capsys):
+    whole = evaluated(capsys)
+    os.remove("run/.hydra/signature.json")
+    assert evaluated(capsys) == whole
+    put_older_weights()
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--allow-targets", "own,warm"])
+    assert "size mismatch" in capsys.readouterr().err
 
 
 def test_a_warm_started_run_goes_on_without_its_file_as_the_same_run(warmed):
@@ -257,7 +269,7 @@ class Recorded:
 
     def build(self):
         state = {name: value.clone() for name, value in self.whole.state_dict().items()}
-        made = warm_start.StandIns(self.run, {"model": state}).build("model", "model", self.node, make)
+        made = warm_start.StandIns(self.run, {"model": state}, is_signed=True).build("model", "model", self.node, make)
         made.load_state_dict(state)
         return made
 
@@ -515,7 +527,7 @@ def test_the_stand_ins_of_a_run_are_bounded_together(tmp_path):
     (tmp_path / ".hydra" / "weights.json").write_text(json.dumps({"format": 1, "entries": entries}))
     node = {f"a{i}": f"gone{i}.npy" for i in range(12)}
     with pytest.raises(ConfigError, match=r"of 12 has over 268,435,456 bytes .*gone0\.npy is gone.*put it back"):
-        warm_start.StandIns(tmp_path, {}).build("model", "model", node, nn.Identity)
+        warm_start.StandIns(tmp_path, {}, is_signed=True).build("model", "model", node, nn.Identity)
 
 
 def test_a_record_has_a_hundred_entries_at_most(tmp_path):
