@@ -257,6 +257,7 @@ def test_an_error_of_an_untrusted_run_is_one_line_unless_its_traceback_is_asked_
     assert "Traceback" not in printed + log.read_text()
     assert hint in log.read_text()
     assert len(printed) < 10_000
+    monkeypatch.syspath_prepend(str(failing.folder))
     with pytest.raises(SystemExit) as caught:
         call(evaluate.main, failing.folder / "run", "--allow-targets", "own")
     assert caught.value.code == 1
