@@ -62,7 +62,7 @@ def shown(text: str) -> str:
     return one_line(text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…")
 
 
-def cut(text: str, most: int) -> str:
+def cut(text: str, most: int = 4000) -> str:
     """Returns a text that says so where characters beyond `most` are left out."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
 

@@ -18,7 +18,7 @@ from runner.checkpoint import FACTS
 from runner.console import Console, open_log
 from runner.engines.eager import forget_compiled
 from runner.hparams import merge
-from runner.mistakes import ConfigError, describe_hidden, hides_tracebacks, tell_traceback
+from runner.mistakes import ConfigError, cut, describe_hidden, hides_tracebacks, tell_traceback
 from runner.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.run_record import RunRecord
 from runner.session import RunError, Session
@@ -338,7 +338,7 @@ def _find_together(path: Path) -> Found:
         except ConfigError as error:
             raise ConfigError(f"resume: {error}") from error
         for fault in faults:
-            print(escape_controls(f"Passed over: {fault}"))
+            print(escape_controls(f"Passed over: {cut(fault)}"))
         content.update(loaded)
         return found
 

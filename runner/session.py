@@ -23,7 +23,7 @@ from runner.export import facts_of, last_evaluation, write
 from runner.facts import BATCHES
 from runner.fingerprint import find_change, fingerprint_of
 from runner.first_step import KnownTensors, introduce
-from runner.mistakes import ConfigError
+from runner.mistakes import ConfigError, cut
 from runner.run_record import RunRecord
 from runner.saver import Saver
 from runner.silent import Silent
@@ -406,7 +406,7 @@ class Session:
         self.evaluation, self._saved_best = last_evaluation(self.folder, self.loop.step), facts["best"]
         renamed = self.best.restore(facts["best"], self.evaluation or {})
         for each in filter(None, [*notes, note, changed, renamed]):
-            self.log.warning("%s", each)
+            self.log.warning("%s", cut(each))
         self.log.info("Going on after step %d from %s", self.loop.step, path)
 
     def evaluate(self) -> None:

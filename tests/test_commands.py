@@ -14,6 +14,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,7 @@ from runner.commands import (
     describe_time,
     parse,
 )
+from runner.dialogue import Dialogue
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = st.integers(1, 10**18 - 1)
@@ -95,6 +97,7 @@ def test_any_text_is_a_command_or_one_line_of_error(text):
         ("lr nan", "found 'nan'"),
         ("lr inf", "found 'inf'"),
         ("lr 1e999", "found '1e999'"),
+        ("lr 1e10", "expected at most 1e+09, found '1e10'"),
         ("lr 1e-999", "found '1e-999'"),
         ("lr 1_0", "found '1_0'"),
         ("lr 1 2", "found '1 2'"),
@@ -179,6 +182,28 @@ def test_a_boundary_that_was_skipped_does_not_lose_its_commands():
     commands, answers = typed("eval@20")
     assert commands.due(25) == [Command("eval", step=20)]
     assert answers[1:] == ["step 20 has passed; now at 25: eval@20 is done now"]
+
+
+def test_of_many_commands_whose_step_has_passed_the_first_are_told():
+    commands, answers = typed()
+    commands.load_state_dict({"pending": [f"time to {step}@{step}" for step in range(1, 31)]})
+    assert len(commands.due(50)) == 30
+    assert [*map(len, (answers, answers[20:]))] == [21, 1]
+    assert answers[-1] == "... (30 in all whose step has passed)"
+
+
+def test_of_many_rates_at_one_step_the_last_is_set_and_the_first_are_answered():
+    answers, rates = [], []
+    dialogue = Dialogue(SimpleNamespace(set_lr=rates.append), None, answers.append)
+    dialogue.loop = SimpleNamespace(step=4)
+    for number in range(1, 31):
+        dialogue.commands["lr"](float(number))
+    assert rates == [float(number) for number in range(1, 31)]
+    assert len(answers) == 21
+    assert answers[-1] == "... (further commands at this step are done without an answer)"
+    dialogue.loop.step = 5
+    dialogue.commands["help"](None)
+    assert answers[-1] == HELP
 
 
 def test_wrong_and_blank_lines_change_nothing():

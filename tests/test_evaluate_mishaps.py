@@ -48,7 +48,8 @@ def evaluate(project, *overrides):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("kind", "told"), [("value", "ValueError: bad"), ("eof", "EOFError: cut")])
-def test_an_error_of_the_dataset_is_shown_once_with_its_index(failing, num_workers, kind, told):
+def test_an_error_of_the_dataset_is_shown_once_with_its_index(failing, num_workers, kind, told, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # nobody has signed the run: else it is one line
     status, printed = evaluate(failing, f"data.num_workers={num_workers}", f"+data.eval.kind={kind}")
     assert status == 1
     assert printed.count("at index 3 of the dataset Failing, position 3 of the order") == 1

@@ -406,6 +406,9 @@ _state(
     "resume",
 )
 _state("of_many_pending_commands", {"commands.pending": ["eval@5"] * 50_000}, "resume")
+_state("of_pending_rates", {"commands.pending": ["lr 1e-4@5", "lr 2e-4@5"] * 1000}, "resume")
+_state("of_a_pending_rate_that_overflows", {"commands.pending": ["lr 1e300@5"]}, "resume", of=BOTH)
+_state("of_a_best_with_a_long_name", {"best.name": "y" * 1_000_000}, "resume", "export")
 _state("of_pending_commands_of_other_types", {"commands.pending": {"a": 1}}, "resume")
 _state("of_a_pending_mapping", {"commands": {"pending": [{"a": 1}, None, 5]}}, "resume")
 
