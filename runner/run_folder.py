@@ -124,7 +124,9 @@ def refuse_links(run: Path, links: Mapping[str, str] = {}, sign: str = "") -> No
     if (found := next(_find_irregular(run, links), None)) is None:
         return
     if found.is_symlink():
-        remedy = f"; if you made it for this run of yours: {sign} records where it leads" if sign else ", or remove it"
+        can_be_signed = sign and found.parent == run and found.is_dir()
+        signed = f"; if you made it for this run of yours: {sign} records where it leads"
+        remedy = signed if can_be_signed else ", or remove it"
         raise ConfigError(f"{found}: a link; a run would write where it leads: put the file itself there{remedy}")
     raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
 

@@ -355,3 +355,11 @@ def shown(folder, name, step=4):
         def info(self, *given): ...
 
     evaluate.show(Nowhere(), Nowhere(), folder, step, {f"eval/{name}": Audio(torch.zeros(100), 8000)})
+
+
+@pytest.mark.parametrize(("name", "is_recorded"), [("exports", True), ("log.txt", False), ("audio/x.wav", False)])
+def test_of_a_users_own_run_a_link_to_a_folder_can_be_recorded(trained, decoy, name, is_recorded):
+    plant(trained.folder / "run", name, decoy)
+    with pytest.raises(ConfigError, match="a link; ") as caught:
+        run_folder.refuse_links(trained.folder / "run", {}, "sign=true")
+    assert ("sign=true records where it leads" in str(caught.value)) == is_recorded
