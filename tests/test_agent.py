@@ -200,7 +200,7 @@ def test_no_process_listens_where_others_can_reach_it(project, strategy, host_na
     process.communicate(timeout=120)
     assert not shared.exists()
     with socket.create_server(("", 0)) as server:
-        assert exposed([os.getpid()]) == [(os.getpid(), "0.0.0.0", server.getsockname()[1])]
+        assert (os.getpid(), "0.0.0.0", server.getsockname()[1]) in exposed([os.getpid()])
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,10 @@ def git(folder: Path, *words: str) -> str:
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory outside any repository."""
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    folder = tmp_path / "work"
-    folder.mkdir()
+def outside(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory outside any repository, and outside the run's folder."""
+    folder = tmp_path_factory.mktemp("work")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     monkeypatch.chdir(folder)
     return folder
 
@@ -82,6 +81,18 @@ def test_the_git_state_is_that_of_the_working_directory(outside: Path, tmp_path:
     expected = {"commit": git(outside, "rev-parse", "HEAD"), "is_dirty": change != "none"}
     assert read(tmp_path)["git"] == expected
     assert read(tmp_path)["sessions"][0]["git"] == expected
+
+
+def test_a_repository_in_an_untrusted_run_folder_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "config", "core.fsmonitor", "touch canary; false")
+    (tmp_path / ".hydra").mkdir()
+    monkeypatch.chdir(tmp_path)
+    record = RunRecord(tmp_path)
+    record.start()
+    record.finish("finished")
+    assert read(tmp_path)["git"] is None
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_repository_without_a_commit_has_none(outside: Path, tmp_path: Path) -> None:
