@@ -61,8 +61,12 @@ def _opens_run() -> bool:
 
 def opens_folder(arguments: list[str]) -> bool:
     """Says whether a command line of `runner` names a folder that may be untrusted."""
-    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    return is_requeued or any(argument.partition("=")[0].lstrip("+~") in _OPENING for argument in arguments)
+    return is_requeued() or any(argument.partition("=")[0].lstrip("+~") in _OPENING for argument in arguments)
+
+
+def is_requeued() -> bool:
+    """Says whether Slurm starts this job again, after a preemption: its folder, if it is given, may hold the run."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def add_current_directory() -> None:

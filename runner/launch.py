@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,7 +37,7 @@ from runner.handover import Handover
 from runner.interpolation import fill_cache, fix_values, quote, told_by_hydra
 from runner.mistakes import ConfigError
 from runner.resume import Resumption
-from runner.signature import Origin, SignatureError
+from runner.signature import Origin
 from runner.utils import disk
 from runner.utils.files import read_bounded, remove_tree
 from runner.utils.place import is_one_of_several
@@ -154,7 +153,7 @@ def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     if task.distributed.nnodes > 1 and _joined is None:
         return wanted  # of several machines the one with the first rank claims it
     global _made
-    folder, is_new = run_folder.claim(wanted, _is_folder_given(cfg.hydra.overrides.hydra), _is_requeued())
+    folder, is_new = run_folder.claim(wanted, _is_folder_given(cfg.hydra.overrides.hydra), import_path.is_requeued())
     _made = folder.resolve() if is_new else None
     return folder
 
@@ -183,7 +182,7 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
     try:
         resumed = _resumption.run if _resumption else None
         origin = _resumption.origin if _resumption else _find_new_origin(hydra_config, folder)
-        job = handover.make(cfg, folder, origin, goes_on=_is_requeued(), resumed=resumed)
+        job = handover.make(cfg, folder, origin, goes_on=import_path.is_requeued(), resumed=resumed)
         run_folder.refuse_links(folder, job.links)
         status = _launch(job)
     except ConfigError as error:
@@ -198,7 +197,7 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
     """Runs one job of a sweep; the other jobs go on where it fails."""
     facts: tuple[str, int, str, float | None]
     try:
-        signed = _find_signed(folder)
+        signed = signature.find_signed(folder)
         origin = _find_origin(hydra_config, signed)
         run_folder.refuse_links_to(folder, Path(hydra_config.sweep.dir))
         run_folder.refuse_links(folder, origin.links)
@@ -227,9 +226,9 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
 
 def _find_new_origin(hydra_config: Any, folder: Path) -> Origin:
     """Returns where this command was started, with the links of the run's folder that it may follow."""
-    signed = _find_signed(folder)
+    signed = signature.find_signed(folder)
     origin = _find_origin(hydra_config, signed)
-    if signed is not None or _is_requeued():
+    if signed is not None or import_path.is_requeued():
         return origin
     return replace(origin, links=_take_over_links(folder))
 
@@ -343,19 +342,6 @@ def _check_job(cfg: DictConfig, folder: Path, is_signed: bool) -> None:
         raise
 
 
-def _find_signed(run: Path) -> Origin | None:
-    """Returns where this user has started the run in a folder; None without one that is the user's own."""
-    try:
-        return signature.check(run)
-    except SignatureError:
-        return None
-
-
-def _is_requeued() -> bool:
-    """Says whether Slurm starts this job again, after a preemption: its folder, if it is given, may hold the run."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-
-
 def with_resumed_overrides(arguments: list[str]) -> list[str]:
     """Returns the command line for Hydra: paths quoted, and with `resume=`, the folder of that run.
 
@@ -365,7 +351,7 @@ def with_resumed_overrides(arguments: list[str]) -> list[str]:
     global _resumption
     arguments = [resume.quote_path(argument) for argument in arguments]
     places = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
-    if _is_requeued() and places and any(Path(places[-1], "checkpoints").glob("step_*")):
+    if import_path.is_requeued() and places and any(Path(places[-1], "checkpoints").glob("step_*")):
         others = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
         arguments = [*others, f"resume={quote(places[-1])}"]
     _resumption = resume.find(arguments)

@@ -188,7 +188,7 @@ def _open(
 
 
 def _make_stand_ins(folder: Path, weights: Mapping[str, Any]) -> warm_start.StandIns:
-    is_signed = of_leader(lambda: signature.is_signed(folder))  # the key may lie on its machine alone
+    is_signed = of_leader(lambda: signature.find_signed(folder) is not None)  # the key may lie on its machine alone
     return warm_start.StandIns(folder, weights, is_signed)
 
 

@@ -61,6 +61,11 @@ class Origin:
     run_id: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
+def _origin_in(content: Mapping[str, Any]) -> Origin:
+    """Returns the origin in the content of a signature."""
+    return Origin(**{each.name: content[each.name] for each in fields(Origin)})
+
+
 def find_origin(config_dirs: Sequence[str]) -> Origin:
     """Returns where a run that is started now is started."""
     return Origin(os.getcwd(), [os.path.abspath(path) for path in config_dirs], import_path.list_own())
@@ -86,9 +91,9 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_presen
         if is_signed or name in stays:  # a crash between two of the files leaves an old one beside a new one
             digests[name] = [*digests.get(name, ()), *present[name]]
     content = {"run": str(run.absolute()), "digests": digests, **asdict(origin)}
-    content["hmac"] = _authenticate(content, _read_key(make=True))
+    sealed = _seal(content, make=True)
     make_folder(run / ".hydra", run)
-    replace_file(run / ".hydra" / NAME, [json.dumps(content, indent=1).encode()])
+    replace_file(run / ".hydra" / NAME, [json.dumps(sealed, indent=1).encode()])
     _remember(run, digests)
 
 
@@ -107,8 +112,7 @@ def mark_checkpoints(run: Path) -> None:
     with contextlib.suppress(SignatureError, OSError):
         content = {"checkpoints_of": str(run.absolute()), "run_id": check(run).run_id}
         if _read_mark(run / "checkpoints") != content:
-            signed = content | {"hmac": _authenticate(content, _read_key())}
-            replace_file(run / "checkpoints" / _MARK, [json.dumps(signed).encode()])
+            replace_file(run / "checkpoints" / _MARK, [json.dumps(_seal(content)).encode()])
 
 
 def find_marked_run(checkpoints: Path) -> Path | None:
@@ -128,7 +132,7 @@ def check(run: Path) -> Origin:
     for name in _SIGNED:
         _checked.pop(os.path.realpath(run / ".hydra" / name), None)
     content = _read(run)
-    origin = Origin(**{each.name: content[each.name] for each in fields(Origin)})
+    origin = _origin_in(content)
     _check_digests(content, _read_digests(run))
     if not _is_same_folder(Path(content["run"]), run):
         raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
@@ -138,13 +142,12 @@ def check(run: Path) -> Origin:
     return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
 
 
-def is_signed(run: Path) -> bool:
-    """Says whether this user has signed a run's config."""
+def find_signed(run: Path) -> Origin | None:
+    """Returns where this user has started the run in a folder; None without one that is the user's own."""
     try:
-        check(run)
+        return check(run)
     except SignatureError:
-        return False
-    return True
+        return None
 
 
 def is_as_checked(path: Path, content: bytes) -> bool:
@@ -176,7 +179,7 @@ def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
     before, old_run = None, run.absolute()
     with contextlib.suppress(SignatureError):
         content = _read(run)
-        before = Origin(**{each.name: content[each.name] for each in fields(Origin)})
+        before = _origin_in(content)
         old_run = Path(content["run"])
     origin = find_origin(config_dirs)
     if before is not None:
@@ -231,7 +234,7 @@ def sign_text(text: str, origin: Origin) -> str:
         OSError: the key can't be read.
     """
     content = {"text": _digest(text.encode()), **asdict(replace(origin, links={}))}
-    return json.dumps(content | {"hmac": _authenticate(content, _read_key())})
+    return json.dumps(_seal(content))
 
 
 def check_text(text: str, signature: str | None) -> Origin:
@@ -243,7 +246,7 @@ def check_text(text: str, signature: str | None) -> Origin:
     content = _parse(signature, "text", str)
     if content["text"] != _digest(text.encode()):
         raise SignatureError("its config was modified after it was signed")
-    return Origin(**{each.name: content[each.name] for each in fields(Origin)})
+    return _origin_in(content)
 
 
 def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
@@ -259,12 +262,10 @@ def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
 def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
     """Returns what the mark of a folder of checkpoints says; None where it has none that is this user's."""
     try:
-        content = json.loads(read_bounded(checkpoints / _MARK, _MAX_BYTES))
-        code = content.pop("hmac")
-        is_own = hmac.compare_digest(code.encode(), _authenticate(content, _read_key()).encode())
-        return dict(content) if is_own and "checkpoints_of" in content else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        content = _verify(read_bounded(checkpoints / _MARK, _MAX_BYTES).decode())
+    except (OSError, UnicodeDecodeError, SignatureError):
         return None
+    return content if "checkpoints_of" in content else None
 
 
 def _is_same_folder(recorded: Path, found: Path) -> bool:
@@ -315,6 +316,19 @@ def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
     """Returns the content of a signature whose code is right."""
     if text is None:
         raise SignatureError("nobody has signed it")
+    content = _verify(text)
+    wanted = {key, *(each.name for each in fields(Origin))}
+    if not wanted <= content.keys() or not isinstance(content[key], kind):
+        raise SignatureError("another version of the runner has signed it")
+    return content
+
+
+def _verify(text: str) -> dict[str, Any]:
+    """Returns what `_seal` sealed, without its code.
+
+    Raises:
+        SignatureError: it is damaged, or sealed with another key.
+    """
     try:
         content = json.loads(text)
         code = content.pop("hmac")
@@ -330,10 +344,12 @@ def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
         raise SignatureError(
             "another user has signed it, or this one on another machine; or its signature was modified"
         )
-    wanted = {key, *(each.name for each in fields(Origin))}
-    if not wanted <= content.keys() or not isinstance(content[key], kind):
-        raise SignatureError("another version of the runner has signed it")
     return dict(content)
+
+
+def _seal(content: Mapping[str, Any], *, make: bool = False) -> dict[str, Any]:
+    """Returns a content with its code, by the user's key, which is made where it is not there and `make` says so."""
+    return {**content, "hmac": _authenticate(content, _read_key(make=make))}
 
 
 def _authenticate(content: Mapping[str, Any], key: bytes) -> str:
