@@ -12,7 +12,6 @@ import gc
 import io as streams
 import json
 import os
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from runner import optimizations
 from runner.mistakes import ConfigError
 from runner.utils import disk
+from runner.utils.files import read_bounded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ def _encode(entries: Mapping[str, Any]) -> bytes:
 def exported(run: Path) -> dict[str, str]:
     """Returns what an export's metadata holds of its run's record: nothing where that is large or not there."""
     path = run / ".hydra" / RECORD
-    text = _read_bounded(path, _MAX_EXPORTED_BYTES) if _is_regular(path) else None
+    text = _read_if_there(path, _MAX_EXPORTED_BYTES)
     return {} if text is None else {_METADATA_KEY: text.decode(errors="replace")}
 
 
@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         if path.suffix == ".json":
-            text: str | bytes | None = _read_bounded(path, _MAX_RECORD_BYTES) if _is_regular(path) else None
+            text: str | bytes | None = _read_if_there(path, _MAX_RECORD_BYTES)
         else:
             from runner.utils import io
 
@@ -109,17 +109,10 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _read_bounded(path: Path, most_bytes: int) -> bytes | None:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        content = file.read(most_bytes + 1)
-        return content if len(content) <= most_bytes else None
+def _read_if_there(path: Path, max_bytes: int) -> bytes | None:
+    with contextlib.suppress(OSError):
+        return read_bounded(path, max_bytes)
     return None
-
-
-def _is_regular(path: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return stat.S_ISREG(path.lstat().st_mode)
-    return False
 
 
 def _strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
