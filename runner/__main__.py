@@ -2,16 +2,17 @@
 
 import sys
 
-from runner import import_path, signals, terminal
+from runner.config.trust import import_path
+from runner.control import signals, terminal
 
 
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     terminal.outlive()
     with signals.exit_on_interrupt():
-        from runner import command
+        from runner.launch import command_line
 
-        command.main()
+        command_line.main()
 
 
 def start_installed() -> None:

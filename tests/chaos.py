@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from runner import checkpoint
-from runner.checkpoint import Checkpoints
+from runner.checkpoint import checkpoints as checkpoint
+from runner.checkpoint.checkpoints import Checkpoints
 
 STEPS = 12
 TIMES = ("time_s", "train/step_time_s", "train/samples_per_s", "train/tokens_per_s", "train/memory_gb")

@@ -168,7 +168,7 @@ trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0
 """
 
 
-OF_WORKERS = ("torch._dynamo", "torch.distributed.launcher.api", "runner.engines.sharded", "runner.sharded_checkpoint")
+OF_WORKERS = ("torch._dynamo", "torch.distributed.launcher.api", "runner.engines.fsdp", "runner.checkpoint.sharded")
 
 
 @functools.cache

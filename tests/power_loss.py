@@ -1,4 +1,4 @@
-"""The states of a run's files after a loss of power: operations of `runner.utils.disk`, and the states they may leave.
+"""The states of a run's files after a loss of power: operations of `disk`, and the states they may leave.
 
 A file that was not synchronized may be as it was synchronized last, empty, cut in half or whole. A name that was made,
 changed or removed in a folder that was not synchronized since may be there or not, in any order.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runner.utils import disk
+from runner.utils.files import disk
 
 OPERATIONS = ("create", "open_append", "make_folder", "rename", "unlink", "remove_folder", "sync_file", "sync_folder")
 Tree = dict[str, bytes | None]  # the content of a file by its path, None of a folder

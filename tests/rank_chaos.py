@@ -19,8 +19,8 @@ from pathlib import Path
 from chaos import OVERRIDES, TIMES, Zygote
 from ranks import Ranks
 
-from runner import checkpoint
-from runner.checkpoint import Checkpoints
+from runner.checkpoint import checkpoints as checkpoint
+from runner.checkpoint.checkpoints import Checkpoints
 
 STEPS = 20
 PATIENCE_S = 25.0  # for what is left of a run to end by itself
@@ -30,8 +30,13 @@ OPTIONS = [
     f"trainer.steps={STEPS}",
     "distributed.timeout_s=10",
 ]
-MODULES = ["runner.agent", "runner.worker", "runner.sharded_checkpoint", "torch.distributed.launcher.api"]
-MODULES += ["torch.distributed.elastic.agent.server.local_elastic_agent", "runner.engines.sharded"]
+MODULES = [
+    "runner.launch.elastic",
+    "runner.launch.worker",
+    "runner.checkpoint.sharded",
+    "torch.distributed.launcher.api",
+]
+MODULES += ["torch.distributed.elastic.agent.server.local_elastic_agent", "runner.engines.fsdp"]
 EXPECTED = {0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR2}
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runner.utils.distributed import process_group
-from runner.utils.place import Place
+from runner.launch.environment import Place
+from runner.utils.distributed import init_process_group
 
 LIMIT_S = 180.0
 
@@ -55,7 +55,7 @@ def _run(folder, rank, count, function, args):
     try:
         store = dist.FileStore(str(folder / "store"), count)
         place = Place(rank=rank, num_ranks=count, local_rank=rank, num_local=count)
-        with process_group(place, dist.PrefixStore("group", store), "gloo", 20.0):
+        with init_process_group(place, dist.PrefixStore("group", store), "gloo", 20.0):
             result = function(*args)
     except BaseException:
         error = traceback.format_exc()

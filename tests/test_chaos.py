@@ -11,7 +11,7 @@ from chaos import HEAVY, OVERRIDES, Chaos, Zygote, find_difference
 from rank_chaos import RankChaos
 from zygote import Watch
 
-from runner.checkpoint import Checkpoints, load
+from runner.checkpoint.checkpoints import Checkpoints, load
 
 SEEDS = 20
 

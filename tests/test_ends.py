@@ -19,7 +19,7 @@ from chaos import find_difference
 from conftest import read_metrics
 from test_run import assert_same_run, wait_for_step
 
-from runner.checkpoint import Checkpoints, load, verify
+from runner.checkpoint.checkpoints import Checkpoints, load, verify
 
 SLOW = ("+data.train.sleep_s=0.01", "trainer.steps=2000", "trainer.save_every=0", "hydra.run.dir=run")
 
@@ -580,7 +580,7 @@ class DeletesItsFolder(Model):
 
 
 def sounds(module, dataset):
-    from runner.utils.media import Audio
+    from runner.tracking.media import Audio
 
     return {"loud/tone": Audio(torch.zeros(100), 8000)}
 """
@@ -627,7 +627,7 @@ def test_a_checkpoint_of_pickles_is_read_without_executing_any(project):
     one, other = project.folder / "run", project.folder / "whole"
     names = [path.name for path in (other / "checkpoints" / "step_00000012").glob("*.pt")]
     assert len(names) == 2
-    from runner import checkpoint
+    from runner.checkpoint import checkpoints as checkpoint
 
     states = [checkpoint.load(each / "checkpoints" / "step_00000012") for each in (one, other)]
     assert find_difference(*states) is None

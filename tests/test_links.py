@@ -10,15 +10,17 @@ import torch
 from flips import flipped
 from test_power_loss import FILES, settings
 
-from runner import evaluate, export, run_folder
-from runner.checkpoint import CheckpointError, Checkpoints, verify
-from runner.handover import Handover
-from runner.mistakes import ConfigError
-from runner.run import run
+from runner import export
+from runner.checkpoint.checkpoints import CheckpointError, Checkpoints, verify
+from runner.config import run_folder
+from runner.config.errors import ConfigError
+from runner.launch.job import Handover
+from runner.run import evaluation
+from runner.run.run import run
+from runner.tracking.media import Audio
 from runner.utils import io
-from runner.utils.disk import confine
 from runner.utils.files import replace_file
-from runner.utils.media import Audio
+from runner.utils.files.disk import confine
 
 WAV = "audio/tone-00000014.wav"
 PLACES = [  # files and folders that a run makes, replaces, appends to or removes
@@ -213,7 +215,7 @@ class Plants(Model):
 
 
 def tones(module, dataset):
-    from runner.utils.media import Audio
+    from runner.tracking.media import Audio
 
     return {"tone": Audio(torch.zeros(100), 8000)}
 """
@@ -354,7 +356,7 @@ def shown(folder, name, step=4):
 
         def info(self, *given): ...
 
-    evaluate.show(Nowhere(), Nowhere(), folder, step, {f"eval/{name}": Audio(torch.zeros(100), 8000)})
+    evaluation.show(Nowhere(), Nowhere(), folder, step, {f"eval/{name}": Audio(torch.zeros(100), 8000)})
 
 
 @pytest.mark.parametrize(("name", "is_recorded"), [("exports", True), ("log.txt", False), ("audio/x.wav", False)])

@@ -15,9 +15,10 @@ from conftest import Project, read_numbers, shared_zygote
 from ranks import Ranks
 from test_audio_codes import SMALL as SMALL_CODES
 
-from runner import checkpoint, evaluate, export
-from runner.config import CONF_DIR
-from runner.examples.audio_codec import write_wav
+from runner import evaluate, export
+from runner.checkpoint import checkpoints
+from runner.config.checks import CONF_DIR
+from runner.examples.audio.audio_codec import write_wav
 from runner.utils import io
 
 STEPS = ["trainer.steps=4", "trainer.save_every=4", "trainer.eval_every=4", "trainer.export_every=4"]
@@ -120,7 +121,7 @@ def test_an_interrupted_run_of_a_choice_ends_as_the_one_that_was_not(cycle, tmp_
     project.run_on(count, *overrides, "hydra.run.dir=cut", typed="quit@2\n")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step_*")] == ["step_00000002"]
     project.run_on(count, "resume=cut")
-    whole, cut = (checkpoint.load(tmp_path / run / "checkpoints" / "step_00000004") for run in ("whole", "cut"))
+    whole, cut = (checkpoints.load(tmp_path / run / "checkpoints" / "step_00000004") for run in ("whole", "cut"))
     assert {"model", "model.optimizer"} <= whole.keys()
     for part in ("model", "model.optimizer"):
         assert find_difference(whole[part], cut[part]) is None

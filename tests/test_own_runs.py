@@ -12,7 +12,9 @@ from conftest import Project
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from runner import evaluate, export, resume, run_folder, signature
+from runner import evaluate, export
+from runner.config import resume, run_folder
+from runner.config.trust import signature
 
 
 @pytest.fixture

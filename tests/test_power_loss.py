@@ -10,15 +10,17 @@ from hydra import compose, initialize_config_dir
 from power_loss import Disk, Recorder, write_tree
 from torch import nn
 
-from runner import config, event_file, shards
-from runner.checkpoint import Checkpoints, load
-from runner.handover import Handover
-from runner.run import run
-from runner.run_folder import claim
-from runner.session import Session
-from runner.utils import disk, io
-from runner.utils.files import AppendFile
-from runner.utils.packing import Snapshot
+from runner.checkpoint import shards
+from runner.checkpoint.checkpoints import Checkpoints, load
+from runner.config import checks
+from runner.config.run_folder import claim
+from runner.launch.job import Handover
+from runner.run.run import run
+from runner.run.trainer import Session
+from runner.tracking import event_file
+from runner.utils import io
+from runner.utils.files import AppendFile, disk
+from runner.utils.serialization import Snapshot
 
 FILES = {"config": b"name: power\n", "overrides": b"[]\n"}
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # states are many
@@ -45,9 +47,9 @@ class Data:
 
 
 def settings(steps, resume=None):
-    config.register()
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        plain = config.to_plain(compose("config"))
+    checks.register()
+    with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
+        plain = checks.to_plain(compose("config"))
     plain["trainer"] |= {"steps": steps, "save_every": 2, "eval_every": 2, "export_every": 2, "log_every": 1}
     plain["trainer"] |= {"keep_last": 2, "keep_best": 1, "eval_at_start": True}
     data = {"_target_": "test_power_loss.Data"}

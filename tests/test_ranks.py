@@ -15,7 +15,7 @@ from chaos import Zygote, find_difference
 from conftest import read_metrics
 from ranks import Ranks
 
-from runner import checkpoint
+from runner.checkpoint import checkpoints
 from runner.utils import io
 
 STEPS = 100
@@ -25,7 +25,7 @@ DDP, FSDP = "distributed=ddp", "distributed=fsdp"
 
 @pytest.fixture(scope="module")
 def zygote():
-    started = Zygote("torch._dynamo", "runner.engines.sharded", "runner.sharded_checkpoint")
+    started = Zygote("torch._dynamo", "runner.engines.fsdp", "runner.checkpoint.sharded")
     yield started
     started.close()
 
@@ -54,7 +54,7 @@ def losses(folder, names=("train/loss", "train/grad_norm")):
 
 
 def state_of(run, step):
-    return checkpoint.load(run / "checkpoints" / f"step_{step:08d}")
+    return checkpoints.load(run / "checkpoints" / f"step_{step:08d}")
 
 
 @pytest.mark.parametrize("sampler", ["pool", "batched_ordered"])

@@ -23,18 +23,22 @@ from omegaconf.errors import OmegaConfBaseException
 from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 
-from runner import checkpoint, config, event_file, export, facts, mistakes, run, run_folder, shards
-from runner.best import Best
-from runner.checkpoint import CheckpointError, Checkpoints
-from runner.commands import Commands
+from runner.checkpoint import checkpoints as checkpoint
+from runner.checkpoint import shards
+from runner.checkpoint.checkpoints import CheckpointError, Checkpoints
+from runner.config import checkpoint_facts, checks, errors, run_folder
+from runner.config.composition.expansion import _Counter
+from runner.config.errors import ConfigError
+from runner.control.commands import Commands
 from runner.engines import Engine, Engines
-from runner.expansion import _Counter
-from runner.log_repair import read_lines
-from runner.mistakes import ConfigError
-from runner.run_record import RunRecord
-from runner.tracking import Tracker
+from runner.run import exports, run
+from runner.run.best import Best
+from runner.tracking import event_file
+from runner.tracking.repair import read_lines
+from runner.tracking.run_record import RunRecord
+from runner.tracking.tracker import Tracker
 from runner.utils import io
-from runner.utils.strict_json import parse_json
+from runner.utils.files.strict_json import parse_json
 
 EXAMPLES = int(os.environ.get("RUNNER_FUZZ", "50"))
 fuzzed = settings(
@@ -175,9 +179,9 @@ def read_whole_config(folder, content):
     """Reads a config as a resume does, up to its values; what it is refused by is one message."""
     (folder / ".hydra" / "config.yaml").write_bytes(content)
     error = refusal(
-        lambda: config.to_plain(OmegaConf.create(run_folder.read_config(folder))), ConfigError, OmegaConfBaseException
+        lambda: checks.to_plain(OmegaConf.create(run_folder.read_config(folder))), ConfigError, OmegaConfBaseException
     )
-    assert error is None or mistakes.explain(error)
+    assert error is None or errors.explain(error)
 
 
 @fuzzed
@@ -218,12 +222,12 @@ def test_overrides_and_hydras_config_are_read_or_refused_in_one_message(folder, 
     def read_hydra():
         cfg = OmegaConf.create({"name": "x", "a": "${hydra:job.name}", "b": "${hydra:run}"})
         with run_folder.told_of(folder, cfg):
-            config.to_plain(cfg)
+            checks.to_plain(cfg)
 
-    config.register()
+    checks.register()
     for each in (read, read_hydra):
         error = refusal(each, ConfigError, HydraException, OmegaConfBaseException)
-        assert error is None or mistakes.explain(error)
+        assert error is None or errors.explain(error)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +246,7 @@ def test_overrides_that_take_long_to_parse_are_refused(folder, overrides):
 def test_what_a_config_expands_to_is_not_more_than_was_counted(a, b, c):
     """OmegaConf resolves what was not refused, without exhausting the stack."""
     plain = {"a": a, "b": b, "c": c}
-    error = refusal(lambda: config.to_plain(OmegaConf.create(plain)), ConfigError, OmegaConfBaseException)
+    error = refusal(lambda: checks.to_plain(OmegaConf.create(plain)), ConfigError, OmegaConfBaseException)
     if error is not None:
         assert "RecursionError" not in str(error)
         return
@@ -255,9 +259,9 @@ def test_what_a_config_expands_to_is_not_more_than_was_counted(a, b, c):
 @fuzzed
 @given(st.data())
 def test_an_exports_config_is_read_or_refused(data):
-    whole = json.loads(config.to_json({"model": {"_target_": "own.Model", 1: b"x"}, "a": [1, None, "${b}"]}))
+    whole = json.loads(checks.to_json({"model": {"_target_": "own.Model", 1: b"x"}, "a": [1, None, "${b}"]}))
     text = data.draw(mutated_json(whole) | JSON_TEXTS)
-    error = refusal(lambda: config.from_json(text), ValueError, TypeError)
+    error = refusal(lambda: checks.from_json(text), ValueError, TypeError)
     assert error is None or str(error)
 
 
@@ -269,8 +273,8 @@ def use_record(folder):
     record = run_folder.read_record(folder)
     run_folder.is_crashed(record)
     assert isinstance(run._describe_runner(folder), str)
-    assert all(isinstance(value, str) for value in export.facts_of({}, folder, 1, None, None).values())
-    reader = RunRecord(folder)
+    assert all(isinstance(value, str) for value in exports.facts_of({}, folder, 1, None, None).values())
+    reader = RunRecord(folder, lambda directory: True)
     if error := refusal(reader.read, ValueError):
         assert "not the record of a run" in str(error)
         return
@@ -303,7 +307,7 @@ def test_what_is_left_out_of_a_record_is_named(tmp_path):
     session = {"status": "finished", "pid": 1, "host": "h", "duration_s": 1.0}
     content = {"started": 5, "sessions": [session, {**session, "pid": "x"}, 7], "last_step": -1, "best": [], "own": 1}
     (tmp_path / "run.json").write_text(json.dumps(content))
-    record = RunRecord(tmp_path)
+    record = RunRecord(tmp_path, lambda directory: True)
     assert record.read() == {"own": 1, "sessions": [session]}
     assert sorted(record.faults) == ["best: []", "last_step: -1", "sessions.1.pid: 'x'", "sessions.2: 7", "started: 5"]
 
@@ -362,9 +366,9 @@ def test_numbers_of_any_content_are_resumed(tmp_path_factory, real, data, step):
     events = st.just(real["events"]) | mutated_bytes(real["events"])
     lines, events = lines | lines_of_anything(real["metrics.jsonl"]), events | events_of_anything(real["events"])
     put_numbers(folder, data.draw(lines), data.draw(events))
-    numbers = export.last_evaluation(folder, step)
+    numbers = exports.last_evaluation(folder, step)
     assert numbers is None or all(value is None or isinstance(value, (int, float)) for value in numbers.values())
-    export.facts_of({}, folder, step, None, numbers)
+    exports.facts_of({}, folder, step, None, numbers)
     resume_numbers(folder, step, data.draw(st.sampled_from([{}, {"lines": 9, "events": 9, "step": 1 << 52}])))
     shutil.rmtree(folder)
 
@@ -391,7 +395,7 @@ def test_a_line_without_end_is_damaged_and_takes_no_memory(tmp_path):
     log = read_lines(tmp_path / "metrics.jsonl", 10, False)
     assert [record.step for record in log.records] == [1]
     assert log.is_damaged
-    assert export.last_evaluation(tmp_path, 10) is None
+    assert exports.last_evaluation(tmp_path, 10) is None
 
 
 def test_records_that_contain_each_other_end_soon(tmp_path):
@@ -419,7 +423,7 @@ def test_what_is_no_regular_file_is_told_by_name(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match=r"metrics\.jsonl: is a FIFO"):
         Tracker(tmp_path, resume_step=1)
-    assert export.last_evaluation(tmp_path, 1) is None
+    assert exports.last_evaluation(tmp_path, 1) is None
 
 
 # ── checkpoints ──
@@ -459,7 +463,7 @@ def test_a_manifest_of_any_content_is_verified_or_refused(copied, real, data):
 def load_facts(text):
     """Checks a checkpoint's facts, and loads of them what can be loaded without a run."""
     loaded = parse_json(text)
-    facts.check_content({"trainer.json": loaded})
+    checkpoint_facts.check_content({"trainer.json": loaded})
     Commands(print).load_state_dict(loaded["commands"])
     Best(None, False).restore(loaded["best"], {})
     Best("eval/loss", True).restore(loaded["best"], {"eval/loss": 1.0})
@@ -580,7 +584,7 @@ def test_an_engines_state_of_any_content_is_taken_or_refused(data):
     engines = make_engines()
 
     def load():
-        facts.check_content({**state, "trainer.json": facts_of_run})
+        checkpoint_facts.check_content({**state, "trainer.json": facts_of_run})
         engines.load_state_dict(state)
         engines.take_metrics()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runner import schema
-from runner.run_record import DISTRIBUTION
+from runner.config import schema
+from runner.tracking.run_record import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

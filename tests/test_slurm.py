@@ -6,7 +6,7 @@ import time
 import pytest
 import slurm
 from conftest import read_metrics
-from test_agent import LONG, content, whole  # noqa: F401  # the fixture
+from test_elastic import LONG, content, whole  # noqa: F401  # the fixture
 
 needs_slurm = pytest.mark.skipif(not slurm.is_installed(), reason="needs root, and slurmctld, slurmd and munged")
 

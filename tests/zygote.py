@@ -28,9 +28,9 @@ from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 
 import runner.__main__
-import runner.command
-import runner.event_file
-import runner.run
+import runner.launch.command_line
+import runner.run.run
+import runner.tracking.event_file
 
 LIMIT_S = 240.0
 PIPE_BYTES = 1 << 16
@@ -112,7 +112,7 @@ class ForkedWorker:
             os.closerange(3, 4096)
             os.environ.clear()
             os.environ.update(environment)
-            from runner import worker
+            from runner.launch import worker
 
             status = worker.main(Path(args[4]), int(args[5]))
         except BaseException:
@@ -155,8 +155,8 @@ def wait(pid: int) -> int:
 
 
 LOADED_LATE = (  # by a run, each time: a fifth of a short one
-    "antlr4.LL1Analyzer", "numpy.typing", "omegaconf._impl", "runner.engines.schedulers",
-    "runner.utils.media", "runner.utils.permutation", "runner.utils.sampler", "runner.utils.wrapper",
+    "antlr4.LL1Analyzer", "numpy.typing", "omegaconf._impl", "runner.engines.optim.schedulers",
+    "runner.tracking.media", "runner.utils.sampler.permutation", "runner.utils.sampler", "runner.utils.wrapper",
 )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def main() -> None:
     load_for_children()
     # Hydra composes a config once more to find hydra.mode, which is a fourth of a short run: no config here sets it.
     Hydra.get_mode = lambda self, config_name, overrides: None
-    assert {tensorboard, runner.event_file}  # imported for the children
+    assert {tensorboard, runner.tracking.event_file}  # imported for the children
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

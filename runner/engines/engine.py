@@ -14,19 +14,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from runner.engines.averages import Averages
-from runner.engines.faults import KeptBuffers
-from runner.engines.fed import Fed, First
-from runner.engines.forward import Feeder, Number, Output, Reader, feed, keep
-from runner.engines.gathered import Gathered
-from runner.engines.gradients import Gradients
-from runner.engines.layouts import Alone
-from runner.engines.optimizer_state import moved_numbers, name_parameters, names_of, numbers_of
+from runner.engines.ema import Averages
+from runner.engines.forward import Fed, Feeder, First, Number, Output, Reader, feed, keep
+from runner.engines.gradients import Gradients, KeptBuffers
+from runner.engines.metrics import Gathered
+from runner.engines.optim.hyperparameters import configured, lrs
+from runner.engines.optim.optimizer_state import moved_numbers, name_parameters, names_of, numbers_of
+from runner.engines.optim.schedule import Schedule
 from runner.engines.restore import restore
-from runner.engines.schedule import Schedule
-from runner.engines.settings import configured, lrs
-from runner.utils.altered import Changes
+from runner.engines.strategies import Alone
 from runner.utils.distributed import gather, move
+from runner.utils.wrapper.applied import Changes
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from runner.engines.engine import Engine
 from runner.engines.forward import Number, keep
-from runner.engines.gathered import read_all
 from runner.engines.gradients import EMPTY
-from runner.engines.layouts import map_tensors
+from runner.engines.metrics import read_all
+from runner.engines.strategies import map_tensors
 from runner.utils.distributed import gather, is_many, move, seed_all, together
-from runner.utils.generators import HeldGenerators
+from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.weights import load_weights
 from runner.utils.utils import describe, mix
-from runner.utils.weights import load_weights
 
 # What loading a state raises that was saved of something else, or by another program.
 _MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from runner.engines.group_values import check_values, values_of
-from runner.engines.optimizer_state import Matched, Names, groups_of, match, numbers_of, set_numbers
-from runner.engines.schedule import Schedule, recall, reorder_events
-from runner.engines.settings import apply_changes, find_changed_kinds, reorder
+from runner.engines.optim.group_values import check_values, values_of
+from runner.engines.optim.hyperparameters import apply_changes, find_changed_kinds, reorder
+from runner.engines.optim.optimizer_state import Matched, Names, groups_of, match, numbers_of, set_numbers
+from runner.engines.optim.schedule import Schedule, recall, reorder_events
 
 _KINDS = {"optimizer", "scheduler"}
 

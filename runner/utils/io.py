@@ -29,11 +29,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runner.utils import disk
-from runner.utils.files import EagerFile, UnreadableError, atomic_path, check_regular, open_regular, read_bounded
-from runner.utils.packing import SFT_DTYPES, STRUCTURE, Packed, Snapshot, compact, restore_raw, text_of, unpack, where
-from runner.utils.pt_file import check_archive, check_value
-from runner.utils.strict_json import MAX_DEPTH, parse_json
+from runner.utils.files import EagerFile, UnreadableError, atomic_path, check_regular, disk, open_regular, read_bounded
+from runner.utils.files.strict_json import MAX_DEPTH, parse_json
+from runner.utils.serialization import (
+    SFT_DTYPES,
+    STRUCTURE,
+    Packed,
+    Snapshot,
+    compact,
+    restore_raw,
+    text_of,
+    unpack,
+    where,
+)
+from runner.utils.serialization.pt_file import check_archive, check_value
 
 __all__ = [
     "Snapshot",

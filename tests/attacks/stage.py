@@ -39,7 +39,7 @@ _REPOSITORY = Path(runner.__file__).resolve().parents[1]
 REPORT = """
 
 def sound(module, dataset):
-    from runner.utils.media import Audio
+    from runner.tracking.media import Audio
     return {"number": 1.0, "words": "text", "original": Audio(torch.zeros(8), 8000)}
 """
 SETTINGS = "{steps: 4, log_every: 1, save_every: 2, eval_every: 4, export_every: 4, keep_last: 0}"
@@ -111,7 +111,7 @@ class Stage:
         self.folder, self._root = root / "project", root
         self.limit_s = LIMIT_S
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        self._zygote = Zygote("attacks.composed", "runner.evaluate", "runner.export", "runner.saved")
+        self._zygote = Zygote("attacks.composed", "runner.evaluate", "runner.export", "runner.run.saved_model")
         (root / "composed").mkdir()
         self.environment = self._make_project(self.folder)
         _make_decoy(self.folder / "decoy")

@@ -158,11 +158,11 @@ def train_in_turns(settings):
 
 def make_runner_loop(settings, folder):
     """Returns the runner's loop over the default experiment, as a run makes it, and what writes its metrics."""
-    from runner.build import build
-    from runner.commands import Commands
-    from runner.tracking import Tracker
-    from runner.utils.mishaps import Policy
+    from runner.control.commands import Commands
+    from runner.run.build import build
+    from runner.tracking.tracker import Tracker
     from runner.utils.train import Loop
+    from runner.utils.train.failures import Policy
 
     experiment = build(compose_config(settings["trainer"]["steps"]))
     trainer, tracker = experiment.trainer, Tracker(folder)
@@ -183,10 +183,10 @@ def make_runner_loop(settings, folder):
 def compose_config(steps):
     from hydra import compose, initialize_config_dir
 
-    from runner import config
+    from runner.config import checks
 
-    config.register()
-    with initialize_config_dir(config_dir=str(config.CONF_DIR.resolve()), version_base="1.3"):
+    checks.register()
+    with initialize_config_dir(config_dir=str(checks.CONF_DIR.resolve()), version_base="1.3"):
         return compose("config", overrides=[*QUIET, f"trainer.steps={steps}"])
 
 
@@ -249,7 +249,7 @@ def read_first_time(folder):
     """Returns the wall-clock time at which a run logged its first step, which TensorBoard's file has."""
     from tensorboard.compat.proto.event_pb2 import Event
 
-    from runner.event_file import find_event_files, read_records
+    from runner.tracking.event_file import find_event_files, read_records
 
     with open(find_event_files(folder)[0], "rb") as file:
         events = [Event.FromString(record) for record in read_records(file)]
@@ -348,7 +348,7 @@ def measure_all(asked, figures):
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         made["steps"], made["rounds"] = asked.steps or STEPS[device], asked.rounds or ROUNDS[device]
-        from runner.config import to_plain
+        from runner.config.checks import to_plain
 
         settings = to_plain(compose_config(made["steps"])) | {"device": device}
         made["processes"] = Processes(settings, budget)

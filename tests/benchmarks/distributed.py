@@ -23,9 +23,9 @@ from conftest import Project
 from ranks import run_ranks
 
 from runner.engines import Engine, Engines
-from runner.engines.layouts import DDP
-from runner.engines.sharded import FSDP
-from runner.utils.agreement import Agreement
+from runner.engines.fsdp import FSDP
+from runner.engines.strategies import DDP
+from runner.utils.distributed.coordinator import Agreement
 from runner.utils.train import Loop
 
 TURNS, STEPS, LOG_EVERY = 15, 30, 10

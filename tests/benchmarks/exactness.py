@@ -11,11 +11,11 @@ import torch
 from loop import BATCH, make_model
 from torch import nn
 
-from runner.engines.faults import FiniteCheck, KeptBuffers
-from runner.utils.batches import Batches, Samples
+from runner.engines.gradients import FiniteCheck, KeptBuffers
 from runner.utils.distributed import seed_all
-from runner.utils.generators import HeldGenerators
+from runner.utils.modules.generators import HeldGenerators
 from runner.utils.sampler import RandomSampler
+from runner.utils.sampler.batches import Batches, Samples
 from runner.utils.utils import mix
 
 NUMBER, REPEATS = 20_000, 7

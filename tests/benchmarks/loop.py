@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runner.commands import Commands
-from runner.console import Console
+from runner.control.commands import Commands
 from runner.engines import Engine, Engines
-from runner.engines.eager import step_eagerly
-from runner.tracking import Tracker
-from runner.utils.batches import Batches
+from runner.engines.dynamo import step_eagerly
+from runner.tracking.console import Console
+from runner.tracking.tracker import Tracker
 from runner.utils.sampler import OrderedSampler
+from runner.utils.sampler.batches import Batches
 from runner.utils.train import Loop
 
 STEPS, ROUNDS, WIDTH, BATCH = 3000, 5, 64, 32

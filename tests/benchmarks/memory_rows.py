@@ -19,7 +19,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from runner.utils import unsloth
-from runner.utils.memory import is_out_of_memory
+from runner.utils.distributed.memory import is_out_of_memory
 
 BASE, OURS, NEVER, ON_CPU, NONE = ROWS = (
     "checkpoint", "ours", "ours, no offload", "checkpoint + save_on_cpu", "none",

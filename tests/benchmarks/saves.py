@@ -22,9 +22,9 @@ import safetensors.torch
 import torch
 from figures import Budget, BudgetSpentError, Figures
 
-from runner import checkpoint
-from runner.checkpoint import Checkpoints
-from runner.saver import Saver
+from runner.checkpoint import checkpoints
+from runner.checkpoint.checkpoints import Checkpoints
+from runner.checkpoint.saver import Saver
 
 ROUNDS = {"cpu": 5, "cuda": 2}
 MOST_OF_A_COPY = 1.3  # the goal for a later save, which writes over the memory of the one before
@@ -88,7 +88,7 @@ def load_torch_into(state, folder):
 
 def load_ours(state, folder):
     (path,) = (folder / "checkpoints").glob("step_*")
-    loaded = checkpoint.load(path)["model"]
+    loaded = checkpoints.load(path)["model"]
     into = {name: torch.empty_like(tensor) for name, tensor in state.items()}
     for name, tensor in loaded.items():
         into[name].copy_(tensor)

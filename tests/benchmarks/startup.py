@@ -20,7 +20,7 @@ import builtins
 original = builtins.__import__
 def watching(name, *args, **kwargs):
     module = original(name, *args, **kwargs)
-    steps = sys.modules.get("runner.utils.steps")
+    steps = sys.modules.get("runner.utils.train.step")
     if steps is not None and hasattr(steps, "tell") and not hasattr(steps, "is_watched"):
         steps.is_watched = True
         take = steps.Steps.take

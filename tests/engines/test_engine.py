@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from runner.engines import Engine
-from runner.engines.faults import LateFaults
 from runner.engines.forward import EarlyOutputError, OutputError
-from runner.engines.schedulers import warmup, warmup_cosine
+from runner.engines.gradients import LateFaults
+from runner.engines.optim.schedulers import warmup, warmup_cosine
 from runner.utils import io
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from runner.engines import Engine, Engines, forward, gathered
-from runner.engines.gathered import Gathered
+from runner.engines import Engine, Engines, forward, metrics
+from runner.engines.metrics import Gathered
 
 BATCH = torch.ones(4, 3)
 
@@ -61,7 +61,7 @@ def test_a_number_is_that_of_the_moment_it_was_returned(dtype, feeder):
 
 
 def test_a_number_on_an_accelerator_is_copied_there(monkeypatch):
-    for module in (forward, gathered):
+    for module in (forward, metrics):
         monkeypatch.setattr(module, "is_readable", lambda tensor: False)
     engines = train(Counting(), feeder=lambda module, batch: module(batch) | {"one": torch.ones(1)})
     values = engines.take_metrics()
@@ -87,7 +87,7 @@ class Smoothed(nn.Module):
 @pytest.mark.parametrize("is_on_accelerator", [False, True])
 def test_a_loss_that_the_module_keeps_and_writes_to_is_that_of_its_return(is_on_accelerator, monkeypatch):
     if is_on_accelerator:
-        for module in (forward, gathered):
+        for module in (forward, metrics):
             monkeypatch.setattr(module, "is_readable", lambda tensor: False)
     module = Smoothed()
     engines = train(module, num_steps=1)

@@ -13,7 +13,7 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.utils import unsloth
-from runner.utils.generators import HeldGenerators
+from runner.utils.modules.generators import HeldGenerators
 from runner.utils.train import Loop
 
 KINDS = {

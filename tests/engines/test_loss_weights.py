@@ -14,14 +14,15 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner.engines import Engine, Engines, forward, gathered, gradients
-from runner.engines.layouts import DDP, Alone
-from runner.engines.sharded import FSDP
+from runner.engines import Engine, Engines, forward, gradients
+from runner.engines import metrics as gathered
+from runner.engines.fsdp import FSDP
+from runner.engines.strategies import DDP, Alone
 from runner.utils import distributed
-from runner.utils.agreement import Agreement
-from runner.utils.batches import slice_of
-from runner.utils.mishaps import Halt
+from runner.utils.distributed.coordinator import Agreement
+from runner.utils.sampler.batches import slice_of
 from runner.utils.train import Loop
+from runner.utils.train.failures import Halt
 from runner.utils.wrapper import optimize
 
 TIME, WIDTH = 5, 3

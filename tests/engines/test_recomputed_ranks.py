@@ -7,11 +7,11 @@ from ranks import run_ranks
 from torch import nn
 
 from runner.engines import Engine, Engines
-from runner.engines.layouts import DDP
-from runner.engines.sharded import FSDP
+from runner.engines.fsdp import FSDP
+from runner.engines.strategies import DDP
 from runner.utils import distributed, unsloth
-from runner.utils.agreement import Agreement
-from runner.utils.offload import Offloader
+from runner.utils.distributed.coordinator import Agreement
+from runner.utils.unsloth.offload import Offloader
 
 
 class Block(nn.Module):

@@ -6,11 +6,11 @@ from ranks import run_ranks
 from torch import nn
 
 from runner.engines import Engine, Engines
-from runner.engines.layouts import DDP, Alone
-from runner.engines.optimizers import Joined, muon
-from runner.engines.settings import check_sparse
+from runner.engines.optim.hyperparameters import check_sparse
+from runner.engines.optim.optimizers import Joined, muon
+from runner.engines.strategies import DDP, Alone
 from runner.utils import distributed
-from runner.utils.agreement import Agreement
+from runner.utils.distributed.coordinator import Agreement
 
 
 class Table(nn.Module):

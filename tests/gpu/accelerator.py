@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from runner.utils import unsloth
-from runner.utils.offload import Offloader
-from runner.utils.streams import Streams
+from runner.utils.unsloth.offload import Offloader
+from runner.utils.unsloth.streams import Streams
 from tests.lazy_device import LazyDevice
 
 HAS_GPU = torch.cuda.is_available()

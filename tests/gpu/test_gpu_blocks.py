@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from runner.utils import unsloth
-from runner.utils.offload import Offloader
+from runner.utils.unsloth.offload import Offloader
 from tests.block_cases import (
     CASES,
     WIDTH,

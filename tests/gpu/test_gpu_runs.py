@@ -18,8 +18,8 @@ import torch
 from conftest import Project, read_numbers
 
 from runner.utils import io
-from runner.utils.batches import Batches
 from runner.utils.sampler import RandomSampler
+from runner.utils.sampler.batches import Batches
 from tests.gpu.accelerator import DEVICE, HAS_GPU, needs_gpu
 
 pytestmark = pytest.mark.gpu

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from runner.utils import io
 from runner.utils.files import atomic_path
-from runner.utils.packing import text_of
+from runner.utils.serialization import text_of
 
 FORMATS = [".pt", ".pth", ".sft", ".safetensors"]
 each_format = pytest.mark.parametrize("suffix", [".pt", ".sft"])

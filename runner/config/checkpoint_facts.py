@@ -1,0 +1,209 @@
+"""Checks what a checkpoint holds before anything is loaded from it: the types of all that a run reads of it.
+
+A checkpoint's checksums say that it is as it was written, not who has written it. Must not import a config.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from runner.checkpoint.checkpoints import FACTS
+from runner.control.commands import MOST_PENDING, parse
+
+BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
+ACTIONS = ("eval", "export", "save")
+COUNTERS = ("steps", "micro_steps", "skipped_steps", "tokens")
+MAX_STEP = 1 << 53
+_MAX_ENTRIES = 10_000
+_ABSENT = object()
+
+
+def check_content(content: Mapping[str, Any]) -> None:
+    """Checks a checkpoint's content as `checkpoint.load` returns it.
+
+    Raises:
+        ValueError: naming the file and key, what was expected, and what was found.
+    """
+    facts = _check(content, FACTS, "the facts of a run", _is_mapping, "")
+    _check_loop(_check(facts, "loop", "an object", _is_mapping, FACTS))
+    _check_commands(_check(facts, "commands", "an object", _is_mapping, FACTS))
+    _check_best(_check(facts, "best", "an object or null", _or_none(_is_mapping), FACTS))
+    _check(facts, "fingerprint", "a text or null", _or_none(_is_text), FACTS, None)
+    numbers = _check(facts, "numbers", "an object or null", _or_none(_is_mapping), FACTS, None)
+    for kind in numbers or ():
+        _check(numbers, kind, "a number from 0 on", _is_count, f"{FACTS}: numbers")
+    batches, place = (content[BATCHES], BATCHES) if BATCHES in content else (facts.get("batches"), f"{FACTS}: batches")
+    _require(batches, "an object", _is_mapping, place)
+    _check(batches, "sampler", "an object", _is_mapping, place)
+    _check(batches, "ordinal", "a number from 0 on", _is_count, place)
+    for name, part in content.items():
+        if name.endswith(".optimizer"):
+            _check_engine(_require(part, "an object", _is_mapping, name), name)
+        elif "." not in name:
+            _require(part, "weights by name", _is_by_name, name)
+
+
+def _check_loop(loop: Mapping[str, Any]) -> None:
+    place = f"{FACTS}: loop"
+    _check(loop, "step", "a number from 0 on", _is_count, place)
+    _check(loop, "skipped", "a number from 0 on", _is_count, place)
+    _check(loop, "owed", f"a list of {', '.join(ACTIONS)}", lambda owed: _is_list_of(owed, _is_action), place)
+
+
+def _check_commands(commands: Mapping[str, Any]) -> None:
+    place = f"{FACTS}: commands"
+    pending = _check(commands, "pending", "a list of commands", lambda value: _is_list_of(value, _is_text), place)
+    if len(pending) > 2 * MOST_PENDING:  # a run keeps fewer
+        raise ValueError(f"{place}.pending: expected at most {2 * MOST_PENDING} commands, found {len(pending)}")
+    for line in pending:
+        try:
+            is_scheduled = parse(line).step is not None
+        except ValueError as error:
+            raise ValueError(f"{place}.pending: {error}") from None
+        if not is_scheduled:
+            raise ValueError(f"{place}.pending: expected commands with a step, as eval@20; found {line!r:.60}")
+
+
+def _check_best(best: Mapping[str, Any] | None) -> None:
+    if best is not None:
+        place = f"{FACTS}: best"
+        _check(best, "name", "a text", _is_text, place)
+        _check(best, "value", "a finite number", _is_finite, place)
+        _check(best, "step", "a number from 0 on", _is_count, place)
+
+
+def _check_engine(state: Mapping[str, Any], part: str) -> None:
+    """Checks an engine's state but its weights."""
+    for name in ("optimizer", "scheduler", "scaler", "averages"):
+        _check(state, name, "an object or null", _or_none(_is_mapping), part)
+    for name, value in _check(state, "counters", "an object", _is_mapping, part).items():
+        if name not in COUNTERS or not _is_count(value):
+            raise ValueError(f"{part}: counters: expected numbers of {', '.join(COUNTERS)}; found {name!r:.60}")
+    configured = _check(state, "configured", "an object", _is_mapping, part)
+    for name, kind, is_kind in _CONFIGURED:
+        _check(configured, name, kind, is_kind, f"{part}: configured")
+    _check(state, "lrs", "a list of numbers", lambda value: _is_list_of(value, _is_number), part)
+    _check(state, "grad_norm", "a tensor of one number, or null", _or_none(_is_scalar), part)
+    _check(state, "reference", "a number or null", _or_none(_is_number), part, None)
+    _check(state, "numbers", "a list", _or_none(_is_list), part, None)
+    _check_gathered(_check(state, "gathered", "an object", _is_mapping, part), f"{part}: gathered")
+    if "schedule" in state:
+        _check_schedule(_check(state, "schedule", "an object", _is_mapping, part), f"{part}: schedule")
+
+
+def _check_gathered(gathered: Mapping[str, Any], place: str) -> None:
+    kind = "vectors of numbers by name"
+    for name in ("apart", "weights"):
+        series = _check(gathered, name, kind, _is_by_name, place, {})
+        for value in series.values():
+            _require(value, kind, _or_none(_is_vector), f"{place}.{name}")
+    for value in _check(gathered, "sums", "pairs of numbers by name", _is_by_name, place).values():
+        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(each) for each in value):
+            raise ValueError(f"{place}.sums: expected pairs of numbers by name, found {_shown(value)}")
+
+
+def _check_schedule(schedule: Mapping[str, Any], place: str) -> None:
+    _check(schedule, "count", "a number from 0 on", _is_count, place)
+    for event in _check(schedule, "events", "a list of objects", lambda value: _is_list_of(value, _is_mapping), place):
+        _check(event, "count", "a number from 0 on", _is_count, f"{place}.events")
+        _check(event, "metric", "a number", _is_number, f"{place}.events", 0.0)
+        rates = _check(event, "base_lrs", "a list of numbers", _is_list, f"{place}.events", [])
+        for rate in rates:
+            _require(rate, "numbers", _or_none(_is_number), f"{place}.events.base_lrs")
+
+
+def _check(
+    values: Mapping[str, Any],
+    key: str,
+    expected: str,
+    is_kind: Callable[[Any], bool],
+    place: str,
+    default: Any = _ABSENT,
+) -> Any:
+    """Returns the value of a key.
+
+    Args:
+        place: the file, and the keys above this one.
+        default: what stands for a key that is not there; without one it must be there.
+    Raises:
+        ValueError: it is not there, or of another kind.
+    """
+    where = f"{place}.{key}" if ": " in place else f"{place}: {key}".removeprefix(": ")
+    value = values.get(key, default)
+    if value is _ABSENT:
+        raise ValueError(f"{where}: expected {expected}, found nothing")
+    return value if value is default else _require(value, expected, is_kind, where)
+
+
+def _require(value: Any, expected: str, is_kind: Callable[[Any], bool], where: str) -> Any:
+    if not is_kind(value):
+        raise ValueError(f"{where}: expected {expected}, found {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (bool, float, str)) or value is None or _is_count(value):
+        return f"{value!r:.60}"
+    return f"{type(value).__name__}"
+
+
+def _or_none(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_kind(value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_by_name(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_action(value: Any) -> bool:
+    return isinstance(value, str) and value in ACTIONS
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_list_of(value: Any, is_kind: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) <= _MAX_ENTRIES and all(is_kind(each) for each in value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_STEP
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return _is_scalar(value)
+    return type(value) is float or (type(value) is int and abs(value) < MAX_STEP)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and not isinstance(value, Tensor) and math.isfinite(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.dtype.is_floating_point
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and value.dtype.is_floating_point
+
+
+_CONFIGURED: list[tuple[str, str, Callable[[Any], bool]]] = [
+    ("kinds", "an object", _is_mapping),
+    ("base_lrs", "a list of numbers", lambda value: _is_list_of(value, _is_number)),
+    ("groups", "a list of objects", lambda value: _is_list_of(value, _is_by_name)),
+    ("scheduler", "an object", _is_mapping),
+]

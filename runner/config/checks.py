@@ -1,0 +1,319 @@
+"""The checks of a composed config that types can't make, and what becomes of it then.
+
+Must not import torch: a misspelt key ends before that second is spent.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from enum import EnumMeta
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from runner.config.aliases import update_paths
+from runner.config.composition import source
+from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
+from runner.config.errors import BUILT, ConfigError, nearest, shown
+from runner.config.hparams import run_label
+from runner.config.optimizations import find_mistakes
+from runner.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    OptimizationsConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
+from runner.utils.files.strict_json import parse_json
+from runner.utils.utils import one_line
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_WHEEL_CONF = _PACKAGE / "conf"
+CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
+
+
+def register() -> None:
+    """Makes the schema, the resolvers and the source of YAML files known to Hydra."""
+    source.register()
+    ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("run_label", run_label, replace=True)
+
+
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "init_from"]
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "optimizations": OptimizationsConfig,
+    "distributed": DistributedConfig,
+    "trainer": TrainerConfig,
+    "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
+}
+_DEFAULTS: dict[str, Any] = {  # of what a `~` may delete
+    "resume": None,
+    "resume_allow_changes": False,
+    "allow_targets": [],
+    "pattern": None,
+    "engines": {},
+    "feeder": None,
+    "report": None,
+}
+_LARGEST_SEED = 2**63 - 1
+_AT_LEAST = {
+    "seed": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "trainer.steps": 1,
+    "trainer.accumulate": 1,
+    "trainer.clip_norm": 0,
+    "trainer.log_every": 0,
+    "trainer.save_every": 0,
+    "trainer.eval_every": 0,
+    "trainer.export_every": 0,
+    "trainer.keep_last": 0,
+    "trainer.keep_every": 0,
+    "trainer.keep_best": 0,
+    "trainer.max_skips": 0,
+    "distributed.nnodes": 1,
+    "distributed.max_restarts": 0,
+    "distributed.timeout_s": 1,
+    "distributed.rdzv_timeout_s": 1,
+}
+_LONGEST_NAME = 200  # a file name has 255 bytes, and some are for its suffixes
+_BACKENDS = ("auto", "gloo", "nccl")
+_MAX_JSON = 20 * MAX_CHARACTERS  # six for a character that is escaped, and the rest for brackets and marks
+_ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
+Section = TypeVar("Section")
+
+
+def check(cfg: DictConfig) -> None:
+    """Checks what types can't say.
+
+    Raises:
+        ConfigError: with every key that is missing or out of range, a line each.
+    """
+    if absent := _absent_keys(cfg):
+        raise ConfigError("\n".join(absent))
+    check_expansion(cfg)
+    unresolved = OmegaConf.to_container(cfg, resolve=False)
+    mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved)]
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not value >= least:  # so that nan is told too
+            mistakes.append(f"{key}={value}: expected {least} or more")
+    if (OmegaConf.select(cfg, "seed", throw_on_missing=False) or 0) > _LARGEST_SEED:
+        mistakes.append(f"seed={cfg.seed}: expected at most {_LARGEST_SEED}")
+    missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
+    mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
+    if not mistakes:
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + find_mistakes(cfg)
+        mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
+    if not re.fullmatch(r"[\w.+-]+", cfg.name):
+        mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
+    best_metric = OmegaConf.select(cfg, "trainer.best_metric", throw_on_missing=False) or ""
+    if best_metric != one_line(best_metric):
+        mistakes.append(f"trainer.best_metric={best_metric}: expected the name of a metric, without control characters")
+    if OmegaConf.select(cfg, "sign", throw_on_missing=False):
+        mistakes.append("sign=true: signs the run that goes on; give it with resume=")
+    for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
+            mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
+    engines = _engines_of(cfg)
+    for name in engines:
+        if not re.fullmatch(rf"[A-Za-z][A-Za-z0-9_-]{{0,{_LONGEST_NAME - 1}}}", name):
+            expected = f"a letter, then letters, digits, '_', '-', {_LONGEST_NAME} in all at most (it names files)"
+            mistakes.append(f"engines.{name}: expected {expected}")
+        elif not OmegaConf.is_dict(engines[name]):
+            mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
+        elif not isinstance(found := engines[name].get("init_from"), (str, type(None))):
+            mistakes.append(f"engines.{name}.init_from={found}: expected a path or null")
+    if len({name.lower() for name in engines}) < len(engines):
+        mistakes.append("engines: names differ in case alone; their files would collide on some disks")
+    if mistakes:
+        raise ConfigError("\n".join(map(one_line, mistakes)))
+
+
+def _absent_keys(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of keys and whole sections that a `~` has deleted and that have no default."""
+    mistakes = []
+    for key in (field.name for field in fields(Config)):
+        if key not in cfg and key not in _DEFAULTS and not OmegaConf.is_missing(cfg, key):
+            mistakes.append(f"{key}: it is deleted, and has no default; leave ~{key} out")
+    for section, kind in _SECTIONS.items():
+        needed = [field.name for field in fields(kind) if field.default is MISSING]
+        is_whole = OmegaConf.is_missing(cfg, section)
+        num_missing = 0 if is_whole else sum(OmegaConf.is_missing(cfg[section], key) for key in needed)
+        if is_whole or (num_missing > 1 and 2 * num_missing >= len(needed)):
+            mistakes.append(f"{section}: nothing is chosen; leave ~{section} out, or choose one: {section}=...")
+    return mistakes
+
+
+def _unknown_keys(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of keys that a `+` has forced into what the runner owns."""
+    known = {"": [f.name for f in fields(Config)]} | {k: [f.name for f in fields(t)] for k, t in _SECTIONS.items()}
+    known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
+    mistakes = []
+    for section, keys in known.items():
+        node = OmegaConf.select(cfg, section) if section else cfg
+        unknown = [str(key) for key in node if key not in keys] if OmegaConf.is_dict(node) else []
+        mistakes += [f"{section}.{key}: no such key; {nearest(key, keys)}".lstrip(".") for key in unknown]
+    return mistakes
+
+
+def _engines_of(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.select(cfg, "engines") or {}
+
+
+def _unbuildable(plain: Any) -> Iterator[str]:
+    """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is to be built."""
+    for key in BUILT:
+        node = plain
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
+        is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # which `targets` tells
+        if not is_open and not is_several:
+            yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
+
+
+def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:
+    """Yields the mistakes of numbers that a dotted key of the command line has added as texts."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    has_numbers = isinstance(node, dict) and any(type(key) is int for key in node)
+    for key, child in children:
+        if has_numbers and isinstance(key, str) and re.fullmatch(r"-?\d+", key):
+            yield f"{place}.{key}: expected a number as the key, found the text {key!r}; set {place}={{{key}: ...}}"
+        yield from _mixed_keys(child, f"{place}.{key}".lstrip("."))
+
+
+def _stdin_mistakes(cfg: DictConfig) -> list[str]:
+    stdin = cfg.tracking.stdin
+    is_known = isinstance(stdin, bool) or stdin == "auto"
+    return [] if is_known else [f"tracking.stdin={stdin}: expected auto, true or false"]
+
+
+def _pattern_mistakes(cfg: DictConfig) -> list[str]:
+    if OmegaConf.select(cfg, "pattern") is None:
+        return []
+    remedy = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
+    try:
+        plain = to_plain(cfg)
+    except InterpolationKeyError as error:
+        if "pattern.num_codebooks" not in str(error.full_key):
+            raise
+        return [f"pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... ({remedy})"]
+    pattern = plain.pop("pattern")
+    return [] if _holds(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
+
+
+def _holds(node: Any, wanted: Any) -> bool:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return node == wanted or any(_holds(child, wanted) for child in children)
+
+
+def _batch_mistakes(cfg: DictConfig) -> list[str]:
+    engines = _engines_of(cfg)
+    has_own_models = engines and all(OmegaConf.is_dict(engine) and "model" in engine for engine in engines.values())
+    needed = ["data.train", "sampler", *([] if has_own_models else ["model"])]
+    if empty := [key for key in needed if OmegaConf.select(cfg, key) is None]:
+        return [f"{key}: nothing is chosen; a run needs one" for key in empty]
+    size, parts = cfg.data.batch_size, cfg.trainer.accumulate
+    if size % parts:
+        return [f"data.batch_size={size}: expected a multiple of trainer.accumulate={parts}, its number of parts"]
+    if cfg.trainer.eval_every and cfg.data.eval is None:
+        every = cfg.trainer.eval_every
+        return [f"trainer.eval_every={every}: data.eval has no dataset; add one, or set trainer.eval_every=0"]
+    if cfg.trainer.keep_best and not cfg.trainer.eval_every:
+        every, best = "trainer.eval_every=0", f"trainer.keep_best={cfg.trainer.keep_best}"
+        return [f"{best}: {every} evaluates nothing that could be best; set trainer.eval_every=100, or keep_best=0"]
+    return []
+
+
+def _process_mistakes(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of how many processes are to be started, and where they meet."""
+    mistakes, count = [], cfg.nproc_per_node
+    if count != "auto" and (type(count) is not int or count < 1):
+        mistakes.append(f"distributed.nproc_per_node={count}: expected auto, or a number from 1 on")
+    if cfg.backend not in _BACKENDS:
+        mistakes.append(f"distributed.backend={cfg.backend}: {nearest(str(cfg.backend), list(_BACKENDS))}")
+    if cfg.strategy is None and (count not in (1, "auto") or cfg.nnodes > 1):
+        key = "nnodes" if cfg.nnodes > 1 else "nproc_per_node"
+        mistakes.append(f"distributed.{key}={cfg[key]}: it trains on one process; choose distributed=ddp or fsdp")
+    is_address = re.fullmatch(r"[^:]+:\d+", cfg.rdzv_endpoint or "") is not None
+    if not is_address and (cfg.nnodes > 1 or cfg.rdzv_endpoint is not None):
+        found = f"distributed.rdzv_endpoint={cfg.rdzv_endpoint} with nnodes={cfg.nnodes}"
+        mistakes.append(f"{found}: expected host:port of one of the machines, the same on all")
+    return mistakes
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """Returns the config as plain dicts and lists, interpolations resolved, enums as their names.
+
+    An escaped `\\${...}` becomes the text `${...}`, so a text of the result must not be resolved again.
+
+    Raises:
+        ConfigError: it would expand to too much.
+    """
+    check_expansion(cfg)
+    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
+    return update_paths({str(key): value for key, value in plain.items()}) | deleted
+
+
+def typed(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """Returns a section of a resolved config as its dataclass."""
+    hints = get_type_hints(section)
+    enums = {key: hint for key, hint in hints.items() if isinstance(hint, EnumMeta)}
+    return section(**{key: enums[key][value] if key in enums else value for key, value in values.items()})
+
+
+def to_json(plain: Any) -> str:
+    """Returns a resolved config as JSON that `from_json` reads; keys that are no text and bytes are marked."""
+    return json.dumps(_mark(plain), default=str)
+
+
+def _mark(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_mark(child) for child in value]
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if not isinstance(value, dict):
+        return value
+    if all(isinstance(key, str) for key in value) and not value.keys() & {_BYTES, _ITEMS}:
+        return {key: _mark(child) for key, child in value.items()}
+    return {_ITEMS: [[_mark(key), _mark(child)] for key, child in value.items()]}
+
+
+def from_json(text: str) -> Any:
+    """Returns the config that `to_json` wrote.
+
+    Raises:
+        ValueError, TypeError: another program wrote it.
+    """
+    if len(text) > _MAX_JSON:
+        raise ValueError(f"it has {len(text):,} characters, expected {_MAX_JSON:,} at most")
+    found = _unmark(parse_json(text, 3 * MAX_DEPTH))
+    check_plain(found)
+    return found
+
+
+def _unmark(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unmark(child) for child in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_BYTES}:
+        return base64.b64decode(value[_BYTES])
+    if value.keys() == {_ITEMS}:
+        return {_unmark(key): _unmark(child) for key, child in value[_ITEMS]}
+    return {key: _unmark(child) for key, child in value.items()}

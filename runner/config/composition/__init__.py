@@ -1,0 +1,1 @@
+"""Composition by Hydra: the source of YAML files, interpolations and the bounds of their expansion."""

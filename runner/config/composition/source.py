@@ -1,0 +1,187 @@
+"""Hydra's source of YAML files, with a mistake in a file told by its path, line and column.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.config.errors import HEADER, ConfigError, find_misplaced, nearest, shown, top_level_keys
+
+_PACKAGES = ["_global_", "_group_", "_name_", "hydra"]
+_DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `- override /optimizer: sgd`"
+_MARK = "\ufeff"  # a byte order mark
+
+
+def register() -> None:
+    """Makes Hydra read YAML files through `FileConfigSource` of this module."""
+    SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Reads YAML files as Hydra's own source does, also where they begin with a byte order mark.
+
+    It has the name of Hydra's own, which therefore registers no other.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Returns a file's content.
+
+        Raises:
+            ConfigError: naming the file, and the line and column of the mistake.
+        """
+        path = os.path.join(self.path, self._normalize_file_name(config_path))
+        text = _read(path)
+        header = _read_header(path, text)
+        content = _parse(path, text)
+        _check_defaults(path, content)
+        if header["package"] == "_global_":
+            _check_kinds(path, content)
+        return ConfigResult(
+            config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
+        )
+
+
+def _shown_path(path: str) -> str:
+    """Returns a path as a person would type it: from the current directory, if it lies below."""
+    relative = os.path.relpath(path)
+    return shown(path if relative.startswith("..") else relative)
+
+
+def _read(path: str) -> str:
+    name = _shown_path(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name}: can't be read ({error.strerror})") from error
+    try:
+        text = content.decode("utf-8").removeprefix(_MARK)
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        found = f"found byte 0x{content[error.start]:02x}"
+        raise ConfigError(f"{name}:{line}:{column}: expected UTF-8, {found}; save the file as UTF-8") from error
+    if not text.strip():
+        raise ConfigError(f'{name}: the file is empty; an experiment begins with the line "{HEADER}"')
+    return text
+
+
+def _read_header(path: str, text: str) -> dict[str, str | None]:
+    name = _shown_path(path)
+    try:
+        header = FileConfigSource._get_header_dict(text[:512])
+    except ValueError as error:
+        raise ConfigError(f'{name}:1: {error}; write "{HEADER}"') from error
+    package = header["package"]
+    places = [*_PACKAGES, *top_level_keys()]
+    if package and package.partition(".")[0] not in places and "@" not in package:
+        remedy = nearest(package.partition(".")[0], places)
+        raise ConfigError(f"{name}:1: # @package {shown(package)}: no such place in the config; {remedy}")
+    return header
+
+
+def _parse(path: str, text: str) -> DictConfig:
+    name = _shown_path(path)
+    try:
+        content = yaml.load(text, Loader=get_yaml_loader())
+        if isinstance(content, dict) or content is None:  # comments alone
+            return OmegaConf.create(content or {})
+    except yaml.YAMLError as error:
+        raise ConfigError(_describe(name, text, error)) from error
+    except RecursionError:
+        raise ConfigError(f"{name}: it is nested too deeply, or an alias holds itself") from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{name}: {shown(key + str(error).splitlines()[0])}") from error
+    except ValueError as error:  # a tag such as !!int before another text
+        raise ConfigError(f"{name}: {shown(str(error))}") from error
+    kind = "a list" if isinstance(content, list) else shown(repr(content))
+    raise ConfigError(f"{name}: expected a mapping (key: value) at the top level, found {kind}")
+
+
+def _place(name: str, mark: yaml.Mark) -> str:
+    return f"{name}:{mark.line + 1}:{mark.column + 1}"
+
+
+def _describe(name: str, text: str, error: yaml.YAMLError) -> str:
+    """Returns where a file's YAML is wrong, what is wrong there, and the remedy."""
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        return f"{name}:{line}:{column}: expected text, found the character {shown(chr(error.character))}; delete it"
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{name}: {shown(str(error))}"
+    problem = error.problem or error.context or "it is no YAML"
+    mark, remedy = error.problem_mark or error.context_mark, ""
+    is_quote = bool(error.context) and "quoted scalar" in str(error.context)
+    if is_quote and error.context_mark is not None:
+        mark, problem, remedy = error.context_mark, "the quote that opens here is never closed", "close it"
+    elif "'\\t'" in problem or (mark is not None and _has_tab(text, mark.line)):
+        problem, remedy = "expected spaces, found a tab", "indent with spaces"
+    elif problem.startswith("found duplicate key"):
+        key = problem.removeprefix("found duplicate key ")
+        problem, remedy = f"the key {key} stands twice in one mapping", "leave one of them"
+    elif problem.startswith("found undefined alias"):
+        remedy = "define it by &NAME before, or put a text that begins with * into quotes"
+    elif problem.startswith("could not determine a constructor"):
+        remedy = "only plain YAML is read; put a text that begins with ! into quotes"
+    elif "cannot start any token" in problem or "found '?'" in problem or problem.startswith("expected alphabetic"):
+        remedy = "put a text that begins with such a character into quotes"
+    elif "expected a single document" in str(error.context) or "another document" in problem:
+        problem, remedy = "expected one document, found another", "delete the line ---"
+    elif "mapping values are not allowed" in problem:
+        remedy = "put a text with a colon into quotes, and check the indentation"
+    elif problem.startswith(("expected ',' or", "did not find expected")) or "expected <block end>" in problem:
+        remedy = "check brackets, commas and indentation"
+    where = name if mark is None else _place(name, mark)
+    return f"{where}: {shown(problem)}" + (f"; {remedy}" if remedy else "")
+
+
+def _has_tab(text: str, line: int) -> bool:
+    """Says whether a line is indented with a tab."""
+    lines = text.splitlines()
+    found = lines[line] if line < len(lines) else ""
+    return "\t" in found[: len(found) - len(found.lstrip())]
+
+
+def _check_defaults(path: str, content: DictConfig) -> None:
+    """Checks the form of a defaults list, of which Hydra's own messages name no file.
+
+    Raises:
+        ConfigError: it is no list of names and of mappings from a group to a choice.
+    """
+    if "defaults" not in content:
+        return
+    name, node = _shown_path(path), content._get_node("defaults")
+    defaults = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else None
+    if not isinstance(defaults, list):
+        plain: Any = OmegaConf.to_container(content, resolve=False)
+        found = shown(repr(plain["defaults"]))
+        raise ConfigError(f"{name}: defaults: expected a list, found {found}; {_DEFAULTS_REMEDY}")
+    for item in defaults:
+        is_choice = isinstance(item, dict) and len(item) == 1 and _is_choice(*next(iter(item.items())))
+        if not isinstance(item, str) and not is_choice:
+            expected = "expected a name, or a group with its choice"
+            raise ConfigError(f"{name}: defaults: {expected}, found {shown(repr(item))}; {_DEFAULTS_REMEDY}")
+
+
+def _check_kinds(path: str, content: DictConfig) -> None:
+    if found := list(find_misplaced(OmegaConf.to_container(content, resolve=False))):
+        name = _shown_path(path)
+        raise ConfigError("\n".join(f"{name}: {each}" for each in found))
+
+
+def _is_choice(group: Any, choice: Any) -> bool:
+    is_list = isinstance(choice, list) and all(isinstance(each, str) for each in choice)
+    return isinstance(group, str) and (choice is None or isinstance(choice, str) or is_list)

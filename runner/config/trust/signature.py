@@ -1,0 +1,411 @@
+"""Signs a run's config with a key of this user, so that the user's own runs are told from runs of others.
+
+A signed config may name anything, as the YAML that it was composed from; an unsigned one is untrusted. The signature
+covers the files of `.hydra/`, the run's location, where its modules and configs were imported from, and the links that
+lead out of its folder to storage of the user's. Must not import torch.
+
+Source: Jupyter's signed notebooks,
+https://jupyter-server.readthedocs.io/en/latest/operators/security.html#security-in-notebook-documents
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from runner.config.trust import import_path
+from runner.utils.files import disk, make_folder, make_folders, read_bounded, replace_file
+
+NAME = "signature.json"
+_SIGNED = ("config.yaml", "overrides.yaml", "hydra.yaml", "weights.json")  # of .hydra/
+_MARK = ".run"  # a file in checkpoints/ that names their run
+_KEY_BYTES = 32
+_MAX_BYTES = 1 << 20
+
+
+# Digests of signed files by their paths: what is read later must be what was checked.
+_checked: dict[str, set[str]] = {}
+
+
+class SignatureError(ValueError):
+    """A config isn't known to be this user's own: the message says why."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run was started.
+
+    Args:
+        directory: its working directory.
+        config_dirs: directories of YAML beside the runner's own.
+        python_path: directories that modules are imported from, beside the interpreter's own.
+        links: targets of the links of the run's folder, by their names.
+        run_id: of the run, wherever its folder is moved to.
+    """
+
+    directory: str
+    config_dirs: list[str] = field(default_factory=list)
+    python_path: list[str] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: secrets.token_hex(16))
+
+
+def _origin_in(content: Mapping[str, Any]) -> Origin:
+    """Returns the origin in the content of a signature."""
+    return Origin(**{each.name: content[each.name] for each in fields(Origin)})
+
+
+def find_origin(config_dirs: Sequence[str]) -> Origin:
+    """Returns where a run that is started now is started."""
+    return Origin(os.getcwd(), [os.path.abspath(path) for path in config_dirs], import_path.list_own())
+
+
+def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_present: bool = False) -> None:
+    """Signs the config that is about to be written to a run's folder; the signed config that is there stays valid.
+
+    Args:
+        files: the contents of files of `.hydra/` by name; those that are missing stay as they are.
+        trusts_present: the user says that the files that stay are theirs.
+    Raises:
+        OSError: the key can't be read or made, or the signature not be written.
+        SignatureError: a file that stays isn't known to be this user's own.
+    """
+    present = _read_digests(run)
+    stays = [name for name in present if name not in files]
+    is_signed = _is_signed(run, present)
+    if stays and not (is_signed or trusts_present):
+        raise SignatureError(f".hydra/{stays[0]} was modified after it was signed")
+    digests = {name: [_digest(content)] for name, content in files.items()}
+    for name in present:
+        if is_signed or name in stays:  # a crash between two of the files leaves an old one beside a new one
+            digests[name] = [*digests.get(name, ()), *present[name]]
+    content = {"run": str(run.absolute()), "digests": digests, **asdict(origin)}
+    sealed = _seal(content, make=True)
+    make_folder(run / ".hydra", run)
+    replace_file(run / ".hydra" / NAME, [json.dumps(sealed, indent=1).encode()])
+    _remember(run, digests)
+
+
+def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
+    """Says whether the files whose digests were read are signed."""
+    try:
+        content = _read(run)
+        _check_digests(content, present)
+    except SignatureError:
+        return False
+    return True
+
+
+def mark_checkpoints(run: Path) -> None:
+    """Marks the checkpoints of a signed run as its own: a link to them is followed after they are moved elsewhere."""
+    with contextlib.suppress(SignatureError, OSError):
+        content = {"checkpoints_of": str(run.absolute()), "run_id": check(run).run_id}
+        if _read_mark(run / "checkpoints") != content:
+            replace_file(run / "checkpoints" / _MARK, [json.dumps(_seal(content)).encode()])
+
+
+def find_marked_run(checkpoints: Path) -> Path | None:
+    """Returns the run whose checkpoints lie in a folder that this user has marked, and that a link leads to."""
+    content = _read_mark(checkpoints)
+    if content is None or not _is_same_folder(Path(content["checkpoints_of"], "checkpoints"), checkpoints):
+        return None
+    return Path(content["checkpoints_of"])
+
+
+def check(run: Path) -> Origin:
+    """Returns where a run was started, if this user has signed its config.
+
+    Raises:
+        SignatureError: the config is another user's, was modified, or lies elsewhere than where it was signed.
+    """
+    for name in _SIGNED:
+        _checked.pop(os.path.realpath(run / ".hydra" / name), None)
+    content = _read(run)
+    origin = _origin_in(content)
+    _check_digests(content, _read_digests(run))
+    if not _is_same_folder(Path(content["run"]), run):
+        raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
+    if not os.path.isdir(origin.directory):
+        raise SignatureError(f"it was started in {origin.directory}, which is gone")
+    _remember(run, content["digests"])
+    return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
+
+
+def find_signed(run: Path) -> Origin | None:
+    """Returns where this user has started the run in a folder; None without one that is the user's own."""
+    try:
+        return check(run)
+    except SignatureError:
+        return None
+
+
+def is_as_checked(path: Path, content: bytes) -> bool:
+    """Says whether a file that was just read is the one whose signature was checked, if one was."""
+    digests = _checked.get(os.path.realpath(path))
+    return digests is None or _digest(content) in digests
+
+
+def _remember(run: Path, digests: Mapping[str, list[str]]) -> None:
+    for name in _SIGNED:
+        _checked[os.path.realpath(run / ".hydra" / name)] = set(digests.get(name, ()))
+
+
+def _check_digests(content: Mapping[str, Any], present: Mapping[str, list[str]]) -> None:
+    for name in _SIGNED:
+        if not set(present.get(name, [None])) <= set(content["digests"].get(name) or [None]):
+            raise SignatureError(f".hydra/{name} was modified after it was signed")
+
+
+def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
+    """Signs the present config and links of a run, because the user says that the run is theirs.
+
+    Directories that are gone are looked for where they would have been moved with the run's folder, and below the
+    current one.
+
+    Raises:
+        SignatureError: it can't be signed.
+    """
+    before, old_run = None, run.absolute()
+    with contextlib.suppress(SignatureError):
+        content = _read(run)
+        before = _origin_in(content)
+        old_run = Path(content["run"])
+    origin = find_origin(config_dirs)
+    if before is not None:
+        moves = [(str(old_run), str(run.absolute())), *_find_moves(old_run, run.absolute())]
+        moves.append((before.directory, origin.directory))
+        relocate = partial(_relocate, moves)
+        origin = replace(
+            origin,
+            directory=relocate(before.directory),
+            config_dirs=list(dict.fromkeys([*origin.config_dirs, *map(relocate, before.config_dirs)])),
+            python_path=list(dict.fromkeys([*origin.python_path, *map(relocate, before.python_path)])),
+            run_id=before.run_id,
+        )
+    links = {path.name: os.path.realpath(path) for path in run.iterdir() if path.is_symlink() and path.is_dir()}
+    origin = replace(origin, links=links)
+    try:
+        with disk.confine(run):
+            sign(run, origin, {}, trusts_present=True)
+    except OSError as error:
+        raise SignatureError(f"it can't be signed: {error}") from error
+    return origin
+
+
+def describe_links(origin: Origin) -> list[str]:
+    """Returns a note on each link that was signed."""
+    return [f"{name}: a link; the run writes to {target}" for name, target in origin.links.items()]
+
+
+def _find_moves(old: Path, new: Path) -> Iterator[tuple[str, str]]:
+    """Yields the folders above a run's that were moved with it: `a/b/run` to `c/b/run` moves `a/b`, too, and `a`."""
+    while old.name and old.name == new.name:
+        old, new = old.parent, new.parent
+        yield str(old), str(new)
+
+
+def _relocate(moves: Sequence[tuple[str, str]], directory: str) -> str:
+    """Returns where a directory is after moves of folders; itself where it is there, or is not found."""
+    if os.path.isdir(directory):
+        return directory
+    for old, new in moves:
+        relative = os.path.relpath(directory, old)
+        moved = os.path.normpath(os.path.join(new, relative))
+        if not relative.startswith("..") and os.path.isdir(moved):
+            return moved
+    return directory
+
+
+def sign_text(text: str, origin: Origin) -> str:
+    """Returns a signature of a text, such as an exported config, with where it is from.
+
+    Raises:
+        OSError: the key can't be read.
+    """
+    content = {"text": _digest(text.encode()), **asdict(replace(origin, links={}))}
+    return json.dumps(_seal(content))
+
+
+def check_text(text: str, signature: str | None) -> Origin:
+    """Returns where a text is from, if this user has signed it.
+
+    Raises:
+        SignatureError: nobody has, or another user.
+    """
+    content = _parse(signature, "text", str)
+    if content["text"] != _digest(text.encode()):
+        raise SignatureError("its config was modified after it was signed")
+    return _origin_in(content)
+
+
+def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
+    """Returns the link that leads to the run's own checkpoints, moved to another disk after they were marked."""
+    folder = run / "checkpoints"
+    if not folder.is_symlink() or "checkpoints" in origin.links:
+        return {}
+    content = _read_mark(folder)
+    is_own = content is not None and content["run_id"] == origin.run_id
+    return {"checkpoints": os.path.realpath(folder)} if is_own else {}
+
+
+def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
+    """Returns what the mark of a folder of checkpoints says; None where it has none that is this user's."""
+    try:
+        content = _verify(read_bounded(checkpoints / _MARK, _MAX_BYTES).decode())
+    except (OSError, UnicodeDecodeError, SignatureError):
+        return None
+    return content if "checkpoints_of" in content else None
+
+
+def _is_same_folder(recorded: Path, found: Path) -> bool:
+    try:
+        return os.path.samefile(recorded, found)
+    except OSError:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_digests(run: Path) -> dict[str, list[str]]:
+    """Returns the digests of the files of `.hydra/` that are there."""
+    digests = {}
+    for name in _SIGNED:
+        path = run / ".hydra" / name
+        try:
+            digests[name] = [_digest(read_bounded(path, _MAX_BYTES))]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SignatureError(f".hydra/{name} can't be read ({error})") from error
+    return digests
+
+
+def _read(run: Path) -> dict[str, Any]:
+    """Returns the content of a run's signature.
+
+    Raises:
+        SignatureError: there is none that is this user's.
+    """
+    try:
+        text = read_bounded(run / ".hydra" / NAME, _MAX_BYTES).decode()
+    except FileNotFoundError:
+        raise SignatureError("nobody has signed it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SignatureError(f".hydra/{NAME} can't be read ({error})") from error
+    content = _parse(text, "run", str)
+    digests = content.get("digests")
+    if not isinstance(digests, dict):
+        raise SignatureError(f".hydra/{NAME} is damaged")
+    return content
+
+
+def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
+    """Returns the content of a signature whose code is right."""
+    if text is None:
+        raise SignatureError("nobody has signed it")
+    content = _verify(text)
+    wanted = {key, *(each.name for each in fields(Origin))}
+    if not wanted <= content.keys() or not isinstance(content[key], kind):
+        raise SignatureError("another version of the runner has signed it")
+    return content
+
+
+def _verify(text: str) -> dict[str, Any]:
+    """Returns what `_seal` sealed, without its code.
+
+    Raises:
+        SignatureError: it is damaged, or sealed with another key.
+    """
+    try:
+        content = json.loads(text)
+        code = content.pop("hmac")
+        expected = _authenticate(content, _read_key())
+        is_right = isinstance(code, str) and hmac.compare_digest(code.encode(), expected.encode())
+    except FileNotFoundError:
+        raise SignatureError("it was signed by another user, or on another machine") from None
+    except OSError as error:
+        raise SignatureError(f"the key can't be read: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SignatureError("its signature is damaged") from error
+    if not is_right:
+        raise SignatureError(
+            "another user has signed it, or this one on another machine; or its signature was modified"
+        )
+    return dict(content)
+
+
+def _seal(content: Mapping[str, Any], *, make: bool = False) -> dict[str, Any]:
+    """Returns a content with its code, by the user's key, which is made where it is not there and `make` says so."""
+    return {**content, "hmac": _authenticate(content, _read_key(make=make))}
+
+
+def _authenticate(content: Mapping[str, Any], key: bytes) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def _key_path() -> Path:
+    state = os.environ.get("XDG_STATE_HOME", "")
+    place = state if os.path.isabs(state) else os.path.expanduser("~/.local/state")
+    return Path(place, "runner", "key")
+
+
+def _read_key(*, make: bool = False) -> bytes:
+    """Returns this user's key, which is made where it is not there and `make` says so.
+
+    Raises:
+        OSError: it can't be read or made, or others could read it.
+    """
+    path = _key_path()
+    if make and not path.exists():
+        _make_key(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        key = file.read(_KEY_BYTES + 1)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        expected = "expected a file of this user that nobody else can read; remove it, and sign your runs anew"
+        raise PermissionError(13, expected, str(path))
+    if len(key) != _KEY_BYTES:
+        raise OSError(22, f"expected {_KEY_BYTES} bytes; remove it, and sign your runs anew", str(path))
+    return key
+
+
+def _make_key(path: Path) -> None:
+    """Makes the key, whole under its name at once: of two processes that make it both use the first one's."""
+    make_folders(path.parent.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path.parent, 0o700)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_KEY_BYTES))
+            file.flush()
+            os.fsync(descriptor)
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        os.unlink(temporary)
+
+
+def may_read_git(run: Path, directory: str) -> bool:
+    """Says whether git may read a directory's repository, whose config may name programs that git runs."""
+    if not import_path.is_in_run_folder(directory):
+        return True
+    try:
+        return os.path.samefile(check(run).directory, directory)
+    except (SignatureError, OSError):
+        return False

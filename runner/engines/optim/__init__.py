@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedulers, their hyperparameters and their saved state."""

@@ -1,0 +1,60 @@
+"""A watch over one rank of many: where it makes no progress it is ended, the stacks of its threads in the log.
+
+Imports `disk` of the tools, and the standard library. A process that runs alone is not watched: nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from runner.utils.files import disk
+
+_ORPHAN_GRACE_S = 30.0  # for a rank whose launcher is gone to save and end
+_MARGIN_S = 5.0
+
+
+@contextlib.contextmanager
+def watched(progress: Callable[[], Any], timeout_s: float, log: Path, name: str) -> Iterator[None]:
+    """Watches this process for the length of a block.
+
+    Args:
+        progress: what changes while there is any; called from a thread.
+        timeout_s: without a change for so long, the process exits with status 1.
+        name: of this rank, in the log.
+    """
+    is_over, parent = threading.Event(), os.getppid()
+    descriptor = disk.open_unsynced(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+
+        def watch() -> None:
+            last, since, orphan_since = progress(), time.monotonic(), None
+            while not is_over.wait(min(timeout_s / 4, 1.0)):
+                now, found = time.monotonic(), progress()
+                if found != last:
+                    last, since = found, now
+                    # The last resort, for a main thread that never lets this one run: it needs no Python.
+                    faulthandler.dump_traceback_later(timeout_s + _MARGIN_S, file=file, exit=True)
+                if os.getppid() != parent:
+                    orphan_since = orphan_since or now
+                if now - since > timeout_s or now - (orphan_since or now) > _ORPHAN_GRACE_S:
+                    why = f"made no step for {now - since:.0f} s" if orphan_since is None else "has lost its launcher"
+                    file.write(f"{name} {why} and is ended; its stacks:\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file=file)
+                    os._exit(1)
+
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            faulthandler.cancel_dump_traceback_later()
+            thread.join()

@@ -1,0 +1,1 @@
+"""Tracking: metrics, TensorBoard event files, the console, and the record of a run."""

@@ -1,0 +1,237 @@
+"""What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
+
+Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything
+above; tqdm only where a bar is drawn.
+"""
+
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TextIO
+
+from runner.utils.files import disk
+from runner.utils.utils import escape_controls, format_number, one_line
+
+_DRAW_EVERY_S = 0.1
+
+
+class Console:
+    """Shows a run to a person: a progress bar when `stream` is a terminal, plain lines otherwise.
+
+    A terminal that goes away ends the bar or the lines, not the run.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        enabled: bool | None = None,
+    ) -> None:
+        stream = sys.stderr if stream is None else stream
+        is_shown = _is_terminal(stream) if enabled is None else enabled
+        self._step = first_step
+        self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
+        self._next_draw = -math.inf if is_shown else math.inf
+
+    def update(self, step: int, **shown: Any) -> None:
+        """The bar stands at `step` and shows the values, if a redraw is due; else they are not even read."""
+        self._step = step
+        if perf_counter() >= self._next_draw:
+            self._draw(shown)
+
+    def is_due(self) -> bool:
+        """Whether `update` would draw now; never without a bar."""
+        return perf_counter() >= self._next_draw
+
+    def print(self, text: str) -> None:
+        """A line of its own on stdout, above the bar."""
+        if self._bar is None:
+            _write_line(text)
+            return
+        try:
+            with self._bar.get_lock():
+                self._bar.clear(nolock=True)
+                _write_line(text)
+                self._bar.refresh(nolock=True)
+        except (OSError, ValueError):
+            self._drop_bar()
+
+    def close(self) -> None:
+        """The bar stays where the run ended, and the cursor is below it; closing again does nothing."""
+        if self._bar is None:
+            return
+        try:
+            self._bar.update(self._step - self._bar.n)
+            self._bar.close()
+        except (OSError, ValueError):
+            pass
+        self._drop_bar()
+
+    def _draw(self, shown: dict[str, Any]) -> None:
+        self._next_draw = perf_counter() + _DRAW_EVERY_S
+        if self._bar is None:
+            return
+        values = ", ".join(f"{one_line(name)}={_format_value(value)}" for name, value in shown.items())
+        try:
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(self._step - self._bar.n)
+        except (OSError, ValueError):
+            self._drop_bar()
+
+    def _drop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.disable = True
+        self._bar, self._next_draw = None, math.inf
+
+
+@contextmanager
+def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[logging.Logger]:
+    """The logger "runner", whose messages go to `console` and, with time and level, to the end of `log.txt`.
+
+    Of a rank that only follows, what failed there alone goes to the file: the rest is the leader's to tell. It is as
+    before afterwards, so one job of a sweep never writes to another's log.
+    """
+    logger = logging.getLogger("runner")
+    before = logger.level, logger.propagate
+    to_file = _LogFile(Path(folder).absolute() / "log.txt")
+    where = f"rank {rank}: " if rank else ""
+    to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
+    handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
+    if rank:
+        to_file.addFilter(lambda record: record.exc_info is not None)
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield logger
+    finally:
+        logger.level, logger.propagate = before
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _Formatter(logging.Formatter):
+    """Indents the lines of a message after its first: none of them can pass for a message of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record)).replace("\n", "\n    ")
+
+
+class _LogFile(logging.StreamHandler):
+    """Appends to a file; says once that it can't be written, where logging would print a traceback a message."""
+
+    is_refused = False
+
+    def __init__(self, path: Path) -> None:
+        descriptor = disk.open_unsynced(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        super().__init__(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
+        self._path = path
+
+    def close(self) -> None:
+        try:
+            self.stream.close()
+        finally:
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's own name
+        if not self.is_refused:
+            self.is_refused = True
+            _write_line(f"error: {self._path} can't be written: {sys.exc_info()[1]}")
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_for_file", False):
+            return
+        try:
+            level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+            self._console.print(level + record.getMessage())  # a traceback is for log.txt
+        except Exception:
+            self.handleError(record)
+
+
+def describe_numbers(numbers: Mapping[str, float]) -> str:
+    """Returns numbers as a part of one short line: thousands of them as the first few, learning rates as a range."""
+    rates: dict[str, list[float]] = {}
+    for name, value in numbers.items():
+        if found := _RATE.fullmatch(name):
+            rates.setdefault(found.group(1), []).append(value)
+    shown: list[str] = []
+    ranges: list[str] = []
+    for name, value in numbers.items():
+        found = _RATE.fullmatch(name)
+        several = rates[found.group(1)] if found else []
+        if len(several) <= _MOST_RATES:
+            shown.append(f"{_short(name)} {format_number(value)}")
+        elif found and found.group(1) == name:
+            ranges.append(
+                f"{_short(name)} {format_number(min(several))} to {format_number(max(several))} ({len(several)} groups)"
+            )
+    if len(shown) + len(ranges) > _MOST_NUMBERS:
+        shown, ranges = shown[:_MOST_NUMBERS], [*ranges[:_MOST_RATES], f"... ({len(numbers)} in all)"]
+    return ", ".join(shown + ranges)
+
+
+_RATE = re.compile(r"((?:.*/)?lr)(?:_\d+)?", re.DOTALL)  # of an optimizer's groups: lr, lr_1, lr_2, ...
+_MOST_RATES, _MOST_NUMBERS, _LONGEST_NAME = 4, 20, 100
+
+
+def _short(name: str) -> str:
+    return one_line(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
+
+
+def _make_bar(total: int, first: int, stream: TextIO) -> Any:
+    from threading import RLock
+
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        monitor_interval = 0  # no thread of tqdm's: `update` says when to draw
+
+    Bar.set_lock(RLock())  # tqdm's own lock is shared with other processes, and dear
+    has_width = _num_columns(stream) > 0
+    width: dict[str, Any] = {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
+    return Bar(total=total, initial=first, file=stream, unit="step", mininterval=0, miniters=0, **width)
+
+
+def _num_columns(stream: TextIO) -> int:
+    """0 when unknown, as in a container's terminal that was never given a size."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return 0
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _write_line(text: str) -> None:
+    stream = sys.stdout
+    if stream is None or stream.closed:
+        return
+    encoding = stream.encoding or "utf-8"
+    text = escape_controls(text)
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+    except OSError:
+        pass  # whoever read the lines has gone
+
+
+def _format_value(value: Any) -> str:
+    return format_number(float(value))

@@ -1,0 +1,47 @@
+"""Devices and processes: start-up, ranks, and collectives that are no-ops on one process."""
+
+from runner.utils.distributed.devices import generator_of, kept_generators, move, pick_device, seed_all
+from runner.utils.distributed.process_group import (
+    LeftError,
+    LostError,
+    RankError,
+    Rendezvous,
+    connect,
+    count_collectives,
+    gather,
+    init_process_group,
+    is_leader,
+    is_many,
+    is_of_connection,
+    local_rank,
+    num_ranks,
+    of_leader,
+    rank,
+    together,
+    wait_for,
+)
+
+__all__ = [
+    "LeftError",
+    "LostError",
+    "RankError",
+    "Rendezvous",
+    "connect",
+    "count_collectives",
+    "gather",
+    "generator_of",
+    "init_process_group",
+    "is_leader",
+    "is_many",
+    "is_of_connection",
+    "kept_generators",
+    "local_rank",
+    "move",
+    "num_ranks",
+    "of_leader",
+    "pick_device",
+    "rank",
+    "seed_all",
+    "together",
+    "wait_for",
+]

@@ -1,0 +1,270 @@
+"""Samplers: which index, or which batch of indices, comes next.
+
+Owns the order of samples, a pure function of (settings, seed, epoch, position), and the position in it.
+Shuffles are keyed permutations, computed block by block. Must not import torch.
+
+`iter(sampler)` yields the rest of the epoch, the next `iter` the next epoch. An item counts once handed out:
+the state saved after k items resumes with item k + 1, after the last with the first of the next epoch. A
+live iterator follows its sampler: it goes on from a state loaded within its epoch and ends with the epoch. A
+loader that prefetches runs ahead of training; `Batches` keeps the position of what was delivered.
+"""
+
+import itertools
+import math
+import warnings
+import zlib
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runner.utils.sampler.permutation import shuffled, spread
+from runner.utils.utils import checked_choice, checked_int, mix
+
+T = TypeVar("T")
+Setting = int | float | str | None
+
+_FIRST_BLOCK = 64
+_LARGEST_BLOCK = 16384
+_CHUNK = 65536
+_LARGEST_LENGTH = 2**62
+
+
+class _EpochSampler(ABC, Generic[T]):
+    """Hands out endless epochs of `length` items; a subclass says which item stands at which position."""
+
+    def __init__(self, length: int, settings: dict[str, Setting]) -> None:
+        self._length = length
+        self._settings = settings
+        self._num_taken = 0
+
+    @abstractmethod
+    def _items(self, epoch: int, start: int, count: int) -> Iterable[T]:
+        """Returns the items at positions start ... start + count - 1 of an epoch."""
+
+    def __len__(self) -> int:
+        """Returns the number of items in an epoch, whatever the position."""
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        epoch = self._num_taken // max(1, self._length)
+        block_size = _FIRST_BLOCK
+        while self._length and self._num_taken // self._length == epoch:
+            taken = self._num_taken
+            position = taken - epoch * self._length
+            for item in self._items(epoch, position, min(block_size, self._length - position)):
+                taken += 1
+                self._num_taken = taken
+                yield item
+                if self._num_taken != taken:
+                    break
+            else:
+                block_size = min(4 * block_size, _LARGEST_BLOCK)
+
+    def state_dict(self) -> dict[str, Setting]:
+        """Returns a snapshot of the position and of the settings it belongs to, as plain values."""
+        epoch, position = divmod(self._num_taken, max(1, self._length))
+        return {"epoch": epoch, "position": position, "sampler": type(self).__name__, **self._settings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Moves to a saved position; a state that is refused moves nothing.
+
+        Raises:
+            TypeError, ValueError: it is of another sampler, length, seed or setting, or is no position.
+        """
+        where = f"{type(self).__name__}.load_state_dict"
+        expected = self.state_dict()
+        for name, value in expected.items():
+            if name not in ("epoch", "position") and state.get(name) != value:
+                raise ValueError(
+                    f"{where}: the state has {name}={state.get(name)!r}, this sampler has {name}={value!r}. "
+                    "Resume with the data and settings of the saved run, or start without its state."
+                )
+        epoch = checked_int(f"{where}: epoch", state.get("epoch"), 0)
+        position = checked_int(f"{where}: position", state.get("position"), 0, self._length)
+        self._num_taken = epoch * self._length + position
+
+
+class OrderedSampler(_EpochSampler[int]):
+    """Yields 0, 1, ... length - 1, in every epoch."""
+
+    def __init__(self, length: int) -> None:
+        length = checked_int("OrderedSampler: length", length, 0, _LARGEST_LENGTH)
+        super().__init__(length, {"length": length})
+
+    def _items(self, epoch: int, start: int, count: int) -> Iterable[int]:
+        return range(start, start + count)
+
+
+class RandomSampler(_EpochSampler[int]):
+    """Yields range(length) in a new order each epoch, or with `replacement` `length` independent draws."""
+
+    def __init__(self, length: int, seed: int = 0, replacement: bool = False) -> None:
+        length = checked_int("RandomSampler: length", length, 0, _LARGEST_LENGTH)
+        self._seed = checked_int("RandomSampler: seed", seed)
+        self._replacement = checked_choice("RandomSampler: replacement", replacement, (False, True))
+        super().__init__(length, {"length": length, "seed": self._seed, "replacement": self._replacement})
+
+    def _items(self, epoch: int, start: int, count: int) -> list[int]:
+        if not self._replacement:
+            return shuffled(self._length, self._seed, epoch, start, count)
+        hashes = spread(start, count, mix(self._seed, epoch))
+        drawn: list[int] = (hashes % self._length).tolist()
+        return drawn
+
+
+class PoolSampler(_EpochSampler[T]):
+    """Draws without replacement from a bag of any values, refilled in a new order when it is empty.
+
+    The values are a sequence (a list is copied, another sequence is kept and must not change), or an int for
+    range(int). `sample()` and iteration draw from the same bag; iteration ends when the bag is empty. A saved
+    state knows how many values the bag has, not which.
+    """
+
+    def __init__(self, values_or_length: Sequence[T] | int, seed: int = 0) -> None:
+        values: Any = values_or_length
+        is_bag = hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
+        name = "PoolSampler: values, unless a sequence,"
+        length = len(values) if is_bag else checked_int(name, values, 0, _LARGEST_LENGTH)
+        self._values = tuple(values) if isinstance(values, list) else values if is_bag else None
+        self._seed = checked_int("PoolSampler: seed", seed)
+        self._drawn: list[T] = []
+        self._drawn_from = 0
+        super().__init__(length, {"length": length, "seed": self._seed})
+
+    def sample(self) -> T:
+        """Returns the next value of the bag; an empty bag is refilled first.
+
+        Raises:
+            IndexError: the bag was built without values.
+        """
+        if not self._length:
+            raise IndexError("PoolSampler.sample: expected a bag with values, found one built without any.")
+        offset = self._num_taken - self._drawn_from
+        if not 0 <= offset < len(self._drawn):
+            epoch, position = divmod(self._num_taken, self._length)
+            count = min(max(_FIRST_BLOCK, 4 * len(self._drawn)), _LARGEST_BLOCK, self._length - position)
+            self._drawn, self._drawn_from, offset = self._items(epoch, position, count), self._num_taken, 0
+        self._num_taken += 1
+        return self._drawn[offset]
+
+    def _items(self, epoch: int, start: int, count: int) -> list[T]:
+        # Salted: a sweep over samplers of one seed is to compare different orders.
+        drawn: Any = shuffled(self._length, mix(self._seed, 1), epoch, start, count)
+        return drawn if self._values is None else [self._values[i] for i in drawn]
+
+
+class BatchedOrderedSampler(_EpochSampler[list[int]]):
+    """Yields batches of neighbouring indices, as long as the limits allow, for DataLoader's `batch_sampler`.
+
+    `lengths` is a list, array or CPU tensor `[num_items]` of numbers >= 0, taken as float64. A batch closes
+    before the item that would take it over `max_size` items or over `max_cost`, in the unit of the lengths:
+    its longest x its number of items ("padded"), or their sum ("sum"). An item longer than `max_cost` is an
+    error, or with oversized="single" a batch of its own. `shuffle` puts whole batches in a new order each
+    epoch. `drop_last` drops a last batch that is not full: one with fewer than `max_size` items, and a cost
+    that leaves room for an item as long as its longest ("padded"), or of any length above 0 ("sum").
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be, or an item is longer than `max_cost`.
+
+    Warns:
+        UserWarning: `drop_last` dropped the only batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Any,
+        *,
+        max_size: int | None = None,
+        max_cost: float | None = None,
+        cost: Literal["padded", "sum"] = "padded",
+        shuffle: bool = False,
+        drop_last: bool = False,
+        oversized: Literal["error", "single"] = "error",
+        seed: int = 0,
+    ) -> None:
+        where = "BatchedOrderedSampler"
+        settings: dict[str, Setting] = {
+            "max_size": None if max_size is None else checked_int(f"{where}: max_size", max_size, 1),
+            "max_cost": None if max_cost is None else _checked_cost(max_cost),
+            "cost": checked_choice(f"{where}: cost", cost, ("padded", "sum")),
+            "oversized": checked_choice(f"{where}: oversized", oversized, ("error", "single")),
+            "drop_last": checked_choice(f"{where}: drop_last", drop_last, (False, True)),
+            "shuffle": checked_choice(f"{where}: shuffle", shuffle, (False, True)),
+            "seed": checked_int(f"{where}: seed", seed),
+        }
+        if max_size is None and max_cost is None:
+            raise ValueError(f"{where}: expected max_size, max_cost or both, found neither.")
+        budget = math.inf if max_cost is None else float(max_cost)
+        vector = _checked_lengths(lengths, budget if oversized == "error" else math.inf)
+        starts, is_last_full = _pack(vector, max_size, budget, cost)
+        if is_last_full or not drop_last:
+            starts.append(len(vector))
+        elif len(starts) == 1:
+            warnings.warn(f"{where}: drop_last leaves nothing of {len(vector)} items.", stacklevel=2)
+        self._bounds = np.frombuffer(starts, np.int64)
+        self._key = int(seed) if shuffle else None
+        settings = {"length": len(vector), **settings, "bounds_crc32": zlib.crc32(starts)}
+        super().__init__(len(starts) - 1, settings)
+
+    def _items(self, epoch: int, start: int, count: int) -> Iterator[list[int]]:
+        if self._key is None:
+            order = np.arange(start, start + count)
+        else:
+            order = np.array(shuffled(self._length, self._key, epoch, start, count))
+        spans = zip(self._bounds[order].tolist(), self._bounds[order + 1].tolist(), strict=True)
+        return (list(range(start, end)) for start, end in spans)
+
+
+def _pack(lengths: NDArray[Any], size: int | None, budget: float, cost: str) -> tuple["array[int]", bool]:
+    """Returns where each batch starts, and whether the last is full."""
+    # One more than there are items: without a max_size, a batch that holds them all is not full for it.
+    max_size = min(size or math.inf, len(lengths) + 1)
+    padded, summed = (budget, math.inf) if cost == "padded" else (math.inf, budget)
+    starts = array("q")
+    start = room = end = 0
+    total = 0.0
+    for base in range(0, len(lengths), _CHUNK):
+        chunk = lengths[base : base + _CHUNK]
+        rooms = _rooms(chunk, max_size, padded).tolist()
+        for i, own_room, length in zip(itertools.count(base), rooms, chunk.tolist(), strict=False):
+            total += length
+            if own_room < room:
+                room, end = own_room, start + own_room
+            if i >= end or total > summed:
+                starts.append(i)
+                start, room, end, total = i, own_room, i + own_room, length
+    return starts, len(lengths) >= end or total >= summed
+
+
+def _rooms(lengths: NDArray[Any], max_size: float, budget: float) -> NDArray[np.int64]:
+    """Returns how many items of each length a batch may hold, at least 1, `[count]`."""
+    with np.errstate(divide="ignore", over="ignore"):
+        rooms = np.where(lengths > 0, budget / lengths, np.inf).clip(1, max_size).astype(np.int64)
+    # The quotient is rounded and may be off by one: the products decide.
+    rooms += (rooms + 1) * lengths <= budget
+    rooms -= rooms * lengths > budget
+    return rooms.clip(1, int(max_size))
+
+
+def _checked_lengths(lengths: Any, longest: float) -> NDArray[np.float64]:
+    where = "BatchedOrderedSampler: lengths"
+    found = np.asarray(lengths)
+    if found.ndim != 1 or found.dtype.kind not in "iuf":
+        raise TypeError(f"{where}: expected a vector of numbers, found {found.ndim} axes of {found.dtype}.")
+    vector = found.astype(np.float64)
+    is_bad = ~((vector >= 0) & (vector <= longest) & np.isfinite(vector))
+    if is_bad.any():
+        first = int(is_bad.argmax())
+        remedy = "" if longest == math.inf else ', max_cost; or oversized="single" for longer ones'
+        raise ValueError(f"{where}[{first}]={vector[first]}: expected 0 <= length <= {longest}{remedy}.")
+    return vector
+
+
+def _checked_cost(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
+        raise ValueError(f"BatchedOrderedSampler: max_cost: expected a finite number > 0, found {value!r}.")
+    return float(value)

@@ -1,0 +1,295 @@
+"""A module too large for one device, spread over several and the CPU for training: a plan by bytes, and its doing.
+
+A plan is arithmetic: no device is touched before `spread`. Must not import a model library.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from runner.utils.modules.selection import find_blocks
+
+_SIZES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([kmgt]?b)?\s*", re.IGNORECASE)
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
+_OF_PARENT = (nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True)
+class DeviceMap:
+    """Which device each unit of a module lies on; as a string, a line for each device.
+
+    Attributes:
+        devices: by unit, in the order of the module; "" is what the module itself holds.
+        unit_bytes: by unit, tied weights counted where they come first.
+        budgets: bytes by device, in order of preference; infinite for whatever is left.
+    """
+
+    devices: dict[str, str]
+    unit_bytes: dict[str, float]
+    budgets: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = []
+        for device, budget in self.budgets.items():
+            names = [name for name, its in self.devices.items() if its == device]
+            used = _say_bytes(sum(self.unit_bytes[name] for name in names))
+            lines.append(f"{device}: {_shorten(names) or 'nothing'}; {used} of {_say_bytes(budget)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    module: nn.Module  # whose inputs go to the device
+    tensors: tuple[Tensor, ...]
+
+
+def plan(module: nn.Module, budgets: Mapping[str, float | str | None], *, bytes_factor: float = 1.0) -> DeviceMap:
+    """Returns where a module's units go: each device is filled, in order, until the next unit does not fit.
+
+    A unit is a block of `find_blocks`; or an outermost child that holds no block; or what a module around these holds
+    itself, in its place before its children. Units that share a weight go to one device, at the first one's turn.
+
+    Args:
+        budgets: by device (cuda:0, cpu), in order of preference: bytes, a size such as 8GB (8e9 bytes) or 500MB, or
+            None for whatever is left.
+        bytes_factor: bytes to reckon for a byte of parameters and buffers: 4 for weights, gradients, two Adam states.
+    Raises:
+        ValueError: a device or budget that isn't one; too little in all, with what is needed and what did not fit.
+    """
+    units, sizes = _units(module), _read_budgets(budgets)
+    unit_bytes = _count_bytes(units, bytes_factor)
+    chosen: dict[str, str] = {}
+    devices = iter(sizes)
+    device = next(devices)
+    left = sizes[device]
+    for bundle in _bind(units):
+        needed = sum(unit_bytes[unit.name] for unit in bundle)
+        while needed > left:
+            try:
+                device = next(devices)
+            except StopIteration:
+                raise ValueError(_explain(bundle, needed, unit_bytes, sizes)) from None
+            left = sizes[device]
+        left -= needed
+        chosen |= {unit.name: device for unit in bundle}
+    return DeviceMap({unit.name: chosen[unit.name] for unit in units}, unit_bytes, sizes)
+
+
+def _explain(
+    bundle: Sequence[_Unit], needed: float, unit_bytes: Mapping[str, float], sizes: Mapping[str, float]
+) -> str:
+    names = _shorten([unit.name for unit in bundle]) + (", tied," if len(bundle) > 1 else "")
+    there_are = ", ".join(f"{device} {_say_bytes(size)}" for device, size in sizes.items())
+    total = _say_bytes(sum(unit_bytes.values()))
+    return f"budgets: {total} needed in all, there are {there_are}; {names} of {_say_bytes(needed)} did not fit"
+
+
+def _units(module: nn.Module) -> list[_Unit]:
+    return list(_split(module, "", find_blocks(module)[""]))
+
+
+def _split(module: nn.Module, name: str, blocks: Mapping[str, nn.Module]) -> Iterator[_Unit]:
+    children = dict(module.named_children())
+    own = [module.parameters(recurse=False), module.buffers(recurse=False)]
+    own += [child.parameters() for child in children.values() if isinstance(child, _OF_PARENT)]
+    if tensors := tuple(tensor for part in own for tensor in part):
+        yield _Unit(name, module, tensors)
+    for key, child in children.items():
+        path = f"{name}.{key}" if name else key
+        holds_blocks = path not in blocks and any(block.startswith(path + ".") for block in blocks)
+        if holds_blocks or (path not in blocks and isinstance(child, _NEVER_CALLED)):
+            yield from _split(child, path, blocks)
+        elif not isinstance(child, _OF_PARENT):
+            yield _Unit(path, child, (*child.parameters(), *child.buffers()))
+
+
+def _count_bytes(units: Sequence[_Unit], factor: float) -> dict[str, float]:
+    counted: set[int] = set()
+    found = {}
+    for unit in units:
+        new = {id(tensor): tensor for tensor in unit.tensors if id(tensor) not in counted}
+        counted |= new.keys()
+        found[unit.name] = factor * sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+    return found
+
+
+def _bind(units: Sequence[_Unit]) -> list[list[_Unit]]:
+    """Returns the units in order, those that share a tensor together."""
+    bundles: list[tuple[list[_Unit], set[int]]] = []
+    for unit in units:
+        ids = {id(tensor) for tensor in unit.tensors}
+        tied = [bundle for bundle in bundles if not ids.isdisjoint(bundle[1])]
+        if not tied:
+            bundles.append(([unit], ids))
+            continue
+        first = tied[0]
+        for other in tied[1:]:
+            first[0].extend(other[0])
+            first[1].update(other[1])
+            bundles.remove(other)
+        first[0].append(unit)
+        first[1].update(ids)
+    return [bundle for bundle, _ in bundles]
+
+
+def _read_budgets(budgets: Mapping[str, float | str | None]) -> dict[str, float]:
+    if not budgets:
+        raise ValueError("budgets: none given; expected bytes by device, such as {'cuda:0': '8GB', 'cpu': None}")
+    for device in budgets:
+        try:
+            torch.device(str(device))
+        except RuntimeError:
+            raise ValueError(f"budgets: {device!r} is no device; expected cpu, cuda:0 or another of torch") from None
+    return {device: _read_bytes(device, amount) for device, amount in budgets.items()}
+
+
+def _read_bytes(device: str, amount: float | str | None) -> float:
+    if amount is None:
+        return math.inf
+    if isinstance(amount, str) and (parts := _AMOUNT.fullmatch(amount)):
+        return float(parts[1]) * _SIZES[(parts[2] or "B").upper()]
+    if isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount >= 0:
+        return float(amount)
+    expected = f"a number of bytes, one with {', '.join(_SIZES)}, or null for whatever is left"
+    raise ValueError(f"budgets: {device}: {amount!r}: expected {expected}")
+
+
+def _say_bytes(amount: float) -> str:
+    if amount == math.inf:
+        return "whatever is left"
+    unit = next((unit for unit, size in reversed(_SIZES.items()) if amount >= size), "B")
+    return f"{amount / _SIZES[unit]:.4g} {unit}"
+
+
+def _shorten(names: Sequence[str]) -> str:
+    """Returns names in a row, layers.0, layers.1 and layers.2 as layers.0..layers.2."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join((run[0] or "(own)") if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+
+def _follows(name: str, after: str) -> bool:
+    (parent, _, number), (other, _, next_number) = name.rpartition("."), after.rpartition(".")
+    is_numbered = number.isdecimal() and next_number.isdecimal()
+    return parent == other and is_numbered and int(next_number) == int(number) + 1
+
+
+class Spread:
+    """A module whose units lie on the devices of a plan, until `undo`."""
+
+    def __init__(self) -> None:
+        self._hooks: list[RemovableHandle] = []
+        self._homes: dict[int, tuple[Tensor, torch.device]] = {}
+
+    def _take(self, unit: _Unit, device: torch.device) -> None:
+        for tensor in unit.tensors:
+            self._homes.setdefault(id(tensor), (tensor, tensor.device))
+            _put(tensor, device)
+        hook = functools.partial(_move_inputs, device)
+        self._hooks.append(unit.module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def undo(self) -> None:
+        """Takes the hooks away and moves all, as it is by now, to where it was."""
+        for hook in self._hooks:
+            hook.remove()
+        for tensor, device in self._homes.values():
+            _put(tensor, device)
+        self._hooks, self._homes = [], {}
+
+
+def spread(module: nn.Module, device_map: DeviceMap) -> Spread:
+    """Moves each unit's weights to its device, in place, and has its inputs follow: before the optimizer is made.
+
+    Parameters stay the objects they are, tied ones tied. Before a unit runs, the tensors in its arguments (nests of
+    dicts, lists and tuples) are moved; gradients flow back. What the forward around the units does itself is left to
+    it: its output is where the last unit put it, and what it adds to that, such as a residual or targets, or a
+    parameter that it uses directly (which lies where the first units are), must be on that device.
+
+    Raises:
+        ValueError: a plan that is not of this module's units, or a device that is not there.
+    """
+    units = _units(module)
+    if differing := sorted({unit.name for unit in units} ^ device_map.devices.keys()):
+        raise ValueError(f"the plan is of another module: {_shorten(differing)} only in one of the two")
+    for name in dict.fromkeys(device_map.devices.values()):
+        _check_there(torch.device(name))
+    made = Spread()
+    try:
+        for unit in units:
+            made._take(unit, torch.device(device_map.devices[unit.name]))
+    except BaseException:  # a device may be full
+        made.undo()
+        raise
+    return made
+
+
+def _check_there(device: torch.device) -> None:
+    if device.type in ("cpu", "meta"):
+        return
+    there = torch.get_device_module(device).device_count() if torch.accelerator.is_available() else 0
+    if torch.accelerator.current_accelerator() != torch.device(device.type) or (device.index or 0) >= there:
+        raise ValueError(
+            f"device_map: there is no device {device} here; this machine has {there or 'none but the CPU'}"
+        )
+
+
+@torch.no_grad()
+def _put(tensor: Tensor, device: torch.device) -> None:
+    """Moves a tensor, and its gradient, in place."""
+    if tensor.device == device:
+        return
+    grad = tensor.grad if tensor.is_leaf else None
+    moved = tensor.detach().to(device)
+    try:
+        tensor.data = moved
+    except RuntimeError:  # a device whose tensors are of another make, such as meta
+        moved = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        torch.utils.swap_tensors(tensor, moved)
+    if grad is not None:
+        tensor.grad = grad.to(device)
+
+
+def _move_inputs(device: torch.device, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _move(args, device), _move(kwargs, device)
+
+
+def _move(node: Any, device: torch.device) -> Any:
+    """Returns a nest with its tensors on a device; itself where they are there already."""
+    if isinstance(node, Tensor):
+        return node if node.device == device else node.to(device)
+    if isinstance(node, dict):
+        moved = {key: _move(value, device) for key, value in node.items()}
+        if all(moved[key] is value for key, value in node.items()):
+            return node
+        other = copy.copy(node)  # whatever kind of dict it is
+        for key, value in moved.items():
+            other[key] = value
+        return other
+    if isinstance(node, (list, tuple)):
+        values = [_move(value, device) for value in node]
+        if all(value is old for value, old in zip(values, node, strict=True)):
+            return node
+        return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+    return node
+
+
+def unreached(module: nn.Module) -> list[str]:
+    """Returns the names of the trainable parameters that a backward gave no gradient, or one without values."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [name for name, p in trained if p.grad is None or p.grad.is_meta]

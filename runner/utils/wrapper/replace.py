@@ -1,0 +1,230 @@
+"""Modules replaced by rule: in the model given alone, with the weights it has, until undone.
+
+Must not import a model library.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from runner.utils.modules.selection import call_within_fused, check_globs, find_uncalled, fits, list_near, name_modules
+from runner.utils.wrapper.transfer import Adoption, adopt
+
+_REMEDY = "give it in arguments, or make is a converter"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is replaced, and by what. Globs are over names of modules, segment by segment.
+
+    A module that stands at several names is one: include needs to fit one of them, exclude none.
+    """
+
+    match: type[nn.Module]
+    make: Callable[..., nn.Module]  # a class, or what is called with the old module and returns the new one
+    include: Sequence[str] | None = None  # None: everywhere
+    exclude: Sequence[str] = ()
+    subclasses: bool = False  # a subclass may be used in another way than its parent: it is left alone by default
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further keywords for make
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.match, type) and issubclass(self.match, nn.Module)):
+            raise ValueError(f"Rule.match: expected a class of modules, found {self.match!r}")
+        if not callable(self.make) or (isinstance(self.make, type) and not issubclass(self.make, nn.Module)):
+            raise ValueError(f"Rule.make: expected a class of modules or a converter, found {self.make!r}")
+
+
+@dataclass
+class Replaced:
+    """What was replaced, and the way back."""
+
+    replaced: list[dict[str, str]] = field(default_factory=list)  # for each rule: "Old -> New" by name
+    skipped: list[dict[str, str]] = field(default_factory=list)  # for each rule: why not, by name
+    left_out: list[str] = field(default_factory=list)  # tensors of old modules that a converter did not use
+    _swaps: list[tuple[Adoption, list[tuple[nn.Module, str]]]] = field(default_factory=list, repr=False)
+    _settings: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Puts every old module back, with its tensors as they are now and in the mode of what stood for it."""
+        for owner, name, value in reversed(self._settings):
+            setattr(owner, name, value)
+        for adoption, slots in reversed(self._swaps):
+            adoption.give_back()
+            for parent, name in slots:
+                parent._modules[name] = adoption.old
+        self._swaps.clear()
+        self._settings.clear()
+
+
+def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
+    """Replaces modules within a module, rule by rule; each rule sees the result of those before.
+
+    A new module holds the very parameters and buffers of the old one, is in its mode and calls its hooks. A class is
+    called with the attributes of the old module that bear the names of its arguments, on the meta device: no memory
+    and no random number is spent. A class with a from_module is a converter, by that. What a converter returns
+    keeps the tensors that the old module has no like of: of that name, kind, shape and class. Where one module that a
+    rule fits stands within another, the outer one is replaced. On an error nothing is.
+
+    Raises:
+        ValueError: a glob or a rule that fits nothing; the module itself, which nothing here holds; an argument that
+            can't be told; tensors that are not in both; hooks on a child that is gone; an old module that an attribute
+            would still hold.
+    """
+    report = Replaced()
+    try:
+        for number, rule in enumerate(rules):
+            made_by = getattr(rule.make, "__name__", repr(rule.make))
+            _apply(module, rule, report, f"replace: rule {number} ({rule.match.__name__} -> {made_by})")
+    except BaseException:
+        report.undo()
+        raise
+    report._settings += call_within_fused(module, {id(adoption.new) for adoption, _ in report._swaps})
+    return report
+
+
+def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
+    found, skipped = _find(module, rule, where)
+    slots: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in found}
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if id(child) in slots:
+                slots[id(child)].append((parent, name))
+    held = _find_held(module)
+    replaced: dict[str, str] = {}
+    for key, (old, names) in found.items():
+        place = f"{where}: {names[0]}"
+        if key in held:
+            raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
+        new, is_built = _make(old, rule, place)
+        adoption = adopt(old, new, place, is_strict=is_built)
+        report._swaps.append((adoption, slots[key]))
+        for parent, name in slots[key]:
+            parent._modules[name] = new
+        replaced |= dict.fromkeys(names, f"{type(old).__name__} -> {type(new).__name__}")
+        report.left_out += [f"{names[0]}.{each}" for each in adoption.left_out]
+    report.replaced.append(replaced)
+    report.skipped.append(skipped)
+
+
+def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn.Module, list[str]]], dict[str, str]]:
+    """Returns the modules to replace with their names, and why others that match are not."""
+    for globs in (rule.include or (), rule.exclude):
+        check_globs(where, module, globs)
+    uncalled = find_uncalled(module)
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    skipped: dict[str, str] = {}
+    outer: set[str] = set()
+    for key, (each, names) in name_modules(module).items():
+        if not isinstance(each, rule.match) or (rule.include is not None and not fits(names, rule.include)):
+            continue
+        why = uncalled.get(key) or _find_reason(each, names, rule, outer)
+        if why:
+            skipped |= dict.fromkeys(names, why)
+        elif each is module:
+            raise ValueError(f"{where}: the root module can't be replaced, as nothing here holds it; put '' in exclude")
+        else:
+            found[key] = each, names
+            outer.update(names)
+    if not found:
+        raise ValueError(f"{where}: fits no module; {_list_what_there_is(module, rule, skipped)}")
+    return found, skipped
+
+
+def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Collection[str]) -> str | None:
+    if type(module) is not rule.match and not rule.subclasses:
+        return f"{type(module).__name__} is a subclass of {rule.match.__name__}"
+    glob = next((glob for glob in rule.exclude if fits(names, [glob])), None)
+    if glob is not None:
+        return f"{glob!r} excludes it"
+    parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
+    within = next((each for each in parents if each in outer), None)
+    return None if within is None else f"it stands within {within}, which is replaced"
+
+
+def _list_what_there_is(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
+    if skipped:
+        return "skipped: " + list_near("", (f"{name}, as {why}" for name, why in skipped.items()))
+    own = [name for name, each in module.named_modules() if isinstance(each, rule.match)]
+    if own:
+        return f"modules of that class are: {list_near((rule.include or [''])[0], own)}"
+    return f"classes are: {list_near(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
+
+
+def _find_held(module: nn.Module) -> dict[int, str]:
+    """Returns, by a module's id, the plain attribute that holds it too: what is called by it would stay what it was."""
+    held = {}
+    for name, parent in module.named_modules():
+        for attribute, value in vars(parent).items():
+            if attribute == "_modules":
+                continue
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            holder = f"{name}.{attribute}" if name else attribute
+            held.update({id(each): holder for each in values if isinstance(each, nn.Module)})
+    return held
+
+
+def _make(old: nn.Module, rule: Rule, where: str) -> tuple[nn.Module, bool]:
+    """Returns the new module, and whether it was built as a class with tensors yet to come."""
+    if isinstance(rule.make, type) and not hasattr(rule.make, "from_module"):
+        return _build(rule.make, old, rule.arguments, where), True
+    try:
+        new = getattr(rule.make, "from_module", rule.make)(old, **rule.arguments)
+    except Exception as error:
+        raise ValueError(f"{where}: the converter failed: {type(error).__name__}: {error}") from error
+    if not isinstance(new, nn.Module):
+        raise ValueError(f"{where}: the converter returned {new!r}, expected a module")
+    if new is old:
+        raise ValueError(
+            f"{where}: the converter returned the old module, which undo could not put back; return another"
+        )
+    return new, False
+
+
+def _build(kind: type[nn.Module], old: nn.Module, given: Mapping[str, Any], where: str) -> nn.Module:
+    arguments, untold = dict(given), []
+    for name, parameter in _read_signature(kind).items():
+        value = given[name] if name in given else _tell(old, parameter)
+        if value is not parameter.empty:
+            arguments[name] = value
+        elif parameter.default is parameter.empty:
+            untold.append(name)
+    if untold:
+        raise ValueError(f"{where}: a {type(old).__name__} does not tell the argument {', '.join(untold)}; {_REMEDY}")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return kind(**arguments)
+    except Exception as error:
+        raise ValueError(f"{where}: not built of {arguments}: {type(error).__name__}: {error}; {_REMEDY}") from error
+
+
+def _read_signature(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
+    """Returns the arguments of a class, with those that it hands on to its parents as further keywords."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in kind.__mro__:
+        if each is nn.Module or "__init__" not in vars(each):
+            continue
+        parameters = list(inspect.signature(vars(each)["__init__"]).parameters.values())[1:]
+        named = (p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        found = {parameter.name: parameter for parameter in named} | found
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _tell(old: nn.Module, parameter: inspect.Parameter) -> Any:
+    """Returns an argument as an old module tells it, or empty."""
+    name = parameter.name
+    if name in ("device", "dtype") or hasattr(nn.Module, name):  # where weights come from is settled; a method is none
+        return parameter.empty
+    if name in old._parameters:
+        is_flag = name == "bias" or isinstance(parameter.default, bool)
+        return old._parameters[name] is not None if is_flag else parameter.empty
+    return getattr(old, name, parameter.empty)

@@ -1,0 +1,87 @@
+"""Every key of the schema, with a value of a wrong type and with a wrong name: one message that names the key."""
+
+import dataclasses
+import typing
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from test_checks import composed
+
+from runner.config import checks, errors, targets
+from runner.config.errors import told_in_one_message
+from runner.config.schema import Config
+
+COMPOSED = composed()
+WRONG = {  # of keys that may be of several types
+    "tracking.stdin": "pipe",
+    "distributed.nproc_per_node": "many",
+    "optimizations.device_map.budgets": "3",
+    "optimizations.unsloth": "3",
+    "optimizations.checkpointing": "3",
+}
+
+
+def schema_keys(kind=Config, place=""):
+    """Yields every key with its type, sections included."""
+    for name, hint in typing.get_type_hints(kind).items():
+        yield f"{place}{name}", hint
+        if dataclasses.is_dataclass(hint):
+            yield from schema_keys(hint, f"{place}{name}.")
+
+
+KEYS = dict(schema_keys())
+GROUPS = {path.name for path in checks.CONF_DIR.iterdir() if path.is_dir()}
+
+
+def wrong_value(key, hint):
+    if key in WRONG:
+        return WRONG[key]
+    kinds = typing.get_args(hint) or (hint,)
+    return "{a: 1}" if str in kinds or list in (hint, typing.get_origin(hint)) else "no_such"
+
+
+def check(override):
+    """Composes and checks a config with an override as the command does."""
+    if override.partition("=")[0].strip("+") in GROUPS:
+        cfg = composed(override)
+    else:
+        cfg = OmegaConf.create(COMPOSED)
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([override]), cfg)
+    checks.check(cfg)
+    targets.check_targets(checks.to_plain(cfg))
+
+
+def told(override, capsys):
+    with pytest.raises(SystemExit) as ended, told_in_one_message():
+        check(override)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert ended.value.code == 2
+    return printed.err
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_a_wrong_type_is_told_in_one_message_that_names_the_key(key, capsys):
+    message = told(f"{key}={wrong_value(key, KEYS[key])}", capsys)
+    assert key in message
+    assert message.count("\n") == 1
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_misspelt_key_is_told_in_one_message_that_names_it_and_the_right_one(key, capsys):
+    section, _, name = key.rpartition(".")
+    misspelt = f"{section}.{name[:-1]}x{name[-1]}".lstrip(".")
+    for override in (f"{misspelt}=1", f"+{misspelt}=1"):
+        message = told(override, capsys)
+        assert misspelt in message
+        assert name in message
+        assert message.count("\n") == 1
+        assert "Traceback" not in message
+
+
+def test_every_type_of_the_schema_is_described_as_a_person_says_it():
+    described = {errors.describe_hint(hint) for hint in KEYS.values() if hint is not typing.Any}
+    assert not [text for text in described if "another" in text or "<" in text]

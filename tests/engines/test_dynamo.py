@@ -1,0 +1,97 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from runner.engines.dynamo import defer_compiler, step_eagerly
+from runner.engines.optim.optimizers import muon
+
+SCRIPT = """
+import sys, torch
+from runner.engines.dynamo import defer_compiler, step_eagerly
+defer_compiler()
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizer = torch.optim.{name}([parameter], lr=0.1)
+step_eagerly(optimizer)
+scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+for _ in range(2):
+    parameter.square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert parameter.grad is None and parameter.max() < 1
+assert "torch._dynamo" not in sys.modules
+compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+assert torch.equal(compiled(parameter.detach()), parameter.detach().sin() + 1)
+for _ in range(2):
+    compiled(parameter).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print("done", optimizer.param_groups[0]["lr"])
+"""
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_step_loads_no_compiler_and_goes_on_after_something_else_has(name):
+    script = SCRIPT.format(name=name)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["done", "0.025"], done.stderr
+
+
+def train(optimizer, module, steps=4):
+    for step in range(steps):
+        module(torch.full((2, 5), step / 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module.state_dict()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda module: torch.optim.AdamW(module.parameters(), lr=0.1),
+        lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+        lambda module: muon(module.named_parameters(), lr=0.1),
+    ],
+)
+def test_the_steps_are_torchs_own_bit_for_bit(make, monkeypatch):
+    module = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    other = copy.deepcopy(module)
+    expected = train(make(module), module)
+    for loaded in [name for name in sys.modules if name == "torch._dynamo"]:
+        monkeypatch.delitem(sys.modules, loaded)
+    defer_compiler()
+    optimizer = make(other)
+    step_eagerly(optimizer)
+    found = train(optimizer, other)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_hooks_of_a_step_are_called():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    step_eagerly(optimizer)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
+def test_an_optimizer_that_is_not_torchs_keeps_its_step():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self, closure=None):
+            self.is_stepped = True
+
+    optimizer = Own([nn.Parameter(torch.ones(2))])
+    step_eagerly(optimizer)
+    optimizer.step()
+    assert optimizer.is_stepped
+    assert "step" not in vars(optimizer)

@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from runner import export
+from runner.engines import Engine, Engines
+from runner.run import exports
+from runner.utils import io
+
+
+def test_an_export_of_a_checkpoint_is_the_file_that_the_run_exported_itself(at_home, capsys):
+    live = at_home.folder / "run" / "exports" / "model.safetensors"
+    export.main(["run", "--output", "after", "--allow-targets", "own"])
+    assert capsys.readouterr().out == "after/model.safetensors\n"
+    after = at_home.folder / "after" / "model.safetensors"
+    signed = io.read_metadata(live)
+    assert signed.pop("signature")  # the run was signed where it began, and was copied here
+    assert io.read_metadata(after) == signed
+    assert safetensors.torch.load_file(after).keys() == safetensors.torch.load_file(live).keys()
+    for name, tensor in safetensors.torch.load_file(after).items():
+        assert torch.equal(tensor, safetensors.torch.load_file(live)[name])
+
+
+def test_it_holds_the_checkpoints_weights_and_tells_where_they_are_from(at_home, capsys):
+    step = at_home.folder / "run" / "checkpoints" / "step_00000008"
+    export.main([str(step), "--allow-targets", "own"])
+    path = at_home.folder / "run" / "exports" / "model.safetensors"
+    exported, saved = safetensors.torch.load_file(path), io.load(step / "model.safetensors")
+    assert exported
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
+    facts = io.read_metadata(path)
+    assert facts.keys() == {"config", "step", "commit", "metrics", "engine", "runner_version"}
+    assert (facts["step"], facts["engine"]) == ("8", "model")
+    record = json.loads((at_home.folder / "run" / "run.json").read_text())
+    assert facts["commit"] == ((record["git"] or {}).get("commit") or "")
+    config = json.loads(facts["config"])
+    assert (config["model"], config["scheduler"]["total_steps"]) == ({"_target_": "own.Model"}, 12)
+    assert not {"resume", "resume_allow_changes", "allow_targets"} & config.keys()
+    metrics = json.loads(facts["metrics"])
+    assert metrics["evaluation"]["step"] == 8
+    assert metrics["best"]["name"] == "eval/loss"
+
+
+def test_what_is_not_allowed_is_refused_and_writes_nothing(at_home, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["run", "--output", "after"])
+    assert capsys.readouterr().err.endswith("--allow-targets own\n")
+    assert not (at_home.folder / "after").exists()
+
+
+def test_a_file_is_no_run(at_home, capsys):
+    with pytest.raises(SystemExit):
+        export.main(["own.py"])
+    assert capsys.readouterr().err == "own.py: neither a run folder nor a checkpoint\n"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("empty", torch.empty(0))
+        self.register_buffer("empty_too", torch.empty(0))
+
+
+@pytest.mark.parametrize("name", [None, *exports.DTYPES])
+def test_ties_stay_ties_in_any_dtype_and_the_file_loads_into_the_model(tmp_path, name):
+    dtype = getattr(torch, exports.DTYPES[name]) if name else None
+    module, other = Tied(), Tied()
+    (path,) = exports.write(Engines(model=Engine(module)), tmp_path, {"step": "3"}, dtype)
+    loaded = io.load(path)
+    assert loaded["embed.weight"].data_ptr() == loaded["head.weight"].data_ptr()
+    assert "head.weight" not in safetensors.torch.load_file(path)  # once on disk
+    assert torch.equal(loaded["embed.weight"], module.embed.weight.detach().to(dtype))
+    assert loaded["count"].dtype == torch.int64
+    assert safetensors.torch.load_model(other, path) == (set(), [])
+    assert other.head.weight is other.embed.weight
+    assert torch.equal(other.head.weight, module.head.weight.detach().to(dtype).float())
+    assert io.read_metadata(path) == {"step": "3", "engine": "model"}
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_named(tmp_path):
+    module = Tied()
+    with torch.no_grad():
+        module.embed.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"embed.weight: holds a number that torch.float16 can't"):
+        exports.write(Engines(model=Engine(module)), tmp_path, {}, torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_evaluation_is_the_newest_up_to_the_step(tmp_path):
+    assert exports.last_evaluation(tmp_path, 9) is None
+    lines = [
+        '{"step": 4, "eval/loss": 1.5}',
+        '{"step": 6, "train/loss": 1}',
+        '{"step": 8, "eval/loss": null}',
+        "[",
+        "{",
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert exports.last_evaluation(tmp_path, 7) == {"step": 4, "eval/loss": 1.5}
+    assert exports.last_evaluation(tmp_path, 8) == {"step": 8, "eval/loss": None}
+
+
+def test_from_the_command_line_the_dtype_is_chosen(trained):
+    command = [sys.executable, "-m", "runner.export", "run", "--dtype", "bf16", "--allow-targets", "own"]
+    subprocess.run(command, cwd=trained.folder, check=True)
+    exported = safetensors.torch.load_file(trained.folder / "run" / "exports" / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.bfloat16}
+    done = subprocess.run([*command, "--dtype", "fp8"], cwd=trained.folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "invalid choice: 'fp8'" in done.stderr
+
+
+class Kept(nn.Module):
+    """Holds what only its extra state tells, and a buffer of 8-bit floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("f8", torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn))
+        self.seen = defaultdict(list, {"a": [torch.ones(2)]})
+
+    def get_extra_state(self):
+        return {"seen": self.seen, "counts": Counter({3: 1})}
+
+    def set_extra_state(self, state):
+        self.seen = state["seen"]
+
+
+def test_extra_state_and_8_bit_floats_are_exported_in_any_dtype(tmp_path):
+    engines = Engines(model=Engine(Kept()))
+    for dtype in (None, torch.bfloat16):
+        (path,) = exports.write(engines, tmp_path, {}, dtype)
+        found = io.load(path)
+        assert found["f8"].float().tolist() == [1.5, -2.0]
+        assert found["_extra_state"]["counts"] == Counter({3: 1})
+        assert found["_extra_state"]["seen"].default_factory is list
+        assert found["_extra_state"]["seen"]["a"][0].tolist() == [1.0, 1.0]

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from runner.utils.distributed import memory
+from runner.utils.train.failures import explain
+
+CPU = torch.device("cpu")
+
+
+def test_running_out_of_memory_is_known_by_what_the_allocators_say():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert memory.is_out_of_memory(caught.value)
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert memory.is_out_of_memory(MemoryError())
+    assert not memory.is_out_of_memory(RuntimeError("size mismatch"))
+
+
+def test_a_peak_is_looked_up_at_most_twice_a_second(monkeypatch):
+    now, asked = [10.0], []
+    monkeypatch.setattr("runner.utils.distributed.memory.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(memory, "peak_gb", lambda device: asked.append(now[0]) or now[0])
+    peak = memory.Peak(CPU)
+    found = []
+    for now[0] in (10.0, 10.3, 10.6, 10.7, 12.0):
+        found.append(peak.read_gb())
+    assert found == [10.0, 10.0, 10.6, 10.6, 12.0]
+    assert asked == [10.0, 10.6, 12.0]
+
+
+def test_what_is_used_is_told_in_gigabytes():
+    assert 0.05 < memory.peak_gb(CPU) < 1000
+    assert "GB at its peak; the machine has" in memory.describe(CPU)
+
+
+def test_an_error_is_explained_only_where_it_is_no_mistake_in_the_program():
+    assert explain(MemoryError("no room"), "in step 3", CPU).startswith("Out of memory in step 3: this process had ")
+    dead = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+    assert explain(dead, "in step 3", CPU) == f"A loader worker died in step 3: {dead}"
+    assert explain(RuntimeError("shape"), "in step 3", CPU) is None
+    assert explain(ValueError("DataLoader worker (pid 12)"), "in step 3", CPU) is None

@@ -1,0 +1,232 @@
+"""`runner.utils.modules.frozen`: frozen modules stay in evaluation mode, statistics too, while the rest trains."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from runner.engines import Engine
+from runner.engines.ema import Averages
+from runner.engines.fsdp import FSDP
+from runner.engines.strategies import DDP, Alone
+from runner.utils.wrapper import optimize
+from runner.utils.wrapper.replace import Rule
+
+
+class Norm(nn.BatchNorm1d):
+    """Replaces a BatchNorm."""
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.dropout = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.norm(self.linear(x)))
+
+
+class Net(nn.Module):
+    """A backbone that is or is not frozen when it is built, and a head."""
+
+    def __init__(self, freezes=False, in_eval=False):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(Block(), Block()), nn.Sequential(nn.Linear(8, 1), nn.Dropout(0.5))
+        if freezes:
+            self.backbone.requires_grad_(False)
+        if in_eval:
+            self.backbone.eval()
+
+    def forward(self, x):
+        return self.head(self.backbone(x)).square().mean()
+
+
+def engine_of(module, layout=None, averages=False, **settings):
+    """Returns an engine of a module that was changed so, as `build` makes it."""
+    changes = optimize(module, **settings)
+    layout = layout or Alone()
+    layout.place(module)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    averaged = Averages(module, 0.9) if averages else None
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    return Engine(module, optimizer, changes=changes, layout=layout, averages=averaged)
+
+
+def trained(engine):
+    """Takes three steps with an evaluation between them; returns the first norm's statistics and the numbers of it."""
+    for _ in range(3):
+        engine.micro_step(torch.randn(4, 8))
+        engine.step()
+        with engine.evaluating():
+            engine.forward(torch.randn(4, 8))
+    norm = engine.module.backbone[0].norm
+    return norm.running_mean.tolist(), norm.num_batches_tracked.item()
+
+
+def modes(module):
+    return {name: part.training for name, part in module.named_modules()}
+
+
+KEPT, MOVED = ([0.0] * 8, 0), 3
+CASES = {
+    "frozen and in evaluation mode when built": ({"freezes": True, "in_eval": True}, {}, True),
+    "frozen by name": ({}, {"freeze": ["backbone.*"]}, True),
+    "frozen by name, to be run as in training": ({}, {"freeze": ["backbone.*"], "freeze_mode": "train"}, False),
+    "frozen when built, in training mode": ({"freezes": True}, {}, False),
+    "in evaluation mode when built, and trained": ({"in_eval": True}, {}, False),
+    "frozen but for a bias": ({}, {"freeze": ["backbone.*weight", "backbone.?.linear.*"]}, False),
+    "only the norms": ({}, {"freeze": ["backbone.?.norm.*"]}, True),
+    "in evaluation mode when built, then frozen, to be run as in training": (
+        {"in_eval": True},
+        {"freeze": ["backbone.*"], "freeze_mode": "train"},
+        False,
+    ),
+}
+FURTHER = {
+    "alone": {},
+    "averaged": {"averages": True},
+    "compiled": {"compile": {"scope": "blocks", "backend": "eager"}},
+    "compiled as a whole": {"compile": {"scope": "whole", "backend": "eager"}},
+    "recomputed": {"checkpointing": {}},
+    "replaced": {"replace": [Rule(nn.BatchNorm1d, Norm)]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
+@pytest.mark.parametrize("further", FURTHER)
+@pytest.mark.parametrize("case", CASES)
+def test_statistics_of_frozen_modules_stay_and_others_move(case, further):
+    built, settings, stays = CASES[case]
+    engine = engine_of(Net(**built), **settings, **FURTHER[further])
+    found = trained(engine)
+    assert found == KEPT if stays else found[1] == MOVED
+    assert engine.module.training
+    assert engine.module.head.training
+    assert engine.module.backbone.training is ("only" in case or not stays)
+
+
+def _ranks(make_layout, case):
+    built, settings, _ = CASES[case]
+    return trained(engine_of(Net(**built), make_layout(), **settings))
+
+
+@pytest.mark.parametrize("make_layout", [DDP, FSDP])
+@pytest.mark.parametrize("case", ["frozen and in evaluation mode when built", "frozen by name"])
+def test_on_ranks_too(case, make_layout):
+    assert run_ranks(2, _ranks, make_layout, case) == [KEPT] * 2
+
+
+def test_a_module_that_was_loaded_in_evaluation_mode_is_trained_in_training_mode():
+    module = Net().eval()
+    engine = engine_of(module)
+    assert all(modes(module).values())
+    with engine.evaluating():
+        assert not any(modes(module).values())
+    assert all(modes(module).values())
+
+
+def test_a_frozen_module_drops_nothing():
+    module = Net(freezes=True, in_eval=True)
+    twin = copy.deepcopy(module).eval()
+    engine = engine_of(module)
+    x = torch.randn(64, 8)
+    assert torch.equal(engine.module.backbone(x), twin.backbone(x))
+    assert not torch.equal(engine.module.head(x), twin.head(x))
+
+
+def test_the_modes_hold_after_a_resume():
+    engine = engine_of(Net(), freeze=["backbone.*"])
+    before = modes(engine.module)
+    engine.load_state_dict(engine.state_dict())
+    assert modes(engine.module) == before
+    assert not before["backbone.1.dropout"]
+
+
+@pytest.mark.parametrize("settings", [{"freeze": ["backbone.*"]}, {}])
+def test_what_has_adapters_is_not_frozen_any_more(settings):
+    module = Net(freezes=not settings, in_eval=not settings)
+    engine = engine_of(module, **settings, lora={"rank": 2, "include": ["backbone.0.linear"]})
+    found = modes(engine.module)
+    assert found["backbone"]
+    assert found["backbone.0.dropout"]
+    assert found["backbone.0.linear"]
+    assert not found["backbone.0.norm"]
+    assert not found["backbone.1"]
+
+
+def test_what_adapters_alone_have_frozen_runs_as_in_training():
+    engine = engine_of(Net(in_eval=True), lora={"rank": 2, "include": ["head.0"]})
+    assert all(modes(engine.module).values())
+
+
+def test_what_stood_in_training_mode_within_a_frozen_module_stays_in_it():
+    module = Net(freezes=True, in_eval=True)
+    module.backbone[1].dropout.train()
+    found = modes(engine_of(module).module)
+    assert {name for name in found if name.startswith("backbone") and found[name]} == {"backbone.1.dropout"}
+
+
+class Overriding(Net):
+    """Puts one part into evaluation mode whenever the rest is put into training mode."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone[0].norm.eval()
+        self.calls = [*getattr(self, "calls", []), mode]
+        return self
+
+
+class Always(nn.Sequential):
+    """Never leaves training mode, such as one that samples in evaluations too."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+def test_a_train_method_of_the_users_own_is_called_and_respected():
+    engine = engine_of(Overriding())
+    assert [name for name, training in modes(engine.module).items() if not training] == ["backbone.0.norm"]
+    with engine.evaluating():
+        pass
+    assert engine.module.calls == [True, False, True]
+    module = Net()
+    module.backbone[1] = Always(nn.Linear(8, 8), nn.Dropout(0.5))
+    found = modes(engine_of(module, freeze=["backbone.*"]).module)
+    assert [name for name in found if "backbone" in name and found[name]] == [
+        "backbone.1", "backbone.1.0", "backbone.1.1",
+    ]  # fmt: skip
+
+
+def test_the_table_lists_both():
+    module = Net()
+    module.backbone[0].eval().requires_grad_(False)
+    table = optimize(module, freeze=["backbone.1.*"]).table()
+    rows = [line for line in table if line.startswith("evaluation mode")]
+    assert [row.split(":")[1].split("(")[0].strip() for row in rows] == ["backbone.0", "backbone.1"]
+    assert "when built" in rows[0]
+    assert "freeze_mode=train" in rows[1]
+    assert not optimize(Net(freezes=True)).table()
+
+
+def test_what_is_frozen_in_part_by_name_and_in_part_by_the_model_stays_in_training_mode_there():
+    module = Net()
+    module.backbone[0].requires_grad_(False)
+    found = modes(engine_of(module, freeze=["backbone.1.*"]).module)
+    assert found["backbone"]
+    assert found["backbone.0.norm"]
+    assert not found["backbone.1"]
+
+
+def test_a_part_that_is_made_trainable_later_is_trained():
+    engine = engine_of(Net(freezes=True, in_eval=True))
+    engine.module.backbone.requires_grad_(True)
+    engine.train()
+    assert all(modes(engine.module).values())
+
+
+def test_a_submodule_without_parameters_is_not_frozen():
+    module = Net()
+    module.backbone[0].dropout.eval()
+    assert all(modes(engine_of(module).module).values())

@@ -1,0 +1,328 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import ConcatDataset, Subset
+
+from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
+from runner.utils.sampler.batches import Batches, EvaluationData
+
+
+def lengths(length):
+    return [1 + index % 5 for index in range(length)]
+
+
+SAMPLERS = {
+    "random": lambda length: (RandomSampler(length, seed=3), 4),
+    "drawn again": lambda length: (RandomSampler(length, seed=3, replacement=True), 4),
+    "pool": lambda length: (PoolSampler(length, seed=3), 4),
+    "ordered": lambda length: (OrderedSampler(length), 4),
+    "batched": lambda length: (
+        BatchedOrderedSampler(lengths(length), max_cost=9, shuffle=True),
+        None,
+    ),
+}
+
+
+class Noisy:
+    """Each sample is its index and what the three global generators give at that moment."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        assert 0 <= index < self.length
+        return index, torch.rand(()).item(), random.random(), np.random.rand()
+
+
+def as_lists(samples):
+    return [tuple(sample) for sample in samples]
+
+
+def make(kind, length=11, num_workers=0, **changes):
+    sampler, batch_size = SAMPLERS[kind](length)
+    return Batches(Noisy(length), sampler, batch_size, seed=7, num_workers=num_workers, collate=as_lists, **changes)
+
+
+def take(batches, count):
+    return [next(batches) for _ in range(count)]
+
+
+def assert_resumes(kind, length, cut, workers_before, workers_after):
+    whole = take(make(kind, length), cut + 6)
+    first, second = make(kind, length, workers_before), make(kind, length, workers_after)
+    try:
+        assert take(first, cut) == whole[:cut]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert take(second, 6) == whole[cut:]
+    finally:
+        first.close()
+        second.close()
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 30), cut=st.integers(0, 25))
+def test_a_stream_cut_anywhere_yields_exactly_the_rest(kind, length, cut):
+    assert_resumes(kind, length, cut, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("kind", SAMPLERS)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    length=st.integers(1, 30),
+    cut=st.integers(0, 12),
+    workers=st.sampled_from([(1, 1), (3, 3), (0, 3), (3, 0), (1, 3)]),
+)
+def test_a_stream_cut_anywhere_yields_exactly_the_rest_with_any_workers(kind, length, cut, workers):
+    assert_resumes(kind, length, cut, *workers)
+
+
+def test_what_a_worker_prefetched_does_not_count():
+    batches = make("random", num_workers=1, prefetch_factor=8)
+    take(batches, 2)
+    state = batches.state_dict()
+    batches.close()
+    assert (state["ordinal"], batches.num_samples_total, batches.num_samples) == (8, 8, 4)
+    assert state["sampler"]["position"] == 8
+
+
+def test_batches_are_always_full_and_cover_each_epoch_once():
+    indices = [sample[0] for batch in take(make("random", 10), 15) for sample in batch]
+    assert len(indices) == 60
+    assert all(sorted(indices[start : start + 10]) == list(range(10)) for start in range(0, 60, 10))
+
+
+def test_a_dataset_smaller_than_a_batch_fills_it():
+    assert [len(batch) for batch in take(make("pool", 3), 4)] == [4] * 4
+
+
+def test_an_empty_sampler_is_an_error_and_no_endless_loop():
+    with pytest.raises(ValueError, match="empty"):
+        next(Batches([], OrderedSampler(0), 2))
+
+
+def test_what_a_sample_draws_does_not_depend_on_the_batch_size():
+    def samples(size):
+        batches = Batches(Noisy(12), RandomSampler(12, seed=1), size, seed=7, collate=as_lists)
+        return [sample for batch in take(batches, 24 // size) for sample in batch]
+
+    assert samples(2) == samples(4) == samples(12)
+    assert len({sample[1] for sample in samples(2)}) == 24
+
+
+def test_without_seeding_the_global_generators_are_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    take(Batches(list(range(9)), RandomSampler(9), 3, seed_samples=False), 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Whole(Noisy):
+    calls = 0
+
+    def __getitems__(self, indices):
+        self.calls += 1
+        return [self[index] for index in indices]
+
+
+def test_a_dataset_that_fetches_many_is_called_once_a_batch_without_seeding():
+    dataset = Whole(8)
+    batches = Batches(dataset, OrderedSampler(8), 4, collate=as_lists, seed_samples=False)
+    assert [sample[0] for sample in next(batches)] == [0, 1, 2, 3]
+    assert dataset.calls == 1
+
+
+class Holding(Noisy):
+    """Draws from generators of its own too, one of which is made with the first sample."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        own = random.Random(0)
+        self.transforms = [lambda value: value + own.random()]
+        self.own = {"numpy": np.random.default_rng(0), "torch": torch.Generator()}
+        self.late = None
+
+    def __getitem__(self, index):
+        if self.late is None:
+            self.late = np.random.RandomState(0)
+        own = self.own["numpy"].normal(), torch.rand((), generator=self.own["torch"]).item(), self.late.rand()
+        return *super().__getitem__(index), *own, self.transforms[0](0)
+
+
+class HoldingAll(Holding):
+    def __init__(self, length):
+        super().__init__(length)
+        self.late = np.random.RandomState(0)
+
+
+JITTER = random.Random(0)
+
+
+def jitter(samples):
+    return [(*sample, JITTER.random()) for sample in samples]
+
+
+WRAPPED = {
+    "bare": Holding,
+    "fetching many": type("HoldingWhole", (Holding, Whole), {}),
+    "subset": lambda length: Subset(Holding(length + 3), range(3, length + 3)),
+    "subset of one that fetches many": lambda length: Subset(WRAPPED["fetching many"](length), range(length)),
+    "concatenation": lambda length: ConcatDataset([HoldingAll(1), Subset(HoldingAll(length), range(1, length))]),
+}
+
+
+def samples_of(kind, size, count, cut=None, num_ranks=1, num_workers=0):
+    """The samples of `count` batches in order, as ranks share them; with `cut` the stream is begun anew and resumed."""
+
+    def make(rank):
+        settings = {"rank": rank, "num_ranks": num_ranks, "num_workers": num_workers}
+        return Batches(WRAPPED[kind](9), RandomSampler(9, seed=1), size, seed=7, collate=as_lists, **settings)
+
+    streams = [make(rank) for rank in range(num_ranks)]
+    samples = []
+    for number in range(count):
+        if number == cut:
+            states = [each.state_dict() for each in streams]
+            for each in streams:
+                each.close()
+            streams = [make(rank) for rank in range(num_ranks)]
+            for each, state in zip(streams, states, strict=True):
+                each.load_state_dict(state)
+        samples += [sample for each in streams for sample in next(each)]
+    for each in streams:
+        each.close()
+    return samples
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@settings(max_examples=15, deadline=None)
+@given(size=st.sampled_from([2, 3, 4, 6, 12]), num_ranks=st.integers(1, 2), cut=st.integers(1, 4))
+def test_what_a_sample_draws_depends_on_neither_batches_nor_ranks_nor_a_cut(kind, size, num_ranks, cut):
+    expected = samples_of(kind, 1, 24)
+    assert all(len({sample[i] for sample in expected}) == 24 for i in range(1, 8))
+    assert samples_of(kind, size, 24 // size, cut, num_ranks) == expected
+
+
+@pytest.mark.parametrize("kind", ["bare", "subset of one that fetches many"])
+def test_what_a_sample_draws_does_not_depend_on_the_workers(kind):
+    assert samples_of(kind, 3, 5, cut=2, num_workers=2) == samples_of(kind, 3, 5)
+
+
+def test_what_collate_draws_by_a_generator_of_its_own_is_the_same_after_a_cut():
+    def make():
+        return Batches(Noisy(9), RandomSampler(9, seed=1), 4, seed=7, collate=jitter)
+
+    first, second = make(), make()
+    before = take(first, 2)
+    state = first.state_dict()
+    second.load_state_dict(state)
+    after = take(first, 2)
+    assert take(second, 2) == after
+    assert len({sample[-1] for batch in before + after for sample in batch}) == 16
+
+
+def test_each_evaluation_draws_the_same_by_own_generators_whatever_was_drawn_before():
+    data = Holding(9)
+    passes = [list(EvaluationData(data, size, 0, as_lists, 5)) for size in (4, 4, 2)]
+    assert passes[0] == passes[1]
+    assert [s for _, batch, _ in passes[0] for s in batch] == [s for _, batch, _ in passes[2] for s in batch]
+
+
+def test_workers_of_two_ranks_do_not_draw_the_same_without_seeding():
+    def first(rank):
+        batches = Batches(
+            Noisy(8), OrderedSampler(8), 4, collate=as_lists, seed_samples=False, num_workers=1, rank=rank, num_ranks=2
+        )
+        try:
+            return {value for sample in next(batches) for value in sample[1:]}
+        finally:
+            batches.close()
+
+    assert first(0).isdisjoint(first(1))
+    assert first(0) == first(0)
+
+
+class Failing(Noisy):
+    is_broken = True
+
+    def __getitem__(self, index):
+        if index == 5 and self.is_broken:
+            raise OSError("the disk")
+        return super().__getitem__(index)
+
+
+def test_an_error_in_the_dataset_leaves_the_position():
+    dataset = Failing(12)
+    batches = Batches(dataset, OrderedSampler(12), 4, collate=as_lists)
+    next(batches)
+    state = batches.state_dict()
+    with pytest.raises(OSError, match="the disk"):
+        next(batches)
+    assert batches.state_dict() == state
+    dataset.is_broken = False
+    assert [sample[0] for sample in next(batches)] == [4, 5, 6, 7]
+
+
+def test_closing_twice_is_as_closing_once_and_the_stream_goes_on():
+    batches = make("ordered", 12, num_workers=1)
+    next(batches)
+    batches.close()
+    batches.close()
+    assert [sample[0] for sample in next(batches)] == [4, 5, 6, 7]
+    batches.close()
+
+
+def test_torch_collates_by_default():
+    batch = next(Batches([{"x": float(i)} for i in range(4)], OrderedSampler(4), 4))
+    assert batch["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_data_of_another_length_begins_with_the_next_epoch_while_the_ordinal_goes_on(kind):
+    before, after = make(kind, 11), make(kind, 17)
+    take(before, 2)
+    state = before.state_dict()
+    with pytest.raises(ValueError, match="17"):
+        after.load_state_dict(state)
+    after.start_epoch_after(state)
+    moved = after.state_dict()
+    assert (moved["sampler"]["epoch"], moved["sampler"]["position"]) == (1, 0)
+    assert (after.num_samples_total, moved["ordinal"]) == (before.num_samples_total, state["ordinal"])
+    expected, _ = SAMPLERS[kind](17)
+    expected.load_state_dict(moved["sampler"])
+    indices = [index for batch in take(after, 2) for index, *_ in batch]
+    assert indices == list(np.concatenate([np.atleast_1d(item) for item in expected]))[: len(indices)]
+
+
+def test_an_epoch_of_which_nothing_was_taken_is_not_left_out():
+    before, after = make("random", 12), make("random", 8)
+    take(before, 3)
+    after.start_epoch_after(before.state_dict())
+    assert after.epoch == before.epoch == 1
+
+
+def test_a_sampler_without_an_epoch_has_no_next_one():
+    with pytest.raises(ValueError, match="has no epoch to start at"):
+        Batches(Noisy(3), Bare(), 1).start_epoch_after({"sampler": {}, "ordinal": 0})
+
+
+class Bare:
+    def __iter__(self):
+        return iter([0])
+
+    def state_dict(self):
+        return {"place": 0}
+
+    def load_state_dict(self, state):
+        pass

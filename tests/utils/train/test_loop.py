@@ -1,0 +1,466 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from runner.utils.distributed import seed_all
+from runner.utils.train import Loop, Stop
+from runner.utils.train.failures import Halt, Policy
+from runner.utils.train.loop import Action
+
+
+class Counting:
+    """Stands where engines do: it notes what the loop does and draws one random number a micro-step."""
+
+    device = torch.device("cpu")
+    tokens = 0
+    is_updating = False
+
+    def __init__(self):
+        self.batches, self.drawn = [], []
+        self.num_steps = self.num_discarded = 0
+        self.faults, self.late_faults, self.stops = {}, {}, False
+
+    def seed(self, seed, shared):
+        seed_all(seed, self.device)
+
+    def micro_step(self, batch, weight=1.0):
+        self.batches.append(batch)
+        self.drawn.append(torch.rand(()).item())
+
+    def step(self, hear=dict):
+        self.num_steps += 1
+        return self.faults.pop(self.num_steps, {})
+
+    def discard(self):
+        self.num_discarded += 1
+
+    def is_stopped_by(self, faults):
+        return self.stops
+
+    def find_late_faults(self):
+        return self.late_faults
+
+    def take_metrics(self):
+        return {"loss": float(len(self.batches))}
+
+
+class Numbers:
+    weight = 1.0
+
+    def __init__(self, start=0):
+        self.num_samples_total = start
+
+    def __next__(self):
+        self.num_samples_total += 1
+        return self.num_samples_total
+
+    def mark(self):
+        return self.num_samples_total
+
+    def rewind(self, mark):
+        self.num_samples_total = mark
+
+
+class Typed:
+    """An inbox with commands by the step at which they are due."""
+
+    def __init__(self, **by_step):
+        self.by_step = {int(key[1:]): value for key, value in by_step.items()}
+
+    def due(self, step):
+        return [SimpleNamespace(name=n, argument=a) for n, a in self.by_step.pop(step, [])]
+
+
+def make_loop(steps=10, **settings):
+    done, logged = [], []
+    every = settings.pop("every", {})
+    loop = Loop(
+        Counting(),
+        Numbers(),
+        steps=steps,
+        log=lambda step, values: logged.append((step, values)),
+        actions={name: Action(lambda n=name: done.append((n, loop.step)), number) for name, number in every.items()},
+        **settings,
+    )
+    return loop, done, logged
+
+
+def test_each_step_takes_its_micro_steps():
+    loop, _, _ = make_loop(steps=3, accumulate=4)
+    assert loop.run() == "finished"
+    assert loop.engines.batches == list(range(1, 13))
+
+
+def test_actions_are_done_every_so_many_steps_and_at_the_end_in_order():
+    loop, done, _ = make_loop(steps=7, every={"eval": 3, "save": 2, "export": 0})
+    loop.run()
+    assert done == [("save", 2), ("eval", 3), ("save", 4), ("eval", 6), ("save", 6), ("eval", 7), ("save", 7)]
+
+
+def test_the_last_boundary_does_an_action_once():
+    loop, done, _ = make_loop(steps=4, every={"save": 2})
+    loop.run()
+    assert done == [("save", 2), ("save", 4)]
+
+
+def test_metrics_are_logged_every_so_many_steps_and_at_the_end():
+    loop, _, logged = make_loop(steps=7, log_every=3)
+    loop.run()
+    assert [step for step, _ in logged] == [3, 6, 7]
+    assert logged[0][1]["train/loss"] == 3.0
+    assert {"train/step_time_s", "train/samples_per_s", "train/memory_gb"} <= logged[0][1].keys()
+
+
+def test_log_every_zero_logs_nothing():
+    loop, _, logged = make_loop(steps=3, log_every=0)
+    loop.run()
+    assert logged == []
+
+
+def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank(monkeypatch):
+    def drawn(**settings):
+        loop, _, _ = make_loop(**({"steps": 4, "accumulate": 2} | settings))
+        loop.run()
+        return loop.engines.drawn
+
+    first = drawn(seed=1)
+    assert len(set(first)) == 8
+    torch.rand(17)  # what others have drawn does not matter
+    assert drawn(seed=1) == first
+    assert not set(drawn(seed=2)) & set(first)
+    monkeypatch.setattr("runner.utils.distributed.rank", lambda: 1)
+    assert not set(drawn(seed=1)) & set(first)
+
+
+def test_a_step_can_be_replayed_alone():
+    loop, _, _ = make_loop(steps=6)
+    loop.run()
+    later, _, _ = make_loop(steps=6)
+    later.load_state_dict({"step": 4, "skipped": 0, "owed": []})
+    later.run()
+    assert later.engines.drawn == loop.engines.drawn[4:]
+
+
+def test_actions_between_steps_do_not_change_what_steps_draw():
+    plain, _, _ = make_loop(steps=5)
+    plain.run()
+    busy, _, _ = make_loop(steps=5)
+    busy.agenda.actions["eval"] = Action(lambda: torch.rand(100), 1)
+    busy.run()
+    assert busy.engines.drawn == plain.engines.drawn
+
+
+def test_commands_are_executed_at_their_boundary_and_unknown_to_actions_go_to_commands():
+    told = []
+    inbox = Typed(_2=[("save", None), ("lr", 0.5)])
+    loop, done, _ = make_loop(
+        steps=3, every={"save": 0}, inbox=inbox, commands={"lr": lambda lr: told.append((loop.step, lr))}
+    )
+    loop.run()
+    assert done == [("save", 2)]
+    assert told == [(2, 0.5)]
+
+
+def test_a_typed_action_is_not_repeated_at_the_same_boundary():
+    loop, done, _ = make_loop(steps=4, every={"save": 2}, inbox=Typed(_2=[("save", None)]))
+    loop.run()
+    assert done == [("save", 2), ("save", 4)]
+
+
+def test_stop_saves_once_and_returns_its_reason():
+    def end(_):
+        raise Stop("quit")
+
+    loop, done, _ = make_loop(
+        steps=9, every={"eval": 2, "save": 5}, inbox=Typed(_4=[("quit", None)]), commands={"quit": end}
+    )
+    assert loop.run() == "quit"
+    assert (loop.step, done) == (4, [("eval", 2), ("save", 4)])
+
+
+def test_a_stop_asked_for_from_outside_ends_at_the_next_boundary():
+    loop, done, _ = make_loop(steps=9, every={"save": 0})
+    loop.engines.micro_step = lambda batch, weight: loop.stop("interrupted") if batch == 3 else None
+    assert loop.run() == "interrupted"
+    assert done == [("save", 3)]
+
+
+def test_a_finished_loop_that_is_resumed_does_nothing():
+    loop, done, _ = make_loop(steps=5, every={"save": 1})
+    loop.load_state_dict({"step": 5, "skipped": 0, "owed": []})
+    assert loop.run() == "finished"
+    assert (done, loop.engines.batches) == ([], [])
+
+
+def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("runner.utils.train.loop.time.perf_counter", lambda: now[0])
+    loop, _, logged = make_loop(steps=4, log_every=2)
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    loop.agenda.actions["eval"] = Action(lambda: pass_time(100.0), 1)
+    loop.engines.micro_step = lambda batch, weight: pass_time(1.0)
+    loop.run()
+    assert [values["train/step_time_s"] for _, values in logged] == pytest.approx([1.0, 1.0])
+
+
+def out_of_memory(at, times=1):
+    """A micro-step that runs out of memory at its `at`-th call."""
+    calls = []
+
+    def micro_step(batch, weight):
+        calls.append(batch)
+        if at <= len(calls) < at + times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    return micro_step, calls
+
+
+def test_a_step_out_of_memory_is_discarded_saved_before_and_ends_the_loop():
+    loop, done, logged = make_loop(steps=9, accumulate=2, log_every=1, every={"save": 0, "eval": 1})
+    loop.engines.micro_step, _ = out_of_memory(at=6)
+    with pytest.raises(Halt, match=r"Out of memory in step 3: .*Tried to allocate 2.00 GiB"):
+        loop.run()
+    assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 4)
+    assert done == [("eval", 1), ("eval", 2), ("save", 2)]
+    assert [step for step, _ in logged] == [1, 2]
+
+
+def test_a_step_out_of_memory_can_be_left_out_with_its_batches():
+    warned = []
+    loop, _, _ = make_loop(steps=4, accumulate=2, policy=Policy(on_oom="skip"), warn=warned.append)
+    loop.engines.micro_step, calls = out_of_memory(at=3)
+    assert loop.run() == "finished"
+    assert calls == [1, 2, 3, 5, 6, 7, 8]
+    assert (loop.step, loop.num_skipped) == (4, 1)
+    assert "Step 2 (samples 2 to 3 of the stream) went wrong. Out of memory" in warned[0]
+
+
+def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def step(hear):
+        loop.engines.is_updating = True
+        raise MemoryError
+
+    loop.engines.step = step
+    with pytest.raises(Halt, match="go on from the last checkpoint") as caught:
+        loop.run()
+    assert not caught.value.is_whole
+    assert done == []
+
+
+class Own(BaseException):
+    """An error that no `except Exception` takes."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("no file"), SystemExit(3), KeyboardInterrupt(), KeyboardInterrupt("stop"), GeneratorExit(), Own()],
+    ids=repr,
+)
+@pytest.mark.parametrize("where", ["micro_step", "next", "step", "eval", "log", "due", "save"])
+def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, where):
+    loop, done, _ = make_loop(steps=9, accumulate=2, log_every=3, every={"eval": 3, "save": 0}, inbox=Typed())
+    raised_at = {"micro_step": 7, "next": 7, "step": 4, "eval": 1, "log": 1, "due": 3, "save": 1}[where]
+    owners = {"next": (Numbers, "__next__"), "log": (loop, "_write"), "due": (loop._inbox, "due")}
+    owner, name = owners.get(where, (loop.engines, where))
+    actions, calls = loop.agenda.actions, []
+
+    def failing(original):
+        def call(*args):
+            calls.append(args)
+            if len(calls) == raised_at:
+                raise error
+            return original(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where in actions:
+            patch.setitem(actions, where, Action(failing(actions[where].do), 3))
+        else:
+            patch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(type(error)) as caught:
+            loop.run()
+    assert caught.value is error
+    assert (loop.step, loop.batches.num_samples_total) == (3, 6)
+    assert [name for name, _ in done].count("save") == 1  # a save that failed is tried once more
+    assert loop.engines.num_discarded == (where in ("micro_step", "next", "step"))
+
+
+@pytest.mark.parametrize("where", ["micro_step", "eval"])
+def test_a_signal_that_ends_the_program_at_once_saves_nothing(where):
+    loop, done, _ = make_loop(steps=4, every={"eval": 2, "save": 0})
+
+    def end(*args):
+        raise KeyboardInterrupt(2)
+
+    if where == "eval":
+        loop.agenda.actions["eval"] = Action(end, 2)
+    else:
+        loop.engines.micro_step = end
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert done == []
+
+
+def test_an_error_in_an_update_is_raised_with_a_note_and_nothing_is_saved():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def step(hear):
+        loop.engines.is_updating = True
+        raise KeyError("mine")
+
+    loop.engines.step = step
+    with pytest.raises(KeyError) as caught:
+        loop.run()
+    assert caught.value.__notes__ == ["Its update was under way: go on from the last checkpoint"]
+    assert done == []
+
+
+def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_the_error():
+    warned = []
+    loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
+    loop.agenda.actions["save"] = Action(lambda: {}["no such part"], 0)
+    loop.engines.micro_step = lambda batch, weight: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+    assert warned == ["The state of step 0 can't be saved: KeyError('no such part')"]
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_save_that_failed_is_tried_once_more_at_the_end(num_failures):
+    warned, saved, errors = [], [], [OSError("busy")] * num_failures
+
+    def save():
+        if errors:
+            raise errors.pop()
+        saved.append(loop.step)
+
+    loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
+    loop.agenda.actions["save"] = Action(save, 0)
+    loop.stop("interrupted")
+    with pytest.raises(OSError, match="busy"):
+        loop.run()
+    assert saved == [0] * (num_failures == 1)
+    assert warned == []  # the error itself tells it
+
+
+def test_a_step_that_can_not_be_discarded_is_not_saved():
+    loop, done, _ = make_loop(steps=4, every={"save": 0})
+
+    def refuse():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    loop.engines.micro_step = lambda batch, weight: 1 / 0
+    loop.engines.discard = refuse
+    with pytest.raises(RuntimeError, match="device-side assert") as caught:
+        loop.run()
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+    assert caught.value.__notes__ == [
+        "The step can't be discarded, and nothing is saved: go on from the last checkpoint"
+    ]
+    assert done == []
+
+
+def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it_was():
+    loop, done, _ = make_loop(steps=4, every={"save": 0}, policy=Policy(on_oom="skip"))
+    loop.engines.micro_step, _ = out_of_memory(at=3)
+    given = loop.batches.__class__.__next__
+
+    class Failing(Numbers):
+        def __next__(self):
+            if self.num_samples_total == 2 and loop.engines.num_discarded:
+                raise KeyError("no file")
+            return given(self)
+
+    loop.batches = loop.maker._batches = Failing()
+    with pytest.raises(KeyError):
+        loop.run()
+    assert (loop.step, loop.batches.num_samples_total, done) == (2, 2, [("save", 2)])
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_is_not_finite_stops_or_is_counted(stops):
+    warned = []
+    loop, done, logged = make_loop(steps=5, log_every=1, every={"save": 0}, warn=warned.append)
+    loop.engines.faults, loop.engines.stops = {3: {"model": "its loss is nan"}}, stops
+    if stops:
+        with pytest.raises(Halt, match=r"Step 3 \(samples 2 to 2 of the stream\) went wrong. model: its loss is nan"):
+            loop.run()
+        assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 2)
+        assert done == [("save", 2)]
+    else:
+        assert loop.run() == "finished"
+        assert (loop.step, loop.num_skipped, loop.engines.num_discarded) == (5, 1, 0)
+        assert len(warned) == 1
+        assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+
+
+def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
+    loop, done, logged = make_loop(steps=9, log_every=1, every={"eval": 1, "save": 0}, policy=Policy(max_skips=1))
+    loop.engines.faults = {2: {"model": "nan"}, 4: {"model": "nan"}}
+    with pytest.raises(Halt, match="More steps went wrong than the 1 that may be left out"):
+        loop.run()
+    assert loop.state_dict() == {"step": 4, "skipped": 2, "owed": []}
+    assert [step for step, _ in logged] == [1, 2, 3, 4]
+    assert done[-2:] == [("eval", 4), ("save", 4)]
+
+
+@pytest.mark.parametrize("when", ["log", "save"])
+def test_what_went_wrong_unseen_is_told_before_it_is_logged_or_saved(when):
+    loop, done, logged = make_loop(steps=3, log_every=3 if when == "log" else 0, every={"save": 3})
+    loop.engines.late_faults = {"model": "in its step 1 the loss was not finite"}
+    with pytest.raises(Halt, match=r"Up to step 3 something went wrong. model: in its step 1"):
+        loop.run()
+    assert (done, logged) == ([], [])
+
+
+def test_an_action_that_was_cut_is_owed_and_done_by_who_goes_on():
+    loop, done, _ = make_loop(steps=4, every={"eval": 2, "export": 2, "save": 0})
+
+    def cut():
+        loop.stop("interrupted")
+        raise InterruptedError
+
+    loop.agenda.actions["eval"] = Action(cut, 2)
+    assert loop.run() == "interrupted"
+    assert done == [("save", 2)]
+    state = loop.state_dict()
+    assert state == {"step": 2, "skipped": 0, "owed": ["eval", "export"]}
+    later, done, _ = make_loop(steps=4, every={"eval": 2, "export": 2, "save": 0})
+    later.load_state_dict(state)
+    assert later.run() == "finished"
+    assert done == [("eval", 2), ("export", 2), ("eval", 4), ("export", 4)]
+
+
+def test_what_is_due_is_done_before_the_save_whatever_was_typed_first():
+    loop, done, _ = make_loop(
+        steps=2, every={"eval": 2, "save": 0}, inbox=Typed(_1=[("save", None), ("eval", None)], _2=[("save", None)])
+    )
+    loop.run()
+    assert done == [("eval", 1), ("save", 1), ("eval", 2), ("save", 2)]
+
+
+def test_a_worker_that_dies_ends_the_loop_named_unless_it_is_stopping_anyway():
+    for is_stopping in (False, True):
+        loop, done, _ = make_loop(steps=5, every={"save": 0})
+
+        def die(batch, weight, loop=loop, is_stopping=is_stopping):
+            if batch == 3:
+                if is_stopping:
+                    loop.stop("preempted")
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+        loop.engines.micro_step = die
+        if is_stopping:
+            assert loop.run() == "preempted"
+        else:
+            with pytest.raises(Halt, match=r"A loader worker died in step 3: .*pid 7"):
+                loop.run()
+        assert done == [("save", 2)]
+        assert loop.batches.num_samples_total == 2
