@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.config.errors import ConfigError, tell, told_in_one_message, told_where_started
+from runner.config.errors import ConfigError, exit_on_config_error, tell, told_where_started
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prefixes = [each for each in given.allow_targets.split(",") if each]
     if given.num_workers is not None:
         given.overrides.append(f"data.num_workers={given.num_workers}")
-    with told_in_one_message(), signals.exit_on_interrupt():
+    with exit_on_config_error(), signals.exit_on_interrupt():
         from runner.config import run_folder
         from runner.run import saved_model
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise ConfigError(f"--sign: signs a run; {given.saved} is a file: export it anew from its run")
             found = saved_model.open_export(given.saved, given.overrides, prefixes)
         else:
-            found = saved_model.open_saved(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
+            found = saved_model.open_checkpoint(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             tell(note)
         with told_where_started(found.origin.directory if found.origin else None):

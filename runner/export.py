@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.config.errors import tell, told_in_one_message, told_where_started
+from runner.config.errors import exit_on_config_error, tell, told_where_started
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the floating-point tensors; by default their own")
     add_trust_arguments(parser)
     given = parser.parse_args(arguments)
-    with told_in_one_message():
+    with exit_on_config_error():
         with signals.exit_on_interrupt():
             from runner.run import saved_model
 
             prefixes = [each for each in given.allow_targets.split(",") if each]
-            found = saved_model.open_saved(given.saved, (), prefixes, is_vouched_for=given.sign)
+            found = saved_model.open_checkpoint(given.saved, (), prefixes, is_vouched_for=given.sign)
         for note in found.notes:
             tell(note)
         with told_where_started(found.origin.directory if found.origin else None):

@@ -109,7 +109,7 @@ class LazyDevice:
         self.num_waits += 1
         event.pass_()
 
-    def lend(self, tensor: Tensor, owner: str) -> None:
+    def record_stream(self, tensor: Tensor, owner: str) -> None:
         assert owner == "computing"
 
     def keep(self, source: Tensor) -> None:

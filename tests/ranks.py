@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runner.launch.environment import Place
+from runner.launch.environment import ProcessEnvironment
 from runner.utils.distributed import init_process_group
 
 LIMIT_S = 180.0
@@ -54,7 +54,7 @@ def _run(folder, rank, count, function, args):
     error = result = None
     try:
         store = dist.FileStore(str(folder / "store"), count)
-        place = Place(rank=rank, num_ranks=count, local_rank=rank, num_local=count)
+        place = ProcessEnvironment(rank=rank, world_size=count, local_rank=rank, local_world_size=count)
         with init_process_group(place, dist.PrefixStore("group", store), "gloo", 20.0):
             result = function(*args)
     except BaseException:

@@ -14,7 +14,7 @@ from runner import export
 from runner.checkpoint.checkpoints import CheckpointError, Checkpoints, verify
 from runner.config import run_folder
 from runner.config.errors import ConfigError
-from runner.launch.job import Handover
+from runner.launch.job import Job
 from runner.run import evaluation
 from runner.run.run import run
 from runner.tracking.media import Audio
@@ -260,7 +260,7 @@ def start(folder):
     """Runs in a folder at once, past every check of the folder; returns the status and what was told."""
     plain = settings(2)
     plain["report"] = {"_target_": "test_links.tones"}
-    job = Handover(plain, folder, FILES)
+    job = Job(plain, folder, FILES)
     try:
         status = run(job.settings, folder, job.write_config)
     except ConfigError as error:

@@ -14,13 +14,13 @@ from runner.checkpoint import shards
 from runner.checkpoint.checkpoints import Checkpoints, load
 from runner.config import checks
 from runner.config.run_folder import claim
-from runner.launch.job import Handover
+from runner.launch.job import Job
 from runner.run.run import run
-from runner.run.trainer import Session
+from runner.run.trainer import Trainer
 from runner.tracking import event_file
 from runner.utils import io
 from runner.utils.files import AppendFile, disk
-from runner.utils.serialization import Snapshot
+from runner.utils.serialization import HostSnapshot
 
 FILES = {"config": b"name: power\n", "overrides": b"[]\n"}
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # states are many
@@ -67,7 +67,7 @@ def train(recorder, steps, resume=None):
     else:
         recorder.mark("resume", resume)
         resume = str(folder / "checkpoints" / f"step_{resume:08d}")
-    handover = Handover(settings(steps, resume), folder, FILES)
+    handover = Job(settings(steps, resume), folder, FILES)
     assert run(handover.settings, folder, handover.write_config) == 0
     recorder.mark("finished")
 
@@ -88,7 +88,7 @@ def save_plainly(recorder):
         recorder.mark("plain", step)
     partial = checkpoints.begin(4)
     disk.make_folder(partial / "shards")
-    packed = Snapshot({"weight": torch.ones(2)})
+    packed = HostSnapshot({"weight": torch.ones(2)})
     shards.write({f"model/{name}": tensor for name, tensor in packed.tensors.items()}, partial / "shards")
     io.write_new_json({"model": packed.document}, partial / "structure.json")
     checkpoints.commit(partial, 4, {"step": 4})
@@ -100,7 +100,7 @@ def recorded():
     """A run, resumed from an older checkpoint, then from its newest, and plain saves: all that was done to files."""
     with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory(dir=MEMORY) as name:
         recorder = Recorder(Path(name), monkeypatch)
-        saved, export = Session._saved, Session.export
+        saved, export = Trainer._saved, Trainer.export
 
         def mark_saved(session, step, path):
             recorder.mark("saved", step)
@@ -110,8 +110,8 @@ def recorded():
             export(session)
             recorder.mark("exported")
 
-        monkeypatch.setattr(Session, "_saved", mark_saved)
-        monkeypatch.setattr(Session, "export", mark_exported)
+        monkeypatch.setattr(Trainer, "_saved", mark_saved)
+        monkeypatch.setattr(Trainer, "export", mark_exported)
         train(recorder, 4)
         train(recorder, 3, resume=2)
         train(recorder, 5, resume=3)

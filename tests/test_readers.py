@@ -29,7 +29,7 @@ from runner.checkpoint.checkpoints import CheckpointError, Checkpoints
 from runner.config import checkpoint_facts, checks, errors, run_folder
 from runner.config.composition.expansion import _Counter
 from runner.config.errors import ConfigError
-from runner.control.commands import Commands
+from runner.control.commands import CommandQueue
 from runner.engines import Engine, Engines
 from runner.run import exports, run
 from runner.run.best import Best
@@ -181,7 +181,7 @@ def read_whole_config(folder, content):
     error = refusal(
         lambda: checks.to_plain(OmegaConf.create(run_folder.read_config(folder))), ConfigError, OmegaConfBaseException
     )
-    assert error is None or errors.explain(error)
+    assert error is None or errors.format_error(error)
 
 
 @fuzzed
@@ -227,7 +227,7 @@ def test_overrides_and_hydras_config_are_read_or_refused_in_one_message(folder, 
     checks.register()
     for each in (read, read_hydra):
         error = refusal(each, ConfigError, HydraException, OmegaConfBaseException)
-        assert error is None or errors.explain(error)
+        assert error is None or errors.format_error(error)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def load_facts(text):
     """Checks a checkpoint's facts, and loads of them what can be loaded without a run."""
     loaded = parse_json(text)
     checkpoint_facts.check_content({"trainer.json": loaded})
-    Commands(print).load_state_dict(loaded["commands"])
+    CommandQueue(print).load_state_dict(loaded["commands"])
     Best(None, False).restore(loaded["best"], {})
     Best("eval/loss", True).restore(loaded["best"], {"eval/loss": 1.0})
 

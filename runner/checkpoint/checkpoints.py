@@ -164,11 +164,11 @@ class Checkpoints:
             elif match:
                 remove_tree(path)
 
-    def leave(self, step: int) -> None:
+    def remove_after(self, step: int) -> None:
         """Removes those of later steps: a run that goes on from this one has left them."""
-        self._remove(self.later(step).values())
+        self._remove(self.steps_after(step).values())
 
-    def later(self, step: int) -> dict[int, Path]:
+    def steps_after(self, step: int) -> dict[int, Path]:
         """Returns those of later steps."""
         return {later: path for later, path in self._steps().items() if later > step}
 
@@ -184,7 +184,7 @@ class Checkpoints:
 
     def _find_superseded(self, newest_step: int) -> dict[int, Path]:
         """Returns the checkpoints that are to go; an incomplete one takes the place of no complete one."""
-        superseded = self.later(newest_step)
+        superseded = self.steps_after(newest_step)
         steps = {step: path for step, path in self._steps().items() if step not in superseded}
         last = self._newest_complete(steps, self._keep_last)
         if not self._keep_last or len(last) < self._keep_last:

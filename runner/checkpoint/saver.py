@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.utils.io import Snapshot
+from runner.utils.io import HostSnapshot
 
 
 class Writer(Protocol):
@@ -19,7 +19,7 @@ class Writer(Protocol):
     def save(
         self,
         step: int,
-        parts: Mapping[str, Snapshot],
+        parts: Mapping[str, HostSnapshot],
         facts: Mapping[str, Any],
         metric: Any,
         before_commit: Callable[[], None],
@@ -52,7 +52,7 @@ class Saver:
         self._saved, self._failed = saved, failed
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._snapshots: dict[str, Snapshot] = {}
+        self._snapshots: dict[str, HostSnapshot] = {}
 
     def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: Any = None) -> None:
         """Copies the state, and has it committed; waits for a save that is still under way.
@@ -62,7 +62,7 @@ class Saver:
         """
         self._wait()
         old, self._snapshots = self._snapshots, {}
-        snapshots = {name: Snapshot(value, at_once=not old, over=old.get(name)) for name, value in parts.items()}
+        snapshots = {name: HostSnapshot(value, at_once=not old, over=old.get(name)) for name, value in parts.items()}
         self._snapshots = snapshots
         arguments = step, snapshots, facts, metric
         # A daemon: a second signal ends the program in the midst of a write, which then never was.
@@ -88,7 +88,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _commit(self, step: int, parts: Mapping[str, Snapshot], facts: Mapping[str, Any], metric: Any) -> None:
+    def _commit(self, step: int, parts: Mapping[str, HostSnapshot], facts: Mapping[str, Any], metric: Any) -> None:
         try:
             path = self._checkpoints.save(step, parts, facts, metric, self._before_commit, self._before_prune)
             self._error = None

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from runner.checkpoint import shards
 from runner.checkpoint.checkpoints import SHARDS, STRUCTURE, Checkpoints
 from runner.utils import io
-from runner.utils.distributed import of_leader
+from runner.utils.distributed import run_on_rank_zero
 from runner.utils.files import disk, remove_tree
-from runner.utils.serialization import Snapshot, as_stored
+from runner.utils.serialization import HostSnapshot, as_stored
 
 
 def share(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
@@ -45,7 +45,7 @@ class ShardedCheckpoints:
     def save(
         self,
         step: int,
-        parts: Mapping[str, Snapshot],
+        parts: Mapping[str, HostSnapshot],
         facts: Mapping[str, Any],
         metric: Any = None,
         before_commit: Callable[[], None] | None = None,
@@ -83,7 +83,7 @@ class ShardedCheckpoints:
                 name = None if error.filename is None else str(error.filename)
                 return None, (error.errno or errno.EIO, error.strerror or str(error), name)
 
-        path, refusal = of_leader(attempt, self._group)
+        path, refusal = run_on_rank_zero(attempt, self._group)
         if refusal is not None:
             raise OSError(*refusal)
         assert path is not None
@@ -94,7 +94,7 @@ class ShardedCheckpoints:
         disk.make_folder(partial / SHARDS)
         return partial
 
-    def _spread(self, value: Snapshot) -> dict[str, Any]:
+    def _spread(self, value: HostSnapshot) -> dict[str, Any]:
         """Returns copies of this rank's parts as parts of the whole that they are of."""
         found: dict[str, Any] = {}
         for name, tensor in value.tensors.items():

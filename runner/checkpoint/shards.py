@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, metadata
 
 from runner.utils import io
-from runner.utils.distributed import is_many, together
+from runner.utils.distributed import is_distributed, run_on_all_ranks
 from runner.utils.files import EagerFile, disk
 from runner.utils.serialization import SFT_DTYPES, name_of
 
@@ -60,13 +60,13 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
         own.update(_local_pieces(tensors))
         return sha256(json.dumps(_described(tensors), sort_keys=True).encode()).hexdigest(), [*own]
 
-    digests, held = zip(*together(look, group), strict=True)
+    digests, held = zip(*run_on_all_ranks(look, group), strict=True)
     if len(set(digests)) > 1:
         raise ValueError("the names, dtypes or shapes of the tensors are not the same on every rank")
     _check_cover(tensors, {piece for pieces in held for piece in pieces})
     shares = _share_out(held, tensors)
     names = {number: f"shard-{number:05d}.safetensors" for number, share in enumerate(shares) if share}
-    number = dist.get_rank(group) if is_many() else 0
+    number = dist.get_rank(group) if is_distributed() else 0
 
     def write_share() -> None:
         if number in names:
@@ -75,7 +75,7 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             document = {"format": _FORMAT, "files": [*names.values()], "tensors": _described(tensors)}
             io.write_new_json(document, folder / INDEX, indent=None)
 
-    refused = together(lambda: _refusal_of(write_share, folder / names.get(number, INDEX)), group)
+    refused = run_on_all_ranks(lambda: _refusal_of(write_share, folder / names.get(number, INDEX)), group)
     for rank, refusal in enumerate(refused):
         if refusal is not None:
             code, reason, file = refusal

@@ -22,7 +22,7 @@ from omegaconf.errors import InterpolationKeyError
 from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
-from runner.config.errors import BUILT, ConfigError, nearest, shown
+from runner.config.errors import BUILT, ConfigError, shown, suggest
 from runner.config.hparams import run_label
 from runner.config.optimizations import find_mistakes
 from runner.config.schema import (
@@ -165,7 +165,7 @@ def _unknown_keys(cfg: DictConfig) -> list[str]:
     for section, keys in known.items():
         node = OmegaConf.select(cfg, section) if section else cfg
         unknown = [str(key) for key in node if key not in keys] if OmegaConf.is_dict(node) else []
-        mistakes += [f"{section}.{key}: no such key; {nearest(key, keys)}".lstrip(".") for key in unknown]
+        mistakes += [f"{section}.{key}: no such key; {suggest(key, keys)}".lstrip(".") for key in unknown]
     return mistakes
 
 
@@ -244,7 +244,7 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
     if count != "auto" and (type(count) is not int or count < 1):
         mistakes.append(f"distributed.nproc_per_node={count}: expected auto, or a number from 1 on")
     if cfg.backend not in _BACKENDS:
-        mistakes.append(f"distributed.backend={cfg.backend}: {nearest(str(cfg.backend), list(_BACKENDS))}")
+        mistakes.append(f"distributed.backend={cfg.backend}: {suggest(str(cfg.backend), list(_BACKENDS))}")
     if cfg.strategy is None and (count not in (1, "auto") or cfg.nnodes > 1):
         key = "nnodes" if cfg.nnodes > 1 else "nproc_per_node"
         mistakes.append(f"distributed.{key}={cfg[key]}: it trains on one process; choose distributed=ddp or fsdp")

@@ -22,7 +22,7 @@ KeyPath = tuple[Any, ...]
 Nest = dict[str, Any]
 
 _ABSENT = object()
-_FIXED: list[KeyPath] = [  # what makes a run the one it is
+_IDENTITY_KEYS: list[KeyPath] = [  # what makes a run the one it is
     ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("pattern",), ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
@@ -97,12 +97,12 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield from _leaves(child, (*path, key))
 
 
-def tell(saved: Nest, wanted: Nest) -> list[str]:
+def describe(saved: Nest, wanted: Nest) -> list[str]:
     """Returns what differs, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
     return [one_line(f"{_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in _differences(saved, wanted)]
 
 
-def refuse(saved: Nest, wanted: Nest, source: Path | None = None, new_run: str = "") -> None:
+def check_same_run(saved: Nest, wanted: Nest, source: Path | None = None, new_run: str = "") -> None:
     """Checks that two resolved configs are of the same run: more steps, another rate, more workers are.
 
     Args:
@@ -137,7 +137,7 @@ def _join(path: KeyPath) -> str:
 def _is_fixed(path: KeyPath) -> bool:
     if path[0] == "engines" and path[2:3] and path[2] in _BY_KEY:  # an engine's own: by the same rule
         path = path[2:]
-    return any(path[: len(fixed)] == fixed for fixed in _FIXED)
+    return any(path[: len(fixed)] == fixed for fixed in _IDENTITY_KEYS)
 
 
 def _differences(before: Nest, after: Nest) -> Iterator[tuple[KeyPath, Any, Any]]:

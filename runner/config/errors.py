@@ -50,7 +50,7 @@ class ConfigError(ValueError):
     is_told = False
 
 
-def nearest(name: str, choices: list[str]) -> str:
+def suggest(name: str, choices: list[str]) -> str:
     """Returns ' Did you mean ...?' where something is near, else what there is to choose from."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     listed = one_line(", ".join(choices))
@@ -136,7 +136,7 @@ def told_where_started(directory: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_in_one_message() -> Iterator[None]:
+def exit_on_config_error() -> Iterator[None]:
     """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130.
 
     Another error of an untrusted run ends it with status 1 and one line.
@@ -147,7 +147,7 @@ def told_in_one_message() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(STATUSES["interrupted"]) from None
     except Exception as error:
-        message = explain(error)
+        message = format_error(error)
         if message is None and hides_tracebacks():
             tell_traceback(error)
             raise SystemExit(1) from None
@@ -157,7 +157,7 @@ def told_in_one_message() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def explain(error: BaseException) -> str | None:
+def format_error(error: BaseException) -> str | None:
     """Returns the one message for a mistake in a config, or None for any other error."""
     if isinstance(error, ConfigError):
         return str(error)
@@ -211,7 +211,7 @@ def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> st
     place, inner = _place_of(error), group.rpartition("/")[2]
     if not options and inner in top_level_keys():
         return f"{place}{shown(group)}: there is no such group; write override /{shown(f'{inner}: {name}')}"
-    return f"{place}{shown(f'{group}={name}')}: no such choice; {nearest(name, list(options))}"
+    return f"{place}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
 
 
 def _explain_cause(error: BaseException) -> str | None:
@@ -235,7 +235,7 @@ def _explain_hydra(message: str) -> str | None:
         return f"{place.group() if place else ''}{shown(found.group(1))}: there is no such file in the config folders"
     if found := re.search(r"Could not override '(\w*)'\. No match", message):
         key = found.group(1)
-        return f"{place.group() if place else ''}override {key}: no such group; {nearest(key, top_level_keys())}"
+        return f"{place.group() if place else ''}override {key}: no such group; {suggest(key, top_level_keys())}"
     if found := re.match(r"Multiple values for ([^\s]+)\. ", message):
         key = shown(found.group(1)).rstrip(".")
         return f"{key}: it is chosen twice in the defaults; write override /{key}: in the second"
@@ -274,7 +274,7 @@ def _explain_key(cause: OmegaConfBaseException, where: str, context: str) -> str
         mapping = full_key.rpartition(".")[0]
         return f"{where}{full_key}: expected a number as the key, found a text; set {mapping}={{{key}: ...}}"
     keys = [str(key) for key in parent if key != "hydra"] + (["experiment"] if "." not in full_key else [])
-    hint = nearest(str(cause.key), keys) if keys else f"to add it: +{full_key}=..."
+    hint = suggest(str(cause.key), keys) if keys else f"to add it: +{full_key}=..."
     if OmegaConf.get_type(parent) is dict and keys:
         hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."
     return f"{where}{full_key}: no such key; {hint}"

@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.composition.interpolation import escape
-from runner.config.errors import ConfigError, nearest
+from runner.config.errors import ConfigError, suggest
 from runner.config.schema import CheckpointingConfig, OptimizationsConfig, RuleConfig, UnslothConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from runner.utils.wrapper.applied import Changes
+    from runner.utils.wrapper.applied import AppliedOptimizations
     from runner.utils.wrapper.replace import Rule
 
 Plain = dict[str, Any]
@@ -64,7 +64,7 @@ def _merged(typed: Any, values: Plain, place: str) -> Any:
         known = [str(name) for name in error.parent_node] if OmegaConf.is_dict(error.parent_node) else []
         message = str(error.msg or error).splitlines()[0]
         if known and error.key not in known:
-            message = f"no such key; {nearest(str(error.key), known)}"
+            message = f"no such key; {suggest(str(error.key), known)}"
         raise ConfigError(f"{key}: {message}") from error
 
 
@@ -159,7 +159,9 @@ def of_engine(plain: Plain, name: str) -> Plain:
     return {**settings, "freeze": own["freeze"]} if "freeze" in own else settings
 
 
-def carry_out(module: nn.Module, device: torch.device, settings: Plain, purpose: Purpose = Purpose.train) -> Changes:
+def carry_out(
+    module: nn.Module, device: torch.device, settings: Plain, purpose: Purpose = Purpose.train
+) -> AppliedOptimizations:
     """Changes a module as the settings say; returns what was done.
 
     Raises:

@@ -27,7 +27,7 @@ from runner.config.composition.interpolation import NOT_FOLLOWED, quote, without
 from runner.config.errors import ConfigError, shown
 from runner.config.run_folder import OF_THE_COMMAND_LINE
 from runner.config.trust import allowlist, import_path, signature
-from runner.config.trust.allowlist import Trust
+from runner.config.trust.allowlist import Allowlist
 from runner.config.trust.signature import Origin, SignatureError
 from runner.utils.utils import one_line
 
@@ -61,7 +61,7 @@ class Resumption:
     arguments: list[str]
     origin: Origin | None = None
     reason: str = ""
-    trust: Trust | None = None
+    trust: Allowlist | None = None
 
 
 def find(arguments: list[str]) -> Resumption | None:
@@ -253,15 +253,15 @@ def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
     run_folder.put(after, wanted | mine)
     with run_folder.told_of(asked.run, after):
         plain = checks.to_plain(after)
-        allowlist.check_names(plain, asked.trust)
+        allowlist.check_paths(plain, asked.trust)
         if not typed.resume_allow_changes:
-            diff.refuse(checks.to_plain(before), plain, asked.checkpoint, _describe_new_run(asked))
+            diff.check_same_run(checks.to_plain(before), plain, asked.checkpoint, _describe_new_run(asked))
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
         cfg.hydra.runtime.choices = choices
         cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
-    return [*notes, *diff.tell(saved, wanted)]
+    return [*notes, *diff.describe(saved, wanted)]
 
 
 def _describe_new_run(asked: Resumption) -> str:
@@ -286,15 +286,15 @@ def _set_processes(wanted: dict[str, Any], typed: DictConfig, asked: Resumption)
         wanted[section] = {**(found if isinstance(found, dict) else {}), **values}
 
 
-def _make_trust(asked: Resumption, typed: DictConfig) -> Trust:
+def _make_trust(asked: Resumption, typed: DictConfig) -> Allowlist:
     """Returns what a run's config may name, once its overrides name nothing else."""
     if asked.origin is not None:
-        return Trust(asked.run / ".hydra" / "config.yaml", is_signed=True)
+        return Allowlist(asked.run / ".hydra" / "config.yaml", is_signed=True)
     with run_folder.told_of(asked.run, typed):
         forms = _forms(typed)
     remedy = "allow_targets=[{}]", "sign=true, typed in the project's directory,"
-    trusted = Trust(asked.run / ".hydra" / "config.yaml", list(typed.allow_targets), forms, asked.reason, *remedy)
-    allowlist.check_names(_nodes_of(asked.own), replace(trusted, source=asked.run / ".hydra" / "overrides.yaml"))
+    trusted = Allowlist(asked.run / ".hydra" / "config.yaml", list(typed.allow_targets), forms, asked.reason, *remedy)
+    allowlist.check_paths(_nodes_of(asked.own), replace(trusted, source=asked.run / ".hydra" / "overrides.yaml"))
     return trusted
 
 
@@ -316,7 +316,7 @@ def _change(saved: dict[str, Any], asked: Resumption, compose: Compose) -> tuple
     try:
         without = compose([*asked.search_path, *own])
     except (HydraException, OmegaConfBaseException) as error:
-        told = f"{errors.explain(error)}; its saved config is used"
+        told = f"{errors.format_error(error)}; its saved config is used"
         notes = [f"The run's YAML can't be composed any more: {told}"]
         typed, own = [override for override in asked.typed if "." not in _key(override)], []
         without = compose(asked.search_path)

@@ -366,7 +366,7 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
                 else:
                     cfg[key] = value
     except Exception as error:
-        if isinstance(error, ConfigError) or (message := errors.explain(error)) is None:
+        if isinstance(error, ConfigError) or (message := errors.format_error(error)) is None:
             raise
         raise ConfigError(message) from error
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runner.config.errors import ConfigError, describe_several, nearest, shown
+from runner.config.errors import ConfigError, describe_several, shown, suggest
 from runner.utils.utils import describe, one_line
 
 # How many arguments each role's target is given by position, beside its YAML.
@@ -137,7 +137,7 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
             yield several
             return
         for name in unknown:
-            yield f"{key}.{name}: {node['_target_']} takes no such argument; {nearest(name, taken)}"
+            yield f"{key}.{name}: {node['_target_']} takes no such argument; {suggest(name, taken)}"
     if node.get("_partial_") or node.get("_args_") or is_called_later(key, target):
         return
     for name in taken:
@@ -391,7 +391,7 @@ def _descend(found: Any, name: str, attributes: list[str]) -> Any:
             raise ImportError(_describe_import(f"{name}.{attribute}", error)) from error
         if not has_it:
             public = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
-            raise ImportError(f"{name} has no {attribute!r}; {nearest(attribute, public)}")
+            raise ImportError(f"{name} has no {attribute!r}; {suggest(attribute, public)}")
         found, name = getattr(found, attribute), f"{name}.{attribute}"
     if not callable(found):
         raise ImportError(f"{name} is a {type(found).__name__}; expected a class or function")

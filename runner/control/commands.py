@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from runner.control.stdin import READ_BYTES, Reader, is_terminal_or_pipe
+from runner.control.stdin import READ_BYTES, LineReader, is_terminal_or_pipe
 
 _MEANINGS = {  # name: (how it is typed, what it does)
     "save": ("save", "write a checkpoint"),
@@ -142,7 +142,7 @@ def _shown(typed: str) -> str:
     return repr(typed if len(typed) <= 60 else typed[:60] + "…")
 
 
-class Commands:
+class CommandQueue:
     """Takes commands typed while a run goes on; the loop asks for those that are due at its step boundaries.
 
     `answer` gets a message a call, from the reading thread and from callers of `start`, `take` and `due`: it
@@ -153,7 +153,7 @@ class Commands:
     def __init__(self, answer: Callable[[str], None], *, stream: IO[Any] | None = None) -> None:
         self._answer = answer
         self._stream = stream
-        self._reader: Reader | None = None
+        self._reader: LineReader | None = None
         self._lock = threading.Lock()
         self._waiting: list[Command] = []  # in the order typed
         self._next_step = math.inf  # the earliest boundary with something to do; 0 is the next one
@@ -187,7 +187,7 @@ class Commands:
         if peeks and not is_terminal_or_pipe(fd):
             os.close(fd)
             return
-        self._reader = Reader(
+        self._reader = LineReader(
             fd,
             take or self.take,
             self._answer,

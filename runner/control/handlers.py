@@ -8,40 +8,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from runner.control.commands import HELP, CommandError, Commands, describe_events, describe_time, parse
-from runner.utils.distributed import is_leader, is_many
-from runner.utils.distributed.coordinator import Agreement
+from runner.control.commands import HELP, CommandError, CommandQueue, describe_events, describe_time, parse
+from runner.utils.distributed import is_distributed, is_rank_zero
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.train import Stop
-from runner.utils.train.throughput import Pace
+from runner.utils.train.throughput import Throughput
 
 _MOST_ANSWERS = 20  # at one step
 
 
-class Running(Protocol):
+class HasProgress(Protocol):
     """The loop that is talked to."""
 
     step: int
     steps: int
-    pace: Pace
+    throughput: Throughput
 
 
-class Rated(Protocol):
+class HasLearningRate(Protocol):
     """What has a learning rate."""
 
     def set_lr(self, lr: float) -> None: ...
 
 
-class Dialogue:
+class CommandHandlers:
     """Commands and their answers.
 
     Args:
         answer: called with each answer.
     """
 
-    def __init__(self, engines: Rated, agreement: Agreement, answer: Callable[[str], None]) -> None:
-        self._engines, self._agreement, self._answer = engines, agreement, answer
-        self.inbox = Commands(answer)
-        self.loop: Running | None = None
+    def __init__(self, engines: HasLearningRate, coordinator: Coordinator, answer: Callable[[str], None]) -> None:
+        self._engines, self._agreement, self._answer = engines, coordinator, answer
+        self.queue = CommandQueue(answer)
+        self.loop: HasProgress | None = None
         self._answered = 0, 0  # the last step with an answer, and how many it had
 
     @property
@@ -51,23 +51,23 @@ class Dialogue:
             "quit": self._quit,
             "lr": self._set_lr,
             "time": self._tell_time,
-            "events": lambda _: self._answer_due(describe_events(self.inbox.pending)),
+            "events": lambda _: self._answer_due(describe_events(self.queue.pending)),
             "help": lambda _: self._answer_due(HELP),
         }
 
     def start(self, step: int, *, peeks: bool, warn: Callable[[str], None]) -> None:
         """Begins to read what is typed, on the leader; the arguments are those of `Commands.start`."""
-        if is_leader():
-            waiting, relay = (self._agreement.num_unsaid, self._relay) if is_many() else (int, None)
-            self.inbox.start(step, relay, peeks=peeks, warn=warn, num_elsewhere=waiting)
+        if is_rank_zero():
+            waiting, relay = (self._agreement.num_unsent, self._relay) if is_distributed() else (int, None)
+            self.queue.start(step, relay, peeks=peeks, warn=warn, num_elsewhere=waiting)
 
     def _relay(self, line: str) -> bool:
         """Has all ranks take what was typed here, if it is a command."""
         try:
             parse(line)
         except CommandError:
-            return self.inbox.take(line)  # it answers
-        self._agreement.say("line", line)
+            return self.queue.take(line)  # it answers
+        self._agreement.post("line", line)
         return True
 
     def _answer_due(self, text: str) -> None:
@@ -91,5 +91,5 @@ class Dialogue:
 
     def _tell_time(self, to: int | None) -> None:
         assert self.loop is not None
-        elapsed_s, step_s = self.loop.pace.overall(self.loop.step)
+        elapsed_s, step_s = self.loop.throughput.overall(self.loop.step)
         self._answer_due(describe_time(self.loop.step, self.loop.steps, step_s, elapsed_s, to))

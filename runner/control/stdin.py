@@ -58,7 +58,7 @@ def peek(fd: int) -> bytes:
         os.close(theirs)
 
 
-class Reader:
+class LineReader:
     """Reads lines from a descriptor that it owns, in a daemon thread.
 
     It waits without the lock of a stream: a worker process forked meanwhile closes its copy of `sys.stdin`,

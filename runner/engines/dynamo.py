@@ -20,7 +20,7 @@ _KEPT_OFF = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 _COMPILER = "torch._dynamo"
 
 
-def defer_compiler() -> None:
+def avoid_dynamo_import() -> None:
     """Optimizers built from here on don't load the compiler; once something else has, torch's own way is taken."""
     for name in _KEPT_OFF:
         kept_off = vars(Optimizer).get(name)
@@ -40,12 +40,12 @@ def _until_loaded(plain: Any, kept_off: Callable[..., Any]) -> Callable[..., Any
     return call
 
 
-def step_eagerly(optimizer: Optimizer | None) -> None:
+def step_without_dynamo(optimizer: Optimizer | None) -> None:
     """`optimizer.step` does not load the compiler; its hooks, profile and gradient mode are torch's own."""
     if optimizer is None:
         return
     for part in getattr(optimizer, "optimizers", ()):
-        step_eagerly(part)
+        step_without_dynamo(part)
     own = type(optimizer).step
     graded = getattr(own, "__wrapped__", None)
     plain = getattr(graded, "__wrapped__", None)
@@ -75,7 +75,7 @@ def clear_gradients(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
-def forget_compiled() -> None:
+def reset_dynamo() -> None:
     """Has torch's compiler, where it is loaded, forget what it compiled: a process may run several experiments."""
     if (compiler := sys.modules.get(_COMPILER)) is not None:
         compiler.reset()

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 _COARSE = (torch.bfloat16, torch.float16)  # a small step of an average would be rounded away
 
 
-class Averages:
+class EMA:
     """Keeps an exponential moving average of each parameter that requires a gradient when it is made.
 
     The first update copies the weights; each later one takes an average to decay * average + (1 - decay) * weight.

@@ -14,17 +14,17 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from runner.engines.ema import Averages
-from runner.engines.forward import Fed, Feeder, First, Number, Output, Reader, feed, keep
-from runner.engines.gradients import Gradients, KeptBuffers
-from runner.engines.metrics import Gathered
-from runner.engines.optim.hyperparameters import configured, lrs
+from runner.engines.ema import EMA
+from runner.engines.forward import Feeder, FirstStepHook, LossModule, Number, Output, OutputReader, feed, keep
+from runner.engines.gradients import BufferSnapshot, Gradients
+from runner.engines.metrics import MetricAccumulator
+from runner.engines.optim.hyperparameters import lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import moved_numbers, name_parameters, names_of, numbers_of
-from runner.engines.optim.schedule import Schedule
+from runner.engines.optim.schedule import LRSchedule
 from runner.engines.restore import restore
-from runner.engines.strategies import Alone
-from runner.utils.distributed import gather, move
-from runner.utils.wrapper.applied import Changes
+from runner.engines.strategies import Strategy
+from runner.utils.distributed import all_gather_object, move
+from runner.utils.wrapper.applied import AppliedOptimizations
 
 ON_NONFINITE = ("stop", "skip", "ignore")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,9 +45,9 @@ class Engine:
         feeder: called as feeder(module, batch) in place of the module.
         on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
             look for them. With stop, an accelerator is not waited for: `find_late_fault` tells after the update.
-        layout: how the module lies over the ranks of a run; it was placed already.
-        averages: of the weights, for evaluations and exports.
-        changes: what was done to the module, which exports undo.
+        strategy: how the module lies over the ranks of a run; it was placed already.
+        ema: averages of the weights, for evaluations and exports.
+        applied: what was done to the module, which exports undo.
         metric: the number of an evaluation that the scheduler steps with, such as `eval/loss`, in place of each update.
     """
 
@@ -62,9 +62,9 @@ class Engine:
         clip_norm: float = 0.0,
         feeder: Feeder | None = None,
         on_nonfinite: str = "ignore",
-        layout: Alone | None = None,
-        averages: Averages | None = None,
-        changes: Changes | None = None,
+        strategy: Strategy | None = None,
+        ema: EMA | None = None,
+        applied: AppliedOptimizations | None = None,
         metric: str | None = None,
     ) -> None:
         if precision not in _AUTOCAST:
@@ -77,28 +77,28 @@ class Engine:
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._tokens_shared = 0
         first = next(module.parameters(), None)
         self.device = first.device if first is not None else torch.device("cpu")
-        self.layout, self.averages, self.changes = layout or Alone(), averages, changes or Changes(module)
-        self.first: First | None = None
-        self.kind = type(module).__name__.removeprefix("FSDP" if self.layout.is_sharded else "")
+        self.strategy, self.ema, self.applied = strategy or Strategy(), ema, applied or AppliedOptimizations(module)
+        self.first: FirstStepHook | None = None
+        self.kind = type(module).__name__.removeprefix("FSDP" if self.strategy.is_sharded else "")
         self._dtype = _AUTOCAST[precision]
         self._gradients = Gradients(
-            module, optimizer, self.layout, self.device,
+            module, optimizer, self.strategy, self.device,
             is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
         )  # fmt: skip
         self.looks_late = self._gradients.looks_late  # what is not finite is told by `find_late_fault`
-        self._looks_first = type(self.layout) is not Alone and self._gradients.looks_at_losses
+        self._looks_first = type(self.strategy) is not Strategy and self._gradients.looks_at_losses
         self._looks = self._gradients.looks_at_losses and not self._looks_first
-        self._reader = Reader(module, self._say_weighted)
-        self._reader.multiplies = self._gradients.divides = accumulate > 1 or type(self.layout) is not Alone
-        self._fed = Fed(module, feeder or feed, self._reader)
-        self.look_once = self._fed.look_once
-        self._trained_fed = self.layout.wrap(self._fed, self._look if self._looks_first else None)
-        self.schedule = Schedule(optimizer, scheduler, metric)
-        self._configured = configured(optimizer, scheduler)
+        self._reader = OutputReader(module, self._say_weighted)
+        self._reader.multiplies = self._gradients.divides = accumulate > 1 or type(self.strategy) is not Strategy
+        self._loss_module = LossModule(module, feeder or feed, self._reader)
+        self.first_step_hook = self._loss_module.wrap_next_forward
+        self._trained_fed = self.strategy.wrap_forward(self._loss_module, self._look if self._looks_first else None)
+        self.schedule = LRSchedule(optimizer, scheduler, metric)
+        self._configured = snapshot_hyperparameters(optimizer, scheduler)
         self._names, self._numbers = names_of(module), numbers_of(optimizer)
         self._lrs = lrs(self.optimizer)
-        self._gathered, self._is_exchanging = Gathered(), False
-        self._buffers = KeptBuffers(module)
+        self._metrics, self._is_exchanging = MetricAccumulator(), False
+        self._buffers = BufferSnapshot(module)
         self._mark_step()
         self.train()
 
@@ -112,57 +112,57 @@ class Engine:
         tokens = self.tokens
         if self.optimizer is None:
             with torch.no_grad():
-                loss, extras, _, own = self.forward(batch, self._fed.forward, weight)
+                loss, extras, _, own = self.forward(batch, self._loss_module.forward, weight)
             loss = loss if own is not None else loss * weight
         else:
             is_last = self.micro_steps - self._mark[1] + 1 >= self.accumulate
-            with self.layout.micro_step(is_last, weight):
+            with self.strategy.micro_step(is_last, weight):
                 loss, extras, _, own = self.forward(batch, self._trained_fed, weight)
                 if own is None:
-                    loss = loss if weight == 1.0 or self.layout.weighs else loss * weight
+                    loss = loss if weight == 1.0 or self.strategy.weighs else loss * weight
                 self._is_exchanging = is_last
                 is_part = own is None and self.accumulate > 1
                 self._gradients.backward(loss / self.accumulate if is_part else loss, own)
                 if is_last:
-                    self.layout.exchange_weight()
+                    self.strategy.exchange_weight()
                 self._is_exchanging = False
         if weight != 1.0:
             if own is None:
                 extras = {name: value * weight for name, value in extras.items()}
             self.tokens = self.tokens if weight else tokens
         if own is None:
-            self._gathered.add({"loss": keep(loss), **extras})
+            self._metrics.add({"loss": keep(loss), **extras})
         else:
-            self._gathered.add(extras, own.terms)
+            self._metrics.add(extras, own.terms)
         self.micro_steps += 1
 
     @property
-    def can_make_up(self) -> bool:
+    def can_shadow(self) -> bool:
         """Whether this rank can still release the others from a step that it can't make."""
-        return self.optimizer is None or (self.layout.can_make_up and not self._is_exchanging)
+        return self.optimizer is None or (self.strategy.can_shadow and not self._is_exchanging)
 
-    def make_up(self) -> None:
+    def shadow_step(self) -> None:
         """Takes part in the exchange of a step that this rank can't make, unless it has; then discard it."""
         if self.optimizer is not None and self.micro_steps - self._mark[1] < self.accumulate:
-            self.layout.make_up()
-        self.layout.settle()
+            self.strategy.shadow_step()
+        self.strategy.finish_exchange()
 
-    def forward(self, batch: Any, fed: Any = None, share: float | None = None) -> Output:
+    def forward(self, batch: Any, loss_module: Any = None, share: float | None = None) -> Output:
         """Returns what the module makes of a batch; without a `share` it is an evaluation."""
-        fed = fed or self._fed.forward
+        loss_module = loss_module or self._loss_module.forward
         self._reader.share, self._reader.has_trained = share, self.micro_steps >= self.accumulate
         if self._dtype is None:
-            output: Output = fed(batch)
+            output: Output = loss_module(batch)
         else:
             with torch.autocast(self.device.type, self._dtype):
-                output = fed(batch)
+                output = loss_module(batch)
         self.tokens += output.tokens
         return output
 
     def _say_weighted(self, is_weighted: bool) -> None:
         """Tells the other ranks, which are to find out whether the losses of all are weighted."""
-        if is_weighted and self.layout.agreement is not None and type(self.layout) is not Alone:
-            self.layout.agreement.say("weighted", self.layout.name)
+        if is_weighted and self.strategy.coordinator is not None and type(self.strategy) is not Strategy:
+            self.strategy.coordinator.post("weighted", self.strategy.name)
 
     def step(self) -> str | None:
         """Ends a step: `prepare`, and `update` unless a fault was found, which is returned."""
@@ -177,12 +177,12 @@ class Engine:
             self.first.prepared()
         fault = self._find_loss_fault() if self._looks else None
         if fault is None:
-            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._gathered.unmarked)
-        self.layout.settle()
+            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._metrics.uncommitted)
+        self.strategy.finish_exchange()
         return fault
 
     def _find_loss_fault(self) -> str | None:
-        found = (self._describe(loss, number) for number, loss in enumerate(self._gathered.unmarked, 1))
+        found = (self._describe(loss, number) for number, loss in enumerate(self._metrics.uncommitted, 1))
         return next(filter(None, found), None)
 
     def _describe(self, loss: Number, number: int) -> str | None:
@@ -191,7 +191,7 @@ class Engine:
     def _look(self, output: Output) -> None:
         """Tells the other ranks of a loss that is not finite, before it goes into their gradients."""
         if fault := self._describe(output.extras.get("loss", output.loss), self.micro_steps - self._mark[1] + 1):
-            self.layout.say_fault(fault)
+            self.strategy.post_fault(fault)
 
     def find_late_fault(self) -> str | None:
         """Returns what was not finite in the steps since the last call, on a device that was not waited for."""
@@ -206,8 +206,8 @@ class Engine:
         self.skipped_steps += not taken
         if taken:
             self.schedule.step()
-        if taken and self.averages is not None:
-            self.averages.update()
+        if taken and self.ema is not None:
+            self.ema.update()
         if taken and self.first is not None and self.first.updated():
             self.first = None
         self._mark_step()
@@ -222,19 +222,19 @@ class Engine:
         """Makes all as it was before the step's first micro-step: gradients, buffers, counters, metrics."""
         self.tokens, self.micro_steps, self._gradients.norm = self._mark
         self._is_exchanging = False
-        self._gathered.drop_unmarked()
+        self._metrics.rollback()
         self._buffers.restore()
         self._gradients.discard()
 
     def _mark_step(self) -> None:
         self._buffers.keep()
-        self._gathered.mark()
+        self._metrics.commit()
         self._mark = self.tokens, self.micro_steps, self._gradients.norm
 
     def train(self) -> None:
         """Puts the module, and an optimizer that tells the two apart, into training mode; frozen modules stay."""
         self.module.train()
-        self.changes.frozen.put_into_eval()
+        self.applied.frozen.put_into_eval()
         getattr(self.optimizer, "train", bool)()
         self._use_averages(False)
 
@@ -245,8 +245,8 @@ class Engine:
         self._use_averages(True)
 
     def _use_averages(self, is_wanted: bool) -> None:
-        if self.averages is not None and self.averages.is_swapped is not is_wanted:
-            self.averages.swap()
+        if self.ema is not None and self.ema.is_swapped is not is_wanted:
+            self.ema.swap()
 
     @contextlib.contextmanager
     def evaluating(self) -> Any:
@@ -260,16 +260,16 @@ class Engine:
 
     def share_metrics(self) -> None:
         """Makes the numbers since the last call of `take_metrics`, and the tokens, those of all ranks together."""
-        if type(self.layout) is not Alone:
-            since = sum(gather(self.tokens - self._tokens_shared))
+        if type(self.strategy) is not Strategy:
+            since = sum(all_gather_object(self.tokens - self._tokens_shared))
             self.tokens = self._tokens_shared = self._tokens_shared + since
-            self._gathered.share()
+            self._metrics.share()
             self._mark_step()
 
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, and the last update's gradient norm and rate of each group."""
         self.share_metrics()
-        values = self._gathered.take()
+        values = self._metrics.take()
         values |= {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
         return values | self._gradients.metrics()
 
@@ -292,7 +292,7 @@ class Engine:
             "configured": self._configured,
             "lrs": self._lrs,
             "grad_norm": None if (norm := self._gradients.norm) is None else norm.detach().clone(),
-            "gathered": self._gathered.state_dict(),
+            "gathered": self._metrics.state_dict(),
             "reference": None if (reference := self._gradients.reference) is None else float(reference),
         }
 
@@ -316,7 +316,7 @@ class Engine:
             setattr(self, name, value)
         self._tokens_shared = self.tokens
         self._gradients.norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
-        self._gathered.load_state_dict(state["gathered"])
+        self._metrics.load_state_dict(state["gathered"])
         self._reader.reference = self._gradients.reference = state.get("reference")
         self._mark_step()
         self.train()
@@ -325,10 +325,10 @@ class Engine:
     @property
     def _parts(self) -> dict[str, Any]:
         scaler = self._gradients.scaler
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler, "averages": self.averages}
+        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler, "averages": self.ema}
 
     def _fitted(self, name: str, state: Any) -> Any:
         """Returns the whole state of one of its parts as this rank holds it."""
         if name == "averages":
-            return {**state, "weights": self.layout.fitted(state["weights"], self.module)}
-        return self.layout.fitted_optimizer(state, self._parts[name]) if name == "optimizer" else state
+            return {**state, "weights": self.strategy.to_local(state["weights"], self.module)}
+        return self.strategy.optimizer_to_local(state, self._parts[name]) if name == "optimizer" else state

@@ -18,10 +18,10 @@ from runner.engines.forward import Number, keep
 from runner.engines.gradients import EMPTY
 from runner.engines.metrics import read_all
 from runner.engines.strategies import map_tensors
-from runner.utils.distributed import gather, is_many, move, seed_all, together
+from runner.utils.distributed import all_gather_object, is_distributed, move, run_on_all_ranks, seed_all
 from runner.utils.modules.generators import HeldGenerators
 from runner.utils.modules.weights import load_weights
-from runner.utils.utils import describe, mix
+from runner.utils.utils import derive_seed, describe
 
 # What loading a state raises that was saved of something else, or by another program.
 _MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
@@ -55,7 +55,7 @@ class Engines(dict[str, Engine]):
         seed_all(seed, self.device)
         held = self._held or self.find_generators()
         if held.paths:
-            held.seed(seed if shared is None else mix(*shared))
+            held.seed(seed if shared is None else derive_seed(*shared))
 
     def find_generators(self) -> HeldGenerators:
         """Looks for the generators that modules, feeders and optimizers hold, which `seed` reseeds from then on."""
@@ -103,8 +103,8 @@ class Engines(dict[str, Engine]):
         if faults and self.is_stopped_by(faults):
             return faults
         self.is_updating = True
-        if self._shared is not None and is_many():  # an update that draws must be the same on every rank
-            seed_all(mix(mix(*self._shared)), self.device)
+        if self._shared is not None and is_distributed():  # an update that draws must be the same on every rank
+            seed_all(derive_seed(derive_seed(*self._shared)), self.device)
         for name, engine in self.items():
             if name in faults:
                 engine.skip()
@@ -119,14 +119,14 @@ class Engines(dict[str, Engine]):
         return any(self[name].on_nonfinite == "stop" for name in named)
 
     @property
-    def can_make_up(self) -> bool:
+    def can_shadow(self) -> bool:
         """Whether a rank that can't make its share of a step can release the others from it."""
-        return all(engine.can_make_up for engine in self.values())
+        return all(engine.can_shadow for engine in self.values())
 
-    def make_up(self) -> None:
+    def shadow_step(self) -> None:
         """Takes part in what is left of a step's exchanges, with nothing to give but word of it."""
         for engine in self.values():
-            engine.make_up()
+            engine.shadow_step()
 
     def discard(self) -> None:
         """Makes every engine what it was before the step's first micro-step."""
@@ -142,7 +142,7 @@ class Engines(dict[str, Engine]):
         if not any(engine.looks_late for engine in self.values()):
             return {}
         own = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
-        found = [own] if is_alone else gather(own)
+        found = [own] if is_alone else all_gather_object(own)
         return {name: fault for faults in reversed(found) for name, fault in faults.items()}
 
     def take_metrics(self) -> dict[str, float]:
@@ -157,19 +157,19 @@ class Engines(dict[str, Engine]):
     def sync_buffers(self) -> None:
         """Makes buffers on every rank those of the leader."""
         for engine in self.values():
-            engine.layout.sync_buffers(engine.module)
+            engine.strategy.sync_buffers(engine.module)
 
     @property
     def is_sharded(self) -> bool:
         """Whether each rank holds but a part of some weights."""
-        return any(engine.layout.is_sharded for engine in self.values())
+        return any(engine.strategy.is_sharded for engine in self.values())
 
     def evaluate(
         self,
         batches: Iterable[tuple[int, Any, int]],
         is_cut: Callable[[], bool] = bool,
         seed: int = 0,
-        together: Callable[[Callable[[], Any]], list[Any]] = together,
+        together: Callable[[Callable[[], Any]], list[Any]] = run_on_all_ranks,
     ) -> dict[str, float]:
         """Returns the means of loss and the forward's other numbers, each batch weighted by its terms or samples.
 
@@ -190,7 +190,7 @@ class Engines(dict[str, Engine]):
             own: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
             with torch.no_grad():
                 for number, batch, num_samples in batches:
-                    self.seed(mix(seed, number))
+                    self.seed(derive_seed(seed, number))
                     if is_cut() and not self.is_sharded:
                         return None
                     own.append((number, num_samples, *self._forward(move(batch, self.device))))
@@ -228,7 +228,7 @@ class Engines(dict[str, Engine]):
         """Returns what `function(module, dataset)` shows of each module, in evaluation mode."""
         shown: dict[str, Any] = {}
         for name, engine in self.items():
-            with engine.evaluating(), engine.layout.gathered():
+            with engine.evaluating(), engine.strategy.gathered():
                 shown |= {self._prefix(name) + key: value for key, value in function(engine.module, dataset).items()}
         return shown
 
@@ -239,7 +239,7 @@ class Engines(dict[str, Engine]):
             ValueError: the evaluation has no such metric.
         """
         if any(engine.schedule.metric is not None for engine in self.values()):
-            found = gather(dict(numbers))[0]
+            found = all_gather_object(dict(numbers))[0]
             for engine in self.values():
                 engine.schedule.observe(found)
 
@@ -269,7 +269,7 @@ class Engines(dict[str, Engine]):
         notes: list[str] = []
         for name, engine in self.items():
             try:
-                load_weights(engine.module, engine.layout.fitted(state[name], engine.module))
+                load_weights(engine.module, engine.strategy.to_local(state[name], engine.module))
             except _MISFITS as error:
                 misfit = _tell_misfit(engine.module, state[name]) or error
                 remedy = "resume with the model as it was"
@@ -288,9 +288,11 @@ class Engines(dict[str, Engine]):
         self.sync_buffers()
         for name, engine in self.items():
             with engine.evaluating():
-                whole = engine.layout.whole(dict(engine.module.state_dict(keep_vars=True)))  # at once: ties stay ties
+                whole = engine.strategy.to_full(
+                    dict(engine.module.state_dict(keep_vars=True))
+                )  # at once: ties stay ties
                 state = copy.deepcopy(map_tensors(whole, Tensor.detach))
-                states[name] = engine.changes.exported(state)
+                states[name] = engine.applied.exported(state)
         return states
 
     def _prefix(self, name: str) -> str:

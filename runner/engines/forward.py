@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.hugging_face import count_terms, is_model_output
-from runner.utils.train.failures import EarlyMistake, Halt
+from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 
 Feeder = Callable[[nn.Module, Any], Any]
@@ -27,11 +27,11 @@ _NO_METRICS = ("loss", "tokens", "weight")
 _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
 
 
-class OutputError(Halt, ValueError):
+class OutputError(TrainingStopped, ValueError):
     """A forward returned what can't be trained on or logged."""
 
 
-class EarlyOutputError(OutputError, EarlyMistake):
+class EarlyOutputError(OutputError, SetupError):
     """The first forward did so: nothing was trained yet."""
 
 
@@ -105,7 +105,7 @@ def keep(loss: Tensor) -> Number:
     return number
 
 
-class Reader:
+class OutputReader:
     """Reads what a module's forward returns: at once, as a module's buffers may change before numbers are logged.
 
     Args:
@@ -283,26 +283,26 @@ def _describe(output: Any) -> str:
     return type(output).__name__ if shape is None else f"{type(output).__name__} of shape {list(shape)}"
 
 
-class First(Protocol):
+class FirstStepHook(Protocol):
     """What looks at an engine's first step."""
 
     def prepared(self) -> None: ...
     def updated(self) -> bool: ...
 
 
-class Fed(nn.Module):
+class LossModule(nn.Module):
     """Calls feeder(module, batch) and reads its output.
 
     So a wrapper sees every tensor of the forward, a feeder sees the user's own module, and names stay the user's.
     """
 
-    def __init__(self, module: nn.Module, feeder: Feeder, read: Reader) -> None:
+    def __init__(self, module: nn.Module, feeder: Feeder, read: OutputReader) -> None:
         super().__init__()
         self.module = module
         self._run = lambda batch: read(feeder(module, batch))  # an attribute that is a module is slow
         self.explain: Callable[[RuntimeError], str | None] | None = None  # what an error is to be told as
 
-    def look_once(self, context: AbstractContextManager[None]) -> None:
+    def wrap_next_forward(self, context: AbstractContextManager[None]) -> None:
         """Has the next forward that is trained on run in a context."""
         run = self._run
 
@@ -325,7 +325,7 @@ class Fed(nn.Module):
             raise
 
 
-class Flagged(nn.Module):
+class FlaggedLossModule(nn.Module):
     """A `Fed` with a flag beside its loss: a parameter of one zero, whose gradient is 1 where the flag is up.
 
     It lies in a bucket among the other gradients, so that their exchange tells every rank whether one of them has its
@@ -337,10 +337,12 @@ class Flagged(nn.Module):
         look: called with the output before that, where this rank is to look at its loss.
     """
 
-    def __init__(self, fed: Fed, is_raised: Callable[[], bool], look: Callable[[Output], None] | None) -> None:
+    def __init__(
+        self, loss_module: LossModule, is_raised: Callable[[], bool], look: Callable[[Output], None] | None
+    ) -> None:
         super().__init__()
-        self.fed = fed
-        trained = [parameter for parameter in fed.parameters() if parameter.requires_grad]
+        self.loss_module = loss_module
+        trained = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
         exact = next((each for dtype in _EXACT for each in trained if each.dtype is dtype), None)
         self.has_terms = exact is not None
         like = trained[0] if exact is None else exact
@@ -350,14 +352,14 @@ class Flagged(nn.Module):
         up[0] = 1
         self._values = torch.zeros_like(up), up
         self._is_raised, self._look = is_raised, look
-        self.is_making_up, self.weight = False, 1.0
+        self.is_shadowing, self.weight = False, 1.0
 
     def forward(self, batch: Any) -> Output:
         """Returns the same; while it is making up, a loss that gives every parameter a gradient of zeros."""
-        if self.is_making_up:
+        if self.is_shadowing:
             made_up = torch.stack([parameter.sum() * 0 for parameter in self._trained]).sum()
             return Output(made_up + torch.dot(self.flag, self._values[1]), {}, 0)
-        output: Output = self.fed(batch)
+        output: Output = self.loss_module(batch)
         loss, weight = output.loss, output.weight
         if self._look is not None:
             self._look(output)

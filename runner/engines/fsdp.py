@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from runner.engines.forward import Fed, Number, Output
-from runner.engines.strategies import Alone, Forward, map_tensors, refuse_renormalized, scale
+from runner.engines.forward import LossModule, Number, Output
+from runner.engines.strategies import Forward, Strategy, map_tensors, refuse_renormalized, scale
 from runner.utils import distributed
 from runner.utils.modules.selection import find_blocks
 
@@ -37,7 +37,7 @@ _WHOLE_ALONE = {  # libraries whose optimizers can't update parts of weights
 _BY_BLOCK = ("param_dtype", "reduce_dtype", "output_dtype", "reshard_after_forward")
 
 
-class FSDP(Alone):
+class FSDP(Strategy):
     """Each rank holds a part of every weight, gradient and optimizer state; a block's weights are gathered to run it.
 
     Args:
@@ -80,9 +80,9 @@ class FSDP(Alone):
         self._is_settled, self._is_first = False, True
         self._mean_weight: Tensor | None = None
 
-    def place(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place, as they are on the leader."""
-        if not distributed.is_many():
+        if not distributed.is_distributed():
             return
         refuse_renormalized(module)
         found = find_blocks(module, self._globs)
@@ -93,7 +93,7 @@ class FSDP(Alone):
         if self._offloads and first is not None and first.device.type == "cpu":
             reason = "expected an accelerator to move them to, found the cpu"
             raise ValueError(f"offload_to_cpu=true: parts lie in host memory: {reason}; set it to false")
-        mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.num_ranks(),))
+        mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.world_size(),))
         for glob, blocks in found.items():
             settings = self._of_block((self._blocks or {}).get(glob, {}), first)
             for block in blocks.values():
@@ -134,14 +134,14 @@ class FSDP(Alone):
                 remedy = "choose distributed=ddp, or another optimizer"
                 raise ValueError(f"{type(part).__name__} under FSDP: {reason}; {remedy}")
 
-    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
+    def wrap_forward(self, loss_module: LossModule, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with: the module itself does what is to be done."""
-        fed.explain = _explain
+        loss_module.explain = _explain
         if look is None:
-            return fed
+            return loss_module
 
         def forward(batch: Any) -> Any:
-            output = fed(batch)
+            output = loss_module(batch)
             look(output)
             return output
 
@@ -157,25 +157,25 @@ class FSDP(Alone):
         self._is_first = False
         return contextlib.nullcontext()
 
-    def clear(self) -> None:
+    def reset_step(self) -> None:
         """Forgets what a step left behind."""
-        super().clear()
+        super().reset_step()
         self._is_first, self._mean_weight = True, None
 
     def _sum(self, number: Tensor) -> Tensor:
         """Returns the sum of a number over the ranks; whether a flag was up, and the weights, come with it."""
-        agreement = self.agreement if self.carries_flag else None
-        is_raised = agreement is not None and agreement.is_raised
+        coordinator = self.coordinator if self.carries_flag else None
+        is_raised = coordinator is not None and coordinator.has_messages
         weight: Number = 0.0 if self.weight is None else self.weight
         number = number.to(weight.device, torch.float32) if isinstance(weight, Tensor) else number.float()
         flag, total = torch.full_like(number, float(is_raised)), torch.zeros_like(number) + weight
         numbers = torch.stack([number, flag, total.float()])
-        if distributed.is_many():
+        if distributed.is_distributed():
             dist.all_reduce(numbers)
-        if agreement is not None and not self._is_settled:
-            agreement.arrive(numbers[1])
+        if coordinator is not None and not self._is_settled:
+            coordinator.receive_flag(numbers[1])
         self._is_settled = True
-        self._mean_weight = numbers[2] / distributed.num_ranks()
+        self._mean_weight = numbers[2] / distributed.world_size()
         return numbers[0]
 
     def mean_weight(self, scale: Tensor | None) -> Number:
@@ -210,7 +210,7 @@ class FSDP(Alone):
         """Says whether it is true of the gradients of every rank."""
         return self._sum(torch.tensor(float(not of_mine))).item() == 0
 
-    def settle(self) -> None:
+    def finish_exchange(self) -> None:
         """Ends the exchanges of a step: without a norm the flags have one of their own."""
         if self.carries_flag and not self._is_settled:
             self._sum(torch.zeros(()))
@@ -233,20 +233,20 @@ class FSDP(Alone):
     def _parts(self) -> list[Any]:
         return [module for module in self._module.modules() if isinstance(module, FSDPModule)]
 
-    def whole(self, state: Any) -> Any:
+    def to_full(self, state: Any) -> Any:
         """Returns a state with its weights whole, on every rank."""
         return map_tensors(state, lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
-    def fitted(self, weights: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    def to_local(self, weights: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
         """Returns whole weights as this rank holds them."""
         own = module.state_dict()
         return {name: _fit(value, own.get(name)) for name, value in weights.items()}
 
-    def fitted_optimizer(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
+    def optimizer_to_local(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
         """Returns the whole state of an optimizer as this rank holds it."""
         if joined := getattr(optimizer, "optimizers", None):
             parts = zip(state["optimizers"], joined, strict=True)
-            return {**state, "optimizers": [self.fitted_optimizer(part, own) for part, own in parts]}
+            return {**state, "optimizers": [self.optimizer_to_local(part, own) for part, own in parts]}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         fitted = {
             index: {name: _fit(value, parameters[index]) for name, value in values.items()}

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 
 from runner.engines.dynamo import clear_gradients
 from runner.engines.forward import Number, Weight, is_readable
-from runner.engines.strategies import Alone
+from runner.engines.strategies import Strategy
 from runner.utils.modules.weights import copy_into
 
 
-class LateFaults:
+class DeferredFiniteCheck:
     """Losses and norms of steps already done, on a device that was not waited for, until somebody looks."""
 
     _MOST = 1024  # sums kept one by one; older ones become one, so that a run that never logs needs no more memory
@@ -161,7 +161,7 @@ class GradientMask:
 _MOST_COPIED = 65536  # elements of a buffer that is copied at each step, however it is written to
 
 
-class KeptBuffers:
+class BufferSnapshot:
     """What a module's buffers were at the last `keep`, so that a step that is discarded leaves no statistics behind.
 
     A large buffer is copied only when its version says that it was written to since; running statistics, to which torch
@@ -209,21 +209,21 @@ class Gradients:
         self,
         module: nn.Module,
         optimizer: Optimizer | None,
-        layout: Alone,
+        strategy: Strategy,
         device: torch.device,
         *,
         is_scaled: bool,
         clip_norm: float,
         on_nonfinite: str,
     ) -> None:
-        self._module, self._optimizer, self._layout, self._device = module, optimizer, layout, device
+        self._module, self._optimizer, self._strategy, self._device = module, optimizer, strategy, device
         self._clip_norm, self._on_nonfinite = clip_norm, on_nonfinite
         self.norm: Tensor | None = None
         self.looks_late = on_nonfinite == "stop" and device.type != "cpu"
         self.scaler = torch.amp.GradScaler(device.type) if is_scaled and optimizer else None
         self.trained = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self._is_finite = FiniteCheck(self.trained)
-        self.late = LateFaults()
+        self.late = DeferredFiniteCheck()
         self.divides = False  # weighted losses were multiplied by their weights
         self._mask = GradientMask()
         self.reference: Number | None = None  # of fp16: the mean weight of the last step, to which gradients relate
@@ -239,9 +239,11 @@ class Gradients:
         """Adds the gradients of a loss."""
         loss = loss if self.scaler is None else self.scaler.scale(loss)
         if weight is not None:
-            self._layout.weight = weight.factor if self._layout.weight is None else self._layout.weight + weight.factor
+            self._strategy.weight = (
+                weight.factor if self._strategy.weight is None else self._strategy.weight + weight.factor
+            )
             if weight.is_zero is not None:
-                with self._mask(weight.is_zero, self._layout.leaves(self.trained)):
+                with self._mask(weight.is_zero, self._strategy.leaves(self.trained)):
                     loss.backward()
                 return
         loss.backward()
@@ -262,7 +264,7 @@ class Gradients:
             return None
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
-        norm = self._layout.norm(self.trained) if self._clip_norm else None
+        norm = self._strategy.norm(self.trained) if self._clip_norm else None
         if norm is not None:
             self.norm = norm
         if self.looks_late:
@@ -270,7 +272,7 @@ class Gradients:
         elif fault := self._find_fault(norm):
             return fault
         factor: Number | None = None
-        if self._layout.weight is not None:  # after what may have brought those of other ranks along
+        if self._strategy.weight is not None:  # after what may have brought those of other ranks along
             total = self._read_total()
             if isinstance(total, float) and not total:
                 return EMPTY
@@ -280,15 +282,15 @@ class Gradients:
                 self.norm = norm = norm * factor
             # One pass over the gradients divides and clips.
             clipped = 1.0 if norm is None else torch.clamp(self._clip_norm / (norm + 1e-6), max=1.0)
-            self._layout.scale(self.trained, factor * clipped)
+            self._strategy.scale(self.trained, factor * clipped)
         elif norm is not None:
-            self._layout.clip(self.trained, self._clip_norm, norm)
+            self._strategy.clip(self.trained, self._clip_norm, norm)
         return None
 
     def _read_total(self) -> Number:
         """Returns the mean over the ranks of the weights of a step; a float where no device is waited for."""
         scale = None if self.scaler is None else self.scaler.scale(torch.ones((), device=self._device))
-        total = self._layout.mean_weight(scale)
+        total = self._strategy.mean_weight(scale)
         if isinstance(total, float):
             return total
         waits = self.scaler is not None or self._on_nonfinite == "skip"  # in this step, whatever its weights
@@ -309,7 +311,7 @@ class Gradients:
             return None
         if self.scaler is not None and self.scaler.get_scale() > 1.0:
             return None  # it skips such a step itself, and scales the next ones less
-        if math.isfinite(float(norm)) if norm is not None else self._layout.is_true(self._is_finite()):
+        if math.isfinite(float(norm)) if norm is not None else self._strategy.is_true(self._is_finite()):
             return None
         return f"its gradients are not finite; largest: {describe_gradients(self._module.named_parameters())}"
 
@@ -328,13 +330,13 @@ class Gradients:
             self.scaler.update()
             taken = self.scaler.get_scale() >= before
         clear_gradients(self._optimizer, self.trained)
-        self._layout.clear()
+        self._strategy.reset_step()
         return taken
 
     def discard(self) -> None:
         """Forgets them, wherever they were on the way."""
         self._module.zero_grad(set_to_none=True)
-        self._layout.clear()
+        self._strategy.reset_step()
         self._total = None
         if self.scaler is not None:  # it may be between unscaling and the update
             scaler = torch.amp.GradScaler(self._device.type)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from runner.engines.forward import Number, is_readable
-from runner.utils.distributed import gather
+from runner.utils.distributed import all_gather_object
 
 _MOST_APART = 1024  # micro-steps whose numbers are kept one by one
 
 Series = tuple[list[float], list[float]]  # values, and the weight of each
 
 
-class Gathered:
+class MetricAccumulator:
     """Numbers of micro-steps, each with its weight, of which those since the last `mark` can be dropped.
 
     Many are added up, in float64, so that a run that logs seldom or never does not grow.
@@ -41,17 +41,17 @@ class Gathered:
         self._parts.append((numbers, weight))
 
     @property
-    def unmarked(self) -> list[Number]:
+    def uncommitted(self) -> list[Number]:
         """The losses since the last mark."""
         return [numbers["loss"] for numbers, _ in self._parts[self._mark :]]
 
-    def mark(self) -> None:
+    def commit(self) -> None:
         """What is here now stays."""
         if len(self._parts) + self._num_shared > _MOST_APART:
             self._add_up()
         self._mark = len(self._parts)
 
-    def drop_unmarked(self) -> None:
+    def rollback(self) -> None:
         """What came since the last mark is gone."""
         del self._parts[self._mark :]
 
@@ -106,7 +106,7 @@ class Gathered:
         """Makes the numbers the means over the ranks, micro-step by micro-step: to share them again changes nothing."""
         series = self._series()
         sums = {name: (float(total), float(divisor)) for name, (total, divisor) in self._sums.items()}
-        ranks = gather((series, sums))
+        ranks = all_gather_object((series, sums))
         self._clear()
         for name in _names(series for series, _ in ranks):
             self._shared[name] = _mean_series([series[name] for series, _ in ranks if name in series], len(ranks))
@@ -114,7 +114,7 @@ class Gathered:
         for name in _names(sums for _, sums in ranks):
             found = [sums[name] for _, sums in ranks if name in sums]
             self._sums[name] = sum(each[0] for each in found) / len(ranks), sum(each[1] for each in found) / len(ranks)
-        self.mark()
+        self.commit()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is not yet taken, a few tensors a name."""
@@ -134,7 +134,7 @@ class Gathered:
                 self._shared[name] = values.tolist(), [1.0] * len(values) if kept is None else kept.tolist()
                 self._num_shared = max(self._num_shared, len(values))
         self._sums = {name: (float(total), float(divisor)) for name, (total, divisor) in state["sums"].items()}
-        self.mark()
+        self.commit()
 
 
 def read_all(numbers: Sequence[Number]) -> list[float]:

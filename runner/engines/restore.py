@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from runner.engines.optim.group_values import check_values, values_of
 from runner.engines.optim.hyperparameters import apply_changes, find_changed_kinds, reorder
 from runner.engines.optim.optimizer_state import Matched, Names, groups_of, match, numbers_of, set_numbers
-from runner.engines.optim.schedule import Schedule, recall, reorder_events
+from runner.engines.optim.schedule import LRSchedule, recall, reorder_events
 
 _KINDS = {"optimizer", "scheduler"}
 
 
 def restore(
     parts: Mapping[str, Any],
-    schedule: Schedule,
+    schedule: LRSchedule,
     state: Mapping[str, Any],
     now: Mapping[str, Any],
     names: Names,

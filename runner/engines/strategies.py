@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runner.engines.forward import Fed, Flagged, Number, Output
+from runner.engines.forward import FlaggedLossModule, LossModule, Number, Output
 from runner.utils import distributed
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 
 Forward = Callable[[Any], Output]
 
@@ -29,39 +29,39 @@ Forward = Callable[[Any], Output]
 _NOTHING = contextlib.nullcontext()
 
 
-class Alone:
+class Strategy:
     """One process: nothing is exchanged. The other layouts start from it."""
 
     is_sharded = False  # each rank holds a part of every weight
     weighs = False  # its forward returns losses that count as they are to
-    can_make_up = False  # a rank that can't make its share of a step can release the others from it
+    can_shadow = False  # a rank that can't make its share of a step can release the others from it
     _has_sparse_gradients = False  # of which torch has no norm
-    agreement: Agreement | None = None
+    coordinator: Coordinator | None = None
     name, carries_flag = "", False
     weight: Number | None = None  # what this rank's weighted losses of a step count for together
 
-    def join(self, agreement: Agreement, name: str, carries_flag: bool) -> None:
-        """Takes part in an agreement under an engine's name; its flag rides on the exchanges of one engine."""
-        self.agreement, self.name, self.carries_flag = agreement, name, carries_flag
+    def join(self, coordinator: Coordinator, name: str, carries_flag: bool) -> None:
+        """Takes part in a coordinator under an engine's name; its flag rides on the exchanges of one engine."""
+        self.coordinator, self.name, self.carries_flag = coordinator, name, carries_flag
 
-    def say_fault(self, fault: str) -> None:
+    def post_fault(self, fault: str) -> None:
         """Tells the other ranks what is wrong with this one's share of a step."""
-        if self.agreement is not None:
-            self.agreement.say("fault", (self.name, fault))
+        if self.coordinator is not None:
+            self.coordinator.post("fault", (self.name, fault))
 
-    def place(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Spreads a module's weights, in place: an optimizer is made of what they are then."""
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Checks that an optimizer updates the weights as they lie."""
 
-    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
+    def wrap_forward(self, loss_module: LossModule, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with.
 
         Args:
             look: called with each output before its loss is exchanged.
         """
-        return fed.forward  # the call of a module costs more, and nothing is hooked on this one
+        return loss_module.forward  # the call of a module costs more, and nothing is hooked on this one
 
     def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
@@ -108,34 +108,34 @@ class Alone:
         """Says whether it is true of the gradients of every rank."""
         return of_mine
 
-    def settle(self) -> None:
+    def finish_exchange(self) -> None:
         """Ends the exchanges of a step, before it is known what to make of it."""
 
-    def clear(self) -> None:
+    def reset_step(self) -> None:
         """Forgets what a step left behind."""
         self.weight = None
 
-    def make_up(self) -> None:
+    def shadow_step(self) -> None:
         """Takes part, with zeros and the flag up, in the exchange of a step that this rank can't make."""
 
     def sync_buffers(self, module: nn.Module) -> None:
         """Makes buffers on every rank those of the leader."""
-        for buffer in module.buffers() if distributed.is_many() else ():
+        for buffer in module.buffers() if distributed.is_distributed() else ():
             dist.broadcast(buffer, 0)
 
     def gathered(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context in which any method of the module may be called, on all ranks alike."""
         return contextlib.nullcontext()
 
-    def whole(self, state: Any) -> Any:
+    def to_full(self, state: Any) -> Any:
         """Returns a state with its weights whole, on every rank."""
         return state
 
-    def fitted(self, weights: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    def to_local(self, weights: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
         """Returns whole weights as this rank holds them."""
         return weights
 
-    def fitted_optimizer(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
+    def optimizer_to_local(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
         """Returns the whole state of an optimizer as this rank holds it."""
         return state
 
@@ -157,7 +157,7 @@ _IS_RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.Distribute
 _BROADCAST = "forward_sync_buffers" if _IS_RENAMED else "broadcast_buffers"
 
 
-class DDP(Alone):
+class DDP(Strategy):
     """Each rank has all weights; gradients are averaged while backward runs.
 
     Args:
@@ -184,14 +184,14 @@ class DDP(Alone):
             _BROADCAST: broadcast_buffers,
             "gradient_as_bucket_view": gradient_as_bucket_view,
         }
-        self.can_make_up = not static_graph
+        self.can_shadow = not static_graph
         self._module: nn.parallel.DistributedDataParallel | None = None
-        self._fed: nn.Module | None = None
+        self._loss_module: nn.Module | None = None
         self._mean_weight: Tensor | None = None  # of a model without a parameter of fp32 or fp64
         self._is_weighted = False
         self._has_begun = False
 
-    def place(self, module: nn.Module) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Leaves the weights where they are, the same on every rank.
 
         Raises:
@@ -199,16 +199,18 @@ class DDP(Alone):
         """
         refuse_renormalized(module)
 
-    def wrap(self, fed: Fed, look: Callable[[Output], None] | None) -> Forward:
+    def wrap_forward(self, loss_module: LossModule, look: Callable[[Output], None] | None) -> Forward:
         """Returns the forward to train with; without anything to train, the module's own."""
-        if not distributed.is_many() or not any(p.requires_grad for p in fed.parameters()):
-            return super().wrap(fed, look)
-        agreement = self.agreement if self.carries_flag else None
-        self._fed = Flagged(fed, bool if agreement is None else lambda: agreement.is_raised, look)
-        self._module = nn.parallel.DistributedDataParallel(self._fed, **self._settings)
+        if not distributed.is_distributed() or not any(p.requires_grad for p in loss_module.parameters()):
+            return super().wrap_forward(loss_module, look)
+        coordinator = self.coordinator if self.carries_flag else None
+        self._loss_module = FlaggedLossModule(
+            loss_module, bool if coordinator is None else lambda: coordinator.has_messages, look
+        )
+        self._module = nn.parallel.DistributedDataParallel(self._loss_module, **self._settings)
         self.weighs = True
-        if not self._fed.has_terms:
-            self.can_make_up = False  # until it is known whether weights have an exchange of their own
+        if not self._loss_module.has_terms:
+            self.can_shadow = False  # until it is known whether weights have an exchange of their own
         return self._forward
 
     def _forward(self, batch: Any) -> Output:
@@ -219,12 +221,14 @@ class DDP(Alone):
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
                 raise
-            assert self._fed is not None
-            self.can_make_up = False  # the exchange of the step before never ended
-            names = [name for name, p in self._fed.named_parameters() if p.requires_grad]
+            assert self._loss_module is not None
+            self.can_shadow = False  # the exchange of the step before never ended
+            names = [name for name, p in self._loss_module.named_parameters() if p.requires_grad]
             found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             unused = (
-                [names[int(index)].removeprefix("fed.module.") for index in found[1].split()] if found else ["some"]
+                [names[int(index)].removeprefix("loss_module.module.") for index in found[1].split()]
+                if found
+                else ["some"]
             )
             remedy = "freeze them, or set distributed.strategy.find_unused_parameters=true"
             raise RuntimeError(f"the loss does not depend on parameters {', '.join(unused)}: {remedy}") from None
@@ -233,56 +237,56 @@ class DDP(Alone):
     def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns what a micro-step runs in: gradients are exchanged in the last of a step alone."""
         self._has_begun = False
-        if isinstance(self._fed, Flagged):
-            self._fed.weight = weight
+        if isinstance(self._loss_module, FlaggedLossModule):
+            self._loss_module.weight = weight
         return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
 
     def exchange_weight(self) -> None:
         """Adds up the weights of all ranks, where the gradients of all are of 16 bits."""
-        if not isinstance(self._fed, Flagged) or self._fed.has_terms:
+        if not isinstance(self._loss_module, FlaggedLossModule) or self._loss_module.has_terms:
             return
-        self.can_make_up = not self._settings["static_graph"]
+        self.can_shadow = not self._settings["static_graph"]
         self._is_weighted = self.weight is not None
         if self.weight is not None:
             self._mean_weight = self._reduce(self.weight)
 
     def _reduce(self, weight: Number) -> Tensor:
-        assert isinstance(self._fed, Flagged)
-        total = torch.zeros((), dtype=torch.float32, device=self._fed.flag.device) + weight
+        assert isinstance(self._loss_module, FlaggedLossModule)
+        total = torch.zeros((), dtype=torch.float32, device=self._loss_module.flag.device) + weight
         dist.all_reduce(total)
-        return total / distributed.num_ranks()
+        return total / distributed.world_size()
 
     def mean_weight(self, scale: Tensor | None) -> Number:
         """Returns the mean over the ranks of `weight`."""
-        if not isinstance(self._fed, Flagged):
+        if not isinstance(self._loss_module, FlaggedLossModule):
             return super().mean_weight(scale)
         if self._mean_weight is not None:
             return self._mean_weight
-        assert self._fed.flag.grad is not None
-        total = self._fed.flag.grad[1]
+        assert self._loss_module.flag.grad is not None
+        total = self._loss_module.flag.grad[1]
         return total if scale is None else total / scale
 
-    def settle(self) -> None:
+    def finish_exchange(self) -> None:
         """Tells whether a flag was up."""
-        if self._module is not None and self.carries_flag and self.agreement is not None:
-            assert isinstance(self._fed, Flagged)
-            assert self._fed.flag.grad is not None
-            self.agreement.arrive(self._fed.flag.grad[:1])
+        if self._module is not None and self.carries_flag and self.coordinator is not None:
+            assert isinstance(self._loss_module, FlaggedLossModule)
+            assert self._loss_module.flag.grad is not None
+            self.coordinator.receive_flag(self._loss_module.flag.grad[:1])
 
-    def clear(self) -> None:
+    def reset_step(self) -> None:
         """Forgets the gradient of the flag."""
-        super().clear()
+        super().reset_step()
         self._mean_weight = None
         self._has_begun = False
-        if isinstance(self._fed, Flagged):
-            self._fed.flag.grad = None
+        if isinstance(self._loss_module, FlaggedLossModule):
+            self._loss_module.flag.grad = None
 
-    def make_up(self) -> None:
+    def shadow_step(self) -> None:
         """Takes part, with zeros and the flag up, in the exchange of a step that this rank can't make."""
         if self._module is None:
             return
-        assert isinstance(self._fed, Flagged)
-        syncs_buffers, self._fed.is_making_up = self._module.require_forward_param_sync, True
+        assert isinstance(self._loss_module, FlaggedLossModule)
+        syncs_buffers, self._loss_module.is_shadowing = self._module.require_forward_param_sync, True
         if self._has_begun:  # buffers were exchanged already
             self._module.require_forward_param_sync = False
         try:
@@ -290,7 +294,7 @@ class DDP(Alone):
             if self._is_weighted:
                 self._reduce(0.0)
         finally:
-            self._fed.is_making_up, self._module.require_forward_param_sync = False, syncs_buffers
+            self._loss_module.is_shadowing, self._module.require_forward_param_sync = False, syncs_buffers
 
 
 def refuse_renormalized(module: nn.Module) -> None:
@@ -299,7 +303,7 @@ def refuse_renormalized(module: nn.Module) -> None:
     Raises:
         ValueError: naming such an embedding.
     """
-    for name, part in module.named_modules() if distributed.is_many() else ():
+    for name, part in module.named_modules() if distributed.is_distributed() else ():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
             raise ValueError(
                 f"{name}: max_norm={part.max_norm} shortens the rows of a rank's own samples alone, and the ranks' "

@@ -47,7 +47,7 @@ def _run() -> None:
             _compose_and_launch()
         status = 0
     except Exception as error:
-        message = errors.explain(error)
+        message = errors.format_error(error)
         if message is None and errors.hides_tracebacks():
             errors.tell_traceback(error)
             sys.exit(status)

@@ -20,7 +20,7 @@ from typing import Any
 
 from runner.config.errors import ConfigError, tell
 from runner.control import signals, terminal
-from runner.launch.job import Handover
+from runner.launch.job import Job
 
 _GRACE_S = 5.0  # for workers to end after a second signal
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -50,7 +50,7 @@ def num_workers(settings: Any) -> int:
     return int(wanted)
 
 
-def start(handover: Handover, num_local: int) -> int:
+def start(handover: Job, num_local: int) -> int:
     """Runs a hand-over in workers; returns the exit status of the run.
 
     Raises:
@@ -71,7 +71,7 @@ def start(handover: Handover, num_local: int) -> int:
         return 1 if status is None else status
 
 
-def _run_agent(handover: Handover, num_local: int, folder: Path) -> str | None:
+def _run_agent(handover: Job, num_local: int, folder: Path) -> str | None:
     """Runs the workers to their end; returns what a person should know where that is not how they ended."""
     settings = handover.distributed
     if settings.rdzv_endpoint is not None:

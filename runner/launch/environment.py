@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessEnvironment:
     """Where a process stands among those of its run, and where they meet."""
 
     rank: int = 0
-    num_ranks: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    num_local: int = 1
+    local_world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
-    has_host: bool = False  # the store is another program's, such as torchrun's agent
+    has_external_store: bool = False  # the store is another program's, such as torchrun's agent
     restarts: int = 0
     run_id: str = ""
     store_file: str = ""  # in a private folder, where they meet there instead of at the address
 
 
-def find_place(environ: Mapping[str, str] = os.environ, store_file: str = "") -> Place:
+def read_environment(environ: Mapping[str, str] = os.environ, store_file: str = "") -> ProcessEnvironment:
     """Returns this process's place, from the variables of torch's launchers or, where one is missing, of Slurm's srun.
 
     A Slurm batch script is no task of its own: outside a step it is one process, whatever its allocation; and so is a
@@ -43,19 +43,19 @@ def find_place(environ: Mapping[str, str] = os.environ, store_file: str = "") ->
         if match is None:
             raise ValueError(f"the environment has {own} or {of_slurm}={text!r}: expected a number")
         numbers[name] = int(match[0])
-    if not 0 <= numbers["rank"] < numbers["num_ranks"]:
-        raise ValueError(f"the environment has rank {numbers['rank']} of {numbers['num_ranks']} processes")
+    if not 0 <= numbers["rank"] < numbers["world_size"]:
+        raise ValueError(f"the environment has rank {numbers['rank']} of {numbers['world_size']} processes")
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
-    if numbers["num_ranks"] > 1 and is_step:
+    if numbers["world_size"] > 1 and is_step:
         address = address or _first_host(environ.get("SLURM_JOB_NODELIST", environ.get("SLURM_STEP_NODELIST", "")))
         port = port or str(20000 + (int(environ.get("SLURM_JOB_ID", 0)) * 7 + int(environ["SLURM_STEP_ID"])) % 20000)
-    if numbers["num_ranks"] > 1 and not (address and port):
-        raise ValueError(f"the environment says {numbers['num_ranks']} processes, but no MASTER_ADDR and MASTER_PORT")
-    return Place(
+    if numbers["world_size"] > 1 and not (address and port):
+        raise ValueError(f"the environment says {numbers['world_size']} processes, but no MASTER_ADDR and MASTER_PORT")
+    return ProcessEnvironment(
         **numbers,
         address=address or "127.0.0.1",
         port=int(port or 0),
-        has_host=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        has_external_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         run_id=environ.get("TORCHELASTIC_RUN_ID", ""),
         store_file=store_file,
     )
@@ -63,9 +63,9 @@ def find_place(environ: Mapping[str, str] = os.environ, store_file: str = "") ->
 
 _VARIABLES = {  # a place's number: torch's variable, Slurm's, and what holds without them
     "rank": ("RANK", "SLURM_PROCID", "0"),
-    "num_ranks": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
+    "world_size": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
     "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", "0"),
-    "num_local": ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "1"),
+    "local_world_size": ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "1"),
     "restarts": ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "0"),
 }
 
@@ -81,7 +81,7 @@ def _is_step(environ: Mapping[str, str]) -> bool:
     return count is not None and count == environ.get("SLURM_NTASKS", count)
 
 
-def is_one_of_several(environ: Mapping[str, str] = os.environ) -> bool:
+def is_distributed_launch(environ: Mapping[str, str] = os.environ) -> bool:
     """Says whether this process was started as one of several, by torch's launchers or by srun."""
     of_slurm = environ.get("SLURM_STEP_NUM_TASKS") if _is_step(environ) else None
     return environ.get("WORLD_SIZE", of_slurm) not in (None, "", "1")

@@ -30,15 +30,15 @@ from runner.utils.files import make_folder, message, replace_file
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from runner.launch.environment import Place
+    from runner.launch.environment import ProcessEnvironment
 
 
-class HandoverError(ConfigError):
+class JobError(ConfigError):
     """Something else lies where a hand-over is expected. Each process that finds it tells it."""
 
 
 @dataclass
-class Handover:
+class Job:
     """A composed run, its config resolved.
 
     `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
@@ -90,7 +90,7 @@ class Handover:
             raise
 
     @classmethod
-    def decode(cls, data: bytes) -> Handover:
+    def decode(cls, data: bytes) -> Job:
         """Returns the hand-over that `encode` made a message of.
 
         Raises:
@@ -141,8 +141,8 @@ def _read(data: bytes) -> Any:
         raise _error(f"no message ({error})") from error
 
 
-def _check(values: Any) -> Handover:
-    types = get_type_hints(Handover)
+def _check(values: Any) -> Job:
+    types = get_type_hints(Job)
     if not isinstance(values, dict):
         raise _error(f"a {type(values).__name__}")
     if values.keys() != types.keys():
@@ -150,7 +150,7 @@ def _check(values: Any) -> Handover:
     for name, value in values.items():
         if not _is_of(value, types[name]):
             raise _error(f"{name}={value!r}")
-    made = Handover(**values)
+    made = Job(**values)
     try:
         made.distributed  # noqa: B018
     except (KeyError, TypeError, AttributeError) as error:
@@ -170,9 +170,9 @@ def _is_of(value: Any, hint: Any) -> bool:
     return all(_is_of(child, get_args(hint)[0]) for child in value) if isinstance(value, list) else True
 
 
-def _error(found: str) -> HandoverError:
+def _error(found: str) -> JobError:
     shown = found if len(found) <= _MOST_SHOWN else f"{found[:_MOST_SHOWN]}..."
-    return HandoverError(
+    return JobError(
         f"hand-over: expected a run as rank 0 composed it, found {shown}; start all ranks with the same version of the "
         "runner, at an address that no other program uses"
     )
@@ -189,7 +189,7 @@ def make(
     goes_on: bool = False,
     resumed: Path | None = None,
     is_job: bool = False,
-) -> Handover:
+) -> Job:
     """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
 
     Args:
@@ -204,7 +204,7 @@ def make(
         del files["hydra"]
     with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
         settings = checks.to_plain(cfg)
-    return Handover(
+    return Job(
         settings,
         folder.absolute(),
         files,
@@ -216,14 +216,14 @@ def make(
     )
 
 
-class Post:
+class JobChannel:
     """Hand-overs in the store of a run's processes, from the one that composes to the others, job after job."""
 
-    def __init__(self, store: Store, place: Place) -> None:
+    def __init__(self, store: Store, place: ProcessEnvironment) -> None:
         self._store, self._place = store, place
         self._number = 0
 
-    def send(self, handover: Handover) -> None:
+    def send(self, handover: Job) -> None:
         """Hands the next job over."""
         self._put(handover.encode())
 
@@ -232,15 +232,15 @@ class Post:
         from runner.utils.distributed import wait_for
 
         self._put(message.encode(status))
-        if not (self._place.has_host or self._place.store_file):
+        if not (self._place.has_external_store or self._place.store_file):
             with contextlib.suppress(RuntimeError):  # they are gone already
-                wait_for(self._store, [f"bye/{rank}" for rank in range(1, self._place.num_ranks)], _LINGER_S)
+                wait_for(self._store, [f"bye/{rank}" for rank in range(1, self._place.world_size)], _LINGER_S)
 
     def _put(self, data: bytes) -> None:
         self._store.set(f"job/{self._number}", data)  # type: ignore[arg-type]  # torch's stub lacks bytes
         self._number += 1
 
-    def receive(self) -> Handover | int:
+    def receive(self) -> Job | int:
         """Waits for the next job; returns a status where there is none.
 
         Raises:

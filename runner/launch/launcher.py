@@ -28,12 +28,12 @@ from runner.config.trust.signature import Origin
 from runner.control import signals
 from runner.launch import elastic, sweep, worker
 from runner.launch import job as handover
-from runner.launch.environment import is_one_of_several
-from runner.launch.job import Handover
+from runner.launch.environment import is_distributed_launch
+from runner.launch.job import Job
 from runner.utils.files import disk, read_bounded, remove_tree
 from runner.utils.utils import describe, escape_controls, one_line
 
-_joined: worker.Joined | None = None  # where torchrun or srun have started several processes
+_joined: worker.WorkerGroup | None = None  # where torchrun or srun have started several processes
 _resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
 _made: Path | None = None  # the run's folder, if it was not there before
 
@@ -131,7 +131,7 @@ def _check(cfg: DictConfig) -> None:
     targets.seed_imports(plain["seed"])
     if _resumption is not None:
         assert _resumption.trust is not None
-        allowlist.check_objects(plain, _resumption.trust)
+        allowlist.check_resolved_objects(plain, _resumption.trust)
     targets.check_targets(plain)
 
 
@@ -197,7 +197,7 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
         status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
         facts = sweep.describe_end(folder, status)
     except Exception as error:  # Hydra would keep it for the end, and raise the first alone
-        message = errors.explain(error)
+        message = errors.format_error(error)
         if message is None:
             errors.tell_traceback(error)
         status = 1 if message is None else 2
@@ -253,14 +253,14 @@ def _is_basic(launcher: Any) -> bool:
     return bool(launcher["_target_"].endswith(".BasicLauncher"))
 
 
-def _launch(job: Handover) -> int:
+def _launch(job: Job) -> int:
     settings, is_sweep = job.distributed, job.is_job
     if _joined is not None:
         if settings.strategy is None:
-            raise ConfigError(f"distributed: it trains on one process, and {_joined.place.num_ranks} were started")
+            raise ConfigError(f"distributed: it trains on one process, and {_joined.place.world_size} were started")
         if not is_sweep:
             _joined.remember(job)
-        _joined.post.send(job)
+        _joined.channel.send(job)
         return _joined.work(job)
     num_local = elastic.num_workers(settings)
     if num_local == 1 and settings.nnodes == 1:
@@ -293,25 +293,25 @@ def join() -> int | None:
         ConfigError: what has started it did not say where it stands.
     """
     global _joined
-    if not is_one_of_several():
+    if not is_distributed_launch():
         return None
-    _joined = worker.Joined()
-    if _joined.is_leader and (job := _joined.recall()) is not None:
-        _joined.post.send(job)
+    _joined = worker.WorkerGroup()
+    if _joined.is_rank_zero and (job := _joined.recall()) is not None:
+        _joined.channel.send(job)
         status = _joined.work(job)
         leave(status)
         return status
-    return None if _joined.is_leader else _joined.follow()
+    return None if _joined.is_rank_zero else _joined.follow()
 
 
 def leave(status: int) -> None:
     """Sends home those that wait for a job."""
-    if _joined is not None and _joined.is_leader:
-        _joined.post.end(status)
+    if _joined is not None and _joined.is_rank_zero:
+        _joined.channel.end(status)
 
 
 def _end(error: Exception) -> NoReturn:
-    message = errors.explain(error)
+    message = errors.format_error(error)
     if message is None:
         errors.tell_traceback(error)
         raise SystemExit(1) from None

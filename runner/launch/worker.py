@@ -20,8 +20,8 @@ from runner.config import errors, run_folder
 from runner.config.errors import ConfigError
 from runner.config.trust import import_path
 from runner.control import signals, terminal
-from runner.launch.environment import Place, find_place
-from runner.launch.job import Handover, HandoverError, Post
+from runner.launch.environment import ProcessEnvironment, read_environment
+from runner.launch.job import Job, JobChannel, JobError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _CONNECT_S = 300.0
 
 
-class Joined:
+class WorkerGroup:
     """This process among several that something else has started.
 
     Args:
@@ -42,31 +42,31 @@ class Joined:
         from runner.utils import distributed
 
         try:
-            self.place = find_place(store_file=store_file)
+            self.place = read_environment(store_file=store_file)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         whole = distributed.connect(self.place, _CONNECT_S)
         self._store = PrefixStore(f"runner/{self.place.run_id}", whole)
-        self.post = Post(PrefixStore(f"attempt/{self.place.restarts}", self._store), self.place)
+        self.channel = JobChannel(PrefixStore(f"attempt/{self.place.restarts}", self._store), self.place)
         self._num_jobs = 0
 
     @property
-    def is_leader(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this process composes for all."""
         return self.place.rank == 0
 
     def follow(self) -> int:
         """Runs the jobs that the leader composes; returns the exit status."""
-        while isinstance(handover := self.post.receive(), Handover):
+        while isinstance(handover := self.channel.receive(), Job):
             with contextlib.suppress(ConfigError):  # the leader tells it
                 self.work(handover)
         return handover
 
-    def remember(self, handover: Handover) -> None:
+    def remember(self, handover: Job) -> None:
         """Keeps the hand-over of the only job, for all to go on with after a restart."""
         self._store.set("only", handover.encode())  # type: ignore[arg-type]  # torch's stub lacks bytes
 
-    def recall(self) -> Handover | None:
+    def recall(self) -> Job | None:
         """Returns the hand-over that was kept before a restart.
 
         Raises:
@@ -74,9 +74,9 @@ class Joined:
         """
         if not self.place.restarts or not self._store.check(["only"]):
             return None
-        return Handover.decode(self._store.get("only"))
+        return Job.decode(self._store.get("only"))
 
-    def work(self, handover: Handover) -> int:
+    def work(self, handover: Job) -> int:
         """Runs this process's share of a job; returns the exit status."""
         from torch.distributed import PrefixStore
 
@@ -87,7 +87,7 @@ class Joined:
 
 
 def work(
-    handover: Handover, place: Place | None = None, store: Store | None = None, lasting: Store | None = None
+    handover: Job, place: ProcessEnvironment | None = None, store: Store | None = None, lasting: Store | None = None
 ) -> int:
     """Runs this process's share of a run; returns the exit status.
 
@@ -127,7 +127,7 @@ def work(
             raise ConfigError(str(error)) from error
 
 
-def _pick_backend(settings: object, place: Place) -> str:
+def _pick_backend(settings: object, place: ProcessEnvironment) -> str:
     """Returns the backend for this rank's device; makes that device the current one."""
     import torch
 
@@ -140,11 +140,11 @@ def _pick_backend(settings: object, place: Place) -> str:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max((os.cpu_count() or 1) // place.num_local, 1))
+        torch.set_num_threads(max((os.cpu_count() or 1) // place.local_world_size, 1))
     backend: str = settings.backend  # type: ignore[attr-defined]
     if backend != "auto":
         return backend
-    is_shared = ":" in settings.device and place.num_local > 1  # type: ignore[attr-defined]
+    is_shared = ":" in settings.device and place.local_world_size > 1  # type: ignore[attr-defined]
     return "nccl" if device.type == "cuda" and not is_shared else "gloo"  # nccl refuses two ranks on one GPU
 
 
@@ -175,13 +175,13 @@ def main(folder: Path, launcher: int) -> int:
     _end_with(launcher, signal.SIGKILL)
     with _quick_to_import():
         try:
-            handover = Handover.decode((folder / "handover").read_bytes())
-        except HandoverError as error:  # such as a runner that was installed anew meanwhile
+            handover = Job.decode((folder / "handover").read_bytes())
+        except JobError as error:  # such as a runner that was installed anew meanwhile
             print(error, file=sys.stderr)
             (folder / "status").write_text("2")
             return 0
         sys.argv = handover.command
-        joined = Joined(str(folder / "store") if handover.has_file_store else "")
+        joined = WorkerGroup(str(folder / "store") if handover.has_file_store else "")
         _end_with(launcher, signals.REPEATED)
         status = _run_told(joined, handover, folder)
     if status is None:
@@ -191,13 +191,13 @@ def main(folder: Path, launcher: int) -> int:
     return 0
 
 
-def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
+def _run_told(joined: WorkerGroup, handover: Job, folder: Path) -> int | None:
     """Runs; returns the status, or None where starting again may help."""
-    from runner.utils.distributed import is_of_connection
+    from runner.utils.distributed import is_connection_error
 
     try:
         found = _agree_on(joined, handover)
-        return joined.work(found) if isinstance(found, Handover) else found
+        return joined.work(found) if isinstance(found, Job) else found
     except KeyboardInterrupt as interrupt:
         if not (folder / "ended").exists():  # the agent's own signal, for all to start again
             return None
@@ -205,28 +205,28 @@ def _run_told(joined: Joined, handover: Handover, folder: Path) -> int | None:
     except SystemExit as end:
         return int(str(end.code))
     except Exception as error:
-        if is_of_connection(error):
+        if is_connection_error(error):
             errors.tell(f"rank {joined.place.rank}: {error}")
             return None
-        message = errors.explain(error)
-        if joined.is_leader or isinstance(error, HandoverError):
+        message = errors.format_error(error)
+        if joined.is_rank_zero or isinstance(error, JobError):
             errors.tell_traceback(error) if message is None else errors.tell(message)
         return 1 if message is None else 2
 
 
-def _agree_on(joined: Joined, handover: Handover) -> Handover | int:
+def _agree_on(joined: WorkerGroup, handover: Job) -> Job | int:
     """Returns the hand-over of the first rank, of several machines that have composed one each; or a status."""
-    if not joined.is_leader:
-        return joined.post.receive()
+    if not joined.is_rank_zero:
+        return joined.channel.receive()
     if handover.is_unclaimed and not joined.place.restarts:
         try:
             handover.folder, _ = run_folder.claim(handover.folder, is_asked_for=handover.is_asked_for)
         except ConfigError:
-            joined.post.end(2)
+            joined.channel.end(2)
             raise
         joined.remember(handover)
     handover = joined.recall() or handover
-    joined.post.send(handover)
+    joined.channel.send(handover)
     return handover
 
 

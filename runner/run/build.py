@@ -32,20 +32,20 @@ from runner.config.targets import (
     seed_imports,
 )
 from runner.engines import Engine, Engines
-from runner.engines.dynamo import defer_compiler, step_eagerly
-from runner.engines.ema import Averages
-from runner.engines.optim.hyperparameters import check_held, check_sparse
+from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
+from runner.engines.ema import EMA
+from runner.engines.optim.hyperparameters import check_covers_parameters, check_sparse
 from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_fall
-from runner.engines.strategies import Alone
-from runner.run.warm_start import Builder
+from runner.engines.strategies import Strategy
+from runner.run.warm_start import ModelBuilder
 from runner.utils import distributed
-from runner.utils.distributed import is_many, num_ranks, pick_device, rank, together
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed import is_distributed, pick_device, rank, run_on_all_ranks, world_size
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 from runner.utils.modules.generators import HeldGenerators
 from runner.utils.sampler.batches import Batches, EvaluationData
-from runner.utils.utils import mix
-from runner.utils.wrapper.applied import Changes, shorten
+from runner.utils.utils import derive_seed
+from runner.utils.wrapper.applied import AppliedOptimizations, shorten
 
 _MOST_PASSES = 10_000
 _OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_")
@@ -66,7 +66,7 @@ class Experiment:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     settings: dict[str, Any]
-    agreement: Agreement
+    coordinator: Coordinator
     notes: list[str]
 
     def load_stream(self, state: Mapping[str, Any]) -> str | None:
@@ -86,20 +86,20 @@ class Experiment:
 
 
 @dataclass
-class _Part:
+class _EngineParts:
     """What an engine is made of, before it is spread over the ranks."""
 
     place: str
     settings: dict[str, Any]
     module: nn.Module
-    changes: Changes
+    applied: AppliedOptimizations
 
     @property
     def is_trained(self) -> bool:
         return self.settings["optimizer"] is not None and any(p.requires_grad for p in self.module.parameters())
 
 
-def build(plain: dict[str, Any], store: Store | None = None, builder: Builder | None = None) -> Experiment:
+def build(plain: dict[str, Any], store: Store | None = None, builder: ModelBuilder | None = None) -> Experiment:
     """Builds this rank's share of an experiment; all ranks of a run call it.
 
     Args:
@@ -118,20 +118,20 @@ def build(plain: dict[str, Any], store: Store | None = None, builder: Builder | 
 
     def build_alone() -> None:  # a rank that fails here leaves nobody waiting
         device = build_device(plain)
-        parts = _build_parts(plain, device, Purpose.train, builder or Builder())
+        parts = _build_parts(plain, device, Purpose.train, builder or ModelBuilder())
         batches = _build_batches(plain, device)
         evaluation = build_evaluation(plain)
         made.update(batches=batches, evaluation=evaluation, report=build_report(plain))
         is_late = device.type != "cpu" and "skip" not in (trainer.on_oom.name, trainer.on_nonfinite.name)
-        made.update(parts=parts, agreement=Agreement(store, is_late))
+        made.update(parts=parts, coordinator=Coordinator(store, is_late))
         made.update(notes=find_unseeded(plain, batches, evaluation))
 
-    together(build_alone)
+    run_on_all_ranks(build_alone)
     parts = made.pop("parts")
-    together(lambda: made.update(engines=_make_engines(plain, parts, made["agreement"])))
+    run_on_all_ranks(lambda: made.update(engines=_make_engines(plain, parts, made["coordinator"])))
     if made["engines"].is_sharded and checkpoint.format.name != "sft":
         raise ConfigError("checkpoint.format: weights that are spread over the ranks are stored as sft; choose that")
-    made["agreement"].is_spread = made["engines"].is_sharded
+    made["coordinator"].is_spread = made["engines"].is_sharded
     return Experiment(
         plain["name"], plain["seed"], trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
     )
@@ -150,7 +150,7 @@ def build_device(plain: dict[str, Any]) -> torch.device:
 
 
 def build_engines(
-    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: Builder | None = None
+    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: ModelBuilder | None = None
 ) -> Engines:
     """Returns the engines of a resolved config in its order, on this process alone.
 
@@ -160,11 +160,13 @@ def build_engines(
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    parts = _build_parts(plain, device, purpose, builder or Builder())
+    parts = _build_parts(plain, device, purpose, builder or ModelBuilder())
     return _make_engines(plain, parts, None, is_trained=purpose is not Purpose.use)
 
 
-def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose, builder: Builder) -> dict[str, _Part]:
+def _build_parts(
+    plain: dict[str, Any], device: torch.device, purpose: Purpose, builder: ModelBuilder
+) -> dict[str, _EngineParts]:
     """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
     shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
     found = {}
@@ -177,7 +179,7 @@ def _build_parts(plain: dict[str, Any], device: torch.device, purpose: Purpose, 
         change = partial(optimizations.carry_out, module, device, changed, purpose)
         changes = _explained(place + "optimizations", change)
         builder.finish(name, module)
-        found[name] = _Part(place, {**settings, "ema": changed["ema"]}, module, changes)
+        found[name] = _EngineParts(place, {**settings, "ema": changed["ema"]}, module, changes)
     return found
 
 
@@ -202,33 +204,37 @@ def _check_sized(module: nn.Module) -> None:
 
 
 def _make_engines(
-    plain: dict[str, Any], parts: dict[str, _Part], agreement: Agreement | None, *, is_trained: bool = True
+    plain: dict[str, Any], parts: dict[str, _EngineParts], coordinator: Coordinator | None, *, is_trained: bool = True
 ) -> Engines:
-    """Returns engines of their parts, spread over the ranks that have an agreement."""
-    trainer, strategy = plain["trainer"], plain["distributed"]["strategy"]
+    """Returns engines of their parts, spread over the ranks that have a coordinator."""
+    trainer, strategy_node = plain["trainer"], plain["distributed"]["strategy"]
     trained = [name for name, part in parts.items() if part.is_trained and is_trained]
     if is_trained and not trained:
         raise ConfigError(
             "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
         )
     engines = Engines()
-    defer_compiler()
+    avoid_dynamo_import()
     for name, part in parts.items():
         place, settings, module = part.place, part.settings, part.module
-        layout = _make(plain, "distributed.strategy", strategy) if agreement and is_many() else Alone()
-        if agreement:
-            layout.join(agreement, name, name == trained[-1])
-        _explained("distributed.strategy", partial(layout.place, module))
+        strategy = (
+            _make(plain, "distributed.strategy", strategy_node) if coordinator and is_distributed() else Strategy()
+        )
+        if coordinator:
+            strategy.join(coordinator, name, name == trained[-1])
+        _explained("distributed.strategy", partial(strategy.shard, module))
         named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
         optimizer, scheduler, metric = None, None, None
         if name in trained:
             optimizer = _make_optimizer(plain, place + "optimizer", settings["optimizer"], named)
-            step_eagerly(optimizer)
-            _explained(place + "optimizer", partial(layout.check_optimizer, optimizer))
+            step_without_dynamo(optimizer)
+            _explained(place + "optimizer", partial(strategy.check_optimizer, optimizer))
             metric = _metric_of(settings["scheduler"])
             scheduler = _make_scheduler(plain, place + "scheduler", settings["scheduler"], optimizer)
-            _check_steps(plain, place, optimizer, scheduler, metric, is_run=agreement is not None)
-            _explained(place + "optimizer", partial(check_sparse, module, optimizer, layout.is_sharded and is_many()))
+            _check_steps(plain, place, optimizer, scheduler, metric, is_run=coordinator is not None)
+            _explained(
+                place + "optimizer", partial(check_sparse, module, optimizer, strategy.is_sharded and is_distributed())
+            )
         engines[name] = Engine(
             module,
             optimizer,
@@ -238,9 +244,9 @@ def _make_engines(
             clip_norm=trainer["clip_norm"],
             on_nonfinite=trainer["on_nonfinite"],
             feeder=_make(plain, place + "feeder", settings["feeder"]),
-            layout=layout,
-            averages=_make_averages(part, optimizer),
-            changes=part.changes,
+            strategy=strategy,
+            ema=_make_averages(part, optimizer),
+            applied=part.applied,
             metric=metric,
         )
     return engines
@@ -258,7 +264,7 @@ def _make_optimizer(plain: dict[str, Any], key: str, node: Any, named: list[tupl
     for what, form in forms:
         try:
             optimizer = _make(plain, key, node, list(form))
-            _explained(key, partial(check_held, optimizer, named))
+            _explained(key, partial(check_covers_parameters, optimizer, named))
             if form is named and _keeps_pairs(optimizer):
                 continue
             return optimizer
@@ -326,15 +332,15 @@ def _check_steps(
         raise ConfigError(f"{place}scheduler: {expected}; found {found}; set scheduler=constant")
 
 
-def _make_averages(part: _Part, optimizer: Any) -> Averages | None:
+def _make_averages(part: _EngineParts, optimizer: Any) -> EMA | None:
     ema = part.settings["ema"]
     if not optimizer or not ema["decay"]:
         return None
     if hasattr(optimizer, "eval"):
         kind = type(optimizer).__name__
         raise ConfigError(f"{part.place}optimizations.ema: {kind} evaluates an average of its own; set ema.decay=0")
-    part.changes.rows.append(("ema", f"decay {ema['decay']}: evaluations and exports use the averages"))
-    return Averages(part.module, ema["decay"], warmup=ema["warmup"])
+    part.applied.rows.append(("ema", f"decay {ema['decay']}: evaluations and exports use the averages"))
+    return EMA(part.module, ema["decay"], warmup=ema["warmup"])
 
 
 def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
@@ -345,10 +351,10 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
     if is_batched and parts > 1:
         remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
         raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
-    if not is_batched and data["batch_size"] // parts < num_ranks():
+    if not is_batched and data["batch_size"] // parts < world_size():
         found = f"data.batch_size={data['batch_size']} with trainer.accumulate={parts}"
         raise ConfigError(
-            f"{found}: {num_ranks()} ranks share {data['batch_size'] // parts}; expected one each or more"
+            f"{found}: {world_size()} ranks share {data['batch_size'] // parts}; expected one each or more"
         )
     if not is_batched and data["batch_size"] > _MOST_PASSES * len(dataset):
         expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
@@ -366,7 +372,7 @@ def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
         pin_memory=device.type == "cuda",
         seed_samples=data["seed_samples"],
         rank=rank(),
-        num_ranks=num_ranks(),
+        num_ranks=world_size(),
     )
 
 
@@ -397,9 +403,9 @@ def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
         return None
     collate = _make(plain, "data.collate", data["collate"])
     dataset = _make_dataset(plain, "data.eval", data["eval"])
-    sample_seed = mix(seed, -1) if data["seed_samples"] else None
+    sample_seed = derive_seed(seed, -1) if data["seed_samples"] else None
     size, workers = data["batch_size"], data["num_workers"]
-    return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), num_ranks())
+    return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), world_size())
 
 
 def find_unseeded(plain: dict[str, Any], batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
@@ -461,7 +467,7 @@ def _seed(seed: int, key: str) -> None:
     An object that is added or left out does not change what the others draw. `model` takes the run's seed as it is.
     """
     if key != "model":
-        seed = mix(seed, _SEEDED_AS.get(key) or zlib.crc32(key.encode()))
+        seed = derive_seed(seed, _SEEDED_AS.get(key) or zlib.crc32(key.encode()))
     torch.manual_seed(seed)  # of every device
     seed_imports(seed)
 

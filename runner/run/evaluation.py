@@ -14,7 +14,7 @@ from runner.utils.utils import encodable, one_line
 if TYPE_CHECKING:
     from runner.engines import Engines
     from runner.run.build import Report
-    from runner.run.saved_model import Saved
+    from runner.run.saved_model import SavedModel
     from runner.utils.sampler.batches import EvaluationData
 
 
@@ -42,14 +42,14 @@ def measure(
     """
     from runner.utils import distributed
     from runner.utils.modules.generators import HeldGenerators
-    from runner.utils.utils import mix
+    from runner.utils.utils import derive_seed
 
-    together = together or distributed.together
-    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, mix(seed, step, -1), together))
+    together = together or distributed.run_on_all_ranks
+    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, derive_seed(seed, step, -1), together))
     if report is not None:
-        engines.seed(mix(seed, step, -2))
+        engines.seed(derive_seed(seed, step, -2))
         roots = {"report": report} if evaluation.seed is None else {"data": evaluation.dataset, "report": report}
-        HeldGenerators(**roots).seed(mix(seed, step, -2))  # a report may fetch samples
+        HeldGenerators(**roots).seed(derive_seed(seed, step, -2))  # a report may fetch samples
         shown: dict[str, Any] = {}
         together(lambda: shown.update(engines.report(report, evaluation.dataset)))
         if clash := sorted(values.keys() & shown):
@@ -86,23 +86,23 @@ def show(
             tracker.image(step, name, value)
 
 
-def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
+def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the numbers, texts and pictures of a saved model's evaluation.
 
     Raises:
         ConfigError: there is nothing to evaluate on, or something can't be built.
     """
     from runner.run import build
-    from runner.utils.distributed import kept_generators
-    from runner.utils.train.failures import explain
+    from runner.utils.distributed import preserve_rng_state
+    from runner.utils.train.failures import describe_failure
 
     plain = saved.plain
     if plain["data"]["eval"] is None:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
-    with kept_generators():
+    with preserve_rng_state():
         saved.check("data.eval", "data.collate", "report")
     device = build.build_device(plain)
-    with kept_generators(device):
+    with preserve_rng_state(device):
         engines = saved.build_engines(device)
         evaluation, report = build.build_evaluation(plain), build.build_report(plain)
         assert evaluation is not None
@@ -112,7 +112,7 @@ def evaluate(saved: Saved) -> tuple[dict[str, float], dict[str, Any]]:
         try:
             return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
         except Exception as error:
-            told = explain(error, "in the evaluation", device)
+            told = describe_failure(error, "in the evaluation", device)
             # What a dataset raised has its index in a note, and is shown with its traceback.
             if told is None and isinstance(error, ValueError) and not getattr(error, "__notes__", ()):
                 told = str(error)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from runner.engines import Engines
-    from runner.run.saved_model import Saved
+    from runner.run.saved_model import SavedModel
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MAX_LINE_BYTES = 1 << 20
@@ -173,7 +173,7 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
-def export(saved: Saved, folder: Path | None = None, dtype: str | None = None) -> list[Path]:
+def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = None) -> list[Path]:
     """Writes a saved model's exports, by default beside its run's checkpoints; returns the paths.
 
     Raises:
@@ -199,21 +199,21 @@ def _confined(run: Path, links: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
-def _export(saved: Saved, run: Path, folder: Path, dtype: str | None) -> list[Path]:
+def _export(saved: SavedModel, run: Path, folder: Path, dtype: str | None) -> list[Path]:
     import torch
 
     from runner.run import build
-    from runner.utils.distributed import kept_generators
+    from runner.utils.distributed import preserve_rng_state
     from runner.utils.files import make_folders
 
     used = saved.without_feeder()
-    with kept_generators():
+    with preserve_rng_state():
         used.check()
     try:
         device = build.build_device(saved.plain)
     except ConfigError:  # another machine's: weights can be written anywhere
         device = torch.device("cpu")
-    with kept_generators(device):
+    with preserve_rng_state(device):
         engines = used.build_engines(device, to_write=True)
     evaluation = last_evaluation(run, saved.step)
     facts = facts_of(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)

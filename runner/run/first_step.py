@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from runner.engines import Engine
 from runner.engines.forward import OutputError
-from runner.utils.train.failures import Halt
+from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper.applied import shorten
 
 if TYPE_CHECKING:
-    from runner.utils.unsloth.memory_report import Attribution
+    from runner.utils.unsloth.memory_report import MemoryReport
 
 
 _PATIENCE_STEPS = 10  # of a layer that is skipped at random
@@ -61,7 +61,7 @@ class KnownTensors:
         """
         self._check_parameters(when)
         if buffers := sorted(self._buffers ^ _saved_buffers(self._module)):
-            raise Halt(
+            raise TrainingStopped(
                 f"{self._name}: {when} has created or removed buffers: {shorten(buffers)}. A checkpoint "
                 "that holds them would not fit the module of a resumed run; create them in the module's __init__, or "
                 "register them with persistent=False",
@@ -72,7 +72,7 @@ class KnownTensors:
         now = dict(self._module.named_parameters())
         names = [name for name in self._parameters | now if self._is_other(name, now.get(name))]
         if names:
-            raise Halt(
+            raise TrainingStopped(
                 f"{self._name}: {when} has created, replaced, removed or unfrozen parameters: "
                 f"{shorten(names)}. They would not be trained, for the optimizer was made before; do it in the "
                 "module's __init__, such as by calling it there on a sample batch",
@@ -87,7 +87,7 @@ class KnownTensors:
         return (now is not before and was_trained) or (now.requires_grad and (now is not before or not was_trained))
 
 
-class FirstStep:
+class FirstStepCheck:
     """The first step of one engine that trains; what may be skipped at random is waited for a few more.
 
     Args:
@@ -97,20 +97,20 @@ class FirstStep:
 
     def __init__(self, name: str, engine: Engine, tell: Callable[[str], None], tensors: KnownTensors) -> None:
         self._name, self._engine, self._tell = name, engine, tell
-        recomputed = engine.changes.recomputed
-        self._attribution: Attribution | None = None
+        recomputed = engine.applied.recomputed
+        self._attribution: MemoryReport | None = None
         if recomputed is not None:
-            from runner.utils.unsloth.memory_report import Attribution
+            from runner.utils.unsloth.memory_report import MemoryReport
 
-            self._attribution = Attribution(engine.module, recomputed)
+            self._attribution = MemoryReport(engine.module, recomputed)
         self._tensors = tensors
-        engine.look_once(self._forward())
+        engine.first_step_hook(self._forward())
         self._num_steps, self._waits_for = 0, list[str]()
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        self._engine.changes.watch_calls()  # from here on: an evaluation before it calls all there is
-        if (recomputed := self._engine.changes.recomputed) is not None:
+        self._engine.applied.watch_calls()  # from here on: an evaluation before it calls all there is
+        if (recomputed := self._engine.applied.recomputed) is not None:
             recomputed.forget_calls()
         try:
             with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
@@ -118,19 +118,19 @@ class FirstStep:
         except OutputError:  # as of a loss without gradients: that no adapter was called tells more
             self._check(is_last=False)
             raise
-        if not self._engine.layout.is_sharded:  # else gathered weights stand for the shards until after backward
+        if not self._engine.strategy.is_sharded:  # else gathered weights stand for the shards until after backward
             self._tensors.check()
-        if not self._engine.changes.is_compiled:  # backward would fail where nothing that is trained was called
+        if not self._engine.applied.is_compiled:  # backward would fail where nothing that is trained was called
             self._check(is_last=False)
 
     def _check(self, is_last: bool) -> None:
-        changes = self._engine.changes
+        changes = self._engine.applied
         try:
             self._waits_for = changes.check_calls(is_last)
             if changes.recomputed is not None:
                 self._waits_for += changes.recomputed.check(is_last)
         except ValueError as error:
-            raise Halt(f"optimizations of {self._name}: {error}") from error
+            raise TrainingStopped(f"optimizations of {self._name}: {error}") from error
 
     def prepared(self) -> None:
         """Looks at the step's gradients.
@@ -155,7 +155,7 @@ class FirstStep:
         return not self._waits_for
 
     def _tell_memory(self) -> None:
-        recomputed = self._engine.changes.recomputed
+        recomputed = self._engine.applied.recomputed
         if recomputed is not None and self._attribution is not None:
             self._attribution.optimizer(self._engine.optimizer)
             self._tell(f"{self._name}, after the first step:\n{recomputed.describe()}")
@@ -172,7 +172,7 @@ def _saved_buffers(module: nn.Module) -> set[str]:
     return found
 
 
-def introduce(name: str, engine: Engine, tell: Callable[[str], None]) -> KnownTensors | None:
+def log_model_summary(name: str, engine: Engine, tell: Callable[[str], None]) -> KnownTensors | None:
     """Tells what an engine is and what was done to its module, and looks at its first step.
 
     Returns:
@@ -182,10 +182,10 @@ def introduce(name: str, engine: Engine, tell: Callable[[str], None]) -> KnownTe
     total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
     left = f", {frozen:,} of them frozen" if frozen else ""
     tell(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
-    if table := engine.changes.table():
+    if table := engine.applied.table():
         tell("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
     if engine.optimizer is None:
         return None
     tensors = KnownTensors(name, engine)
-    engine.first = FirstStep(name, engine, tell, tensors)
+    engine.first = FirstStepCheck(name, engine, tell, tensors)
     return tensors

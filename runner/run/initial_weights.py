@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from runner.checkpoint import checkpoints
 from runner.config import run_folder
 from runner.config.errors import ConfigError
-from runner.run.warm_start import Builder
+from runner.run.warm_start import ModelBuilder
 from runner.utils import io
-from runner.utils.distributed import of_leader
+from runner.utils.distributed import run_on_rank_zero
 from runner.utils.modules.weights import load_weights
 
 KEY = "init_from"
@@ -60,7 +60,7 @@ class Source:
         return f"{self.key}={self.text}"
 
 
-class OtherRun(Builder):
+class InitialWeights(ModelBuilder):
     """Builds models that begin with the weights of another run, matched by name.
 
     They are loaded before the optimizations, so that adapters are fresh. Weights that fit only after them, such as
@@ -134,7 +134,7 @@ class OtherRun(Builder):
         return None if source is None else f"{source}: weights of {self._loaded[source.path][1]}"
 
 
-def find(plain: Mapping[str, Any]) -> OtherRun | None:
+def find(plain: Mapping[str, Any]) -> InitialWeights | None:
     """Returns what a new run's engines begin with by `init_from`; None where no engine has one. All ranks call it.
 
     Raises:
@@ -148,8 +148,8 @@ def find(plain: Mapping[str, Any]) -> OtherRun | None:
             texts[name] = key, text
     if not texts:
         return None
-    paths = of_leader(lambda: {(key, text): _locate(key, text) for key, text in dict.fromkeys(texts.values())})
-    return OtherRun({name: Source(*found, paths[found]) for name, found in texts.items()})
+    paths = run_on_rank_zero(lambda: {(key, text): _locate(key, text) for key, text in dict.fromkeys(texts.values())})
+    return InitialWeights({name: Source(*found, paths[found]) for name, found in texts.items()})
 
 
 def _locate(key: str, text: str) -> Path:

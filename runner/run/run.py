@@ -19,24 +19,24 @@ from runner.config.hparams import merge
 from runner.config.run_folder import find_checkpoint, load_checked, read_config, read_record
 from runner.config.trust import signature
 from runner.control.signals import MEANINGS, STATUSES, Signals, meaning_of
-from runner.engines.dynamo import forget_compiled
+from runner.engines.dynamo import reset_dynamo
 from runner.run import initial_weights, warm_start
 from runner.run.build import Experiment, build
-from runner.run.trainer import RunError, Session
-from runner.run.watchdog import watched
+from runner.run.trainer import RunError, Trainer
+from runner.run.watchdog import watchdog
 from runner.tracking.console import Console, open_log
 from runner.tracking.null import Silent
 from runner.tracking.run_record import RunRecord
 from runner.tracking.tracker import METRICS_NAME
 from runner.utils.distributed import (
-    LostError,
     RankError,
-    is_leader,
-    is_many,
-    num_ranks,
-    of_leader,
+    RankLostError,
+    is_distributed,
+    is_rank_zero,
     rank,
-    together,
+    run_on_all_ranks,
+    run_on_rank_zero,
+    world_size,
 )
 from runner.utils.files import disk, held, make_folders
 from runner.utils.utils import describe, escape_controls, is_signal, one_line
@@ -84,14 +84,14 @@ def run(
     with contextlib.ExitStack() as stack:
         signals = Signals()
         stack.enter_context(signals.taken())
-        stack.callback(forget_compiled)
-        together(lambda: _hold(folder, stack, links, goes_on, lasting) if is_leader() else None)
-        together(lambda: None if is_leader() else _confine(folder, stack, links))
-        if goes_on and of_leader(lambda: _has_begun(folder, settings["resume"], launch)):
+        stack.callback(reset_dynamo)
+        run_on_all_ranks(lambda: _hold(folder, stack, links, goes_on, lasting) if is_rank_zero() else None)
+        run_on_all_ranks(lambda: None if is_rank_zero() else _confine(folder, stack, links))
+        if goes_on and run_on_rank_zero(lambda: _has_begun(folder, settings["resume"], launch)):
             settings = {**settings, "resume": str(folder)}
         had_log = (folder / "log.txt").exists()
         session, record, log = _open(settings, folder, stack, accept, store, launch, hparams or {})
-        if lasting is not None and is_leader():
+        if lasting is not None and is_rank_zero():
             lasting.set(_BEGUN, "")
         session.begins_again = goes_on and session.is_new
         _connect(signals, session, record, log)
@@ -99,17 +99,17 @@ def run(
             status, failure = _run(session, record, log, signals, {"is_for_file": is_job})
         except ConfigError:
             has_saved = any((folder / "checkpoints").glob("step_*"))
-            if session.is_new and not session.begins_again and is_leader() and not has_saved:
+            if session.is_new and not session.begins_again and is_rank_zero() and not has_saved:
                 _remove_begun(folder, had_log)
             raise
     if failure is not None and not is_job and not hides_tracebacks():
         tell_traceback(failure)
-    if session.agreement.has_left:  # the other ranks wait until its connections are closed
+    if session.coordinator.has_aborted:  # the other ranks wait until its connections are closed
         raise SystemExit(status)
     return status
 
 
-def _connect(signals: Signals, session: Session, record: RunRecord, log: logging.Logger) -> None:
+def _connect(signals: Signals, session: Trainer, record: RunRecord, log: logging.Logger) -> None:
     def tell(name: str) -> None:
         log.info(
             "%s: the run saves and ends. It waits for %s; a second signal ends it at once, without a save",
@@ -166,22 +166,22 @@ def _open(
     store: Store | None,
     launch: str,
     hparams: Mapping[str, bool | float | str],
-) -> tuple[Session, Any, logging.Logger]:
+) -> tuple[Trainer, Any, logging.Logger]:
     """Builds and loads all; where that can't be done, the folder is as it was."""
     has_log = (folder / "log.txt").exists()
     try:
         found = _find_together(Path(settings["resume"])) if settings["resume"] else None
         other_run = None if found else initial_weights.find(settings)
         experiment = build(settings, store, _make_stand_ins(folder, found[1]) if found else other_run)
-        made: list[tuple[Session, Any, logging.Logger]] = []
-        together(lambda: made.append(_make_session(experiment, folder, stack, found)))
+        made: list[tuple[Trainer, Any, logging.Logger]] = []
+        run_on_all_ranks(lambda: made.append(_make_session(experiment, folder, stack, found)))
         session, record, log = made[0]
-        for line in other_run.lines if other_run and is_leader() else ():
+        for line in other_run.lines if other_run and is_rank_zero() else ():
             log.info("%s", line)
-        together(lambda: _begin(session, record, accept, launch, hparams) if is_leader() else None)
+        run_on_all_ranks(lambda: _begin(session, record, accept, launch, hparams) if is_rank_zero() else None)
         return session, record, log
     except BaseException as error:
-        if not settings["resume"] and is_leader() and not (folder / "run.json").exists():
+        if not settings["resume"] and is_rank_zero() and not (folder / "run.json").exists():
             _remove_unused(folder, has_log)
         if isinstance(error, OSError):
             raise _refused(error, folder) from error
@@ -189,28 +189,30 @@ def _open(
 
 
 def _make_stand_ins(folder: Path, weights: Mapping[str, Any]) -> warm_start.StandIns:
-    is_signed = of_leader(lambda: signature.find_signed(folder) is not None)  # the key may lie on its machine alone
+    is_signed = run_on_rank_zero(
+        lambda: signature.find_signed(folder) is not None
+    )  # the key may lie on its machine alone
     return warm_start.StandIns(folder, weights, is_signed)
 
 
 def _make_session(
     experiment: Experiment, folder: Path, stack: contextlib.ExitStack, found: Found | None
-) -> tuple[Session, Any, logging.Logger]:
-    record: Any = RunRecord(folder, partial(signature.may_read_git, folder)) if is_leader() else Silent()
+) -> tuple[Trainer, Any, logging.Logger]:
+    record: Any = RunRecord(folder, partial(signature.may_read_git, folder)) if is_rank_zero() else Silent()
     try:
         record.read()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     first_step = found[1][FACTS]["loop"]["step"] if found else 0
-    is_shown = None if experiment.tracking.progress and is_leader() else False
+    is_shown = None if experiment.tracking.progress and is_rank_zero() else False
     console = Console(experiment.trainer.steps, first_step=first_step, enabled=is_shown)
     stack.callback(console.close)
     log = stack.enter_context(open_log(folder, console, rank()))
-    return Session(experiment, folder, record, console, log, found), record, log
+    return Trainer(experiment, folder, record, console, log, found), record, log
 
 
 def _begin(
-    session: Session,
+    session: Trainer,
     record: RunRecord,
     accept: Callable[[], None],
     launch: str,
@@ -220,7 +222,7 @@ def _begin(
     session.hparams = merge(before, hparams, session.experiment.settings)
     session.convert_metrics(lambda: read_config(session.folder))  # which `accept` replaces
     accept()
-    facts = {"name": session.experiment.name, "ranks": num_ranks(), "launch": launch, "hparams": session.hparams}
+    facts = {"name": session.experiment.name, "ranks": world_size(), "launch": launch, "hparams": session.hparams}
     try:
         session.start_record(**facts)
     except ValueError as error:  # another file has taken the place of run.json
@@ -228,7 +230,7 @@ def _begin(
 
 
 def _run(
-    session: Session, record: RunRecord, log: logging.Logger, signals: Signals, extra: Mapping[str, Any]
+    session: Trainer, record: RunRecord, log: logging.Logger, signals: Signals, extra: Mapping[str, Any]
 ) -> tuple[int, BaseException | None]:
     """Runs a session to its end; returns the exit status and an error whose traceback is to be printed.
 
@@ -261,7 +263,7 @@ def _run(
         is_hidden = hides_tracebacks()
         reason = describe_hidden(error) if is_hidden else describe(error)
         log.error("The run failed: %s", reason, exc_info=None if is_hidden else True, extra=extra)
-        if isinstance(error, (RankError, LostError)):
+        if isinstance(error, (RankError, RankLostError)):
             raise
         return STATUSES["failed"], error
     finally:
@@ -276,14 +278,14 @@ def _describe_cut(number: int) -> tuple[str, str]:
     return MEANINGS[name], f"{name.name}, which did not wait for a save"
 
 
-def _watched(session: Session) -> contextlib.AbstractContextManager[None]:
-    if not is_many():
+def _watched(session: Trainer) -> contextlib.AbstractContextManager[None]:
+    if not is_distributed():
         return contextlib.nullcontext()
     timeout_s = session.experiment.settings["distributed"]["timeout_s"]
-    return watched(lambda: session.progress, timeout_s, session.folder / "log.txt", f"rank {rank()}")
+    return watchdog(lambda: session.progress, timeout_s, session.folder / "log.txt", f"rank {rank()}")
 
 
-def _finish(session: Session, record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
+def _finish(session: Trainer, record: RunRecord, status: str, reason: str | None, log: logging.Logger) -> None:
     try:
         record.finish(status, reason, last_step=session.loop.step, best=session.describe_best())
     except OSError as error:  # what ended the run is not to be hidden by it
@@ -343,6 +345,6 @@ def _find_together(path: Path) -> Found:
         content.update(loaded)
         return found
 
-    found = of_leader(find)
-    together(lambda: None if is_leader() else content.update(load_checked(found)))
+    found = run_on_rank_zero(find)
+    run_on_all_ranks(lambda: None if is_rank_zero() else content.update(load_checked(found)))
     return found, content

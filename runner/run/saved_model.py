@@ -20,7 +20,7 @@ from runner.config.composition.interpolation import escape
 from runner.config.errors import ConfigError
 from runner.config.optimizations import Purpose
 from runner.config.trust import allowlist, import_path, signature
-from runner.config.trust.allowlist import Trust
+from runner.config.trust.allowlist import Allowlist
 from runner.config.trust.signature import Origin, SignatureError
 from runner.run import warm_start
 
@@ -35,7 +35,7 @@ _BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines", "opti
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A checkpoint or an export, opened: its config is checked by its letters, and nothing of it is imported yet.
 
     `plain` is the resolved config. `parts` holds the weights by engine, with `<engine>.optimizer` where there is more.
@@ -46,7 +46,7 @@ class Saved:
     path: Path
     run: Path | None
     plain: dict[str, Any]
-    trust: Trust
+    allowlist: Allowlist
     step: int
     parts: dict[str, Any]
     best: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ class Saved:
     fingerprint: str | None = None
     origin: Origin | None = None
 
-    def without_feeder(self) -> Saved:
+    def without_feeder(self) -> SavedModel:
         """Returns it with models that are fed nothing: their weights are written, and nothing is run."""
         engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
         return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
@@ -74,11 +74,11 @@ class Saved:
         used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
-        allowlist.check_names(used, self.trust)
-        if self.trust.prefixes and not self.trust.is_signed:
+        allowlist.check_paths(used, self.allowlist)
+        if self.allowlist.prefixes and not self.allowlist.is_signed:
             import_path.add_deferred()
         seed_imports(self.plain["seed"])
-        allowlist.check_objects(used, self.trust)
+        allowlist.check_resolved_objects(used, self.allowlist)
         check_targets(used)
 
     def build_engines(self, device: torch.device, *, to_write: bool = False) -> Engines:
@@ -93,22 +93,22 @@ class Saved:
         from runner.run import build
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
-        source, is_signed = self.run or self.path, self.trust.is_signed
+        source, is_signed = self.run or self.path, self.allowlist.is_signed
         stand_ins = warm_start.of_saved(self.plain, source, self.parts, self.engine, is_signed)
         engines = build.build_engines(self.plain, device, purpose, stand_ins)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
             else:
-                engines[self.engine].changes.load_exported(self.parts[self.engine])
+                engines[self.engine].applied.load_exported(self.parts[self.engine])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"{self.path}: {error}") from error
         return engines
 
 
-def open_saved(
+def open_checkpoint(
     path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = (), *, is_vouched_for: bool = False
-) -> Saved:
+) -> SavedModel:
     """Opens a run's folder (at its newest whole checkpoint) or a checkpoint, with overrides set on the run's config.
 
     Args:
@@ -125,7 +125,7 @@ def open_saved(
         if is_vouched_for:
             raise ConfigError(f"--sign: {run}: {error}") from error
         origin, remedies = None, (_REMEDY, "--sign, typed in the project's directory,")
-        trusted = Trust(run / ".hydra" / "config.yaml", prefixes, (), str(error), *remedies)
+        trusted = Allowlist(run / ".hydra" / "config.yaml", prefixes, (), str(error), *remedies)
     plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
     from runner.checkpoint.checkpoints import FACTS
 
@@ -140,16 +140,16 @@ def open_saved(
     record = run_folder.read_record(run)
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
-    return Saved(found, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
+    return SavedModel(found, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
 
 
-def _trust_signed(source: Path, origin: Origin) -> Trust:
+def _trust_signed(source: Path, origin: Origin) -> Allowlist:
     """Returns the trust of a config that this user has signed, whose modules can be imported from now on."""
     import_path.prepend(origin.python_path)
-    return Trust(source, is_signed=True)
+    return Allowlist(source, is_signed=True)
 
 
-def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> Saved:
+def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> SavedModel:
     """Opens an exported file by the config in its metadata, for the one engine that it holds.
 
     Raises:
@@ -170,7 +170,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         signed_text = warm_start.join(facts["config"], facts)
         trusted = _trust_signed(path, signature.check_text(signed_text, facts.get("signature")))
     except SignatureError as error:
-        trusted = Trust(path, prefixes, (), str(error), _REMEDY)
+        trusted = Allowlist(path, prefixes, (), str(error), _REMEDY)
     # It was resolved when it was written: its texts are what they say.
     plain, trusted = _check_config(escape(raw), trusted, overrides)
     engines = plain["engines"] or {"model": {}}
@@ -179,7 +179,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
     plain["engines"] = {name: own} if plain["engines"] else {}
     told = facts.get("fingerprint")
-    return Saved(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=told)
+    return SavedModel(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=told)
 
 
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:
@@ -197,8 +197,8 @@ def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], s
 
 
 def _check_config(
-    raw: dict[str, Any], trusted: Trust, overrides: Sequence[str], run: Path | None = None
-) -> tuple[dict[str, Any], Trust]:
+    raw: dict[str, Any], trusted: Allowlist, overrides: Sequence[str], run: Path | None = None
+) -> tuple[dict[str, Any], Allowlist]:
     """Returns the resolved config of a file with overrides set on it, once it reads nothing that it may not.
 
     Args:

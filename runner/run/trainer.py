@@ -17,27 +17,35 @@ from runner.checkpoint.saver import Saver
 from runner.config.checkpoint_facts import BATCHES
 from runner.config.errors import ConfigError, cut
 from runner.config.trust import signature
-from runner.control.handlers import Dialogue
+from runner.control.handlers import CommandHandlers
 from runner.run.best import Best, mode_of, name_metric
 from runner.run.build import Experiment
 from runner.run.evaluation import measure, show
 from runner.run.exports import facts_of, last_evaluation, write
 from runner.run.fingerprint import find_change, fingerprint_of
-from runner.run.first_step import KnownTensors, introduce
+from runner.run.first_step import KnownTensors, log_model_summary
 from runner.tracking.console import Console, describe_numbers
 from runner.tracking.null import Silent
 from runner.tracking.run_record import RunRecord
 from runner.tracking.tracker import Tracker
 from runner.utils import io
-from runner.utils.distributed import LeftError, LostError, RankError, is_leader, num_ranks, of_leader, together
+from runner.utils.distributed import (
+    RankAbortError,
+    RankError,
+    RankLostError,
+    is_rank_zero,
+    run_on_all_ranks,
+    run_on_rank_zero,
+    world_size,
+)
 from runner.utils.distributed.memory import lasting
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 from runner.utils.sampler.batches import Batches, EvaluationData
-from runner.utils.serialization import Packed
+from runner.utils.serialization import FlattenedState
 from runner.utils.train import Loop
-from runner.utils.train.failures import EarlyMistake, Halt, Policy, told
+from runner.utils.train.failures import FailurePolicy, SetupError, TrainingStopped, disk_errors_as
 from runner.utils.train.loop import Action
-from runner.utils.train.step import Steps
+from runner.utils.train.step import StepRunner
 from runner.utils.utils import describe, is_signal, message_of
 
 _LINE_EVERY_S = 5.0  # metrics.jsonl has every one
@@ -47,7 +55,7 @@ class RunError(RuntimeError):
     """What ended a run without being a mistake in the program: told as one message."""
 
 
-class Session:
+class Trainer:
     """One process's share of a run, from its start or a checkpoint to its end.
 
     Args:
@@ -64,7 +72,7 @@ class Session:
         found: tuple[Path, dict[str, Any]] | None,
     ) -> None:
         self.experiment, self.folder, self.record, self.log = experiment, folder, record, log
-        self.engines, trainer, self.agreement = experiment.engines, experiment.trainer, experiment.agreement
+        self.engines, trainer, self.coordinator = experiment.engines, experiment.trainer, experiment.coordinator
         self.tracker: Any = Silent()
         self._recorded: dict[str, int] | None = None  # the tracker's counts at the checkpoint
         self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
@@ -77,7 +85,7 @@ class Session:
             rate=self.best.rate,
         )
         self.saver: Any = Silent()
-        if is_leader() or self.engines.is_sharded:
+        if is_rank_zero() or self.engines.is_sharded:
             self.saver = Saver(
                 self._writer(),
                 before_commit=self._flush_numbers,
@@ -92,7 +100,7 @@ class Session:
         self.evaluation: dict[str, Any] | None = None
         self.hparams: dict[str, bool | float | str] = {}  # as TensorBoard shows them
         self._next_line, self._num_evaluated = time.monotonic() + _LINE_EVERY_S, 0
-        self.dialogue = Dialogue(self.engines, self.agreement, self._answer)
+        self.dialogue = CommandHandlers(self.engines, self.coordinator, self._answer)
         self.loop = self.dialogue.loop = self._make_loop(console)
         if found:
             self._resume(*found)
@@ -105,7 +113,7 @@ class Session:
     def _find_unsaveable(self) -> str | None:
         """Returns what of the state could not be saved: it is packed as for a save, but no content is copied."""
         parts, facts = self._state()
-        checks: dict[str, Callable[[], Any]] = {name: partial(Packed, value) for name, value in parts.items()}
+        checks: dict[str, Callable[[], Any]] = {name: partial(FlattenedState, value) for name, value in parts.items()}
         checks[FACTS] = partial(io.check_json, facts)
         for name, check in checks.items():
             try:
@@ -120,7 +128,7 @@ class Session:
         if any(engine.steps == self._steps_before[name] for name, engine in trained):
             return False
         if fault := self._find_unsaveable():
-            raise Halt(f"After its first step: {fault}", is_whole=False)
+            raise TrainingStopped(f"After its first step: {fault}", is_whole=False)
         for note in self.engines.find_late_generators():
             self.log.warning("%s", note)
         return True
@@ -135,13 +143,13 @@ class Session:
     def start_record(self, **facts: Any) -> None:
         """Begins run.json's session, then removes the checkpoints that this run has left: it names none of them."""
         self.checkpoints.recover()
-        later = set() if self.is_new else set(self.checkpoints.later(self.loop.step))
+        later = set() if self.is_new else set(self.checkpoints.steps_after(self.loop.step))
         if not self.is_new:  # `best_mode` or `best_metric` may have changed: a checkpoint may be better by them
             for step, rating in self.checkpoints.rank_best(later, 1, self.best.rating):
                 self.best.found = self.best.describe(step, rating)
         self.record.start(best=self.describe_best(later), **facts)
         if later:
-            self.checkpoints.leave(self.loop.step)
+            self.checkpoints.remove_after(self.loop.step)
 
     def convert_metrics(self, read_config: Callable[[], Mapping[str, Any]]) -> None:
         """Gives metrics that older versions saved as numbers their name and value.
@@ -161,7 +169,7 @@ class Session:
             removed: steps of checkpoints that are about to be.
         """
         found = self.best.found
-        if not is_leader():  # whose disk it is
+        if not is_rank_zero():  # whose disk it is
             return found
         is_there = found is not None and found["step"] not in removed and self.checkpoints.has(found["step"])
         if found is None or is_there:
@@ -188,7 +196,7 @@ class Session:
             tensorboard=tracking.tensorboard,
             jsonl=tracking.jsonl,
             resume_step=None if self.is_new and not self.begins_again else self.loop.step,
-            is_eval_owed=self.begins_again or "eval" in self.loop.agenda.owed,
+            is_eval_owed=self.begins_again or "eval" in self.loop.schedule.pending,
             recorded=self._recorded,
             warn=self.log.warning,
         )
@@ -211,10 +219,10 @@ class Session:
                 "save": Action(self.save, trainer.save_every),
             },
             commands=self.dialogue.commands,
-            inbox=self.dialogue.inbox,
+            inbox=self.dialogue.queue,
             screen=console,
-            policy=Policy(trainer.on_oom.name, trainer.max_skips),
-            agreement=self.agreement,
+            policy=FailurePolicy(trainer.on_oom.name, trainer.max_skips),
+            coordinator=self.coordinator,
             check=self._check_first_update,
         )
 
@@ -224,25 +232,25 @@ class Session:
         Raises:
             RunError: the run can't go on, for no mistake in the program.
         """
-        with told("the run's folder", RunError):
-            together(self._begin if is_leader() else bool)
+        with disk_errors_as("the run's folder", RunError):
+            run_on_all_ranks(self._begin if is_rank_zero() else bool)
             if not self.is_new:
                 keeps_best = self.experiment.trainer.keep_best
-                self.best.found = of_leader(self.describe_best if keeps_best else lambda: self.best.found)
+                self.best.found = run_on_rank_zero(self.describe_best if keeps_best else lambda: self.best.found)
         self._introduce()
         experiment, status = self.experiment, "failed"
         try:
-            with lasting(), contextlib.closing(self.dialogue.inbox), contextlib.closing(experiment.batches):
+            with lasting(), contextlib.closing(self.dialogue.queue), contextlib.closing(experiment.batches):
                 if stdin := experiment.tracking.stdin:
                     self.dialogue.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
                 is_evaluated = experiment.evaluation is not None and experiment.trainer.eval_every > 0
                 if self.is_new and is_evaluated and experiment.trainer.eval_at_start:
-                    self.loop.agenda.owe("eval")
+                    self.loop.schedule.enqueue("eval")
                 status = self._train_together()
         except BaseException:
             self._close_failed()
             raise
-        with told("the run's numbers", RunError):
+        with disk_errors_as("the run's numbers", RunError):
             self.tracker.close(status)
         self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
         return status
@@ -255,15 +263,15 @@ class Session:
         """
         failure: BaseException | None
         try:
-            return together(self._train)[0]
-        except LeftError as error:
-            failure = RunError(str(error)) if error.is_told or not error.__cause__ else error.__cause__
-        except LostError as error:
-            raise (RunError(reason) if (reason := self.agreement.why_left(error)) else error) from error
+            return run_on_all_ranks(self._train)[0]
+        except RankAbortError as error:
+            failure = RunError(str(error)) if error.is_expected or not error.__cause__ else error.__cause__
+        except RankLostError as error:
+            raise (RunError(reason) if (reason := self.coordinator.abort_reason(error)) else error) from error
         except RankError as error:
             failure = error.__cause__ or RunError(str(error))
         except Exception as error:  # the same on all
-            failure = error if is_leader() or isinstance(error, RunError) else RunError(f"rank 0: {describe(error)}")
+            failure = error if is_rank_zero() or isinstance(error, RunError) else RunError(f"rank 0: {describe(error)}")
         assert failure is not None
         raise failure  # outside of the handlers: a traceback then shows it alone
 
@@ -280,7 +288,7 @@ class Session:
             self._tell_unsaved()
             failure = self._explained(error)
         else:
-            with told("the last checkpoint", RunError):
+            with disk_errors_as("the last checkpoint", RunError):
                 self.saver.close()
             return status
         raise failure
@@ -288,16 +296,16 @@ class Session:
     def _tell_unsaved(self) -> None:
         """Tells which of the steps done an error loses."""
         step, path = self._last_saved
-        if is_leader() and self.loop.step > step:
+        if is_rank_zero() and self.loop.step > step:
             remedy = f"go on from {path}" if path else "start anew"
             self.log.error("Steps %d to %d are not saved; %s", step + 1, self.loop.step, remedy)
 
     def _explained(self, error: BaseException) -> BaseException:
         """Returns what an error of the loop ends the run as: told in one message, or with its traceback."""
         cause = error.__cause__ if isinstance(error, RankError) else error
-        if isinstance(cause, EarlyMistake):
+        if isinstance(cause, SetupError):
             return ConfigError(str(cause))
-        return RunError(str(error)) if cause is None or isinstance(cause, Halt) else cause
+        return RunError(str(error)) if cause is None or isinstance(cause, TrainingStopped) else cause
 
     def _close_failed(self) -> None:
         """Closes the tracker of a run that an error ends, which an error of the tracker must not hide."""
@@ -308,11 +316,11 @@ class Session:
 
     def _introduce(self) -> None:
         for name, engine in self.engines.items():
-            if tensors := introduce(name, engine, self.log.info):
+            if tensors := log_model_summary(name, engine, self.log.info):
                 self._tensors.append(tensors)
         for note in [*self.experiment.notes, *self.engines.find_unseeded()]:
             self.log.warning("%s", note)
-        ranks = f" on {num_ranks()} ranks" if num_ranks() > 1 else ""
+        ranks = f" on {world_size()} ranks" if world_size() > 1 else ""
         self.log.info("%d steps%s into %s", self.experiment.trainer.steps, ranks, self.folder)
 
     def _check_tensors(self) -> None:
@@ -323,7 +331,7 @@ class Session:
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         for tensors in self._tensors:
             tensors.check_quickly(f"a forward up to step {step}")
-        with told("the run's numbers", Halt):
+        with disk_errors_as("the run's numbers", TrainingStopped):
             self.tracker.log(step, values)
         if self.experiment.tracking.progress and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY_S
@@ -335,7 +343,7 @@ class Session:
 
     def save(self) -> None:
         """Has a checkpoint committed beside the loop, which is held while the state is copied."""
-        if self.agreement.is_alone:
+        if self.coordinator.is_alone:
             self.log.warning("Rank 0 saves alone: numbers not yet logged are those of its own samples")
         else:
             self.engines.share_metrics()
@@ -348,7 +356,7 @@ class Session:
         try:
             self.saver.save(step, parts, facts, self.best.metric_of(evaluated))
         except (TypeError, ValueError) as error:
-            raise Halt(self._find_unsaveable() or f"the state can't be saved: {error}") from error
+            raise TrainingStopped(self._find_unsaveable() or f"the state can't be saved: {error}") from error
 
     def _flush_numbers(self) -> None:
         """Has the numbers on disk before a checkpoint is; numbers that are lost cost no checkpoint."""
@@ -363,7 +371,7 @@ class Session:
         facts: dict[str, Any] = {
             "loop": self.loop.state_dict(),
             "batches": self.experiment.batches.state_dict(),
-            "commands": self.dialogue.inbox.state_dict(),
+            "commands": self.dialogue.queue.state_dict(),
             "best": self.best.found,
             "fingerprint": fingerprint_of(self.experiment.batches.dataset),
         }
@@ -375,7 +383,7 @@ class Session:
 
     def _saved(self, step: int, path: Path) -> None:
         self.log.info("Saved %s", path)
-        if is_leader():
+        if is_rank_zero():
             signature.mark_checkpoints(self.folder)
         self._last_saved = step, path
         with contextlib.suppress(OSError):  # run.json tells it at the next occasion
@@ -397,8 +405,8 @@ class Session:
             batches = saved[BATCHES] if BATCHES in saved else facts["batches"]
             note = self.experiment.load_stream(batches)
             self.loop.load_state_dict(facts["loop"])
-            self.dialogue.inbox.load_state_dict(facts["commands"])
-        except (LeftError, LostError, RankError):
+            self.dialogue.queue.load_state_dict(facts["commands"])
+        except (RankAbortError, RankLostError, RankError):
             raise
         except Exception as error:  # of a state whose types are right, which is no state of these objects
             raise ConfigError(f"resume={path}: {message_of(error)}") from error
@@ -419,16 +427,16 @@ class Session:
         self._find_lost_best()
         numbers, shown = measure(
             self.engines, experiment.evaluation, experiment.report, seed=experiment.seed, step=step,
-            is_cut=self._is_cut, together=self.agreement.together,
+            is_cut=self._is_cut, together=self.coordinator.run_on_all_ranks,
         )  # fmt: skip
         self.evaluation = {"step": step, **numbers}
-        with told("the run's numbers", Halt):
+        with disk_errors_as("the run's numbers", TrainingStopped):
             self.tracker.log(step, numbers)
         self.log.info("Step %d: %s", step, describe_numbers(numbers))
-        with told("the run's sounds", Halt):
-            show(self.tracker, self.log, self.folder, step, shown, writes=is_leader())
+        with disk_errors_as("the run's sounds", TrainingStopped):
+            show(self.tracker, self.log, self.folder, step, shown, writes=is_rank_zero())
         # An evaluation that was typed or is the last one of this length must not change the schedule.
-        if self.loop.agenda.actions["eval"].is_due(step, is_last=False):
+        if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
             try:
                 self.engines.observe(numbers)
             except ValueError as error:
@@ -439,15 +447,15 @@ class Session:
             raise self._mistake(str(error)) from error
         if not is_best:
             return
-        with told("run.json", Halt):
+        with disk_errors_as("run.json", TrainingStopped):
             if not experiment.trainer.keep_best:
                 self.record.update(last_step=step, best=self.describe_best())
-            elif "save" not in self.loop.agenda.owed:  # run.json names it when it is on disk
-                self.loop.agenda.owe("save")
+            elif "save" not in self.loop.schedule.pending:  # run.json names it when it is on disk
+                self.loop.schedule.enqueue("save")
 
-    def _mistake(self, message: str) -> Halt:
+    def _mistake(self, message: str) -> TrainingStopped:
         """Returns what a mistake in the config is raised as that an evaluation has found."""
-        return Halt(message) if self.loop.step > self._first_step else EarlyMistake(message, is_whole=False)
+        return TrainingStopped(message) if self.loop.step > self._first_step else SetupError(message, is_whole=False)
 
     def _take_lost_best(self) -> bool:
         is_lost, self._has_lost_best = self._has_lost_best, False
@@ -455,9 +463,11 @@ class Session:
 
     def _find_lost_best(self) -> None:
         """Goes back, where the best checkpoint could not be written, to the best that is on disk."""
-        is_lost = self.agreement.together(self._take_lost_best)[0]  # and none of the ranks is in trouble
+        is_lost = self.coordinator.run_on_all_ranks(self._take_lost_best)[0]  # and none of the ranks is in trouble
         if is_lost and self.experiment.trainer.keep_best:
-            self.best.found = self.agreement.together(lambda: self.describe_best() if is_leader() else None)[0]
+            self.best.found = self.coordinator.run_on_all_ranks(
+                lambda: self.describe_best() if is_rank_zero() else None
+            )[0]
 
     def describe_wait(self) -> str:
         """Says what the main thread is about; called from another thread, at no cost to the loop."""
@@ -482,8 +492,8 @@ class Session:
         """Writes each engine's weights, with what they are from."""
         data = fingerprint_of(self.experiment.batches.dataset)
         facts = facts_of(self.experiment.settings, self.folder, self.loop.step, self.best.found, self.evaluation, data)
-        with told("the export", Halt):
-            paths = write(self.engines, self.folder / "exports", facts, writes=is_leader())
+        with disk_errors_as("the export", TrainingStopped):
+            paths = write(self.engines, self.folder / "exports", facts, writes=is_rank_zero())
         for path in paths:
             self.log.info("Exported %s", path)
 
@@ -491,9 +501,9 @@ class Session:
 _PLACES = {  # what runs there, the innermost first
     Batches.__next__.__code__: "a batch of data.train for step {next}, from {source}",
     EvaluationData.__iter__.__code__: "a batch of data.eval, from {source}",
-    Session.evaluate.__code__: "the evaluation after step {step}",
-    Session.export.__code__: "the export after step {step}",
-    Session.save.__code__: "the checkpoint of step {step}",
+    Trainer.evaluate.__code__: "the evaluation after step {step}",
+    Trainer.export.__code__: "the export after step {step}",
+    Trainer.save.__code__: "the checkpoint of step {step}",
     Saver.close.__code__: "the checkpoint of step {step}",
-    Steps.take.__code__: "the end of step {next}",
+    StepRunner.run.__code__: "the end of step {next}",
 }

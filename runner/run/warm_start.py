@@ -142,7 +142,7 @@ class Lost:
     entry: dict[str, Any] | None
 
 
-class Builder:
+class ModelBuilder:
     """Builds models whose weights are those that they are built with."""
 
     def build(self, engine: str, key: str, node: Any, make: Make) -> nn.Module:
@@ -153,7 +153,7 @@ class Builder:
         """Ends what `build` began, once the optimizations of the engine have changed its module."""
 
 
-class StandIns(Builder):
+class StandIns(ModelBuilder):
     """Builds the models of a saved run without the weights files that they were first built from.
 
     Args:

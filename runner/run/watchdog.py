@@ -21,7 +21,7 @@ _MARGIN_S = 5.0
 
 
 @contextlib.contextmanager
-def watched(progress: Callable[[], Any], timeout_s: float, log: Path, name: str) -> Iterator[None]:
+def watchdog(progress: Callable[[], Any], timeout_s: float, log: Path, name: str) -> Iterator[None]:
     """Watches this process for the length of a block.
 
     Args:

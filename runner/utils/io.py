@@ -34,8 +34,8 @@ from runner.utils.files.strict_json import MAX_DEPTH, parse_json
 from runner.utils.serialization import (
     SFT_DTYPES,
     STRUCTURE,
-    Packed,
-    Snapshot,
+    FlattenedState,
+    HostSnapshot,
     compact,
     restore_raw,
     text_of,
@@ -45,7 +45,7 @@ from runner.utils.serialization import (
 from runner.utils.serialization.pt_file import check_archive, check_value
 
 __all__ = [
-    "Snapshot",
+    "HostSnapshot",
     "check_json",
     "load",
     "read_json",
@@ -90,7 +90,7 @@ def write_new(value: Any, path: str | os.PathLike[str]) -> None:
 def _writer(value: Any, path: Path, metadata: Mapping[str, str] | None) -> Callable[[BinaryIO], None]:
     is_pt = _suffix(path) in _PT
     metadata = _checked_metadata(metadata or {})
-    packed = value if isinstance(value, Packed) else Packed(value)
+    packed = value if isinstance(value, FlattenedState) else FlattenedState(value)
     return _pt_writer(packed, metadata) if is_pt else _sft_writer(packed, metadata, path)
 
 
@@ -156,7 +156,7 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(metadata)
 
 
-def _pt_writer(packed: Packed, metadata: Mapping[str, str]) -> Callable[[BinaryIO], None]:
+def _pt_writer(packed: FlattenedState, metadata: Mapping[str, str]) -> Callable[[BinaryIO], None]:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in packed.tensors.items():
@@ -180,7 +180,7 @@ def _pt_writer(packed: Packed, metadata: Mapping[str, str]) -> Callable[[BinaryI
     return write
 
 
-def _sft_writer(packed: Packed, metadata: Mapping[str, str], path: Path) -> Callable[[BinaryIO], None]:
+def _sft_writer(packed: FlattenedState, metadata: Mapping[str, str], path: Path) -> Callable[[BinaryIO], None]:
     tensors = {name: _as_bytes_of_dtype(tensor) for name, tensor in packed.tensors.items()}
     structure = json.dumps(packed.document)
     if len(structure) > _MAX_INLINE_BYTES:

@@ -37,7 +37,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode() if not text.isascii() else text
 
 
-def mix(*values: int) -> int:
+def derive_seed(*values: int) -> int:
     """Returns one well-spread integer, 0 <= x < 2**63, a pure function of the values and their order.
 
     Each value, of any sign, counts modulo 2**64. Near values give unrelated results, so `mix(seed, step)` is

@@ -158,11 +158,11 @@ def train_in_turns(settings):
 
 def make_runner_loop(settings, folder):
     """Returns the runner's loop over the default experiment, as a run makes it, and what writes its metrics."""
-    from runner.control.commands import Commands
+    from runner.control.commands import CommandQueue
     from runner.run.build import build
     from runner.tracking.tracker import Tracker
     from runner.utils.train import Loop
-    from runner.utils.train.failures import Policy
+    from runner.utils.train.failures import FailurePolicy
 
     experiment = build(compose_config(settings["trainer"]["steps"]))
     trainer, tracker = experiment.trainer, Tracker(folder)
@@ -173,9 +173,9 @@ def make_runner_loop(settings, folder):
         seed=experiment.seed,
         log_every=trainer.log_every,
         log=tracker.log,
-        inbox=Commands(print),
-        policy=Policy(trainer.on_oom.name, trainer.max_skips),
-        agreement=experiment.agreement,
+        inbox=CommandQueue(print),
+        policy=FailurePolicy(trainer.on_oom.name, trainer.max_skips),
+        coordinator=experiment.coordinator,
     )
     return loop, tracker
 

@@ -25,7 +25,7 @@ from ranks import run_ranks
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
 from runner.engines.strategies import DDP
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.train import Loop
 
 TURNS, STEPS, LOG_EVERY = 15, 30, 10
@@ -53,7 +53,7 @@ class Batches:
         self.num_samples_total += 1
         return self.batches[self.num_samples_total % 8]
 
-    def mark(self):
+    def position(self):
         return self.num_samples_total
 
 
@@ -81,15 +81,15 @@ def by_hand(width, depth, size):
     return turn
 
 
-def by_runner(width, depth, size, layout):
+def by_runner(width, depth, size, strategy):
     torch.manual_seed(0)
     module = Net(width, depth)
-    agreement = Agreement()
-    layout.join(agreement, "model", True)
-    layout.place(module)
+    coordinator = Coordinator()
+    strategy.join(coordinator, "model", True)
+    strategy.place(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    engine = Engine(module, optimizer, clip_norm=1.0, on_nonfinite="stop", layout=layout)
-    settings = {"log_every": LOG_EVERY, "log": lambda step, values: None, "agreement": agreement}
+    engine = Engine(module, optimizer, clip_norm=1.0, on_nonfinite="stop", strategy=strategy)
+    settings = {"log_every": LOG_EVERY, "log": lambda step, values: None, "coordinator": coordinator}
     loop = Loop(Engines(model=engine), Batches(size), steps=0, **settings)
 
     def turn():

@@ -11,12 +11,12 @@ import torch
 from loop import BATCH, make_model
 from torch import nn
 
-from runner.engines.gradients import FiniteCheck, KeptBuffers
+from runner.engines.gradients import BufferSnapshot, FiniteCheck
 from runner.utils.distributed import seed_all
 from runner.utils.modules.generators import HeldGenerators
 from runner.utils.sampler import RandomSampler
 from runner.utils.sampler.batches import Batches, Samples
-from runner.utils.utils import mix
+from runner.utils.utils import derive_seed
 
 NUMBER, REPEATS = 20_000, 7
 
@@ -40,16 +40,16 @@ def main():
     model(torch.randn(BATCH, 16), torch.randn(BATCH, 1)).backward()
     parameters = list(model.parameters())
     cpu = torch.device("cpu")
-    check, none = FiniteCheck(parameters), KeptBuffers(model)
-    normed = KeptBuffers(nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(10))))
+    check, none = FiniteCheck(parameters), BufferSnapshot(model)
+    normed = BufferSnapshot(nn.Sequential(*(nn.BatchNorm1d(64) for _ in range(10))))
     sampler = RandomSampler(10**9)
     data = torch.utils.data.TensorDataset(torch.zeros(1000, 16))
     batches = Batches(data, RandomSampler(1000), BATCH, seed_samples=False)
     next(batches)
     samples, holding, unseeded = Samples(data, 1), Samples(Holding(), 1), Samples(Holding(), None)
     rows = {
-        "a step's randomness from (seed, step, micro-step, rank)": lambda: seed_all(mix(0, 7, 0, 0), cpu),
-        "the position before the step, to go back to": batches.mark,
+        "a step's randomness from (seed, step, micro-step, rank)": lambda: seed_all(derive_seed(0, 7, 0, 0), cpu),
+        "the position before the step, to go back to": batches.position,
         "the sampler's state after each batch": sampler.state_dict,
         "gradients looked at for what is not finite": check,
         "buffers kept, a model without": none.keep,

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from runner.control.commands import Commands
+from runner.control.commands import CommandQueue
 from runner.engines import Engine, Engines
-from runner.engines.dynamo import step_eagerly
+from runner.engines.dynamo import step_without_dynamo
 from runner.tracking.console import Console
 from runner.tracking.tracker import Tracker
 from runner.utils.sampler import OrderedSampler
@@ -56,11 +56,11 @@ class Cycle:
         self.num_samples_total += BATCH
         return batch
 
-    def mark(self):
+    def position(self):
         return self.num_samples_total
 
-    def rewind(self, mark):
-        self.num_samples_total = mark
+    def seek(self, position):
+        self.num_samples_total = position
 
 
 def make_model():
@@ -80,10 +80,10 @@ def run_bare(batches, folder):
 
 def run_ours(batches, folder, stream=None):
     model, optimizer = make_model()
-    step_eagerly(optimizer)  # as `build` does
+    step_without_dynamo(optimizer)  # as `build` does
     engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), Tracker(folder)
     console = Console(STEPS, stream=Terminal())
-    inbox = Commands(lambda text: None)
+    inbox = CommandQueue(lambda text: None)
     loop = Loop(
         engines, stream or Cycle(batches), steps=STEPS, log_every=1, log=tracker.log, inbox=inbox, screen=console
     )

@@ -49,7 +49,7 @@ def test_no_name_of_a_part_is_that_of_another_file(tmp_path, format):
     if format == "shards":
         saved = Checkpoints(tmp_path)
         partial = saved.begin(3)
-        packed = {name: io.Snapshot(part) for name, part in parts.items()}
+        packed = {name: io.HostSnapshot(part) for name, part in parts.items()}
         tensors = {f"{name}/{key}": tensor for name, part in packed.items() for key, tensor in part.tensors.items()}
         (partial / "shards").mkdir()
         shards.write(tensors, partial / "shards")
@@ -67,7 +67,7 @@ def test_no_name_of_a_part_is_that_of_another_file(tmp_path, format):
 
 def test_a_snapshot_is_saved_as_it_was(tmp_path):
     parts = make_parts()
-    snapshots = {name: io.Snapshot(value) for name, value in parts.items()}
+    snapshots = {name: io.HostSnapshot(value) for name, value in parts.items()}
     parts["model"]["weight"].zero_()
     path = Checkpoints(tmp_path).save(3, snapshots, FACTS)
     assert torch.equal(load(path)["model"]["weight"], torch.ones(3))

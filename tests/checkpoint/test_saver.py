@@ -5,7 +5,7 @@ import torch
 
 from runner.checkpoint.checkpoints import Checkpoints, load
 from runner.checkpoint.saver import Saver
-from runner.utils.serialization import Snapshot
+from runner.utils.serialization import HostSnapshot
 
 
 class Told:
@@ -97,7 +97,7 @@ def test_a_state_that_grew_is_copied_whole(tmp_path):
 
 
 def test_a_copy_that_fails_fails_the_save_and_not_the_wait(tmp_path):
-    snapshot = Snapshot({"a": torch.zeros(3)}, at_once=False)
+    snapshot = HostSnapshot({"a": torch.zeros(3)}, at_once=False)
     snapshot._sources["a"] = torch.zeros(4)  # does not fit
     with pytest.raises(RuntimeError):
         snapshot.copy()

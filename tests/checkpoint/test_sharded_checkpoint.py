@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from runner.checkpoint import sharded
 from runner.checkpoint.checkpoints import Checkpoints, load
 from runner.utils.files.disk import confine
-from runner.utils.serialization import Snapshot
+from runner.utils.serialization import HostSnapshot
 
 EXTRA = {
     "set": {1, (2, "b")},
@@ -41,7 +41,7 @@ def save(folder, keep_last, steps):
         spread = {
             name: distribute_tensor(whole, mesh, [place], src_data_rank=None) for name, (whole, place) in SPREAD.items()
         }
-        parts = {"trainer": Snapshot({"_extra_state": EXTRA}), "structure": Snapshot(spread)}
+        parts = {"trainer": HostSnapshot({"_extra_state": EXTRA}), "structure": HostSnapshot(spread)}
         checkpoints.save(step, parts, {"step": step})
 
 

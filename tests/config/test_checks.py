@@ -26,7 +26,7 @@ def told(*overrides):
     try:
         checks.check(composed(*overrides))
     except Exception as error:
-        return errors.explain(error) or f"not explained: {error}"
+        return errors.format_error(error) or f"not explained: {error}"
     raise AssertionError(f"{overrides} was accepted")
 
 
@@ -84,7 +84,7 @@ def test_several_mistakes_are_told_at_once():
 
 
 def test_an_error_that_is_no_config_mistake_is_not_explained():
-    assert errors.explain(RuntimeError("in the user's model")) is None
+    assert errors.format_error(RuntimeError("in the user's model")) is None
 
 
 def test_every_choice_of_every_group_composes_and_passes():
@@ -166,7 +166,7 @@ def test_a_config_error_of_omegaconf_alone_is_explained_too():
     cfg = OmegaConf.create({"a": "${b}"})
     with pytest.raises(Exception, match="b") as caught:
         _ = cfg.a
-    assert "b" in (errors.explain(caught.value) or "")
+    assert "b" in (errors.format_error(caught.value) or "")
 
 
 def test_composing_does_not_import_torch():

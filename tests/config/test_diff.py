@@ -32,7 +32,7 @@ def test_a_yaml_that_changed_since_changes_nothing():
 def test_a_value_typed_is_taken_and_what_stands_beside_it_stays():
     wanted = applied({"optimizer": COMPOSED["optimizer"] | {"lr": 0.5}}, "optimizer.lr=0.5")
     assert wanted["optimizer"] == SAVED["optimizer"] | {"lr": 0.5}
-    assert diff.tell(SAVED, wanted) == ["optimizer.lr: 0.003 -> 0.5"]
+    assert diff.describe(SAVED, wanted) == ["optimizer.lr: 0.003 -> 0.5"]
 
 
 def test_a_value_typed_counts_even_where_the_yaml_says_it_by_now():
@@ -44,7 +44,7 @@ def test_another_choice_of_a_group_replaces_the_node_whole():
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
     wanted = applied({"optimizer": sgd}, "optimizer=sgd")
     assert wanted["optimizer"] == sgd
-    assert "optimizer.foo: 1 -> (none)" in diff.tell(SAVED, wanted)
+    assert "optimizer.foo: 1 -> (none)" in diff.describe(SAVED, wanted)
 
 
 def test_a_choice_that_is_the_default_by_now_is_taken_too():
@@ -70,8 +70,8 @@ def test_a_number_is_another_key_than_the_text_of_it():
     typed = ["model.weights={0: 9.0}"]
     assert diff.apply(saved, composed, composed, typed) == composed
     assert diff.apply(saved, saved, composed, typed) == composed
-    assert diff.tell(saved, composed) == ["model.weights.0: 1.0 -> 9.0"]
-    assert diff.tell({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
+    assert diff.describe(saved, composed) == ["model.weights.0: 1.0 -> 9.0"]
+    assert diff.describe({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_number_is_another_key_than_the_text_of_it():
 )  # fmt: skip
 def test_a_change_that_makes_another_run_is_refused_with_its_values_and_the_remedy(change):
     with pytest.raises(ConfigError, match=r"(?s) -> .*resume_allow_changes=true"):
-        diff.refuse({}, change)
+        diff.check_same_run({}, change)
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ def test_a_change_that_makes_another_run_is_refused_with_its_values_and_the_reme
     ids=str,
 )  # fmt: skip
 def test_more_steps_another_rate_and_more_workers_are_taken(change):
-    diff.refuse({}, change)
+    diff.check_same_run({}, change)
 
 
 def test_all_that_is_refused_is_named_in_one_message():
     with pytest.raises(ConfigError) as caught:
-        diff.refuse({"seed": 0, "model": {"width": 8}}, {"seed": 1, "model": {"width": None}})
+        diff.check_same_run({"seed": 0, "model": {"width": 8}}, {"seed": 1, "model": {"width": None}})
     assert "  seed: 0 -> 1\n  model.width: 8 -> null\n" in str(caught.value)
 
 
 def remedy_for(source):
     with pytest.raises(ConfigError) as caught:
-        diff.refuse({"seed": 0}, {"seed": 1}, source)
+        diff.check_same_run({"seed": 0}, {"seed": 1}, source)
     return str(caught.value).rpartition("its weights: ")[2].partition(" (without resume=)")[0]
 
 

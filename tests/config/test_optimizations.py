@@ -90,7 +90,7 @@ def plain_run(tmp_path_factory):
 
 
 def evaluated(place):
-    opening = saved_model.open_export if place.is_file() else saved_model.open_saved
+    opening = saved_model.open_export if place.is_file() else saved_model.open_checkpoint
     numbers, _ = evaluation.evaluate(opening(place, ["report.num_bytes=0"], ["own"]))
     return numbers
 

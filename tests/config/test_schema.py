@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from test_checks import composed
 
 from runner.config import checks, errors, targets
-from runner.config.errors import told_in_one_message
+from runner.config.errors import exit_on_config_error
 from runner.config.schema import Config
 
 COMPOSED = composed()
@@ -54,7 +54,7 @@ def check(override):
 
 
 def told(override, capsys):
-    with pytest.raises(SystemExit) as ended, told_in_one_message():
+    with pytest.raises(SystemExit) as ended, exit_on_config_error():
         check(override)
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -26,12 +26,12 @@ from runner.control.commands import (
     HELP,
     Command,
     CommandError,
-    Commands,
+    CommandQueue,
     describe_events,
     describe_time,
     parse,
 )
-from runner.control.handlers import Dialogue
+from runner.control.handlers import CommandHandlers
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = st.integers(1, 10**18 - 1)
@@ -128,7 +128,7 @@ def test_help_names_every_command():
 def typed(*lines, step=0):
     """Returns commands that were given these lines after `step` steps, and the list of their answers."""
     answers = []
-    commands = Commands(answers.append)
+    commands = CommandQueue(answers.append)
     commands.due(step)
     for line in lines:
         commands.take(line)
@@ -172,7 +172,7 @@ def test_start_tells_a_resumed_run_which_steps_have_passed():
     with tempfile.TemporaryFile() as file:
         file.write(b"eval@20\nquit@60\n")
         file.seek(0)
-        commands = Commands(answers.append, stream=file)
+        commands = CommandQueue(answers.append, stream=file)
         commands.start(step=57)
         commands.close()
     assert answers == ['step 20 has passed; now at 57: type "eval" to do it now', "quit at step 60"]
@@ -194,7 +194,7 @@ def test_of_many_commands_whose_step_has_passed_the_first_are_told():
 
 def test_of_many_rates_at_one_step_the_last_is_set_and_the_first_are_answered():
     answers, rates = [], []
-    dialogue = Dialogue(SimpleNamespace(set_lr=rates.append), None, answers.append)
+    dialogue = CommandHandlers(SimpleNamespace(set_lr=rates.append), None, answers.append)
     dialogue.loop = SimpleNamespace(step=4)
     for number in range(1, 31):
         dialogue.commands["lr"](float(number))
@@ -246,7 +246,7 @@ def test_a_saved_entry_that_is_no_scheduled_command_is_an_error(entry):
 
 def test_every_command_typed_during_steps_is_done_or_answered():
     answers, done = [], []
-    commands = Commands(answers.append)
+    commands = CommandQueue(answers.append)
     typist = threading.Thread(target=lambda: [commands.take(f"eval@{step}") for step in range(1, 3001)])
     typist.start()
     step = 0
@@ -258,8 +258,8 @@ def test_every_command_typed_during_steps_is_done_or_answered():
     assert all(due == at for due, at in done)
 
 
-class Interrupted(Commands):
-    """Commands whose loop reaches step 40 just after the thread that takes a line saw the run at step 39."""
+class Interrupted(CommandQueue):
+    """CommandQueue whose loop reaches step 40 just after the thread that takes a line saw the run at step 39."""
 
     found: list[Command] | None = None
     seen = 39
@@ -299,7 +299,7 @@ def closed_file():
 @pytest.mark.parametrize("stream", [io.StringIO("quit\n"), WithoutDescriptor(), closed_file(), None])
 def test_a_stream_without_descriptor_reads_nothing(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stream)
-    commands = Commands(pytest.fail)
+    commands = CommandQueue(pytest.fail)
     commands.start()
     commands.close()
     assert commands.due(1) == []
@@ -338,11 +338,11 @@ def wait_until(fact):
 
 
 def test_lines_ready_in_a_pipe_are_taken_before_start_returns(pipe, monkeypatch):
-    monkeypatch.setattr(module.Reader, "_run", lambda reader: None)
+    monkeypatch.setattr(module.LineReader, "_run", lambda reader: None)
     stream, write_fd = pipe
     os.write(write_fd, b"save\n# note\n\neval@20\r\nnonsense\nquit@40\n")
     answers = []
-    commands = Commands(answers.append, stream=stream)
+    commands = CommandQueue(answers.append, stream=stream)
     commands.start()
     assert commands.due(1) == [Command("save")]
     assert [str(c) for c in commands.pending] == ["eval@20", "quit@40"]
@@ -358,7 +358,7 @@ def test_a_pipe_whose_first_line_is_a_command_is_read_and_typing_errors_are_answ
     stream, write_fd = pipe
     os.write(write_fd, b"\n  # note\nsave # now\nnonsense\n" + b"typo\n" * 50 + b"eval\n")
     answers = []
-    commands = Commands(answers.append, stream=stream)
+    commands = CommandQueue(answers.append, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     assert gather(commands, 2) == ["save", "eval"]
     assert len(answers) == 51
@@ -368,7 +368,7 @@ def test_a_pipe_whose_first_line_is_a_command_is_read_and_typing_errors_are_answ
 @pytest.mark.parametrize("pieces", [[b"quit@4", b"0\n"], [b"#", b" a\n", b"\n", b"q", b"uit@40\n"], [b"quit@40"]])
 def test_a_first_command_may_come_late_and_in_pieces(pipe, pieces):
     stream, write_fd = pipe
-    commands = Commands(lambda text: None, stream=stream)
+    commands = CommandQueue(lambda text: None, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     for piece in pieces:
         time.sleep(0.15)  # longer than between two looks
@@ -398,7 +398,7 @@ def test_a_first_command_may_come_late_and_in_pieces(pipe, pieces):
 def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is_told_once(pipe, content, is_late):
     stream, write_fd = pipe
     warned = []
-    commands = Commands(pytest.fail, stream=stream)
+    commands = CommandQueue(pytest.fail, stream=stream)
     if is_late:
         commands.start(peeks=True, warn=warned.append)
     os.write(write_fd, content)
@@ -416,7 +416,7 @@ def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is
 def test_an_empty_pipe_that_is_closed_ends_the_reading_without_a_word(pipe):
     stream, write_fd = pipe
     os.close(write_fd)
-    commands = Commands(pytest.fail, stream=stream)
+    commands = CommandQueue(pytest.fail, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     wait_until(lambda: not readers())
     commands.close()
@@ -427,7 +427,7 @@ def test_waiting_for_a_first_line_can_be_closed_and_leaves_no_descriptor(pipe):
     before = len(os.listdir("/proc/self/fd"))
     for content in (b"", b"qui"):
         os.write(write_fd, content)
-        commands = Commands(pytest.fail, stream=stream)
+        commands = CommandQueue(pytest.fail, stream=stream)
         commands.start(peeks=True, warn=pytest.fail)
         time.sleep(0.25)
         commands.close()
@@ -441,7 +441,7 @@ def test_a_system_that_can_not_look_into_pipes_leaves_them_alone_and_says_so(pip
     stream, write_fd = pipe
     warned = []
     os.write(write_fd, b"quit\n")
-    commands = Commands(pytest.fail, stream=stream)
+    commands = CommandQueue(pytest.fail, stream=stream)
     commands.start(peeks=True, warn=warned.append)
     commands.close()
     assert len(warned) == 1
@@ -457,7 +457,7 @@ def test_files_sockets_and_null_are_read_only_where_asked(kind, tmp_path):
     other.sendall(b"quit\n")
     fds = {"file": lambda: os.open(path, os.O_RDONLY), "socket": one.detach, "null": lambda: os.open(os.devnull, 0)}
     with open(fds[kind](), "rb", buffering=0) as stream, one, other:
-        commands = Commands(pytest.fail, stream=stream)
+        commands = CommandQueue(pytest.fail, stream=stream)
         commands.start(peeks=True, warn=pytest.fail)
         assert not readers()
         assert commands.due(1) == []
@@ -468,7 +468,7 @@ def test_files_sockets_and_null_are_read_only_where_asked(kind, tmp_path):
 
 def test_lines_split_across_writes_and_two_in_one_write_all_arrive(pipe):
     stream, write_fd = pipe
-    commands = Commands(pytest.fail, stream=stream)
+    commands = CommandQueue(pytest.fail, stream=stream)
     commands.start()
     os.write(write_fd, b"save\nexp")
     assert gather(commands, 1) == ["save"]
@@ -485,7 +485,7 @@ def test_lines_split_across_writes_and_two_in_one_write_all_arrive(pipe):
 def test_close_ends_the_thread_and_the_next_instance_reads_on(pipe):
     stream, write_fd = pipe
     for name in ("save", "eval"):
-        commands = Commands(pytest.fail, stream=stream)
+        commands = CommandQueue(pytest.fail, stream=stream)
         commands.start()
         commands.start()
         assert len(readers()) == 1
@@ -504,7 +504,7 @@ def test_reading_leaves_no_descriptor_open(pipe):
     stream, _ = pipe
     before = os.listdir("/dev/fd")
     for source in (stream, open(os.devnull, "rb")):  # noqa: SIM115 (closed below)
-        commands = Commands(pytest.fail, stream=source)
+        commands = CommandQueue(pytest.fail, stream=source)
         commands.start()
         commands.close()
     source.close()
@@ -516,7 +516,7 @@ def test_a_second_reader_of_a_consumed_pipe_sees_its_end(pipe):
     os.write(write_fd, b"quit@40\n")
     os.close(write_fd)
     for expected in (["quit@40"], []):
-        commands = Commands(lambda message: None, stream=stream)
+        commands = CommandQueue(lambda message: None, stream=stream)
         commands.start()
         assert [str(c) for c in commands.pending] == expected
         wait_until(lambda: not readers())
@@ -529,7 +529,7 @@ def from_file(content):
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.seek(0)
-        commands = Commands(answers.append, stream=file)
+        commands = CommandQueue(answers.append, stream=file)
         commands.start()
         wait_until(lambda: not readers())
         commands.close()
@@ -549,7 +549,7 @@ def test_a_flood_stays_unread_until_some_of_it_is_done_and_none_is_lost(monkeypa
     with tempfile.TemporaryFile() as file:
         file.write(b"".join(b"lr 1@%d\n" % step for step in range(1, 3000)))
         file.seek(0)
-        commands = Commands(answers.append, stream=file)
+        commands = CommandQueue(answers.append, stream=file)
         commands.start()
         for done in (0, 400, 900):
             assert len(commands.due(done)) == (0 if not done else 400 if done == 400 else 500)
@@ -567,7 +567,7 @@ def test_of_a_flood_without_steps_a_thousand_commands_are_done_and_then_a_few_a_
     with tempfile.TemporaryFile() as file:
         file.write(b"lr 1\n" * 5000)
         file.seek(0)
-        commands = Commands(lambda text: None, stream=file)
+        commands = CommandQueue(lambda text: None, stream=file)
         began = time.monotonic()
         commands.start()
         done = []
@@ -605,7 +605,7 @@ def test_waiting_for_input_does_not_spin(pipe, monkeypatch):
     calls = []
     select = reader_module.select.select
     monkeypatch.setattr(reader_module.select, "select", lambda *words: calls.append(words) or select(*words))
-    commands = Commands(pytest.fail, stream=pipe[0])
+    commands = CommandQueue(pytest.fail, stream=pipe[0])
     commands.start()
     time.sleep(0.3)
     commands.close()
@@ -615,9 +615,9 @@ def test_waiting_for_input_does_not_spin(pipe, monkeypatch):
 # A run in miniature: it steps until `quit` or its last step, and prints what it did and what it was answered.
 RUN = """
 import os, sys, threading, time
-from runner.control.commands import Commands
+from runner.control.commands import CommandQueue
 log = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-commands = Commands(lambda message: log("answer:", message))
+commands = CommandQueue(lambda message: log("answer:", message))
 commands.start()
 for step in range(1, int(sys.argv[1]) + 1):
     due = [str(command) for command in commands.due(step)]
@@ -686,8 +686,8 @@ def test_a_run_goes_to_its_end_without_any_input(redirection):
 def test_the_end_of_input_ends_the_thread():
     script = """
     import threading, time
-    from runner.control.commands import Commands
-    commands = Commands(print)
+    from runner.control.commands import CommandQueue
+    commands = CommandQueue(print)
     commands.start()
     while threading.active_count() > 1:
         time.sleep(0.01)
@@ -699,8 +699,8 @@ def test_the_end_of_input_ends_the_thread():
 def test_a_worker_forked_while_the_reader_waits_can_end():
     script = """
     import multiprocessing, os, threading, time
-    from runner.control.commands import Commands
-    commands = Commands(print)
+    from runner.control.commands import CommandQueue
+    commands = CommandQueue(print)
     commands.start()
     time.sleep(0.2)
     context = multiprocessing.get_context("fork")

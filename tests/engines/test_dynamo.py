@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from runner.engines.dynamo import defer_compiler, step_eagerly
+from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.optim.optimizers import muon
 
 SCRIPT = """
 import sys, torch
-from runner.engines.dynamo import defer_compiler, step_eagerly
-defer_compiler()
+from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
+avoid_dynamo_import()
 parameter = torch.nn.Parameter(torch.ones(3))
 optimizer = torch.optim.{name}([parameter], lr=0.1)
-step_eagerly(optimizer)
+step_without_dynamo(optimizer)
 scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 for _ in range(2):
     parameter.square().sum().backward()
@@ -64,9 +64,9 @@ def test_the_steps_are_torchs_own_bit_for_bit(make, monkeypatch):
     expected = train(make(module), module)
     for loaded in [name for name in sys.modules if name == "torch._dynamo"]:
         monkeypatch.delitem(sys.modules, loaded)
-    defer_compiler()
+    avoid_dynamo_import()
     optimizer = make(other)
-    step_eagerly(optimizer)
+    step_without_dynamo(optimizer)
     found = train(optimizer, other)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -74,7 +74,7 @@ def test_the_steps_are_torchs_own_bit_for_bit(make, monkeypatch):
 def test_hooks_of_a_step_are_called():
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=0.1)
-    step_eagerly(optimizer)
+    step_without_dynamo(optimizer)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -91,7 +91,7 @@ def test_an_optimizer_that_is_not_torchs_keeps_its_step():
             self.is_stepped = True
 
     optimizer = Own([nn.Parameter(torch.ones(2))])
-    step_eagerly(optimizer)
+    step_without_dynamo(optimizer)
     optimizer.step()
     assert optimizer.is_stepped
     assert "step" not in vars(optimizer)

@@ -10,9 +10,9 @@ from ranks import run_ranks
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from runner.engines.ema import Averages
+from runner.engines.ema import EMA
 from runner.engines.fsdp import FSDP
-from runner.engines.strategies import Alone
+from runner.engines.strategies import Strategy
 from runner.utils import distributed
 
 
@@ -60,7 +60,7 @@ def assert_same(one, other):
 
 def test_averages_are_those_of_torch_bit_for_bit():
     module, optimizer = make()
-    averages = Averages(module, 0.9)
+    averages = EMA(module, 0.9)
     reference = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for step in range(20):
         train(module, optimizer, 1, averages, seed=step)
@@ -72,7 +72,7 @@ def test_averages_are_those_of_torch_bit_for_bit():
 
 def test_a_frozen_parameter_has_no_average_and_is_left_alone():
     module, optimizer = make()
-    averages = Averages(module, 0.5)
+    averages = EMA(module, 0.5)
     frozen = module.layers[0].weight.clone()
     train(module, optimizer, 3, averages)
     assert "layers.0.weight" not in averages.state_dict()["weights"]
@@ -83,7 +83,7 @@ def test_a_frozen_parameter_has_no_average_and_is_left_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_swapping_twice_changes_no_bit_and_no_storage(dtype):
     module, optimizer = make(dtype)
-    averages = Averages(module, 0.9)
+    averages = EMA(module, 0.9)
     train(module, optimizer, 5, averages)
     before, places = weights_of(module), [p.data_ptr() for p in module.parameters()]
     kept = {name: tensor.clone() for name, tensor in averages.state_dict()["weights"].items()}
@@ -102,7 +102,7 @@ def test_swapping_twice_changes_no_bit_and_no_storage(dtype):
 
 def test_before_the_first_update_a_swap_changes_nothing():
     module, optimizer = make()
-    averages = Averages(module, 0.9)
+    averages = EMA(module, 0.9)
     train(module, optimizer, 2)
     before = weights_of(module)
     for is_swapped in (True, False):
@@ -115,14 +115,14 @@ def test_before_the_first_update_a_swap_changes_nothing():
 @given(split=st.integers(0, 6), warmup=st.booleans(), swaps=st.booleans())
 def test_a_state_taken_back_at_any_step_continues_bit_for_bit(split, warmup, swaps):
     module, optimizer = make()
-    averages = Averages(module, 0.8, warmup=warmup)
+    averages = EMA(module, 0.8, warmup=warmup)
     train(module, optimizer, split, averages)
     if swaps:
         averages.swap()
     state = copy.deepcopy(averages.state_dict())
     if swaps:
         averages.swap()
-    resumed = Averages(module, 0.8, warmup=warmup)
+    resumed = EMA(module, 0.8, warmup=warmup)
     resumed.load_state_dict(state)
     for step in range(3):
         train(module, optimizer, 1, averages, seed=step)
@@ -134,7 +134,7 @@ def test_a_state_taken_back_at_any_step_continues_bit_for_bit(split, warmup, swa
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
 def test_warmup_raises_the_decay_to_its_value(decay):
     module = nn.Linear(1, 1, bias=False).double()
-    averages = Averages(module, decay, warmup=True)
+    averages = EMA(module, decay, warmup=True)
     expected = None
     for n in range(6):
         with torch.no_grad():
@@ -147,7 +147,7 @@ def test_warmup_raises_the_decay_to_its_value(decay):
 
 def test_averages_of_bf16_move_by_steps_that_bf16_would_round_away():
     module = nn.Linear(1, 1, bias=False).bfloat16()
-    averages = Averages(module, 0.999)
+    averages = EMA(module, 0.999)
     for value in (1.0, *[2.0] * 100):
         with torch.no_grad():
             module.weight.fill_(value)
@@ -159,7 +159,7 @@ def test_averages_of_bf16_move_by_steps_that_bf16_would_round_away():
 
 def test_while_swapped_neither_an_update_nor_a_state_is_taken():
     module, optimizer = make()
-    averages = Averages(module, 0.9)
+    averages = EMA(module, 0.9)
     train(module, optimizer, 1, averages)
     averages.swap()
     with pytest.raises(RuntimeError, match=r"update: .* call swap\(\) first"):
@@ -171,7 +171,7 @@ def test_while_swapped_neither_an_update_nor_a_state_is_taken():
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_out_of_range_is_an_error(decay):
     with pytest.raises(ValueError, match="expected at least 0 and less than 1"):
-        Averages(nn.Linear(1, 1), decay)
+        EMA(nn.Linear(1, 1), decay)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_decay_out_of_range_is_an_error(decay):
     ],
 )
 def test_a_state_of_other_weights_is_refused_whole(change, message):
-    averages = Averages(nn.Linear(2, 2), 0.9)
+    averages = EMA(nn.Linear(2, 2), 0.9)
     before = {name: tensor.clone() for name, tensor in averages.state_dict()["weights"].items()}
     weights = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)} | change
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
@@ -196,9 +196,9 @@ def test_a_state_of_other_weights_is_refused_whole(change, message):
 def average_on_ranks():
     """Trains alone or sharded; returns the averages whole, and losses before, while and after they are swapped in."""
     torch.manual_seed(0)
-    module, layout = Net(), FSDP() if distributed.is_many() else Alone()
-    layout.place(module)
-    averages = Averages(module, 0.5)
+    module, strategy = Net(), FSDP() if distributed.is_distributed() else Strategy()
+    strategy.shard(module)
+    averages = EMA(module, 0.5)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(3)
     batch = torch.randn(4, 3, generator=generator)
@@ -217,9 +217,9 @@ def average_on_ranks():
         averages.swap()
         losses.append(evaluate())
     state = averages.state_dict()
-    whole = {name: tensor.clone() for name, tensor in layout.whole(state["weights"]).items()}
-    averages.load_state_dict({**state, "weights": layout.fitted(whole, module)})
-    return whole, layout.whole(averages.state_dict()["weights"]), losses
+    whole = {name: tensor.clone() for name, tensor in strategy.to_full(state["weights"]).items()}
+    averages.load_state_dict({**state, "weights": strategy.to_local(whole, module)})
+    return whole, strategy.to_full(averages.state_dict()["weights"]), losses
 
 
 def test_averages_of_sharded_weights_are_those_of_whole_ones():

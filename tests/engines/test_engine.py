@@ -7,7 +7,7 @@ from torch import nn
 
 from runner.engines import Engine
 from runner.engines.forward import EarlyOutputError, OutputError
-from runner.engines.gradients import LateFaults
+from runner.engines.gradients import DeferredFiniteCheck
 from runner.engines.optim.schedulers import warmup, warmup_cosine
 from runner.utils import io
 
@@ -121,7 +121,7 @@ def test_a_wrong_return_value_of_the_first_forward_is_a_mistake_and_of_a_later_o
         train(engine, batch)
     with pytest.raises(EarlyOutputError, match=expected) as first:
         train(make_engine(feeder=feed), batch)
-    assert (later.value.is_whole, first.value.is_whole) == (True, False)
+    assert (later.value.is_complete, first.value.is_complete) == (True, False)
     assert not isinstance(later.value, EarlyOutputError)
 
 
@@ -517,13 +517,13 @@ def test_gradients_that_are_not_finite_are_found_though_the_loss_is(clip_norm):
 
 
 def test_a_loss_on_the_cpu_and_a_norm_on_an_accelerator_are_noted_on_the_accelerator():
-    late = LateFaults()
+    late = DeferredFiniteCheck()
     late.note(1, [torch.tensor(1.0), torch.tensor(2.0, device="meta")])
     assert late._totals[0][2].device.type == "meta"
 
 
 def test_steps_that_nobody_asks_about_are_kept_as_one_number():
-    late = LateFaults()
+    late = DeferredFiniteCheck()
     for step in range(1, 3001):
         late.note(step, [torch.tensor(float("inf") if step == 7 else 1.0), torch.tensor(2.0)])
     assert len(late._totals) <= 1024

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runner.engines import Engine, Engines, forward, metrics
-from runner.engines.metrics import Gathered
+from runner.engines.metrics import MetricAccumulator
 
 BATCH = torch.ones(4, 3)
 
@@ -230,7 +230,7 @@ def test_the_numbers_of_an_object_are_metrics_too(kind):
 
 
 def test_a_number_on_the_cpu_beside_one_that_is_not_stays_there():
-    kept = Gathered()
+    kept = MetricAccumulator()
     for value in (1.0, 2.0):  # of another dtype, as of another device, and so not stacked with the other
         kept.add({"loss": torch.tensor(value, dtype=torch.bfloat16), "accuracy": value / 10})
     assert kept.take() == {"loss": 1.5, "accuracy": pytest.approx(0.15)}

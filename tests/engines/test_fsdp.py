@@ -12,9 +12,9 @@ from runner.config.checks import CONF_DIR
 from runner.config.targets import locate
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
-from runner.engines.strategies import Alone
+from runner.engines.strategies import Strategy
 from runner.utils import distributed
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 
 REFUSED = {
     "prodigy": r"Prodigy under FSDP: it sums over all parameters.*; choose distributed=ddp",
@@ -45,13 +45,13 @@ class Net(nn.Module):
 def build(make_layout, choice):
     node = yaml.safe_load((CONF_DIR / "optimizer" / f"{choice}.yaml").read_text())
     target, settings = locate(node.pop("_target_")), {**node, **({"seed": 0} if "seed" in node else {})}
-    module, layout = Net(), make_layout()
-    layout.join(Agreement(), "model", True)
-    layout.place(module)
+    module, strategy = Net(), make_layout()
+    strategy.join(Coordinator(), "model", True)
+    strategy.shard(module)
     named = list(module.named_parameters())
     optimizer = target([p for _, p in named] if isinstance(target, type) else named, **settings)
-    layout.check_optimizer(optimizer)
-    return Engines(model=Engine(module, optimizer, layout=layout, clip_norm=1.0))
+    strategy.check_optimizer(optimizer)
+    return Engines(model=Engine(module, optimizer, strategy=strategy, clip_norm=1.0))
 
 
 def train(make_layout, choice):
@@ -59,19 +59,19 @@ def train(make_layout, choice):
     engines, found = build(make_layout, choice), []
     for step in range(3):
         if step == 2:
-            state = engines["model"].layout.whole(engines.state_dict())
+            state = engines["model"].strategy.to_full(engines.state_dict())
             engines = build(make_layout, choice)
             engines.load_state_dict(state)
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
-        engines.micro_step({"x": x.chunk(distributed.num_ranks())[distributed.rank()]})
-        assert engines.step(engines["model"].layout.agreement.hear) == {}
+        engines.micro_step({"x": x.chunk(distributed.world_size())[distributed.rank()]})
+        assert engines.step(engines["model"].strategy.coordinator.poll) == {}
         found.append(copy.deepcopy(engines.export_states()["model"]))
     return found
 
 
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in REFUSED])
 def test_a_step_of_an_optimizer_is_that_of_one_process(choice):
-    expected = train(Alone, choice)
+    expected = train(Strategy, choice)
     for found in run_ranks(2, train, FSDP, choice):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
@@ -83,8 +83,8 @@ def test_an_optimizer_that_would_step_otherwise_is_refused_by_name(choice):
 
 
 def compute(dtype, settings):
-    module, layout = Net(dtype), FSDP(**settings)
-    layout.place(module)
+    module, strategy = Net(dtype), FSDP(**settings)
+    strategy.shard(module)
     output = module(torch.ones(4, 5, dtype=dtype))
     output["loss"].backward()
     gradients = {p.grad.dtype for p in module.parameters()}

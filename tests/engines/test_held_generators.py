@@ -111,7 +111,7 @@ class Batches:
     def __next__(self):
         return torch.linspace(-1, 1, 8).reshape(2, 4)
 
-    def mark(self):
+    def position(self):
         return None
 
 

@@ -17,16 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runner.engines import Engine, Engines, forward, gradients
 from runner.engines import metrics as gathered
 from runner.engines.fsdp import FSDP
-from runner.engines.strategies import DDP, Alone
+from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.sampler.batches import slice_of
 from runner.utils.train import Loop
-from runner.utils.train.failures import Halt
+from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper import optimize
 
 TIME, WIDTH = 5, 3
-LAYOUTS = {"alone": Alone, "ddp": DDP, "fsdp": FSDP}
+LAYOUTS = {"alone": Strategy, "ddp": DDP, "fsdp": FSDP}
 FORMS = {
     "int": lambda count: int(count),
     "numpy": lambda count: np.float32(int(count)),
@@ -56,7 +56,7 @@ class Case:
     """A run: `lengths[step][micro_step]` are the terms of each sample."""
 
     lengths: list
-    layout: str = "alone"
+    strategy: str = "alone"
     form: str = "tensor"
     clip_norm: float = 0.0
     optimizer: str = "sgd"
@@ -102,20 +102,20 @@ def compute_directly(case):
     return module.state_dict(), means, float(norm) if norm is not None and case.clip_norm else None
 
 
-def make_engines(case, agreement=None, **settings):
+def make_engines(case, coordinator=None, **settings):
     module = settings.pop("module", None) or Masked(case.form, case.dtype)
-    layout = LAYOUTS[case.layout]()
-    layout.join(agreement or Agreement(), "model", True)
-    layout.place(module)
+    strategy = LAYOUTS[case.strategy]()
+    strategy.join(coordinator or Coordinator(), "model", True)
+    strategy.shard(module)
     settings = {"clip_norm": case.clip_norm, "on_nonfinite": "stop", "accumulate": len(case.lengths[0])} | settings
-    return Engines(model=Engine(module, case.make_optimizer(module), layout=layout, **settings))
+    return Engines(model=Engine(module, case.make_optimizer(module), strategy=strategy, **settings))
 
 
 def train(case, **settings):
     """Returns weights, metrics and the faults of each step, of this rank's slices of the batches."""
-    agreement = Agreement()
-    engines = make_engines(case, agreement, **settings)
-    rank, count = distributed.rank(), distributed.num_ranks()
+    coordinator = Coordinator()
+    engines = make_engines(case, coordinator, **settings)
+    rank, count = distributed.rank(), distributed.world_size()
     faults = []
     for parts in case.batches():
         for part in parts:
@@ -123,7 +123,9 @@ def train(case, **settings):
             start, end = slice_of(size, rank, count)
             own = {key: value[start:end] if start < end else value[:1] for key, value in part.items()}
             engines.micro_step(own, (end - start) * count / size)
-        faults.append(engines.step(lambda: {word.topic: word for word in agreement.hear() if word.topic != "weighted"}))
+        faults.append(
+            engines.step(lambda: {word.topic: word for word in coordinator.poll() if word.topic != "weighted"})
+        )
     metrics = engines.take_metrics()
     return engines.export_states()["model"], metrics, faults
 
@@ -156,7 +158,7 @@ CASES = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.builds(Case, layout=st.just("alone"), **CASES))
+@given(st.builds(Case, strategy=st.just("alone"), **CASES))
 def test_one_process_trains_as_computed_directly(case):
     check(case, train(case))
 
@@ -194,7 +196,7 @@ def train_on_two_ranks():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.builds(Case, layout=st.sampled_from(["ddp", "fsdp"]), **CASES))
+@given(st.builds(Case, strategy=st.sampled_from(["ddp", "fsdp"]), **CASES))
 def test_two_ranks_train_as_computed_directly(train_on_two_ranks, case):
     for found in train_on_two_ranks(case):
         check(case, found)
@@ -284,28 +286,28 @@ def test_a_device_is_not_waited_for(clip_norm, is_accumulated, caplog):
     assert all(metrics[name] == pytest.approx(mean, rel=1e-6) for name, mean in means.items())
 
 
-def one_thousand_and_three_terms(layout, dtype, weighted):
+def one_thousand_and_three_terms(strategy, dtype, weighted):
     """Trains a linear model whose ranks have 1003 and 1 terms; returns weights, faults and the collectives."""
-    agreement, rank = Agreement(), distributed.rank()
+    coordinator, rank = Coordinator(), distributed.rank()
     module = nn.Linear(1, 1, bias=False).to(dtype)
     with torch.no_grad():
         module.weight.fill_(0.0)
-    made = LAYOUTS[layout]()
-    made.join(agreement, "model", True)
-    made.place(module)
+    made = LAYOUTS[strategy]()
+    made.join(coordinator, "model", True)
+    made.shard(module)
 
     def feed(module, batch):
         loss = (module(batch) * (1.0 if rank else 0.0)).float().sum()
         return {"loss": loss} | ({"weight": 1 if rank else 1003} if weighted else {})
 
-    settings = {"feeder": feed, "layout": made, "clip_norm": 10.0, "on_nonfinite": "stop"}
+    settings = {"feeder": feed, "strategy": made, "clip_norm": 10.0, "on_nonfinite": "stop"}
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=1004.0), **settings)
     calls = []
     for _ in range(3):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             engine.micro_step(torch.ones(1, 1, dtype=dtype))
             assert engine.prepare() is None
-            agreement.hear()
+            coordinator.poll()
             engine.update()
         calls.append([event.name for event in profile.events() if event.name.startswith("gloo:")])
     weight = Engines(model=engine).export_states()["model"]["weight"].item()
@@ -313,13 +315,13 @@ def one_thousand_and_three_terms(layout, dtype, weighted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_the_weights_of_all_ranks_are_added_exactly_and_in_an_exchange_that_there_is(layout, dtype):
-    found = run_ranks(2, one_thousand_and_three_terms, layout, dtype, True)
-    (_, without), _ = run_ranks(2, one_thousand_and_three_terms, layout, dtype, False)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_weights_of_all_ranks_are_added_exactly_and_in_an_exchange_that_there_is(strategy, dtype):
+    found = run_ranks(2, one_thousand_and_three_terms, strategy, dtype, True)
+    (_, without), _ = run_ranks(2, one_thousand_and_three_terms, strategy, dtype, False)
     for weight, num_collectives in found:
         assert weight == -3.0  # 1 of 1004 terms has a gradient of 1, at a rate of 1004; of 1005 it would be less
-        assert num_collectives == without + (layout == "ddp" and dtype is torch.bfloat16)
+        assert num_collectives == without + (strategy == "ddp" and dtype is torch.bfloat16)
 
 
 def train_low(case, engines=None, steps=slice(None), layout_rank=(0, 1)):
@@ -330,8 +332,8 @@ def train_low(case, engines=None, steps=slice(None), layout_rank=(0, 1)):
         found = module(**batch)
         return found | {"loss": 0.1 * found["loss"], "weight": 1000 * found["weight"]}
 
-    agreement = Agreement()
-    engines = engines or make_engines(case, agreement, precision="fp16", feeder=feed, on_nonfinite="ignore")
+    coordinator = Coordinator()
+    engines = engines or make_engines(case, coordinator, precision="fp16", feeder=feed, on_nonfinite="ignore")
     for parts in case.batches()[steps]:
         for part in parts:
             engines.micro_step({key: value.chunk(count)[rank] for key, value in part.items()})
@@ -353,16 +355,16 @@ def test_gradients_of_fp16_stay_in_range_and_resume_as_they_were():
     assert again.take_metrics() == whole.take_metrics()
 
 
-def train_low_on_a_rank(layout):
-    engines = train_low(replace(LOW, layout=layout), layout_rank=(distributed.rank(), distributed.num_ranks()))
+def train_low_on_a_rank(strategy):
+    engines = train_low(replace(LOW, strategy=strategy), layout_rank=(distributed.rank(), distributed.world_size()))
     return engines.export_states()["model"], engines.take_metrics(), engines["model"].steps
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_ranks_of_fp16_train_as_one_process(layout):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_of_fp16_train_as_one_process(strategy):
     whole = train_low(LOW)
     weights, metrics = whole.export_states()["model"], whole.take_metrics()
-    for state, found, steps in run_ranks(2, train_low_on_a_rank, layout):
+    for state, found, steps in run_ranks(2, train_low_on_a_rank, strategy):
         assert steps == 5
         for name, value in weights.items():
             torch.testing.assert_close(state[name], value, rtol=2e-3, atol=2e-3)
@@ -372,18 +374,18 @@ def test_ranks_of_fp16_train_as_one_process(layout):
 
 def release_others():
     """Takes 4 steps of bf16 weights, the third of which rank 1 can't make; returns what was heard, and the weights."""
-    agreement, case = Agreement(), Case([[[3, 1]]] * 4, "ddp", dtype=torch.bfloat16)
-    engines = make_engines(case, agreement, feeder=lambda module, batch: {**module(**batch), "weight": 2})
+    coordinator, case = Coordinator(), Case([[[3, 1]]] * 4, "ddp", dtype=torch.bfloat16)
+    engines = make_engines(case, coordinator, feeder=lambda module, batch: {**module(**batch), "weight": 2})
     heard, can_release = [], []
     for step, (part,) in enumerate(case.batches()):
-        can_release.append(engines.can_make_up)
+        can_release.append(engines.can_shadow)
         if step == 2 and distributed.rank() == 1:
-            agreement.say("error", "mine")
-            engines.make_up()
+            coordinator.post("error", "mine")
+            engines.shadow_step()
         else:
             engines.micro_step(part)
             engines["model"].prepare()
-        heard.append([tuple(word) for word in agreement.hear() if word.topic == "error"])
+        heard.append([tuple(word) for word in coordinator.poll() if word.topic == "error"])
         if heard[-1]:
             engines.discard()
         else:
@@ -448,12 +450,12 @@ def test_a_weight_is_returned_always_or_never():
         third.micro_step(first)
 
 
-def weigh_on_one_rank(layout):
+def weigh_on_one_rank(strategy):
     """Takes a step of a `Loop` whose model has a weight on rank 0 alone; returns how it ends."""
-    case, agreement = Case([[[2, 3]]], layout), Agreement()
-    engines = make_engines(case, agreement, module=Masked("" if distributed.rank() else "tensor", torch.float64))
-    loop = Loop(engines, Stream(case), steps=3, agreement=agreement)
-    with pytest.raises((Halt, distributed.LeftError)) as caught:
+    case, coordinator = Case([[[2, 3]]], strategy), Coordinator()
+    engines = make_engines(case, coordinator, module=Masked("" if distributed.rank() else "tensor", torch.float64))
+    loop = Loop(engines, Stream(case), steps=3, coordinator=coordinator)
+    with pytest.raises((TrainingStopped, distributed.RankAbortError)) as caught:
         loop.run()
     return str(caught.value), engines["model"].steps
 
@@ -470,16 +472,16 @@ class Stream:
         self.num_samples_total += len(self.batch["x"])
         return self.batch
 
-    def mark(self):
+    def position(self):
         return self.num_samples_total
 
-    def rewind(self, mark):
-        self.num_samples_total = mark
+    def seek(self, position):
+        self.num_samples_total = position
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_a_weight_on_some_ranks_alone_ends_all_before_an_update(layout):
-    for message, steps in run_ranks(2, weigh_on_one_rank, layout):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_weight_on_some_ranks_alone_ends_all_before_an_update(strategy):
+    for message, steps in run_ranks(2, weigh_on_one_rank, strategy):
         assert "model: the forward returned a weight on some ranks and not on others" in message
         assert steps == 0
 

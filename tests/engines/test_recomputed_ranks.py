@@ -10,7 +10,7 @@ from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
 from runner.engines.strategies import DDP
 from runner.utils import distributed, unsloth
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.unsloth.offload import Offloader
 
 
@@ -49,18 +49,18 @@ def train(make_layout, how, kind, accumulate):
         engine = Offloader(device, min_bytes=0, keep_last=0, in_flight=1)
         for block in module.blocks:
             unsloth.wrap(block, engine)
-    agreement, layout = Agreement(), make_layout()
-    layout.join(agreement, "one", True)
-    layout.place(module)
+    coordinator, strategy = Coordinator(), make_layout()
+    strategy.join(coordinator, "one", True)
+    strategy.shard(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-    engines = Engines(one=Engine(module, optimizer, layout=layout, accumulate=accumulate, clip_norm=0.5))
+    engines = Engines(one=Engine(module, optimizer, strategy=strategy, accumulate=accumulate, clip_norm=0.5))
     generator = torch.Generator().manual_seed(4)
     for step in range(3):
         for _ in range(accumulate):
             batch = torch.randn(8, 5, generator=generator).chunk(2)[distributed.rank()]
             torch.manual_seed(step)
             engines.micro_step({"x": batch})
-        assert engines.step(agreement.hear) == {}
+        assert engines.step(coordinator.poll) == {}
     assert not device.mistakes
     assert (device.num_sent > 0) is (how == "offloaded")
     return engines.take_metrics(), engines.export_states()["one"]

@@ -7,10 +7,10 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.engines.optim.hyperparameters import check_sparse
-from runner.engines.optim.optimizers import Joined, muon
-from runner.engines.strategies import DDP, Alone
+from runner.engines.optim.optimizers import ChainedOptimizer, muon
+from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 
 
 class Table(nn.Module):
@@ -34,29 +34,29 @@ CASES = {
 
 
 def train(sparse, make_layout, settings):
-    module, layout, agreement = Table(sparse), make_layout(), Agreement()
-    layout.join(agreement, "model", True)
-    layout.place(module)
+    module, strategy, coordinator = Table(sparse), make_layout(), Coordinator()
+    strategy.join(coordinator, "model", True)
+    strategy.shard(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    engine = Engine(module, optimizer, layout=layout, **settings)
+    engine = Engine(module, optimizer, strategy=strategy, **settings)
     engines, norms = Engines(model=engine), []
     for batch in BATCHES:
-        engines.micro_step({"i": batch.chunk(distributed.num_ranks())[distributed.rank()]})
+        engines.micro_step({"i": batch.chunk(distributed.world_size())[distributed.rank()]})
         if engine.micro_steps % engine.accumulate == 0:
-            assert engines.step(agreement.hear) == {}
+            assert engines.step(coordinator.poll) == {}
             norms.append(engines.take_metrics().get("grad_norm"))
     return norms, [parameter.detach().clone() for parameter in module.parameters()]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sparse_gradients_train_as_dense_ones(case):
-    found, expected = train(True, Alone, CASES[case]), train(False, Alone, CASES[case])
+    found, expected = train(True, Strategy, CASES[case]), train(False, Strategy, CASES[case])
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", ["clipped", "accumulated"])
 def test_sparse_gradients_are_exchanged(case):
-    expected = train(False, Alone, CASES[case])
+    expected = train(False, Strategy, CASES[case])
     for found in run_ranks(2, train, True, DDP, CASES[case]):
         torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -78,7 +78,7 @@ def test_an_optimizer_that_takes_no_sparse_gradients_is_refused_with_the_layers_
     sgd, adamw = torch.optim.SGD(parameters, lr=0.1), torch.optim.AdamW(parameters)
     check_sparse(module, sgd, is_sharded=False)
     check_sparse(Table(sparse=False), torch.optim.AdamW(parameters), is_sharded=True)
-    check_sparse(module, Joined([torch.optim.SparseAdam(table), torch.optim.AdamW(out)]), is_sharded=False)
+    check_sparse(module, ChainedOptimizer([torch.optim.SparseAdam(table), torch.optim.AdamW(out)]), is_sharded=False)
     refused = [
         (adamw, False, r"AdamW can't take the sparse gradients of table; set sparse=false there, or choose SparseAdam"),
         (sgd, True, r"SGD under FSDP can't take the sparse gradients of table; set sparse=false there$"),

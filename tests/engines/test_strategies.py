@@ -10,9 +10,9 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
-from runner.engines.strategies import DDP, Alone
+from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.modules.selection import find_blocks
 from runner.utils.wrapper import freeze
 
@@ -50,26 +50,26 @@ def batches(accumulate):
 def train(make_layout, settings):
     """Trains two engines, one with a frozen layer; returns what is left of it, the same on every rank."""
     torch.set_num_threads(1)
-    accumulate, rank, count = settings.get("accumulate", 1), distributed.rank(), distributed.num_ranks()
-    agreement, engines, exchanges = Agreement(), Engines(), []
+    accumulate, rank, count = settings.get("accumulate", 1), distributed.rank(), distributed.world_size()
+    coordinator, engines, exchanges = Coordinator(), Engines(), []
     for number, name in enumerate(("one", "two")):
         torch.manual_seed(number)
         module = settings.get("kind", Net)(scale=1.0 + 30 * number)
         if number:
             freeze(module, ["layers.1.*"])
-        layout = make_layout() if count > 1 else Alone()
-        layout.join(agreement, name, number == 1)
-        layout.place(module)
+        strategy = make_layout() if count > 1 else Strategy()
+        strategy.join(coordinator, name, number == 1)
+        strategy.shard(module)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01)
         own = {"clip_norm": 0.5, "on_nonfinite": "stop", "accumulate": accumulate}
         own |= {key: value for key, value in settings.items() if key != "kind"}
-        engines[name] = Engine(module, optimizer, layout=layout, **own)
+        engines[name] = Engine(module, optimizer, strategy=strategy, **own)
     found = []
     for step in range(STEPS):
         for batch in batches(accumulate)[step * accumulate : (step + 1) * accumulate]:
             part = batch.chunk(count)[rank]
             engines.micro_step({"x": part})
-        assert engines.step(agreement.hear) == {}
+        assert engines.step(coordinator.poll) == {}
         found.append(engines.take_metrics())
     state = engines.export_states()
     whole = {name: layout_whole(engine) for name, engine in engines.items()}
@@ -77,7 +77,7 @@ def train(make_layout, settings):
 
 
 def layout_whole(engine):
-    return engine.layout.whole(engine.optimizer.state_dict()["state"])
+    return engine.strategy.to_full(engine.optimizer.state_dict()["state"])
 
 
 CASES = {
@@ -91,11 +91,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("layout", [DDP, FSDP])
-def test_metrics_norms_and_weights_are_those_of_one_process(case, count, layout):
-    expected, weights, optimizers, _ = train(Alone, CASES[case])
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_metrics_norms_and_weights_are_those_of_one_process(case, count, strategy):
+    expected, weights, optimizers, _ = train(Strategy, CASES[case])
     tolerance = {"rtol": 0.02, "atol": 0.02} if "precision" in CASES[case] else {"rtol": 1e-5, "atol": 1e-5}
-    for found, state, whole, _ in run_ranks(count, train, layout, CASES[case]):
+    for found, state, whole, _ in run_ranks(count, train, strategy, CASES[case]):
         for one, other in zip(expected, found, strict=True):
             assert one.keys() == other.keys()
             for key in one:
@@ -108,7 +108,7 @@ def test_metrics_norms_and_weights_are_those_of_one_process(case, count, layout)
 
 
 def test_a_parameter_that_no_forward_uses_is_found_where_that_is_asked_for():
-    _, weights, _, _ = train(Alone, {"kind": WithUnused})
+    _, weights, _, _ = train(Strategy, {"kind": WithUnused})
     (_, state, _, _), _ = run_ranks(2, train, lambda: DDP(find_unused_parameters=True), {"kind": WithUnused})
     for key, value in weights["one"].items():
         torch.testing.assert_close(state["one"][key], value, rtol=1e-5, atol=1e-5)
@@ -116,21 +116,21 @@ def test_a_parameter_that_no_forward_uses_is_found_where_that_is_asked_for():
 
 def _count_collectives(accumulate):
     calls = []
-    agreement = Agreement()
-    layout = DDP()
-    layout.join(agreement, "model", True)
+    coordinator = Coordinator()
+    strategy = DDP()
+    strategy.join(coordinator, "model", True)
     module = Net()
-    settings = {"accumulate": accumulate, "clip_norm": 1.0, "on_nonfinite": "stop", "layout": layout}
+    settings = {"accumulate": accumulate, "clip_norm": 1.0, "on_nonfinite": "stop", "strategy": strategy}
     engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), **settings)
     engines = Engines(model=engine)
     for _ in range(3):  # the first builds buckets
         for _ in range(accumulate):
             engines.micro_step({"x": torch.ones(4, 5)})
-        engines.step(agreement.hear)
+        engines.step(coordinator.poll)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(accumulate):
             engines.micro_step({"x": torch.ones(4, 5)})
-        engines.step(agreement.hear)
+        engines.step(coordinator.poll)
     calls = [event.name for event in profile.events() if event.name.startswith("gloo:")]
     return calls
 
@@ -141,22 +141,22 @@ def test_an_undisturbed_step_makes_the_gradient_exchange_and_no_other_collective
 
 
 def _make_up():
-    agreement, layout, module = Agreement(), DDP(), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    layout.join(agreement, "model", True)
-    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), feeder=feed, layout=layout)
+    coordinator, strategy, module = Coordinator(), DDP(), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    strategy.join(coordinator, "model", True)
+    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), feeder=feed, strategy=strategy)
     engines = Engines(model=engine)
     heard = []
     for step in range(4):
         before = copy.deepcopy(module.state_dict())
         if step == 2 and distributed.rank() == 1:
-            agreement.say("error", "mine")
-            engines.make_up()
-            heard.append(agreement.hear())
+            coordinator.post("error", "mine")
+            engines.shadow_step()
+            heard.append(coordinator.poll())
             engines.discard()
         else:
             engines.micro_step(torch.ones(4, 3) * (step + 1))
             engine.prepare()
-            heard.append(agreement.hear())
+            heard.append(coordinator.poll())
             if heard[-1]:
                 engines.discard()
             else:
@@ -178,7 +178,7 @@ def test_a_rank_that_can_not_make_a_step_releases_the_others_and_training_goes_o
 
 
 def _tie():
-    FSDP().place(Net(is_tied=True))
+    FSDP().shard(Net(is_tied=True))
 
 
 def test_a_weight_shared_between_blocks_is_refused_by_name():
@@ -187,7 +187,7 @@ def test_a_weight_shared_between_blocks_is_refused_by_name():
 
 
 def _renormalize(make_layout):
-    make_layout().place(nn.ModuleDict({"tokens": nn.Embedding(4, 8, max_norm=1.0)}))
+    make_layout().shard(nn.ModuleDict({"tokens": nn.Embedding(4, 8, max_norm=1.0)}))
 
 
 @pytest.mark.parametrize("make_layout", [DDP, FSDP])
@@ -220,15 +220,15 @@ def test_blocks_are_the_children_of_outermost_lists_or_what_globs_name_segment_b
 
 
 def _say_without_samples():
-    agreement, layout, module = Agreement(), DDP(), Net()
-    layout.join(agreement, "model", True)
-    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), layout=layout)
+    coordinator, strategy, module = Coordinator(), DDP(), Net()
+    strategy.join(coordinator, "model", True)
+    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), strategy=strategy)
     is_empty = distributed.rank() == 1
     if is_empty:
-        agreement.say("stop", "mine")
+        coordinator.post("stop", "mine")
     engine.micro_step({"x": torch.ones(2, 5)}, 0.0 if is_empty else 2.0)
     engine.prepare()
-    return [tuple(word) for word in agreement.hear()]
+    return [tuple(word) for word in coordinator.poll()]
 
 
 def test_a_rank_whose_sample_counts_for_nothing_is_heard_all_the_same():
@@ -236,9 +236,9 @@ def test_a_rank_whose_sample_counts_for_nothing_is_heard_all_the_same():
 
 
 def _be_alone():
-    module, layout = Net(), DDP()
-    layout.place(module)
-    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), layout=layout)
+    module, strategy = Net(), DDP()
+    strategy.shard(module)
+    engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), strategy=strategy)
     engine.micro_step({"x": torch.ones(2, 5)})
     engine.step()
     return dist.is_initialized(), list(module.state_dict())

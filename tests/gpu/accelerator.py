@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from runner.utils import unsloth
 from runner.utils.unsloth.offload import Offloader
-from runner.utils.unsloth.streams import Streams
+from runner.utils.unsloth.streams import CopyStreams
 from tests.lazy_device import LazyDevice
 
 HAS_GPU = torch.cuda.is_available()
@@ -30,7 +30,7 @@ OTHER_STREAMS = [torch.cuda.Stream(DEVICE, priority=-1) for _ in range(2)] if HA
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 
 
-class CountingStreams(Streams):
+class CountingStreams(CopyStreams):
     """Streams that count copies, and begin each late: a missing wait for one gives wrong numbers."""
 
     def __init__(self, device: torch.device, is_timed: bool, delay_cycles: int) -> None:

@@ -177,7 +177,7 @@ def test_overwriting_finds_a_source_that_is_freed_before_its_copy_is_done(accele
         def _send(self, handle: Any) -> None:
             super()._send(handle)
             self._under_way.clear()
-            handle.let_go()
+            handle.release_source()
 
     accelerator.delay_cycles = LONG_DELAY_CYCLES
     model, given = large_model()
@@ -476,7 +476,7 @@ def test_auto_moves_the_inputs_of_heavy_blocks_and_leaves_those_of_light_ones() 
             model(given).sum().backward()
             torch.cuda.synchronize()
         middle = [report.blocks[f"blocks.{index}"] for index in (1, 2)]  # the first input is a leaf, the last stays
-        assert [each.gauge is not None and each.gauge.is_worth_it for each in middle] == [is_moved] * 2
+        assert [each.timer is not None and each.timer.is_worth_it for each in middle] == [is_moved] * 2
 
 
 @needs_gpu

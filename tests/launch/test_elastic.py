@@ -23,8 +23,8 @@ from test_ranks import wait_for
 from runner.checkpoint import checkpoints
 from runner.config.errors import ConfigError
 from runner.launch import elastic, worker
-from runner.launch.environment import Place
-from runner.launch.job import Handover
+from runner.launch.environment import ProcessEnvironment
+from runner.launch.job import Job
 
 DDP = ("distributed=ddp", "distributed.nproc_per_node=2", "hydra.run.dir=run")
 STEPS = 40
@@ -50,7 +50,7 @@ def test_ranks_that_share_a_gpu_meet_through_gloo(monkeypatch):
     """nccl refuses two ranks on one GPU."""
     monkeypatch.setattr("runner.utils.distributed.pick_device", lambda name, rank: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    place = Place(num_ranks=2, num_local=2)
+    place = ProcessEnvironment(world_size=2, local_world_size=2)
     chosen = {}
     for device in ("cuda:0", "cuda", "auto"):
         chosen[device] = worker._pick_backend(SimpleNamespace(device=device, backend="auto"), place)
@@ -149,7 +149,7 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
 
 def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
     elsewhere = {"distributed": {"rdzv_endpoint": "node:29500"}}
-    (tmp_path / "handover").write_bytes(Handover(elsewhere, tmp_path, {}, command=["runner"]).encode())
+    (tmp_path / "handover").write_bytes(Job(elsewhere, tmp_path, {}, command=["runner"]).encode())
     with socket.create_server(("127.0.0.1", 0)) as silent:
         names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environment = os.environ | names | {"MASTER_PORT": str(silent.getsockname()[1])}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from runner.config.errors import ConfigError
 from runner.launch import worker
-from runner.launch.environment import Place
-from runner.launch.job import Handover, HandoverError, Post
+from runner.launch.environment import ProcessEnvironment
+from runner.launch.job import Job, JobChannel, JobError
 from runner.utils.files import message
 
 TEXTS = st.text("ab\0é\n\U0001f600\ud83d\ude00", max_size=5)  # lone surrogates too, and two that stand in a row
@@ -46,8 +46,8 @@ def store(request, tmp_path):
 @given(st.dictionaries(TEXTS, VALUES), st.dictionaries(TEXTS, st.binary()), st.lists(TEXTS), st.booleans())
 def test_a_handover_is_read_as_it_was_written(values, files, command, flag):
     values |= {"distributed": DISTRIBUTED, "folder": Path("a/b")}
-    handover = Handover(values, Path("/a/\udcff run"), files, command, goes_on=flag, is_unclaimed=not flag)
-    found = Handover.decode(handover.encode())
+    handover = Job(values, Path("/a/\udcff run"), files, command, goes_on=flag, is_unclaimed=not flag)
+    found = Job.decode(handover.encode())
     assert found == handover
     assert found.distributed == handover.distributed
 
@@ -55,7 +55,7 @@ def test_a_handover_is_read_as_it_was_written(values, files, command, flag):
 def test_an_object_in_the_config_that_cannot_be_sent_is_told_by_its_key(tmp_path):
     values = {"distributed": DISTRIBUTED, "model": {"layers": [1, {"since": datetime.date(2020, 1, 2)}]}}
     with pytest.raises(ConfigError, match=r"^model\.layers\.1\.since: expected a text, .*; found a datetime\.date; "):
-        Handover(values, tmp_path, {}).encode()
+        Job(values, tmp_path, {}).encode()
 
 
 class Canary:
@@ -64,16 +64,18 @@ class Canary:
 
 
 def posts(store):
-    return [Post(store, Place(rank=rank, num_ranks=2)) for rank in range(2)]
+    return [JobChannel(store, ProcessEnvironment(rank=rank, world_size=2)) for rank in range(2)]
 
 
 def test_jobs_and_the_end_go_from_the_first_rank_to_the_others(store, tmp_path):
     first, second = posts(store)
-    jobs = [Handover({"distributed": DISTRIBUTED, "seed": seed}, tmp_path, {"config": b"\xff"}) for seed in range(2)]
+    jobs = [Job({"distributed": DISTRIBUTED, "seed": seed}, tmp_path, {"config": b"\xff"}) for seed in range(2)]
     for job in jobs:
         first.send(job)
     assert [second.receive() for _ in jobs] == jobs
-    first._place = Place(rank=0, num_ranks=2, has_host=True)  # nobody waits here until the other has read it
+    first._place = ProcessEnvironment(
+        rank=0, world_size=2, has_external_store=True
+    )  # nobody waits here until the other has read it
     first.end(75)
     assert second.receive() == 75
 
@@ -84,7 +86,7 @@ def test_anything_else_in_a_store_is_one_error_and_executes_nothing(store, tmp_p
     data = pickle.dumps(Canary()) if content == "pickle" else content
     first, second = posts(store)
     first._put(data)
-    with pytest.raises(HandoverError, match=r"hand-over: expected a run as rank 0 composed it, found .*; start all"):
+    with pytest.raises(JobError, match=r"hand-over: expected a run as rank 0 composed it, found .*; start all"):
         second.receive()
     assert not (tmp_path / "canary").exists()
 
@@ -95,22 +97,22 @@ def test_anything_else_in_a_store_is_one_error_and_executes_nothing(store, tmp_p
      {"settings": {"distributed": {"nnodes": 1, "unknown": 2}}}],
 )  # fmt: skip
 def test_a_handover_with_other_fields_or_types_is_refused(tmp_path, change):
-    handover = Handover({"distributed": DISTRIBUTED}, tmp_path, {})
+    handover = Job({"distributed": DISTRIBUTED}, tmp_path, {})
     vars(handover).update(change)
-    with pytest.raises(HandoverError, match=r"found .*; start all ranks with the same version"):
-        Handover.decode(message.encode(vars(handover)))
+    with pytest.raises(JobError, match=r"found .*; start all ranks with the same version"):
+        Job.decode(message.encode(vars(handover)))
 
 
 def test_a_pickle_beside_the_run_that_is_kept_for_a_restart_executes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    joined = worker.Joined(str(tmp_path / "store"))
+    joined = worker.WorkerGroup(str(tmp_path / "store"))
     assert joined.recall() is None
-    kept = Handover({"distributed": DISTRIBUTED}, tmp_path, {})
+    kept = Job({"distributed": DISTRIBUTED}, tmp_path, {})
     joined.remember(kept)
-    assert worker.Joined(str(tmp_path / "store")).recall() == kept
+    assert worker.WorkerGroup(str(tmp_path / "store")).recall() == kept
     joined._store.set("only", pickle.dumps(Canary()))
-    with pytest.raises(HandoverError):
+    with pytest.raises(JobError):
         joined.recall()
     assert not (tmp_path / "canary").exists()
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from runner.config import checks
 from runner.run import build, exports, saved_model
-from runner.utils.distributed import kept_generators, seed_all
+from runner.utils.distributed import preserve_rng_state, seed_all
 
 CPU = torch.device("cpu")
 
@@ -159,7 +159,7 @@ def test_generators_of_a_program_are_as_they_were_after_a_block():
     seed_all(5, CPU)
     expected = draw()
     seed_all(5, CPU)
-    with contextlib.suppress(KeyError), kept_generators(CPU):
+    with contextlib.suppress(KeyError), preserve_rng_state(CPU):
         seed_all(6, CPU)
         draw()
         raise KeyError
@@ -170,7 +170,7 @@ def test_an_export_leaves_the_generators_of_its_program_alone(at_home):
     seed_all(5, CPU)
     expected = draw()
     seed_all(5, CPU)
-    exports.export(saved_model.open_saved(at_home.folder / "run", (), ["own"]), at_home.folder / "after")
+    exports.export(saved_model.open_checkpoint(at_home.folder / "run", (), ["own"]), at_home.folder / "after")
     assert "own" in sys.modules
     assert draw() == expected
 

@@ -8,9 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 from runner.engines import Engine
 from runner.run.build import _check_sized
-from runner.run.first_step import introduce
+from runner.run.first_step import log_model_summary
 from runner.utils import io
-from runner.utils.train.failures import Halt
+from runner.utils.train.failures import TrainingStopped
 
 
 class Net(nn.Module):
@@ -75,7 +75,7 @@ def step(change, evaluates=False):
     module = Net(change)
     before = module.last.weight.detach().clone()
     engine = Engine(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1))
-    introduce("model", engine, lambda text: None)
+    log_model_summary("model", engine, lambda text: None)
     try:
         if evaluates:
             with engine.evaluating():
@@ -91,14 +91,14 @@ def step(change, evaluates=False):
 @pytest.mark.parametrize("name", CHANGES)
 def test_parameters_that_would_not_be_trained_end_the_first_step_by_name(name, evaluates):
     change, names = CHANGES[name]
-    with pytest.raises(Halt, match=f"model: its first forward has created, .* parameters: .*{names}"):
+    with pytest.raises(TrainingStopped, match=f"model: its first forward has created, .* parameters: .*{names}"):
         step(change, evaluates)
 
 
 @pytest.mark.parametrize("name", BUFFERS)
 def test_buffers_that_a_resumed_run_would_not_have_end_it_too(name):
     change, names = BUFFERS[name]
-    with pytest.raises(Halt, match=rf"created or removed buffers: {names}\. "):
+    with pytest.raises(TrainingStopped, match=rf"created or removed buffers: {names}\. "):
         step(change)
 
 
@@ -106,7 +106,7 @@ def later(change):
     """Returns the known tensors of a module whose second forward changes them."""
     module = Net()
     engine = Engine(module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1))
-    tensors = introduce("model", engine, lambda text: None)
+    tensors = log_model_summary("model", engine, lambda text: None)
     for module.change in (lambda module: None, change):
         engine.micro_step(torch.randn(2, 4))
         engine.step()
@@ -118,15 +118,19 @@ def test_parameters_that_a_later_forward_changes_are_told_likewise(name):
     change, names = CHANGES[name]
     tensors = later(change)
     for check in (tensors.check, tensors.check_quickly):
-        with pytest.raises(Halt, match=f"model: a forward up to step 2 has created, .* parameters: .*{names}") as halt:
+        with pytest.raises(
+            TrainingStopped, match=f"model: a forward up to step 2 has created, .* parameters: .*{names}"
+        ) as halt:
             check("a forward up to step 2")
-        assert not halt.value.is_whole
+        assert not halt.value.is_complete
 
 
 @pytest.mark.parametrize("name", BUFFERS)
 def test_buffers_that_a_later_forward_makes_are_told_before_they_are_saved(name):
     change, names = BUFFERS[name]
-    with pytest.raises(Halt, match=rf"model: a forward up to step 2 has created or removed buffers: {names}\. "):
+    with pytest.raises(
+        TrainingStopped, match=rf"model: a forward up to step 2 has created or removed buffers: {names}\. "
+    ):
         later(change).check("a forward up to step 2")
 
 

@@ -32,7 +32,7 @@ def are_equal(one, other):
 @pytest.fixture
 def plain(at_home):
     """The resolved config of the finished run, for a new run."""
-    return saved_model.open_saved(Path("run"), prefixes=["own"]).plain
+    return saved_model.open_checkpoint(Path("run"), prefixes=["own"]).plain
 
 
 def start(plain, text="run", **changes):

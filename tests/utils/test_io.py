@@ -974,7 +974,7 @@ def test_a_snapshot_holds_what_the_value_was_ties_and_all(tmp_path, suffix):
     weight = torch.arange(12.0).reshape(3, 4)
     value = {"a": weight, "tied": weight, "turned": weight.T, "view": weight[1:], "rest": [1, "x", (2.5, None)]}
     io.save(value, tmp_path / f"direct{suffix}")
-    snapshot = io.Snapshot(value)
+    snapshot = io.HostSnapshot(value)
     weight.zero_()
     value["rest"].append("later")
     io.write_new(snapshot, tmp_path / f"late{suffix}")
@@ -989,4 +989,4 @@ def test_a_snapshot_holds_what_the_value_was_ties_and_all(tmp_path, suffix):
 
 def test_a_snapshot_refuses_at_once_what_cannot_be_stored():
     with pytest.raises(TypeError, match=r'value\["a"\]'):
-        io.Snapshot({"a": object()})
+        io.HostSnapshot({"a": object()})

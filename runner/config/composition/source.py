@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.errors import HEADER, ConfigError, find_misplaced, nearest, shown, top_level_keys
+from runner.config.errors import HEADER, ConfigError, find_misplaced, shown, suggest, top_level_keys
 
 _PACKAGES = ["_global_", "_group_", "_name_", "hydra"]
 _DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `- override /optimizer: sgd`"
@@ -86,7 +86,7 @@ def _read_header(path: str, text: str) -> dict[str, str | None]:
     package = header["package"]
     places = [*_PACKAGES, *top_level_keys()]
     if package and package.partition(".")[0] not in places and "@" not in package:
-        remedy = nearest(package.partition(".")[0], places)
+        remedy = suggest(package.partition(".")[0], places)
         raise ConfigError(f"{name}:1: # @package {shown(package)}: no such place in the config; {remedy}")
     return header
 

@@ -48,7 +48,7 @@ _LIBRARIES = [
 
 
 @dataclass(frozen=True)
-class Trust:
+class Allowlist:
     """What one config may name, beside what the runner brings.
 
     Args:
@@ -69,7 +69,7 @@ class Trust:
     sign: str = ""
     is_signed: bool = False
 
-    def is_own(self, node: Mapping[str, Any]) -> bool:
+    def is_users_own(self, node: Mapping[str, Any]) -> bool:
         """Says whether the user's own config names the node's target; if that is a library's, with its arguments."""
         target = node["_target_"]
         owned = [each for config in self.own for _, each in _nodes(config)]
@@ -77,7 +77,7 @@ class Trust:
             return node in owned
         return any(each["_target_"] == target for each in owned)
 
-    def is_own_value(self, key: str, value: str) -> bool:
+    def is_users_own_value(self, key: str, value: str) -> bool:
         """Says whether the user's own config has that value at that key."""
         return any((key, value) in [pair for pair in _walk(config) if isinstance(pair[1], str)] for config in self.own)
 
@@ -88,7 +88,7 @@ def add_trust_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--sign", action="store_true", help=_SIGN_HELP)
 
 
-def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
+def check_interpolations(config: Mapping[str, Any], trust: Allowlist) -> None:
     """Checks that an unresolved config reads nothing but itself: `${oc.env:SECRET}` would tell what the machine knows.
 
     Raises:
@@ -100,13 +100,13 @@ def check_interpolations(config: Mapping[str, Any], trust: Trust) -> None:
     found = [
         f"{shown(key)}={shown(value)}: {NOT_FOLLOWED}"
         for key, value in _walk(config)
-        if isinstance(value, str) and reads_elsewhere(value) and not trust.is_own_value(key, value)
+        if isinstance(value, str) and reads_elsewhere(value) and not trust.is_users_own_value(key, value)
     ]
     if found:
-        raise ConfigError(_told(trust, found, "Where you want it, set that key on this command line"))
+        raise ConfigError(_format_refusal(trust, found, "Where you want it, set that key on this command line"))
 
 
-def check_names(config: Mapping[str, Any], trust: Trust) -> None:
+def check_paths(config: Mapping[str, Any], trust: Allowlist) -> None:
     """Checks every `_target_` by its letters; imports nothing.
 
     Raises:
@@ -120,10 +120,10 @@ def check_names(config: Mapping[str, Any], trust: Trust) -> None:
             refused.append(f"{shown(key)}={shown(str(node['_target_']))}: {reason}")
             roots += [str(node["_target_"]).partition(".")[0]]
     if refused:
-        raise ConfigError(_told(trust, refused, _remedy(trust, roots)))
+        raise ConfigError(_format_refusal(trust, refused, _remedy(trust, roots)))
 
 
-def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
+def check_resolved_objects(config: Mapping[str, Any], trust: Allowlist) -> None:
     """Checks that each target, imported now, is really one of an allowed module's; calls nothing.
 
     Run it after `check_names`, on what is to be built. A target that can't be imported is told elsewhere.
@@ -133,18 +133,18 @@ def check_objects(config: Mapping[str, Any], trust: Trust) -> None:
     """
     if trust.is_signed:
         return
-    nodes = [(key, node) for key, node in _nodes(config) if not trust.is_own(node)]
+    nodes = [(key, node) for key, node in _nodes(config) if not trust.is_users_own(node)]
     reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
     refused = [f"{shown(key)}={shown(target)}: {reason}" for key, target, reason in reasons if reason]
     if refused:
-        raise ConfigError(_told(trust, refused, None))
+        raise ConfigError(_format_refusal(trust, refused, None))
 
 
-def _refuse_name(node: Mapping[str, Any], trust: Trust) -> str | None:
+def _refuse_name(node: Mapping[str, Any], trust: Allowlist) -> str | None:
     target = node["_target_"]
     if not isinstance(target, str):
         return "expected the dotted path of a class or function"
-    if trust.is_own(node) or target in SHIPPED:
+    if trust.is_users_own(node) or target in SHIPPED:
         return None
     if len(target) > _LONGEST_PATH or not _DOTTED.fullmatch(target):
         return "expected the dotted path of a class or function"
@@ -221,13 +221,13 @@ def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from _walk(child, f"{key}.{name}".lstrip("."))
 
 
-def _remedy(trust: Trust, roots: list[str]) -> str | None:
+def _remedy(trust: Allowlist, roots: list[str]) -> str | None:
     never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
     trusted = sorted({root for root in roots if re.fullmatch(r"\w+", root)} - never)
     return f"If you trust that file and what is named: {trust.remedy.format(','.join(trusted))}" if trusted else None
 
 
-def _told(trust: Trust, refused: list[str], remedy: str | None) -> str:
+def _format_refusal(trust: Allowlist, refused: list[str], remedy: str | None) -> str:
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
     why = f"It isn't known to be yours: {one_line(trust.reason)}."
     why += f" If it is: {trust.sign} signs it as it is" if trust.sign else ""

@@ -66,7 +66,7 @@ def put(group: dict[str, Any], key: str, value: Any) -> None:
         group[key] = value
 
 
-def check_held(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
+def check_covers_parameters(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
     """Checks that an optimizer holds every parameter that is to be trained: another would stay as it is, silently.
 
     Raises:
@@ -112,7 +112,7 @@ def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float)
         set_base_lr(optimizer, scheduler, index, lr if base == bases[0] else lr * base / bases[0])
 
 
-def configured(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
+def snapshot_hyperparameters(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the settings of an optimizer and scheduler just built, as plain values."""
     groups = [describe(group, _LEFT_OUT) for group in optimizer.param_groups] if optimizer else []
     kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))

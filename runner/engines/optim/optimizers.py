@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from runner.utils.distributed import generator_of
+from runner.utils.distributed import default_generator
 from runner.utils.serialization import is_spread
-from runner.utils.utils import mix
+from runner.utils.utils import derive_seed
 from runner.utils.wrapper.float8 import import_torchao
 
 
-class Joined(Optimizer):
+class ChainedOptimizer(Optimizer):
     """Several optimizers over different parameters, stepped as one; their groups stand in one list."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -123,7 +123,7 @@ def muon(
     if rest:
         first, second = adamw_betas
         optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(first, second), weight_decay=weight_decay))
-    return optimizers[0] if len(optimizers) == 1 else Joined(optimizers)
+    return optimizers[0] if len(optimizers) == 1 else ChainedOptimizer(optimizers)
 
 
 class TorchaoAdamW(Optimizer):
@@ -216,10 +216,10 @@ class TorchaoAdamW(Optimizer):
     @contextlib.contextmanager
     def _drawing(self) -> Iterator[None]:
         """Seeds what the rounding draws from, and leaves the generators as they were."""
-        generators = [generator_of(device) for device in self._devices] if self._rounds else []
+        generators = [default_generator(device) for device in self._devices] if self._rounds else []
         states = [generator.get_state() for generator in generators]
         for generator in generators:
-            generator.manual_seed(mix(self._seed, self._num_steps, -4))
+            generator.manual_seed(derive_seed(self._seed, self._num_steps, -4))
         try:
             yield
         finally:

@@ -34,7 +34,7 @@ _NUM_LOOKS = 64
 _MOST_SIMULATED = 100_000  # steps, of some 5 us
 
 
-class Schedule:
+class LRSchedule:
     """Steps a scheduler, and records what a resume with other settings needs to replay it.
 
     The rates follow from the scheduler's settings, the number of steps, and events: base rates that were set live, and

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from runner.utils import distributed
-from runner.utils.distributed import LeftError, LostError, RankError, is_of_connection
+from runner.utils.distributed import RankAbortError, RankError, RankLostError, is_connection_error
 from runner.utils.utils import describe, is_signal
 
 T = TypeVar("T")
 
 
-class Word(NamedTuple):
+class Message(NamedTuple):
     """What a rank said."""
 
     rank: int
@@ -30,7 +30,7 @@ class Word(NamedTuple):
     content: Any
 
 
-class Agreement:
+class Coordinator:
     """What this rank has to say, and what all have said, in one order.
 
     On one process there is nobody to wait for: what was said is heard at once.
@@ -44,30 +44,30 @@ class Agreement:
     def __init__(self, store: dist.Store | None = None, is_late: bool = False) -> None:
         self.is_late = is_late
         self._store = store
-        self._is_many = distributed.is_many()
+        self._is_many = distributed.is_distributed()
         self._words: deque[tuple[str, Any]] = deque()
         self._arrived: list[tuple[Tensor, Any]] = []
         self.is_spread = False  # each rank has a part of the model: any use of it is an exchange
-        self._lost: LostError | None = None  # nobody has left word of why
-        self.has_left = False  # this rank, so that its process is to end and its connections with it
+        self._lost: RankLostError | None = None  # nobody has left word of why
+        self.has_aborted = False  # this rank, so that its process is to end and its connections with it
         self.is_alone = False  # a rank has left, this one or another: nothing more can be exchanged
         self._num_failures = 0
-        self.trouble: BaseException | None = None  # of this rank alone, until the others know
+        self.deferred_error: BaseException | None = None  # of this rank alone, until the others know
 
-    def say(self, topic: str, content: Any = None) -> None:
+    def post(self, topic: str, content: Any = None) -> None:
         """Has something to say at the next occasion; a signal handler or another thread may call it."""
         self._words.append((topic, content))
 
-    def num_unsaid(self) -> int:
+    def num_unsent(self) -> int:
         """Returns how much this rank has to say that the others have not heard."""
         return len(self._words)
 
     @property
-    def is_raised(self) -> bool:
+    def has_messages(self) -> bool:
         """Whether this rank's flag is up."""
         return bool(self._words)
 
-    def arrive(self, flag: Tensor) -> None:
+    def receive_flag(self, flag: Tensor) -> None:
         """Takes what an exchange brought: above 0 where a rank's flag was up. The tensor must not change."""
         if self.is_late and flag.is_cuda:
             flag = flag.detach().to("cpu", non_blocking=True)
@@ -77,10 +77,10 @@ class Agreement:
         else:
             self._arrived.append((flag.detach().clone() if self.is_late else flag.detach(), None))
 
-    def hear(self) -> list[Word]:
+    def poll(self) -> list[Message]:
         """Returns what all ranks said, where a flag was up in a step's exchange; else, at no cost, nothing."""
         if not self._is_many:
-            return self.meet() if self._words else []
+            return self.exchange() if self._words else []
         num_unread = 1 if self.is_late else 0
         is_called = False
         while len(self._arrived) > num_unread:
@@ -88,18 +88,18 @@ class Agreement:
             if event is not None:
                 event.synchronize()
             is_called |= bool(flag.any())
-        return self.meet() if is_called else []
+        return self.exchange() if is_called else []
 
-    def meet(self) -> list[Word]:
+    def exchange(self) -> list[Message]:
         """Returns what all ranks have said so far; all ranks are here, and their flags are down."""
         own = []
         while self._words:
             own.append(self._words.popleft())
         self._arrived.clear()
-        said = distributed.gather(own)
-        return [Word(rank, topic, content) for rank, words in enumerate(said) for topic, content in words]
+        said = distributed.all_gather_object(own)
+        return [Message(rank, topic, content) for rank, words in enumerate(said) for topic, content in words]
 
-    def guarded(self, work: Callable[[], None]) -> None:
+    def defer_error(self, work: Callable[[], None]) -> None:
         """Does what may fail on this rank alone: on several ranks that is kept for the next time that all meet."""
         if not self._is_many:
             work()
@@ -107,11 +107,11 @@ class Agreement:
         try:
             work()
         except BaseException as error:
-            if is_signal(error) or isinstance(error, (LostError, RankError, InterruptedError)):  # all know
+            if is_signal(error) or isinstance(error, (RankLostError, RankError, InterruptedError)):  # all know
                 raise
-            self.trouble = self.trouble or error
+            self.deferred_error = self.deferred_error or error
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def run_on_all_ranks(self, work: Callable[[], T]) -> list[T]:
         """Returns what `work` gave on every rank, by rank; all ranks call it.
 
         Raises:
@@ -120,7 +120,7 @@ class Agreement:
         """
 
         def untroubled() -> T:
-            trouble, self.trouble = self.trouble, None
+            trouble, self.deferred_error = self.deferred_error, None
             if trouble is not None:
                 raise trouble
             if not (self.is_spread and self._is_many):
@@ -128,27 +128,27 @@ class Agreement:
             try:
                 return work()
             except BaseException as error:
-                if is_signal(error) or isinstance(error, LostError):
+                if is_signal(error) or isinstance(error, RankLostError):
                     raise
                 if self.fails_everywhere():
                     raise
-                raise self.leave(describe(error), is_told=False) from error
+                raise self.abort(describe(error), is_told=False) from error
 
-        return distributed.together(untroubled)
+        return distributed.run_on_all_ranks(untroubled)
 
-    def leave(self, reason: str, is_told: bool) -> LeftError:
+    def abort(self, reason: str, is_told: bool) -> RankAbortError:
         """Leaves word of why this rank goes in the midst of what all do, and returns what is to be raised.
 
         Nothing more is to be exchanged then: the others find their connections closed, and read it.
         """
-        self.has_left = self.is_alone = True
+        self.has_aborted = self.is_alone = True
         if self._store is not None and self._is_many:
             word = f"rank {distributed.rank()}: {reason}".encode("utf-8", "backslashreplace").decode()
             with contextlib.suppress(RuntimeError):  # the store has gone before
                 first = self._store.compare_set(_LEFT, "", word).decode(errors="replace")
                 if first != word and first.partition(": ")[2] == reason:  # that rank tells it
-                    return LeftError(first, is_told=True)
-        return LeftError(reason, is_told)
+                    return RankAbortError(first, is_told=True)
+        return RankAbortError(reason, is_told)
 
     def fails_everywhere(self) -> bool:
         """Says whether all ranks fail at once, after the same collectives, so that none waits for another in one.
@@ -159,7 +159,7 @@ class Agreement:
         if self._store is None or not self._is_many:
             return False
         self._num_failures += 1
-        keys = [f"failed/{self._num_failures}/{rank}" for rank in range(distributed.num_ranks())]
+        keys = [f"failed/{self._num_failures}/{rank}" for rank in range(distributed.world_size())]
         try:
             self._store.set(keys[distributed.rank()], str(distributed.count_collectives()))
             if not distributed.wait_for(self._store, keys, _PATIENCE_S):
@@ -168,13 +168,13 @@ class Agreement:
         except RuntimeError:  # the store has gone
             return False
 
-    def why_left(self, error: BaseException) -> str | None:
+    def abort_reason(self, error: BaseException) -> str | None:
         """Returns why another rank has left, if `error` may come of that.
 
         Raises:
             LostError: it comes of that, and nobody has left word.
         """
-        if not self._is_many or not is_of_connection(error):
+        if not self._is_many or not is_connection_error(error):
             return None
         if error is self._lost:
             raise error
@@ -182,7 +182,7 @@ class Agreement:
             if self._store is not None and distributed.wait_for(self._store, [_LEFT], _PATIENCE_S):
                 self.is_alone = True
                 return self._store.get(_LEFT).decode(errors="replace")
-        self._lost = LostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
+        self._lost = RankLostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
         raise self._lost from error
 
 

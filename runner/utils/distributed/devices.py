@@ -37,7 +37,7 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
     return device
 
 
-def generator_of(device: torch.device) -> torch.Generator:
+def default_generator(device: torch.device) -> torch.Generator:
     """Returns the global generator of a device; seeding it costs 1 us, where `torch.manual_seed` costs 80."""
     if device.type == "cuda":
         torch.cuda.init()
@@ -54,16 +54,16 @@ def seed_all(seed: int, device: torch.device) -> None:
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
-        generator_of(device).manual_seed(seed)
+        default_generator(device).manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 
 
 @contextlib.contextmanager
-def kept_generators(device: torch.device = _CPU) -> Iterator[None]:
+def preserve_rng_state(device: torch.device = _CPU) -> Iterator[None]:
     """Leaves the global generators of a program as they were before a block that seeds them."""
     python, numpy = random.getstate(), np.random.get_state()
-    states = [(each, each.get_state()) for each in (torch.default_generator, generator_of(device))]
+    states = [(each, each.get_state()) for each in (torch.default_generator, default_generator(device))]
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ class Rendezvous(Protocol):
     def rank(self) -> int: ...
 
     @property
-    def num_ranks(self) -> int: ...
+    def world_size(self) -> int: ...
 
     @property
     def local_rank(self) -> int: ...
@@ -36,7 +36,7 @@ class Rendezvous(Protocol):
     def port(self) -> int: ...
 
     @property
-    def has_host(self) -> bool:
+    def has_external_store(self) -> bool:
         """Says whether another process listens at the address."""
 
     @property
@@ -58,9 +58,9 @@ def connect(place: Rendezvous, timeout_s: float) -> dist.Store:
         store = dist.FileStore(place.store_file, -1)  # -1: no process removes the file when it closes the store
         store.set_timeout(timeout)
         return store
-    is_host = place.rank == 0 and not place.has_host
+    is_host = place.rank == 0 and not place.has_external_store
     return dist.TCPStore(
-        place.address, place.port, place.num_ranks, is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        place.address, place.port, place.world_size, is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
     )
 
 
@@ -88,42 +88,44 @@ def init_process_group(place: Rendezvous, store: dist.Store | None, backend: str
         backend: gloo, nccl (with gloo for what lies on the CPU), or what torch knows else.
         timeout_s: how long a rank waits for the others in a collective before it raises.
     """
-    if place.num_ranks == 1:
+    if place.world_size == 1:
         yield
         return
     backends = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
     timeout = timedelta(seconds=timeout_s)
     if store is not None:  # what follows waits for the others without hearing a signal
         store.set(f"here/{place.rank}", "")
-        wait_for(store, [f"here/{number}" for number in range(place.num_ranks)], timeout_s)
-    dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.num_ranks, timeout=timeout)
-    global _words, _local_rank
+        wait_for(store, [f"here/{number}" for number in range(place.world_size)], timeout_s)
+    dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    global _control_group, _local_rank
     _local_rank = place.local_rank
-    _words = dist.new_group(backend="gloo", timeout=timeout)  # what goes through `gather` never meets a gradient
+    _control_group = dist.new_group(
+        backend="gloo", timeout=timeout
+    )  # what goes through `gather` never meets a gradient
     try:
         yield
     finally:
-        _words, _local_rank = None, None
+        _control_group, _local_rank = None, None
         dist.destroy_process_group()
 
 
-_words: dist.ProcessGroup | None = None
+_control_group: dist.ProcessGroup | None = None
 _local_rank: int | None = None
 
 
-def is_many() -> bool:
+def is_distributed() -> bool:
     """Says whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def num_ranks() -> int:
+def world_size() -> int:
     """Returns the number of ranks: 1 where there is no group."""
-    return dist.get_world_size() if is_many() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
     """Returns this process's rank: 0 where there is no group."""
-    return dist.get_rank() if is_many() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def local_rank() -> int | None:
@@ -138,26 +140,26 @@ def count_collectives() -> list[int]:
     return [backend._get_sequence_number_for_group() for backend in backends]
 
 
-def is_leader() -> bool:
+def is_rank_zero() -> bool:
     """Says whether this is the rank that writes what is written once."""
     return rank() == 0
 
 
-class LostError(RuntimeError):
+class RankLostError(RuntimeError):
     """Another rank is gone, or does not answer: nothing more can be agreed with it."""
 
 
-class LeftError(LostError):
+class RankAbortError(RankLostError):
     """This rank goes in the midst of what all do, and has left word of why: its message. The cause is what it was."""
 
     def __init__(self, message: str, is_told: bool) -> None:
         super().__init__(message)
-        self.is_told = is_told
+        self.is_expected = is_told
 
 
-def is_of_connection(error: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     """Says whether an error is of ranks that don't reach each other."""
-    if isinstance(error, (LostError, dist.DistBackendError, dist.DistNetworkError)):
+    if isinstance(error, (RankLostError, dist.DistBackendError, dist.DistNetworkError)):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _OF_CONNECTIONS)
 
@@ -165,7 +167,7 @@ def is_of_connection(error: BaseException) -> bool:
 _OF_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Timed out waiting")
 
 
-def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Returns every rank's value, by rank, on every rank. Values are sent as `message.encode` takes them.
 
     Raises:
@@ -173,9 +175,9 @@ def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         LostError: a rank is gone, or does not answer within the group's time.
         RankError: a rank has sent something else than a message.
     """
-    if not is_many():
+    if not is_distributed():
         return [value]
-    return _gather_encoded(message.encode(value), group or _words)
+    return _gather_encoded(message.encode(value), group or _control_group)
 
 
 def _gather_encoded(data: bytes, group: dist.ProcessGroup | None) -> list[Any]:
@@ -203,7 +205,7 @@ def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> li
     try:
         dist.all_gather(parts, own, group=group)
     except RuntimeError as error:
-        raise LostError(str(error).splitlines()[0]) from error
+        raise RankLostError(str(error).splitlines()[0]) from error
     return [part.numpy().tobytes() for part in parts]
 
 
@@ -211,24 +213,24 @@ class RankError(RuntimeError):
     """What failed on one rank, raised on every rank: the message says where and what; its cause, what failed here."""
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Returns what `work` gave on every rank, by rank; all ranks call it.
 
     Raises:
         RankError: it failed on one of them; on one process the error itself.
     """
-    if not is_many():
+    if not is_distributed():
         return [work()]
     cause: BaseException | None = None
     failure: str | None = None
     try:
         data = message.encode((work(), None))
     except BaseException as error:
-        if is_signal(error) or isinstance(error, LostError):
+        if is_signal(error) or isinstance(error, RankLostError):
             raise
         cause, failure = error, _describe_to_ranks(error)
         data = message.encode((None, failure))
-    found = _gather_encoded(data, group or _words)
+    found = _gather_encoded(data, group or _control_group)
     if cause is not None and all(other == failure for _, other in found):
         raise cause  # of all, and the same
     for number, (_, other) in enumerate(found):
@@ -243,10 +245,10 @@ def _describe_to_ranks(error: BaseException) -> str:
     return message_of(error) if is_own else describe(error)
 
 
-def of_leader(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Returns on every rank what `work` gave on the leader, which alone calls it.
 
     Raises:
         RankError: it failed there; on one process the error itself.
     """
-    return together(lambda: work() if is_leader() else None, group)[0]  # type: ignore[return-value]
+    return run_on_all_ranks(lambda: work() if is_rank_zero() else None, group)[0]  # type: ignore[return-value]

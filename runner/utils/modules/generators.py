@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runner.utils.utils import mix
+from runner.utils.utils import derive_seed
 
 _MOST_OBJECTS = 20_000
 _MOST_ITEMS = 1000
@@ -125,7 +125,7 @@ class HeldGenerators:
     def seed(self, seed: int) -> None:
         """Reseeds each generator from a seed and its own path."""
         for reseed, salt in self._reseeds:
-            reseed(mix(seed, salt))
+            reseed(derive_seed(seed, salt))
 
 
 def _find_links(held: Any, parents: dict[int, Any]) -> list[_Place]:
@@ -185,7 +185,7 @@ def _find_reseed(source: Any) -> Callable[[int], Any] | None:
 
 
 def _reseed_pcg64(bits: Any, seed: int) -> None:
-    state = {"state": seed << 64 | mix(seed), "inc": 1}
+    state = {"state": seed << 64 | derive_seed(seed), "inc": 1}
     bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
 

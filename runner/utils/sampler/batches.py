@@ -23,10 +23,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from runner.utils.distributed import is_leader
+from runner.utils.distributed import is_rank_zero
 from runner.utils.files.open_files import end_worker_without_files, separate_offsets
 from runner.utils.sampler.samples import Samples
-from runner.utils.utils import add_note, checked_choice, checked_int, describe, is_signal, message_of, mix
+from runner.utils.utils import add_note, checked_choice, checked_int, derive_seed, describe, is_signal, message_of
 
 _GRACE_S = 1.0
 
@@ -82,7 +82,7 @@ class Batches:
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         self.dataset = dataset
         self.collate = default_collate if collate is None else collate
-        samples = Samples(dataset, self._seed if is_seeded else None, self.collate, is_repeated=is_leader())
+        samples = Samples(dataset, self._seed if is_seeded else None, self.collate, is_repeated=is_rank_zero())
         self._fetched = Fetched(samples, self.collate)
         self._rank, self._num_ranks = rank, checked_int("Batches: num_ranks", num_ranks, 1)
         self._stream: Iterator[Any] | None = None
@@ -147,16 +147,16 @@ class Batches:
         self._delivered = (self._sampler.state_dict(), ordinal)
         self._num_samples = 0
 
-    def mark(self) -> tuple[Mapping[str, Any], int]:
-        """Returns the position as it is, for `rewind`, at no cost."""
+    def position(self) -> tuple[Mapping[str, Any], int]:
+        """Returns the position as it is, for `seek`, at no cost."""
         return self._delivered
 
-    def rewind(self, mark: tuple[Mapping[str, Any], int]) -> None:
-        """Goes back to a mark: the batches delivered since then come again."""
-        if mark is not self._delivered:
+    def seek(self, position: tuple[Mapping[str, Any], int]) -> None:
+        """Goes back to a position: the batches delivered since then come again."""
+        if position is not self._delivered:
             self.close()
-            self._delivered = mark
-            self._sampler.load_state_dict(mark[0])
+            self._delivered = position
+            self._sampler.load_state_dict(position[0])
             self._num_samples = 0
 
     def start_epoch_after(self, state: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ class Batches:
         draws = self._draws()
         if not self._num_workers and not self._pin_memory:
             return (self._fetched[draw] for draw in draws)
-        generator = torch.Generator().manual_seed(mix(self._seed, self._delivered[1], self._rank))
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank))
         loader: DataLoader[Any] = DataLoader(
             self._fetched,
             batch_size=None,

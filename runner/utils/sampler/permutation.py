@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.utils.utils import mix
+from runner.utils.utils import derive_seed
 
 _NUM_ROUNDS = 8
 _LARGEST_SORTED = 1024
@@ -22,13 +22,13 @@ def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list
 
     Source: cycle-walking, Black and Rogaway 2002, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf
     """
-    key = mix(seed, epoch)
+    key = derive_seed(seed, epoch)
     if length <= _LARGEST_SORTED:
         # A network of a few bits prefers some orders; sorting by a hash does not.
         order: list[int] = spread(0, length, key).argsort(kind="stable")[start : start + count].tolist()
         return order
     num_bits = (length - 1).bit_length()
-    keys = [mix(key, i) for i in range(_NUM_ROUNDS)]
+    keys = [derive_seed(key, i) for i in range(_NUM_ROUNDS)]
     images = _feistel(np.arange(start, start + count, dtype=np.uint64), num_bits, keys)
     outside = np.flatnonzero(images >= length)
     while outside.size:
@@ -41,7 +41,7 @@ def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list
 
 def spread(start: int, count: int, key: int) -> NDArray[Any]:
     """Returns 64 random bits for each of start ... start + count - 1."""
-    return _hash(_hash(np.arange(start, start + count, dtype=np.uint64), key), mix(key))
+    return _hash(_hash(np.arange(start, start + count, dtype=np.uint64), key), derive_seed(key))
 
 
 def _feistel(values: NDArray[Any], num_bits: int, keys: list[int]) -> NDArray[Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runner.utils.sampler.permutation import shuffled, spread
-from runner.utils.utils import checked_choice, checked_int, mix
+from runner.utils.utils import checked_choice, checked_int, derive_seed
 
 T = TypeVar("T")
 Setting = int | float | str | None
@@ -111,7 +111,7 @@ class RandomSampler(_EpochSampler[int]):
     def _items(self, epoch: int, start: int, count: int) -> list[int]:
         if not self._replacement:
             return shuffled(self._length, self._seed, epoch, start, count)
-        hashes = spread(start, count, mix(self._seed, epoch))
+        hashes = spread(start, count, derive_seed(self._seed, epoch))
         drawn: list[int] = (hashes % self._length).tolist()
         return drawn
 
@@ -153,7 +153,7 @@ class PoolSampler(_EpochSampler[T]):
 
     def _items(self, epoch: int, start: int, count: int) -> list[T]:
         # Salted: a sweep over samplers of one seed is to compare different orders.
-        drawn: Any = shuffled(self._length, mix(self._seed, 1), epoch, start, count)
+        drawn: Any = shuffled(self._length, derive_seed(self._seed, 1), epoch, start, count)
         return drawn if self._values is None else [self._values[i] for i in drawn]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from runner.utils.distributed import seed_all
 from runner.utils.modules.generators import HeldGenerators
-from runner.utils.utils import mix
+from runner.utils.utils import derive_seed
 
 _CPU = torch.device("cpu")
 _MOST_SEARCHES = 8  # for nothing
@@ -137,7 +137,7 @@ class Samples(Dataset[Any]):
         assert self._seed is not None
         assert self._held is not None
         self.at = ordinal, index
-        seed = mix(self._seed, ordinal)
+        seed = derive_seed(self._seed, ordinal)
         seed_all(seed, _CPU)
         self._held.seed(seed)
         return self._dataset[index]

@@ -3,9 +3,9 @@
 from runner.utils.serialization.flatten import (
     SFT_DTYPES,
     STRUCTURE,
+    FlattenedState,
+    HostSnapshot,
     KeyPath,
-    Packed,
-    Snapshot,
     as_stored,
     compact,
     dtype_of,
@@ -21,9 +21,9 @@ from runner.utils.serialization.flatten import (
 __all__ = [
     "SFT_DTYPES",
     "STRUCTURE",
+    "FlattenedState",
+    "HostSnapshot",
     "KeyPath",
-    "Packed",
-    "Snapshot",
     "as_stored",
     "compact",
     "dtype_of",

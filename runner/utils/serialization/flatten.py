@@ -54,7 +54,7 @@ _STORED = (Tensor, Parameter, torch.UntypedStorage, torch.TypedStorage, np.ndarr
 KeyPath = tuple[Any, ...]
 
 
-class Packed:
+class FlattenedState:
     """A value taken apart: `document`, plain JSON, and `tensors` by name, each tied view once."""
 
     def __init__(self, value: Any) -> None:
@@ -167,7 +167,7 @@ class Packed:
         """Returns when a tensor holds its content: here, at once."""
 
 
-class Snapshot(Packed):
+class HostSnapshot(FlattenedState):
     """A copy of a value, taken apart, its tensors on the CPU: what the value becomes does not reach it.
 
     With `at_once=False` the copy is made by `copy`; meanwhile another thread may wait for the tensors one by one.
@@ -175,7 +175,7 @@ class Snapshot(Packed):
     copy two to three times faster.
     """
 
-    def __init__(self, value: Any, at_once: bool = True, over: Snapshot | None = None) -> None:
+    def __init__(self, value: Any, at_once: bool = True, over: HostSnapshot | None = None) -> None:
         super().__init__(value)
         self._sources = self.tensors
         old = {} if over is None else over.tensors

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from runner.utils.files import disk
-from runner.utils.serialization import SFT_DTYPES, Packed, dtype_of, name_of, unpack
+from runner.utils.serialization import SFT_DTYPES, FlattenedState, dtype_of, name_of, unpack
 
 METADATA_KEY = "weights"  # an export's: what its own run recorded, which would nest at each warm start
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
@@ -94,7 +94,7 @@ def _describe_file(path: Path) -> dict[str, Any] | None:
             return {"kind": _SFT, **_identify(path), "tensors": tensors, "metadata": metadata}
     if kind == _PT:
         is_mapped = zipfile.is_zipfile(path)
-        packed = Packed(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
+        packed = FlattenedState(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
         tensors = {name: _describe_tensor(each.dtype, [*each.shape], each) for name, each in packed.tensors.items()}
         return {"kind": _PT, **_identify(path), "tensors": tensors, "document": packed.document}
     if kind == _NPY:

@@ -1,17 +1,17 @@
 """The training loop: batches through every engine, and at step boundaries metrics, commands and what is due."""
 
 from runner.utils.train.loop import (
-    Inbox,
+    CommandSource,
     Loop,
-    Screen,
+    LoopCommand,
+    ProgressDisplay,
     Stop,
-    Typed,
 )
 
 __all__ = [
-    "Inbox",
+    "CommandSource",
     "Loop",
-    "Screen",
+    "LoopCommand",
+    "ProgressDisplay",
     "Stop",
-    "Typed",
 ]

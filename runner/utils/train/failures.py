@@ -18,23 +18,23 @@ from runner.utils.files.open_files import describe_limit, is_out_of_files
 _DEAD_WORKER = "DataLoader worker (pid"
 
 
-class Halt(Exception):
+class TrainingStopped(Exception):
     """Training can't go on; the message says why. With `is_whole`, the state is that of the last step done."""
 
     def __init__(self, message: str, is_whole: bool = True) -> None:
         super().__init__(message)
-        self.is_whole = is_whole
+        self.is_complete = is_whole
 
 
-class EarlyMistake(Halt):
+class SetupError(TrainingStopped):
     """A mistake in the config that was found before the first step."""
 
 
-class Cut(Exception):
+class StepAborted(Exception):
     """A step was not made, and the loop is stopping anyway."""
 
 
-class Elsewhere(Exception):
+class RemoteFailure(Exception):
     """What one rank can't do, as all ranks know it. `is_told`: it is no mistake in the program.
 
     `is_early`: it is a mistake that was found before the first step.
@@ -42,7 +42,7 @@ class Elsewhere(Exception):
 
     def __init__(self, rank: int, reason: str, is_told: bool, is_oom: bool, is_early: bool = False) -> None:
         super().__init__(reason)
-        self.rank, self.reason, self.is_told, self.is_oom = rank, reason, is_told, is_oom
+        self.rank, self.reason, self.is_expected, self.is_oom = rank, reason, is_told, is_oom
         self.is_early = is_early
 
     def describe(self) -> str:
@@ -51,7 +51,7 @@ class Elsewhere(Exception):
 
 
 @dataclass(frozen=True)
-class Policy:
+class FailurePolicy:
     """What becomes of a step that went wrong.
 
     Args:
@@ -63,13 +63,13 @@ class Policy:
     max_skips: int = 100
 
 
-def explain(error: BaseException, when: str, device: torch.device) -> str | None:
+def describe_failure(error: BaseException, when: str, device: torch.device) -> str | None:
     """Returns what a person should know of an error that is no mistake in the program; None for any other."""
     if memory.is_out_of_memory(error):
         first = (str(error).splitlines() or [""])[0]
         remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
         return f"Out of memory {when}: {memory.describe(device)}; {remedy} ({type(error).__name__}: {first})"
-    if not isinstance(error, Halt) and is_out_of_files(error):
+    if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         found = (str(error).splitlines() or [""])[-1]
         return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {found})"
     if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
@@ -78,7 +78,7 @@ def explain(error: BaseException, when: str, device: torch.device) -> str | None
 
 
 @contextlib.contextmanager
-def told(what: str, as_error: type[Exception]) -> Iterator[None]:
+def disk_errors_as(what: str, as_error: type[Exception]) -> Iterator[None]:
     """What the disk refuses is raised as `as_error`, with the remedy."""
     try:
         yield

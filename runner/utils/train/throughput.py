@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 
-class Pace:
+class Throughput:
     """Times steps; what is done between them, told by `pause`, does not count in `look`."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Pace:
         """So much time went into something else than training."""
         self._paused_s += seconds
 
-    def look(self, step: int, samples: int, tokens: int) -> dict[str, float]:
+    def measure(self, step: int, samples: int, tokens: int) -> dict[str, float]:
         """Returns seconds a step, samples and tokens a second since the last look."""
         now = time.perf_counter()
         then, first_step, first_samples, first_tokens = self._last

@@ -16,15 +16,15 @@ from torch import nn
 from runner.utils.distributed.memory import mib
 from runner.utils.modules.selection import find_blocks, matches, split_idle
 from runner.utils.unsloth.offload import Offloader
-from runner.utils.unsloth.recompute import Block, block_of, is_compiled, is_wrapped, unwrap, wrap
-from runner.utils.unsloth.streams import Streams, has_streams
+from runner.utils.unsloth.recompute import RecomputedBlock, block_of, is_compiled, is_wrapped, unwrap, wrap
+from runner.utils.unsloth.streams import CopyStreams, has_streams
 
-__all__ = ["OFFLOADS", "Block", "Report", "apply", "is_wrapped", "unwrap", "wrap"]
+__all__ = ["OFFLOADS", "RecomputedBlock", "UnslothReport", "apply", "is_wrapped", "unwrap", "wrap"]
 OFFLOADS = ("auto", "always", "never")
 
 
 @dataclass
-class Report:
+class UnslothReport:
     """Which blocks were wrapped, and, after a step, what each of them did."""
 
     modules: dict[str, nn.Module]
@@ -32,7 +32,7 @@ class Report:
     engines: list[Offloader] = field(default_factory=list)
 
     @property
-    def blocks(self) -> dict[str, Block]:
+    def blocks(self) -> dict[str, RecomputedBlock]:
         """What is known of each block, by name."""
         return {name: block_of(module) for name, module in self.modules.items() if is_wrapped(module)}
 
@@ -77,10 +77,10 @@ class Report:
         rows = [("block", "calls", "inputs", "moved", "stalls", "not kept")]
         totals = [0] * 5
         for name, block in self.blocks.items():
-            moved, stalls = (block.gauge.moved_bytes, block.gauge.stalls) if block.gauge is not None else (0, 0)
+            moved, stalls = (block.timer.moved_bytes, block.timer.stalls) if block.timer is not None else (0, 0)
             own = [block.calls, block.input_bytes, moved, stalls, block.spared_bytes]
             totals = [total + each for total, each in zip(totals, own, strict=True)]
-            is_left = block.gauge is not None and not block.gauge.is_worth_it
+            is_left = block.timer is not None and not block.timer.is_worth_it
             rows.append(_row(name, own, " (left alone: moving costs more than it hides)" if is_left else ""))
         rows.append(_row("all", totals))
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
@@ -109,7 +109,7 @@ def apply(
     in_flight: int = 2,
     prefetch: int = 1,
     host_limit: int | None = None,
-) -> Report:
+) -> UnslothReport:
     """Wraps a model's blocks.
 
     Args:
@@ -138,11 +138,11 @@ def apply(
         device = _device_of(module, model)
         if has_streams(device) and offload != "never" and device not in engines:
             engines[device] = Offloader(
-                Streams(device, is_timed=offload == "auto"), is_auto=offload == "auto", min_bytes=min_bytes,
+                CopyStreams(device, is_timed=offload == "auto"), is_auto=offload == "auto", min_bytes=min_bytes,
                 keep_last=keep_last, in_flight=in_flight, prefetch=prefetch, host_limit=host_limit,
             )  # fmt: skip
         wrap(module, engines.get(device), name)
-    return Report(modules, offload, list(engines.values()))
+    return UnslothReport(modules, offload, list(engines.values()))
 
 
 def _check_settings(offload: str, **numbers: tuple[int, int]) -> None:

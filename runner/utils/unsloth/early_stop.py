@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from runner.utils.distributed.memory import place_of
-from runner.utils.unsloth.flat_call import Call
+from runner.utils.unsloth.flat_call import FlatCall
 
 _autograd: Any = torch._C._autograd
 _find_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
@@ -28,7 +28,7 @@ _Stop: Any = getattr(checkpoint, "_StopRecomputationError", None)
 IS_KNOWN = None not in (_find_hooks, _push_hooks, _pop_hooks, _sequence_number, _Stop)
 
 
-def stop_safely(call: Call) -> Callable[[], object] | None:
+def stop_safely(call: FlatCall) -> Callable[[], object] | None:
     """Passes checkpoint's early stop of a recomputation on only if all kept tensors are filled by then.
 
     An operation fills no tensor that autograd tracks, nor a parameter, without telling autograd; one that fills an

@@ -14,7 +14,7 @@ from runner.utils.unsloth.rng_state import Generator, find_generators
 _LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 
 
-class Call:
+class FlatCall:
     """One call of a function: `tensors` are what it was given, in nests and keywords too, until it has run.
 
     A tensor that was given several times is one of them, for a function may ask whether two of its arguments are the

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from runner.utils.distributed.memory import mib, place_of
-from runner.utils.unsloth import Report
+from runner.utils.unsloth import UnslothReport
 
 
-class Attribution:
+class MemoryReport:
     """The bytes of one step by what they are for, on this process.
 
     Args:
         recomputed: the blocks that are recomputed, which keep their inputs alone.
     """
 
-    def __init__(self, module: nn.Module, recomputed: Report) -> None:
+    def __init__(self, module: nn.Module, recomputed: UnslothReport) -> None:
         self._module, self._recomputed = module, recomputed
         self._kept: dict[int, tuple[int, str]] = {}
         self._gradient_bytes = self._optimizer_bytes = 0

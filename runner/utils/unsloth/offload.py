@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runner.utils.unsloth.pinned_memory import HostMemory, Lease
+from runner.utils.unsloth.pinned_memory import PinnedBuffer, PinnedBufferPool
 from runner.utils.unsloth.streams import Transport
 
 
 class Handle:
     """A tensor on the device, on the host, or both. Autograd holds it; with it go its copies."""
 
-    def __init__(self, source: Tensor, transport: Transport, gauge: Gauge | None) -> None:
+    def __init__(self, source: Tensor, transport: Transport, timer: TransferTimer | None) -> None:
         self._transport = transport
         self.source: Tensor | None = source
         self.origin = weakref.ref(source)
         self.version = source._version
         self.shape, self.stride, self.dtype, self.num_bytes = source.shape, source.stride(), source.dtype, source.nbytes
-        self.ready, self.gauge = transport.mark(), gauge
-        self.buffer: Lease | None = None
+        self.ready, self.timer = transport.mark(), timer
+        self.buffer: PinnedBuffer | None = None
         self.is_changed = False
         self.stream = transport.current()
         self.is_used = False
@@ -41,7 +41,7 @@ class Handle:
         self.brought: tuple[weakref.ref[Tensor], Any, Any] | None = None  # and the event of its arrival; its stream
         self.before: weakref.ref[Handle] | None = None
 
-    def let_go(self) -> None:
+    def release_source(self) -> None:
         """Gives the device's memory back: the copy on the host is whole."""
         if self.source is not None:
             self.is_changed |= self.source._version != self.version
@@ -52,7 +52,7 @@ class Handle:
             self._transport.wait(*self.coming[1:])  # type: ignore[index]
 
 
-class Gauge:
+class TransferTimer:
     """What one block's inputs took to move, and, where that is to be found out, whether it hides behind the block."""
 
     _ENOUGH, _MOST = 3, 10  # calls
@@ -123,7 +123,7 @@ class Offloader:
     ) -> None:
         self.transport, self.is_auto = transport, is_auto
         self.min_bytes, self.keep_last, self.in_flight, self.prefetch = min_bytes, keep_last, in_flight, prefetch
-        self.memory = HostMemory(transport, host_limit)
+        self.memory = PinnedBufferPool(transport, host_limit)
         self._kept: deque[weakref.ref[Handle]] = deque()
         self._under_way: deque[tuple[Any, Any, Tensor, weakref.ref[Handle]]] = (
             deque()
@@ -140,11 +140,11 @@ class Offloader:
             for under_way in self._under_way:  # its source and buffer are freed now
                 self.transport.finish(under_way[0])
 
-    def gauge(self) -> Gauge:
+    def timer(self) -> TransferTimer:
         """Returns what is to be given to `pack` with the inputs of one block."""
-        return Gauge(self.transport, self.is_auto)
+        return TransferTimer(self.transport, self.is_auto)
 
-    def pack(self, tensor: Tensor, gauge: Gauge | None = None) -> Any:
+    def pack(self, tensor: Tensor, timer: TransferTimer | None = None) -> Any:
         """Returns what autograd is to keep in place of a tensor."""
         if not self._is_eligible(tensor):
             return tensor, tensor._version
@@ -153,7 +153,7 @@ class Offloader:
             handle = self._by_tensor.get(id(tensor))
             if handle is not None and handle.origin() is tensor and handle.version == tensor._version:
                 return handle  # the input of several blocks
-            handle = Handle(tensor, self.transport, gauge)
+            handle = Handle(tensor, self.transport, timer)
             self._is_on_one_stream = self._is_on_one_stream and handle.stream == self._stream
             self._by_tensor[id(tensor)] = handle
             handle.before, self._newest = self._newest, weakref.ref(handle)
@@ -186,8 +186,8 @@ class Offloader:
         if not self._is_on_one_stream:  # the source may be of another stream than the one that waits for its copy
             self.transport.keep(handle.source)
         handle.buffer = lease
-        if handle.gauge is not None:
-            handle.gauge.moved(handle.num_bytes, begin, end)
+        if handle.timer is not None:
+            handle.timer.moved(handle.num_bytes, begin, end)
         self._under_way.append((end, handle.stream, handle.source, weakref.ref(handle)))
         while len(self._under_way) > self.in_flight:
             self.transport.wait(*self._under_way[0][:2])  # what is computed next may have the memory
@@ -200,7 +200,7 @@ class Offloader:
 
     def _end_oldest(self) -> None:
         if (handle := self._under_way.popleft()[3]()) is not None:
-            handle.let_go()
+            handle.release_source()
 
     def unpack(self, packed: Any) -> Tensor:
         """Returns the tensor that was packed.
@@ -215,7 +215,7 @@ class Offloader:
         with self._lock:
             self._settle()
             found = self._find(packed)
-            self._bring_ahead(packed)
+            self._prefetch(packed)
             return found
 
     def _find(self, handle: Handle) -> Tensor:
@@ -227,15 +227,15 @@ class Offloader:
         handle.is_used = True
         if handle.brought is not None and (found := handle.brought[0]()) is not None:
             self.transport.wait(handle.brought[1], self.transport.current())
-            self.transport.lend(found, handle.brought[2])
+            self.transport.record_stream(found, handle.brought[2])
             return found
         if handle.coming is None:
-            if handle.gauge is not None:
-                handle.gauge.stalls += 1
+            if handle.timer is not None:
+                handle.timer.stalls += 1
             handle.coming = self._bring(handle)
         (target, event, stream), handle.coming = handle.coming, None
         self.transport.wait(event, self.transport.current())
-        self.transport.lend(target, stream)
+        self.transport.record_stream(target, stream)
         handle.brought = weakref.ref(target), event, stream
         return target
 
@@ -247,7 +247,7 @@ class Offloader:
         handle.buffer.last[1:] = [event]
         return target, event, self.transport.current()
 
-    def _bring_ahead(self, handle: Handle) -> None:
+    def _prefetch(self, handle: Handle) -> None:
         """Begins to bring back what was packed before; a guess, for backward goes from the last to the first."""
         for _ in range(self.prefetch):
             before = None if handle.before is None else handle.before()
@@ -268,7 +268,7 @@ class Offloader:
             )
 
 
-def _shaped(lease: Lease, handle: Handle) -> Tensor:
+def _shaped(lease: PinnedBuffer, handle: Handle) -> Tensor:
     """Returns a buffer as a tensor of the handle's shape and strides."""
     flat = lease.buffer[: handle.num_bytes].view(handle.dtype)
     return flat.as_strided(handle.shape, handle.stride)

@@ -15,16 +15,16 @@ from torch import Tensor
 from runner.utils.unsloth.streams import Transport
 
 
-class Lease:
+class PinnedBuffer:
     """A buffer of the host for as long as somebody holds this; then another may have it."""
 
-    def __init__(self, pool: HostMemory, buffer: Tensor) -> None:
+    def __init__(self, pool: PinnedBufferPool, buffer: Tensor) -> None:
         self.buffer = buffer
         self.last: list[Any] = []  # what must have passed before it is written again
         weakref.finalize(self, pool.take_back, buffer, self.last)
 
 
-class HostMemory:
+class PinnedBufferPool:
     """Buffers on the host, used again by tensors of about their size; allocating one stops the device.
 
     Args:
@@ -43,14 +43,14 @@ class HostMemory:
                 for event in last:
                     self._transport.finish(event)
 
-    def lease(self, num_bytes: int) -> Lease | None:
+    def lease(self, num_bytes: int) -> PinnedBuffer | None:
         """Returns a buffer of that size or up to an eighth more, or None where the limit or the host leaves none."""
         size = _rounded(num_bytes)
         with self._lock:
             for index, (buffer, last) in enumerate(self._free):
                 if size <= buffer.numel() <= size + size // 8:
                     del self._free[index]
-                    lease = Lease(self, buffer)
+                    lease = PinnedBuffer(self, buffer)
                     lease.last += last
                     return lease
             self._make_room(size)
@@ -62,7 +62,7 @@ class HostMemory:
                 return None
             self.held_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-        return Lease(self, buffer)
+        return PinnedBuffer(self, buffer)
 
     def _make_room(self, size: int) -> None:
         """Gives up buffers that fit nothing, the oldest first: over the limit, or once they are half of all."""

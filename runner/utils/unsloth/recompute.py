@@ -24,32 +24,32 @@ from runner.utils.distributed.memory import place_of
 from runner.utils.modules.generators import Unsearched
 from runner.utils.unsloth.comparison import is_close, sums_of, tensors_of, tolerance_of
 from runner.utils.unsloth.early_stop import IS_KNOWN
-from runner.utils.unsloth.flat_call import Call
+from runner.utils.unsloth.flat_call import FlatCall
 from runner.utils.unsloth.offload import Offloader
-from runner.utils.unsloth.replay import Replay, Surroundings
+from runner.utils.unsloth.replay import ForwardState, ReplayForwardState
 
 _STATE, _OWN = "_recompute", "_recompute_own_forward"
 _NOTHING = contextlib.nullcontext()
 
 
-class Block(Unsearched):
+class RecomputedBlock(Unsearched):
     """What is known of a wrapped block; it stands in the block's own `__dict__` and is copied with it."""
 
     def __init__(self, module: nn.Module, name: str, engine: Offloader | None) -> None:
         self.name, self.engine = name, engine
-        self.surroundings = Surroundings(module, name)
+        self.surroundings = ForwardState(module, name)
         self.calls = self.input_bytes = self.spared_bytes = 0
         self.input_places: set[int] = set()  # in memory, likewise
         self.is_counting = True  # what its forward would have kept; in its first step only
         self.is_proven = False  # a recomputation has given the output of its forward
-        self.gauge = engine.gauge() if engine is not None else None
+        self.timer = engine.timer() if engine is not None else None
         self.is_here = True
         first = next(module.parameters(), None)
         self._anchor = None if first is None or first.device.type == "cpu" else first
         self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "engine": None, "gauge": None, "is_here": False}  # a pickle has the class's own forward
+        return {**vars(self), "engine": None, "timer": None, "is_here": False}  # a pickle has the class's own forward
 
     def anchored(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns tensors with one of the block's device among them: checkpoint keeps that device's generator."""
@@ -81,16 +81,16 @@ class Block(Unsearched):
                 self.input_places.add(found[0])
                 self.input_bytes += found[1]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Block:
-        copied = Block.__new__(Block)
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecomputedBlock:
+        copied = RecomputedBlock.__new__(RecomputedBlock)
         memo[id(self)] = copied
         for key, value in vars(self).items():
-            vars(copied)[key] = value if key in ("engine", "gauge") else copy.deepcopy(value, memo)
+            vars(copied)[key] = value if key in ("engine", "timer") else copy.deepcopy(value, memo)
         return copied
 
     def context(self) -> Any:
         """Returns what a forward runs in."""
-        is_watched = self.is_counting or (self.gauge is not None and self.gauge.is_measuring)
+        is_watched = self.is_counting or (self.timer is not None and self.timer.is_measuring)
         return _Watched(self) if is_watched else _NOTHING
 
 
@@ -100,14 +100,14 @@ class _Watched:
     It is torch's checkpoint that it is handed to, whose hooks are called, and which keeps none of it.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: RecomputedBlock) -> None:
         self._block, self._seen = block, dict[int, StorageWeakRef]()
         self._hooks: Any = None
         self._begun: Any = None
 
     def __enter__(self) -> None:
-        if self._block.gauge is not None:
-            self._begun = self._block.gauge.begin()
+        if self._block.timer is not None:
+            self._begun = self._block.timer.begin()
         if self._block.is_counting:
             self._count()
 
@@ -134,8 +134,8 @@ class _Watched:
         if self._hooks is not None:
             self._hooks.__exit__(*error)
             self._hooks = None  # it holds this
-        if self._block.gauge is not None:
-            self._block.gauge.end(self._begun)
+        if self._block.timer is not None:
+            self._block.timer.end(self._begun)
 
 
 class _Checked:
@@ -145,7 +145,7 @@ class _Checked:
         module: whose block it is.
     """
 
-    def __init__(self, function: Call, block: Block, module: nn.Module) -> None:
+    def __init__(self, function: FlatCall, block: RecomputedBlock, module: nn.Module) -> None:
         self._function, self._block = function, block
         self._tensors = (*function.tensors, *module.parameters())
         self._sums: list[Tensor] | None = None
@@ -195,7 +195,7 @@ def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block"
     own = module.__dict__.get("forward")
     if own is not None:
         module.__dict__[_OWN] = own
-    module.__dict__[_STATE] = Block(module, name, engine)
+    module.__dict__[_STATE] = RecomputedBlock(module, name, engine)
     module.__dict__["forward"] = types.MethodType(_wrapping(type(module).forward if own is None else own), module)
 
 
@@ -249,7 +249,7 @@ def _wrapping(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
-    block: Block = module.__dict__[_STATE]
+    block: RecomputedBlock = module.__dict__[_STATE]
     block.calls += 1
     if not torch.is_grad_enabled():
         return own(*args, **kwargs)
@@ -257,23 +257,23 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _refuse_compiler()
     if block.is_captured():
         return own(*args, **kwargs)
-    call = Call(own, args, kwargs)
+    call = FlatCall(own, args, kwargs)
     tensors = block.anchored(call.tensors)
     if block.is_counting:
         block.count_inputs(tensors)
     before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
     is_checked = block.is_counting or not block.is_proven
-    replay = Replay(block.surroundings, call, is_checked)
+    replay = ReplayForwardState(block.surroundings, call, is_checked)
     function = _Checked(call, block, module) if is_checked else call
     recomputed = functools.partial(
         checkpoint, function, *tensors, use_reentrant=False, context_fn=lambda: (block.context(), replay),
         early_stop=IS_KNOWN and not is_checked,
     )  # fmt: skip
-    engine, gauge = block.engine, block.gauge
-    if engine is None or gauge is None or not gauge.is_worth_it:
+    engine, timer = block.engine, block.timer
+    if engine is None or timer is None or not timer.is_worth_it:
         output = recomputed()
     else:  # torch's checkpoint hands the inputs to the outer hooks, and nothing else
-        with saved_tensors_hooks(functools.partial(engine.pack, gauge=gauge), engine.unpack):
+        with saved_tensors_hooks(functools.partial(engine.pack, timer=timer), engine.unpack):
             output = recomputed()
     if call.error is not None:
         error, call.error = call.error, None  # the graph holds the call: with its error it would keep all frames alive
@@ -309,7 +309,7 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
-def block_of(module: nn.Module) -> Block:
+def block_of(module: nn.Module) -> RecomputedBlock:
     """Returns what is known of a wrapped module."""
-    block: Block = module.__dict__[_STATE]
+    block: RecomputedBlock = module.__dict__[_STATE]
     return block

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from runner.utils.distributed.memory import place_of
 from runner.utils.modules.generators import HeldGenerators, Unsearched
 from runner.utils.unsloth.early_stop import stop_safely
-from runner.utils.unsloth.flat_call import Call
+from runner.utils.unsloth.flat_call import FlatCall
 from runner.utils.unsloth.rng_state import (
     get_global_states,
     get_state,
@@ -53,7 +53,7 @@ def _set_attention_backends(enabled: Iterable[bool]) -> None:
         enable(is_enabled)
 
 
-class Replay:
+class ReplayForwardState:
     """The state that one forward of a block began with; entered around each of its recomputations, however many.
 
     A context that is a generator function could be entered once, and a graph that is retained is recomputed each time.
@@ -64,7 +64,7 @@ class Replay:
         "_places", "_surroundings", "_undone", "_values", "_versions",
     )  # fmt: skip
 
-    def __init__(self, surroundings: Surroundings, call: Call, is_checked: bool = False) -> None:
+    def __init__(self, surroundings: ForwardState, call: FlatCall, is_checked: bool = False) -> None:
         self._surroundings, self._call = surroundings, call
         self._backends = _attention_backends()
         self._global_states: Any = get_global_states()
@@ -226,7 +226,7 @@ def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in owner._buffers.items() if buffer is not None]
 
 
-class Surroundings(Unsearched):
+class ForwardState(Unsearched):
     """The parts of a block that its forward depends on or may change.
 
     These are modes, statistics, other buffers, counts in plain attributes, and generators, those too that are held by

@@ -33,7 +33,7 @@ class Transport(Protocol):
     def wait(self, event: Any, stream: Any) -> None:
         """Has a stream wait for an event; the program does not."""
 
-    def lend(self, tensor: Tensor, owner: Any) -> None:
+    def record_stream(self, tensor: Tensor, owner: Any) -> None:
         """Has what computing is asked of now use a tensor that was allocated on another stream, perhaps."""
 
     def keep(self, source: Tensor) -> None:
@@ -55,7 +55,7 @@ class Transport(Protocol):
         """Says whether a graph of the device's work is being recorded, in which nothing may be moved."""
 
 
-class Streams:
+class CopyStreams:
     """The `Transport` of an accelerator: two streams, one a direction, and events.
 
     Computing is whatever stream is current when it is asked for, not the one that was when this was made.
@@ -103,7 +103,7 @@ class Streams:
         """Has a stream wait for an event."""
         stream.wait_event(event)
 
-    def lend(self, tensor: Tensor, owner: Any) -> None:
+    def record_stream(self, tensor: Tensor, owner: Any) -> None:
         """Tells the allocator of another stream than the tensor's own, if it is another."""
         if (current := self.current()) != owner:
             tensor.record_stream(current)

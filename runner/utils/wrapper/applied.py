@@ -13,12 +13,12 @@ from runner.utils.modules.selection import split_idle
 from runner.utils.modules.weights import load_weights
 
 if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
-    from runner.utils.unsloth import Report
+    from runner.utils.unsloth import UnslothReport
     from runner.utils.wrapper.lora import Adapted
 
 
 @dataclass
-class Changes:
+class AppliedOptimizations:
     """What was done to a module, and the way back.
 
     Made before anything is done: `frozen` notes which modules are frozen, and in evaluation mode, from the start.
@@ -27,10 +27,12 @@ class Changes:
     module: nn.Module
     rows: list[tuple[str, str]] = field(default_factory=list)
     adapted: Adapted | None = None
-    recomputed: Report | None = None
+    recomputed: UnslothReport | None = None
     exports_adapter: bool = False
     is_compiled: bool = False
-    _put_in: dict[str, str] = field(default_factory=dict)  # module names that must be called, and by what they came in
+    _expected: dict[str, str] = field(
+        default_factory=dict
+    )  # module names that must be called, and by what they came in
     _called: set[str] = field(default_factory=set)
     _hooks: dict[str, Any] = field(default_factory=dict)
     _undo: list[Callable[[], Any]] = field(default_factory=list)
@@ -38,19 +40,19 @@ class Changes:
     def __post_init__(self) -> None:
         self.frozen = FrozenModules(self.module)
 
-    def told(self, what: str, names: Iterable[str], remark: str = "") -> None:
+    def add_row(self, what: str, names: Iterable[str], remark: str = "") -> None:
         """Adds a row to the table: what was done, to which."""
         listed = list(names)
         self.rows.append((what, f"{len(listed)}: {shorten(listed)}{remark}"))
 
-    def left(self, what: str, skipped: Mapping[str, str]) -> None:
+    def add_skipped(self, what: str, skipped: Mapping[str, str]) -> None:
         """Adds what was left out, and why."""
         by_reason: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             by_reason.setdefault(reason, []).append(name)
         self.rows += [(f"{what}, skipped", f"{shorten(names)}: {reason}") for reason, names in by_reason.items()]
 
-    def later(self, undo: Callable[[], Any]) -> None:
+    def on_undo(self, undo: Callable[[], Any]) -> None:
         """Adds a step to the way back."""
         self._undo.append(undo)
 
@@ -61,7 +63,7 @@ class Changes:
 
     def expect_calls(self, what: str, names: Iterable[str]) -> None:
         """Has `check_calls` look for modules that were put in: one that is never called has no effect."""
-        self._put_in |= dict.fromkeys(names, what)
+        self._expected |= dict.fromkeys(names, what)
 
     def watch_calls(self) -> None:
         """Begins to see which of them are called.
@@ -69,8 +71,8 @@ class Changes:
         In a compiled graph that is not seen, and a hook would be compiled with it: there a gradient tells of adapters.
         """
         if self.is_compiled:
-            self._put_in = {name: what for name, what in self._put_in.items() if what == "lora"}
-        for name in () if self.is_compiled else self._put_in:
+            self._expected = {name: what for name, what in self._expected.items() if what == "lora"}
+        for name in () if self.is_compiled else self._expected:
             part = self.module.get_submodule(name)
             self._hooks[name] = part.register_forward_hook(lambda *_, name=name: self._called.add(name))
 
@@ -82,13 +84,13 @@ class Changes:
         Raises:
             ValueError: naming what was not.
         """
-        self._called |= {name for name in self._put_in if self.is_compiled and self._has_gradient(name)}
-        hopeless, waiting = split_idle(self._put_in.keys() - self._called, self._called)
+        self._called |= {name for name in self._expected if self.is_compiled and self._has_gradient(name)}
+        hopeless, waiting = split_idle(self._expected.keys() - self._called, self._called)
         wrong: dict[str, list[str]] = {}
         for name in sorted([*hopeless, *waiting] if is_last else hopeless):
-            wrong.setdefault(self._put_in[name], []).append(name)
-        self._put_in = {} if wrong or is_last else {name: self._put_in[name] for name in waiting}
-        for name in self._hooks.keys() - self._put_in.keys():
+            wrong.setdefault(self._expected[name], []).append(name)
+        self._expected = {} if wrong or is_last else {name: self._expected[name] for name in waiting}
+        for name in self._hooks.keys() - self._expected.keys():
             self._hooks.pop(name).remove()
         if wrong:
             told = "; ".join(f"{what}: {shorten(names)}" for what, names in wrong.items())

@@ -18,7 +18,7 @@ from torch import nn
 
 from runner.utils.distributed.memory import mib
 from runner.utils.modules.selection import call_within_fused
-from runner.utils.wrapper.applied import Changes
+from runner.utils.wrapper.applied import AppliedOptimizations
 
 if TYPE_CHECKING:  # each is loaded when it is asked for: a run without any starts sooner
     from runner.utils.wrapper.replace import Rule
@@ -57,7 +57,7 @@ def optimize(
     compile: Mapping[str, Any] | None = None,
     unsloth: Mapping[str, Any] | None = None,
     checkpointing: Mapping[str, Any] | None = None,
-) -> Changes:
+) -> AppliedOptimizations:
     """Carries out what is asked for, in the one order that is right; None and an empty sequence are nothing.
 
     Args:
@@ -74,7 +74,7 @@ def optimize(
     Raises:
         ValueError: something matches nothing, or can't be done; what was done before is undone.
     """
-    changes = Changes(module, exports_adapter=exports_adapter)
+    changes = AppliedOptimizations(module, exports_adapter=exports_adapter)
     before = _size(module)
     try:
         if device is not None and device_map is None:
@@ -96,37 +96,37 @@ def optimize(
     return changes
 
 
-def _freeze(changes: Changes, patterns: Sequence[str], mode: str) -> None:
+def _freeze(changes: AppliedOptimizations, patterns: Sequence[str], mode: str) -> None:
     if not patterns:
         return
     flags = [(parameter, parameter.requires_grad) for parameter in changes.module.parameters()]
-    changes.later(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
+    changes.on_undo(lambda: [parameter.requires_grad_(flag) for parameter, flag in flags])
     names = freeze(changes.module, patterns)
-    changes.told("freeze", names)
+    changes.add_row("freeze", names)
     if mode == "eval":
         changes.frozen.choose(names)
 
 
-def _tell_frozen(changes: Changes) -> None:
+def _tell_frozen(changes: AppliedOptimizations) -> None:
     for names, why in (
         (changes.frozen.built, "frozen, and in evaluation mode when built"),
         (changes.frozen.chosen, "frozen by freeze; freeze_mode=train would have them run as in training"),
     ):
         if kept := changes.frozen.find(names):
-            changes.told("evaluation mode", kept, f" ({why})")
+            changes.add_row("evaluation mode", kept, f" ({why})")
 
 
-def _adapt(changes: Changes, lora: Mapping[str, Any]) -> None:
+def _adapt(changes: AppliedOptimizations, lora: Mapping[str, Any]) -> None:
     from runner.utils.wrapper.lora import add_lora
 
     module = changes.module
     changes.adapted = adapted = add_lora(module, **lora)
-    changes.later(adapted.undo)
+    changes.on_undo(adapted.undo)
     for name, other in {} if changes.exports_adapter else adapted.tied.items():
         remedy = f"put {name} in lora.exclude, or set lora.export=adapter"
         raise ValueError(f"lora: {name}.weight is {other} too, and exports would merge the adapter into both; {remedy}")
-    changes.told(f"lora (rank {lora['rank']})", adapted.names)
-    changes.left("lora", adapted.skipped)
+    changes.add_row(f"lora (rank {lora['rank']})", adapted.names)
+    changes.add_skipped("lora", adapted.skipped)
     changes.expect_calls("lora", adapted.names)
 
 
@@ -138,17 +138,19 @@ def _names_adapted(module: nn.Module, lora: Mapping[str, Any]) -> list[str]:
     return adapted.names
 
 
-def _replace(changes: Changes, rules: Sequence[Rule], fp8: Mapping[str, Any] | None, but: Sequence[str]) -> None:
+def _replace(
+    changes: AppliedOptimizations, rules: Sequence[Rule], fp8: Mapping[str, Any] | None, but: Sequence[str]
+) -> None:
     module = changes.module
     if rules:
         from runner.utils.wrapper import replace
 
         spared = [dataclasses.replace(rule, exclude=(*rule.exclude, *but)) for rule in rules]
         replaced = replace.replace(module, spared)
-        changes.later(replaced.undo)
+        changes.on_undo(replaced.undo)
         for names, skipped in zip(replaced.replaced, replaced.skipped, strict=True):
-            changes.told(f"replace {next(iter(names.values()), '')}", names)
-            changes.left("replace", {name: why for name, why in skipped.items() if name not in but})
+            changes.add_row(f"replace {next(iter(names.values()), '')}", names)
+            changes.add_skipped("replace", {name: why for name, why in skipped.items() if name not in but})
             changes.expect_calls("replace", names)
     if fp8 is not None:
         from runner.utils.wrapper.float8 import to_float8
@@ -158,11 +160,11 @@ def _replace(changes: Changes, rules: Sequence[Rule], fp8: Mapping[str, Any] | N
         if not converted.names:
             why = "; ".join(f"{name}: {reason}" for name, reason in converted.skipped.items())
             raise ValueError(f"fp8: no Linear is converted ({why or 'there is none of that very class'})")
-        changes.later(lambda: _put_back(module, {name: before[name] for name in converted.names}))
+        changes.on_undo(lambda: _put_back(module, {name: before[name] for name in converted.names}))
         for owner, key, value in call_within_fused(module, {id(module.get_submodule(n)) for n in converted.names}):
-            changes.later(functools.partial(setattr, owner, key, value))
-        changes.told("fp8", converted.names)
-        changes.left("fp8", converted.skipped)
+            changes.on_undo(functools.partial(setattr, owner, key, value))
+        changes.add_row("fp8", converted.names)
+        changes.add_skipped("fp8", converted.skipped)
         changes.expect_calls("fp8", converted.names)
 
 
@@ -173,43 +175,45 @@ def _put_back(module: nn.Module, before: Mapping[str, nn.Module]) -> None:
         owner._modules[own] = old.train(owner.get_submodule(own).training)
 
 
-def _spread(changes: Changes, device_map: Mapping[str, Any]) -> None:
+def _spread(changes: AppliedOptimizations, device_map: Mapping[str, Any]) -> None:
     from runner.utils.wrapper.device_map import plan, spread
 
     planned = plan(changes.module, device_map["budgets"], bytes_factor=device_map.get("bytes_factor", 1.0))
-    changes.later(spread(changes.module, planned).undo)
+    changes.on_undo(spread(changes.module, planned).undo)
     changes.rows += [("device_map", line) for line in str(planned).splitlines()]
 
 
-def _compile(changes: Changes, settings: Mapping[str, Any] | None) -> None:
+def _compile(changes: AppliedOptimizations, settings: Mapping[str, Any] | None) -> None:
     if settings is None:
         return
     from runner.utils.wrapper.compile import compile_module
 
     names, undo = compile_module(changes.module, **settings)
-    changes.later(undo)
+    changes.on_undo(undo)
     changes.is_compiled = True
     budget = settings.get("memory_budget")
     remark = "" if budget is None else f", keeping {budget:g} of what backward would be given"
     what = f"compile ({settings.get('backend', 'inductor')})"
-    changes.told(what, names if names != [""] else ["the whole"], remark)
+    changes.add_row(what, names if names != [""] else ["the whole"], remark)
 
 
-def _recompute(changes: Changes, unsloth: Mapping[str, Any] | None, checkpointing: Mapping[str, Any] | None) -> None:
+def _recompute(
+    changes: AppliedOptimizations, unsloth: Mapping[str, Any] | None, checkpointing: Mapping[str, Any] | None
+) -> None:
     if unsloth is None and checkpointing is None:
         return
     from runner.utils.unsloth import apply
 
     settings = dict(unsloth) if unsloth is not None else {**(checkpointing or {}), "offload": "never"}
     changes.recomputed = report = apply(changes.module, **settings)
-    changes.later(report.undo)
+    changes.on_undo(report.undo)
     remark = ", recomputed in the backward pass"
     if unsloth is not None and not report.engines:
         why = "never was asked for" if report.offload == "never" else "there is no accelerator to move them from"
         remark += f"; their inputs stay where they are: {why}"
     elif unsloth is not None:
         remark += "; their inputs wait in host memory"
-    changes.told("checkpointing" if unsloth is None else "unsloth", report.modules, remark)
+    changes.add_row("checkpointing" if unsloth is None else "unsloth", report.modules, remark)
 
 
 def _size(module: nn.Module) -> str:

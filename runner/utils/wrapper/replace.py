@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import call_within_fused, check_globs, find_uncalled, fits, list_near, name_modules
-from runner.utils.wrapper.transfer import Adoption, adopt
+from runner.utils.wrapper.transfer import ModuleSwap, transfer_state
 
 _REMEDY = "give it in arguments, or make is a converter"
 
@@ -47,7 +47,7 @@ class Replaced:
     replaced: list[dict[str, str]] = field(default_factory=list)  # for each rule: "Old -> New" by name
     skipped: list[dict[str, str]] = field(default_factory=list)  # for each rule: why not, by name
     left_out: list[str] = field(default_factory=list)  # tensors of old modules that a converter did not use
-    _swaps: list[tuple[Adoption, list[tuple[nn.Module, str]]]] = field(default_factory=list, repr=False)
+    _swaps: list[tuple[ModuleSwap, list[tuple[nn.Module, str]]]] = field(default_factory=list, repr=False)
     _settings: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
@@ -55,7 +55,7 @@ class Replaced:
         for owner, name, value in reversed(self._settings):
             setattr(owner, name, value)
         for adoption, slots in reversed(self._swaps):
-            adoption.give_back()
+            adoption.restore()
             for parent, name in slots:
                 parent._modules[name] = adoption.old
         self._swaps.clear()
@@ -102,7 +102,7 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
         if key in held:
             raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
         new, is_built = _make(old, rule, place)
-        adoption = adopt(old, new, place, is_strict=is_built)
+        adoption = transfer_state(old, new, place, is_strict=is_built)
         report._swaps.append((adoption, slots[key]))
         for parent, name in slots[key]:
             parent._modules[name] = new

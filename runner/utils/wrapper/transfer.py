@@ -24,7 +24,7 @@ _HOOKS: dict[str, tuple[str, ...]] = {  # each kind, and what else is kept by a 
 
 
 @dataclass
-class Adoption:
+class ModuleSwap:
     """What a new module has of an old one, and the way back."""
 
     old: nn.Module
@@ -32,7 +32,7 @@ class Adoption:
     keys: list[_Key]
     left_out: list[str]  # tensors of the old module that are nowhere in the new one
 
-    def give_back(self) -> None:
+    def restore(self) -> None:
         """Gives the old module its tensors as they are now, and the mode of the new one."""
         now = _find_tensors(self.new)
         for key in self.keys:
@@ -41,7 +41,7 @@ class Adoption:
         _carry_mode(self.new, self.old)
 
 
-def adopt(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> Adoption:
+def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> ModuleSwap:
     """Gives a new module an old one's tensors, those that fit by name, kind, shape and class; its mode; its hooks.
 
     A tensor of the old module that the new one holds already stays where it is. The old module is left as it is.
@@ -77,7 +77,7 @@ def adopt(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> Ado
         _put(new, key, theirs[key])
     _carry_mode(old, new)
     _carry_hooks(old, new, where)
-    return Adoption(old, new, keys, [name for _, name in lost])
+    return ModuleSwap(old, new, keys, [name for _, name in lost])
 
 
 def _compare(new: Tensor, old: Tensor, *, is_strict: bool) -> str | None:

@@ -27,7 +27,7 @@ def experiment(tmp_path, monkeypatch):
             with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
                 return compose("config", overrides)
         except Exception as error:
-            return errors.explain(error)
+            return errors.format_error(error)
 
     return compose_it
 

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from runner.config import checks
 from runner.config.errors import ConfigError
 from runner.config.trust import allowlist
-from runner.config.trust.allowlist import Trust
+from runner.config.trust.allowlist import Allowlist
 
 OWN = "import importlib\nfrom torch.nn import Linear\n\n\ndef mine():\n    return 1\n"
 
@@ -28,10 +28,10 @@ def stranger(tmp_path, monkeypatch):
 
 def refused(node, *prefixes, own=()):
     """The message for a config that names what it may not; nothing if it is allowed."""
-    trusted = Trust("file.yaml", prefixes, own)
+    trusted = Allowlist("file.yaml", prefixes, own)
     try:
-        allowlist.check_names({"model": node}, trusted)
-        allowlist.check_objects({"model": node}, trusted)
+        allowlist.check_paths({"model": node}, trusted)
+        allowlist.check_resolved_objects({"model": node}, trusted)
     except ConfigError as error:
         return str(error)
     return ""
@@ -56,7 +56,7 @@ def test_what_the_runner_and_torch_bring_is_allowed(stranger, target):
 def test_every_target_of_the_runners_own_choices_is_allowed():
     checks.register()
     for path in checks.CONF_DIR.glob("*/*.yaml"):
-        allowlist.check_names({path.parent.name: OmegaConf.to_container(OmegaConf.load(path))}, Trust(path))
+        allowlist.check_paths({path.parent.name: OmegaConf.to_container(OmegaConf.load(path))}, Allowlist(path))
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_an_interpolation_that_reads_the_machine_is_refused(text, is_refused):
     nested = {"a": [{"b": text}]}
     if is_refused:
         with pytest.raises(ConfigError, match=r"a\.0\.b=.*resolver"):
-            allowlist.check_interpolations(nested, Trust("file.yaml"))
+            allowlist.check_interpolations(nested, Allowlist("file.yaml"))
     else:
-        allowlist.check_interpolations(nested, Trust("file.yaml"))
-    allowlist.check_interpolations(nested, Trust("file.yaml", (), [nested]))
+        allowlist.check_interpolations(nested, Allowlist("file.yaml"))
+    allowlist.check_interpolations(nested, Allowlist("file.yaml", (), [nested]))
 
 
 def test_a_librarys_function_is_the_users_own_only_with_the_users_own_arguments(stranger):

@@ -12,7 +12,7 @@ from runner.engines.fsdp import FSDP
 from runner.engines.optim.group_values import check_values, values_of
 from runner.engines.optim.optimizers import TorchaoAdamW8bit, muon
 from runner.engines.optim.schedulers import warmup_cosine
-from runner.engines.strategies import DDP, Alone
+from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed, io
 
 ORDERS = ["a b head", "b a head", "head a b"]
@@ -64,13 +64,13 @@ def packed(named):
     return TorchaoAdamW8bit(named, lr=0.1)
 
 
-def make(order, make_optimizer, make_layout=Alone, steps=20, **settings):
+def make(order, make_optimizer, make_layout=Strategy, steps=20, **settings):
     module = Net(order, **settings)
-    layout = make_layout()
-    layout.place(module)
+    strategy = make_layout()
+    strategy.shard(module)
     optimizer = make_optimizer(list(module.named_parameters()))
     schedule = warmup_cosine(optimizer, warmup_steps=2, total_steps=steps)
-    return Engines(model=Engine(module, optimizer, schedule, clip_norm=100.0, layout=layout))
+    return Engines(model=Engine(module, optimizer, schedule, clip_norm=100.0, strategy=strategy))
 
 
 def train(engines, steps):
@@ -197,8 +197,8 @@ def test_weights_that_do_not_fit_are_named_with_their_shapes_and_the_remedy():
 def _move(make_layout, make_optimizer, order):
     whole, moved = make("a b head", make_optimizer, make_layout), make(order, make_optimizer, make_layout)
     train(whole, range(3))
-    layout = whole["model"].layout
-    moved.load_state_dict(copy.deepcopy(layout.whole(whole.state_dict())))
+    strategy = whole["model"].strategy
+    moved.load_state_dict(copy.deepcopy(strategy.to_full(whole.state_dict())))
     for engines in (whole, moved):
         train(engines, range(3, 5))
     assert_same(whole, moved)
@@ -206,9 +206,9 @@ def _move(make_layout, make_optimizer, order):
 
 
 @pytest.mark.parametrize("make_optimizer", [one_group, two_groups, joined])
-@pytest.mark.parametrize("layout", [DDP, FSDP])
-def test_moments_follow_their_parameters_on_ranks(layout, make_optimizer):
-    assert run_ranks(2, _move, layout, make_optimizer, "b a head") == [0, 1]
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_moments_follow_their_parameters_on_ranks(strategy, make_optimizer):
+    assert run_ranks(2, _move, strategy, make_optimizer, "b a head") == [0, 1]
 
 
 class Counting(torch.optim.SGD):

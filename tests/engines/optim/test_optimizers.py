@@ -5,7 +5,7 @@ import torch
 from chaos import find_difference
 from torch import nn
 
-from runner.engines.optim.optimizers import Joined, TorchaoAdamW, TorchaoAdamW8bit, muon
+from runner.engines.optim.optimizers import ChainedOptimizer, TorchaoAdamW, TorchaoAdamW8bit, muon
 from runner.engines.optim.schedulers import warmup
 from runner.utils import io
 
@@ -47,7 +47,7 @@ def test_joined_equals_stepping_each_by_hand():
     ]
     for seed in range(4):
         step(model, optimizer, seed)
-        step(other, Joined(by_hand), seed)
+        step(other, ChainedOptimizer(by_hand), seed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as torchs
 
 from runner.engines import Engine
 from runner.engines.optim import schedulers
-from runner.engines.optim.optimizers import Joined
+from runner.engines.optim.optimizers import ChainedOptimizer
 from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_fall
 
 SCHEDULES = {  # how each is made of an optimizer and settings, and two values of each setting
@@ -272,9 +272,9 @@ def test_a_step_that_needs_an_argument_is_found_before_the_first():
     module = Pair()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     lbfgs, plateau = torch.optim.LBFGS(module.parameters()), torchs.ReduceLROnPlateau(optimizer)
-    for each in (optimizer, Joined([optimizer])):
+    for each in (optimizer, ChainedOptimizer([optimizer])):
         check_optimizer_step(each)
-    for each in (lbfgs, Joined([optimizer, torch.optim.LBFGS(Pair().parameters())])):
+    for each in (lbfgs, ChainedOptimizer([optimizer, torch.optim.LBFGS(Pair().parameters())])):
         with pytest.raises(ValueError, match=r"LBFGS.step needs closure.*choose another optimizer"):
             check_optimizer_step(each)
     check_scheduler_step(None, None)

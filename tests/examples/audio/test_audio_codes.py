@@ -66,7 +66,7 @@ def test_it_resumes_exactly_evaluates_alike_and_can_be_heard(project):
         assert one.read_bytes() == other.read_bytes()
 
     (last,) = [line for line in read_numbers(folder) if line["step"] == 4 and "eval/loss" in line]
-    found, shown = evaluation.evaluate(saved_model.open_saved(folder))
+    found, shown = evaluation.evaluate(saved_model.open_checkpoint(folder))
     assert {name: value for name, value in last.items() if name.startswith("eval/")} == found
 
     names = ("original", "round_trip", "continuation")

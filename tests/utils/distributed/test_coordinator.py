@@ -1,4 +1,4 @@
-"""Collectives, agreement and slices, on real gloo processes."""
+"""Collectives, coordinator and slices, on real gloo processes."""
 
 import os
 import pickle
@@ -12,31 +12,44 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 
 from runner.config.errors import ConfigError
-from runner.launch.environment import Place
+from runner.launch.environment import ProcessEnvironment
 from runner.utils import distributed
-from runner.utils.distributed import LostError, RankError, gather, is_leader, of_leader, process_group, together
-from runner.utils.distributed.coordinator import Agreement
+from runner.utils.distributed import (
+    RankError,
+    RankLostError,
+    all_gather_object,
+    is_rank_zero,
+    process_group,
+    run_on_all_ranks,
+    run_on_rank_zero,
+)
+from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.sampler import BatchedOrderedSampler, PoolSampler
 from runner.utils.sampler.batches import Batches, EvaluationData, slice_of
 
 
 def test_on_one_process_collectives_are_no_ops():
-    assert gather({"a": 1}) == [{"a": 1}]
-    assert together(lambda: 3) == [3]
-    assert of_leader(lambda: 4) == 4
-    assert (distributed.num_ranks(), distributed.rank(), is_leader(), distributed.is_many()) == (1, 0, True, False)
+    assert all_gather_object({"a": 1}) == [{"a": 1}]
+    assert run_on_all_ranks(lambda: 3) == [3]
+    assert run_on_rank_zero(lambda: 4) == 4
+    assert (distributed.world_size(), distributed.rank(), is_rank_zero(), distributed.is_distributed()) == (
+        1,
+        0,
+        True,
+        False,
+    )
     with pytest.raises(ZeroDivisionError):
-        together(lambda: 1 / 0)
+        run_on_all_ranks(lambda: 1 / 0)
 
 
 def _collect():
     rank = distributed.rank()
     values = ["x" * size * (rank + 1) for size in (0, 10, 1000, 3000, 100_000)]
-    found = [gather(value) for value in values]
+    found = [all_gather_object(value) for value in values]
     assert found == [
         [value[: len(value) // (rank + 1)] * (r + 1) for r in range(dist.get_world_size())] for value in values
     ]
-    return of_leader(lambda: f"of {rank}"), together(lambda: rank), distributed.num_ranks()
+    return run_on_rank_zero(lambda: f"of {rank}"), run_on_all_ranks(lambda: rank), distributed.world_size()
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -50,7 +63,7 @@ def _fail(which):
             raise ValueError(f"mistake {distributed.rank() if len(which) < 3 else ''}")
 
     try:
-        together(work)
+        run_on_all_ranks(work)
     except Exception as error:
         return type(error), str(error), type(error.__cause__)
     return None
@@ -72,7 +85,7 @@ def _make_mistake():
             raise ConfigError("seed=-1: expected 0 or more")
 
     try:
-        together(lambda: together(work))
+        run_on_all_ranks(lambda: run_on_all_ranks(work))
     except RankError as error:
         return str(error)
     return None
@@ -93,9 +106,9 @@ class Canary:
 def _send_a_pickle(canary):
     try:
         if distributed.rank() == 1:
-            process_group._gather_encoded(pickle.dumps(Canary(canary)), process_group._words)
+            process_group._gather_encoded(pickle.dumps(Canary(canary)), process_group._control_group)
         else:
-            gather("word")
+            all_gather_object("word")
     except RankError as error:
         return str(error)
     return None
@@ -109,7 +122,7 @@ def test_a_pickle_from_another_rank_is_told_and_not_executed(tmp_path):
 
 def _return_what_cannot_be_sent():
     try:
-        together(lambda: {1} if distributed.rank() == 1 else 0)
+        run_on_all_ranks(lambda: {1} if distributed.rank() == 1 else 0)
     except RankError as error:
         return str(error)
     return None
@@ -121,11 +134,13 @@ def test_what_cannot_be_sent_is_told_on_all_ranks():
 
 
 def _leave(store_file, port):
-    agreement = Agreement(distributed.connect(Place(port=port, has_host=True, store_file=store_file), 10.0))
-    fails_alike = agreement.fails_everywhere()
+    coordinator = Coordinator(
+        distributed.connect(ProcessEnvironment(port=port, has_external_store=True, store_file=store_file), 10.0)
+    )
+    fails_alike = coordinator.fails_everywhere()
     if distributed.rank() == 1:
-        return fails_alike, str(agreement.leave("it \udcff fails", is_told=False))
-    return fails_alike, agreement.why_left(LostError("nobody answers"))
+        return fails_alike, str(coordinator.abort("it \udcff fails", is_told=False))
+    return fails_alike, coordinator.abort_reason(RankLostError("nobody answers"))
 
 
 @pytest.mark.parametrize("is_file", [True, False])
@@ -136,12 +151,12 @@ def test_a_rank_that_leaves_tells_why_through_either_kind_of_store(tmp_path, is_
 
 
 def _lose():
-    gather(0)
+    all_gather_object(0)
     if distributed.rank() == 1:
         os._exit(7)
     began = time.monotonic()
-    with pytest.raises(LostError):
-        gather(1)
+    with pytest.raises(RankLostError):
+        all_gather_object(1)
     return time.monotonic() - began
 
 
@@ -150,22 +165,22 @@ def test_a_rank_that_is_gone_is_an_error_at_once_and_not_a_wait():
         run_ranks(2, _lose, timeout_s=15)
 
 
-def _exchange(agreement, speaks):
+def _exchange(coordinator, speaks):
     """A step's exchange: a flag that is the sum of all."""
-    flag = torch.tensor([float(agreement.is_raised)])
+    flag = torch.tensor([float(coordinator.has_messages)])
     dist.all_reduce(flag)
-    agreement.arrive(flag)
-    return agreement.hear() if speaks else None
+    coordinator.receive_flag(flag)
+    return coordinator.poll() if speaks else None
 
 
 def _talk(is_late):
-    agreement, rank, heard = Agreement(is_late=is_late), distributed.rank(), []
+    coordinator, rank, heard = Coordinator(is_late=is_late), distributed.rank(), []
     for step in range(6):
         if step == 2 and rank == 1:
-            agreement.say("stop", "here")
+            coordinator.post("stop", "here")
         if step == 4:
-            agreement.say("line", rank)
-        heard.append([tuple(word) for word in _exchange(agreement, True)])
+            coordinator.post("line", rank)
+        heard.append([tuple(word) for word in _exchange(coordinator, True)])
     return heard
 
 
@@ -179,10 +194,10 @@ def test_all_hear_the_same_in_the_same_step_and_nothing_where_nobody_speaks(is_l
 
 
 def _be_in_trouble():
-    agreement = Agreement()
-    agreement.guarded(lambda: 1 / 0 if distributed.rank() == 0 else None)
+    coordinator = Coordinator()
+    coordinator.defer_error(lambda: 1 / 0 if distributed.rank() == 0 else None)
     try:
-        agreement.together(lambda: 1)
+        coordinator.run_on_all_ranks(lambda: 1)
     except RankError as error:
         return str(error)
     return None
@@ -194,7 +209,7 @@ def test_what_fails_on_one_rank_alone_is_told_where_all_meet_next():
 
 def test_on_one_process_what_is_guarded_is_raised():
     with pytest.raises(ZeroDivisionError):
-        Agreement().guarded(lambda: 1 / 0)
+        Coordinator().defer_error(lambda: 1 / 0)
 
 
 @given(length=st.integers(1, 200), ranks=st.integers(1, 9))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from runner.utils.distributed import memory
-from runner.utils.train.failures import explain
+from runner.utils.train.failures import describe_failure
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,10 @@ def test_what_is_used_is_told_in_gigabytes():
 
 
 def test_an_error_is_explained_only_where_it_is_no_mistake_in_the_program():
-    assert explain(MemoryError("no room"), "in step 3", CPU).startswith("Out of memory in step 3: this process had ")
+    assert describe_failure(MemoryError("no room"), "in step 3", CPU).startswith(
+        "Out of memory in step 3: this process had "
+    )
     dead = RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
-    assert explain(dead, "in step 3", CPU) == f"A loader worker died in step 3: {dead}"
-    assert explain(RuntimeError("shape"), "in step 3", CPU) is None
-    assert explain(ValueError("DataLoader worker (pid 12)"), "in step 3", CPU) is None
+    assert describe_failure(dead, "in step 3", CPU) == f"A loader worker died in step 3: {dead}"
+    assert describe_failure(RuntimeError("shape"), "in step 3", CPU) is None
+    assert describe_failure(ValueError("DataLoader worker (pid 12)"), "in step 3", CPU) is None

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runner.launch.environment import Place
-from runner.utils.distributed import connect, generator_of, move, pick_device, wait_for
+from runner.launch.environment import ProcessEnvironment
+from runner.utils.distributed import connect, default_generator, move, pick_device, wait_for
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
@@ -24,7 +24,7 @@ def test_a_device_that_is_not_there_is_an_error_that_names_it(name):
 
 
 def test_the_cpu_generator_decides_what_is_drawn():
-    generator_of(torch.device("cpu")).manual_seed(5)
+    default_generator(torch.device("cpu")).manual_seed(5)
     first = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(first, torch.rand(3))
@@ -42,10 +42,10 @@ def test_moving_keeps_the_shape_of_a_nest():
 @pytest.mark.parametrize("is_file", [True, False])
 def test_ranks_meet_in_a_file_or_at_an_address_and_wait_alike(tmp_path, is_file):
     if is_file:
-        place = Place(has_host=True, store_file=str(tmp_path / "store"))
+        place = ProcessEnvironment(has_external_store=True, store_file=str(tmp_path / "store"))
     else:
         host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        place = Place(has_host=True, port=host.port)
+        place = ProcessEnvironment(has_external_store=True, port=host.port)
     first, second = connect(place, 10.0), connect(place, 10.0)
     assert isinstance(first, dist.FileStore if is_file else dist.TCPStore)
     assert not wait_for(first, ["a", "b"], 0.05)
@@ -78,7 +78,7 @@ def interrupted(after_s):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_gpu_generator_decides_what_is_drawn_there():
     device = torch.device("cuda")
-    generator_of(device).manual_seed(5)
+    default_generator(device).manual_seed(5)
     first = torch.rand(3, device=device)
     torch.manual_seed(5)
     assert torch.equal(first, torch.rand(3, device=device))

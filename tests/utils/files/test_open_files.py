@@ -11,7 +11,7 @@ from conftest import read_metrics
 
 from runner.checkpoint import checkpoints
 from runner.utils.files.open_files import Reserve, end_worker_without_files, is_out_of_files, separate_offsets
-from runner.utils.train.failures import Halt, explain
+from runner.utils.train.failures import TrainingStopped, describe_failure
 
 
 def raised_from(cause):
@@ -34,7 +34,7 @@ REAL = [
 
 @pytest.mark.parametrize("error", REAL, ids=str)
 def test_an_error_of_too_many_open_files_is_told_with_the_limit_and_a_remedy(error):
-    told = explain(error, "in step 3", torch.device("cpu"))
+    told = describe_failure(error, "in step 3", torch.device("cpu"))
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     assert told.startswith(f"Too many open files in step 3: at most {limit} may be open; raise the limit (ulimit -n)")
     assert "data.num_workers=0" in told
@@ -45,13 +45,13 @@ def test_an_error_of_too_many_open_files_is_told_with_the_limit_and_a_remedy(err
 )
 def test_another_error_is_none_of_it(error):
     assert not is_out_of_files(error)
-    assert explain(error, "in step 3", torch.device("cpu")) is None
+    assert describe_failure(error, "in step 3", torch.device("cpu")) is None
 
 
 def test_what_was_explained_is_not_explained_again():
-    halt = Halt("Too many open files")
+    halt = TrainingStopped("Too many open files")
     halt.__cause__ = REAL[0]
-    assert explain(halt, "after step 3", torch.device("cpu")) is None
+    assert describe_failure(halt, "after step 3", torch.device("cpu")) is None
 
 
 def num_open():

@@ -8,9 +8,9 @@ from ranks import run_ranks
 from torch import nn
 
 from runner.engines import Engine
-from runner.engines.ema import Averages
+from runner.engines.ema import EMA
 from runner.engines.fsdp import FSDP
-from runner.engines.strategies import DDP, Alone
+from runner.engines.strategies import DDP, Strategy
 from runner.utils.wrapper import optimize
 from runner.utils.wrapper.replace import Rule
 
@@ -43,15 +43,15 @@ class Net(nn.Module):
         return self.head(self.backbone(x)).square().mean()
 
 
-def engine_of(module, layout=None, averages=False, **settings):
+def engine_of(module, strategy=None, averages=False, **settings):
     """Returns an engine of a module that was changed so, as `build` makes it."""
     changes = optimize(module, **settings)
-    layout = layout or Alone()
-    layout.place(module)
+    strategy = strategy or Strategy()
+    strategy.shard(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    averaged = Averages(module, 0.9) if averages else None
+    averaged = EMA(module, 0.9) if averages else None
     optimizer = torch.optim.SGD(parameters, lr=0.01)
-    return Engine(module, optimizer, changes=changes, layout=layout, averages=averaged)
+    return Engine(module, optimizer, applied=changes, strategy=strategy, ema=averaged)
 
 
 def trained(engine):

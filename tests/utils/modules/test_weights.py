@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runner.engines.gradients import KeptBuffers
+from runner.engines.gradients import BufferSnapshot
 from runner.utils.modules.weights import copy_into, load_weights, may_overlap
 
 
@@ -52,7 +52,7 @@ def test_weights_that_do_not_fit_leave_the_module_its_tensors():
 
 def test_a_step_that_is_discarded_gives_expanded_buffers_back():
     module = Odd(1.0)
-    expected, kept = copy.deepcopy(module.state_dict()), KeptBuffers(module)
+    expected, kept = copy.deepcopy(module.state_dict()), BufferSnapshot(module)
     module.wide.data[0] += 1.0
     module.left += 1.0
     kept.restore()

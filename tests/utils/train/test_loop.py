@@ -5,7 +5,7 @@ import torch
 
 from runner.utils.distributed import seed_all
 from runner.utils.train import Loop, Stop
-from runner.utils.train.failures import Halt, Policy
+from runner.utils.train.failures import FailurePolicy, TrainingStopped
 from runner.utils.train.loop import Action
 
 
@@ -55,11 +55,11 @@ class Numbers:
         self.num_samples_total += 1
         return self.num_samples_total
 
-    def mark(self):
+    def position(self):
         return self.num_samples_total
 
-    def rewind(self, mark):
-        self.num_samples_total = mark
+    def seek(self, position):
+        self.num_samples_total = position
 
 
 class Typed:
@@ -146,7 +146,7 @@ def test_actions_between_steps_do_not_change_what_steps_draw():
     plain, _, _ = make_loop(steps=5)
     plain.run()
     busy, _, _ = make_loop(steps=5)
-    busy.agenda.actions["eval"] = Action(lambda: torch.rand(100), 1)
+    busy.schedule.actions["eval"] = Action(lambda: torch.rand(100), 1)
     busy.run()
     assert busy.engines.drawn == plain.engines.drawn
 
@@ -201,7 +201,7 @@ def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
     def pass_time(seconds):
         now[0] += seconds
 
-    loop.agenda.actions["eval"] = Action(lambda: pass_time(100.0), 1)
+    loop.schedule.actions["eval"] = Action(lambda: pass_time(100.0), 1)
     loop.engines.micro_step = lambda batch, weight: pass_time(1.0)
     loop.run()
     assert [values["train/step_time_s"] for _, values in logged] == pytest.approx([1.0, 1.0])
@@ -222,7 +222,7 @@ def out_of_memory(at, times=1):
 def test_a_step_out_of_memory_is_discarded_saved_before_and_ends_the_loop():
     loop, done, logged = make_loop(steps=9, accumulate=2, log_every=1, every={"save": 0, "eval": 1})
     loop.engines.micro_step, _ = out_of_memory(at=6)
-    with pytest.raises(Halt, match=r"Out of memory in step 3: .*Tried to allocate 2.00 GiB"):
+    with pytest.raises(TrainingStopped, match=r"Out of memory in step 3: .*Tried to allocate 2.00 GiB"):
         loop.run()
     assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 4)
     assert done == [("eval", 1), ("eval", 2), ("save", 2)]
@@ -231,7 +231,7 @@ def test_a_step_out_of_memory_is_discarded_saved_before_and_ends_the_loop():
 
 def test_a_step_out_of_memory_can_be_left_out_with_its_batches():
     warned = []
-    loop, _, _ = make_loop(steps=4, accumulate=2, policy=Policy(on_oom="skip"), warn=warned.append)
+    loop, _, _ = make_loop(steps=4, accumulate=2, policy=FailurePolicy(on_oom="skip"), warn=warned.append)
     loop.engines.micro_step, calls = out_of_memory(at=3)
     assert loop.run() == "finished"
     assert calls == [1, 2, 3, 5, 6, 7, 8]
@@ -247,9 +247,9 @@ def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
         raise MemoryError
 
     loop.engines.step = step
-    with pytest.raises(Halt, match="go on from the last checkpoint") as caught:
+    with pytest.raises(TrainingStopped, match="go on from the last checkpoint") as caught:
         loop.run()
-    assert not caught.value.is_whole
+    assert not caught.value.is_complete
     assert done == []
 
 
@@ -266,9 +266,9 @@ class Own(BaseException):
 def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, where):
     loop, done, _ = make_loop(steps=9, accumulate=2, log_every=3, every={"eval": 3, "save": 0}, inbox=Typed())
     raised_at = {"micro_step": 7, "next": 7, "step": 4, "eval": 1, "log": 1, "due": 3, "save": 1}[where]
-    owners = {"next": (Numbers, "__next__"), "log": (loop, "_write"), "due": (loop._inbox, "due")}
+    owners = {"next": (Numbers, "__next__"), "log": (loop, "_write"), "due": (loop._queue, "due")}
     owner, name = owners.get(where, (loop.engines, where))
-    actions, calls = loop.agenda.actions, []
+    actions, calls = loop.schedule.actions, []
 
     def failing(original):
         def call(*args):
@@ -300,7 +300,7 @@ def test_a_signal_that_ends_the_program_at_once_saves_nothing(where):
         raise KeyboardInterrupt(2)
 
     if where == "eval":
-        loop.agenda.actions["eval"] = Action(end, 2)
+        loop.schedule.actions["eval"] = Action(end, 2)
     else:
         loop.engines.micro_step = end
     with pytest.raises(KeyboardInterrupt):
@@ -325,7 +325,7 @@ def test_an_error_in_an_update_is_raised_with_a_note_and_nothing_is_saved():
 def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_the_error():
     warned = []
     loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
-    loop.agenda.actions["save"] = Action(lambda: {}["no such part"], 0)
+    loop.schedule.actions["save"] = Action(lambda: {}["no such part"], 0)
     loop.engines.micro_step = lambda batch, weight: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loop.run()
@@ -342,7 +342,7 @@ def test_a_save_that_failed_is_tried_once_more_at_the_end(num_failures):
         saved.append(loop.step)
 
     loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
-    loop.agenda.actions["save"] = Action(save, 0)
+    loop.schedule.actions["save"] = Action(save, 0)
     loop.stop("interrupted")
     with pytest.raises(OSError, match="busy"):
         loop.run()
@@ -368,7 +368,7 @@ def test_a_step_that_can_not_be_discarded_is_not_saved():
 
 
 def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it_was():
-    loop, done, _ = make_loop(steps=4, every={"save": 0}, policy=Policy(on_oom="skip"))
+    loop, done, _ = make_loop(steps=4, every={"save": 0}, policy=FailurePolicy(on_oom="skip"))
     loop.engines.micro_step, _ = out_of_memory(at=3)
     given = loop.batches.__class__.__next__
 
@@ -378,7 +378,7 @@ def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it
                 raise KeyError("no file")
             return given(self)
 
-    loop.batches = loop.maker._batches = Failing()
+    loop.batches = loop.step_runner._batches = Failing()
     with pytest.raises(KeyError):
         loop.run()
     assert (loop.step, loop.batches.num_samples_total, done) == (2, 2, [("save", 2)])
@@ -390,7 +390,9 @@ def test_what_is_not_finite_stops_or_is_counted(stops):
     loop, done, logged = make_loop(steps=5, log_every=1, every={"save": 0}, warn=warned.append)
     loop.engines.faults, loop.engines.stops = {3: {"model": "its loss is nan"}}, stops
     if stops:
-        with pytest.raises(Halt, match=r"Step 3 \(samples 2 to 2 of the stream\) went wrong. model: its loss is nan"):
+        with pytest.raises(
+            TrainingStopped, match=r"Step 3 \(samples 2 to 2 of the stream\) went wrong. model: its loss is nan"
+        ):
             loop.run()
         assert (loop.step, loop.engines.num_discarded, loop.batches.num_samples_total) == (2, 1, 2)
         assert done == [("save", 2)]
@@ -402,9 +404,11 @@ def test_what_is_not_finite_stops_or_is_counted(stops):
 
 
 def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
-    loop, done, logged = make_loop(steps=9, log_every=1, every={"eval": 1, "save": 0}, policy=Policy(max_skips=1))
+    loop, done, logged = make_loop(
+        steps=9, log_every=1, every={"eval": 1, "save": 0}, policy=FailurePolicy(max_skips=1)
+    )
     loop.engines.faults = {2: {"model": "nan"}, 4: {"model": "nan"}}
-    with pytest.raises(Halt, match="More steps went wrong than the 1 that may be left out"):
+    with pytest.raises(TrainingStopped, match="More steps went wrong than the 1 that may be left out"):
         loop.run()
     assert loop.state_dict() == {"step": 4, "skipped": 2, "owed": []}
     assert [step for step, _ in logged] == [1, 2, 3, 4]
@@ -415,7 +419,7 @@ def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
 def test_what_went_wrong_unseen_is_told_before_it_is_logged_or_saved(when):
     loop, done, logged = make_loop(steps=3, log_every=3 if when == "log" else 0, every={"save": 3})
     loop.engines.late_faults = {"model": "in its step 1 the loss was not finite"}
-    with pytest.raises(Halt, match=r"Up to step 3 something went wrong. model: in its step 1"):
+    with pytest.raises(TrainingStopped, match=r"Up to step 3 something went wrong. model: in its step 1"):
         loop.run()
     assert (done, logged) == ([], [])
 
@@ -427,7 +431,7 @@ def test_an_action_that_was_cut_is_owed_and_done_by_who_goes_on():
         loop.stop("interrupted")
         raise InterruptedError
 
-    loop.agenda.actions["eval"] = Action(cut, 2)
+    loop.schedule.actions["eval"] = Action(cut, 2)
     assert loop.run() == "interrupted"
     assert done == [("save", 2)]
     state = loop.state_dict()
@@ -460,7 +464,7 @@ def test_a_worker_that_dies_ends_the_loop_named_unless_it_is_stopping_anyway():
         if is_stopping:
             assert loop.run() == "preempted"
         else:
-            with pytest.raises(Halt, match=r"A loader worker died in step 3: .*pid 7"):
+            with pytest.raises(TrainingStopped, match=r"A loader worker died in step 3: .*pid 7"):
                 loop.run()
         assert done == [("save", 2)]
         assert loop.batches.num_samples_total == 2

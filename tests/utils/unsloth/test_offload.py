@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from runner.utils.unsloth.offload import Gauge, Offloader
-from runner.utils.unsloth.pinned_memory import HostMemory
+from runner.utils.unsloth.offload import Offloader, TransferTimer
+from runner.utils.unsloth.pinned_memory import PinnedBufferPool
 from tests.lazy_device import LazyDevice
 
 
@@ -72,13 +72,13 @@ def test_the_newest_stay_and_the_others_give_their_memory_back() -> None:
 def test_what_comes_next_is_brought_ahead() -> None:
     device = LazyDevice()
     offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1, prefetch=1)
-    gauge = offloader.gauge()
-    handles = [offloader.pack(computed(number), gauge) for number in range(6)]
-    stalls = gauge.stalls
+    timer = offloader.timer()
+    handles = [offloader.pack(computed(number), timer) for number in range(6)]
+    stalls = timer.stalls
     for handle in reversed(handles):
         offloader.unpack(handle)
     assert device.num_brought == 5  # the last was not gone yet
-    assert gauge.stalls - stalls <= 1
+    assert timer.stalls - stalls <= 1
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
@@ -227,24 +227,24 @@ def test_auto_leaves_alone_what_takes_longer_to_move_than_it_hides(
     copies: int, is_auto: bool, is_worth_it: bool
 ) -> None:
     device = Clock(forward_s=1.5e-3, copy_s=1e-3)
-    gauge = Gauge(device, is_auto)
+    timer = TransferTimer(device, is_auto)
     for _ in range(5):
-        begun = gauge.begin()
+        begun = timer.begin()
         for _ in range(copies):
-            gauge.moved(10, "copy", device.mark())
-        gauge.end(begun)
-    gauge.begin()
-    assert gauge.is_worth_it is (is_worth_it or not is_auto)
-    assert not gauge.is_measuring
-    assert gauge.moved_bytes == 50 * copies
+            timer.moved(10, "copy", device.mark())
+        timer.end(begun)
+    timer.begin()
+    assert timer.is_worth_it is (is_worth_it or not is_auto)
+    assert not timer.is_measuring
+    assert timer.moved_bytes == 50 * copies
 
 
 def test_a_block_of_which_nothing_is_moved_is_not_measured_for_ever() -> None:
-    gauge = Gauge(Clock(1.0, 1.0), is_auto=True)
+    timer = TransferTimer(Clock(1.0, 1.0), is_auto=True)
     for _ in range(20):
-        gauge.end(gauge.begin())
-    assert gauge.is_worth_it
-    assert not gauge.is_measuring
+        timer.end(timer.begin())
+    assert timer.is_worth_it
+    assert not timer.is_measuring
 
 
 def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
@@ -255,7 +255,7 @@ def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
         def finish(self, event: Any) -> None:
             assert event == "busy"
 
-    memory = HostMemory(Stubborn(), limit=3000)
+    memory = PinnedBufferPool(Stubborn(), limit=3000)
     for size, last in ((600, []), (1200, ["busy"]), (900, [])):
         memory.take_back(torch.empty(size, dtype=torch.uint8), last)
     memory.held_bytes = 2700
@@ -281,7 +281,7 @@ class SeveralStreams(LazyDevice):
     def current(self) -> str:
         return self.stream
 
-    def lend(self, tensor: Tensor, owner: str) -> None:
+    def record_stream(self, tensor: Tensor, owner: str) -> None:
         self.lent.append((owner, self.stream))
 
 

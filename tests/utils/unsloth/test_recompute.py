@@ -33,7 +33,7 @@ def recomputed(model: Model, is_first: bool = False) -> Model:
     return model
 
 
-def skip_checks(report: unsloth.Report) -> None:
+def skip_checks(report: unsloth.UnslothReport) -> None:
     """Has blocks run as in a later step than their first."""
     report.stop_counting()
     for block in report.blocks.values():
