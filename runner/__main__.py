@@ -1,4 +1,4 @@
-"""`python -m runner`: imports the program only once Ctrl-C can end it cleanly."""
+"""`python -m runner`: imports the program only once Ctrl-C ends the process cleanly."""
 
 import sys
 
@@ -8,7 +8,7 @@ from runner.control import signals, terminal
 
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    terminal.outlive()
+    terminal.survive_closed_terminal()
     with signals.exit_on_interrupt():
         from runner.launch import command_line
 
@@ -16,9 +16,9 @@ def main() -> None:
 
 
 def start_installed() -> None:
-    """Runs the installed command, which finds modules in the current directory, as `python -m` does.
+    """Runs the installed command, which imports modules from the current directory, as `python -m` does.
 
-    Where the command opens a folder that may be untrusted, only what the user allows is imported from there.
+    If the command opens a folder that may be untrusted, only modules that the user allows are imported.
     """
     if import_path.opens_folder(sys.argv[1:]):
         import_path.defer_current_directory()

@@ -1,6 +1,6 @@
 """`python -m runner.evaluate RUN_OR_CHECKPOINT_OR_EXPORT`: prints the evaluation of a saved model.
 
-Must not import torch at the top: `--help` is quick.
+torch is imported only once the arguments are parsed, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.config.errors import ConfigError, exit_on_config_error, tell, told_where_started
+from runner.config.errors import ConfigError, exit_on_config_error, mention_start_directory, print_message
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
@@ -28,24 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")
     parser.add_argument("--num-workers", type=int, metavar="N", help=_WORKERS)
     add_trust_arguments(parser)
-    given = parser.parse_intermixed_args(arguments)
-    prefixes = [each for each in given.allow_targets.split(",") if each]
-    if given.num_workers is not None:
-        given.overrides.append(f"data.num_workers={given.num_workers}")
+    options = parser.parse_intermixed_args(arguments)
+    prefixes = [prefix for prefix in options.allow_targets.split(",") if prefix]
+    if options.num_workers is not None:
+        options.overrides.append(f"data.num_workers={options.num_workers}")
     with exit_on_config_error(), signals.exit_on_interrupt():
         from runner.config import run_folder
         from runner.run import saved_model
 
-        if run_folder.is_file(given.saved):
-            if given.sign:
-                raise ConfigError(f"--sign: signs a run; {given.saved} is a file: export it anew from its run")
-            found = saved_model.open_export(given.saved, given.overrides, prefixes)
+        if run_folder.is_file(options.saved):
+            if options.sign:
+                raise ConfigError(f"--sign: signs a run; {options.saved} is a file: export it anew from its run")
+            saved = saved_model.open_export(options.saved, options.overrides, prefixes)
         else:
-            found = saved_model.open_checkpoint(given.saved, given.overrides, prefixes, is_vouched_for=given.sign)
-        for note in found.notes:
-            tell(note)
-        with told_where_started(found.origin.directory if found.origin else None):
-            numbers, shown = evaluate(found)
+            saved = saved_model.open_checkpoint(options.saved, options.overrides, prefixes, is_vouched_for=options.sign)
+        for warning in saved.notes:
+            print_message(warning)
+        with mention_start_directory(saved.origin.directory if saved.origin else None):
+            numbers, shown = evaluate(saved)
         from runner.tracking.media import Audio
 
     for name, number in numbers.items():

@@ -1,6 +1,6 @@
-"""`python -m runner.export RUN_OR_CHECKPOINT`: one SafeTensors file an engine, its metadata telling where it is from.
+"""`python -m runner.export RUN_OR_CHECKPOINT`: writes a saved model's weights, one SafeTensors file for each engine.
 
-Must not import torch at the top: `--help` is quick.
+torch is imported only once the arguments are parsed, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runner.config.errors import exit_on_config_error, tell, told_where_started
+from runner.config.errors import exit_on_config_error, mention_start_directory, print_message
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
@@ -26,17 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the floating-point tensors; by default their own")
     add_trust_arguments(parser)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     with exit_on_config_error():
         with signals.exit_on_interrupt():
             from runner.run import saved_model
 
-            prefixes = [each for each in given.allow_targets.split(",") if each]
-            found = saved_model.open_checkpoint(given.saved, (), prefixes, is_vouched_for=given.sign)
-        for note in found.notes:
-            tell(note)
-        with told_where_started(found.origin.directory if found.origin else None):
-            paths = export(found, given.output, given.dtype)
+            prefixes = [prefix for prefix in options.allow_targets.split(",") if prefix]
+            saved = saved_model.open_checkpoint(options.saved, (), prefixes, is_vouched_for=options.sign)
+        for warning in saved.notes:
+            print_message(warning)
+        with mention_start_directory(saved.origin.directory if saved.origin else None):
+            paths = export(saved, options.output, options.dtype)
         for path in paths:
             print(escape_controls(str(path)))
 

@@ -184,7 +184,7 @@ def skip_without_kernel(model: nn.Module, given: Any, dtype: torch.dtype | None)
 
 
 def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
-    """Checks that two results are the same to the bit; numbers that are no numbers in both would hide a mistake."""
+    """Checks that two results are equal bit for bit; NaN is an error, since it could hide one."""
     assert len(one) == len(other)
     for mine, theirs in zip(one, other, strict=True):
         assert torch.equal(mine, theirs)

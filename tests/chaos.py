@@ -1,4 +1,4 @@
-"""Runs that are killed at random instants and resumed, held against the run that nobody killed."""
+"""Kills runs at random times, resumes them, and compares them with the uninterrupted run."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Heavy(Model):
 
 
 class Zygote:
-    """Starts runs in real processes that have imported everything already."""
+    """Starts runs by forking a process that has imported everything (`zygote.py`)."""
 
     def __init__(self, *modules: str) -> None:
         script = Path(__file__).with_name("zygote.py")
@@ -59,15 +59,15 @@ class Zygote:
         return int(self._ask(request | {"forks_workers": forks_workers, "finalizes": finalizes}))
 
     def load(self, modules: list[str]) -> None:
-        """Has more imported already."""
+        """Imports more modules before the next fork."""
         self._ask({"load": modules})
 
     def wait(self, pid: int) -> int:
-        """Returns the exit status, or less than 0 for a signal."""
+        """Waits for the end of a run; returns its exit status, negative for a signal."""
         return os.waitstatus_to_exitcode(int(self._ask({"wait": pid})))
 
     def poll(self, pid: int) -> int | None:
-        """Returns what `wait` does, or None while it runs."""
+        """Returns the exit status of a run as `wait` does, or None while it runs."""
         answer = self._ask({"poll": pid}).strip()
         return None if answer == "running" else os.waitstatus_to_exitcode(int(answer))
 
@@ -82,13 +82,13 @@ class Zygote:
         self._process.stdout.close()
 
     def kill(self) -> None:
-        """Ends it in the midst of an answer, as where a test was cut short."""
+        """Kills the process even while it handles a request, for a test that was interrupted."""
         self._process.kill()
         self.close()
 
 
 class Chaos:
-    """One experiment in a folder of its own: run whole once, then again and again with kills."""
+    """One experiment in a folder of its own: runs it uninterrupted once, then repeatedly with kills."""
 
     def __init__(self, folder: Path, zygote: Zygote, overrides: list[str]) -> None:
         self.folder, self.zygote, self.overrides = folder, zygote, overrides
@@ -117,7 +117,7 @@ class Chaos:
         return self.zygote.wait(pid)
 
     def run_with_kills(self, run: str, generator: random.Random) -> int:
-        """Kills the run a few times, in a save or anywhere, then lets it end; returns how often it was killed."""
+        """Kills the run a few times, during a save or at any time, then lets it end; returns the number of kills."""
         newest, before = 0, self.num_kills
         for _ in range(generator.randint(1, 4)):
             workers = [f"data.num_workers={generator.choice((0, 0, 0, 2))}"]
@@ -129,7 +129,7 @@ class Chaos:
             found = self._newest(run)
             self.num_lost += found < newest
             newest = found
-        if self.num_kills == before:  # each kill came after the end: begin anew, with one that can't
+        if self.num_kills == before:  # each kill came after the end: start again, with a kill in the middle
             shutil.rmtree(self.folder / run)
             self.num_kills += self._session(run, [], crash_at=self.num_operations // 2) == -signal.SIGKILL
         status = self._session(run, [])
@@ -145,7 +145,7 @@ class Chaos:
         return int(path.name.partition("_")[2]) if path else 0
 
     def content(self, run: str) -> tuple[dict, list[dict]]:
-        """The last checkpoint, and the metrics but for what the clock says."""
+        """Returns the last checkpoint, and the metrics without times."""
         folder = self.folder / run
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         state = checkpoint.load(folder / "checkpoints" / f"step_{STEPS:08d}")
@@ -153,7 +153,7 @@ class Chaos:
 
 
 def find_difference(one: object, other: object, place: str = "state") -> str | None:
-    """Says where two nests differ, bit for bit, or None."""
+    """Returns the first difference of two nests, compared bit for bit, or None."""
     if type(one) is not type(other):
         return f"{place}: {type(one)} and {type(other)}"
     if isinstance(one, dict):

@@ -1,8 +1,8 @@
-"""A user's own project: a model, its data and a config, nothing of it subclassed; and the runner started on it."""
+"""A user's project (a model, its data and a config), and fixtures that start the runner on it."""
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several at once: each of one thread, and so what it starts
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: one thread each, also in processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atexit
@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from chaos import Zygote
 
-# runs are signed with a key of the suite's own
+# Runs are signed with a key of their own, not with the user's.
 state = tempfile.TemporaryDirectory(prefix="runner-state-")
 os.environ["XDG_STATE_HOME"] = state.name
-# where the suite was started in the background or with nohup, these are ignored, by all that it starts as well
+# In the background or under nohup these signals are ignored, and processes that the suite starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -65,7 +65,7 @@ class Data:
 
 
 class Stalls(Data):
-    # for as long as there is a file `stall`
+    # waits while the file `stall` exists
     def __getitem__(self, index):
         while os.path.exists("stall"):
             time.sleep(0.02)
@@ -79,14 +79,14 @@ class Normed(Model):
 
 
 class Drawing(Model):
-    # from every generator, in training and in evaluation
+    # uses every generator, in training and in evaluation
     def forward(self, x, y):
         noise = random.random() + numpy.random.rand() + torch.randn_like(x)
         return super().forward(x + 0.1 * noise, y)
 
 
 class SlowToBuild(Model):
-    # until there is a file `built`
+    # waits until the file `built` exists
     def __init__(self):
         super().__init__()
         while not os.path.exists("built"):
@@ -133,13 +133,13 @@ def fail(module, batch):
 calls = 0
 
 
-def misbehave(module, batch):
-    # OWN_MISHAP says what happens at which call, such as nan@7
+def fail_at_call(module, batch):
+    # OWN_FAILURE is the failure and the calls at which it happens, such as nan@7
     global calls
     calls += module.training
-    kind, _, call = os.environ.get("OWN_MISHAP", "").partition("@")
+    kind, _, call = os.environ.get("OWN_FAILURE", "").partition("@")
     if module.training and call and calls in map(int, call.split(",")):
-        module(**batch)  # draws, and moves statistics
+        module(**batch)  # uses generators, and updates statistics
         if kind == "oom":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return {"loss": module(**batch)["loss"] * float(kind)}
@@ -168,7 +168,7 @@ trainer: {steps: 12, log_every: 1, save_every: 4, eval_every: 6, export_every: 0
 """
 
 
-OF_WORKERS = ("torch._dynamo", "torch.distributed.launcher.api", "runner.engines.fsdp", "runner.checkpoint.sharded")
+WORKER_MODULES = ("torch._dynamo", "torch.distributed.launcher.api", "runner.engines.fsdp", "runner.checkpoint.sharded")
 
 
 @functools.cache
@@ -179,7 +179,7 @@ def shared_zygote(*modules):
 
 
 class Forked:
-    """A run that goes on beside the test, forked from the zygote; it has what tests use of a `Popen`."""
+    """A run in the background, forked from the zygote, with the methods of `Popen` that tests use."""
 
     def __init__(self, zygote, output, *arguments, **settings):
         self._zygote, self._output = zygote, output
@@ -200,7 +200,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout=120):
-        """Waits for its end; returns what was printed, as `Popen` does beside what it has no pipe for."""
+        """Waits for the end of the run; returns its output and None for standard error, as `Popen` does."""
         self.wait(timeout)
         return self._output.read_text(), None
 
@@ -215,7 +215,7 @@ class Forked:
 class Project:
     """A folder with a user's module `own` and `conf/experiment/mine.yaml`."""
 
-    loaded = ()  # modules that the process has imported from which runs are forked
+    loaded = ()  # modules that are imported before runs are forked
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -229,9 +229,10 @@ class Project:
         return [sys.executable, "-m", "runner", "--config-dir", "conf", "experiment=mine"]
 
     def start(self, *overrides, environment=None, forks_workers=False, **settings):
-        """Starts the runner, in a process of its own group that is forked as that of `run`, and does not wait for it.
+        """Starts the runner in a forked process with a process group of its own, and does not wait for it.
 
-        With `forks_workers` a launcher forks its workers, too. Settings of a `Popen` need a new interpreter.
+        With `forks_workers`, a launcher forks its workers too. Other settings are those of `Popen`, and start a new
+        interpreter.
         """
         if settings:
             return self.start_afresh(*overrides, environment=environment or {}, **settings)
@@ -243,7 +244,7 @@ class Project:
         return self.started[-1]
 
     def start_afresh(self, *overrides, **settings):
-        """Starts the runner as a user does, in a new interpreter, its output in one pipe."""
+        """Starts the runner as a user does, in a new interpreter, with its output in one pipe."""
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | settings.pop("environment", {})
         settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | settings
         process = subprocess.Popen([*self.command, *overrides], cwd=self.folder, env=environment, text=True, **settings)
@@ -251,9 +252,9 @@ class Project:
         return process
 
     def run(self, *overrides, typed=None, status=0, forks_workers=False):
-        """Runs to the end, in a process forked from one that has imported torch already; returns what was printed.
+        """Runs to the end in a process forked after importing torch; returns the output.
 
-        `status` is what it must end with, or several of which it may be any.
+        `status` is the expected exit status, or a tuple of allowed ones.
         """
         zygote, output = self._zygote(forks_workers), self.folder / "printed.txt"
         output.unlink(missing_ok=True)
@@ -267,7 +268,7 @@ class Project:
         )  # fmt: skip
         try:
             found, printed = zygote.wait(pid), output.read_text()
-        except BaseException:  # such as a timeout of the test: the next one shall not wait for this run
+        except BaseException:  # such as a timeout of the test: the next test must not wait for this run
             shared_zygote.cache_clear()
             os.killpg(pid, signal.SIGKILL)
             zygote.kill()
@@ -278,11 +279,11 @@ class Project:
     def _zygote(self, forks_workers):
         zygote = shared_zygote(*self.loaded)
         if forks_workers:
-            zygote.load([*OF_WORKERS])
+            zygote.load([*WORKER_MODULES])
         return zygote
 
     def run_afresh(self, *overrides, typed=None, status=0):
-        """Runs to the end, in a process of its own; returns what was printed."""
+        """Runs to the end in a new interpreter; returns the output."""
         process = self.start_afresh(*overrides, stdin=subprocess.DEVNULL if typed is None else subprocess.PIPE)
         printed, _ = process.communicate(typed, timeout=120)
         assert process.returncode == status, printed
@@ -293,12 +294,12 @@ class Project:
         return sorted(path.parent for path in self.folder.glob("outputs/**/.hydra"))
 
     def copy(self, name, other):
-        """Makes a run's folder another's copy."""
+        """Copies the run folder `name` to `other`, which is replaced."""
         shutil.rmtree(self.folder / other, ignore_errors=True)
         shutil.copytree(self.folder / name, self.folder / other)
 
     def close(self):
-        """Leaves no process behind, however a test ended."""
+        """Ends all processes that the test started."""
         for process in self.started:
             if process.poll() is None:
                 process.kill()
@@ -317,7 +318,7 @@ def project(tmp_path):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a run of 12 steps with checkpoints at 4, 8 and 12 and a live export: for `trained` to copy."""
+    """The folder of a run of 12 steps with checkpoints at 4, 8 and 12 and an export, which `trained` copies."""
     project = Project(tmp_path_factory.mktemp("finished"))
     project.run("hydra.run.dir=run", "trainer.export_every=12", "trainer.eval_every=4")
     return project.folder / "run"
@@ -325,14 +326,14 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def trained(finished_run, project):
-    """A project with a finished run in its folder `run`."""
+    """A project with a finished run in the folder `run`."""
     shutil.copytree(finished_run, project.folder / "run")
     return project
 
 
 @pytest.fixture
 def at_home(trained, monkeypatch):
-    """The same, where this process stands, its module `own` importable and not imported yet."""
+    """The project of `trained` as the current directory, its module `own` importable but not imported yet."""
     monkeypatch.chdir(trained.folder)
     monkeypatch.syspath_prepend(trained.folder)
     for name in ("own", "evil"):
@@ -346,7 +347,7 @@ CANARY = "import pathlib\npathlib.Path('canary').touch()\n\n\nclass Evil:\n    p
 
 
 def read_numbers(folder):
-    """What is logged and no measurement of this machine."""
+    """Returns the logged metrics without times and memory."""
     return [{k: v for k, v in line.items() if not k.endswith(("_s", "_gb"))} for line in read_metrics(folder)]
 
 

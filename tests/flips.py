@@ -1,4 +1,4 @@
-"""Folders that another process turns into links and back, as fast as it can."""
+"""Swaps folders with links in another process, as fast as possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ while True:
 
 @contextmanager
 def flipped(run: Path, decoy: Path, *names: str) -> Iterator[None]:
-    """Has another process turn folders into links to the decoy and back, without a pause.
+    """Swaps folders of a run with links to the decoy and back, in another process, without a pause.
 
     Source: renameat2(2), https://man7.org/linux/man-pages/man2/rename.2.html
     """

@@ -1,4 +1,4 @@
-"""A device of the tests' own, on the CPU: its copies are done as late as its events allow, and mistakes show as NaN."""
+"""A simulated device on the CPU whose copies are done as late as events allow; missing waits show as NaN."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 @dataclass(eq=False)
 class Event:
-    """A point in the work of one stream; a `mark` of computing has a number."""
+    """An event on a stream; one of the compute stream has a number."""
 
     work: Callable[[], None] | None = None
     after: list[Event] = field(default_factory=list)
-    mark: int = 0
+    number: int = 0
 
     def pass_(self) -> None:
         after, self.after = self.after, []
@@ -33,7 +33,7 @@ class Event:
 
 
 class Region:
-    """A tensor's place in memory, which it does not keep alive.
+    """A tensor's memory region, without a reference that keeps it alive.
 
     A weak reference to the tensor itself would not do: the garbage collector clears it before finalizers run.
     """
@@ -50,7 +50,7 @@ class Region:
 
 
 class LazyDevice:
-    """A `Transport` whose computing is the program's own, and whose copies wait until they are waited for.
+    """A `Transport` that computes on the host, and whose copies are done only when they are waited for.
 
     These are counted as mistakes: a source that is freed before its copy is done, a target freed before its own, a copy
     that does not wait for computing. What is read before it has arrived is NaN.
@@ -60,17 +60,17 @@ class LazyDevice:
         self.device = torch.device("cpu")
         self.mistakes: list[str] = []
         self.num_allocated = self.num_sent = self.num_brought = self.num_waits = self.num_kept = 0
-        self._num_marks = 0
+        self._num_events = 0
         self._last: dict[str, Event] = {}
         self._random = random.Random(seed)
 
-    def mark(self) -> Event:
-        self._num_marks += 1
-        return Event(mark=self._num_marks)
+    def record_event(self) -> Event:
+        self._num_events += 1
+        return Event(number=self._num_events)
 
     def _copy(self, stream: str, source: Tensor, target: Tensor, after: Sequence[Event], least: int) -> Event:
-        """Notes a copy that waits for the events; one of them has to be a mark of that number or later."""
-        if max((event.mark for event in after), default=0) < least:
+        """Queues a copy that waits for the events; one of them must have at least the number `least`."""
+        if max((event.number for event in after), default=0) < least:
             self.mistakes.append(f"{stream}: a copy does not wait for what was computed before")
         kept, goal = Region(source), Region(target)
 
@@ -88,34 +88,34 @@ class LazyDevice:
         self._last[stream] = event = Event(work, [*before, *after])
         return event
 
-    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Event]) -> tuple[None, Event]:
+    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Event]) -> tuple[None, Event]:
         self.num_sent += 1
         event = self._copy("out", source, buffer, after, least=1)
         event.buffer = buffer  # type: ignore[attr-defined]  # a view; what it shows is the pool's
         return None, event
 
-    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Event]) -> Event:
+    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Event]) -> Event:
         self.num_brought += 1
         with torch.no_grad():
             target.fill_(float("nan"))
-        event = self._copy("back", buffer, target, after, least=self._num_marks)  # the memory may have been in use
+        event = self._copy("back", buffer, target, after, least=self._num_events)  # the memory may have been in use
         event.buffer = buffer  # type: ignore[attr-defined]
         return event
 
-    def current(self) -> str:
+    def current_stream(self) -> str:
         return "computing"
 
-    def wait(self, event: Event, stream: str) -> None:
+    def wait_event(self, event: Event, stream: str) -> None:
         self.num_waits += 1
         event.pass_()
 
     def record_stream(self, tensor: Tensor, owner: str) -> None:
         assert owner == "computing"
 
-    def keep(self, source: Tensor) -> None:
+    def record_copy_stream(self, source: Tensor) -> None:
         self.num_kept += 1
 
-    def finish(self, event: Event) -> None:
+    def synchronize(self, event: Event) -> None:
         event.pass_()
 
     def is_done(self, event: Event) -> bool:
@@ -123,7 +123,7 @@ class LazyDevice:
             event.pass_()
         return event.has_passed
 
-    def seconds(self, begin: Event, end: Event) -> float:
+    def elapsed_s(self, begin: Event, end: Event) -> float:
         return 1.0
 
     def allocate(self, num_bytes: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The states of a run's files after a loss of power: operations of `disk`, and the states they may leave.
+"""Simulates a power loss: records the file operations of `disk`, and yields the states that they may leave.
 
-A file that was not synchronized may be as it was synchronized last, empty, cut in half or whole. A name that was made,
-changed or removed in a folder that was not synchronized since may be there or not, in any order.
+The content of a file that was not synchronized may be the last synchronized one, cut in half, or complete. An entry
+that was created, changed or removed in a folder that was not synchronized since may be there or not, in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tree = dict[str, bytes | None]  # the content of a file by its path, None of a f
 
 @dataclass
 class Event:
-    """One operation and the line that asked for it, or a mark: what was told, or written since the last one."""
+    """A file operation with the line that called it, or a mark with the files written since the last event."""
 
     kind: str
     path: str = ""
@@ -30,7 +30,7 @@ class Event:
 
 
 class Recorder:
-    """Records what is done to the files under a folder while its operations are in the place of the real ones."""
+    """Records the file operations below a folder, by replacing the functions of `disk`."""
 
     def __init__(self, root: Path, monkeypatch) -> None:
         self.root, self.events = root, list[Event]()
@@ -40,7 +40,7 @@ class Recorder:
             monkeypatch.setattr(disk, kind, self._recorded(kind, getattr(disk, kind)))
 
     def mark(self, kind: str, value: object = "") -> None:
-        """Notes what the program has told, such as a checkpoint that was saved."""
+        """Records a promise of the program, such as a message about a saved checkpoint."""
         with self._lock:
             self.events.append(Event(kind, str(value), written=self._poll()))
 
@@ -64,7 +64,7 @@ class Recorder:
         return str(path.relative_to(self.root))
 
     def _poll(self) -> dict[str, bytes]:
-        """Returns the files whose content is another than when it was looked at last."""
+        """Returns the files whose content has changed since the last call."""
         found = {self._name(path): path.read_bytes() for path in self.root.rglob("*") if path.is_file()}
         changed = {name: content for name, content in found.items() if self._known.get(name) != content}
         self._known = found
@@ -72,11 +72,11 @@ class Recorder:
 
 
 def _site() -> str:
-    """Returns the line of the program that asked for an operation; of what is appended to, the line of its owner."""
+    """Returns the line of the runner that called an operation; for `AppendFile.sync`, the line that called it."""
     frame = sys._getframe(2)
     while frame is not None:
         module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module.startswith("runner.") and (module, function) != ("runner.utils.files", "sync"):
+        if module.startswith("runner.") and (module, function) != ("runner.utils.files.files", "sync"):
             return f"{module.removeprefix('runner.')}.{function}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
@@ -87,7 +87,7 @@ class _File:
         self.now, self.durable = b"", b""
 
     def content(self, which: str) -> bytes:
-        """Returns what is left: what is durable, that and half of what was appended since, or all."""
+        """Returns one of the contents that may be left: the durable one, with half of the later bytes, or all."""
         half = (len(self.durable) + len(self.now)) // 2
         return {"durable": self.durable, "half": self.now[:half], "now": self.now}[which]
 
@@ -112,7 +112,7 @@ def _apply(names: dict, entries: dict) -> None:
 
 
 class Disk:
-    """Files and folders as they are, and as they are sure to be after a loss of power."""
+    """Files and folders, with their current and their durable state."""
 
     def __init__(self) -> None:
         self.root = _Folder()
@@ -124,11 +124,11 @@ class Disk:
         return node
 
     def do(self, event: Event) -> None:
-        """Does what an event says."""
+        """Applies an event."""
         for name, content in event.written.items():
             try:
                 self._find(name).now = content
-            except (KeyError, AttributeError):  # not made by an operation: locks and logs
+            except (KeyError, AttributeError):  # locks and logs are not created through `disk`
                 continue
         folder, name = (str(Path(event.path).parent), Path(event.path).name) if event.path else ("", "")
         if event.kind in ("create", "open_append"):
@@ -147,7 +147,7 @@ class Disk:
             node.durable, node.pending = dict(node.now), []
 
     def states(self) -> Iterator[Tree]:
-        """Yields what a loss of power may leave: the worst of each single change, and of all of them."""
+        """Yields states that a power loss may leave: each change alone kept or lost, and all kept or lost."""
         folders, files = self._reachable()
         changes = [(folder, index) for folder in folders for index in range(len(folder.pending))]
         unsure = [file for file in files if file.now != file.durable]
@@ -190,7 +190,7 @@ class Disk:
 
 
 def write_tree(tree: Tree, root: Path) -> None:
-    """Makes a state in an empty folder."""
+    """Writes a state to an empty folder."""
     for name, content in tree.items():
         if content is None:
             (root / name).mkdir(parents=True, exist_ok=True)

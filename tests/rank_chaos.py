@@ -1,7 +1,7 @@
-"""Runs on several ranks that lose one of them, or their launcher, at random instants, held against the undisturbed run.
+"""Kills a rank or the launcher of a run on several ranks at random times, and compares with the uninterrupted run.
 
-Ranks are started as torchrun's agent starts them (`by_ranks`), or by the runner's own launcher (`by_launcher`): there a
-launcher that has imported everything forks its workers, or a real one executes them.
+Ranks are started as torchrun's agent starts them (`by_ranks`), or by the runner's launcher (`by_launcher`). The
+launcher is forked and forks its workers, or is a new interpreter that executes them.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from runner.checkpoint import checkpoints as checkpoint
 from runner.checkpoint.checkpoints import Checkpoints
 
 STEPS = 20
-PATIENCE_S = 25.0  # for what is left of a run to end by itself
-LOADER_S = 12.0  # the same, for a killed rank's loader workers, which look for it every 5 s
+PATIENCE_S = 25.0  # for the remaining processes of a run to end by themselves
+LOADER_S = 12.0  # in addition, for a killed rank's DataLoader workers, which look for their parent every 5 s
 OPTIONS = [
-    *(each for each in OVERRIDES if not each.startswith("trainer.precision")),
+    *(override for override in OVERRIDES if not override.startswith("trainer.precision")),
     f"trainer.steps={STEPS}",
     "distributed.timeout_s=10",
 ]
@@ -41,7 +41,7 @@ EXPECTED = {0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR2}
 
 
 def children_of(pid: int) -> list[int]:
-    """Returns the pids below one, at any depth."""
+    """Returns the pids of all descendants of a process."""
     found = []
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -53,7 +53,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def workers_of(launcher: int) -> list[int]:
-    """Returns the processes below a launcher that lead a session: its workers, and not theirs."""
+    """Returns the workers of a launcher: its descendants that lead a session."""
     found = []
     for pid in children_of(launcher):
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
@@ -62,7 +62,7 @@ def workers_of(launcher: int) -> list[int]:
 
 
 def living_of(leaders: set[int]) -> dict[int, str]:
-    """Returns the processes that are of one of these sessions, or are its leader, and have not ended."""
+    """Returns pid and name of the running processes in these sessions, including their leaders."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -76,7 +76,7 @@ def living_of(leaders: set[int]) -> dict[int, str]:
 
 
 class RankChaos:
-    """One experiment in a folder of its own, on several ranks: run whole once, then again and again with kills."""
+    """One experiment on several ranks in its own folder: runs it uninterrupted once, then repeatedly with kills."""
 
     def __init__(self, folder: Path, zygote: Zygote, how: str, num_ranks: int = 2) -> None:
         self.folder, self.zygote, self.ranks = folder, zygote, Ranks(zygote)
@@ -90,7 +90,7 @@ class RankChaos:
         self.num_operations = [int(path.read_text()) for path in counts]
         self.expected = self.content(f"whole_{how}")
         self.num_kills = self.num_starts = self.num_lost = self.num_troubles = 0
-        self.slowest_s = 0.0  # from a kill to the end of what was left
+        self.slowest_s = 0.0  # from a kill to the end of the last process
         self.troubles: list[str] = []
 
     @property
@@ -98,7 +98,7 @@ class RankChaos:
         return (self.folder / "printed.txt").read_text()
 
     def by_ranks(self, run: str, generator: random.Random) -> None:
-        """Kills a rank a few times, in a save or anywhere, starts all again each time, then lets the run end."""
+        """Kills a rank a few times, in a save or at any time, and restarts all ranks each time until the run ends."""
         self._forget_printed()
         run_id, count = f"chaos-{run}", generator.randint(1, 4)
         for restarts in range(count + 1):
@@ -130,7 +130,7 @@ class RankChaos:
             time.sleep(generator.uniform(0.05, self.whole_s))
             os.kill(pids[victim], signal.SIGKILL)
         statuses, began = self._await_end(pids)
-        if len(statuses) < self.num_ranks:  # the agent sees a rank dead
+        if len(statuses) < self.num_ranks:  # as torchrun's agent does when a rank has died
             time.sleep(generator.choice((0.0, 0.05, 0.1, 3.0)))
             for pid in set(pids) & living_of(set(pids)).keys():
                 os.killpg(pid, signal.SIGTERM)
@@ -150,7 +150,7 @@ class RankChaos:
         return statuses, time.monotonic()
 
     def _await_nobody(self, run: str, sessions: set[int], began: float) -> None:
-        """Waits until nothing of these sessions runs any more; what does not end is told, and killed."""
+        """Waits until no process of these sessions runs; reports and kills those that do not end."""
         while left := living_of(sessions):
             now = time.monotonic()
             has_leader = bool(sessions & left.keys())
@@ -188,9 +188,9 @@ class RankChaos:
         pid, process = self._start_launcher([*self.overrides, *argv], is_real)
         sessions = {pid}
         for number in range(generator.randint(0 if has_begun else 1, 2)):  # within max_restarts
-            is_sure = not number and not has_begun  # to meet its workers
-            time.sleep(generator.uniform(0.1, whole_s / 2 if is_sure else whole_s))
-            while not (workers := workers_of(pid)) and is_sure and living_of({pid}):
+            needs_workers = not number and not has_begun
+            time.sleep(generator.uniform(0.1, whole_s / 2 if needs_workers else whole_s))
+            while not (workers := workers_of(pid)) and needs_workers and living_of({pid}):
                 time.sleep(0.02)
             sessions |= {*workers}
             if workers:
@@ -199,7 +199,7 @@ class RankChaos:
         if not ends:
             time.sleep(generator.uniform(0.1, whole_s))
             if pid in living_of({pid}):
-                os.kill(pid, signal.SIGSTOP)  # so that nobody is born unseen
+                os.kill(pid, signal.SIGSTOP)  # so that it starts no process after they are listed
                 sessions |= {*children_of(pid)}
                 os.kill(pid, signal.SIGKILL)
                 self.num_kills += 1
@@ -226,14 +226,14 @@ class RankChaos:
         return process.pid, process
 
     def _judge(self, run: str, statuses: list[int]) -> None:
-        if odd := [status for status in statuses if status not in EXPECTED]:
-            self._trouble(run, f"ended with {odd}")
+        if unexpected := [status for status in statuses if status not in EXPECTED]:
+            self._trouble(run, f"ended with {unexpected}")
         for word in ("terminate called", "Fatal Python error", "Segmentation fault", "Passed over"):
             if word in self.printed:
                 self._trouble(run, f"printed {word!r}")
 
     def _look_back(self, run: str) -> None:
-        """Looks in log.txt whether a session began before what an earlier one had saved."""
+        """Checks in log.txt that no session started from an older step than an earlier session had saved."""
         saved = start = 0
         for line in (self.folder / run / "log.txt").read_text().splitlines():
             if match := re.search(r"Saved .*/step_(\d{8})", line):
@@ -261,7 +261,7 @@ class RankChaos:
         (self.folder / "printed.txt").write_text("")
 
     def content(self, run: str) -> tuple[dict, list[dict]]:
-        """The last checkpoint, and the metrics but for what the clock says."""
+        """Returns the last checkpoint, and the metrics without times."""
         folder = self.folder / run
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         state = checkpoint.load(folder / "checkpoints" / f"step_{STEPS:08d}")

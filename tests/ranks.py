@@ -1,4 +1,4 @@
-"""Real processes that are ranks of one group: forked functions, and whole runs started as torchrun starts them."""
+"""Starts ranks of one process group in real processes: functions, or runs started as torchrun starts them."""
 
 import contextlib
 import multiprocessing
@@ -20,12 +20,12 @@ LIMIT_S = 180.0
 
 
 def run_ranks(count, function, *args, timeout_s=LIMIT_S):
-    """Returns what `function(*args)` gave in each of `count` processes; whatever one raises is raised here."""
+    """Calls `function(*args)` in `count` ranks; returns the results by rank. An error in a rank is raised here."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = multiprocessing.get_context("fork")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: they do nothing meanwhile
+            warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, which are idle
             processes = [
                 context.Process(target=_run, args=(folder, rank, count, function, args)) for rank in range(count)
             ]
@@ -42,7 +42,7 @@ def run_ranks(count, function, *args, timeout_s=LIMIT_S):
         for rank in range(count):
             path = folder / f"result.{rank}"
             if not path.exists():
-                raise AssertionError(f"rank {rank} gave nothing; late: {late}; {[p.exitcode for p in processes]}")
+                raise AssertionError(f"rank {rank} has no result; late: {late}; {[p.exitcode for p in processes]}")
             error, result = pickle.loads(path.read_bytes())
             assert error is None, f"rank {rank}: {error}"
             results.append(result)
@@ -59,13 +59,13 @@ def _run(folder, rank, count, function, args):
             result = function(*args)
     except BaseException:
         error = traceback.format_exc()
-    (folder / f"part.{rank}").write_bytes(pickle.dumps((error, result)))
-    os.rename(folder / f"part.{rank}", folder / f"result.{rank}")
+    (folder / f"partial.{rank}").write_bytes(pickle.dumps((error, result)))
+    os.rename(folder / f"partial.{rank}", folder / f"result.{rank}")
     os._exit(0)
 
 
 class Ranks:
-    """Starts `python -m runner` in several processes that a store of this one joins, as torchrun's agent does."""
+    """Starts `python -m runner` in several processes that rendezvous at a store here, as torchrun's agent does."""
 
     def __init__(self, zygote):
         self.zygote = zygote
@@ -88,21 +88,21 @@ class Ranks:
         }
         pids = []
         for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (by_rank or {}).get(rank, {})
-            text = None
+            keyboard = None
             if typed is not None and rank == 0:
-                text = Path(cwd) / "typed.txt"
-                text.write_text(typed)
-            own = shared | (environment or {}) | own
+                keyboard = Path(cwd) / "typed.txt"
+                keyboard.write_text(typed)
+            variables = shared | (environment or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            variables |= (by_rank or {}).get(rank, {})
             crash_at = (crashes or {}).get(rank, 0)
-            pids.append(self.zygote.start(Path(cwd), list(argv), crash_at, own, text, finalizes=finalizes))
+            pids.append(self.zygote.start(Path(cwd), list(argv), crash_at, variables, keyboard, finalizes=finalizes))
         return pids
 
     def wait(self, pids):
         return [self.zygote.wait(pid) for pid in pids]
 
     def run(self, cwd, count, *argv, status=0, **settings):
-        """Runs to the end; returns what was printed."""
+        """Runs to the end; returns the output."""
         printed = Path(cwd) / "printed.txt"
         with contextlib.suppress(FileNotFoundError):
             printed.unlink()

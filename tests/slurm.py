@@ -1,4 +1,4 @@
-"""A Slurm of one node, brought up without systemd or cgroups, for as long as a test needs it."""
+"""Starts Slurm with one node, without systemd or cgroups, and ends it after a test."""
 
 import os
 import shutil
@@ -44,7 +44,11 @@ def is_installed():
 
 
 class Slurm:
-    """Its `environment` is what a command needs to reach it."""
+    """A running Slurm.
+
+    Attributes:
+        environment: the environment variables with which commands use it.
+    """
 
     def __init__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -73,12 +77,12 @@ class Slurm:
         subprocess.run(command, env=self.environment, check=True, timeout=30)
 
     def run(self, *command, **settings):
-        """Returns what a command of Slurm's printed."""
+        """Runs a command of Slurm; returns its output."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=90, **settings)
         return done.stdout if command[0] != "srun" else done.stdout + done.stderr
 
     def close(self):
-        """Cancels every job, and ends."""
+        """Cancels every job and ends Slurm."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=30, check=False)
         for name in reversed(DAEMONS):
             pid = self.folder / f"{name}.pid"

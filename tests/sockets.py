@@ -1,4 +1,4 @@
-"""The sockets of a process that others may reach, as Linux lists them; and a host name that leads elsewhere."""
+"""Lists the open sockets of processes on Linux, and code that gives a process another host name."""
 
 import ipaddress
 import struct
@@ -6,8 +6,8 @@ from pathlib import Path
 
 LISTENS, UNCONNECTED = "0A", "07"  # of TCP; of UDP
 
-# Gives this process, and what it starts, a host name that resolves to an address of its own that is no loopback, or to
-# none. Where that is not allowed, the host name stays.
+# Gives a process and its children a host name that resolves to an address that is not loopback, or to none. Does
+# nothing if that is not permitted.
 RENAMED = """
 import ctypes
 import fcntl
@@ -25,7 +25,7 @@ if socket.gethostname() != {name!r} and libc.unshare(0x44000000) == 0:  # CLONE_
 
 
 def listening(pid):
-    """Returns the address and port at which a process takes what others send, of TCP and UDP, IPv4 and IPv6."""
+    """Returns addresses and ports at which a process listens: TCP and UDP, IPv4 and IPv6."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -44,12 +44,12 @@ def listening(pid):
 
 
 def _address(text):
-    """Returns an address of the kernel's table: words of 32 bits, each in the machine's own order."""
+    """Parses an address of the kernel's table: 32-bit words, each in the machine's byte order."""
     words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
     address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def exposed(pids):
-    """Returns what any of the processes listens at that is no loopback address."""
+    """Returns pid, address and port where any of the processes listens at an address that is not loopback."""
     return [(pid, str(address), port) for pid in pids for address, port in listening(pid) if not address.is_loopback]

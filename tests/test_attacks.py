@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from attacks import checkpoints, links, records, signatures, special, targets, texts
-from attacks.plants import OWN, STRANGER, Attack, newest, seal, trials
+from attacks.plants import OWN, UNTRUSTED, Attack, newest, seal, trials
 from attacks.stage import Stage
 
 from runner.utils import io
@@ -68,12 +68,12 @@ def pickled(run, decoy):
         (OWN, "requeue"),
         (OWN, "restart"),
         (OWN, "sweep"),
-        (STRANGER, "resume"),
-        (STRANGER, "resume_checkpoint"),
-        (STRANGER, "evaluate"),
-        (STRANGER, "evaluate_checkpoint"),
-        (STRANGER, "evaluate_export"),
-        (STRANGER, "export"),
+        (UNTRUSTED, "resume"),
+        (UNTRUSTED, "resume_checkpoint"),
+        (UNTRUSTED, "evaluate"),
+        (UNTRUSTED, "evaluate_checkpoint"),
+        (UNTRUSTED, "evaluate_export"),
+        (UNTRUSTED, "export"),
     ],
 )
 def test_a_harmless_folder_passes(stage, origin, command):
@@ -84,7 +84,7 @@ def test_a_harmless_folder_passes(stage, origin, command):
 
 @pytest.mark.parametrize("plant", [sealed, pickled])
 def test_a_checkpoint_is_read_if_its_sums_are_right(stage, plant):
-    ending, faults = stage.attempt(Attack("none", plant, (), ()), STRANGER, "evaluate")
+    ending, faults = stage.attempt(Attack("none", plant, (), ()), UNTRUSTED, "evaluate")
     assert not faults, ending.printed
     assert ending.status == 0, ending.printed
     assert "Passed over" not in ending.printed

@@ -1,4 +1,4 @@
-"""Cut anywhere, the run is the same run: kills at random instants, and at every file operation of a save."""
+"""A run that is killed and resumed equals the uninterrupted run: at random times, and at each file operation."""
 
 import gc
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from chaos import HEAVY, OVERRIDES, Chaos, Zygote, find_difference
 from rank_chaos import RankChaos
-from zygote import Watch
+from zygote import OperationCounter
 
 from runner.checkpoint.checkpoints import Checkpoints, load
 
@@ -52,9 +52,9 @@ def rank_chaos(request, zygote, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "way"), [(1, "by_ranks"), (2, "by_ranks"), (3, "by_launcher")])
-def test_a_run_of_which_a_rank_or_the_launcher_is_killed_is_the_same_run_bit_for_bit(rank_chaos, seed, way):
-    getattr(rank_chaos, way)(f"run_{seed}", random.Random(seed))
+@pytest.mark.parametrize(("seed", "method"), [(1, "by_ranks"), (2, "by_ranks"), (3, "by_launcher")])
+def test_a_run_whose_rank_or_launcher_is_killed_is_the_same_run_bit_for_bit(rank_chaos, seed, method):
+    getattr(rank_chaos, method)(f"run_{seed}", random.Random(seed))
     assert rank_chaos.troubles == [], rank_chaos.printed[-4000:]
     assert rank_chaos.num_lost == 0
     assert find_difference(rank_chaos.content(f"run_{seed}"), rank_chaos.expected) is None
@@ -65,17 +65,17 @@ def make_parts(step):
     return {"model": {"weight": torch.full((1000,), float(step))}, "model.optimizer": {"step": step}}
 
 
-def save_in_child(folder, steps, crash_at, counted):
+def save_in_child(folder, steps, crash_at, count_file):
     pid = os.fork()
     if not pid:
-        gc.disable()  # what other tests have left, such as threads, may not be taken apart in a child
+        gc.disable()  # threads and other objects of earlier tests must not be freed in a child
         status = 1
         try:
-            watch = Watch(crash_at, counted)
+            counter = OperationCounter(crash_at, count_file)
             checkpoints = Checkpoints(folder, keep_last=1)
             for step in steps:
                 checkpoints.save(step, make_parts(step), {"step": step})
-            watch.tell()
+            counter.write_count()
             status = 0
         finally:
             os._exit(status)
@@ -85,27 +85,27 @@ def save_in_child(folder, steps, crash_at, counted):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("steps", [[2, 4], [2, 2]], ids=["next", "again"])
 def test_a_crash_at_any_file_operation_of_a_save_loses_nothing(tmp_path, steps):
-    counted = tmp_path / "count"
-    assert save_in_child(tmp_path / "whole" / "checkpoints", steps[:1], 0, counted) != 0  # its folder is not there
+    count_file = tmp_path / "count"
+    assert save_in_child(tmp_path / "whole" / "checkpoints", steps[:1], 0, count_file) != 0  # the run folder is missing
     (tmp_path / "whole").mkdir()
-    assert save_in_child(tmp_path / "whole" / "checkpoints", steps, 0, counted) == 0
-    total = int(counted.read_text())
+    assert save_in_child(tmp_path / "whole" / "checkpoints", steps, 0, count_file) == 0
+    num_operations = int(count_file.read_text())
     (tmp_path / "once").mkdir()
-    save_in_child(tmp_path / "once" / "checkpoints", steps[:1], 0, counted)
-    first = int(counted.read_text())
-    assert total > first + 10
-    for crash_at in range(1, total + 1):
+    save_in_child(tmp_path / "once" / "checkpoints", steps[:1], 0, count_file)
+    num_first = int(count_file.read_text())
+    assert num_operations > num_first + 10
+    for crash_at in range(1, num_operations + 1):
         (tmp_path / str(crash_at)).mkdir()
         folder = tmp_path / str(crash_at) / "checkpoints"
-        assert save_in_child(folder, steps, crash_at, counted) == -signal.SIGKILL
+        assert save_in_child(folder, steps, crash_at, count_file) == -signal.SIGKILL
         checkpoints = Checkpoints(folder, keep_last=1)
         checkpoints.recover()
         path, faults = checkpoints.newest()
         assert faults == []
-        if crash_at > first:  # the first save was done
+        if crash_at > num_first:  # the first save was complete
             assert path is not None
         if path is not None:
             step = load(path)["trainer.json"]["step"]
             assert torch.equal(load(path)["model"]["weight"], torch.full((1000,), float(step)))
-        checkpoints.save(6, make_parts(6), {"step": 6})  # what is left over is in nobody's way
-        assert [each.name for each in folder.iterdir()] == ["step_00000006"]
+        checkpoints.save(6, make_parts(6), {"step": 6})  # leftovers do not prevent a save
+        assert [path.name for path in folder.iterdir()] == ["step_00000006"]

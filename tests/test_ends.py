@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from chaos import find_difference
 from conftest import read_metrics
-from test_run import assert_same_run, wait_for_step
+from run_comparison import assert_same_run
+from waiting import wait_for_step
 
 from runner.checkpoint.checkpoints import Checkpoints, load, verify
 
@@ -157,16 +158,16 @@ def test_a_run_whose_process_has_gone_is_told_as_crashed(project):
     assert [session["status"] for session in record_of(project.folder / "run")["sessions"]] == ["crashed", "finished"]
 
 
-MISHAPS = ("feeder={_target_: own.misbehave}", "trainer.accumulate=2")
+MISHAPS = ("feeder={_target_: own.fail_at_call}", "trainer.accumulate=2")
 
 
 def run_with(project, mishap, *overrides, status):
-    """`mishap` is as OWN_MISHAP is: nan@11 is the first micro-step of step 6."""
-    os.environ["OWN_MISHAP"] = mishap
+    """`mishap` is as OWN_FAILURE is: nan@11 is the first micro-step of step 6."""
+    os.environ["OWN_FAILURE"] = mishap
     try:
         return project.run(*overrides, status=status)
     finally:
-        del os.environ["OWN_MISHAP"]
+        del os.environ["OWN_FAILURE"]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from itertools import zip_longest
 
 import pytest
 import torch
+from audio_overrides import SMALL_AUDIO_CODES
 from chaos import find_difference
 from conftest import Project, read_numbers, shared_zygote
 from ranks import Ranks
-from test_audio_codes import SMALL as SMALL_CODES
 
 from runner import evaluate, export
 from runner.checkpoint import checkpoints
@@ -35,7 +35,7 @@ FAMILIES = {
     ),
     "codes": (
         {"experiment": "audio_codes", "model": "code_gpt", "data": "speech_codes", "report": "continuation"},
-        [value for value in SMALL_CODES if not value.startswith(("trainer.", "distributed."))],
+        [value for value in SMALL_AUDIO_CODES if not value.startswith(("trainer.", "distributed."))],
     ),
 }
 # A choice that is refused beside another one, and one that it goes with.
@@ -49,13 +49,15 @@ def choices(group):
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
-GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "hydra")
+GROUPS = sorted(
+    path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in ("hydra", "optimization")
+)
 IN_FAMILIES = {(group, choice) for family, _ in FAMILIES.values() for group, choice in family.items()}
 
 
 def cycles():
     """Yields the choices of each cycle by group, with its family."""
-    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint")
+    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint", "ema")
     for row in zip_longest(*map(choices, together)):
         chosen = {group: choice for group, choice in zip(together, row, strict=True) if choice is not None}
         yield "text", chosen | PARTNERS.get(chosen.get("optimizer"), {})
@@ -107,7 +109,7 @@ def speech(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cycle", CYCLES, ids=name_of)
-def test_an_interrupted_run_of_a_choice_ends_as_the_one_that_was_not(cycle, tmp_path, monkeypatch, capsys, speech):
+def test_an_interrupted_run_of_every_choice_equals_the_uninterrupted_one(cycle, tmp_path, monkeypatch, capsys, speech):
     (family, chosen), project = cycle, Choices(tmp_path)
     needs = {"digits": "sklearn", "codes": "soundfile"}.get(family), NEEDS.get(chosen.get("optimizer"))
     for module in filter(None, needs):

@@ -27,9 +27,10 @@ from runner.checkpoint import checkpoints as checkpoint
 from runner.checkpoint import shards
 from runner.checkpoint.checkpoints import CheckpointError, Checkpoints
 from runner.config import checkpoint_facts, checks, errors, run_folder
-from runner.config.composition.expansion import _Counter
+from runner.config.composition.expansion import _ExpansionCounter
 from runner.config.errors import ConfigError
 from runner.control.commands import CommandQueue
+from runner.control.handlers import COMMANDS
 from runner.engines import Engine, Engines
 from runner.run import exports, run
 from runner.run.best import Best
@@ -221,7 +222,7 @@ def test_overrides_and_hydras_config_are_read_or_refused_in_one_message(folder, 
 
     def read_hydra():
         cfg = OmegaConf.create({"name": "x", "a": "${hydra:job.name}", "b": "${hydra:run}"})
-        with run_folder.told_of(folder, cfg):
+        with run_folder.recorded_hydra_config(folder, cfg):
             checks.to_plain(cfg)
 
     checks.register()
@@ -251,7 +252,7 @@ def test_what_a_config_expands_to_is_not_more_than_was_counted(a, b, c):
         assert "RecursionError" not in str(error)
         return
     resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
-    counted = _Counter(plain, is_strict=False).expand(())
+    counted = _ExpansionCounter(plain, is_strict=False).expand(())
     assert len(list(paths_in(resolved))) <= counted.values
     assert len(json.dumps(resolved, default=str)) <= 8 * counted.characters + 20 * counted.values
 
@@ -273,7 +274,7 @@ def use_record(folder):
     record = run_folder.read_record(folder)
     run_folder.is_crashed(record)
     assert isinstance(run._describe_runner(folder), str)
-    assert all(isinstance(value, str) for value in exports.facts_of({}, folder, 1, None, None).values())
+    assert all(isinstance(value, str) for value in exports.make_metadata({}, folder, 1, None, None).values())
     reader = RunRecord(folder, lambda directory: True)
     if error := refusal(reader.read, ValueError):
         assert "not the record of a run" in str(error)
@@ -368,7 +369,7 @@ def test_numbers_of_any_content_are_resumed(tmp_path_factory, real, data, step):
     put_numbers(folder, data.draw(lines), data.draw(events))
     numbers = exports.last_evaluation(folder, step)
     assert numbers is None or all(value is None or isinstance(value, (int, float)) for value in numbers.values())
-    exports.facts_of({}, folder, step, None, numbers)
+    exports.make_metadata({}, folder, step, None, numbers)
     resume_numbers(folder, step, data.draw(st.sampled_from([{}, {"lines": 9, "events": 9, "step": 1 << 52}])))
     shutil.rmtree(folder)
 
@@ -434,7 +435,7 @@ def forge(path, manifest):
     try:
         content = json.loads(manifest)
         content.pop("crc32c", None)
-        manifest = json.dumps(content | {"crc32c": checkpoint._sum_of(content)}) + "}\n"[:0] + "\n"
+        manifest = json.dumps(content | {"crc32c": checkpoint._checksum(content)}) + "}\n"[:0] + "\n"
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     (path / "MANIFEST.json").write_bytes(manifest.encode("utf-8", "surrogatepass"))
@@ -464,7 +465,7 @@ def load_facts(text):
     """Checks a checkpoint's facts, and loads of them what can be loaded without a run."""
     loaded = parse_json(text)
     checkpoint_facts.check_content({"trainer.json": loaded})
-    CommandQueue(print).load_state_dict(loaded["commands"])
+    CommandQueue(COMMANDS, print).load_state_dict(loaded["commands"])
     Best(None, False).restore(loaded["best"], {})
     Best("eval/loss", True).restore(loaded["best"], {"eval/loss": 1.0})
 

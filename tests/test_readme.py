@@ -1,3 +1,6 @@
+"""The READMEs: their trees, links and commands match the repository."""
+
+import ast
 import re
 import subprocess
 import sys
@@ -13,16 +16,16 @@ from runner.tracking.run_record import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-OF_A_RUN = ("outputs/", "audio/", "shards/", "checkpoints/", ".hydra/", "exports/")
-OF_A_USER = ("mine.py", "codec.py", "my_conf/")
+PATHS_OF_A_RUN = ("outputs/", "audio/", "shards/", "checkpoints/", ".hydra/", "exports/")
+PATHS_OF_A_USER = ("mine.py", "codec.py", "my_conf/")
 
 
-def test_the_two_commands_stand_in_it():
+def test_the_readme_has_the_commands_to_install_run_and_test():
     assert "pip install -e . -c constraints.txt && python -m runner\n" in README
     assert 'pip install -e ".[test]" -c constraints.txt && python -m pytest -n 2 --dist loadfile\n' in README
 
 
-def test_every_path_of_its_tree_is_there():
+def test_every_path_in_the_tree_of_the_readme_exists():
     tree = re.search(r"```\n(conf/.*?)```", README, re.DOTALL)
     paths = re.findall(r"^((?:conf|runner|tests|outputs)[\w/.]*)", tree[1], re.MULTILINE)
     assert len(paths) > 10
@@ -30,27 +33,54 @@ def test_every_path_of_its_tree_is_there():
         assert (ROOT / path).exists(), path
 
 
-def test_every_module_stands_in_its_tree():
+def test_the_tree_of_the_readme_lists_every_module():
     (tree,) = re.findall(r"```\n(conf/.*?)```", README, re.DOTALL)
-    rows = dict(re.findall(r"^(\S+) +(.*(?:\n +.*)*)", tree, re.MULTILINE))  # a row's later lines are indented
+    rows = dict(re.findall(r"^(\S+) +(.*(?:\n +.*)*)", tree, re.MULTILINE))  # continuation lines are indented
     for path in (ROOT / "runner").rglob("*.py"):
-        place = path.relative_to(ROOT)
-        if len(place.parts) == 2 and path.name != "__init__.py":
-            assert str(place) in rows
+        module = path.relative_to(ROOT)
+        if len(module.parts) == 2 and path.name != "__init__.py":
+            assert str(module) in rows
         elif path.name != "__init__.py":
-            assert path.stem in re.findall(r"\w+", rows[f"{place.parent}/"]), path
+            assert path.stem in re.findall(r"\w+", rows[f"{module.parent}/"]), path
+
+
+def rows_of(heading):
+    """Returns the cells of each row of the table under a heading, without the two rows of its head."""
+    section = re.search(rf"^## {heading}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    return [re.split(r" \| ", row.strip("| ")) for row in re.findall(r"^\|.*\|$", section, re.MULTILINE)[2:]]
+
+
+def test_the_reading_path_has_under_3000_lines():
+    paths = [cells[0].strip("`") for cells in rows_of("Reading path")]
+    assert f"These {len(paths)} files, under 3,000 lines together" in README
+    assert len(set(paths)) == len(paths)
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in paths) < 3000
+
+
+@pytest.mark.parametrize("cells", rows_of("Where is it"), ids=lambda cells: cells[0])
+def test_a_file_that_the_readme_points_to_defines_the_names(cells):
+    defined = set()
+    for node in ast.parse((ROOT / cells[1].strip("`")).read_text()).body:
+        if isinstance(node, ast.Assign):
+            defined |= {ast.unparse(target) for target in node.targets}
+        elif isinstance(node, ast.AnnAssign):
+            defined.add(ast.unparse(node.target))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            members = [member for member in node.body if isinstance(member, ast.FunctionDef)]
+            defined |= {node.name, *(f"{node.name}.{member.name}" for member in members)}
+    assert {*re.findall(r"`([\w.]+)`", cells[2])} <= defined
 
 
 @pytest.mark.parametrize("name", ["README.md", "conf/README.md", "runner/utils/README.md", "tests/README.md"])
-def test_every_path_that_a_readme_names_is_there(name):
+def test_every_path_in_a_readme_exists(name):
     page = ROOT / name
     for text in re.findall(r"`([\w./*-]+)`", page.read_text()):
         is_path = text.endswith("/") or re.fullmatch(r"[\w./*-]+\.(py|yaml|md|sh|toml)", text)
-        if is_path and not text.startswith(OF_A_RUN + OF_A_USER):
+        if is_path and not text.startswith(PATHS_OF_A_RUN + PATHS_OF_A_USER):
             assert any(any(folder.glob(text)) for folder in (ROOT, page.parent)), f"{name}: {text}"
 
 
-def test_the_page_of_the_config_describes_every_group_and_lists_its_choices():
+def test_the_readme_of_conf_lists_every_group_and_its_choices():
     page = (ROOT / "conf" / "README.md").read_text()
     rows = dict(re.findall(r"^\| `([\w/]+)/` \|.*\| (.*) \|$", page, re.MULTILINE))
     files = [path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml") if path.name != "config.yaml"]
@@ -59,15 +89,17 @@ def test_the_page_of_the_config_describes_every_group_and_lists_its_choices():
         assert sorted(re.findall(r"`(\w+)`", row)) == sorted(path.stem for path in files if str(path.parent) == group)
 
 
-def test_the_page_of_the_config_names_where_the_schema_is_and_what_it_types():
+def test_the_readme_of_conf_names_the_schema_and_its_sections():
     page = (ROOT / "conf" / "README.md").read_text()
-    ((sections, place),) = re.findall(r"^What the runner owns \((.*?)\) has a schema in `(\S+)`", page, re.MULTILINE)
-    assert place == str(Path(schema.__file__).relative_to(ROOT))
-    types = {field.name: field.type for field in fields(schema.Config)}
-    assert set(re.findall(r"\w+", sections)) == {key for key, kind in types.items() if str(kind).endswith("Config")}
+    ((sections, module),) = re.findall(
+        r"^The runner's own sections \((.*?)\) have a schema in `(\S+)`", page, re.MULTILINE
+    )
+    assert module == str(Path(schema.__file__).relative_to(ROOT))
+    types = {field.name: str(field.type) for field in fields(schema.Config)}
+    assert set(re.findall(r"\w+", sections)) == {key for key, hint in types.items() if hint.endswith("Config")}
 
 
-def test_what_is_installed_is_called_by_the_distributions_own_name():
+def test_install_commands_name_the_distribution_and_its_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == DISTRIBUTION
     places = [path for folder in ("conf", "runner", "tests") for path in (ROOT / folder).rglob("*.*")]
@@ -79,7 +111,7 @@ def test_what_is_installed_is_called_by_the_distributions_own_name():
 
 
 @pytest.mark.parametrize("command", re.findall(r"^    (python -m runner .*?)(?: +#.*)?$", README, re.MULTILINE))
-def test_every_command_of_it_composes(command):
+def test_every_command_in_the_readme_composes(command):
     words = re.sub(r"--config-dir \S+|experiment=mine|resume=\S+|<.*|-m ", "", command.removeprefix("python -m runner"))
     words = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in words.split()]
     flags = [] if "--help" in words or "--cfg" in words else ["--cfg", "job"]
@@ -87,7 +119,7 @@ def test_every_command_of_it_composes(command):
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_the_config_and_runs_from_anywhere(tmp_path):
+def test_the_wheel_contains_the_config_and_runs_in_any_directory(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -1,4 +1,4 @@
-"""Slurm, for real where it is installed (Debian: slurmctld, slurmd, munge), and submitit's own executor everywhere."""
+"""Runs under Slurm, if it is installed (Debian: slurmctld, slurmd, munge), and under submitit's local executor."""
 
 import json
 import time
@@ -6,7 +6,6 @@ import time
 import pytest
 import slurm
 from conftest import read_metrics
-from test_elastic import LONG, content, whole  # noqa: F401  # the fixture
 
 needs_slurm = pytest.mark.skipif(not slurm.is_installed(), reason="needs root, and slurmctld, slurmd and munged")
 
@@ -31,7 +30,7 @@ def test_srun_starts_the_ranks_of_one_run(project, cluster):
 
 @pytest.mark.slow
 @needs_slurm
-def test_a_preempted_job_is_queued_again_and_goes_on_in_its_folder(project, cluster):
+def test_a_preempted_job_is_requeued_and_resumes_in_its_folder(project, cluster):
     sweep = [
         "-m", "hydra/launcher=submitit_slurm", "+hydra.launcher.additional_parameters={requeue: true}",
         "hydra.launcher.timeout_min=60", "hydra.sweep.dir=sweep", "distributed=ddp", "distributed.nproc_per_node=2",
@@ -52,14 +51,14 @@ def test_a_preempted_job_is_queued_again_and_goes_on_in_its_folder(project, clus
 
 
 @pytest.mark.slow
-def test_submitits_own_executor_runs_a_sweep(project):
+def test_the_local_executor_of_submitit_runs_a_sweep(project):
     project.run("-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep", "seed=1,2")
     for job in (project.folder / "sweep").glob("[01]-*"):
         assert json.loads((job / "run.json").read_text())["status"] == "finished"
     assert len(list((project.folder / "sweep").glob("[01]-*"))) == 2
 
 
-def test_a_job_that_a_scheduler_starts_again_goes_on(project, monkeypatch):
+def test_a_requeued_job_resumes(project, monkeypatch):
     project.run("hydra.run.dir=run", typed="quit@6\n")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     printed = project.run("hydra.run.dir=run")
@@ -67,7 +66,7 @@ def test_a_job_that_a_scheduler_starts_again_goes_on(project, monkeypatch):
     assert [line["step"] for line in read_metrics(project.folder / "run") if "train/loss" in line] == list(range(1, 13))
 
 
-def test_the_same_sweep_in_the_same_folder_goes_on_with_its_jobs(project):
+def test_the_same_sweep_in_the_same_folder_resumes_its_jobs(project):
     sweep = ("-m", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=job", "seed=1")
     project.run(*sweep, typed="quit@6\n")
     assert "Going on after step 6" in project.run(*sweep)

@@ -1,12 +1,15 @@
-"""A process that has imported everything once, and forks a real `python -m runner` for each request: fast to kill.
+"""Imports everything once, and forks a `python -m runner` for each request, so that runs start fast.
 
-Each line of stdin is a JSON object: `argv`, `cwd`, `output` and `typed` (files), `environment` (beside this one's),
-`program` (the module whose `main` is called), and `crash_at`: the number of the file operation on checkpoints at which
-the child kills itself, 0 for none. With `forks_workers`, a child that is a launcher forks its workers instead of
-executing them; one that `finalizes` ends as Python does, which takes a moment. The answer is the child's pid; a line
-`{"wait": pid}` is answered with its wait status and the number of operations that were noted in `output`.count and its
-rank, if it has one; a child that does not end is killed; `{"poll": pid}` is answered at once, with "running" where it
-has not ended. A line `{"load": modules}` has them imported beforehand.
+Each line of stdin is a JSON object, answered by a line of stdout:
+
+- A request for a run, answered with its pid: `argv`, `cwd`, `output` and `typed` (files), `environment` (added to this
+  process's), `program` (the module whose `main` is called), and `crash_at`: the number of the file operation on
+  checkpoints at which the child kills itself, 0 for none. With `forks_workers`, a launcher forks its workers instead of
+  executing them. With `finalizes`, the child ends as Python does, which takes longer. The number of file operations is
+  written to the file `output` + ".count" + rank.
+- `{"wait": pid}` is answered with the wait status when the child ends. A child that does not end is killed.
+- `{"poll": pid}` is answered at once, with "running" if the child has not ended.
+- `{"load": modules}` imports modules.
 """
 
 import fcntl
@@ -36,22 +39,22 @@ LIMIT_S = 240.0
 PIPE_BYTES = 1 << 16
 
 
-class Watch:
+class OperationCounter:
     """Counts file operations on checkpoints before they are done, and kills the process at one of them."""
 
-    def __init__(self, crash_at: int, counted: str | os.PathLike) -> None:
-        self.crash_at, self.counted, self.count = crash_at, counted, 0
-        sys.addaudithook(self.note)
+    def __init__(self, crash_at: int, path: str | os.PathLike) -> None:
+        self.crash_at, self.path, self.count = crash_at, path, 0
+        sys.addaudithook(self.handle_event)
 
-    def note(self, event: str, args: tuple) -> None:
+    def handle_event(self, event: str, args: tuple) -> None:
         if event != "runner.disk" or "checkpoints" not in os.fspath(args[1]):
             return
         self.count += 1
         if self.count == self.crash_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def tell(self) -> None:
-        with open(self.counted, "w") as file:
+    def write_count(self) -> None:
+        with open(self.path, "w") as file:
             file.write(str(self.count))
 
 
@@ -65,7 +68,7 @@ def run_child(request: dict) -> None:
         content = Path(request["typed"]).read_bytes()
         typed, end = os.pipe()
         if len(content) > PIPE_BYTES:
-            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, len(content))  # all is written before anything is read
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, len(content))  # everything is written before it is read
         os.write(end, content)
         os.close(end)
     for fd, source in ((0, typed), (1, output), (2, output)):
@@ -74,7 +77,7 @@ def run_child(request: dict) -> None:
     sys.path.insert(0, request["cwd"])
     sys.argv = ["runner", *request["argv"]]
     status = 0
-    watch = Watch(request["crash_at"], request["output"] + ".count" + os.environ.get("RANK", ""))
+    counter = OperationCounter(request["crash_at"], request["output"] + ".count" + os.environ.get("RANK", ""))
     if request["forks_workers"]:
         fork_workers()
     try:
@@ -84,7 +87,7 @@ def run_child(request: dict) -> None:
     except BaseException:
         traceback.print_exc()
         status = 1
-    watch.tell()
+    counter.write_count()
     sys.stdout.flush()
     if request["finalizes"]:
         sys.exit(status)
@@ -92,7 +95,7 @@ def run_child(request: dict) -> None:
 
 
 class ForkedWorker:
-    """What the elastic agent uses of a `Popen`, of a worker that is a fork of its launcher as if it were executed."""
+    """A worker forked from its launcher, with the methods of `Popen` that the elastic agent uses."""
 
     def __init__(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
         assert args[1:3] == ("-P", "-c")
@@ -154,14 +157,14 @@ def wait(pid: int) -> int:
         time.sleep(0.005)
 
 
-LOADED_LATE = (  # by a run, each time: a fifth of a short one
+LAZY_MODULES = (  # imported in the middle of each run: a fifth of a short run's time
     "antlr4.LL1Analyzer", "numpy.typing", "omegaconf._impl", "runner.engines.optim.schedulers",
     "runner.tracking.media", "runner.utils.sampler.permutation", "runner.utils.sampler", "runner.utils.wrapper",
 )  # fmt: skip
 
 
 def load_for_children() -> None:
-    for name in LOADED_LATE:
+    for name in LAZY_MODULES:
         importlib.import_module(name)
     PIL.Image.init()
     Plugins.instance()
@@ -170,7 +173,7 @@ def load_for_children() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     load_for_children()
-    # Hydra composes a config once more to find hydra.mode, which is a fourth of a short run: no config here sets it.
+    # Hydra composes the config again to find hydra.mode, a quarter of a short run's time; no config here sets it.
     Hydra.get_mode = lambda self, config_name, overrides: None
     assert {tensorboard, runner.tracking.event_file}  # imported for the children
     for line in sys.stdin:
@@ -187,7 +190,7 @@ def main() -> None:
                 importlib.import_module(name)
             print("done", flush=True)
             continue
-        gc.freeze()  # a child collects no garbage among all that is imported, which would also copy its memory
+        gc.freeze()  # children need not search the imported objects for garbage, which would copy their memory
         pid = os.fork()
         if not pid:
             run_child(request)

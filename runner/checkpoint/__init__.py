@@ -1,1 +1,1 @@
-"""Checkpoints: a run's state on disk, committed as a whole, written beside the loop, and sharded over ranks."""
+"""Checkpoints: the state of a run on disk, saved by one process or by all ranks."""

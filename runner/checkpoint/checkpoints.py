@@ -1,7 +1,8 @@
-"""A run's state on disk: commit, verify, find the newest whole one, prune.
+"""Commits, verifies, loads and prunes the checkpoints of a run.
 
-A checkpoint is one folder, `step_00000300`, with a manifest of its files' sizes and checksums. It is written beside its
-final name, flushed, and renamed: a half-written one is never seen under that name. Must not know what is in the files.
+A checkpoint is one folder, `step_00000300`, with a manifest of its files' sizes and checksums. It is written under a
+temporary name beside its final one, flushed to disk, and renamed: a half-written checkpoint never has the final name.
+This module does not depend on the content of the files.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from typing import Any
 from crc32c import crc32c
 
 from runner.utils import io
-from runner.utils.files import disk, find_files, make_folder, read_bounded, remove_tree
+from runner.utils.files import disk, list_tree, make_folder_below, read_bounded, remove_tree
 from runner.utils.files.strict_json import parse_json
-from runner.utils.serialization import restore_raw, unpack
+from runner.utils.serialization import restore_dtypes, unflatten
 from runner.utils.utils import describe, one_line
 
 MANIFEST = "MANIFEST.json"
-# A part is a file of tensors under an engine's name; the runner's own files are JSON under these: no name is both.
+# A part is a file of tensors with an engine's name. The runner's own files are JSON: the names can't clash.
 FACTS = "trainer.json"
 STRUCTURE = "structure.json"
 SHARDS = "shards"
 SUFFIXES = {"sft": ".safetensors", "pt": ".pt"}
-_LOADED: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
+_LOADERS: dict[str, Callable[[Path], Any]] = {".json": io.read_json} | dict.fromkeys(SUFFIXES.values(), io.load)
 _NAME = re.compile(r"step_(\d{8,})")
 _FILE = re.compile(rf"({SHARDS}/)?[^/.\\\0][^/\\\0]*")
 _LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
@@ -41,21 +42,26 @@ _MAX_FILES = 100_000
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there or not whole: which file of it failed which check."""
+    """A checkpoint is missing or incomplete.
+
+    The message names the file and the check that failed.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))  # names and values of a file may hold anything
+        super().__init__(one_line(message))  # names and values come from files, and may contain line breaks
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder that one process writes to.
+    """The checkpoints of one run, in one folder that only one process writes to.
+
+    `save` is `begin`, one file for each part, and `commit`. A commit ends with pruning.
 
     Args:
-        folder: holds a folder a checkpoint; made when the first is saved, in a folder that must be there.
-        format: of the tensors: sft or pt.
-        keep_last: newest ones that stay when another is saved; 0 keeps all.
-        keep_every: those of every so many steps stay too; 0: none.
-        keep_best: number of checkpoints with the lowest rating that stay too.
+        folder: contains one folder for each checkpoint; created by the first save. Its parent must exist.
+        format: of files with tensors: sft or pt.
+        keep_last: number of newest checkpoints that pruning keeps; 0 keeps all.
+        keep_every: pruning also keeps checkpoints whose step is a multiple of this; 0 keeps none of these.
+        keep_best: pruning also keeps this number of checkpoints with the lowest rating.
         rate: returns the rating of a checkpoint's metric; None is never best.
     """
 
@@ -69,10 +75,11 @@ class Checkpoints:
         keep_best: int = 0,
         rate: Callable[[Any], float | None] = float,
     ) -> None:
-        self.folder, self._rate = folder, rate
+        self.folder = folder
+        self._rate = rate
         self._suffix = SUFFIXES[format]
         self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
-        self._complete: dict[Path, list[tuple[int, ...]]] = {}  # by checkpoint: the stamps of its verified files
+        self._verified_stamps: dict[Path, list[tuple[int, ...]]] = {}  # file stamps at the last verification
 
     def save(
         self,
@@ -86,13 +93,13 @@ class Checkpoints:
         """Commits a checkpoint and prunes older ones.
 
         Args:
-            parts: values with tensors, or `io.Snapshot`s of them, a file each.
+            parts: values with tensors, or `HostSnapshot`s of them, one file each.
             facts: plain values, stored as JSON.
-            metric: what `rate` rates, stored as JSON; None is never best.
-            before_commit: called when all but the final name is on disk; what it raises ends the save.
-            before_prune: called with the steps to be removed once the checkpoint is committed; False keeps them.
+            metric: argument of `rate`, stored as JSON; None is never best.
+            before_commit: called when all files are on disk, before the rename; an error it raises ends the save.
+            before_prune: called after the commit with the steps to be pruned; False keeps them.
         Raises:
-            OSError: with what the disk said; every earlier checkpoint is untouched.
+            OSError: the error of the disk; every earlier checkpoint is untouched.
         """
         partial = self.begin(step)
         try:
@@ -104,9 +111,9 @@ class Checkpoints:
             raise
 
     def begin(self, step: int) -> Path:
-        """Makes the folder that `commit` gives its final name; what is in it then is the checkpoint."""
-        partial = self._beside(self._final(step), "partial")
-        make_folder(self.folder, self.folder.parent)
+        """Creates the temporary folder for a checkpoint's files, which `commit` renames."""
+        partial = self._temporary_path(self._path_of(step), "partial")
+        make_folder_below(self.folder, self.folder.parent)
         remove_tree(partial)
         disk.make_folder(partial)
         return partial
@@ -120,41 +127,51 @@ class Checkpoints:
         before_commit: Callable[[], None] | None = None,
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
-        """Makes what `begin` began a checkpoint, and prunes older ones; the arguments are those of `save`."""
+        """Commits the folder that `begin` created, and prunes older checkpoints.
+
+        For the arguments see `save`.
+        """
         io.write_new_json(dict(facts), partial / FACTS)
-        files, folders = find_files(partial)
-        sums = {str(path.relative_to(partial)): _settle(path) for path in sorted(files)}
-        manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": sums}
-        io.write_new_json(_sealed(manifest), partial / MANIFEST)
+        files, folders = list_tree(partial)
+        checksums = {str(path.relative_to(partial)): _flush_and_measure(path) for path in sorted(files)}
+        manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": checksums}
+        io.write_new_json(_with_checksum(manifest), partial / MANIFEST)
         disk.sync_file(partial / MANIFEST)
         for folder in reversed(folders):
             disk.sync_folder(folder)
         if before_commit is not None:
             before_commit()
-        final = self._final(step)
-        self._commit(partial, final)
-        self._complete[final] = _stamps(final)
+        final = self._path_of(step)
+        self._rename(partial, final)
+        self._verified_stamps[final] = _stamps(final)
         superseded = self._find_superseded(step)
         if before_prune is None or before_prune(set(superseded)):
-            self._remove(superseded.values())
+            self._prune(superseded.values())
         return final
 
-    def _final(self, step: int) -> Path:
+    def _path_of(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def _beside(self, final: Path, role: str) -> Path:
+    def _temporary_path(self, final: Path, role: str) -> Path:
         return self.folder / f".{final.name}.{os.getpid()}.{role}"
 
-    def _commit(self, partial: Path, final: Path) -> None:
-        replaced = self._beside(final, "replaced")
+    def _rename(self, partial: Path, final: Path) -> None:
+        """Gives a complete folder its final name.
+
+        Replaces an existing checkpoint of the same step.
+        """
+        replaced = self._temporary_path(final, "replaced")
         if final.exists():
-            disk.rename(final, replaced)  # if this is the last thing done, `recover` takes it back
+            disk.rename(final, replaced)  # after a crash at this point, `recover` restores the old one
         disk.rename(partial, final)
         disk.sync_folder(self.folder)
         remove_tree(replaced)
 
     def recover(self) -> None:
-        """Removes what a crash left half-written or half-removed; call it while no other process writes here."""
+        """Deletes checkpoints that a crash left half-written or half-pruned.
+
+        No other process may write meanwhile.
+        """
         for path in sorted(self.folder.glob(".step_*")):
             match = _LEFTOVER.fullmatch(path.name)
             if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
@@ -165,43 +182,45 @@ class Checkpoints:
                 remove_tree(path)
 
     def remove_after(self, step: int) -> None:
-        """Removes those of later steps: a run that goes on from this one has left them."""
-        self._remove(self.steps_after(step).values())
+        """Deletes the checkpoints of later steps, before a run resumes from this step."""
+        self._prune(self.steps_after(step).values())
 
     def steps_after(self, step: int) -> dict[int, Path]:
-        """Returns those of later steps."""
+        """Returns the checkpoints of later steps."""
         return {later: path for later, path in self._steps().items() if later > step}
 
-    def _remove(self, paths: Iterable[Path]) -> None:
-        own = [path for path in paths if (path / MANIFEST).is_file()]
-        pruned = [self._beside(path, "pruned") for path in own]
-        for path, other in zip(own, pruned, strict=True):
-            disk.rename(path, other)
-        if own:
-            disk.sync_folder(self.folder)  # from here on they are no checkpoints, however far the rest gets
-        for other in pruned:
-            remove_tree(other)
+    def _prune(self, paths: Iterable[Path]) -> None:
+        """Deletes checkpoints.
+
+        All are renamed first, so that a crash leaves no half-deleted checkpoint under its final name.
+        """
+        checkpoints = [path for path in paths if (path / MANIFEST).is_file()]
+        renamed = [self._temporary_path(path, "pruned") for path in checkpoints]
+        for path, temporary in zip(checkpoints, renamed, strict=True):
+            disk.rename(path, temporary)
+        if checkpoints:
+            disk.sync_folder(self.folder)
+        for temporary in renamed:
+            remove_tree(temporary)
 
     def _find_superseded(self, newest_step: int) -> dict[int, Path]:
-        """Returns the checkpoints that are to go; an incomplete one takes the place of no complete one."""
+        """Returns the checkpoints to prune.
+
+        An incomplete one does not count for `keep_last`.
+        """
         superseded = self.steps_after(newest_step)
         steps = {step: path for step, path in self._steps().items() if step not in superseded}
-        last = self._newest_complete(steps, self._keep_last)
-        if not self._keep_last or len(last) < self._keep_last:
+        newest = self._newest_complete(steps, self._keep_last)
+        if not self._keep_last or len(newest) < self._keep_last:
             return superseded
-        spared = {step for step in steps if self._keep_every and step % self._keep_every == 0}
-        spared |= {step for step, _ in self.rank_best(superseded)}
-        return superseded | {s: path for s, path in steps.items() if s < last[-1] and s not in spared}
+        kept = {step for step in steps if self._keep_every and step % self._keep_every == 0}
+        kept |= {step for step, _ in self.rank_best(superseded)}
+        return superseded | {s: path for s, path in steps.items() if s < newest[-1] and s not in kept}
 
     def _newest_complete(self, steps: Mapping[int, Path], count: int) -> list[int]:
         """Returns the newest complete steps, at most `count` of them, the newest first."""
-        found: list[int] = []
-        for step in sorted(steps, reverse=True):
-            if len(found) == count:
-                break
-            if self._is_complete(steps[step]):
-                found.append(step)
-        return found
+        complete = (step for step in sorted(steps, reverse=True) if self._is_complete(steps[step]))
+        return list(islice(complete, count))
 
     def rank_best(
         self, left_out: Container[int] = (), count: int | None = None, below: float = math.inf
@@ -210,8 +229,8 @@ class Checkpoints:
 
         Args:
             left_out: steps of checkpoints that are not ranked.
-            count: of checkpoints; by default `keep_best`.
-            below: a rating that theirs must be lower than.
+            count: maximum number of checkpoints; by default `keep_best`.
+            below: only ratings below this one.
         """
         count = self._keep_best if count is None else count
         steps = {step: path for step, path in self._steps().items() if count and step not in left_out}
@@ -220,18 +239,22 @@ class Checkpoints:
         return list(islice(complete, count))
 
     def convert_metrics(self, convert: Callable[[float], Any]) -> None:
-        """Replaces each metric that is a mere number, as older versions stored it, by what `convert` makes of it."""
+        """Replaces each metric that is a plain number by `convert(number)`.
+
+        Older versions stored plain numbers.
+        """
         for path in self._steps().values():
             try:
                 manifest = _read_manifest(path)
             except CheckpointError:
                 continue
             if isinstance(manifest["metric"], (int, float)):
-                io.write_json(_sealed(manifest | {"metric": convert(manifest["metric"])}), path / MANIFEST)
+                converted = manifest | {"metric": convert(manifest["metric"])}
+                io.write_json(_with_checksum(converted), path / MANIFEST)
 
     def has(self, step: int) -> bool:
-        """Says whether there is a complete checkpoint of a step."""
-        return step in self._steps() and self._is_complete(self._final(step))
+        """Returns whether there is a complete checkpoint of a step."""
+        return step in self._steps() and self._is_complete(self._path_of(step))
 
     def _ratings(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
         for step, path in steps.items():
@@ -244,33 +267,32 @@ class Checkpoints:
                 yield step, rating
 
     def _is_complete(self, path: Path) -> bool:
-        """Says whether a checkpoint is complete; its content is read once, and again only after a file changed."""
+        """Returns whether a checkpoint passes `verify`.
+
+        Files are read again only if their stamps changed.
+        """
         try:
             stamps = _stamps(path)
-            if self._complete.get(path) != stamps:
+            if self._verified_stamps.get(path) != stamps:
                 verify(path)
-                self._complete[path] = stamps
+                self._verified_stamps[path] = stamps
         except (OSError, CheckpointError):
-            self._complete.pop(path, None)
+            self._verified_stamps.pop(path, None)
             return False
         return True
 
     def _steps(self) -> dict[int, Path]:
         if not self.folder.is_dir():
             return {}
-        matches = (
-            (_NAME.fullmatch(path.name), path)
-            for path in self.folder.iterdir()
-            if path.is_dir() and not path.is_symlink()
-        )
-        return {int(match[1]): path for match, path in matches if match}
+        folders = [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()]
+        return {int(match[1]): path for path in folders if (match := _NAME.fullmatch(path.name))}
 
     def newest_first(self) -> list[Path]:
-        """Returns all checkpoints, whole or not, the newest first."""
+        """Returns all checkpoints, complete or not, the newest first."""
         return [path for _, path in sorted(self._steps().items(), reverse=True)]
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """Returns the newest whole checkpoint, and why each newer one is not whole."""
+        """Returns the newest complete checkpoint, and a message for each newer one."""
         faults = []
         for path in self.newest_first():
             try:
@@ -283,7 +305,9 @@ class Checkpoints:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest after checking every file against it.
+    """Verifies the size and checksum of every file of a checkpoint.
+
+    Returns its manifest.
 
     Raises:
         CheckpointError: naming the file and the check that failed.
@@ -306,10 +330,12 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Any]:
-    """Returns a complete checkpoint's values: the parts that were saved by name and, under `FACTS`, the facts.
+    """Verifies and loads a checkpoint.
+
+    Returns its parts by name and, under `FACTS`, its facts.
 
     Args:
-        is_wanted: says of a name whether its value is read; by default all are.
+        is_wanted: called with a name; returns whether its value is loaded. By default all are.
     Raises:
         CheckpointError: naming the file and the check that failed.
     """
@@ -323,7 +349,7 @@ def load(path: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Any]:
                     continue
                 if key in values:
                     raise ValueError(f"{path}: {MANIFEST} names two files of {key!r}")
-                values[key] = _LOADED[Path(name).suffix](path / name)
+                values[key] = _LOADERS[Path(name).suffix](path / name)
         if STRUCTURE in values:
             values |= _assemble(path, values.pop(STRUCTURE), is_wanted)
     except (OSError, ValueError) as error:
@@ -332,27 +358,27 @@ def load(path: Path, is_wanted: Callable[[str], bool] = bool) -> dict[str, Any]:
 
 
 def _assemble(path: Path, documents: Any, is_wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """Returns the parts of a checkpoint whose tensors many ranks wrote, each its share."""
+    """Returns the parts of a checkpoint whose tensors were written by many ranks."""
     from runner.checkpoint import shards
 
     if not isinstance(documents, dict):
         raise ValueError(f"{path / STRUCTURE}: expected an object, found {type(documents).__name__}")
-    documents = {part: each for part, each in documents.items() if is_wanted(part)}
+    documents = {part: document for part, document in documents.items() if is_wanted(part)}
     tensors = shards.read(path / SHARDS, lambda name: name.partition("/")[0] in documents)
     by_part: dict[str, dict[str, Any]] = {part: {} for part in documents}
     for name, tensor in tensors.items():
-        part, _, own = name.partition("/")
-        by_part.setdefault(part, {})[own] = tensor
+        part, _, name_in_part = name.partition("/")
+        by_part.setdefault(part, {})[name_in_part] = tensor
     try:
-        for part, found in by_part.items():
-            restore_raw(documents[part], found)
-        return {part: unpack(documents[part], found) for part, found in by_part.items()}
+        for part, part_tensors in by_part.items():
+            restore_dtypes(documents[part], part_tensors)
+        return {part: unflatten(documents[part], part_tensors) for part, part_tensors in by_part.items()}
     except Exception as error:
         raise ValueError(f"{path / STRUCTURE}: does not fit its tensors ({describe(error)})") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Returns a checkpoint's manifest, checked: its form, the names in it, and its own checksum.
+    """Reads a checkpoint's manifest and checks its form and checksum.
 
     Raises:
         CheckpointError: naming the fault.
@@ -370,16 +396,19 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {_FORMAT}")
-    own = manifest.pop("crc32c", None)
-    if own != _sum_of(manifest):
-        raise CheckpointError(f"{path}: {MANIFEST} has crc32c {_sum_of(manifest)}, it says {own!r:.40}")
+    stored, computed = manifest.pop("crc32c", None), _checksum(manifest)
+    if stored != computed:
+        raise CheckpointError(f"{path}: {MANIFEST} has crc32c {computed}, it says {stored!r:.40}")
     if fault := _find_fault(manifest):
         raise CheckpointError(f"{path}: {MANIFEST} {fault}")
     return manifest
 
 
 def _find_fault(manifest: Mapping[str, Any]) -> str | None:
-    """Returns what a manifest has that no checkpoint's has, or lacks."""
+    """Returns a description of the first fault in the form of a manifest.
+
+    None if it is valid.
+    """
     files = manifest.get("files")
     if missing := {"step", "metric", "files"} - manifest.keys():
         return f"lacks {', '.join(sorted(missing))}"
@@ -388,7 +417,7 @@ def _find_fault(manifest: Mapping[str, Any]) -> str | None:
     if len(files) > _MAX_FILES:
         return f"names {len(files):,} files, {_MAX_FILES:,} at most are read"
     for name, entry in files.items():
-        if not _FILE.fullmatch(name) or Path(name).suffix not in _LOADED:
+        if not _FILE.fullmatch(name) or Path(name).suffix not in _LOADERS:
             return f"names {name!r:.100}, which is no file of a checkpoint"
         if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("crc32c")) is not str:
             return f"has no bytes and crc32c of {name!r:.100}"
@@ -396,29 +425,30 @@ def _find_fault(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _stamps(path: Path) -> list[tuple[int, ...]]:
-    """Returns what changes when a file of a checkpoint is written to, replaced or removed."""
+    """Returns attributes of a checkpoint's files that change with their content."""
     stats = [os.stat(file) for file in sorted(path.rglob("*"))]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    return manifest | {"crc32c": _sum_of(manifest)}
+def _with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest | {"crc32c": _checksum(manifest)}
 
 
-def _sum_of(content: Any) -> str:
+def _checksum(content: Any) -> str:
     return f"{crc32c(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
-def _settle(file: Path) -> dict[str, Any]:
-    """Flushes a file to disk, and measures it meanwhile."""
+def _flush_and_measure(file: Path) -> dict[str, Any]:
+    """Flushes a file to disk in a thread, and measures it meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        flushed = pool.submit(lambda: disk.sync_file(file))
+        flushed = pool.submit(disk.sync_file, file)
         measured = _measure(file)
         flushed.result()
     return measured
 
 
 def _measure(file: Path) -> dict[str, Any]:
+    """Returns the size and checksum of a file, as a manifest stores them."""
     total = 0
     with disk.open_read(file) as stream:
         while chunk := stream.read(_CHUNK_BYTES):

@@ -1,6 +1,6 @@
-"""Checkpoints written beside the loop: it is held while the state is copied, and a thread does the rest.
+"""Saves checkpoints in a thread beside training.
 
-Must not know what is saved, nor how a run is told of it.
+The loop waits only while the state is copied to the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from runner.utils.io import HostSnapshot
 
 
 class Writer(Protocol):
-    """What commits a checkpoint: `checkpoint.Checkpoints`, or all ranks at once."""
+    """Commits a checkpoint: `Checkpoints`, or `ShardedCheckpoints` on all ranks."""
 
     def save(
         self,
@@ -29,13 +29,15 @@ class Writer(Protocol):
 
 
 class Saver:
-    """Commits checkpoints, one at a time.
+    """Saves checkpoints in a thread, one at a time.
+
+    All callbacks are called in that thread.
 
     Args:
-        before_commit: called, in the thread, when all but the final name is on disk; what it raises fails the save.
-        before_prune: called, in the thread, with the steps to be removed; False keeps them.
-        saved: called, in the thread, as saved(step, path).
-        failed: called, in the thread, as failed(step, error). The next save tries anew.
+        before_commit: called when all files are on disk, before the rename; an error it raises fails the save.
+        before_prune: called with the steps to be pruned; False keeps them.
+        saved: called as saved(step, path) after a commit.
+        failed: called as failed(step, error). The next save is tried all the same.
     """
 
     def __init__(
@@ -55,25 +57,32 @@ class Saver:
         self._snapshots: dict[str, HostSnapshot] = {}
 
     def save(self, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any], metric: Any = None) -> None:
-        """Copies the state, and has it committed; waits for a save that is still under way.
+        """Copies the state and commits it in the thread.
+
+        First waits for a save that is still running.
 
         Raises:
             TypeError, ValueError: something in it can't be stored.
         """
         self._wait()
-        old, self._snapshots = self._snapshots, {}
-        snapshots = {name: HostSnapshot(value, at_once=not old, over=old.get(name)) for name, value in parts.items()}
+        # The buffers of the previous snapshots are reused.
+        previous, self._snapshots = self._snapshots, {}
+        snapshots = {
+            name: HostSnapshot(value, copy_now=not previous, reuse=previous.get(name)) for name, value in parts.items()
+        }
         self._snapshots = snapshots
         arguments = step, snapshots, facts, metric
-        # A daemon: a second signal ends the program in the midst of a write, which then never was.
+        # A daemon: a second signal ends the program during a write, which is then not committed.
         self._thread = threading.Thread(target=self._commit, args=arguments, name="saver", daemon=True)
         self._thread.start()
-        if old:  # it writes each tensor as soon as it is copied; the first time that would hold the loop longer
+        # The thread writes each tensor as soon as it is copied. The first time, while buffers are allocated, that would
+        # delay the loop longer: everything was copied above.
+        if previous:
             for snapshot in snapshots.values():
                 snapshot.copy()
 
     def close(self) -> None:
-        """Waits for the save under way.
+        """Waits for a running save.
 
         Raises:
             OSError: the last save failed.

@@ -1,11 +1,10 @@
-"""Checkpoints that many ranks write, each its share of the tensors, and that one of them commits for all.
+"""Saves checkpoints from all ranks.
 
-Must not know what is in them.
+Each writes its part of the tensors, and rank zero commits.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -21,25 +20,30 @@ from runner.checkpoint.checkpoints import SHARDS, STRUCTURE, Checkpoints
 from runner.utils import io
 from runner.utils.distributed import run_on_rank_zero
 from runner.utils.files import disk, remove_tree
-from runner.utils.serialization import HostSnapshot, as_stored
+from runner.utils.serialization import HostSnapshot, to_storable
 
 
-def share(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
-    """Returns the checkpoints that all ranks write; all call it."""
+def make_sharded(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
+    """Returns a writer for checkpoints of all ranks.
+
+    Every rank must call this function.
+    """
     return ShardedCheckpoints(checkpoints, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
 
 class ShardedCheckpoints:
-    """Saves as `Checkpoints` do, on all ranks at once; every rank calls what it has, in a thread of its own if need be.
+    """Saves checkpoints like `Checkpoints`, with every rank calling `save`.
+
+    This may be done in a thread.
 
     Args:
-        checkpoints: of the leader's folder, on a disk that all ranks share.
-        group: of all ranks, on the CPU, that nothing else uses meanwhile.
+        checkpoints: in a folder on a disk that all ranks share; only rank zero uses it.
+        group: a process group of all ranks on the CPU, which nothing else uses.
     """
 
     def __init__(self, checkpoints: Checkpoints, group: dist.ProcessGroup) -> None:
         self._checkpoints, self._group = checkpoints, group
-        self._commits = dist.get_rank(group) == 0
+        self._is_rank_zero = dist.get_rank(group) == 0
         self._mesh = DeviceMesh.from_group(group, "cpu")
 
     def save(
@@ -51,14 +55,18 @@ class ShardedCheckpoints:
         before_commit: Callable[[], None] | None = None,
         before_prune: Callable[[set[int]], bool] | None = None,
     ) -> Path:
-        """Commits a checkpoint, and prunes older ones; the arguments are those of `Checkpoints.save`.
+        """Commits a checkpoint and prunes older ones.
+
+        For the arguments see `Checkpoints.save`.
 
         Raises:
             OSError: the disk refused on one of the ranks; every earlier checkpoint is untouched.
             RankError: something else failed on one of them.
         """
-        partial = self._of_leader(lambda: self._begin(step))
-        tensors = {f"{part}/{name}": t for part, value in parts.items() for name, t in self._spread(value).items()}
+        partial = self._on_rank_zero(lambda: self._begin(step))
+        tensors: dict[str, Any] = {}
+        for part, value in parts.items():
+            tensors |= {f"{part}/{name}": tensor for name, tensor in self._stored_tensors(value).items()}
         documents = {part: value.document for part, value in parts.items()}
 
         def commit() -> Path:
@@ -67,25 +75,27 @@ class ShardedCheckpoints:
 
         try:
             shards.write(tensors, partial / SHARDS, self._group)
-            return self._of_leader(commit)
+            return self._on_rank_zero(commit)
         except BaseException:
-            if self._commits:  # no other knows how far the one that commits has come
+            if self._is_rank_zero:  # another rank can't know whether the commit was completed
                 remove_tree(partial)
             raise
 
-    def _of_leader(self, work: Callable[[], Path]) -> Path:
-        """Returns on every rank what the leader's work gave; what the disk refused it is an OSError on all."""
+    def _on_rank_zero(self, work: Callable[[], Path]) -> Path:
+        """Returns the result of rank zero's work on every rank.
+
+        An OSError is raised on every rank too.
+        """
 
         def attempt() -> tuple[Path | None, tuple[int, str, str | None] | None]:
             try:
                 return work(), None
             except OSError as error:
-                name = None if error.filename is None else str(error.filename)
-                return None, (error.errno or errno.EIO, error.strerror or str(error), name)
+                return None, shards.os_error_arguments(error)
 
-        path, refusal = run_on_rank_zero(attempt, self._group)
-        if refusal is not None:
-            raise OSError(*refusal)
+        path, error_arguments = run_on_rank_zero(attempt, self._group)
+        if error_arguments is not None:
+            raise OSError(*error_arguments)
         assert path is not None
         return path
 
@@ -94,17 +104,21 @@ class ShardedCheckpoints:
         disk.make_folder(partial / SHARDS)
         return partial
 
-    def _spread(self, value: HostSnapshot) -> dict[str, Any]:
-        """Returns copies of this rank's parts as parts of the whole that they are of."""
-        found: dict[str, Any] = {}
-        for name, tensor in value.tensors.items():
-            value.wait_for(name)
-            whole = value.spread.get(name)
-            found[name] = as_stored(tensor) if whole is None else self._part_of(whole, tensor)
-        return found
+    def _stored_tensors(self, value: HostSnapshot) -> dict[str, Any]:
+        """Returns the copied tensors by name.
 
-    def _part_of(self, whole: DTensor, copy: Any) -> DTensor:
-        stored = as_stored(torch.empty_strided(whole.shape, whole.stride(), dtype=whole.dtype, device="meta"))
+        A copied shard becomes a DTensor on the CPU again.
+        """
+        stored: dict[str, Any] = {}
+        for name, tensor in value.tensors.items():
+            value.wait_for_copy(name)
+            original = value.dtensors.get(name)
+            stored[name] = to_storable(tensor) if original is None else self._as_dtensor(original, tensor)
+        return stored
+
+    def _as_dtensor(self, original: DTensor, copy: Any) -> DTensor:
+        """Returns a copy of this rank's shard as a DTensor placed like the original."""
+        meta = to_storable(torch.empty_strided(original.shape, original.stride(), dtype=original.dtype, device="meta"))
         return DTensor.from_local(
-            as_stored(copy), self._mesh, whole.placements, run_check=False, shape=stored.shape, stride=stored.stride()
+            to_storable(copy), self._mesh, original.placements, run_check=False, shape=meta.shape, stride=meta.stride()
         )

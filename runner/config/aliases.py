@@ -1,4 +1,4 @@
-"""Earlier paths of modules: configs and programs that name them keep working.
+"""Earlier paths of modules and names of functions: configs and programs that have them keep working.
 
 Imports the standard library only.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -73,35 +74,62 @@ MOVED = {
     "runner.utils.surroundings": "runner.utils.unsloth.replay",
     "runner.utils.weights": "runner.utils.modules.weights",
 }
+RENAMED = {
+    "runner.engines.ema": {"Averages": "EMA"},
+    "runner.engines.metrics": {"Gathered": "MetricAccumulator"},
+    "runner.engines.optim.optimizers": {"Joined": "ChainedOptimizer"},
+    "runner.engines.optim.schedule": {"Schedule": "LRSchedule"},
+    "runner.engines.strategies": {"Alone": "Strategy"},
+    "runner.utils.distributed": {
+        "LeftError": "RankAbortError",
+        "LostError": "RankLostError",
+        "gather": "all_gather_object",
+        "generator_of": "default_generator",
+        "is_leader": "is_rank_zero",
+        "is_many": "is_distributed",
+        "num_ranks": "world_size",
+        "of_leader": "run_on_rank_zero",
+        "together": "run_on_all_ranks",
+    },
+    "runner.utils.distributed.coordinator": {"Agreement": "Coordinator", "Word": "Message"},
+    "runner.utils.train": {"Inbox": "CommandSource", "Screen": "ProgressDisplay", "Typed": "LoopCommand"},
+    "runner.utils.train.failures": {"Cut": "StepAborted", "Halt": "TrainingStopped", "Policy": "FailurePolicy"},
+    "runner.utils.unsloth": {"Report": "UnslothReport"},
+    "runner.utils.utils": {"mix": "derive_seed"},
+}
+_MAX_PARTS = max(module.count(".") + 1 for module in MOVED)
 _PATH_KEYS = ("_target_", "match", "with")  # keys of a config whose values are dotted paths
 
 
 def current_path(path: str) -> str:
-    """Returns today's dotted path of what a path names: `runner.engines.layouts.DDP` is in another module now."""
+    """Returns today's dotted path of a class or function: `runner.engines.layouts.DDP` is in another module now."""
     parts = path.split(".")
-    for length in range(len(parts), 1, -1):
+    for length in range(min(len(parts), _MAX_PARTS), 1, -1):  # a path in an untrusted config may be very long
         module = ".".join(parts[:length])
         if module in MOVED:
-            return ".".join([MOVED[module], *parts[length:]])
-    return path
+            parts = [*MOVED[module].split("."), *parts[length:]]
+            break
+    renamed = RENAMED.get(".".join(parts[:-1]), {})
+    return ".".join([*parts[:-1], renamed.get(parts[-1], parts[-1])])
 
 
 def update_paths(value: Any) -> Any:
-    """Returns a nest of plain values with today's paths wherever `_target_` or a rule {match, with} names another."""
+    """Returns a nest of plain values with today's paths wherever `_target_` or a rule {match, with} has others."""
     if isinstance(value, list):
-        return [update_paths(each) for each in value]
+        return [update_paths(element) for element in value]
     if not isinstance(value, dict):
         return value
     updated = {}
-    for key, each in value.items():
-        is_path = key in _PATH_KEYS and isinstance(each, str)
-        updated[key] = current_path(each) if is_path else update_paths(each)
+    for key, child in value.items():
+        is_path = key in _PATH_KEYS and isinstance(child, str)
+        updated[key] = current_path(child) if is_path else update_paths(child)
     return updated
 
 
 def install() -> None:
-    """Makes modules importable by their earlier paths."""
+    """Makes modules importable by their earlier paths, and their attributes by their earlier names."""
     if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RenamedFinder())
         sys.meta_path.append(_MovedFinder())
 
 
@@ -125,3 +153,32 @@ class _MovedLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         # Importlib has replaced the module's own spec, by which it is reloaded.
         module.__spec__ = self._spec
+
+
+class _RenamedFinder(MetaPathFinder):
+    """Finds a module that has attributes with earlier names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in RENAMED else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _RenamedLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+class _RenamedLoader(SourceFileLoader):
+    """Loads a module that finds attributes by their earlier names, too."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        own_getattr = vars(module).get("__getattr__")
+        module.__getattr__ = partial(_find_renamed, module, own_getattr)  # type: ignore[method-assign]
+
+
+def _find_renamed(module: ModuleType, own_getattr: Callable[[str], Any] | None, name: str) -> Any:
+    if name in RENAMED[module.__name__]:
+        return getattr(module, RENAMED[module.__name__][name])
+    if own_getattr is not None:  # of a module that imports some of its attributes when they are first used
+        return own_getattr(name)
+    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")

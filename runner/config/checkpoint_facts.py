@@ -1,6 +1,6 @@
-"""Checks what a checkpoint holds before anything is loaded from it: the types of all that a run reads of it.
+"""Checks the types of all values that a run reads from a checkpoint, before anything is loaded from it.
 
-A checkpoint's checksums say that it is as it was written, not who has written it. Must not import a config.
+A checkpoint's checksums show that it is as it was written, not who has written it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from runner.checkpoint.checkpoints import FACTS
 from runner.control.commands import MOST_PENDING, parse
+from runner.control.handlers import COMMANDS
 
-BATCHES = "trainer.batches"  # the part with a sampler's state that JSON can't hold; no engine's name has a dot
+BATCHES = "trainer.batches"  # a sampler's state that JSON can't hold; the name of an engine has no dot
 ACTIONS = ("eval", "export", "save")
 COUNTERS = ("steps", "micro_steps", "skipped_steps", "tokens")
 MAX_STEP = 1 << 53
@@ -23,10 +24,10 @@ _ABSENT = object()
 
 
 def check_content(content: Mapping[str, Any]) -> None:
-    """Checks a checkpoint's content as `checkpoint.load` returns it.
+    """Checks a checkpoint's content as `checkpoints.load` returns it.
 
     Raises:
-        ValueError: naming the file and key, what was expected, and what was found.
+        ValueError: naming the file and key, the expected and the found value.
     """
     facts = _check(content, FACTS, "the facts of a run", _is_mapping, "")
     _check_loop(_check(facts, "loop", "an object", _is_mapping, FACTS))
@@ -61,7 +62,7 @@ def _check_commands(commands: Mapping[str, Any]) -> None:
         raise ValueError(f"{place}.pending: expected at most {2 * MOST_PENDING} commands, found {len(pending)}")
     for line in pending:
         try:
-            is_scheduled = parse(line).step is not None
+            is_scheduled = parse(line, COMMANDS).step is not None
         except ValueError as error:
             raise ValueError(f"{place}.pending: {error}") from None
         if not is_scheduled:
@@ -77,7 +78,7 @@ def _check_best(best: Mapping[str, Any] | None) -> None:
 
 
 def _check_engine(state: Mapping[str, Any], part: str) -> None:
-    """Checks an engine's state but its weights."""
+    """Checks an engine's state, but for its weights."""
     for name in ("optimizer", "scheduler", "scaler", "averages"):
         _check(state, name, "an object or null", _or_none(_is_mapping), part)
     for name, value in _check(state, "counters", "an object", _is_mapping, part).items():
@@ -102,7 +103,7 @@ def _check_gathered(gathered: Mapping[str, Any], place: str) -> None:
         for value in series.values():
             _require(value, kind, _or_none(_is_vector), f"{place}.{name}")
     for value in _check(gathered, "sums", "pairs of numbers by name", _is_by_name, place).values():
-        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(_is_number(each) for each in value):
+        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_is_number, value)):
             raise ValueError(f"{place}.sums: expected pairs of numbers by name, found {_shown(value)}")
 
 
@@ -128,9 +129,9 @@ def _check(
 
     Args:
         place: the file, and the keys above this one.
-        default: what stands for a key that is not there; without one it must be there.
+        default: the value of a missing key; without a default the key is required.
     Raises:
-        ValueError: it is not there, or of another kind.
+        ValueError: it is missing, or of another kind.
     """
     where = f"{place}.{key}" if ": " in place else f"{place}: {key}".removeprefix(": ")
     value = values.get(key, default)
@@ -176,7 +177,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_list_of(value: Any, is_kind: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= _MAX_ENTRIES and all(is_kind(each) for each in value)
+    return isinstance(value, (list, tuple)) and len(value) <= _MAX_ENTRIES and all(map(is_kind, value))
 
 
 def _is_count(value: Any) -> bool:

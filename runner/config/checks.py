@@ -1,6 +1,6 @@
-"""The checks of a composed config that types can't make, and what becomes of it then.
+"""Checks of a composed config beyond its types, and the specification of the experiment that it describes.
 
-Must not import torch: a misspelt key ends before that second is spent.
+Nothing here imports torch, so that a misspelt key is reported at once.
 """
 
 from __future__ import annotations
@@ -9,60 +9,57 @@ import base64
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
-from enum import EnumMeta
-from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
+from runner.config import optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
-from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_plain
-from runner.config.errors import BUILT, ConfigError, shown, suggest
+from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size
+from runner.config.errors import INSTANTIATED_KEYS, ConfigError, shown
 from runner.config.hparams import run_label
-from runner.config.optimizations import find_mistakes
 from runner.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     DistributedConfig,
-    OptimizationsConfig,
     TrackingConfig,
     TrainerConfig,
 )
+from runner.config.spec import ExperimentSpec
 from runner.utils.files.strict_json import parse_json
-from runner.utils.utils import one_line
+from runner.utils.utils import one_line, suggest
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_WHEEL_CONF = _PACKAGE / "conf"
-CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
+CONF_DIR = source.CONF_DIR
 
 
 def register() -> None:
-    """Makes the schema, the resolvers and the source of YAML files known to Hydra."""
+    """Registers the schema, the resolvers and the source of YAML files with Hydra."""
     source.register()
+    optimizations.register()
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "init_from"]
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "ema", "init_from"]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
-    "optimizations": OptimizationsConfig,
     "distributed": DistributedConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,
 }
-_DEFAULTS: dict[str, Any] = {  # of what a `~` may delete
+_DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "resume": None,
     "resume_allow_changes": False,
     "allow_targets": [],
     "pattern": None,
+    "ema": None,
     "engines": {},
     "feeder": None,
     "report": None,
@@ -88,35 +85,48 @@ _AT_LEAST = {
     "distributed.timeout_s": 1,
     "distributed.rdzv_timeout_s": 1,
 }
-_LONGEST_NAME = 200  # a file name has 255 bytes, and some are for its suffixes
+_LONGEST_NAME = 200  # characters: a file name has up to 255 bytes, with its suffixes
 _BACKENDS = ("auto", "gloo", "nccl")
-_MAX_JSON = 20 * MAX_CHARACTERS  # six for a character that is escaped, and the rest for brackets and marks
+_MAX_JSON = 20 * MAX_CHARACTERS  # characters: an escaped one has six, and there are brackets and marks
 _ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
-Section = TypeVar("Section")
 
 
-def check(cfg: DictConfig) -> None:
-    """Checks what types can't say.
+def check(cfg: DictConfig) -> ExperimentSpec:
+    """Checks a composed config beyond its types; returns the specification of its experiment.
 
     Raises:
-        ConfigError: with every key that is missing or out of range, a line each.
+        ConfigError: with a line for every key that is missing, unknown or out of range.
     """
     if absent := _absent_keys(cfg):
         raise ConfigError("\n".join(absent))
     check_expansion(cfg)
     unresolved = OmegaConf.to_container(cfg, resolve=False)
-    mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved)]
-    for key, least in _AT_LEAST.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not value >= least:  # so that nan is told too
-            mistakes.append(f"{key}={value}: expected {least} or more")
-    if (OmegaConf.select(cfg, "seed", throw_on_missing=False) or 0) > _LARGEST_SEED:
-        mistakes.append(f"seed={cfg.seed}: expected at most {_LARGEST_SEED}")
+    mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved), *_range_mistakes(cfg)]
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
     if not mistakes:
-        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + find_mistakes(cfg)
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(cfg)
         mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
+    mistakes += _text_mistakes(cfg) + _engine_mistakes(cfg)
+    if mistakes:
+        raise ConfigError("\n".join(map(one_line, mistakes)))
+    return to_spec(cfg)
+
+
+def _range_mistakes(cfg: DictConfig) -> list[str]:
+    mistakes = []
+    for key, least in _AT_LEAST.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not value >= least:  # true of NaN, too
+            mistakes.append(f"{key}={value}: expected {least} or more")
+    if (OmegaConf.select(cfg, "seed", throw_on_missing=False) or 0) > _LARGEST_SEED:
+        mistakes.append(f"seed={cfg.seed}: expected at most {_LARGEST_SEED}")
+    return mistakes
+
+
+def _text_mistakes(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of texts that name a folder, a metric or modules, and of a `sign` without `resume`."""
+    mistakes = []
     if not re.fullmatch(r"[\w.+-]+", cfg.name):
         mistakes.append(f"name={cfg.name!r}: expected letters, digits, '.', '_', '+' and '-' (it names a folder)")
     best_metric = OmegaConf.select(cfg, "trainer.best_metric", throw_on_missing=False) or ""
@@ -127,6 +137,12 @@ def check(cfg: DictConfig) -> None:
     for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
             mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
+    return mistakes
+
+
+def _engine_mistakes(cfg: DictConfig) -> list[str]:
+    """Returns the mistakes of the names of engines, which name files, and of entries that are no mappings."""
+    mistakes = []
     engines = _engines_of(cfg)
     for name in engines:
         if not re.fullmatch(rf"[A-Za-z][A-Za-z0-9_-]{{0,{_LONGEST_NAME - 1}}}", name):
@@ -134,16 +150,15 @@ def check(cfg: DictConfig) -> None:
             mistakes.append(f"engines.{name}: expected {expected}")
         elif not OmegaConf.is_dict(engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
-        elif not isinstance(found := engines[name].get("init_from"), (str, type(None))):
-            mistakes.append(f"engines.{name}.init_from={found}: expected a path or null")
+        elif not isinstance(path := engines[name].get("init_from"), (str, type(None))):
+            mistakes.append(f"engines.{name}.init_from={path}: expected a path or null")
     if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
-    if mistakes:
-        raise ConfigError("\n".join(map(one_line, mistakes)))
+    return mistakes
 
 
 def _absent_keys(cfg: DictConfig) -> list[str]:
-    """Returns the mistakes of keys and whole sections that a `~` has deleted and that have no default."""
+    """Returns the mistakes of keys and sections without a default that a `~` has deleted."""
     mistakes = []
     for key in (field.name for field in fields(Config)):
         if key not in cfg and key not in _DEFAULTS and not OmegaConf.is_missing(cfg, key):
@@ -158,7 +173,7 @@ def _absent_keys(cfg: DictConfig) -> list[str]:
 
 
 def _unknown_keys(cfg: DictConfig) -> list[str]:
-    """Returns the mistakes of keys that a `+` has forced into what the runner owns."""
+    """Returns the mistakes of keys that a `+` has added to the runner's own sections."""
     known = {"": [f.name for f in fields(Config)]} | {k: [f.name for f in fields(t)] for k, t in _SECTIONS.items()}
     known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
     mistakes = []
@@ -174,25 +189,25 @@ def _engines_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _unbuildable(plain: Any) -> Iterator[str]:
-    """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is to be built."""
-    for key in BUILT:
+    """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is built."""
+    for key in INSTANTIATED_KEYS:
         node = plain
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
-        is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # which `targets` tells
+        is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # `targets` reports a list
         if not is_open and not is_several:
             yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
 
 
-def _mixed_keys(node: Any, place: str = "") -> Iterator[str]:
-    """Yields the mistakes of numbers that a dotted key of the command line has added as texts."""
+def _mixed_keys(node: Any, path: str = "") -> Iterator[str]:
+    """Yields the mistakes of keys that are numbers in the YAML, but texts in a dotted key of the command line."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     has_numbers = isinstance(node, dict) and any(type(key) is int for key in node)
     for key, child in children:
         if has_numbers and isinstance(key, str) and re.fullmatch(r"-?\d+", key):
-            yield f"{place}.{key}: expected a number as the key, found the text {key!r}; set {place}={{{key}: ...}}"
-        yield from _mixed_keys(child, f"{place}.{key}".lstrip("."))
+            yield f"{path}.{key}: expected a number as the key, found the text {key!r}; set {path}={{{key}: ...}}"
+        yield from _mixed_keys(child, f"{path}.{key}".lstrip("."))
 
 
 def _stdin_mistakes(cfg: DictConfig) -> list[str]:
@@ -212,12 +227,12 @@ def _pattern_mistakes(cfg: DictConfig) -> list[str]:
             raise
         return [f"pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... ({remedy})"]
     pattern = plain.pop("pattern")
-    return [] if _holds(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
+    return [] if _contains(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
 
 
-def _holds(node: Any, wanted: Any) -> bool:
+def _contains(node: Any, wanted: Any) -> bool:
     children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return node == wanted or any(_holds(child, wanted) for child in children)
+    return node == wanted or any(_contains(child, wanted) for child in children)
 
 
 def _batch_mistakes(cfg: DictConfig) -> list[str]:
@@ -239,7 +254,7 @@ def _batch_mistakes(cfg: DictConfig) -> list[str]:
 
 
 def _process_mistakes(cfg: DictConfig) -> list[str]:
-    """Returns the mistakes of how many processes are to be started, and where they meet."""
+    """Returns the mistakes of the number of processes, the backend and the rendezvous endpoint."""
     mistakes, count = [], cfg.nproc_per_node
     if count != "auto" and (type(count) is not int or count < 1):
         mistakes.append(f"distributed.nproc_per_node={count}: expected auto, or a number from 1 on")
@@ -255,30 +270,28 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
+def to_spec(cfg: DictConfig) -> ExperimentSpec:
+    """Returns the specification of the experiment that a checked config describes."""
+    return ExperimentSpec.from_plain(to_plain(cfg))
+
+
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """Returns the config as plain dicts and lists, interpolations resolved, enums as their names.
 
     An escaped `\\${...}` becomes the text `${...}`, so a text of the result must not be resolved again.
 
     Raises:
-        ConfigError: it would expand to too much.
+        ConfigError: its interpolations expand beyond the limit.
     """
     check_expansion(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
-    return update_paths({str(key): value for key, value in plain.items()}) | deleted
-
-
-def typed(section: type[Section], values: Mapping[str, Any]) -> Section:
-    """Returns a section of a resolved config as its dataclass."""
-    hints = get_type_hints(section)
-    enums = {key: hint for key, hint in hints.items() if isinstance(hint, EnumMeta)}
-    return section(**{key: enums[key][value] if key in enums else value for key, value in values.items()})
+    return optimizations.expand(update_paths({str(key): value for key, value in plain.items()}) | deleted)
 
 
 def to_json(plain: Any) -> str:
-    """Returns a resolved config as JSON that `from_json` reads; keys that are no text and bytes are marked."""
+    """Returns a resolved config as JSON that `from_json` reads; marks keys that are no text, and bytes."""
     return json.dumps(_mark(plain), default=str)
 
 
@@ -303,7 +316,7 @@ def from_json(text: str) -> Any:
     if len(text) > _MAX_JSON:
         raise ValueError(f"it has {len(text):,} characters, expected {_MAX_JSON:,} at most")
     found = _unmark(parse_json(text, 3 * MAX_DEPTH))
-    check_plain(found)
+    check_resolved_size(found)
     return found
 
 

@@ -1,19 +1,14 @@
-"""What a command line changes of a run's own config: found between two compositions, applied, told, or refused.
+"""Differences between the configs of a run: chosen nodes put in, changes described, changes of its identity refused.
 
-Owns nests of plain values, unresolved or not; a path is a tuple of keys. Must not import torch, nor read a file.
+Configs are nests of plain values, unresolved or not; a path is a tuple of keys.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import re
-import shlex
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runner.config.errors import ConfigError
 from runner.utils.utils import one_line
@@ -26,51 +21,46 @@ _IDENTITY_KEYS: list[KeyPath] = [  # what makes a run the one it is
     ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("pattern",), ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
-    *(("optimizations", key) for key in ("freeze", "freeze_mode", "replace", "fp8", "compile", "ema")),
-    *(("optimizations", "lora", key) for key in ("rank", "alpha", "dropout", "include", "exclude", "also_train")),
+    ("optimizations",), ("ema",),
+]  # fmt: skip
+_FREE_KEYS: list[KeyPath] = [  # optimizations that change memory, time or exports, and no number of training
+    ("optimizations", "unsloth"), ("optimizations", "checkpointing"), ("optimizations", "device_map"),
+    ("optimizations", "lora", "export"),
 ]  # fmt: skip
 _BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from")
 
 
-def apply(saved: Nest, without: Nest, beside: Nest, typed: list[str]) -> Nest:
-    """Returns a run's config with what a command line changes of it.
+def replace_nodes(saved: Nest, defaults: Nest, composed: Nest, paths: Sequence[KeyPath]) -> Nest:
+    """Returns a run's config with the nodes of chosen groups in place of its own.
+
+    A choice without a node of its own, such as an experiment, sets what it changes of the defaults.
 
     Args:
         saved: the run's config.
-        without: composed from the run's own overrides alone.
-        beside: composed from the same with the command line's.
-        typed: the command line's overrides: a value given in one counts even where it is what is composed anyway.
+        defaults: composed without the choices.
+        composed: composed with them.
+        paths: of the groups' nodes.
     """
     wanted = copy.deepcopy(saved)
-    for path in [*_changed(without, beside, ()), *_set_by(typed, saved, beside)]:
-        _copy(beside, wanted, path)
+    if any(_get(composed, path) is _ABSENT for path in paths):
+        paths = [*_changed(defaults, composed, ()), *paths]
+    for path in paths:
+        _copy(composed, wanted, path)
     return wanted
 
 
 def _changed(before: Any, after: Any, path: KeyPath) -> Iterator[KeyPath]:
-    """Yields the paths that differ; a node of another target counts whole: no argument of the old one is kept."""
+    """Yields the paths that differ; a node with another target differs as a whole, so that no argument is kept."""
     both = isinstance(before, dict) and isinstance(after, dict)
     if both and before.get("_target_") == after.get("_target_"):
-        for key in [*before, *(key for key in after if key not in before)]:
+        for key in dict.fromkeys([*before, *after]):
             yield from _changed(before.get(key, _ABSENT), after.get(key, _ABSENT), (*path, key))
     elif not _is_same(before, after):
         yield path
 
 
-def _set_by(typed: list[str], saved: Nest, beside: Nest) -> Iterator[KeyPath]:
-    parser = OverridesParser.create()
-    for override in parser.parse_overrides(typed):
-        path, value = tuple(override.key_or_group.split(".")), override.value()
-        composed = _get(beside, path)
-        if override.is_delete() or len(path) > 1 or isinstance(value, dict) or _is_same(composed, value):
-            leaves = [leaf for leaf, _ in _leaves(value, path)]
-            yield from [path] if override.is_delete() else leaves
-        elif isinstance(composed, dict) and composed.get("_target_") != _get(saved, (*path, "_target_")):
-            yield path  # a choice of a group that the run did not make
-
-
 def _copy(source: Nest, goal: Nest, path: KeyPath) -> None:
-    """Makes the goal hold at a path what the source does, or nothing where it has nothing."""
+    """Copies the value at a path; removes it if the source has none."""
     for depth, key in enumerate(path[:-1], 1):
         if not isinstance(goal.get(key), dict):
             path = path[:depth]
@@ -90,7 +80,7 @@ def _get(nest: Any, path: KeyPath) -> Any:
 
 
 def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yields the paths and values of all that is no mapping with keys."""
+    """Yields the paths and values of the leaves; an empty mapping has none."""
     if not isinstance(node, Mapping):
         yield path, node
     for key, child in node.items() if isinstance(node, Mapping) else ():
@@ -98,46 +88,35 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def describe(saved: Nest, wanted: Nest) -> list[str]:
-    """Returns what differs, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
-    return [one_line(f"{_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in _differences(saved, wanted)]
+    """Returns the differences, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
+    return [_describe(*change) for change in _differences(saved, wanted)]
 
 
-def check_same_run(saved: Nest, wanted: Nest, source: Path | None = None, new_run: str = "") -> None:
-    """Checks that two resolved configs are of the same run: more steps, another rate, more workers are.
+def _describe(path: KeyPath, old: Any, new: Any) -> str:
+    return one_line(f"{'.'.join(map(str, path))}: {_show(old)} -> {_show(new)}")
+
+
+def check_same_run(saved: Nest, wanted: Nest, new_run: str) -> None:
+    """Checks that two resolved configs are of the same run: more steps, another rate and more workers are allowed.
 
     Args:
-        source: the run or checkpoint that was to go on, for the remedy.
-        new_run: the command that starts a new run from it, for the remedy.
+        new_run: the command or argument that starts a new run from the weights, for the remedy.
     Raises:
         ConfigError: naming every key that makes it another run, its values, and the remedy.
     """
-    fixed = [(path, old, new) for path, old, new in _differences(saved, wanted) if _is_fixed(path)]
-    if fixed:
-        lines = [one_line(f"  {_join(path)}: {_show(old)} -> {_show(new)}") for path, old, new in fixed]
+    changes = [_describe(*change) for change in _differences(saved, wanted) if _is_fixed(change[0])]
+    if changes:
         head = "resume: these changes would make it another run than the one that was begun"
-        short = f"{_show_init_from(source)} (without resume=) with the same overrides"
-        begin = f"start a new run from its weights: {new_run or short}"
+        begin = f"start a new run from its weights: {new_run}"
         remedy = f"Leave them as they were, accept that with resume_allow_changes=true, or {begin}"
-        raise ConfigError("\n".join([head, *lines, remedy]))
-
-
-def _show_init_from(source: Path | None) -> str:
-    """Returns the override that starts from a run's weights, quoted for Hydra and the shell where it must be."""
-    text = "<run>" if source is None else str(source)
-    if source is None or re.fullmatch(r"[\w./:+-]+", text, re.ASCII):
-        return f"init_from={text}"
-    escaped = text.replace("'", "\\'")
-    return shlex.quote(f"init_from='{escaped}'")
-
-
-def _join(path: KeyPath) -> str:
-    return ".".join(map(str, path))
+        raise ConfigError("\n".join([head, *(f"  {change}" for change in changes), remedy]))
 
 
 def _is_fixed(path: KeyPath) -> bool:
-    if path[0] == "engines" and path[2:3] and path[2] in _BY_KEY:  # an engine's own: by the same rule
+    if path[0] == "engines" and path[2:3] and path[2] in _BY_KEY:  # the same rule for an engine's own
         path = path[2:]
-    return any(path[: len(fixed)] == fixed for fixed in _IDENTITY_KEYS)
+    is_free = any(path[: len(free)] == free for free in _FREE_KEYS)
+    return not is_free and any(path[: len(fixed)] == fixed for fixed in _IDENTITY_KEYS)
 
 
 def _differences(before: Nest, after: Nest) -> Iterator[tuple[KeyPath, Any, Any]]:

@@ -1,7 +1,4 @@
-"""What a mistake of the user's is told as: one message with the key, what was found, and the nearest right one.
-
-Must not import torch.
-"""
+"""Error messages for a config: one line with the key, the value found, and the nearest correct one."""
 
 from __future__ import annotations
 
@@ -30,101 +27,94 @@ from omegaconf.errors import (
 )
 
 from runner.config.schema import Config
-from runner.control.signals import STATUSES
-from runner.utils.utils import describe, escape_controls, one_line
+from runner.control.signals import EXIT_STATUSES
+from runner.utils.utils import describe, escape_controls, one_line, suggest
 
 HEADER = "# @package _global_"
-_NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's own words, for model=null
-_LONGEST_SHOWN = 200  # characters of what was found
-_LONGEST_TOLD = 16_000  # characters of a message
-_LONGEST_REASON = 1000  # characters of an error of an untrusted run
+_NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's message for model=null
+_MAX_VALUE_LENGTH = 200  # characters of a value in a message
+_MAX_MESSAGE_LENGTH = 16_000  # characters of a message
+_MAX_REASON_LENGTH = 1000  # characters of an error of an untrusted run
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_OWN_FULL_ERROR = "RUNNER_SET_HYDRA_FULL_ERROR"  # in this process and its workers: the user did not set it
+_FULL_ERROR_SET_HERE = "RUNNER_SET_HYDRA_FULL_ERROR"  # in this process and its workers: the runner set it, not the user
 _COMPOSERS = ("hydra.", "omegaconf.", "yaml.", "antlr4.")
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: printed as one message, without a traceback."""
-
-    is_told = False
-
-
-def suggest(name: str, choices: list[str]) -> str:
-    """Returns ' Did you mean ...?' where something is near, else what there is to choose from."""
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    listed = one_line(", ".join(choices))
-    return f"did you mean {one_line(close[0])}? (there are: {listed})" if close else f"there are: {listed}"
+    """A mistake of the user, printed as one message without a traceback."""
 
 
 def shown(text: str) -> str:
-    """Returns a text that was found somewhere as a part of a message of one line, cut where it is long."""
-    return one_line(text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…")
+    """Returns a value's text for a message: on one line, and cut after 200 characters."""
+    return one_line(text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…")
 
 
-def cut(text: str, most: int = 4000) -> str:
-    """Returns a text that says so where characters beyond `most` are left out."""
-    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters in all)"
+def truncate(text: str, max_length: int = 4000) -> str:
+    """Returns a text cut after `max_length` characters, followed by its full length."""
+    return text if len(text) <= max_length else f"{text[:max_length]}… ({len(text):,} characters in all)"
 
 
-def tell(message: str) -> None:
-    """Prints a message on standard error, cut where it is long; it may have several lines."""
-    print(escape_controls(cut(message, _LONGEST_TOLD)), file=sys.stderr)
+def print_message(message: str) -> None:
+    """Prints a message of one or more lines to standard error, cut where it is long."""
+    print(escape_controls(truncate(message, _MAX_MESSAGE_LENGTH)), file=sys.stderr)
 
 
 def wants_traceback() -> bool:
-    """Says whether the user has asked for tracebacks."""
-    return os.environ.get(_FULL_ERROR) == "1" and _OWN_FULL_ERROR not in os.environ
+    """Returns whether the user set HYDRA_FULL_ERROR=1."""
+    return os.environ.get(_FULL_ERROR) == "1" and _FULL_ERROR_SET_HERE not in os.environ
 
 
 @contextlib.contextmanager
-def raised_by_hydra() -> Iterator[None]:
-    """Has Hydra raise what it would print, for the length of a block, here and in processes that this one starts."""
+def make_hydra_raise() -> Iterator[None]:
+    """Makes Hydra raise errors instead of printing them, within the block and in processes started by it."""
     if wants_traceback():
         yield
         return
-    os.environ.update({_FULL_ERROR: "1", _OWN_FULL_ERROR: "1"})
+    os.environ.update({_FULL_ERROR: "1", _FULL_ERROR_SET_HERE: "1"})
     try:
         yield
     finally:
-        for name in (_FULL_ERROR, _OWN_FULL_ERROR):
+        for name in (_FULL_ERROR, _FULL_ERROR_SET_HERE):
             os.environ.pop(name, None)
 
 
-_is_hidden = False
+_has_hidden_tracebacks = False
 
 
 def hide_tracebacks(is_on: bool = True) -> None:
-    """Has errors that nobody understands end in one line: this process runs what its user has not written."""
-    global _is_hidden
-    _is_hidden = is_on
+    """Prints unexpected errors in one line from now on, because this process runs an untrusted config."""
+    global _has_hidden_tracebacks
+    _has_hidden_tracebacks = is_on
 
 
-def hides_tracebacks() -> bool:
-    """Says whether an error is to be told in one line."""
-    return _is_hidden and not wants_traceback()
+def are_tracebacks_hidden() -> bool:
+    """Returns whether an unexpected error is printed in one line."""
+    return _has_hidden_tracebacks and not wants_traceback()
 
 
-def describe_hidden(error: BaseException) -> str:
-    """Returns an error of an untrusted run as a part of one line, with the way to its traceback."""
-    return f"{one_line(cut(describe(error), _LONGEST_REASON))}; {_FULL_ERROR}=1 shows the traceback"
+def describe_without_traceback(error: BaseException) -> str:
+    """Returns an error in one line, which also says how to see the traceback."""
+    return f"{one_line(truncate(describe(error), _MAX_REASON_LENGTH))}; {_FULL_ERROR}=1 shows the traceback"
 
 
-def tell_traceback(error: BaseException) -> None:
-    """Prints an error with its traceback on standard error, or in one line where tracebacks are hidden."""
-    with contextlib.suppress(OSError):  # whoever read it has gone
-        if hides_tracebacks():
-            tell(describe_hidden(error))
+def print_traceback(error: BaseException) -> None:
+    """Prints an error to standard error: with its traceback, or in one line if tracebacks are hidden."""
+    with contextlib.suppress(OSError):  # the terminal or pipe was closed
+        if are_tracebacks_hidden():
+            print_message(describe_without_traceback(error))
         else:
             print(escape_controls("".join(traceback.format_exception(error)).rstrip("\n")), file=sys.stderr)
 
 
 @contextlib.contextmanager
-def told_where_started(directory: str | None) -> Iterator[None]:
-    """Adds to the message for a file that is not there where the run was started: a relative path was read there.
+def mention_start_directory(directory: str | None) -> Iterator[None]:
+    """Adds the run's start directory to an error about a missing file.
+
+    A relative path in a saved config is relative to the directory in which the run was started.
 
     Args:
-        directory: the working directory of the run's start; None where it isn't known.
+        directory: the working directory of the run's start; None if unknown.
     """
     try:
         yield
@@ -137,64 +127,64 @@ def told_where_started(directory: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_config_error() -> Iterator[None]:
-    """Ends the program with status 2 and one message where a block meets a mistake of the user's; Ctrl-C, with 130.
+    """Turns a mistake of the user into one message and exit status 2, and Ctrl-C into status 130.
 
-    Another error of an untrusted run ends it with status 1 and one line.
+    Any other error is raised. While tracebacks are hidden, it is printed in one line and the status is 1.
     """
     hide_tracebacks(False)
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(STATUSES["interrupted"]) from None
+        raise SystemExit(EXIT_STATUSES["interrupted"]) from None
     except Exception as error:
         message = format_error(error)
-        if message is None and hides_tracebacks():
-            tell_traceback(error)
+        if message is None and are_tracebacks_hidden():
+            print_traceback(error)
             raise SystemExit(1) from None
         if message is None or wants_traceback():
             raise
-        tell(message)
+        print_message(message)
         raise SystemExit(2) from None
 
 
 def format_error(error: BaseException) -> str | None:
-    """Returns the one message for a mistake in a config, or None for any other error."""
+    """Returns the message for a mistake in a config, or None for any other error."""
     if isinstance(error, ConfigError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _explain_choice(error, error.options)
     if isinstance(error, ValueError) and str(error).startswith(_NULL_CHOICE):
-        typed = _find_override(error)
-        group = shown(typed.partition("=")[0]) or "GROUP"
+        override = _find_override(error)
+        group = shown(override.partition("=")[0]) or "GROUP"
         remedy = f"to leave it out, write override /{group}: null in the defaults of an experiment"
-        return f"{shown(typed)}: expected the name of a choice; {remedy}"
+        return f"{shown(override)}: expected the name of a choice; {remedy}"
     if isinstance(error, OverrideParseException):
         reason = one_line(str(error).splitlines()[0])
         return (
             f"{shown(error.override)}: it can't be read as key=value: {reason}; put a text into quotes: key='\"...\"'"
         )
-    if isinstance(error, RecursionError) and _is_of_composer(error, depth=100):
+    if isinstance(error, RecursionError) and _is_from_composer(error, depth=100):
         return "defaults: two configs include each other, or one includes itself; delete one of these entries"
-    is_of_composer = isinstance(error, (HydraException, OmegaConfBaseException)) or _is_of_composer(error)
-    if not is_of_composer:
+    is_from_composer = isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error)
+    if not is_from_composer:
         return None
     return _explain_hydra(str(error)) or _explain_cause(error)
 
 
-def _is_of_composer(error: BaseException, depth: int = 1) -> bool:
-    """Says whether the libraries that compose a config have raised an error themselves, in the last `depth` frames."""
+def _is_from_composer(error: BaseException, depth: int = 1) -> bool:
+    """Returns whether one of the last `depth` frames of an error is in Hydra, OmegaConf or YAML."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(str(frame.f_globals.get("__name__", "")).startswith(_COMPOSERS) for frame in frames[-depth:])
 
 
-def _place_of(error: BaseException) -> str:
-    """Returns the place in the config that Hydra's message begins with, such as "In 'experiment/mine': "."""
-    found = re.match(r"In '?([^'\n]+?)'?: ", str(error))
-    return f"In '{shown(found.group(1))}': " if found and found.group(1) != "config" else ""
+def _location_of(error: BaseException) -> str:
+    """Returns the file that Hydra's message begins with, such as "In 'experiment/mine': "."""
+    match = re.match(r"In '?([^'\n]+?)'?: ", str(error))
+    return f"In '{shown(match.group(1))}': " if match and match.group(1) != "config" else ""
 
 
 def _find_override(error: BaseException) -> str:
-    """Returns the argument of the command line that Hydra was about, which its error does not name."""
+    """Returns the override of the command line that caused Hydra's error, from the frames of its traceback."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for value in frame.f_locals.values():
             if (
@@ -208,10 +198,11 @@ def _find_override(error: BaseException) -> str:
 
 def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    place, inner = _place_of(error), group.rpartition("/")[2]
-    if not options and inner in top_level_keys():
-        return f"{place}{shown(group)}: there is no such group; write override /{shown(f'{inner}: {name}')}"
-    return f"{place}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
+    location = _location_of(error)
+    last = group.rpartition("/")[2]
+    if not options and last in top_level_keys():
+        return f"{location}{shown(group)}: there is no such group; write override /{shown(f'{last}: {name}')}"
+    return f"{location}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
 
 
 def _explain_cause(error: BaseException) -> str | None:
@@ -219,93 +210,87 @@ def _explain_cause(error: BaseException) -> str | None:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     if cause is not None and cause.full_key:
-        return _explain_key(cause, _place_of(error), str(error))
+        return _explain_key(cause, _location_of(error), str(error))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return one_line(" ".join(dict.fromkeys(lines))) or None
 
 
 def _explain_hydra(message: str) -> str | None:
-    """Returns what to do about a mistake that Hydra tells without the remedy, or None for any other."""
-    place = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
-    if place and (re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE)):
-        return (
-            f'{shown(place.group(1))}.yaml: expected the first line "{HEADER}": its keys are those of the whole config'
-        )
-    if found := re.search(r"Could not load '([^']*)'", message):
-        return f"{place.group() if place else ''}{shown(found.group(1))}: there is no such file in the config folders"
-    if found := re.search(r"Could not override '(\w*)'\. No match", message):
-        key = found.group(1)
-        return f"{place.group() if place else ''}override {key}: no such group; {suggest(key, top_level_keys())}"
-    if found := re.match(r"Multiple values for ([^\s]+)\. ", message):
-        key = shown(found.group(1)).rstrip(".")
+    """Returns a message with a remedy for an error of Hydra's that has none, or None for any other error."""
+    location = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
+    prefix = location.group() if location else ""
+    if location and re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE):
+        file = f"{shown(location.group(1))}.yaml"
+        return f'{file}: expected the first line "{HEADER}": its keys are those of the whole config'
+    if match := re.search(r"Could not load '([^']*)'", message):
+        return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
+    if match := re.search(r"Could not override '(\w*)'\. No match", message):
+        key = match.group(1)
+        return f"{prefix}override {key}: no such group; {suggest(key, top_level_keys())}"
+    if match := re.match(r"Multiple values for ([^\s]+)\. ", message):
+        key = shown(match.group(1)).rstrip(".")
         return f"{key}: it is chosen twice in the defaults; write override /{key}: in the second"
-    if found := re.match(r"Error merging override ~+([^\s=]+)", message):
-        key = found.group(1)
-        remedy = f"leave it out, or set {key}=null" if _may_be_null(key) else "leave it out"
+    if match := re.match(r"Error merging override ~+([^\s=]+)", message):
+        key = match.group(1)
+        remedy = f"leave it out, or set {key}=null" if _is_nullable(key) else "leave it out"
         return f"~{shown(key)}: this key can't be deleted; {remedy}"
-    if found := re.match(r"Could not delete from config. '([^']*)' does not exist", message):
-        key = shown(found.group(1))
-        if _hint_of(key) is not None:
+    if match := re.match(r"Could not delete from config. '([^']*)' does not exist", message):
+        key = shown(match.group(1))
+        if _type_of(key) is not None:
             return f"~{key}: this key is null already; leave ~{key} out"
         return f"~{key}: there is no such key to delete"
     return None
 
 
-def describe_several(key: str, found: str) -> str:
-    """Returns the mistake of a key of one dataset that was given several."""
+def describe_multiple_datasets(key: str, found: str) -> str:
+    """Returns the message for `data.train` or `data.eval` set to several datasets."""
     remedy = "join them: {_target_: torch.utils.data.ConcatDataset, datasets: [...]}"
     if key.endswith("eval"):
         remedy += "; or evaluate others in a report of your own, whose arguments may be datasets"
     return f"{key}: expected one dataset, found {found}; {remedy}"
 
 
-def _explain_key(cause: OmegaConfBaseException, where: str, context: str) -> str:
+def _explain_key(cause: OmegaConfBaseException, location: str, context: str) -> str:
     full_key = shown(str(cause.full_key))
     message = shown(str(cause.msg or cause).splitlines()[0])
     parent = cause.parent_node
     is_unknown_key = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent)
-    found = re.fullmatch(r"(data\.(?:train|eval))\.[^.]+", full_key)
-    if is_unknown_key and found and re.search(r"^To append.*\b_target_\b", context, re.MULTILINE):
-        return describe_several(found.group(1), "several")
+    dataset = re.fullmatch(r"(data\.(?:train|eval))\.[^.]+", full_key)
+    if is_unknown_key and dataset and re.search(r"^To append.*\b_target_\b", context, re.MULTILINE):
+        return describe_multiple_datasets(dataset.group(1), "several")
     if not is_unknown_key or cause.key in parent:
-        return where + (_explain_type(cause, full_key) or f"{full_key}: {message}")
+        return location + (_explain_type(cause, full_key) or f"{full_key}: {message}")
     key = shown(str(cause.key))
     if str(cause.key) in (str(key) for key in parent):
         mapping = full_key.rpartition(".")[0]
-        return f"{where}{full_key}: expected a number as the key, found a text; set {mapping}={{{key}: ...}}"
+        return f"{location}{full_key}: expected a number as the key, found a text; set {mapping}={{{key}: ...}}"
     keys = [str(key) for key in parent if key != "hydra"] + (["experiment"] if "." not in full_key else [])
     hint = suggest(str(cause.key), keys) if keys else f"to add it: +{full_key}=..."
     if OmegaConf.get_type(parent) is dict and keys:
         hint += f"; to pass an argument of its _target_ that the YAML leaves out: +{full_key}=..."
-    return f"{where}{full_key}: no such key; {hint}"
+    return f"{location}{full_key}: no such key; {hint}"
 
 
 def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
-    """Returns what was expected of a value of another type and what was found, or None for another mistake."""
-    hint = _hint_of(full_key)
-    if full_key in BUILT and "ListConfig" in str(cause.msg):
+    """Returns the message for a value of the wrong type, or None for another mistake."""
+    hint = _type_of(full_key)
+    if full_key in INSTANTIATED_KEYS and "ListConfig" in str(cause.msg):
         return f"{full_key}: expected a mapping with _target_, found a list"
-    is_of_value = isinstance(cause, (ValidationError, TypeError)) and not isinstance(
-        cause, InterpolationResolutionError
-    )
-    if not is_of_value or hint is None or hint is Any:
+    is_type_error = isinstance(cause, (ValidationError, TypeError))
+    if not is_type_error or isinstance(cause, InterpolationResolutionError) or hint is None or hint is Any:
         return None
     value = cause.value
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=False)
     if value is None and str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):
-        return f"{full_key}: expected {describe_hint(hint)}, found a mapping"
-    found = f"{full_key}={shown(_as_yaml(value))}"
-    return f"{found}: expected {describe_hint(hint)}{_remedy_for(value, hint)}"
-
-
-def _as_yaml(value: Any) -> str:
-    """Returns a value as YAML writes it."""
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+        return f"{full_key}: expected {describe_type(hint)}, found a mapping"
+    found = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))  # as in YAML
+    return f"{full_key}={shown(found)}: expected {describe_type(hint)}{_remedy_for(value, hint)}"
 
 
 def _remedy_for(value: Any, hint: Any) -> str:
-    choices, expected = _choices_of(hint), describe_hint(hint)
+    choices = _choices_of(hint)
+    expected = describe_type(hint)
     if isinstance(value, bool) and choices:
         return "; YAML reads off, no, on and yes as false and true: put it into quotes"
     if isinstance(value, str) and choices:
@@ -316,13 +301,13 @@ def _remedy_for(value: Any, hint: Any) -> str:
     return ", found a text" if isinstance(value, str) and "number" in expected else ""
 
 
-def describe_hint(hint: Any) -> str:
-    """Returns what a type hint of the schema says of a value, as a person says it."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(_describe_kind(kind) for kind in kinds)
+def describe_type(hint: Any) -> str:
+    """Returns a type hint of the schema in words, such as "a whole number or null"."""
+    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(_describe_alternative(alternative) for alternative in alternatives)
 
 
-def _describe_kind(kind: Any) -> str:
+def _describe_alternative(kind: Any) -> str:
     if kind is type(None):
         return "null"
     if isinstance(kind, EnumMeta):
@@ -334,7 +319,7 @@ def _describe_kind(kind: Any) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is list and inner == (str,):
         return "a list of texts"
-    return _EXPECTED.get(typing.get_origin(kind) or kind, "another value")
+    return _TYPE_NAMES.get(typing.get_origin(kind) or kind, "another value")
 
 
 def _choices_of(hint: Any) -> list[str]:
@@ -346,8 +331,8 @@ def top_level_keys() -> list[str]:
     return [field.name for field in dataclasses.fields(Config)]
 
 
-def _hint_of(key: str) -> Any:
-    """Returns the type that the schema gives a key, or an element of its list; None for keys that it lacks."""
+def _type_of(key: str) -> Any:
+    """Returns the schema's type of a key, or of an element of its list; None if the schema lacks the key."""
     hint: Any = Config
     for name in re.split(r"[.\[]", key.replace("]", "")):
         if typing.get_origin(hint) is list and name.isdigit():
@@ -358,25 +343,40 @@ def _hint_of(key: str) -> Any:
     return hint
 
 
-def find_misplaced(content: Any, hint: Any = Config, key: str = "") -> Iterator[str]:
-    """Yields what is of another kind than its key: OmegaConf merges no number into a mapping, and tells no key."""
-    is_open = content is None or isinstance(content, str)  # an interpolation, or a mistake that is told with its key
-    place = f"{key}={shown(str(content))}"
+def find_kind_mismatches(content: Any, hint: Any = Config, key: str = "") -> Iterator[str]:
+    """Yields a message for each value that is a mapping, a list or a scalar where the schema has another of these.
+
+    OmegaConf's own error for these names no key.
+    """
+    is_interpolation = isinstance(content, str) and "${" in content
+    assignment = f"{key}=null" if content is None else f"{key}={shown(str(content))}"
     if dataclasses.is_dataclass(hint) and isinstance(content, dict):
         hints = typing.get_type_hints(hint)
         for name in content.keys() & hints.keys():
-            yield from find_misplaced(content[name], hints[name], f"{key}.{name}".lstrip("."))
-    elif dataclasses.is_dataclass(hint) and not (is_open and "${" in str(content)):
-        yield f"{place if content is not None else f'{key}=null'}: expected {describe_hint(hint)}"
-    elif isinstance(content, list) and (typing.get_origin(hint) is dict or key in BUILT):
-        yield f"{place}: expected {'a mapping with _target_' if key in BUILT else 'a mapping'}, found a list"
+            yield from find_kind_mismatches(content[name], hints[name], f"{key}.{name}".lstrip("."))
+    elif dataclasses.is_dataclass(hint) and not is_interpolation:
+        yield f"{assignment}: expected {describe_type(hint)}"
+    elif isinstance(content, list) and key in INSTANTIATED_KEYS:
+        yield f"{assignment}: expected a mapping with _target_, found a list"
+    elif isinstance(content, list) and typing.get_origin(hint) is dict:
+        yield f"{assignment}: expected a mapping, found a list"
     elif isinstance(content, dict) and typing.get_origin(hint) is list:
-        yield f"{place}: expected {describe_hint(hint)}, found a mapping"
+        yield f"{assignment}: expected {describe_type(hint)}, found a mapping"
 
 
-BUILT = ("model", "data.train", "data.eval", "data.collate", "sampler", "optimizer", "scheduler", "feeder", "report")
+INSTANTIATED_KEYS = (
+    "model",
+    "data.train",
+    "data.eval",
+    "data.collate",
+    "sampler",
+    "optimizer",
+    "scheduler",
+    "feeder",
+    "report",
+)
 
 
-def _may_be_null(key: str) -> bool:
-    hint = _hint_of(key)
-    return (hint is Any and key in (*BUILT, "distributed.strategy")) or type(None) in typing.get_args(hint)
+def _is_nullable(key: str) -> bool:
+    hint = _type_of(key)
+    return (hint is Any and key in (*INSTANTIATED_KEYS, "distributed.strategy")) or type(None) in typing.get_args(hint)

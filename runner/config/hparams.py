@@ -1,6 +1,6 @@
-"""The hyperparameters of a run: the keys that its command line, its experiment or its sweep set, and their values.
+"""The hyperparameters of a run: the keys that its command line, experiment or sweep sets, and their values.
 
-A sweep's folders are named by the keys that its jobs vary. Must not import torch.
+The folder of a sweep's job is named by the keys that the sweep varies.
 """
 
 from __future__ import annotations
@@ -25,21 +25,29 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
 Value = bool | int | float | str
 
-_PLACE = "hydra.callbacks.run_folder"  # of the keys in the config of each job
-_SPACES = ("params", "search_space", "parametrization", "ax_config.params")  # where sweepers keep what they vary
-_ABSENT = "(none)"  # the value of a key that another job of the sweep has and this job lacks
-_NO_HYPERPARAMETERS = ("resume", "resume_allow_changes", "allow_targets", "hydra", "defaults")
+_CALLBACK_KEY = "hydra.callbacks.run_folder"  # holds a sweep's hyperparameter keys in the config of each job
+_SEARCH_SPACE_KEYS = (
+    "params",
+    "search_space",
+    "parametrization",
+    "ax_config.params",
+)  # of sweepers
+_ABSENT = "(none)"  # value of a key that only other jobs of the sweep have
+_EXCLUDED_KEYS = ("resume", "resume_allow_changes", "allow_targets", "hydra", "defaults")
 _PATH_KEY = re.compile(r"(.*_)?(path|paths|dir|dirs|directory|folder|folders|file|files|root)")
-_LONGEST_LABEL = 72  # a job's number stands before it: 80 in all
-_SHORTEST_PART = 12
-_LONGEST_RECORD = 1000
+_MAX_LABEL_LENGTH = 72  # 80 with the job's number before it
+_MIN_PART_LENGTH = 12
+_MAX_NUM_RECORDED = 1000
 
 
 @dataclass
-class Keys:
-    """The keys of a run's hyperparameters: those that jobs of its sweep vary, and those that are set for all.
+class HyperparameterKeys:
+    """The keys of a run's hyperparameters.
 
-    `constant` are the overrides that are the same in all jobs, by their own keys: one may set a mapping.
+    Attributes:
+        swept: the keys that the jobs of the sweep vary.
+        fixed: the keys that are set to one value for all jobs.
+        constant: the keys of the overrides that are the same for all jobs; an override may set a mapping of keys.
     """
 
     swept: list[str]
@@ -47,15 +55,17 @@ class Keys:
     constant: list[str]
 
 
-def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Keys:
+def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> HyperparameterKeys:
     """Returns the keys that the command line and the experiment of a composed config set.
 
     Args:
-        cfg: a run's config, or a sweep's own, whose overrides are those of all jobs.
+        cfg: the config of a run, or of a sweep as a whole, whose overrides apply to all its jobs.
         reads_experiment: False leaves out the keys of the experiment's file.
     """
-    swept, fixed, constant = dict[str, None](), dict[str, None](), list[str]()
-    experiments = _listed(cfg.hydra.runtime.choices.get("experiment"))
+    swept = dict[str, None]()
+    fixed = dict[str, None]()
+    constant = list[str]()
+    experiments = _split_choice(cfg.hydra.runtime.choices.get("experiment"))
     is_experiment_swept = False
     for key, override in _find_overrides(cfg).items():
         is_swept = override is None or override.is_sweep_override()
@@ -63,29 +73,29 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Keys:
         if not is_swept:
             constant.append(key)
         elif key == "experiment":
-            is_experiment_swept, experiments = True, _find_choices(override)
+            is_experiment_swept = True
+            experiments = _list_swept_experiments(override)
     if reads_experiment:
-        names = [name for name in _read_experiments(cfg, experiments) if name not in fixed]
+        names = [name for name in _find_experiment_keys(cfg, experiments) if name not in fixed]
         (swept if is_experiment_swept else fixed).update(dict.fromkeys(names))
-    return Keys(list(swept), [key for key in fixed if key not in swept], constant)
+    return HyperparameterKeys(list(swept), [key for key in fixed if key not in swept], constant)
 
 
 def _find_overrides(cfg: DictConfig) -> dict[str, Override | None]:
-    """Returns the last override of each key; None for a search space in a sweeper's own form."""
-    texts = [*cfg.hydra.overrides.task]
-    found: dict[str, Override | None] = {}
+    """Returns the last override of each key; None for a search space in a sweeper's own format."""
+    overrides: dict[str, Override | None] = {}
     if cfg.hydra.mode == RunMode.MULTIRUN:
-        for key, value in _find_space(cfg.hydra.sweeper):
-            found[_without_prefix(key)] = None if isinstance(value, Mapping) else _parse(f"{key}={value}")
-    for override in _make_parser().parse_overrides(texts):
+        for key, value in _read_search_spaces(cfg.hydra.sweeper):
+            overrides[_strip_prefix(key)] = None if isinstance(value, Mapping) else _parse(f"{key}={value}")
+    for override in _make_parser().parse_overrides([*cfg.hydra.overrides.task]):
         if not override.is_delete():
-            found[_without_prefix(override.get_key_element())] = override
-    return found
+            overrides[_strip_prefix(override.get_key_element())] = override
+    return overrides
 
 
-def _find_space(sweeper: Any) -> Iterator[tuple[str, Any]]:
-    for place in _SPACES:
-        space = OmegaConf.select(sweeper, place, throw_on_missing=False)
+def _read_search_spaces(sweeper: Any) -> Iterator[tuple[str, Any]]:
+    for space_key in _SEARCH_SPACE_KEYS:
+        space = OmegaConf.select(sweeper, space_key, throw_on_missing=False)
         if isinstance(space, DictConfig):
             content = OmegaConf.to_container(space, resolve=False)
             assert isinstance(content, dict)
@@ -102,60 +112,61 @@ def _parse(text: str) -> Override | None:
 
 def _make_parser() -> OverridesParser:
     hydra = GlobalHydra.instance()
-    return OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)  # which lists glob(...)
+    return OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)  # expands glob(...)
 
 
-def _without_prefix(key: str) -> str:
+def _strip_prefix(key: str) -> str:
     return key.lstrip("+~")
 
 
 def _expand(key: str, override: Override | None) -> list[str]:
-    """Returns the key of an override, or the keys of the mapping that it sets."""
+    """Returns the key of an override, or the dotted keys of the mapping that it sets."""
     value = override.value() if override else None
     values = value.list if isinstance(value, ChoiceSweep) else [value]
-    if not all(isinstance(each, dict) and each for each in values):
+    if not all(isinstance(value, dict) and value for value in values):
         return [key]
-    return list(dict.fromkeys(name for each in values for name, _ in flatten(each, key)))
+    return list(dict.fromkeys(name for value in values for name, _ in flatten(value, key)))
 
 
-def _find_choices(override: Override | None) -> list[str]:
-    """Returns the experiments that a sweep chooses from; none where they are not listed."""
+def _list_swept_experiments(override: Override | None) -> list[str]:
+    """Returns the experiments that a sweep chooses from, or none if the override does not list them."""
     with contextlib.suppress(HydraException, AssertionError):
         if override is not None:
-            return [choice for text in override.sweep_string_iterator() for choice in _listed(text)]
+            return [choice for text in override.sweep_string_iterator() for choice in _split_choice(text)]
     return []
 
 
-def _listed(choice: Any) -> list[str]:
-    """Returns the file names of a group's choice: a name, a list of names, or one as text."""
+def _split_choice(choice: Any) -> list[str]:
+    """Returns the names in a group's choice, which is a name, a list of names, or such a list as text."""
     if isinstance(choice, (list, ListConfig)):
-        return [str(each) for each in choice]
-    return [] if choice is None else [each.strip(" '\"") for each in str(choice).strip("[]").split(",")]
+        return [str(name) for name in choice]
+    return [] if choice is None else [name.strip(" '\"") for name in str(choice).strip("[]").split(",")]
 
 
-def _read_experiments(cfg: DictConfig, names: list[str]) -> Iterator[str]:
-    """Yields the keys that experiments set and the groups that they choose from, with those that they are based on."""
+def _find_experiment_keys(cfg: DictConfig, names: list[str]) -> Iterator[str]:
+    """Yields the keys that experiments set and the groups that they override, also through their base experiments."""
     path = ConfigSearchPathImpl()
     for source in cfg.hydra.runtime.config_sources:
         path.append(source.provider, f"{source.schema}://{source.path}")
     repository = ConfigRepository(path)
-    waiting, known = [f"experiment/{name}" for name in names], set[str]()
-    while waiting:
-        place = waiting.pop(0)
+    pending = [f"experiment/{name}" for name in names]
+    visited = set[str]()
+    while pending:
+        file = pending.pop(0)
         try:
-            loaded = None if place in known else repository.load_config(place)
-        except Exception:  # a swept file with a mistake, which the job tells that chooses it
+            loaded = None if file in visited else repository.load_config(file)
+        except Exception:  # a swept file with a mistake, reported by the job that chooses it
             loaded = None
-        known.add(place)
+        visited.add(file)
         if loaded is None:
             continue
         for default in loaded.defaults_list or []:
             group = default.group if isinstance(default, GroupDefault) else None
-            if group is None or (not group.startswith("/") and not default.is_override()):  # a file beside it
+            if group is None or (not group.startswith("/") and not default.is_override()):  # a base experiment
                 base = default.value if isinstance(default, GroupDefault) else default.path  # type: ignore[attr-defined]
-                folder = place.rpartition("/")[0] + (f"/{group}" if group else "")
-                texts = [text for text in _listed(base) if text != "_self_"]
-                waiting += [text[1:] if text.startswith("/") else f"{folder}/{text}" for text in texts]
+                folder = file.rpartition("/")[0] + (f"/{group}" if group else "")
+                bases = [name for name in _split_choice(base) if name != "_self_"]
+                pending += [name[1:] if name.startswith("/") else f"{folder}/{name}" for name in bases]
             elif not group.startswith(("hydra/", "/hydra/")):
                 yield group.lstrip("/") + (f"@{default.package}" if default.package else "")
         package = loaded.header.get("package") or "experiment"
@@ -164,71 +175,86 @@ def _read_experiments(cfg: DictConfig, names: list[str]) -> Iterator[str]:
             yield from (name for name, _ in flatten(content, "" if package == "_global_" else package))
 
 
-def put_into_jobs(cfg: DictConfig) -> None:
-    """Has each job of a sweep find the keys that all its jobs vary: Hydra composes it with these overrides."""
-    keys = find_keys(cfg)
+def pass_keys_to_jobs(cfg: DictConfig) -> None:
+    """Adds a sweep's hyperparameter keys to the overrides with which Hydra composes the config of each job."""
     with read_write(cfg), open_dict(cfg):
-        for name, found in vars(keys).items():
-            texts = ",".join(f"'{key}'" for key in found if re.fullmatch(r"[\w./@:-]+", key))
-            cfg.hydra.overrides.hydra.append(f"++{_PLACE}.{name}=[{texts}]")
+        for name, keys in vars(find_keys(cfg)).items():
+            texts = ",".join(f"'{key}'" for key in keys if re.fullmatch(r"[\w./@:-]+", key))
+            cfg.hydra.overrides.hydra.append(f"++{_CALLBACK_KEY}.{name}=[{texts}]")
 
 
 def select(root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool = True) -> dict[str, Value]:
-    """Returns a run's hyperparameters, those that its sweep varies first.
+    """Returns a run's hyperparameters, first those that its sweep varies.
 
-    All jobs of a sweep have those that it varies. There is no path among them: where a sweep varies a path, its last
-    part is the value.
+    All jobs of a sweep have the same swept keys. A path is not a hyperparameter, but if a sweep varies a path, its
+    last part is the value.
 
     Args:
-        root: a config with Hydra's part.
-        plain: the run's part, resolved.
+        root: a config that includes Hydra's section.
+        plain: the run's config without that section, resolved.
         reads_experiment: False leaves out the keys of the experiment's file.
     """
-    keys = _find_keys_of_job(root) or find_keys(root, reads_experiment=reads_experiment)
-    choices, values, found = root.hydra.runtime.choices, dict(flatten(plain)), dict[str, Value]()
+    keys = _read_job_keys(root) or find_keys(root, reads_experiment=reads_experiment)
+    choices = root.hydra.runtime.choices
+    values = dict(flatten(plain)) | _read_typed_optimizations(root)
+    hyperparameters = dict[str, Value]()
     for key in filter(_is_hyperparameter, keys.swept):
-        value = _show(choices[key]) if key in choices else values.get(key, _show(_get(plain, key)))
-        found[key] = PurePath(str(value)).name if _is_path(key, value) else value
+        value = _to_value(choices[key]) if key in choices else values.get(key, _to_value(_get(plain, key)))
+        hyperparameters[key] = PurePath(str(value)).name if _is_path(key, value) else value
     for key in filter(_is_hyperparameter, keys.fixed):
         if key in choices:
-            chosen: dict[str, Value] = {} if choices[key] is None else {key: _show(choices[key])}
+            chosen: dict[str, Value] = {} if choices[key] is None else {key: _to_value(choices[key])}
         else:
-            chosen = {name: values[name] for name in values if name == key or name.startswith(f"{key}.")}
-        found |= {name: value for name, value in chosen.items() if name not in found and not _is_path(name, value)}
-    return found
+            names = [key] if key in values else [name for name in values if name.startswith(f"{key}.")]
+            chosen = {name: values[name] for name in names}
+        for name, value in chosen.items():
+            if name not in hyperparameters and not _is_path(name, value):
+                hyperparameters[name] = value
+    return hyperparameters
 
 
-def _find_keys_of_job(root: DictConfig) -> Keys | None:
-    """Returns the keys that the sweep of a job left it; those that only the sweeper knows are varied as well."""
-    place = OmegaConf.select(root, _PLACE)
-    if root.hydra.mode != RunMode.MULTIRUN or place is None or place.get("swept") is None:
+def _read_typed_optimizations(root: DictConfig) -> dict[str, Value]:
+    """Returns the values of optimizations as typed: the config holds all arguments of what `true` enables."""
+    typed = dict[str, Value]()
+    for override in _make_parser().parse_overrides([*root.hydra.overrides.task]):
+        key = _strip_prefix(override.get_key_element())
+        if key.startswith("optimizations.") and not override.is_delete() and not override.is_sweep_override():
+            typed |= flatten(override.value(), key)
+    return typed
+
+
+def _read_job_keys(root: DictConfig) -> HyperparameterKeys | None:
+    """Returns the keys that a sweep stored in its job's config; keys that only the sweeper knows count as swept."""
+    stored = OmegaConf.select(root, _CALLBACK_KEY)
+    if root.hydra.mode != RunMode.MULTIRUN or stored is None or stored.get("swept") is None:
         return None
-    keys = Keys(list(place.swept), list(place.fixed), list(place.constant))
+    keys = HyperparameterKeys(list(stored.swept), list(stored.fixed), list(stored.constant))
     for text in root.hydra.overrides.task:
-        key = _without_prefix(text.partition("=")[0])
+        key = _strip_prefix(text.partition("=")[0])
         if key not in keys.constant and not any(f"{known}.".startswith(f"{key}.") for known in keys.swept):
             keys.swept.append(key)
     return keys
 
 
-def merge(recorded: Any, found: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
-    """Returns the hyperparameters of a run that goes on: those of its start at their present values, then new ones.
+def merge(recorded: Any, current: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
+    """Returns the hyperparameters of a resumed run: the recorded ones with their current values, then new ones.
 
     Args:
-        recorded: what run.json says; anything in it that is no hyperparameter is left out.
-        found: those of this start.
+        recorded: the hyperparameters in run.json; invalid entries are left out.
+        current: the hyperparameters of this start.
         plain: the run's config, resolved.
     """
-    values, merged = dict(flatten(plain)), dict[str, Value]()
-    for key, before in list(recorded.items())[:_LONGEST_RECORD] if isinstance(recorded, dict) else ():
+    values = dict(flatten(plain))
+    merged = dict[str, Value]()
+    for key, before in list(recorded.items())[:_MAX_NUM_RECORDED] if isinstance(recorded, dict) else ():
         if isinstance(before, (bool, int, float, str)) and _is_hyperparameter(str(key)):
-            value = found.get(key, values.get(key, before))
+            value = current.get(key, values.get(key, before))
             merged[key] = before if _is_path(key, value) else value
-    return merged | {key: value for key, value in found.items() if key not in merged}
+    return merged | {key: value for key, value in current.items() if key not in merged}
 
 
 def _is_hyperparameter(key: str) -> bool:
-    return re.split(r"[./@]", key)[0] not in _NO_HYPERPARAMETERS
+    return re.split(r"[./@]", key)[0] not in _EXCLUDED_KEYS
 
 
 def _is_path(key: str, value: Any) -> bool:
@@ -236,7 +262,7 @@ def _is_path(key: str, value: Any) -> bool:
         return False
     if _PATH_KEY.fullmatch(key.rpartition(".")[2]) or value.startswith(("/", "~", "./", "../", "file:", '["/')):
         return True
-    with contextlib.suppress(OSError, ValueError):  # too long, or no text for a file system
+    with contextlib.suppress(OSError, ValueError):  # too long, or invalid as a path
         return "/" in value and Path(value).exists()
     return False
 
@@ -249,8 +275,8 @@ def _get(plain: Any, key: str) -> Any:
     return plain
 
 
-def _show(value: Any) -> Value:
-    """Returns a value as TensorBoard shows it: a number, a bool or a text."""
+def _to_value(value: Any) -> Value:
+    """Returns a value in a form that TensorBoard shows: a number, a bool or a text."""
     if isinstance(value, (ListConfig, DictConfig)):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**1000:
@@ -259,46 +285,47 @@ def _show(value: Any) -> Value:
 
 
 def flatten(node: Any, key: str = "") -> Iterator[tuple[str, Value]]:
-    """Yields the dotted keys of a plain config with values that TensorBoard shows."""
+    """Yields the dotted keys of a plain config, and values in a form that TensorBoard shows."""
     if isinstance(node, dict) and node:
         for name, value in node.items():
             yield from flatten(value, f"{key}.{name}" if key else str(name))
     else:
-        yield key, _show(node)
+        yield key, _to_value(node)
 
 
 def run_label(overrides: Any, constant: Any = None) -> str:
     """Returns a folder name for a sweep's job: the overrides that its sweep varies, in at most 72 characters.
 
-    A key is shown by its last part, or as many as tell it from the others. Where nothing varies, all are shown.
+    A key is shortened to its last parts, as many as distinguish it from the others. If nothing varies, all overrides
+    are used.
 
     Args:
-        overrides: of the job, or one text.
-        constant: the keys that are the same in all jobs.
+        overrides: the overrides of the job, as a list or one text.
+        constant: the keys whose overrides are the same for all jobs.
     """
-    texts = [overrides] if isinstance(overrides, str) else _texts(overrides)
-    keys = [_without_prefix(text.partition("=")[0]) for text in texts]
-    swept = [at for at, key in enumerate(keys) if key not in _texts(constant)] or range(len(texts))
-    names = _shorten_keys([keys[at] for at in swept])
+    texts = [overrides] if isinstance(overrides, str) else _to_texts(overrides)
+    keys = [_strip_prefix(text.partition("=")[0]) for text in texts]
+    swept = [index for index, key in enumerate(keys) if key not in _to_texts(constant)] or range(len(texts))
+    names = _shorten_keys([keys[index] for index in swept])
+    assignments = [texts[index].partition("=") for index in swept]
     parts = [
-        _clean(f"{name}{equals}{value}")
-        for name, at in zip(names, swept, strict=True)
-        for _, equals, value in [texts[at].partition("=")]
+        _remove_special_characters(f"{name}{equals}{value}")
+        for name, (_, equals, value) in zip(names, assignments, strict=True)
     ]
-    label = _cut(",".join(_cut_parts(parts)), _LONGEST_LABEL)
+    label = _shorten_middle(",".join(_shorten_parts(parts)), _MAX_LABEL_LENGTH)
     return re.sub(r"[^\x00-\x7f]+", "-", label) if len(label.encode()) > 200 else label or "job"
 
 
-def _texts(values: Any) -> list[str]:
+def _to_texts(values: Any) -> list[str]:
     return [str(value) for value in values] if isinstance(values, Iterable) and not isinstance(values, str) else []
 
 
 def _shorten_keys(keys: list[str]) -> list[str]:
-    """Returns each key's last part, or as many as no other key ends with."""
+    """Returns the last parts of each key, as many as no other key ends with."""
     split = [re.split(r"[./@]", key) for key in keys]
     names = []
     for key, parts in zip(keys, split, strict=True):
-        others = [other for other, text in zip(split, keys, strict=True) if text != key]
+        others = [other for other, other_key in zip(split, keys, strict=True) if other_key != key]
         count = 2 if parts[-1] == "_target_" else 1
         while count < len(parts) and any(other[-count:] == parts[-count:] for other in others):
             count += 1
@@ -306,20 +333,20 @@ def _shorten_keys(keys: list[str]) -> list[str]:
     return names
 
 
-def _clean(text: str) -> str:
+def _remove_special_characters(text: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", re.sub(r"['\"(){}\[\]]", "", text))
 
 
-def _cut_parts(parts: list[str]) -> list[str]:
-    """Returns the parts of a label, the longest cut until all fit."""
+def _shorten_parts(parts: list[str]) -> list[str]:
+    """Returns the parts of a label, the longest shortened until all fit."""
     limit = max(map(len, parts), default=0)
-    while limit > _SHORTEST_PART and sum(min(len(part), limit) + 1 for part in parts) - 1 > _LONGEST_LABEL:
+    while limit > _MIN_PART_LENGTH and sum(min(len(part), limit) + 1 for part in parts) - 1 > _MAX_LABEL_LENGTH:
         limit -= 1
-    return [_cut(part, limit) for part in parts]
+    return [_shorten_middle(part, limit) for part in parts]
 
 
-def _cut(text: str, length: int) -> str:
-    """Returns a text with its middle left out, where it is too long."""
+def _shorten_middle(text: str, length: int) -> str:
+    """Returns a text with its middle left out if it is longer than `length` characters."""
     if len(text) <= length:
         return text
     num_first = (length - 2) // 2

@@ -1,209 +1,351 @@
-"""The `optimizations` of a config: read, checked, and as arguments of what carries them out.
+"""The `optimizations` and the `ema` of a config: each form of a switch, expanded to a node with `_target_`.
 
-An engine's own stand on top of those of all. Must not import torch at the top: a mistake is told before.
+A switch is false, true, a mapping of values over those of `conf/optimization/<name>.yaml`, or `{_target_: own.Class}`.
+Imports no torch: a mistake in a built-in optimization is reported before torch is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.composition.interpolation import escape
-from runner.config.errors import ConfigError, suggest
-from runner.config.schema import CheckpointingConfig, OptimizationsConfig, RuleConfig, UnslothConfig
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from runner.utils.wrapper.applied import AppliedOptimizations
-    from runner.utils.wrapper.replace import Rule
+from runner.config.composition.source import CONF_DIR, FileConfigSource
+from runner.config.errors import ConfigError, shown, suggest
+from runner.config.schema import EmaConfig
+from runner.utils.wrapper import optimizations as built_in
+from runner.utils.wrapper.optimization import Optimization, check_fraction, check_with_others
 
 Plain = dict[str, Any]
 
+_MODULE = f"{built_in.__name__}."
+_EMA = "runner.engines.ema.EMA"
+_SWITCH = re.compile(r"((?:engines\.[^.]+\.)?optimizations\.[^.]+)(\..+)?")
+_LISTS = {"freeze": "patterns", "replace": "rules"}  # the argument that a list stands for
+_CHECKPOINTING = {"none": False, "full": True}
+# A value that switches an optimization off: the configs of earlier runs contain the arguments of every optimization.
+_OFF: dict[str, tuple[str, Any]] = {
+    "freeze": ("patterns", []),
+    "lora": ("rank", 0),
+    "replace": ("rules", []),
+    "fp8": ("enabled", False),
+    "device_map": ("budgets", None),
+    "compile": ("scope", ("off", False)),  # YAML reads an unquoted off as false
+    "ema": ("decay", 0),
+}
+_search_path: list[str] = []  # of the command line; Hydra keeps it in a copy of its sources that is not reachable
+_apply_by_hydra = ConfigLoaderImpl._apply_overrides_to_config
 
-_ON_GPUS = "liger_kernel."
+
+def register() -> None:
+    """Makes Hydra expand the optimizations of each config that it composes."""
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply_overrides)  # type: ignore[method-assign]
 
 
-class Purpose(Enum):
-    """What engines are built for: to train, or evaluate what trained; to use exported weights; to write weights."""
+def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
+    """Applies the overrides of a command line as Hydra does, then expands the shared optimizations.
 
-    train = "train"
-    use = "use"
-    write = "write"
+    `optimizations.unsloth=true` would delete the values that stand before it: such an override is applied last, and
+    only where there is no value.
+    """
+    typed = [override.value() for override in overrides if override.key_or_group == "hydra.searchpath"]
+    _search_path[:] = [str(place) for places in typed if isinstance(places, list) for place in places]
+    _check_contradictions(overrides)
+    _check_names(overrides, cfg)
+    for key in ("optimizations", *(f"engines.{name}.optimizations" for name in cfg.get("engines") or ())):
+        if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)):
+            OmegaConf.set_struct(node, False)  # a struct refuses a value of a switch that is off
+    if "ema" in cfg and cfg.ema is None and any(override.key_or_group.startswith("ema.") for override in overrides):
+        cfg.ema = _read_preset("ema/default")
+    enabling = [override for override in overrides if _switches(override, True)]
+    _apply_by_hydra([override for override in overrides if override not in enabling], cfg)
+    for override in enabling:
+        node = OmegaConf.select(cfg, override.key_or_group)
+        if not OmegaConf.is_dict(node):
+            _apply_by_hydra([override], cfg)
+        elif _is_off(name := override.key_or_group.rpartition(".")[2], node):
+            del node[_OFF[name][0]]
+    expand_composed(cfg)
 
 
-def read(shared: Mapping[str, Any], own: Mapping[str, Any] | None = None, place: str = "optimizations") -> Plain:
-    """Returns the settings of one engine as plain values, each section with all its keys.
+def expand_composed(cfg: DictConfig) -> None:
+    """Expands the shared optimizations and the EMA of a composed config in place; interpolations stay as they are."""
+    if OmegaConf.is_dict(cfg.get("optimizations")):
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(raw, dict)
+        switches, cfg.ema = _expand_shared(raw["optimizations"], raw.get("ema"), is_resolved=False)
+        cfg.optimizations = OmegaConf.create(switches, flags={"struct": False})
 
-    `unsloth` and `checkpointing` become a mapping, or None where they are off.
+
+def _check_names(overrides: list[Override], cfg: DictConfig) -> None:
+    """Checks that an optimization that is switched off is one: a misspelt name would be off without effect."""
+    for override in overrides:
+        parent, _, name = override.key_or_group.rpartition(".")
+        node: Any = OmegaConf.select(cfg, parent) if _switches(override, False) else None
+        if OmegaConf.is_dict(node) and name not in node:
+            _fill({}, None, f"optimization/{name}", override.key_or_group, is_resolved=False)
+
+
+def _switches(override: Override, value: bool) -> bool:
+    """Returns True if an override sets a whole optimization to a value."""
+    match = _SWITCH.fullmatch(override.key_or_group)
+    return match is not None and match[2] is None and not override.is_delete() and override.value() is value
+
+
+def switches_off(off: str, other: str) -> bool:
+    """Returns True if an override switches off an optimization that another one enables or sets a value of."""
+    off, other = off.lstrip("+"), other.lstrip("+")
+    key, _, value = off.partition("=")
+    match = _SWITCH.fullmatch(other.partition("=")[0])
+    return value.lower() == "false" and match is not None and match[1] == key and other != off
+
+
+def _check_contradictions(overrides: list[Override]) -> None:
+    """Checks that no optimization is switched off and also enabled or given a value on one command line."""
+    for off, other in itertools.permutations([str(override.input_line) for override in overrides], 2):
+        if switches_off(off, other):
+            found = f"found {other} beside it; leave one of the two out"
+            raise ConfigError(f"{off}: expected no value of an optimization that is off, {found}")
+
+
+def expand(plain: Plain) -> Plain:
+    """Returns a resolved config with expanded `optimizations` and `ema`, and those of its engines.
+
+    A switch becomes False, or a mapping with `_target_` and all arguments. An engine's own include what they inherit.
 
     Raises:
-        ConfigError: naming the key, what was expected and what was found.
+        ConfigError: naming the key, the expected and the found.
     """
-    typed = OmegaConf.structured(OptimizationsConfig)
-    merged = _merged(typed, dict(shared), "optimizations")
-    plain = _plain(_merged(merged, dict(own or {}), place))
-    plain["unsloth"] = _read_unsloth(plain["unsloth"], place)
-    plain["checkpointing"] = _read_checkpointing(plain["checkpointing"], place)
-    plain["replace"] = [_read_rule(rule, f"{place}.replace[{i}]") for i, rule in enumerate(plain["replace"])]
-    if mistake := _find_contradiction(plain):
-        raise ConfigError(f"{place}.{mistake}")
-    return plain
+    switches, ema = plain.get("optimizations") or {}, plain.get("ema")
+    if not isinstance(switches, dict):
+        raise ConfigError(f"optimizations={shown(str(switches))}: expected a mapping of names to true, false or values")
+    if ema is not None and "ema" in switches:  # of an earlier run, whose EMA this command line has changed
+        switches = {key: value for key, value in switches.items() if key != "ema"}
+    switches, ema = _expand_shared(switches, ema, is_resolved=True)
+    engines = {
+        name: _expand_engine(name, engine, switches, ema) for name, engine in (plain.get("engines") or {}).items()
+    }
+    return {**plain, "optimizations": switches, "ema": ema, "engines": engines}
 
 
-def _merged(typed: Any, values: Plain, place: str) -> Any:
+def _expand_shared(switches: Plain, ema: Any, *, is_resolved: bool) -> tuple[Plain, Plain | None]:
+    shorthand = switches.get("ema")
+    expanded = _expand_switches(switches, {}, "optimizations", is_resolved=is_resolved)
+    return expanded, _expand_ema(ema, shorthand, "", is_resolved=is_resolved)
+
+
+def _expand_engine(name: str, engine: Any, switches: Plain, ema: Plain | None) -> Any:
+    """Returns an engine's node with its own optimizations on top of the shared ones."""
+    if not isinstance(engine, Mapping):
+        return engine
+    place = f"engines.{name}."
+    own = engine.get("optimizations", {})
+    if not isinstance(own, Mapping):
+        raise ConfigError(f"{place}optimizations: expected a mapping of keys of optimizations; found {own!r}")
+    expanded = dict(engine)
+    if "freeze" in engine:
+        own = {**own, "freeze": engine["freeze"]}
+    if own or "optimizations" in engine:
+        expanded["optimizations"] = _expand_switches(own, switches, f"{place}optimizations", is_resolved=True)
+    if "ema" in engine or "ema" in own:
+        expanded["ema"] = _expand_ema(engine.get("ema", ema), own.get("ema"), place, is_resolved=True)
+    return expanded
+
+
+def _expand_switches(values: Mapping[str, Any], shared: Plain, place: str, *, is_resolved: bool) -> Plain:
+    expanded = {}
+    for name, value in values.items():
+        if name == "freeze_mode":
+            expanded[name] = value
+        elif name != "ema":
+            switch = _read_switch(name, value)
+            if name == "freeze" and isinstance(switch, dict) and (mode := (shared | dict(values)).get("freeze_mode")):
+                switch = {"mode": mode} | switch
+            preset = f"optimization/{name}"
+            expanded[name] = _fill(switch, shared.get(name), preset, f"{place}.{name}", is_resolved=is_resolved)
+    return expanded
+
+
+def _read_switch(name: str, value: Any) -> Any:
+    """Returns False, True or a mapping for each form of a switch; a value of another kind as it is."""
+    if isinstance(value, list) and name in _LISTS:
+        value = {_LISTS[name]: value}
+    if name == "checkpointing" and isinstance(value, str):
+        value = _CHECKPOINTING.get(value, value)
+    if value is None or (isinstance(value, dict) and _is_off(name, value)):
+        return False
+    if name == "fp8" and isinstance(value, dict) and value.get("enabled") is True:
+        return {key: argument for key, argument in value.items() if key != "enabled"}
+    return value
+
+
+def _is_off(name: str, values: Mapping[str, Any]) -> bool:
+    """Returns True if one of the values switches an optimization off."""
+    argument, off = _OFF.get(name, ("", None))
+    if argument not in values or ("_target_" in values and (off is None or _find_class(values["_target_"]) is None)):
+        return False
+    return values[argument] in off if isinstance(off, tuple) else bool(values[argument] == off)
+
+
+def _fill(switch: Any, base: Any, preset: str, place: str, *, is_resolved: bool) -> Any:
+    """Returns a switch with all arguments: its own values on top of a base's, or else of a preset's."""
+    if switch is False:
+        return False
+    values = switch if isinstance(switch, dict) else {}
+    kind = _find_class(values.get("_target_"))
+    if not isinstance(base, dict):
+        is_complete = kind is not None and all(field.name in values for field in fields(kind))
+        base = {} if is_complete else _read_preset(preset) or {}
+    target = values.get("_target_", base.get("_target_"))
+    if target is None:
+        known = [*_list_presets(), "freeze_mode", "ema"]
+        raise ConfigError(f"{place}: no such key; {suggest(place.rpartition('.')[2], known)}")
+    if switch is not True and switch is not values:
+        found = f"{place}={shown(str(switch))}"
+        raise ConfigError(f"{found}: expected true, false, or a mapping of values; true takes all from conf/")
+    kind = _find_class(target)
+    layers = [values] if base.get("_target_") != target else [base, values]
+    merged = OmegaConf.structured(kind) if kind else OmegaConf.create({})
+    for layer in layers:
+        for key, value in layer.items():
+            if key != "_target_":
+                merged = _merge(merged, {key: value}, place, is_resolved=is_resolved)
+    content = OmegaConf.to_container(merged, resolve=is_resolved, enum_to_str=True)
+    assert isinstance(content, dict)
+    return {"_target_": target, **{str(key): value for key, value in content.items()}}
+
+
+def _merge(node: Any, argument: Plain, place: str, *, is_resolved: bool) -> Any:
+    """Returns a node with an argument set, of the type that the node's class gives it."""
     try:
-        return OmegaConf.merge(typed, escape(values))
+        return OmegaConf.merge(node, escape(argument) if is_resolved else argument)
     except OmegaConfBaseException as error:
-        key = f"{place}.{error.full_key}" if error.full_key else place
-        known = [str(name) for name in error.parent_node] if OmegaConf.is_dict(error.parent_node) else []
+        (name,) = argument
         message = str(error.msg or error).splitlines()[0]
-        if known and error.key not in known:
-            message = f"no such key; {suggest(str(error.key), known)}"
-        raise ConfigError(f"{key}: {message}") from error
+        if name not in node:
+            message = f"no such key; {suggest(str(name), [str(key) for key in node])}"
+        raise ConfigError(f"{place}.{error.full_key or name}: {message}") from error
 
 
-def _plain(cfg: Any) -> Plain:
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def _read_unsloth(value: Any, place: str) -> Plain | None:
-    if isinstance(value, dict):
-        return _plain(_merged(OmegaConf.structured(UnslothConfig), value, f"{place}.unsloth"))
-    if not isinstance(value, bool):
-        raise ConfigError(f"{place}.unsloth={value}: expected true, false, or a mapping such as {{keep_last: 2}}")
-    return _plain(OmegaConf.structured(UnslothConfig)) if value else None
-
-
-def _read_checkpointing(value: Any, place: str) -> Plain | None:
-    if isinstance(value, dict):
-        return _plain(_merged(OmegaConf.structured(CheckpointingConfig), value, f"{place}.checkpointing"))
-    if value in ("none", None):
+def _expand_ema(ema: Any, shorthand: Any, place: str, *, is_resolved: bool) -> Plain | None:
+    """Returns the node of an EMA, with the values of `optimizations.ema` on top; None for none."""
+    switch = _read_switch("ema", shorthand)
+    if switch is False and shorthand is not None:
         return None
-    if value == "full":
-        return _plain(OmegaConf.structured(CheckpointingConfig))
-    expected = "expected none, full, or a mapping such as {every: 2}, {include: [layers.*]}, {memory_budget: 0.5}"
-    raise ConfigError(f"{place}.checkpointing={value}: {expected}")
+    key = f"{place}ema" if shorthand is None else f"{place}optimizations.ema"
+    if isinstance(ema, dict) and isinstance(switch, dict):
+        switch = ema | switch
+    if shorthand is None:
+        switch = False if ema is None else ema
+    return _fill(switch, None, "ema/default", key, is_resolved=is_resolved) or None
 
 
-def _read_rule(value: Any, place: str) -> Plain:
-    if not isinstance(value, dict) or not isinstance(value.get("with"), str):
-        raise ConfigError(f"{place}: expected {{match: class path, with: class or converter path}}; found {value!r}")
-    rest = {key: each for key, each in value.items() if key != "with"}
-    if not isinstance(rest.get("match"), str):
-        raise ConfigError(f"{place}.match: expected the path of a class of modules; found {rest.get('match')!r}")
-    read = _plain(_merged(OmegaConf.structured(RuleConfig), rest, place))
-    return {**read, "with": value["with"]}
+def _find_class(target: Any) -> Any:
+    """Returns the class with the arguments of a built-in target; None for another, whose import may load torch."""
+    if target == _EMA:
+        return EmaConfig
+    path = str(target)
+    return getattr(built_in, path.removeprefix(_MODULE), None) if path.startswith(_MODULE) else None
 
 
-def _find_contradiction(plain: Plain) -> str | None:
-    blocks, scope = plain["checkpointing"], plain["compile"]["scope"]
-    budget = None if blocks is None else blocks["memory_budget"]
-    if plain["unsloth"] is not None and blocks is not None:
-        return "checkpointing: unsloth recomputes the blocks already; set one of the two"
-    if scope == "whole" and (plain["unsloth"] is not None or (blocks is not None and budget is None)):
-        return "compile.scope=whole: recomputed blocks break the graph of the whole; take scope=blocks"
-    if budget is not None and (scope == "off" or not 0 <= budget <= 1):
-        return f"checkpointing.memory_budget={budget}: expected 0 to 1, where compile.scope is blocks or whole"
-    if budget is not None and plain["compile"]["backend"] == "eager":
-        return "checkpointing.memory_budget: the backend eager compiles nothing that would heed it; take inductor"
-    if not 0 <= plain["lora"]["dropout"] < 1:
-        return f"lora.dropout={plain['lora']['dropout']}: expected at least 0 and less than 1"
-    if not plain["device_map"]["bytes_factor"] > 0:
-        return f"device_map.bytes_factor={plain['device_map']['bytes_factor']}: expected more than 0"
-    budgets = plain["device_map"]["budgets"]
-    if isinstance(budgets, dict) and (odd := [name for name in budgets if str(name).startswith("meta")]):
-        return f"device_map.budgets.{odd[0]}: nothing is computed there; expected devices such as cuda:0 and cpu"
-    if budgets is not None and not (isinstance(budgets, dict) and budgets):
-        return f"device_map.budgets={budgets}: expected devices with bytes, such as {{cpu: 8GB}}, or null"
-    if plain["lora"]["rank"] < 0:
-        return f"lora.rank={plain['lora']['rank']}: expected 1 or more, or 0 for none"
-    if not 0 <= plain["ema"]["decay"] < 1:
-        return f"ema.decay={plain['ema']['decay']}: expected at least 0, for none, and less than 1"
+def _read_preset(path: str) -> Plain | None:
+    """Returns the values of a file of conf/, or of the user's directories where Hydra composes; None for no file."""
+    if not re.fullmatch(r"\w+/\w+", path):
+        return None
+    for source in _sources():
+        if source.is_config(path):
+            content = OmegaConf.to_container(source.load_config(path).config, resolve=False)
+            assert isinstance(content, dict)
+            return {str(key): value for key, value in content.items()}
     return None
 
 
+def _list_presets() -> list[str]:
+    sources = [source for source in _sources() if source.is_group("optimization")]
+    return [name for source in sources for name in source.list("optimization", ObjectType.CONFIG)]
+
+
+def _sources() -> list[Any]:
+    hydra = GlobalHydra.instance()
+    typed = [FileConfigSource("typed", place) for place in _search_path if place.startswith("file://")]
+    if hydra.is_initialized():
+        return [*typed, *hydra.config_loader().get_sources()]
+    return [*typed, FileConfigSource("runner", f"file://{CONF_DIR}")]
+
+
+def of_engine(plain: Plain, name: str) -> tuple[Plain, Plain | None]:
+    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None."""
+    expanded = expand(plain)
+    engine = expanded["engines"].get(name) or {}
+    switches = expanded["optimizations"] | engine.get("optimizations", {})
+    nodes = {key: node for key, node in switches.items() if isinstance(node, dict)}
+    return nodes, engine.get("ema", expanded["ema"])
+
+
+def make_built_in(node: Plain) -> Optimization | None:
+    """Returns a built-in optimization of its node; None for another target.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    kind = _find_class(node["_target_"])
+    if kind is None:
+        return None
+    optimization: Optimization = kind(**{key: value for key, value in node.items() if key != "_target_"})
+    return optimization
+
+
+def make(node: Plain, instantiate: Callable[[Plain], Any]) -> Any:
+    """Returns the optimization of a node. Nothing is seeded: adapters are drawn after the model's weights."""
+    return make_built_in(node) or instantiate(node)
+
+
 def find_mistakes(cfg: DictConfig) -> list[str]:
-    """Returns what is wrong with the optimizations of a composed config, of all engines and each one's own."""
-    shared = OmegaConf.to_container(cfg.optimizations, resolve=True)
-    assert isinstance(shared, dict)
-    names = OmegaConf.select(cfg, "engines") or []
-    engines = {name: OmegaConf.select(cfg, f"engines.{name}.optimizations") for name in names}
-    places: dict[str, Any] = {
-        "optimizations": None,
-        **{f"engines.{n}.optimizations": own for n, own in engines.items()},
-    }
+    """Returns the mistakes of the optimizations of a composed config, of the shared ones and of each engine's own."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    engines = plain.get("engines") or {}
     mistakes = []
-    for place, own in places.items():
+    for name in ("", *engines):
+        one_engine = {**plain, "engines": {name: engines[name]} if name else {}}
         try:
-            if own is not None and not OmegaConf.is_dict(own):
-                raise ConfigError(f"{place}: expected a mapping of keys of optimizations; found {own!r}")
-            read({str(key): value for key, value in shared.items()}, None if own is None else _plain(own), place)
+            _check_engine(one_engine, name)
         except ConfigError as error:
             mistakes.append(str(error))
     return list(dict.fromkeys(mistakes))
 
 
-def of_engine(plain: Plain, name: str) -> Plain:
-    """Returns the settings of an engine of a resolved config; its own stand on top."""
-    own = (plain["engines"] or {}).get(name, {})
+def _check_engine(plain: Plain, name: str) -> None:
+    """Checks the values of the built-in optimizations of one engine, and that they may be combined."""
+    nodes, ema = of_engine(plain, name)
+    engine = plain["engines"].get(name)
+    own = engine if isinstance(engine, dict) else {}
     place = f"engines.{name}.optimizations" if "optimizations" in own else "optimizations"
-    settings = read(plain["optimizations"], own.get("optimizations"), place)
-    return {**settings, "freeze": own["freeze"]} if "freeze" in own else settings
+    optimizations: dict[str, Optimization] = {}
+    for key, node in nodes.items():
+        if (optimization := _explain(f"{place}.{key}", make_built_in, node)) is not None:
+            optimizations[key] = optimization
+    for key in optimizations:
+        _explain(f"{place}.{key}", check_with_others, key, optimizations)
+    if ema is not None and ema["_target_"] == _EMA:
+        is_own = "ema" in own or "ema" in own.get("optimizations", {})
+        _explain(f"engines.{name}.ema" if is_own else "ema", check_fraction, "decay", ema["decay"])
 
 
-def carry_out(
-    module: nn.Module, device: torch.device, settings: Plain, purpose: Purpose = Purpose.train
-) -> AppliedOptimizations:
-    """Changes a module as the settings say; returns what was done.
-
-    Raises:
-        ConfigError, ValueError: something can't be done, and nothing was.
-    """
-    from runner.utils.wrapper import optimize
-
-    return optimize(module, device, **arguments(settings, device, purpose))
-
-
-def arguments(settings: Plain, device: torch.device, purpose: Purpose = Purpose.train) -> Plain:
-    """Returns the arguments with which `wrapper.optimize` carries settings out.
-
-    Raises:
-        ConfigError: a rule names what this device can't run.
-    """
-    lora, fp8, compiled, spread = (dict(settings[key]) for key in ("lora", "fp8", "compile", "device_map"))
-    export, is_fp8, scope = lora.pop("export"), fp8.pop("enabled"), compiled["scope"]
-    checkpointing = dict(settings["checkpointing"] or {})
-    budget = checkpointing.pop("memory_budget", None)
-    recomputes = settings["checkpointing"] is not None and budget is None
-    is_trained, is_run = purpose is Purpose.train, purpose is not Purpose.write
-    return {
-        "freeze": settings["freeze"] if is_trained else [],
-        "freeze_mode": settings["freeze_mode"],
-        "lora": lora if lora["rank"] > 0 else None,
-        "exports_adapter": export == "adapter",
-        "is_merged": purpose is Purpose.use and export == "merged",
-        "replace": [_rule(each, device) for each in settings["replace"]],
-        "fp8": fp8 if is_fp8 and is_run else None,
-        "device_map": spread if spread["budgets"] is not None and is_run else None,
-        "compile": {**compiled, "memory_budget": budget} if scope != "off" and is_run else None,
-        "unsloth": settings["unsloth"] if is_trained else None,
-        "checkpointing": checkpointing if recomputes and is_trained else None,
-    }
-
-
-def _rule(settings: Plain, device: torch.device) -> Rule:
-    from runner.config.targets import locate
-    from runner.utils.wrapper.replace import Rule
-
-    if settings["with"].startswith(_ON_GPUS) and device.type == "cpu":
-        raise ConfigError(f"replace: {settings['with']} is made of kernels for a GPU, and the run is on the CPU")
-    rest = {key: settings[key] for key in ("include", "exclude", "subclasses", "arguments")}
-    return Rule(locate(settings["match"]), locate(settings["with"]), **rest)
+def _explain(place: str, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a check; its ValueError becomes a ConfigError with the key, and the argument where the message names it."""
+    try:
+        return check(*arguments)
+    except ValueError as error:
+        message = str(error)
+        separator = "." if re.match(r"\w+[=.\[]", message) else ": "
+        raise ConfigError(f"{place}{separator}{message}") from error

@@ -1,6 +1,8 @@
-"""What `resume=` stands for: which run, and its own config with this command line's changes on top.
+"""Resumes a run: finds it by `resume=`, and applies this command line's overrides to its saved config.
 
-Owns the way there: the run's files are a stranger's until `trust` has looked at them. Must not import torch.
+The saved config is the truth: neither the YAML files nor the overrides that it was composed of are composed again. A
+value (`optimizer.lr=0.1`) is set on it, and a choice of a group (`optimizer=sgd`) replaces that node. A run's files are
+untrusted until `config.trust` has checked them.
 """
 
 from __future__ import annotations
@@ -15,48 +17,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config import checks, diff, errors, run_folder
-from runner.config.composition.interpolation import NOT_FOLLOWED, quote, without_elsewhere
+from runner.config import checks, diff, errors, optimizations, run_folder
+from runner.config.composition.interpolation import quote
 from runner.config.errors import ConfigError, shown
-from runner.config.run_folder import OF_THE_COMMAND_LINE
-from runner.config.trust import allowlist, import_path, signature
+from runner.config.run_folder import COMMAND_LINE_KEYS
+from runner.config.trust import allowlist, signature
 from runner.config.trust.allowlist import Allowlist
-from runner.config.trust.signature import Origin, SignatureError
+from runner.config.trust.signature import Origin
 from runner.utils.utils import one_line
 
 OUTPUTS = Path("outputs")
-_PATHS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # whose values are taken as they are typed
-_OF_THIS_PLACE = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")  # whom a run talks to, no file of it says
+_PATH_KEYS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # their values are used as they are typed
+# Settings of how processes find each other: they come from the command line, never from a file of the run.
+_RENDEZVOUS_KEYS = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")
+_EXPECTED = "expected latest, a run folder, or one of its checkpoints/step_*"
 Compose = Callable[[list[str]], DictConfig]
 
 
 @dataclass
 class Resumption:
-    """A run to go on with.
+    """A run to resume.
 
     Args:
         run: its folder.
-        checkpoint: where to start.
-        typed: this command line's overrides but those of Hydra.
-        own: the run's overrides.
+        checkpoint: the run's folder, or the checkpoint to start from.
+        overrides: of this command line, but for those of Hydra, `resume` and `sign`.
+        run_overrides: those that the run was last started with.
         search_path: the override that has Hydra search the user's directories of YAML, recorded ones too.
-        arguments: the command line for Hydra: it composes the runner's own config, and `restore` replaces that.
+        arguments: the command line for Hydra: it composes the defaults, and `restore` replaces them.
         origin: where this user has started the run; None for an untrusted one.
         reason: why the run is untrusted.
-        trust: what the run's config may name, once that is read.
+        trust: the allow-list of the run's config, once that is read.
     """
 
     run: Path
     checkpoint: Path
-    typed: list[str]
-    own: list[str]
+    overrides: list[str]
+    run_overrides: list[str]
     search_path: list[str]
     arguments: list[str]
     origin: Origin | None = None
@@ -65,105 +71,88 @@ class Resumption:
 
 
 def find(arguments: list[str]) -> Resumption | None:
-    """Returns what the `resume=` of a command line asks for; None where nothing is to be resumed.
+    """Returns the run that the `resume=` of a command line names; None if there is nothing to resume.
 
     Raises:
-        ConfigError: there is nothing to resume at that place, or the run's overrides are no experiment's.
+        ConfigError: there is no such run, or its folder can't be read.
     """
-    if not any(_names_run(argument) for argument in arguments):
+    if not any(_is_resume(argument) for argument in arguments):
         return None
     parsed = get_args_parser().parse_args(arguments)
-    place = [read_path(o) for o in parsed.overrides if _names_run(o)][-1]
-    if not place:
-        raise ConfigError("resume=: expected latest, a run folder, or one of its checkpoints/step_*")
-    if place == "null" or parsed.multirun:
+    path = [read_path(override) for override in parsed.overrides if _is_resume(override)][-1]
+    if not path:
+        raise ConfigError(f"resume=: {_EXPECTED}")
+    if path == "null" or parsed.multirun:
         return None
-    typed = [o for o in parsed.overrides if _key(o) not in ("resume", "sign") and _root(o) != "hydra"]
-    if begun := next((o for o in typed if sets_init_from(o) and not o.endswith("=null")), None):
-        raise ConfigError(f"{begun}: expected it of a new run alone, found resume={place}; leave one of the two out")
-    experiment = next((o for o in typed if _key(o) == "experiment"), None)
-    checkpoint = _latest_run(experiment) if place == "latest" else Path(place)
+    overrides = [o for o in parsed.overrides if _key(o) not in ("resume", "sign") and _root(o) != "hydra"]
+    if init_from := next((o for o in overrides if sets_init_from(o) and not o.endswith("=null")), None):
+        raise ConfigError(f"{init_from}: expected it of a new run alone, found resume={path}; leave one of the two out")
+    experiment = next((o for o in overrides if _key(o) == "experiment"), None)
+    checkpoint = _find_latest_run(experiment) if path == "latest" else Path(path)
     try:
         run = run_folder.find_run(checkpoint)
     except ConfigError as error:
-        raise ConfigError(f"resume={error}; expected latest, a run folder, or one of its checkpoints/step_*") from None
+        raise ConfigError(f"resume={error}; {_EXPECTED}") from None
     config_dirs = [parsed.config_dir] if parsed.config_dir else []
-    origin, reason = _find_origin(run, _reads_sign(parsed.overrides), config_dirs)
+    is_vouched_for = _reads_sign(parsed.overrides)
+    origin, reason = signature.identify(run, "sign=true" if is_vouched_for else "", config_dirs)
+    for note in signature.describe_links(origin) if origin and is_vouched_for else ():
+        print(one_line(note))
     run_folder.refuse_links(run, origin.links if origin else {}, "sign=true" if origin else "")
-    own = [o for o in run_folder.read_overrides(run) if _root(o) not in OF_THE_COMMAND_LINE]
-    if origin is None:
-        _check_overrides(own, _without_typed(own, typed), run / ".hydra" / "overrides.yaml")
+    run_overrides = [o for o in run_folder.read_overrides(run) if _root(o) not in (*COMMAND_LINE_KEYS, "hydra")]
     of_hydra = [o for o in parsed.overrides if _root(o) == "hydra"]
-    places = [f"resume={quote(str(checkpoint))}", f"hydra.run.dir={quote(str(run))}"]
+    paths = [f"resume={quote(str(checkpoint))}", f"hydra.run.dir={quote(str(run))}"]
+    # The parser collects the overrides, which stand together between Hydra's flags.
     count = len(parsed.overrides)
     start = max(i for i in range(len(arguments) + 1) if arguments[i : i + count] == parsed.overrides)
-    changed = [*arguments[:start], *of_hydra, *places, *arguments[start + count :]]
+    hydra_arguments = [*arguments[:start], *of_hydra, *paths, *arguments[start + count :]]
     search_path = _find_search_path(of_hydra, config_dirs, origin.config_dirs if origin else [])
-    return Resumption(run, checkpoint, typed, own, search_path, changed, origin, reason)
+    return Resumption(run, checkpoint, overrides, run_overrides, search_path, hydra_arguments, origin, reason)
 
 
 def _reads_sign(overrides: list[str]) -> bool:
-    """Says whether a command line sets `sign`."""
+    """Returns the value of `sign` on a command line."""
     values = [override.partition("=")[2] for override in overrides if _key(override) == "sign"]
     if values and values[-1].lower() not in ("true", "false"):
         raise ConfigError(f"sign={shown(values[-1])}: expected true or false")
     return bool(values) and values[-1].lower() == "true"
 
 
-def _names_run(argument: str) -> bool:
+def _is_resume(argument: str) -> bool:
     return _key(argument) == "resume" and not argument.startswith("~")
-
-
-def _find_origin(run: Path, is_vouched_for: bool, config_dirs: list[str]) -> tuple[Origin | None, str]:
-    """Returns where this user has started a run, its modules importable; or None and why it is untrusted."""
-    try:
-        origin = signature.sign_present(run, config_dirs) if is_vouched_for else signature.check(run)
-    except SignatureError as error:
-        if is_vouched_for:
-            raise ConfigError(f"sign=true: {run}: {error}") from error
-        return None, str(error)
-    for note in signature.describe_links(origin) if is_vouched_for else ():
-        print(one_line(note))
-    import_path.prepend(origin.python_path)
-    return origin, ""
 
 
 def _find_search_path(of_hydra: list[str], config_dirs: list[str], recorded: list[str]) -> list[str]:
     """Returns the override that has Hydra search the user's directories of YAML, those of this command line first."""
     typed = [o for o in of_hydra if _key(o) == "hydra.searchpath"]
     places: Any = OverridesParser.create().parse_override(typed[-1]).value() if typed else []
-    directories = [os.path.abspath(each) for each in (*config_dirs, *recorded) if os.path.isdir(each)]
-    places = dict.fromkeys([*map(str, places), *(f"file://{each}" for each in directories)])
+    directories = [os.path.abspath(path) for path in (*config_dirs, *recorded) if os.path.isdir(path)]
+    places = dict.fromkeys([*map(str, places), *(f"file://{path}" for path in directories)])
     return [f"hydra.searchpath=[{','.join(map(quote, places))}]"] if places else []
-
-
-def _without_typed(own: list[str], typed: list[str]) -> list[str]:
-    """Returns a run's overrides without those whose keys are typed anew."""
-    keys = {_key(override) for override in typed}
-    kept = [override for override in own if _key(override) not in keys]
-    if "distributed" in keys:  # where the run goes on is chosen anew, with nothing of where it was
-        kept = [override for override in kept if _root(override) != "distributed"]
-    return kept
 
 
 def quote_path(argument: str) -> str:
     """Returns an argument of the command line whose path, where it is one, is quoted for Hydra's grammar."""
     key, _, text = argument.partition("=")
-    if key not in _PATHS or not text or "${" in text or re.fullmatch(r"[\w./+-]+", text, re.ASCII):
-        return argument
     is_sweep = key == "init_from" and "," in text
-    return argument if is_sweep or _unquote(text) is not None else f"{key}={quote(text)}"
+    if key not in _PATH_KEYS or not text or "${" in text or is_sweep or _unquote(text) is not None:
+        return argument
+    return f"{key}={_quote_if_needed(text)}"
+
+
+def _quote_if_needed(path: str) -> str:
+    return path if re.fullmatch(r"[\w./+-]+", path, re.ASCII) else quote(path)
 
 
 def read_path(argument: str) -> str:
-    """Returns the path of an argument of the command line: what stands in quotes, or all as it stands."""
+    """Returns the path of an argument of the command line, without the quotes around it."""
     text = argument.partition("=")[2]
     unquoted = _unquote(text)
     return text if unquoted is None else unquoted
 
 
 def _unquote(text: str) -> str | None:
-    """Returns what stands between the quotes of a text that is quoted as a whole; None for another."""
+    """Returns a text without its quotes; None if it is not quoted as a whole."""
     if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
         return None
     try:
@@ -173,15 +162,16 @@ def _unquote(text: str) -> str | None:
     return value.replace("\\${", "${") if isinstance(value, str) else None
 
 
-def _latest_run(experiment: str | None) -> Path:
-    places = [path for run in _find_runs(OUTPUTS) for path in run.glob("checkpoints/step_*")]
-    runs = {path.parent.parent: path.stat().st_mtime for path in sorted(places) if (path / "MANIFEST.json").is_file()}
-    of_it = [run for run in runs if experiment is None or experiment in _overrides_or_none(run)]
-    if not of_it:
+def _find_latest_run(experiment: str | None) -> Path:
+    """Returns the run under outputs/ with the newest checkpoint, of an experiment if one is typed."""
+    checkpoints = [path for run in _find_runs(OUTPUTS) for path in sorted(run.glob("checkpoints/step_*"))]
+    times = {path.parent.parent: path.stat().st_mtime for path in checkpoints if (path / "MANIFEST.json").is_file()}
+    runs = [run for run in times if experiment is None or experiment in _overrides_or_none(run)]
+    if not runs:
         what = f" of {experiment}" if experiment else ""
         where = OUTPUTS.resolve()
         raise ConfigError(f"resume=latest: no run{what} with a checkpoint under {where}; start one, or give its path")
-    return max(of_it, key=lambda run: runs[run])
+    return max(runs, key=lambda run: times[run])
 
 
 def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
@@ -196,175 +186,214 @@ def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
 def _overrides_or_none(run: Path) -> list[str]:
     try:
         return run_folder.read_overrides(run)
-    except ConfigError:  # it is not the run that is looked for
+    except ConfigError:  # another run's fault
         return []
 
 
-def _check_overrides(own: list[str], kept: list[str], source: Path) -> None:
-    """Checks that a run's overrides choose and set what an experiment has, and nothing of Hydra or the machine."""
-    parser, refused = OverridesParser.create(), []
-    for text in own:
-        try:
-            override = parser.parse_override(text)
-        except HydraException:
-            refused.append(f"{shown(text)}: no override")
-            continue
-        places = [override.key_or_group.lstrip("/"), *re.split(r"[.:]", override.package or "")]
-        if text.startswith("-") or any(re.split(r"[./]", place)[0] == "hydra" for place in places):
-            refused.append(f"{shown(text)}: sets Hydra itself")
-        elif text in kept and _reads_elsewhere(override):
-            refused.append(f"{shown(text)}: {NOT_FOLLOWED}; where you want it, give it anew")
-        elif "." not in (key := override.key_or_group) and key != "init_from" and _leads_out(override.value()):
-            refused.append(f"{shown(text)}: leads out of conf/")
-    if refused:
-        raise ConfigError("\n  ".join([f"{source}: a run's overrides are data, and these are not followed", *refused]))
-
-
-def _reads_elsewhere(override: Override) -> bool:
-    value = override.input_line if override.is_sweep_override() else override.value()
-    return bool(without_elsewhere(value) != value)
-
-
-def _leads_out(choice: Any) -> bool:
-    choices = choice if isinstance(choice, list) else [choice]
-    texts = [each for each in choices if isinstance(each, str)]
-    return any(text.startswith("/") or ":" in text or "\\" in text or ".." in text.split("/") for text in texts)
-
-
-def restore(cfg: DictConfig, asked: Resumption, compose: Compose) -> list[str]:
-    """Puts a run's own config, with this command line's changes on top, in the place of the composed one.
+def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[str]:
+    """Replaces a composed config by the run's own, with this command line's overrides applied to it.
 
     Args:
-        cfg: what Hydra composed, with Hydra's own part.
+        cfg: the defaults as Hydra composed them, with Hydra's own part.
         compose: composes overrides.
     Returns:
-        What differs from the run's config, a line a key.
+        The differences from the run's config, a line a key.
     Raises:
         ConfigError: a change that makes it another run, or a config that names what it may not.
     """
-    typed = _compose_typed(asked, compose)
-    mine = {key: typed[key] for key in OF_THE_COMMAND_LINE if key != "resume"} | {"resume": str(asked.checkpoint)}
-    asked.trust = _make_trust(asked, typed)
-    saved = _read_run(asked)
-    wanted, choices, notes = _change(saved, asked, compose)
-    _set_processes(wanted, typed, asked)
-    before, after = _without_hydra(cfg), _without_hydra(cfg)
+    overrides = OverridesParser.create().parse_overrides(resumption.overrides)
+    ConfigLoaderImpl.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=True)
+    run_overrides = _parse_run_overrides(resumption)
+    recorded = _read_choices(resumption.run, run_overrides)
+    groups = {*cfg.hydra.runtime.choices, *recorded}
+    values = [override for override in overrides if not _is_choice(override, groups)]
+    # Of two choices of a group the last counts.
+    choices = [*{_group_of(override): override for override in overrides if override not in values}.values()]
+    new_choices = [choice for choice in choices if not _is_recorded(choice, recorded)]
+    typed = _compose_typed(resumption, choices, new_choices, compose)
+    resumption.trust = _make_allowlist(resumption, typed, values)
+    saved = _read_saved(resumption)
+
+    before = _without_hydra(cfg)
+    after = copy.deepcopy(before)
+    wanted = saved
+    if paths := [_path_of(choice) for choice in new_choices if choice.key_or_group not in COMMAND_LINE_KEYS]:
+        composed = _without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
+        wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
+    wanted = _set_processes(wanted, typed, is_trusted=resumption.origin is not None)
+    kept = _drop_overridden(resumption, paths)
     run_folder.put(before, saved)
-    run_folder.put(after, wanted | mine)
-    with run_folder.told_of(asked.run, after):
+    run_folder.put(after, wanted)
+    optimizations.expand_composed(before)  # the config of an earlier run has switches without `_target_`
+    ConfigLoaderImpl._apply_overrides_to_config(_adapt_to_saved(values, run_overrides, after), after)
+    run_folder.put(after, {key: typed[key] for key in COMMAND_LINE_KEYS} | {"resume": str(resumption.checkpoint)})
+
+    with run_folder.recorded_hydra_config(resumption.run, after):
         plain = checks.to_plain(after)
-        allowlist.check_paths(plain, asked.trust)
+        allowlist.check_paths(plain, resumption.trust)
         if not typed.resume_allow_changes:
-            diff.check_same_run(checks.to_plain(before), plain, asked.checkpoint, _describe_new_run(asked))
+            diff.check_same_run(checks.to_plain(before), plain, _describe_new_run(resumption, kept))
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
-        cfg.hydra.runtime.choices = choices
-        cfg.hydra.overrides.task = [*_without_typed(asked.own, asked.typed), *asked.typed, *cfg.hydra.overrides.task]
-    return [*notes, *diff.describe(saved, wanted)]
+        cfg.hydra.runtime.choices.update(recorded | _choices_of(typed, choices))
+        cfg.hydra.overrides.task = [*kept, *resumption.overrides, *cfg.hydra.overrides.task]
+    return diff.describe(_run_part(before), _run_part(after))
 
 
-def _describe_new_run(asked: Resumption) -> str:
-    """Returns the command that starts a new run like a user's own with this command line's changes."""
-    if asked.origin is None:  # what a stranger's overrides would start is not to be copied
-        return ""
-    changed = [override for override in asked.typed if _root(override) not in OF_THE_COMMAND_LINE]
-    weights = quote_path(f"init_from={asked.checkpoint}")
-    overrides = [*asked.search_path, *_without_typed(asked.own, asked.typed), *changed, weights]
-    return shlex.join(["python", "-m", "runner", *(o for o in overrides if not sets_init_from(o) or o == weights)])
+def _is_choice(override: Override, groups: set[str]) -> bool:
+    """Returns whether an override has to be composed: it chooses from a group, or is for the command line alone."""
+    key = override.key_or_group
+    if "." in key or isinstance(override.value(), dict):
+        return False
+    is_group = _group_of(override) in groups or "/" in key or override.package is not None or override.is_add()
+    return is_group or key in COMMAND_LINE_KEYS
 
 
-def _set_processes(wanted: dict[str, Any], typed: DictConfig, asked: Resumption) -> None:
-    """Has this command line say where a run's processes meet; of an untrusted run, how many there are, too."""
-    of_processes = {key: typed.distributed[key] for key in _OF_THIS_PLACE}
-    of_data = {}
-    if asked.origin is None:  # a file of a few bytes could start any number of processes
-        of_processes["nproc_per_node"] = typed.distributed.nproc_per_node
-        of_data["num_workers"] = typed.data.num_workers
-    for section, values in (("distributed", of_processes), ("data", of_data)):
-        found = wanted.get(section)
-        wanted[section] = {**(found if isinstance(found, dict) else {}), **values}
+def _is_recorded(choice: Override, recorded: dict[str, Any]) -> bool:
+    """Returns whether the run has made a choice already, so that its saved config holds what became of it."""
+    group = _group_of(choice)
+    is_always_new = group == "distributed" or choice.is_delete()
+    return not is_always_new and group in recorded and recorded[group] == choice.value()
 
 
-def _make_trust(asked: Resumption, typed: DictConfig) -> Allowlist:
-    """Returns what a run's config may name, once its overrides name nothing else."""
-    if asked.origin is not None:
-        return Allowlist(asked.run / ".hydra" / "config.yaml", is_signed=True)
-    with run_folder.told_of(asked.run, typed):
-        forms = _forms(typed)
-    remedy = "allow_targets=[{}]", "sign=true, typed in the project's directory,"
-    trusted = Allowlist(asked.run / ".hydra" / "config.yaml", list(typed.allow_targets), forms, asked.reason, *remedy)
-    allowlist.check_paths(_nodes_of(asked.own), replace(trusted, source=asked.run / ".hydra" / "overrides.yaml"))
-    return trusted
+def _group_of(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
 
 
-def _read_run(asked: Resumption) -> dict[str, Any]:
-    """Returns a run's config, unresolved, once it reads nothing that it may not."""
-    assert asked.trust is not None
-    saved = run_folder.read_config(asked.run)
-    allowlist.check_interpolations(saved, asked.trust)
-    return {key: value for key, value in saved.items() if key not in OF_THE_COMMAND_LINE}
+def _path_of(choice: Override) -> diff.KeyPath:
+    """Returns where the node of a choice stands in the config."""
+    return tuple(re.split(r"[./]", choice.package or choice.key_or_group))
 
 
-def _change(saved: dict[str, Any], asked: Resumption, compose: Compose) -> tuple[dict[str, Any], Any, list[str]]:
-    """Returns a run's config with what this command line changes, the choices made, and a note where there is one.
+def _texts(overrides: list[Override]) -> list[str]:
+    return [str(override.input_line) for override in overrides]
 
-    A change is what the typed overrides change of a composition of the run's own overrides. Where these can't be
-    composed any more, because a file of the user's was deleted, it is what they change of the runner's own config.
-    """
-    typed, own, notes = asked.typed, asked.own, []
+
+def _parse_run_overrides(resumption: Resumption) -> list[Override]:
+    """Returns a run's overrides, which are compared and shown, and never composed."""
     try:
-        without = compose([*asked.search_path, *own])
-    except (HydraException, OmegaConfBaseException) as error:
-        told = f"{errors.format_error(error)}; its saved config is used"
-        notes = [f"The run's YAML can't be composed any more: {told}"]
-        typed, own = [override for override in asked.typed if "." not in _key(override)], []
-        without = compose(asked.search_path)
-    beside = compose([*asked.search_path, *_without_typed(own, typed), *typed])
-    before, after = _own_part(_without_hydra(without)), _own_part(_without_hydra(beside))
-    others = [override for override in asked.typed if override not in typed]
-    wanted = _set(diff.apply(saved, before, after, typed), others)
-    return wanted, beside.hydra.runtime.choices, notes
+        overrides = OverridesParser.create().parse_overrides(resumption.run_overrides)
+        ConfigLoaderImpl.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=True)
+    except HydraException as error:
+        source = resumption.run / ".hydra" / "overrides.yaml"
+        raise ConfigError(f"{source}: {errors.format_error(error)}") from error
+    return overrides
 
 
-def _set(plain: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Returns an unresolved config with the values of dotted overrides set."""
-    if not overrides:
-        return plain
-    cfg = OmegaConf.create(plain)
-    for override in overrides:
-        run_folder.set_value(cfg, override)
-    return _raw(cfg)
+def _read_choices(run: Path, run_overrides: list[Override]) -> dict[str, Any]:
+    """Returns a run's choices of groups: those of its start, and those of later command lines."""
+    choices = run_folder.read_choices(run)
+    for override in run_overrides:
+        if _group_of(override) in choices:
+            choices[_group_of(override)] = override.value()
+    # A text with an interpolation would be resolved where the choices are shown.
+    return {
+        group: choice
+        for group, choice in choices.items()
+        if isinstance(group, str) and isinstance(choice, str | list | None) and "${" not in repr(choice)
+    }
 
 
-def _compose_typed(asked: Resumption, compose: Compose) -> DictConfig:
-    """Returns what this command line alone composes; where a key is of the run's choices, without such keys."""
-    for part in (asked.typed, [o for o in asked.typed if "." not in _key(o)]):
-        with contextlib.suppress(HydraException, OmegaConfBaseException):
-            return _without_hydra(compose([*asked.search_path, *part]))
-    of_this_command = [o for o in asked.typed if _root(o) in OF_THE_COMMAND_LINE]
-    return _without_hydra(compose([*asked.search_path, *of_this_command]))
+def _adapt_to_saved(values: list[Override], run_overrides: list[Override], cfg: DictConfig) -> list[Override]:
+    """Returns overrides as a config takes them that the same command line may have changed already.
+
+    A key that the run added is there, and may be set by `+` again; one that it deleted may be gone.
+    """
+    added = {override.key_or_group for override in run_overrides if override.is_add()}
+    deleted = {override.key_or_group for override in run_overrides if override.is_delete()}
+    adapted = []
+    for override in values:
+        if override.is_add() and override.key_or_group in added:
+            override = replace(override, type=OverrideType.FORCE_ADD)
+        is_gone = OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False) is None
+        if not (override.is_delete() and override.key_or_group in deleted and is_gone):
+            adapted.append(override)
+    return adapted
 
 
-def _forms(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Returns a config unresolved, and resolved where it can be."""
-    forms = [_raw(cfg)]
-    with contextlib.suppress(OmegaConfBaseException):
-        forms.append(checks.to_plain(cfg))
-    return forms
+def _compose_typed(
+    resumption: Resumption, choices: list[Override], new_choices: list[Override], compose: Compose
+) -> DictConfig:
+    """Returns the defaults with the choices of this command line; without those of the run if their YAML is gone."""
+    try:
+        return compose([*resumption.search_path, *_texts(choices)])
+    except (HydraException, OmegaConfBaseException, ConfigError):
+        return compose([*resumption.search_path, *_texts(new_choices)])
 
 
-def _nodes_of(overrides: list[str]) -> dict[str, Any]:
-    """Returns the values that overrides set, by key; that of a `_target_` as a node."""
-    nodes: dict[str, Any] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.key_or_group, override.value()
-        if key.rpartition(".")[2] == "_target_":
-            key, value = key.rpartition(".")[0], {"_target_": value}
-        while key in nodes:
-            key += "'"
-        nodes[key] = value
-    return nodes
+def _choices_of(typed: DictConfig, choices: list[Override]) -> dict[str, Any]:
+    composed = typed.hydra.runtime.choices
+    return {group: composed[group] for group in map(_group_of, choices) if group in composed}
+
+
+def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Override]) -> Allowlist:
+    """Returns what a run's config may name; for an untrusted run, also what this command line names itself."""
+    source = resumption.run / ".hydra" / "config.yaml"
+    if resumption.origin is not None:
+        return Allowlist(source, is_signed=True)
+    own = _without_hydra(typed)
+    for value in values:
+        with contextlib.suppress(OmegaConfBaseException):  # of a node that only the run has
+            OmegaConf.update(own, value.key_or_group, value.value(), merge=True, force_add=True)
+    configs = [run_folder.to_unresolved(own)]
+    with contextlib.suppress(OmegaConfBaseException), run_folder.recorded_hydra_config(resumption.run, own):
+        configs.append(checks.to_plain(own))
+    sign = "sign=true, typed in the project's directory,"
+    return Allowlist(source, list(typed.allow_targets), configs, resumption.reason, sign=sign)
+
+
+def _read_saved(resumption: Resumption) -> diff.Nest:
+    """Returns a run's config, unresolved, once it reads nothing that it may not."""
+    assert resumption.trust is not None
+    saved = run_folder.read_config(resumption.run)
+    allowlist.check_interpolations(saved, resumption.trust)
+    return {key: value for key, value in saved.items() if key not in COMMAND_LINE_KEYS}
+
+
+def _set_processes(config: diff.Nest, typed: DictConfig, *, is_trusted: bool) -> diff.Nest:
+    """Returns a config with this command line's settings of where processes meet.
+
+    The number of processes of an untrusted run comes from the command line, too: a small file could start many.
+    """
+    distributed = {key: typed.distributed[key] for key in _RENDEZVOUS_KEYS}
+    data = {}
+    if not is_trusted:
+        distributed["nproc_per_node"] = typed.distributed.nproc_per_node
+        data["num_workers"] = typed.data.num_workers
+    wanted = dict(config)
+    for section, settings in (("distributed", distributed), ("data", data)):
+        before = config.get(section)
+        wanted[section] = {**(before if isinstance(before, dict) else {}), **settings}
+    return wanted
+
+
+def _describe_new_run(resumption: Resumption, kept: list[str]) -> str:
+    """Returns the command that starts a new run from the checkpoint, with this command line's changes.
+
+    Args:
+        kept: the run's overrides that this command line does not replace.
+    """
+    init_from = f"init_from={_quote_if_needed(str(resumption.checkpoint))}"
+    if resumption.origin is None:  # nobody shall copy what an untrusted file says
+        return f"{shlex.quote(init_from)} (without resume=) with the same overrides"
+    typed = [override for override in resumption.overrides if _root(override) not in COMMAND_LINE_KEYS]
+    others = [override for override in [*kept, *typed] if not sets_init_from(override)]
+    return shlex.join(["python", "-m", "runner", *resumption.search_path, *others, init_from])
+
+
+def _drop_overridden(resumption: Resumption, paths: list[diff.KeyPath]) -> list[str]:
+    """Returns a run's overrides without those of keys that are typed anew, or in nodes that are chosen anew."""
+    keys = {_key(override) for override in resumption.overrides}
+    kept = []
+    for override in resumption.run_overrides:
+        path = tuple(_key(override).split("."))
+        is_replaced = _key(override) in keys or any(path[: len(node)] == node for node in paths)
+        # A switch of an optimization that is typed anew, or a value of one that is switched off now.
+        pairs = [pair for typed in resumption.overrides for pair in ((override, typed), (typed, override))]
+        if not is_replaced and not any(optimizations.switches_off(*pair) for pair in pairs):
+            kept.append(override)
+    return kept
 
 
 def _without_hydra(cfg: DictConfig) -> DictConfig:
@@ -374,14 +403,8 @@ def _without_hydra(cfg: DictConfig) -> DictConfig:
     return task
 
 
-def _raw(cfg: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
-def _own_part(cfg: DictConfig) -> dict[str, Any]:
-    return {key: value for key, value in _raw(cfg).items() if key not in OF_THE_COMMAND_LINE}
+def _run_part(cfg: DictConfig) -> diff.Nest:
+    return {key: value for key, value in run_folder.to_unresolved(cfg).items() if key not in COMMAND_LINE_KEYS}
 
 
 def _key(override: str) -> str:
@@ -389,7 +412,7 @@ def _key(override: str) -> str:
 
 
 def sets_init_from(override: str) -> bool:
-    """Says whether an override sets the weights that a new run, or one of its engines, begins with."""
+    """Returns whether an override sets the weights that a new run, or one of its engines, starts from."""
     return re.fullmatch(r"(engines\.[^.]+\.)?init_from", _key(override)) is not None
 
 

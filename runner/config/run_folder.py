@@ -1,7 +1,7 @@
-"""What lies in a run's folder, read again: its config and overrides as they stand, its newest whole state, its record.
+"""Finds and reads a run's folder: its config, overrides, newest complete checkpoint and record.
 
-Owns where each lies and what is told when it is not whole. Believes nothing of it: that is `trust`'s. Must not import
-torch at the top.
+A folder may come from anybody, so every file is read within bounds, and a link out of the folder is refused. The
+allow-list in `config.trust` decides what a config may name.
 """
 
 from __future__ import annotations
@@ -22,8 +22,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config import errors
 from runner.config.aliases import update_paths
-from runner.config.composition.expansion import MAX_DEPTH, MAX_TEXTS, check_expansion, check_text
-from runner.config.composition.interpolation import quote_nested, told_by_hydra, without_elsewhere
+from runner.config.composition.expansion import (
+    MAX_DEPTH,
+    MAX_TOTAL_TEXT_LENGTH,
+    check_expansion,
+    check_interpolated_text,
+)
+from runner.config.composition.interpolation import mask_other_resolvers, quote_nested, use_hydra_config
 from runner.config.errors import ConfigError
 from runner.config.trust import signature
 from runner.utils.files import make_folders, read_bounded
@@ -39,38 +44,35 @@ _MAX_RECORD_BYTES = 8 << 20
 _LONG_NUMBER = re.compile(rf"[-+.0-9][0-9a-fA-FxXoO_:.+-]{{{_MAX_DIGITS},}}")
 _TAGS = ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:python/object/apply:pathlib.")  # what OmegaConf writes
 _OWN_NAMES = {".hydra", ".lock", "audio", "checkpoints", "exports", "log.txt", "metrics.jsonl", "run.json"}
-_MOST_ENTRIES, _MOST_LEVELS = 100_000, 16  # of a run's folder that are looked at
-# Never taken over from a run's config.
-OF_THE_COMMAND_LINE = ("resume", "resume_allow_changes", "allow_targets", "sign")
+_MAX_ENTRIES = 100_000  # of a folder that is searched for links
+_MAX_LEVELS = 16
+# Keys that are set on a command line only, and never read from a run's config.
+COMMAND_LINE_KEYS = ("resume", "resume_allow_changes", "allow_targets", "sign")
 
 
 def find_run(path: Path) -> Path:
-    """Returns the run's folder of a run's folder or of one of its checkpoints.
+    """Returns the folder of a run from that folder or from one of its checkpoints.
 
     Raises:
-        ConfigError: it is neither, or can't be looked at.
+        ConfigError: the path is neither, or can't be read.
     """
     try:
         if (path / "checkpoints").is_dir():
             return path
-        real = path.resolve()
-        written = Path(os.path.abspath(path))
-        if _is_step(written.name) and written.parent.name == "checkpoints" and path.is_dir():
-            return written.parent.parent  # of a link there, the run that has the link
-        if _is_step(real.name) and path.is_dir():
-            return _find_run_of(real)
-        path.exists()
+        absolute = Path(os.path.abspath(path))
+        if _is_step(absolute.name) and absolute.parent.name == "checkpoints" and path.is_dir():
+            return absolute.parent.parent  # of a link there, the run that has the link
+        checkpoint = path.resolve()
+        if _is_step(checkpoint.name) and path.is_dir():
+            run = checkpoint.parent.parent
+            # The run's folder may have a link to its checkpoints on another disk.
+            return run if (run / ".hydra").is_dir() else signature.find_marked_run(checkpoint.parent) or run
+        reason = "neither a run folder nor a checkpoint" if path.exists() else "no such folder"
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:  # it holds NUL
+    except ValueError as error:  # the path contains NUL
         raise ConfigError(f"{path}: {error}") from error
-    raise ConfigError(f"{path}: {'neither a run folder nor a checkpoint' if path.exists() else 'no such folder'}")
-
-
-def _find_run_of(checkpoint: Path) -> Path:
-    """Returns the run of a checkpoint, which may lie on another disk that the run's folder links to."""
-    run = checkpoint.parent.parent
-    return run if (run / ".hydra").is_dir() else signature.find_marked_run(checkpoint.parent) or run
+    raise ConfigError(f"{path}: {reason}")
 
 
 def _is_step(name: str) -> bool:
@@ -78,7 +80,7 @@ def _is_step(name: str) -> bool:
 
 
 def is_file(path: Path) -> bool:
-    """Says whether a path is a file, such as an export; no path that can't be looked at is."""
+    """Returns whether a path is a file, such as an export; False if it can't be read."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -86,13 +88,13 @@ def is_file(path: Path) -> bool:
 
 
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
-    """Returns a new run's folder, made, and whether it was not there before.
+    """Creates a new run's folder; returns it, and whether it was not there before.
 
     Args:
-        is_asked_for: it is this folder or none; otherwise another run of the same second makes it the next number's.
-        may_hold_run: as where a scheduler starts a job again.
+        is_asked_for: the user named this folder; otherwise a number is appended if another run has just taken it.
+        may_hold_run: a scheduler starts the job again, so that its run may be there.
     Raises:
-        ConfigError: it can't be made, or holds a run already.
+        ConfigError: it can't be created, or holds a run already.
     """
     folder, is_new = wanted, True
     for number in range(2, 1000):
@@ -113,99 +115,98 @@ def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple
 
 
 def refuse_links(run: Path, links: Mapping[str, str] = {}, sign: str = "") -> None:
-    """Checks that a run's folder holds files and folders alone: says early what `disk.confine` would refuse later.
-
-    Of a folder with very many files or levels the first are looked at.
+    """Checks that a run's folder holds regular files and folders only, as `disk.confine` requires later.
 
     Args:
-        links: the folders that links in the run's folder may lead to, by the links' paths in it.
-        sign: how the user, whose own run it is, has a link recorded.
+        links: the folders that links may lead to, by the paths of the links in the run's folder.
+        sign: how the user records a link in a run of theirs.
     Raises:
         ConfigError: naming a link that leads elsewhere, a pipe, a socket or a device.
     """
-    if (found := next(_find_irregular(run, links), None)) is None:
-        return
-    if found.is_symlink():
-        can_be_signed = sign and found.parent == run and found.is_dir()
-        signed = f"; if you made it for this run of yours: {sign} records where it leads"
-        remedy = signed if can_be_signed else ", or remove it"
-        raise ConfigError(f"{found}: a link; a run would write where it leads: put the file itself there{remedy}")
-    raise ConfigError(f"{found}: expected a file or a folder, found a pipe, a socket or a device; remove it")
+    for entry in _scan(run, lambda path: path.parent != run or _is_own_name(path.name)):
+        path = Path(entry.path)
+        if path.parent == run and not _is_own_name(entry.name):  # the user's file, which a run never writes to
+            continue
+        if entry.is_symlink():
+            if links.get(path.relative_to(run).as_posix()) == os.path.realpath(path):
+                continue
+            signed = f"; if you made it for this run of yours: {sign} records where it leads"
+            remedy = signed if sign and path.parent == run and path.is_dir() else ", or remove it"
+            raise ConfigError(f"{path}: a link; a run would write where it leads: put the file itself there{remedy}")
+        _check_regular(entry)
 
 
-def _find_irregular(run: Path, links: Mapping[str, str]) -> Iterator[Path]:
-    num_seen, folders = 0, [run]
-    for folder in folders:  # it grows; a link is not entered
+def _scan(root: Path, enters: Callable[[Path], bool]) -> Iterator[os.DirEntry[str]]:
+    """Yields the entries below a folder, level by level and sorted; follows no link.
+
+    Of a folder with very many files or levels only the first are yielded.
+    """
+    num_seen, folders = 0, [root]
+    for folder in folders:  # the list grows
         try:
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:  # who needs it finds out
+        except OSError:  # whoever needs the folder reports it
             continue
         num_seen += len(entries)
         for entry in entries:
-            path = folder / entry.name
-            if folder == run and not _is_own_name(entry.name):
-                continue
-            if entry.is_symlink():
-                if links.get(path.relative_to(run).as_posix()) != os.path.realpath(path):
-                    yield path
-            elif entry.is_dir(follow_symlinks=False):
-                if len(path.parts) - len(run.parts) < _MOST_LEVELS and num_seen < _MOST_ENTRIES:
-                    folders.append(path)
-            elif not entry.is_file(follow_symlinks=False):
-                yield path
+            yield entry
+            path = Path(entry.path)
+            is_within_bounds = len(path.parts) - len(root.parts) < _MAX_LEVELS and num_seen < _MAX_ENTRIES
+            if is_within_bounds and entry.is_dir(follow_symlinks=False) and enters(path):
+                folders.append(path)
+
+
+def _check_regular(entry: os.DirEntry[str]) -> None:
+    if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+        raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device; remove it")
 
 
 def _is_own_name(name: str) -> bool:
-    """Says whether a run writes to a file or folder of that name; what else lies in its folder is the user's."""
+    """Returns whether a run writes to a file or folder of that name."""
     return name in _OWN_NAMES or name.startswith("events.out.tfevents.")
 
 
 def refuse_links_of_sweep(folder: Path) -> None:
-    """Checks that no link leads out of a sweep's folder, up to those of its jobs: Hydra writes there through links.
+    """Checks that no link leads out of a sweep's folder, as Hydra writes there through links.
 
-    A launcher of Hydra's may put links there that lead nowhere else.
+    A launcher of Hydra's may put links there that stay in the folder. The folders of jobs are checked with their runs.
 
     Raises:
         ConfigError: naming a link, a pipe, a socket or a device.
     """
     root = Path(os.path.realpath(folder))
-    num_seen, folders = 0, [folder] if folder.is_dir() else []
-    for each in folders:  # it grows
-        with os.scandir(each) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            num_seen += 1
-            if entry.is_symlink():
-                if Path(os.path.realpath(entry.path)).is_relative_to(root) and entry.name != "multirun.yaml":
-                    continue
-                raise ConfigError(f"{entry.path}: a link; a job of the sweep would write where it leads: remove it")
-            if entry.is_dir():
-                is_job = any(os.path.lexists(os.path.join(entry.path, mark)) for mark in (".hydra", "run.json"))
-                if not is_job and num_seen < _MOST_ENTRIES:
-                    folders.append(Path(entry.path))
-            elif entry.name == "multirun.yaml" and entry.stat().st_nlink > 1:
-                raise ConfigError(f"{entry.path}: has another name, a hard link, which Hydra would write to; remove it")
-            elif not entry.is_file():
-                raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device")
+    for entry in _scan(folder, lambda path: not any(os.path.lexists(path / mark) for mark in (".hydra", "run.json"))):
+        is_summary = entry.name == "multirun.yaml"
+        if entry.is_symlink():
+            if is_summary or not Path(os.path.realpath(entry.path)).is_relative_to(root):
+                raise _leads_out(entry.path)
+            continue
+        _check_regular(entry)
+        if is_summary and entry.stat().st_nlink > 1:
+            raise ConfigError(f"{entry.path}: has another name, a hard link, which Hydra would write to; remove it")
+
+
+def _leads_out(path: str | Path) -> ConfigError:
+    return ConfigError(f"{path}: a link; a job of the sweep would write where it leads: remove it")
 
 
 def refuse_links_to(job: Path, sweep: Path) -> None:
-    """Checks that the folder of a sweep's job lies in the sweep's.
+    """Checks that the folder of a sweep's job is in the sweep's folder.
 
     Raises:
         ConfigError: a folder between them, or the job's own, is a link.
     """
     root = Path(os.path.abspath(sweep))
-    for place in (job, *job.parents):
-        if root in place.parents and place.is_symlink():
-            raise ConfigError(f"{place}: a link; a job of the sweep would write where it leads: remove it")
+    for folder in (job, *job.parents):
+        if root in folder.parents and folder.is_symlink():
+            raise _leads_out(folder)
 
 
 def find_links(folder: Path) -> dict[str, str]:
-    """Returns the links that a user has put into a run's folder before the run, by name: the folders they lead to.
+    """Returns the folders that links lead to, by the names of the links that a user has put into a new run's folder.
 
-    There are none where the folder holds anything else than such links and Hydra's own.
+    There are none if the folder holds anything but such links and Hydra's own folder.
     """
     links = {}
     with os.scandir(folder) as entries:
@@ -218,48 +219,45 @@ def find_links(folder: Path) -> dict[str, str]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Returns a run's own config, unresolved; it expands to a bounded size.
+    """Returns a run's config, unresolved; it expands to a bounded size.
 
     Raises:
-        ConfigError: it is not there, can't be read, or expands to more.
+        ConfigError: it is missing, can't be read, or expands to more.
     """
     path = run / ".hydra" / "config.yaml"
     content = _read_yaml(path)
     if not isinstance(content, dict) or "hydra" in content:
         raise ConfigError(f"{path}: not the config of a run")
     config = update_paths({str(key): value for key, value in content.items()})
-    reads_hydra = any("${hydra:" in text for text in _texts(config))
-    _check(path, lambda: check_expansion(config, _read_hydra(run) if reads_hydra else None, is_strict=True))
+    hydra = _read_hydra(run) if "${hydra:" in repr(config) else None
+    with _naming(path):
+        check_expansion(config, hydra, is_strict=True)
     return config
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(child)
-
-
-def _check(path: Path, check: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the name of a file before a message about its content."""
     try:
-        check()
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def told_of(run: Path, cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
-    """Has `${hydra:...}` of a run's config tell what it told when the run was begun, and the folder where it lies now.
+def recorded_hydra_config(run: Path, cfg: DictConfig) -> contextlib.AbstractContextManager[None]:
+    """Resolves `${hydra:...}` in a run's config by the hydra.yaml of its start, and by where its folder is now.
 
-    A value of Hydra's that reads what the machine knows is missing. Hydra's config and the run's together expand to a
-    bounded size, or the first that is told of it raises ConfigError.
+    A value of hydra.yaml that reads this machine is missing. The first interpolation raises ConfigError if
+    hydra.yaml and the config together expand to too much.
     """
 
     def read() -> Any:
-        hydra = without_elsewhere(_read_hydra(run))
-        _check(run / ".hydra" / "hydra.yaml", lambda: check_expansion(cfg, hydra))
+        hydra = mask_other_resolvers(_read_hydra(run))
+        with _naming(run / ".hydra" / "hydra.yaml"):
+            check_expansion(cfg, hydra)
         return hydra
 
-    return told_by_hydra(cfg, read, run)
+    return use_hydra_config(cfg, read, run)
 
 
 def _read_hydra(run: Path) -> Any:
@@ -268,28 +266,37 @@ def _read_hydra(run: Path) -> Any:
     return content.get("hydra", {}) if isinstance(content, dict) else {}
 
 
+def read_choices(run: Path) -> dict[str, Any]:
+    """Returns the choices of groups that a run was started with; a value may be anything."""
+    node = _read_hydra(run)
+    for key in ("runtime", "choices"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else {}
+
+
 def read_overrides(run: Path) -> list[str]:
-    """Returns the overrides that a run was last started with; none where no file tells.
+    """Returns the overrides that a run was last started with; none if they are not recorded.
 
     Raises:
-        ConfigError: it can't be read, or parsing it would take long.
+        ConfigError: they can't be read, or parsing them would take long.
     """
     path = run / ".hydra" / "overrides.yaml"
     content = _read_yaml(path) if os.path.lexists(path) else []
     if not isinstance(content, list):
         raise ConfigError(f"{path}: not the overrides of a run")
     overrides = [str(override) for override in content]
-    _check(path, lambda: _check_overrides(overrides))
+    with _naming(path):
+        _check_overrides(overrides)
     return overrides
 
 
 def _check_overrides(overrides: list[str]) -> None:
     """Checks that Hydra parses overrides in little time, and without exhausting Python's stack."""
     for number, override in enumerate(overrides):
-        check_text(override, f"override {number}")
+        check_interpolated_text(override, f"override {number}")
     counts = {
         "overrides": (len(overrides), _MAX_OVERRIDES),
-        "characters": (sum(map(len, overrides)), MAX_TEXTS),
+        "characters": (sum(map(len, overrides)), MAX_TOTAL_TEXT_LENGTH),
         "commas in one override": (max((override.count(",") for override in overrides), default=0), _MAX_COMMAS),
         "commas": (sum(override.count(",") for override in overrides), 5 * _MAX_COMMAS),
     }
@@ -312,7 +319,7 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: no such file; the run's folder is not whole") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror or error})") from error
-    except Exception as error:  # of YAML, of its encoding
+    except Exception as error:  # of the parser, or of the encoding
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"{path}: can't be read ({reason})") from error
     if key := next((key for key in _keys(content) if len(str(key)) > _MAX_KEY), None):
@@ -327,33 +334,39 @@ def _keys(value: Any) -> Iterator[Any]:
 
 
 def _check_events(path: Path, text: str) -> None:
-    """Checks a YAML text while it is parsed, before values are made of it: some texts would make any number of them.
+    """Checks a YAML text while it is parsed, before values are made of it: some short texts make very many values.
 
     Raises:
-        ConfigError: it has what a config that OmegaConf has written never has, or too much of what it may have.
+        ConfigError: it has what OmegaConf never writes to a config, or too much of it.
     """
     depth = num_characters = 0
     for number, event in enumerate(yaml.parse(text)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{path}: has an alias (*), which a run's own config never has")
-        if depth > MAX_DEPTH or number > _MAX_EVENTS:
-            limit = f"nested over {MAX_DEPTH} deep" if depth > MAX_DEPTH else f"over {_MAX_EVENTS:,} keys and values"
-            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: {limit}")
+        line = f"{path}: line {event.start_mark.line + 1}"
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{line}: nested over {MAX_DEPTH} deep")
+        if number > _MAX_EVENTS:
+            raise ConfigError(f"{line}: over {_MAX_EVENTS:,} keys and values")
         if (tag := getattr(event, "tag", None)) and not tag.startswith(_TAGS):
-            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: has the tag {tag[:60]}, which no config has")
-        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:  # OmegaConf parses it as soon as it is read
-            check_text(event.value, f"{path}: line {event.start_mark.line + 1}")
+            raise ConfigError(f"{line}: has the tag {tag[:60]}, which no config has")
+        if not isinstance(event, yaml.ScalarEvent):
+            continue
+        if "${" in event.value:  # OmegaConf parses it as soon as it is read
+            check_interpolated_text(event.value, line)
             num_characters += len(event.value)
-            if num_characters > MAX_TEXTS:
-                raise ConfigError(f"{path}: its texts with interpolations have over {MAX_TEXTS:,} characters")
-        # Python reads 4300 digits at most, and a number of base 60 (1:30:00) takes its square of time.
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _LONG_NUMBER.match(event.value):
-            raise ConfigError(f"{path}: line {event.start_mark.line + 1}: a number of over {_MAX_DIGITS} digits")
+            if num_characters > MAX_TOTAL_TEXT_LENGTH:
+                raise ConfigError(
+                    f"{path}: its texts with interpolations have over {MAX_TOTAL_TEXT_LENGTH:,} characters"
+                )
+        # Python reads 4300 digits at most, and the time for a number of base 60 (1:30:00) grows with its square.
+        if event.implicit[0] and _LONG_NUMBER.match(event.value):
+            raise ConfigError(f"{line}: a number of over {_MAX_DIGITS} digits")
 
 
 def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
-    """Puts values in the place of a config's own; a section with a schema keeps its types, and keys not given.
+    """Replaces values of a config; a section with a schema keeps its types, and the keys that are not given.
 
     Raises:
         ConfigError: a value of another type, or a key that the schema lacks.
@@ -369,6 +382,13 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
         if isinstance(error, ConfigError) or (message := errors.format_error(error)) is None:
             raise
         raise ConfigError(message) from error
+
+
+def to_unresolved(cfg: DictConfig) -> dict[str, Any]:
+    """Returns a config as plain values, with its interpolations as they are."""
+    content = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def set_value(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
@@ -398,10 +418,10 @@ def set_value(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """Returns a checkpoint, or a run's newest whole one, with its content and why newer ones were passed over.
+    """Returns a checkpoint, or a run's newest complete one, with its content and why newer ones were passed over.
 
     Raises:
-        ConfigError: it is not whole, naming file and check; or the run has none that is.
+        ConfigError: it is incomplete, naming file and check; or the run has none that is complete.
     """
     from runner.checkpoint import checkpoints
 
@@ -409,9 +429,9 @@ def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
     try:
         if not (path / "checkpoints").is_dir():
             return path, load_checked(path), faults
-        for found in checkpoints.Checkpoints(path / "checkpoints").newest_first():
+        for checkpoint in checkpoints.Checkpoints(path / "checkpoints").newest_first():
             try:
-                return found, load_checked(found), faults
+                return checkpoint, load_checked(checkpoint), faults
             except checkpoints.CheckpointError as error:
                 faults.append(str(error))
     except checkpoints.CheckpointError as error:
@@ -422,7 +442,7 @@ def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
 
 
 def load_checked(path: Path) -> dict[str, Any]:
-    """Returns a whole checkpoint's content, whose values have the types that a run reads.
+    """Returns the content of a complete checkpoint; its values have the types that a run reads.
 
     Raises:
         CheckpointError: naming the file, and the check that failed.
@@ -439,7 +459,7 @@ def load_checked(path: Path) -> dict[str, Any]:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Returns a run's run.json; nothing where it is not there or can't be read. Its values may be of any type."""
+    """Returns a run's run.json; empty if it can't be read. Its values may be of any type."""
     try:
         record = parse_json(read_bounded(run / "run.json", _MAX_RECORD_BYTES))
     except (OSError, ValueError):
@@ -448,16 +468,15 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def is_crashed(record: Mapping[str, Any]) -> bool:
-    """Says whether a run.json says running while its process, of this host, is gone."""
+    """Returns whether a run.json has the status running although its process, on this host, is gone."""
     pid = record.get("pid")
-    if record.get("status") != "running" or record.get("host") != socket.gethostname():
-        return False
-    if type(pid) is not int or not 0 < pid < 1 << 31:
+    is_here = record.get("status") == "running" and record.get("host") == socket.gethostname()
+    if not is_here or type(pid) is not int or not 0 < pid < 1 << 31:
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:  # another user's
-        return False
+    except OSError:  # the process is another user's
+        pass
     return False

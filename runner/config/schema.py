@@ -21,7 +21,7 @@ class Precision(Enum):
 
 
 class OnNonfinite(Enum):
-    """What becomes of a step whose loss or gradients are not finite."""
+    """Reaction to a step whose loss or gradients are not finite."""
 
     stop = "stop"
     skip = "skip"
@@ -29,29 +29,21 @@ class OnNonfinite(Enum):
 
 
 class OnOom(Enum):
-    """What becomes of a step for which memory runs out."""
+    """Reaction to a step that runs out of memory."""
 
     stop = "stop"
     skip = "skip"
 
 
-class Offload(Enum):
-    """Which blocks' inputs are moved to host memory: those for which it pays, all, or none."""
-
-    auto = "auto"
-    always = "always"
-    never = "never"
-
-
 class Mode(Enum):
-    """Which of two values of a metric is better."""
+    """Order of a metric: the better of two values."""
 
     min = "min"
     max = "max"
 
 
 class Format(Enum):
-    """How tensors are stored: SafeTensors, or pickles that are read without executing anything."""
+    """Format of stored tensors: SafeTensors, or pickles that are read without executing anything."""
 
     sft = "sft"
     pt = "pt"
@@ -83,123 +75,12 @@ class CheckpointConfig:
     format: Format = MISSING
 
 
-class Scope(Enum):
-    """What is compiled: nothing, each block's forward, or the whole module's call."""
-
-    off = "off"
-    blocks = "blocks"
-    whole = "whole"
-
-
-class FreezeMode(Enum):
-    """The mode in which modules that are wholly frozen run while the rest is in training mode."""
-
-    eval = "eval"
-    train = "train"
-
-
-class Export(Enum):
-    """What is exported of a module with adapters: its weights with them merged in, or the adapters alone."""
-
-    merged = "merged"
-    adapter = "adapter"
-
-
-class Recipe(Enum):
-    """How a matrix is scaled into float8: as a whole, by its rows, or so and gradients of weights not at all."""
-
-    tensorwise = "tensorwise"
-    rowwise = "rowwise"
-    rowwise_with_gw_hp = "rowwise_with_gw_hp"
-
-
 @dataclass
-class LoraConfig:
-    rank: int = MISSING
-    alpha: float | None = MISSING
-    dropout: float = MISSING
-    include: list[str] | None = MISSING
-    exclude: list[str] = MISSING
-    also_train: list[str] = MISSING
-    export: Export = MISSING
+class EmaConfig:
+    """The arguments of `runner.engines.ema.EMA`."""
 
-
-@dataclass
-class Float8Config:
-    enabled: bool = MISSING
-    include: list[str] | None = MISSING
-    exclude: list[str] = MISSING
-    recipe: Recipe = MISSING
-    emulate: bool = MISSING
-
-
-@dataclass
-class CompileConfig:
-    scope: Scope = MISSING
-    backend: str = MISSING
-    mode: str | None = MISSING
-    dynamic: bool | None = MISSING
-
-
-@dataclass
-class DeviceMapConfig:
-    budgets: Any = MISSING
-    bytes_factor: float = MISSING
-
-
-@dataclass
-class AveragesConfig:
     decay: float = MISSING
     warmup: bool = MISSING
-
-
-@dataclass
-class UnslothConfig:
-    """What `optimizations.unsloth` may be in place of true."""
-
-    include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
-    offload: Offload = Offload.auto
-    min_bytes: int = 1 << 20
-    keep_last: int = 1
-    in_flight: int = 2
-    prefetch: int = 1
-    host_limit: int | None = None
-
-
-@dataclass
-class CheckpointingConfig:
-    """What `optimizations.checkpointing` may be in place of none and full."""
-
-    every: int = 1
-    include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
-    memory_budget: float | None = None
-
-
-@dataclass
-class RuleConfig:
-    """One of `optimizations.replace`; `with`, which is a word of Python's own, comes beside these."""
-
-    match: str = MISSING
-    include: list[str] | None = None
-    exclude: list[str] = field(default_factory=list)
-    subclasses: bool = False
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class OptimizationsConfig:
-    freeze: list[str] = MISSING
-    freeze_mode: FreezeMode = FreezeMode.eval  # a run of before it was there goes on
-    lora: LoraConfig = MISSING
-    replace: list[Any] = MISSING
-    fp8: Float8Config = MISSING
-    device_map: DeviceMapConfig = MISSING
-    compile: CompileConfig = MISSING
-    unsloth: Any = MISSING
-    checkpointing: Any = MISSING
-    ema: AveragesConfig = MISSING
 
 
 @dataclass
@@ -248,7 +129,8 @@ class Config:
     pattern: Any = None
     optimizer: Any = MISSING
     scheduler: Any = MISSING
-    optimizations: OptimizationsConfig = MISSING
+    optimizations: Any = MISSING
+    ema: Any = None
     distributed: DistributedConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING

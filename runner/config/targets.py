@@ -1,6 +1,6 @@
-"""What a `_target_` names: found by its dotted path, and held against the arguments it is given.
+"""Checks each `_target_` of a config: its dotted path can be imported and it accepts its arguments.
 
-All mistakes are told at once, before anything is built; nothing is instantiated here.
+All mistakes are reported together, before anything is instantiated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runner.config.errors import ConfigError, describe_several, shown, suggest
+from runner.config.errors import ConfigError, describe_multiple_datasets, shown, suggest
 from runner.utils.utils import describe, one_line
 
-# How many arguments each role's target is given by position, beside its YAML.
+# Number of positional arguments that the runner passes to each role's target, beside those of the YAML.
 _ROLES = {
     "model": 0,
     "data.train": 0,
@@ -32,11 +32,12 @@ _ROLES = {
     "sampler": 1,
     "optimizer": 1,
     "scheduler": 1,
+    "ema": 1,
     "feeder": 0,
     "report": 0,
     "distributed.strategy": 0,
 }
-_CALLED_LATER = ("data.collate", "feeder", "report")  # a plain function here is what is called, not what makes it
+_FUNCTION_ROLES = ("data.collate", "feeder", "report")  # a plain function is used itself; a class is instantiated
 _SCHEDULER = re.compile(r"(^|\.)scheduler(\.schedulers\.\d+)*$")
 _EXTRAS = {
     "schedulefree": "schedulefree",
@@ -52,50 +53,59 @@ _EXTRAS = {
 
 
 def check_targets(plain: dict[str, Any]) -> None:
-    """Checks that each `_target_` of a resolved config can be imported and takes the arguments it is given.
+    """Checks that each `_target_` of a resolved config can be imported and accepts its arguments.
 
     Raises:
         ConfigError: with every mistake, a line each.
     """
-    mistakes = [m for key, node, num_given in _targets(plain) for m in _mistakes(key, node, num_given)]
-    mistakes += [f"{key}={path}: {error}" for key, path in rule_paths(plain) if (error := _find_import_error(path))]
+    mistakes = list[str]()
+    for key, node, num_positional in _find_targets(plain):
+        mistakes += _find_mistakes(key, node, num_positional)
+    for key, path in find_rule_paths(plain):
+        try:
+            locate(path)
+        except ImportError as error:
+            mistakes.append(f"{key}={path}: {error}")
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
 
 
 def seed_imports(seed: int) -> None:
-    """Seeds the generators of Python and NumPy, from which a module may draw while it is imported."""
-    import numpy as np  # here: `--help` and `--cfg` need none, and it takes 0.1 s
+    """Seeds Python's and NumPy's generators: a module may draw from them while it is imported."""
+    import numpy as np  # 0.1 s, which `--help` and `--cfg` don't need
 
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
 
 
-def _targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Yields key, node and number of positional arguments of all that will be instantiated."""
+def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """Yields key, node and number of positional arguments of everything that will be instantiated."""
     roles = [(role, role, plain) for role in _ROLES]
     for name, engine in plain["engines"].items():
         roles += [(f"engines.{name}.{role}", role, engine) for role in _ROLES if engine.get(role) is not None]
-    for key, role, place in roles:
-        node: Any = place
+    for key, role, section in roles:
+        node: Any = section
         for part in role.split("."):
-            node = None if node is None else node[part]  # a role that is left out by who evaluates
+            node = None if node is None else node.get(part)  # evaluate and export leave some roles out
         if node is not None:
             yield key, node, _ROLES[role]
-            yield from ((k, n, 0) for k, n in _nested_targets(node, key))
+            yield from ((nested_key, nested, 0) for nested_key, nested in _find_nested_targets(node, key))
+    for prefix, section in [("", plain), *((f"engines.{name}.", engine) for name, engine in plain["engines"].items())]:
+        options = _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
+        yield from ((nested_key, nested, 0) for nested_key, nested in options)
 
 
-def _nested_targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _find_nested_targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, child in children:
         if isinstance(child, dict) and "_target_" in child:
             yield f"{key}.{name}", child
-        yield from _nested_targets(child, f"{key}.{name}")
+        yield from _find_nested_targets(child, f"{key}.{name}")
 
 
-def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
-    if several := _several_datasets(key, node):
-        yield several
+def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
+    if message := _find_multiple_datasets(key, node):
+        yield message
         return
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
         found = shown(repr(node))
@@ -111,104 +121,105 @@ def _mistakes(key: str, node: Any, num_given: int) -> Iterator[str]:
         return
     try:
         parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # a built-in without a signature: instantiating it will tell
+    except (TypeError, ValueError):  # a built-in without a signature: checked when it is instantiated
         return
     for name in node:
         if not isinstance(name, str):
             yield f"{key}.{name}: expected an argument's name, found {name!r}; put such keys into a mapping of its own"
-    for name, value in ((name, node[name]) for name in ("_partial_", "_recursive_") if name in node):
-        if not isinstance(value, bool):
-            yield f"{key}.{name}={value}: expected true or false"
+    for name in ("_partial_", "_recursive_"):
+        if name in node and not isinstance(node[name], bool):
+            yield f"{key}.{name}={node[name]}: expected true or false"
     if node.get("_convert_", "all") == "none":
         yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
-    yield from find_mistyped(key, node, target)
+    yield from find_wrong_types(key, node, target)
     names = [name for name in node if isinstance(name, str)]
-    given = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
-    taken = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    if _SCHEDULER.search(key) and "optimizer" in taken:
-        taken.remove("optimizer")  # the runner gives it, to each of several schedulers, too
+    arguments = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
+    accepted = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if _SCHEDULER.search(key) and "optimizer" in accepted:
+        accepted.remove("optimizer")  # passed by the runner, also to each of several nested schedulers
     else:
-        taken = taken[num_given:]
-    if _SCHEDULER.search(key) and "metric" not in taken:
-        given.discard("metric")  # the runner's own
+        accepted = accepted[num_positional:]
+    if _SCHEDULER.search(key) and "metric" not in accepted:
+        arguments.discard("metric")  # read by the runner itself
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        unknown = sorted(given.difference(taken))
-        if several := _several_datasets(key, node, unknown):
-            yield several
+        unknown = sorted(arguments.difference(accepted))
+        if message := _find_multiple_datasets(key, node, unknown):
+            yield message
             return
         for name in unknown:
-            yield f"{key}.{name}: {node['_target_']} takes no such argument; {suggest(name, taken)}"
-    if node.get("_partial_") or node.get("_args_") or is_called_later(key, target):
+            yield f"{key}.{name}: {node['_target_']} takes no such argument; {suggest(name, accepted)}"
+    if node.get("_partial_") or node.get("_args_") or is_used_directly(key, target):
         return
-    for name in taken:
-        if parameters[name].default is inspect.Parameter.empty and name not in given:
+    for name in accepted:
+        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
             yield f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..."
 
 
 def find_sampler_fault(sampler: Any) -> str | None:
-    """Returns why a sampler, or a class of samplers, can't be used, and the remedy; None if nothing is missing."""
-    kinds = sampler.__mro__ if inspect.isclass(sampler) else type(sampler).__mro__
-    name = next((each.__name__ for each in kinds if each.__module__.startswith("torch.utils.data")), "Sampler")
+    """Returns why a sampler, or a class of samplers, can't be used, with the remedy; None if it can."""
+    bases = sampler.__mro__ if inspect.isclass(sampler) else type(sampler).__mro__
+    name = next((base.__name__ for base in bases if base.__module__.startswith("torch.utils.data")), "Sampler")
     missing = [method for method in _SAMPLER_METHODS if not hasattr(sampler, method)]
-    if inspect.isclass(sampler) and any("__getattr__" in vars(each) for each in kinds):
+    if inspect.isclass(sampler) and any("__getattr__" in vars(base) for base in bases):
         missing = []
     if name == "DistributedSampler":
-        return f"expected the order of all ranks, found one that takes a rank's share; {_SAMPLERS[name]}"
+        return f"expected the order of all ranks, found one that takes a rank's share; {_SAMPLER_REMEDIES[name]}"
     if not missing:
         return None
     methods = ", ".join(f"{method}()" for method in missing)
-    return f"expected a sampler that resumes from its position, found one without {methods}; {_SAMPLERS[name]}"
+    return f"expected a sampler that resumes from its position, found one without {methods}; {_SAMPLER_REMEDIES[name]}"
 
 
 _SAMPLER_METHODS = ("__iter__", "state_dict", "load_state_dict")
-_OWN_SAMPLERS = "runner.utils.sampler."
-_SAMPLERS = {
+_SAMPLER_PACKAGE = "runner.utils.sampler."
+_SAMPLER_REMEDIES = {
     "Sampler": "add them (they save and set the position within an epoch), or choose sampler=random, ordered, pool "
     "or batched_ordered",
-    "RandomSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler, which takes replacement too)",
-    "SequentialSampler": f"choose sampler=ordered ({_OWN_SAMPLERS}OrderedSampler)",
-    "DistributedSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler): each rank takes its slice of a batch",
-    "BatchSampler": f"choose sampler=random with data.batch_size, or sampler=batched_ordered ({_OWN_SAMPLERS}"
+    "RandomSampler": f"choose sampler=random ({_SAMPLER_PACKAGE}RandomSampler, which takes replacement too)",
+    "SequentialSampler": f"choose sampler=ordered ({_SAMPLER_PACKAGE}OrderedSampler)",
+    "DistributedSampler": f"choose sampler=random ({_SAMPLER_PACKAGE}RandomSampler): each rank takes "
+    "its slice of a batch",
+    "BatchSampler": f"choose sampler=random with data.batch_size, or sampler=batched_ordered ({_SAMPLER_PACKAGE}"
     "BatchedOrderedSampler) for batches under a budget",
-    "SubsetRandomSampler": f"choose sampler=random ({_OWN_SAMPLERS}RandomSampler) and a torch.utils.data.Subset as "
+    "SubsetRandomSampler": f"choose sampler=random ({_SAMPLER_PACKAGE}RandomSampler) and a torch.utils.data.Subset as "
     "data.train",
     "WeightedRandomSampler": "write a sampler of your own that draws by weight and has these methods",
 }
 
 
-_ONE_DATASET = ("data.train", "data.eval")
+_DATASET_KEYS = ("data.train", "data.eval")
 
 
-def _several_datasets(key: str, node: Any, names: Iterable[Any] | None = None) -> str | None:
-    """Returns the mistake of a key of one dataset that holds several, by name or as a list; None for any other node.
+def _find_multiple_datasets(key: str, node: Any, names: Iterable[Any] | None = None) -> str | None:
+    """Returns the message for several datasets under `data.train` or `data.eval`; None for any other node.
 
     Args:
-        names: those that may be datasets; None stands for all, where the node has no `_target_` itself.
+        names: the keys of the node that may hold a dataset; None: all, unless the node has a `_target_` itself.
     """
-    if not key.endswith(_ONE_DATASET) or not isinstance(node, (dict, list)):
+    if not key.endswith(_DATASET_KEYS) or not isinstance(node, (dict, list)):
         return None
     children = dict(enumerate(node)) if isinstance(node, list) else node
     if names is None:
         names = [] if "_target_" in children else list(children)
-    found = [str(name) for name in names if isinstance(children[name], dict) and "_target_" in children[name]]
-    return describe_several(key, ", ".join(found)) if found else None
+    datasets = [str(name) for name in names if isinstance(children[name], dict) and "_target_" in children[name]]
+    return describe_multiple_datasets(key, ", ".join(datasets)) if datasets else None
 
 
-def find_mistyped(key: str, node: Mapping[str, Any], target: Any) -> Iterator[str]:
-    """Yields the mistakes of texts, lists and mappings for arguments that are annotated as numbers."""
-    given = {name: value for name, value in node.items() if _may_be_mistyped(name, value)}
-    hints = _read_hints(target) if given else {}
-    for name, value in given.items():
-        kinds = _kinds_of(hints[name]) if name in hints else None
-        if kinds is None or _fits(value, kinds, _default_of(target, name)):
+def find_wrong_types(key: str, node: Mapping[str, Any], target: Any) -> Iterator[str]:
+    """Yields a message for each text, list or mapping passed to an argument that is annotated as a number."""
+    arguments = {name: value for name, value in node.items() if _needs_type_check(name, value)}
+    hints = _read_hints(target) if arguments else {}
+    for name, value in arguments.items():
+        alternatives = _alternatives_of(hints[name]) if name in hints else None
+        if alternatives is None or _is_accepted(value, alternatives, _default_of(target, name)):
             continue
-        found = next((f", found {name}" for kind, name in _FOUND.items() if isinstance(value, kind)), "")
+        found = next((f", found {name}" for kind, name in _KIND_NAMES.items() if isinstance(value, kind)), "")
         remedy = "; ${oc.decode:...} makes it a number" if is_number_text(value) else ""
         text = "null" if value is None else shown(str(value))
-        yield f"{key}.{name}={text}: expected {_describe_kinds(kinds)}{found}{remedy}"
+        yield f"{key}.{name}={text}: expected {_describe_alternatives(alternatives)}{found}{remedy}"
 
 
-_FOUND: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text"}
+_KIND_NAMES: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text"}
 
 
 def _default_of(target: Any, name: str) -> Any:
@@ -216,8 +227,8 @@ def _default_of(target: Any, name: str) -> Any:
     return None if parameter is None else parameter.default
 
 
-def find_untyped(node: Mapping[str, Any]) -> str:
-    """Returns a hint at texts that were given for arguments whose default is a number."""
+def hint_at_text_numbers(node: Mapping[str, Any]) -> str:
+    """Returns a hint for each text that was passed to an argument whose default is a number."""
     try:
         parameters = inspect.signature(locate(node["_target_"])).parameters
     except (ImportError, TypeError, ValueError):
@@ -231,58 +242,58 @@ def find_untyped(node: Mapping[str, Any]) -> str:
 
 
 def is_number_text(value: Any) -> bool:
-    """Says whether a value is a text that reads as a number."""
+    """Returns whether a value is a text that can be parsed as a number."""
     return isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?", value, re.IGNORECASE) is not None
 
 
-def _may_be_mistyped(name: Any, value: Any) -> bool:
+def _needs_type_check(name: Any, value: Any) -> bool:
     if not isinstance(name, str) or (name.startswith("_") and name.endswith("_")):
         return False
     return value is None or isinstance(value, (str, list)) or (isinstance(value, dict) and "_target_" not in value)
 
 
 def _read_hints(target: Any) -> dict[str, Any]:
-    """Returns the annotations of a target's arguments; none where they can't be evaluated."""
+    """Returns the annotations of a target's arguments, or an empty dict if they can't be evaluated."""
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # names that are imported for a type checker alone
+    except Exception:  # names that are imported for type checkers only
         return {}
 
 
 _SCALARS = (bool, int, float, complex, type(None))
 
 
-def _kinds_of(hint: Any) -> list[Any] | None:
-    """Returns the alternatives of an annotation if numbers and lists are all, else None."""
+def _alternatives_of(hint: Any) -> list[Any] | None:
+    """Returns the alternatives of an annotation if all are numbers, lists or tensors, else None."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        found = [_kinds_of(each) for each in typing.get_args(hint)]
-        return None if None in found else [kind for kinds in found for kind in kinds or ()]
+        members = [_alternatives_of(member) for member in typing.get_args(hint)]
+        return None if None in members else [kind for kinds in members for kind in kinds or ()]
     is_known = hint in _SCALARS or _is_list(hint)
     is_tensor = getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
     return [hint] if is_known or is_tensor else None
 
 
-def _fits(value: Any, kinds: list[Any], default: Any) -> bool:
-    if value is None:  # an argument whose default is None takes it, whatever its annotation says
+def _is_accepted(value: Any, kinds: list[Any], default: Any) -> bool:
+    if value is None:  # a default of None accepts null, whatever the annotation says
         return default is None or type(None) in kinds
     lists = [kind for kind in kinds if _is_list(kind)]
     if not isinstance(value, list) or not lists:
         return False
-    is_of_numbers = all(_is_of_numbers(kind) for kind in lists)
-    return not is_of_numbers or not any(isinstance(each, str) for each in value)
+    expects_numbers = all(_has_numeric_elements(kind) for kind in lists)
+    return not expects_numbers or not any(isinstance(element, str) for element in value)
 
 
 def _is_list(kind: Any) -> bool:
     return (typing.get_origin(kind) or kind) in (list, tuple)
 
 
-def _is_of_numbers(kind: Any) -> bool:
-    """Says whether the annotation of a list has numbers as its elements."""
-    elements = [_kinds_of(each) for each in typing.get_args(kind) if each is not ...]
+def _has_numeric_elements(kind: Any) -> bool:
+    """Returns whether an annotation is a list of numbers."""
+    elements = [_alternatives_of(element) for element in typing.get_args(kind) if element is not ...]
     return bool(elements) and all(kinds is not None and not any(map(_is_list, kinds)) for kinds in elements)
 
 
-def _describe_kinds(kinds: list[Any]) -> str:
+def _describe_alternatives(kinds: list[Any]) -> str:
     described = []
     if bool in kinds:
         described.append("true or false")
@@ -291,52 +302,44 @@ def _describe_kinds(kinds: list[Any]) -> str:
     elif int in kinds:
         described.append("a whole number")
     if lists := [kind for kind in kinds if _is_list(kind)]:
-        described.append("a list of numbers" if all(map(_is_of_numbers, lists)) else "a list")
+        described.append("a list of numbers" if all(map(_has_numeric_elements, lists)) else "a list")
     if type(None) in kinds:
         described.append("null")
     return " or ".join(described) or "a tensor"
 
 
-def find_parameters(path: str) -> list[str]:
-    """Returns the names of the parameters of what a dotted path names."""
+def parameter_names(path: str) -> list[str]:
+    """Returns the parameter names of the class or function at a dotted path."""
     try:
         return list(inspect.signature(locate(path)).parameters)
     except (TypeError, ValueError):  # a built-in without a signature
         return []
 
 
-def rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields keys and dotted paths of every rule {match, with} of a nest: what it names is imported and called, too."""
+def find_rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the keys and dotted paths of every rule `{match, with}`, which are imported and called too."""
     if isinstance(value, dict) and {"match", "with"} <= value.keys():
         yield from ((f"{key}.{name}", str(value[name])) for name in ("match", "with"))
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, child in children:
-        yield from rule_paths(child, f"{key}.{name}".lstrip("."))
-
-
-def _find_import_error(path: str) -> str | None:
-    try:
-        locate(path)
-    except ImportError as error:
-        return str(error)
-    return None
+        yield from find_rule_paths(child, f"{key}.{name}".lstrip("."))
 
 
 def locate(path: str) -> Any:
-    """Returns the object of a dotted path.
+    """Returns the class or function at a dotted path.
 
     Raises:
-        ImportError: saying which part is not there, and what is.
+        ImportError: naming the part that does not exist, and the nearest name that does.
     """
-    found, attributes = find_module(path)
-    return _descend(found, found.__name__, attributes)
+    module, attributes = find_module(path)
+    return _get_attributes(module, module.__name__, attributes)
 
 
 def find_module(path: str) -> tuple[ModuleType, list[str]]:
-    """Returns the innermost module of a dotted path, imported, and the attributes that lead on from it.
+    """Imports the innermost module of a dotted path; returns it and the attribute names after it.
 
     Raises:
-        ImportError: saying which part is not there, or what an import raised and where.
+        ImportError: naming the module that does not exist, or the error that an import raised and its location.
     """
     parts = path.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -344,65 +347,68 @@ def find_module(path: str) -> tuple[ModuleType, list[str]]:
     for length in range(len(parts), 0, -1):
         name = ".".join(parts[:length])
         try:
-            found = importlib.import_module(name)
+            module = importlib.import_module(name)
         except KeyboardInterrupt:
             raise
         except ModuleNotFoundError as error:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise ImportError(_describe_import(name, error) + _extra(error.name)) from error
+                raise ImportError(_describe_import(name, error) + _install_hint(error.name)) from error
             continue
-        except BaseException as error:  # SystemExit, too
+        except BaseException as error:  # also SystemExit
             raise ImportError(_describe_import(name, error)) from error
-        return found, parts[length:]
+        return module, parts[length:]
     raise ImportError(
-        f"there is no module {parts[0]!r}{_extra(parts[0])}; check the spelling, or start where Python finds it"
+        f"there is no module {parts[0]!r}{_install_hint(parts[0])}; check the spelling, or start where Python finds it"
     )
 
 
 def _describe_import(name: str, error: BaseException) -> str:
-    """Returns what importing a module raised, and the last line of the user's own files that led there."""
+    """Returns the error that importing a module raised, and the last line of a user's file in its traceback."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError) and error.filename:
         frames.append((error.filename, error.lineno))
     files = [frame for frame in frames if not frame[0].startswith("<frozen")]
     parts = name.split(".")
-    places = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    name = next((place for place in places if place not in sys.modules), name)
-    own = [frame for frame in files if not frame[0].startswith(_LIBRARIES)]
-    file, line = (own or files or frames)[-1]
+    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    name = next((package for package in packages if package not in sys.modules), name)
+    user_files = [frame for frame in files if not frame[0].startswith(_LIBRARY_FOLDERS)]
+    file, line = (user_files or files or frames)[-1]
     relative = os.path.relpath(file) if os.path.isabs(file) else file
-    where = f"{file if relative.startswith('..') else relative}:{line}"
-    told = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) and error.filename == file else describe(error)
-    return f"importing {name} failed at {where}: {shown(told)}"
+    location = f"{file if relative.startswith('..') else relative}:{line}"
+    reason = describe(error)
+    if isinstance(error, SyntaxError) and error.filename == file:
+        reason = f"SyntaxError: {error.msg}"
+    return f"importing {name} failed at {location}: {shown(reason)}"
 
 
-# The standard library and installed packages, this one too: a user's files lie elsewhere.
-_LIBRARIES = tuple(
+# The standard library and installed packages, including the runner: anything else is a user's file.
+_LIBRARY_FOLDERS = tuple(
     {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {str(Path(__file__).resolve().parents[1]) + os.sep}
 )
 
 
-def _descend(found: Any, name: str, attributes: list[str]) -> Any:
+def _get_attributes(holder: Any, name: str, attributes: list[str]) -> Any:
     for attribute in attributes:
         try:
-            has_it = hasattr(found, attribute)
-        except Exception as error:  # of a module that imports its parts when they are asked for
+            has_attribute = hasattr(holder, attribute)
+        except Exception as error:  # from a module that imports its submodules on first access
             raise ImportError(_describe_import(f"{name}.{attribute}", error)) from error
-        if not has_it:
-            public = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
+        if not has_attribute:
+            public = [key for key in vars(holder) if not key.startswith("_")] if hasattr(holder, "__dict__") else []
             raise ImportError(f"{name} has no {attribute!r}; {suggest(attribute, public)}")
-        found, name = getattr(found, attribute), f"{name}.{attribute}"
-    if not callable(found):
-        raise ImportError(f"{name} is a {type(found).__name__}; expected a class or function")
-    return found
+        holder = getattr(holder, attribute)
+        name = f"{name}.{attribute}"
+    if not callable(holder):
+        raise ImportError(f"{name} is a {type(holder).__name__}; expected a class or function")
+    return holder
 
 
-def _extra(module: str | None) -> str:
+def _install_hint(module: str | None) -> str:
     extra = _EXTRAS.get((module or "").partition(".")[0])
     return f'; pip install "exact-runner[{extra}]"' if extra else ""
 
 
-def is_called_later(key: str, target: Any) -> bool:
-    """Says whether a target is itself what is called, a plain function, and no maker of it."""
-    return key.endswith(_CALLED_LATER) and inspect.isroutine(target)
+def is_used_directly(key: str, target: Any) -> bool:
+    """Returns whether a target is a plain function that is used itself, instead of being called to build an object."""
+    return key.endswith(_FUNCTION_ROLES) and inspect.isroutine(target)

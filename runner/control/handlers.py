@@ -1,95 +1,214 @@
-"""What a person types while a run goes on: taken on the leader, done on every rank, answered once.
+"""The table of commands and their handlers.
 
-Must not know how a run is saved or evaluated.
+A new command is a row of `COMMANDS` and a function. Importing this module does not import torch: a checkpoint's
+pending commands are checked by the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
-from runner.control.commands import HELP, CommandError, CommandQueue, describe_events, describe_time, parse
-from runner.utils.distributed import is_distributed, is_rank_zero
-from runner.utils.distributed.coordinator import Coordinator
-from runner.utils.train import Stop
-from runner.utils.train.throughput import Throughput
+from runner.control.commands import (
+    Command,
+    CommandError,
+    CommandQueue,
+    CommandSyntax,
+    parse,
+    parse_step,
+    quote_typed,
+)
 
-_MOST_ANSWERS = 20  # at one step
+if TYPE_CHECKING:
+    from runner.utils.distributed.coordinator import Coordinator
+    from runner.utils.train.throughput import Throughput
+
+_MAX_ANSWERS = 20  # at one step
+_MAX_SHOWN = 20  # scheduled commands in an answer
+_MAX_RATE = 1e9  # above it an update of any optimizer may overflow float32
 
 
-class HasProgress(Protocol):
-    """The loop that is talked to."""
+class RunningLoop(Protocol):
+    """The loop that executes a command."""
 
     step: int
     steps: int
     throughput: Throughput
 
+    def request_action(self, name: str) -> None: ...
+
 
 class HasLearningRate(Protocol):
-    """What has a learning rate."""
+    """Engines whose learning rate can be set."""
 
     def set_lr(self, lr: float) -> None: ...
 
 
 class CommandHandlers:
-    """Commands and their answers.
+    """Reads commands on rank zero, executes them on every rank, and answers each once.
 
     Args:
         answer: called with each answer.
     """
 
     def __init__(self, engines: HasLearningRate, coordinator: Coordinator, answer: Callable[[str], None]) -> None:
-        self._engines, self._agreement, self._answer = engines, coordinator, answer
-        self.queue = CommandQueue(answer)
-        self.loop: HasProgress | None = None
-        self._answered = 0, 0  # the last step with an answer, and how many it had
+        self.engines = engines
+        self.queue = CommandQueue(COMMANDS, answer)
+        self._coordinator = coordinator
+        self._answer = answer
+        self._answered_step = 0  # the last step with an answer
+        self._num_answers = 0  # at that step
 
     @property
-    def commands(self) -> Mapping[str, Callable[[Any], None]]:
-        """What is done at a command, by name."""
-        return {
-            "quit": self._quit,
-            "lr": self._set_lr,
-            "time": self._tell_time,
-            "events": lambda _: self._answer_due(describe_events(self.queue.pending)),
-            "help": lambda _: self._answer_due(HELP),
-        }
+    def by_name(self) -> Mapping[str, Callable[[Any, Any], None]]:
+        """The handlers by command, each called with the loop and the command's argument."""
+        return {name: partial(spec.handler, self) for name, spec in COMMANDS.items()}
 
     def start(self, step: int, *, peeks: bool, warn: Callable[[str], None]) -> None:
-        """Begins to read what is typed, on the leader; the arguments are those of `Commands.start`."""
+        """Starts to read commands, on rank zero; the arguments are those of `CommandQueue.start`."""
+        from runner.utils.distributed import is_distributed, is_rank_zero  # imports torch
+
         if is_rank_zero():
-            waiting, relay = (self._agreement.num_unsent, self._relay) if is_distributed() else (int, None)
-            self.queue.start(step, relay, peeks=peeks, warn=warn, num_elsewhere=waiting)
+            num_relayed, relay = (self._coordinator.num_unsent, self._relay) if is_distributed() else (int, None)
+            self.queue.start(step, relay, peeks=peeks, warn=warn, num_relayed=num_relayed)
 
     def _relay(self, line: str) -> bool:
-        """Has all ranks take what was typed here, if it is a command."""
+        """Sends a line to all ranks if it is a command; returns whether it is one."""
         try:
-            parse(line)
+            parse(line, COMMANDS)
         except CommandError:
-            return self.queue.take(line)  # it answers
-        self._agreement.post("line", line)
+            return self.queue.submit(line)  # which answers with the mistake, or ignores a blank line
+        self._coordinator.post("line", line)
         return True
 
-    def _answer_due(self, text: str) -> None:
-        """Answers a command that was due, with the first few at one step."""
-        assert self.loop is not None
-        step, count = self._answered
-        count = count + 1 if step == self.loop.step else 1
-        self._answered = self.loop.step, count
-        if count <= _MOST_ANSWERS:
+    def answer(self, step: int, text: str) -> None:
+        """Answers a command that was executed at a step boundary, unless many were answered there before."""
+        if step != self._answered_step:
+            self._answered_step = step
+            self._num_answers = 0
+        self._num_answers += 1
+        if self._num_answers <= _MAX_ANSWERS:
             self._answer(text)
-        elif count == _MOST_ANSWERS + 1:
+        elif self._num_answers == _MAX_ANSWERS + 1:
             self._answer("... (further commands at this step are done without an answer)")
 
-    def _quit(self, _: Any) -> None:
-        raise Stop("quit")
 
-    def _set_lr(self, lr: float) -> None:
-        assert self.loop is not None
-        self._engines.set_lr(lr)
-        self._answer_due(f"The base learning rate is {lr:g} from step {self.loop.step + 1} on")
+Handler = Callable[[CommandHandlers, RunningLoop, Any], None]
 
-    def _tell_time(self, to: int | None) -> None:
-        assert self.loop is not None
-        elapsed_s, step_s = self.loop.throughput.overall(self.loop.step)
-        self._answer_due(describe_time(self.loop.step, self.loop.steps, step_s, elapsed_s, to))
+
+@dataclass(frozen=True)
+class CommandSpec(CommandSyntax):
+    """A row of the table of commands.
+
+    Args:
+        handler: called at a step boundary on every rank, as handler(handlers, loop, argument).
+    """
+
+    handler: Handler
+
+
+def _request_action(handlers: CommandHandlers, loop: RunningLoop, argument: None, *, action: str) -> None:
+    loop.request_action(action)
+
+
+def _quit(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+    from runner.utils.train import Stop  # imports torch
+
+    raise Stop("quit")
+
+
+def _set_lr(handlers: CommandHandlers, loop: RunningLoop, lr: float) -> None:
+    handlers.engines.set_lr(lr)
+    handlers.answer(loop.step, f"The base learning rate is {lr:g} from step {loop.step + 1} on")
+
+
+def _answer_time(handlers: CommandHandlers, loop: RunningLoop, target_step: int | None) -> None:
+    elapsed_s, step_s = loop.throughput.overall(loop.step)
+    handlers.answer(loop.step, describe_time(loop.step, loop.steps, step_s, elapsed_s, target_step))
+
+
+def _answer_events(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+    handlers.answer(loop.step, describe_events(handlers.queue.pending))
+
+
+def _answer_help(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+    handlers.answer(loop.step, HELP)
+
+
+def _parse_lr(words: list[str]) -> float:
+    if not words:
+        raise ValueError('"lr" lacks its number')
+    typed = " ".join(words)
+    # float() alone accepts "infinity", "1_0" and digits of other scripts, so the characters are checked first.
+    is_number = len(words) == 1 and set(typed) <= set("0123456789.e+-")
+    try:
+        lr = float(typed) if is_number else math.nan
+    except ValueError:
+        lr = math.nan
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"expected one finite number above 0, found {quote_typed(typed)}")
+    if lr > _MAX_RATE:
+        raise ValueError(f"expected at most {_MAX_RATE:g}, found {quote_typed(typed)}")
+    return lr
+
+
+def _parse_target_step(words: list[str]) -> int | None:
+    if not words:
+        return None
+    if words[0] != "to" or len(words) != 2:
+        raise ValueError('"time" takes nothing, or "to" and a step')
+    return parse_step(words[1])
+
+
+COMMANDS: Mapping[str, CommandSpec] = {
+    "save": CommandSpec("save", "write a checkpoint", None, partial(_request_action, action="save")),
+    "export": CommandSpec(
+        "export", "write the weights alone, for use elsewhere", None, partial(_request_action, action="export")
+    ),
+    "eval": CommandSpec("eval", "evaluate on the validation data", None, partial(_request_action, action="eval")),
+    "quit": CommandSpec("quit", "save and end the run", None, _quit),
+    "lr": CommandSpec("lr 3e-4", "set the learning rate, a number above 0", _parse_lr, _set_lr),
+    "time": CommandSpec(
+        "time, or time to 2000", "say where the run stands, or when it reaches a step", _parse_target_step, _answer_time
+    ),
+    "events": CommandSpec("events", "list what is scheduled", None, _answer_events),
+    "help": CommandSpec("help", "show this list", None, _answer_help),
+}
+_AT_STEP = ("COMMAND@STEP", "do it when that step is done: eval@20, lr 1e-4@50, quit@40")
+HELP = "\n".join(
+    f"{form:<24}{meaning}" for form, meaning in [*((spec.form, spec.help) for spec in COMMANDS.values()), _AT_STEP]
+)
+
+
+def describe_time(step: int, total_steps: int, seconds_per_step: float, elapsed_s: float, to: int | None = None) -> str:
+    """Returns the progress of a run or, with `to`, when it reaches that step; an unknown step time is 0 or nan."""
+    is_timed = math.isfinite(seconds_per_step) and seconds_per_step > 0
+    step_time = f"({_format_step_time(seconds_per_step)} a step)" if is_timed else "(no step timed yet)"
+    if to is None:
+        remaining = f"{_format_clock((total_steps - step) * seconds_per_step)} to go " if is_timed else ""
+        return f"step {step} of {total_steps}, {_format_clock(elapsed_s)} gone, {remaining}{step_time}"
+    if to <= step:
+        return f"step {to} has passed; now at {step} of {total_steps}"
+    if to > total_steps:
+        return f"step {to} will not be reached: the run ends at {total_steps}; now at {step}"
+    wait = _format_clock((to - step) * seconds_per_step) if is_timed else "a time not known"
+    return f"step {to} in {wait} {step_time}"
+
+
+def describe_events(pending: Sequence[Command]) -> str:
+    """Returns the scheduled commands as one line."""
+    rest = f", ... ({len(pending)} in all)" if len(pending) > _MAX_SHOWN else ""
+    shown = ", ".join(map(str, pending[:_MAX_SHOWN]))
+    return f"scheduled: {shown}{rest}" if pending else "nothing is scheduled"
+
+
+def _format_clock(seconds: float) -> str:
+    minutes, rest_s = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest_s:02}"
+
+
+def _format_step_time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2f} ms"

@@ -1,6 +1,6 @@
-"""The signals that end a run: the first asks it to save and end, the second ends it at once; and the exit statuses.
+"""Signals that end a run: the first requests a save and the end, the second ends the process at once.
 
-Owns what a handler may do: it sets a flag, raises, or ends the process. Imports the standard library and `terminal`.
+A handler only sets a flag, raises, or ends the process. Also holds the exit statuses of a run.
 """
 
 from __future__ import annotations
@@ -16,36 +16,42 @@ from types import FrameType
 
 from runner.control import terminal
 
-STATUSES = {"finished": 0, "quit": 0, "interrupted": 130, "preempted": 75, "failed": 1}  # 75: try again (EX_TEMPFAIL)
-MEANINGS = {
+EXIT_STATUSES = {  # by the status of a run
+    "finished": 0,
+    "quit": 0,
+    "interrupted": 130,
+    "preempted": 75,  # try again (EX_TEMPFAIL)
+    "failed": 1,
+}
+STATUS_BY_SIGNAL = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "preempted",
     signal.SIGHUP: "preempted",
     signal.SIGUSR1: "preempted",
     signal.SIGUSR2: "preempted",
 }
-REPEATED = signal.SIGUSR2  # comes more than once, from a kernel whose launcher has died: it is no second one
+REPEATED = signal.SIGUSR2  # the kernel may send it more than once after a launcher has died
 NEVER_SECOND = (REPEATED, signal.SIGHUP)  # a terminal that closes sends SIGHUP, and its shell sends it again
 _PATIENCE_S = 0.7  # for the main thread to end after a second signal
-_FINISH_S = 0.3  # for what is written of a run whose main thread does not
+_FINISH_S = 0.3  # for writing the end of a run whose main thread does not
 
 _clean_ups: list[Callable[[int], None]] = []  # of the blocks of `exit_on_interrupt`, the outermost first
 
 
 @contextlib.contextmanager
 def exit_on_interrupt(clean_up: Callable[[int], None] | None = None) -> Iterator[None]:
-    """Has Ctrl-C end the process inside the signal handler, for the length of a block with nothing to save.
+    """Makes Ctrl-C end the process inside the signal handler, during a block with nothing to save.
 
-    `KeyboardInterrupt` isn't enough there: it aborts the process when C++ code is importing a module, and some code
-    drops it. A handler other than Python's own is left alone, and so are the other signals, whose default action ends a
-    process even while C++ code waits.
+    `KeyboardInterrupt` is not enough there: it aborts the process when C++ code is importing a module, and some code
+    drops it. A handler other than Python's own stays, and so do the handlers of other signals, whose default action
+    ends a process even while C++ code waits.
 
     Args:
         clean_up: called with the exit status before the process ends.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
-        signal.signal(signal.SIGINT, _exit)
+        signal.signal(signal.SIGINT, _handle_interrupt)
     if clean_up is not None:
         _clean_ups.append(clean_up)
     try:
@@ -58,17 +64,17 @@ def exit_on_interrupt(clean_up: Callable[[int], None] | None = None) -> Iterator
 
 
 def raise_on_interrupt() -> None:
-    """Has Ctrl-C raise `KeyboardInterrupt` again, inside a block of `exit_on_interrupt`."""
-    if signal.getsignal(signal.SIGINT) is _exit:
+    """Makes Ctrl-C raise `KeyboardInterrupt` again, inside a block of `exit_on_interrupt`."""
+    if signal.getsignal(signal.SIGINT) is _handle_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
+def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one does not wait for the clean-up
-    _leave(STATUSES[MEANINGS[signal.Signals(number)]])
+    _exit_now(EXIT_STATUSES[STATUS_BY_SIGNAL[signal.Signals(number)]])
 
 
-def _leave(status: int) -> None:
+def _exit_now(status: int) -> None:
     try:
         for clean_up in reversed(_clean_ups):
             clean_up(status)
@@ -77,164 +83,168 @@ def _leave(status: int) -> None:
         os._exit(status)
 
 
-class Signals:
-    """What has come, and what to do about it: `ask` is called with its meaning, once.
+class StopSignals:
+    """Handles the signals of a run: `request_stop` is called once, with the status that the run ends with.
 
-    Before there is a run to ask, the first one ends the program; once it `is_over`, the first one has nothing to do.
+    Before a run is connected, the first signal ends the program. Once `is_finished`, the first signal has no effect.
     """
 
     def __init__(self) -> None:
-        self.ask: Callable[[str], None] | None = None
-        self._tell: Callable[[str], None] = lambda name: None
-        self._give_up: Callable[[int], None] = lambda number: None
-        self.is_over = False
-        self.first: str | None = None
-        self._raised: int | None = None
+        self.request_stop: Callable[[str], None] | None = None
+        self._announce: Callable[[str], None] = lambda name: None
+        self._abort: Callable[[int], None] = lambda number: None
+        self.is_finished = False
+        self.first_signal: str | None = None
+        self._raised: int | None = None  # by a signal before a run was connected
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
-        """Takes the signals for the length of a block."""
-        with taken(self._take), self._heard():
+    def install(self) -> Iterator[None]:
+        """Handles the signals during a block."""
+        with install_handlers(self._handle), self._watch_in_thread():
             yield
 
     def connect(
         self,
-        ask: Callable[[str], None],
-        tell: Callable[[str], None] | None = None,
-        give_up: Callable[[int], None] | None = None,
+        request_stop: Callable[[str], None],
+        announce: Callable[[str], None] | None = None,
+        abort: Callable[[int], None] | None = None,
     ) -> None:
-        """Has `ask` called from now on: at once where a signal came before and the code it interrupted dropped it.
+        """Connects a run; a signal that came before and was dropped by the code it interrupted counts now.
 
         Args:
-            tell: called with the first signal's name, in a thread, whatever the main thread does.
-            give_up: called with the second signal, in a thread, before it ends a process whose main thread does not.
+            announce: called with the first signal's name, in a thread, whatever the main thread does.
+            abort: called with the second signal, in a thread, before that ends a process whose main thread does not.
         """
-        self._tell, self._give_up = tell or self._tell, give_up or self._give_up
-        self.ask = ask
+        self._announce = announce or self._announce
+        self._abort = abort or self._abort
+        self.request_stop = request_stop
         if self._raised is not None:
-            self._ask(self._raised)
+            self._request_stop(self._raised)
 
     @contextlib.contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Has a thread learn of signals at once: the main thread runs no handler while it waits in C code."""
-        ours, theirs = os.pipe()
-        os.set_blocking(theirs, False)
+    def _watch_in_thread(self) -> Iterator[None]:
+        """Starts a thread that receives signals at once: the main thread runs no handler while it waits in C code."""
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
         is_past = threading.Event()
-        before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._hear, args=(ours, is_past), name="signals", daemon=True)
+        before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._watch, args=(read_fd, is_past), name="signals", daemon=True)
         thread.start()
-        _heard_by.append(theirs)
+        _wakeup_fds.append(write_fd)
         try:
             yield
         finally:
             is_past.set()
-            _heard_by.remove(theirs)
+            _wakeup_fds.remove(write_fd)
             signal.set_wakeup_fd(before)
-            os.close(theirs)  # where a forked process has it open, too, the thread stays and waits
+            os.close(write_fd)  # if a forked process has it open too, the thread stays and waits
 
-    def _hear(self, fd: int, is_past: threading.Event) -> None:
+    def _watch(self, fd: int, is_past: threading.Event) -> None:
         count = 0
-        while (found := os.read(fd, 1)) and not is_past.is_set():
-            number = found[0]
-            if number not in MEANINGS or self.ask is None or self.is_over or (count and number in NEVER_SECOND):
+        while (received := os.read(fd, 1)) and not is_past.is_set():
+            number = received[0]
+            is_connected = self.request_stop is not None and not self.is_finished
+            if number not in STATUS_BY_SIGNAL or not is_connected or (count and number in NEVER_SECOND):
                 continue
             count += 1
             if count == 1:
-                with contextlib.suppress(Exception):  # who is told has gone
-                    self._tell(signal.Signals(number).name)
+                with contextlib.suppress(Exception):  # the terminal or log may be gone
+                    self._announce(signal.Signals(number).name)
             elif not is_past.wait(_PATIENCE_S):
-                last = threading.Thread(target=self._give_up, args=(number,), daemon=True)
+                last = threading.Thread(target=self._abort, args=(number,), daemon=True)
                 last.start()
                 last.join(_FINISH_S)
-                os._exit(_report(128 + number))
+                os._exit(_report_exit_status(128 + number))
         os.close(fd)
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            terminal.leave_closed()
-        if number in NEVER_SECOND and self.first is not None:
+            terminal.redirect_closed_streams()
+        is_second = self.first_signal is not None
+        if is_second and number in NEVER_SECOND:
             return
-        if self.first is not None or (self.ask is None and not self.is_over):
-            if self.first is not None:
-                _cut.append(number)
+        if is_second:
+            _aborting_signals.append(number)
+        if is_second or (self.request_stop is None and not self.is_finished):
             self._raised = number
             raise KeyboardInterrupt(number)
-        self._ask(number)
+        self._request_stop(number)
 
-    def _ask(self, number: int) -> None:
-        self.first = signal.Signals(number).name
-        if self.ask is not None and not self.is_over:
-            self.ask(MEANINGS[signal.Signals(number)])
-
-
-_cut: list[int] = []  # second signals, which ended a run without a save
+    def _request_stop(self, number: int) -> None:
+        self.first_signal = signal.Signals(number).name
+        if self.request_stop is not None and not self.is_finished:
+            self.request_stop(STATUS_BY_SIGNAL[signal.Signals(number)])
 
 
-def leave_if_cut(status: int) -> None:
-    """Ends the process after a second signal: the interpreter's own end may take seconds, with torch in it."""
-    if _cut:
-        _leave(status)
+_aborting_signals: list[int] = []  # second signals, which ended a run without a save
 
 
-_reports: list[Path] = []  # of a process whose status another one returns
+def exit_if_aborted(status: int) -> None:
+    """Ends the process after a second signal: the interpreter's own shutdown may take seconds with torch in it."""
+    if _aborting_signals:
+        _exit_now(status)
 
 
-def report_to(file: Path) -> None:
-    """Has the status of a run that a second signal ends written to a file; the process itself then ends with 0.
+_status_files: list[Path] = []  # of a worker whose exit status its launcher returns
 
-    The agent of several processes takes any other status for a failure, which it logs, and ends the others first.
+
+def write_exit_status_to(file: Path) -> None:
+    """Makes a second signal write the run's exit status to a file and end the process itself with 0.
+
+    The elastic agent takes any other status for a failure, which it logs, and it ends the other workers first.
     """
-    _reports.append(file)
+    _status_files.append(file)
 
 
-def _report(status: int) -> int:
-    for file in _reports:
+def _report_exit_status(status: int) -> int:
+    """Writes the exit status of a run to the files; returns the status of the process."""
+    for file in _status_files:
         file.write_text(str(status))
-    return 0 if _reports else status
+    return 0 if _status_files else status
 
 
-_heard_by: list[int] = []  # descriptors that the interpreter writes signals to
+_wakeup_fds: list[int] = []  # descriptors that the interpreter writes signals to
 
 
-def _forget_in_child() -> None:
-    """Has signals of a forked process not be taken for this one's."""
-    if _heard_by:
+def _ignore_wakeup_fd_in_child() -> None:
+    """Keeps signals of a forked process from being taken for signals of this one."""
+    if _wakeup_fds:
         with contextlib.suppress(ValueError):  # forked by a thread
             signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_ignore_wakeup_fd_in_child)
 
 
 def is_ignored(number: int) -> bool:
-    """Says whether a signal stays ignored: SIGHUP is, where the program was started so, as by nohup."""
+    """Returns whether a signal stays ignored: SIGHUP does if the program was started so, as by nohup."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 @contextlib.contextmanager
-def taken(take: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has `take` called with the signals for the length of a block.
+def install_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Calls `handler` for each signal during a block.
 
-    SIGUSR2, which asks a job of submitit to be queued again, then goes on to the handler that was there before.
+    SIGUSR2, which makes submitit requeue a job, then also goes to the handler that was there before.
     """
-    came: list[int] = []
+    received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        take(number, frame)
+    def record_and_handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        handler(number, frame)
 
-    before = {number: signal.signal(number, note) for number in MEANINGS if not is_ignored(number)}
+    before = {number: signal.signal(number, record_and_handle) for number in STATUS_BY_SIGNAL if not is_ignored(number)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    handler = before[signal.SIGUSR2]
-    if signal.SIGUSR2 in came and callable(handler):
-        handler(signal.SIGUSR2, None)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+    requeue = before[signal.SIGUSR2]
+    if signal.SIGUSR2 in received and callable(requeue):
+        requeue(signal.SIGUSR2, None)
 
 
-def meaning_of(interrupt: KeyboardInterrupt) -> tuple[str, int]:
-    """Returns what the signal means that ended a program at once, and its number."""
+def status_of_interrupt(interrupt: KeyboardInterrupt) -> tuple[str, int]:
+    """Returns the status of a run that a signal ended at once, and the signal's number."""
     number = signal.Signals(interrupt.args[0]) if interrupt.args else signal.SIGINT
-    return MEANINGS[number], int(number)
+    return STATUS_BY_SIGNAL[number], int(number)

@@ -1,4 +1,4 @@
-"""The terminal of a program, which may be closed while the program runs. Imports the standard library alone."""
+"""Standard streams of a program whose terminal may be closed while it runs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import termios
 from typing import Any
 
 
-def leave_closed() -> None:
-    """Points standard streams at /dev/null where they lead to a terminal that was closed: writing would raise."""
+def redirect_closed_streams() -> None:
+    """Redirects standard streams of a closed terminal to /dev/null, as writing to that terminal would raise."""
     for fd in (0, 1, 2):
         try:
             termios.tcgetattr(fd)
@@ -23,7 +23,7 @@ def leave_closed() -> None:
 
 
 class _Terminal(io.FileIO):
-    """A terminal to write to, and nothing once it is closed: it may be so before its SIGHUP is here."""
+    """Writes to a terminal; drops what is written after it was closed, which its SIGHUP may follow later."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -31,14 +31,14 @@ class _Terminal(io.FileIO):
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            leave_closed()
+            redirect_closed_streams()
             return super().write(data)
 
 
 def open_missing() -> None:
-    """Opens /dev/null for each standard stream that was closed before the program began.
+    """Opens /dev/null for each standard stream that was closed before the program started.
 
-    A file of the program's would get its number, and hold what a C library prints.
+    Otherwise a file of the program gets the stream's number, and what a C library prints ends up in it.
     """
     for fd in (0, 1, 2):
         try:
@@ -49,13 +49,13 @@ def open_missing() -> None:
 
 
 def escape_unencodable() -> None:
-    """Has standard output escape what its encoding lacks, as standard error does: printing never raises for that."""
+    """Makes standard output escape characters that its encoding lacks, as standard error does, instead of raising."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def outlive() -> None:
-    """Has `sys.stdout` and `sys.stderr` take what is printed after their terminal was closed."""
+def survive_closed_terminal() -> None:
+    """Makes `sys.stdout` and `sys.stderr` accept what is printed after their terminal was closed."""
     open_missing()
     escape_unencodable()
     for name in ("stdout", "stderr"):

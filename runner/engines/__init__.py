@@ -1,4 +1,7 @@
-"""Engine: one module with all that trains it. Engines: a dict of them."""
+"""Engine: one module with its optimizer, scheduler and counters.
+
+Engines: a dict of them.
+"""
 
 from runner.engines.engine import Engine
 from runner.engines.engines import Engines

@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights an engine trains.
 
-They are made of the weights as placed, and each rank averages what it holds. Must not import a config.
+Each rank averages its own part of the weights.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from runner.utils.wrapper.optimization import check_fraction
+
 _COARSE = (torch.bfloat16, torch.float16)  # a small step of an average would be rounded away
 
 
 class EMA:
     """Keeps an exponential moving average of each parameter that requires a gradient when it is made.
 
-    The first update copies the weights; each later one takes an average to decay * average + (1 - decay) * weight.
-    Averages are of the weights' dtype, or fp32 for bf16 and fp16.
+    The first update copies the weights; each later one sets average = decay * average + (1 - decay) * weight. Averages
+    have the weights' dtype, or fp32 for bf16 and fp16.
 
     Args:
-        module: its parameters may be DTensors, whose averages are spread as they are.
+        module: its parameters may be DTensors, whose averages are sharded likewise.
         decay: at least 0 and less than 1.
         warmup: the decay of update n, counted from 0, is at most (1 + n) / (10 + n).
     Raises:
-        ValueError: a decay that is not in its range.
+        ValueError: a decay out of its range.
     """
 
     def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay!r}: expected at least 0 and less than 1")
-        self.decay, self.warmup = decay, warmup
+        check_fraction("decay", decay)
+        self.decay = decay
+        self.warmup = warmup
         self.num_updates = 0
         self.is_swapped = False
         self._module = module
@@ -44,11 +46,11 @@ class EMA:
         self._groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, parameter in self._weights.items():
             self._groups.setdefault((parameter.device, parameter.dtype), []).append(name)
-        self._trained: list[Tensor] | None = None  # while swapped, the weights as they were: exact in any dtype
+        self._trained: list[Tensor] | None = None  # while swapped, a copy of the weights: exact in any dtype
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the weights into the averages: after each optimizer step that was taken.
+        """Updates the averages with the weights, after each step that the optimizer has made.
 
         Raises:
             RuntimeError: the weights are the averages now.
@@ -70,10 +72,10 @@ class EMA:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Puts the averages in place of the weights, or the weights back; before the first update nothing moves.
+        """Replaces the weights by the averages, or the averages by the weights; nothing before the first update.
 
-        Values are copied, storages stay; what training does to the weights meanwhile is lost. On sharded weights all
-        ranks call it.
+        Values are copied, storages stay; changes of the weights in between are lost. On sharded weights all ranks call
+        it.
         """
         weights = _locals(self._weights)
         if self._trained is not None:
@@ -86,7 +88,7 @@ class EMA:
         self._reshard()
 
     def _reshard(self) -> None:
-        """Gives up what an evaluation left gathered: the next forward would run on weights of before the swap."""
+        """Frees weights that an evaluation has gathered: the next forward would use those of before the swap."""
         if any(hasattr(weight, "to_local") for weight in self._weights.values()):
             from torch.distributed.fsdp import FSDPModule  # takes long to load, and only ranks that shard need it
 
@@ -95,15 +97,15 @@ class EMA:
                     part.reshard()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of updates, and the averages themselves by name, swapped or not."""
+        """Returns the number of updates, and the averages by name, swapped or not."""
         return {"num_updates": self.num_updates, "weights": dict(self._averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies averages in, spread as the own ones are.
+        """Copies averages, sharded like the own ones.
 
         Raises:
-            ValueError: names or shapes that are not those of the own averages, which then stay as they were.
+            ValueError: names or shapes that differ from the own averages, which then stay the same.
             RuntimeError: the weights are the averages now.
         """
         self._refuse_swapped("load_state_dict")
@@ -128,6 +130,6 @@ class EMA:
 
 
 def _locals(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> list[Tensor]:
-    """Returns what this rank holds of each tensor. DTensor is told by its method: its module takes long to load."""
+    """Returns this rank's part of each tensor. DTensor is recognized by its method: its module takes long to load."""
     chosen = [tensors[name] for name in (tensors if names is None else names)]
     return [each.to_local() if hasattr(each, "to_local") else each.detach() for each in chosen]

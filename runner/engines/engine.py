@@ -1,25 +1,22 @@
-"""One module with all that trains it: optimizer, scheduler, loss scaler, counters, and their state.
-
-Must not import a config or another model's code: what it drives is any `nn.Module`.
-"""
+"""Engine: one module with its optimizer, scheduler, scaler, counters and metrics."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runner.engines.ema import EMA
-from runner.engines.forward import Feeder, FirstStepHook, LossModule, Number, Output, OutputReader, feed, keep
+from runner.engines.forward import Feeder, FirstStepHook, LossModule, Number, Output, OutputReader, as_number, feed
 from runner.engines.gradients import BufferSnapshot, Gradients
 from runner.engines.metrics import MetricAccumulator
-from runner.engines.optim.hyperparameters import lrs, snapshot_hyperparameters
-from runner.engines.optim.optimizer_state import moved_numbers, name_parameters, names_of, numbers_of
+from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
+from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
 from runner.engines.optim.schedule import LRSchedule
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
@@ -27,28 +24,41 @@ from runner.utils.distributed import all_gather_object, move
 from runner.utils.wrapper.applied import AppliedOptimizations
 
 ON_NONFINITE = ("stop", "skip", "ignore")
+_NOTHING = contextlib.nullcontext()
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class _StepStart(NamedTuple):
+    """The counters before the first micro-step of a step, which `discard` restores."""
+
+    tokens: int
+    micro_steps: int
+    grad_norm: Tensor | None
+
+
 class Engine:
-    """Trains one module: a step is `micro_step` once or more, then `prepare` and, unless that found a fault, `update`.
+    """Trains one module.
+
+    A step is one or more calls of `micro_step`, then `prepare` and, if that found no fault, `update`.
 
     Args:
         module: any module whose forward returns a loss: a 0-d tensor; a mapping or object with `loss` (its other
-            numbers become metrics, `tokens` counts for throughput, `weight` is the number of terms that the loss is a
-            mean over); or nothing of these, while its modules keep `loss` attributes, which are added up.
-        optimizer: over the parameters that are to be trained; None for a module that is only evaluated.
-        scheduler: steps after each optimizer step that was taken.
+            numbers become metrics, `tokens` counts for throughput, `weight` is the number of terms in the mean loss);
+            or none of these, if its submodules set `loss` attributes, which are summed.
+        optimizer: over the parameters to train; None for a module that is only evaluated.
+        scheduler: stepped after each update that was not skipped.
         precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scaler).
-        accumulate: micro-steps a step; each loss counts for 1 / accumulate, or by its weight.
-        clip_norm: largest norm of all gradients; 0 does not clip.
+        accumulate: micro-steps a step; each loss is divided by it, or counts by its weight.
+        clip_norm: gradients are clipped to this total norm; 0 disables clipping.
         feeder: called as feeder(module, batch) in place of the module.
-        on_nonfinite: what is to become of a step whose loss or gradients are not finite: stop and skip make `prepare`
-            look for them. With stop, an accelerator is not waited for: `find_late_fault` tells after the update.
-        strategy: how the module lies over the ranks of a run; it was placed already.
-        ema: averages of the weights, for evaluations and exports.
-        applied: what was done to the module, which exports undo.
-        metric: the number of an evaluation that the scheduler steps with, such as `eval/loss`, in place of each update.
+        on_nonfinite: action for a step whose loss or gradients are not finite: stop, skip or ignore. With stop and
+            skip, `prepare` checks them. With stop on an accelerator, the check does not wait for the device:
+            `find_late_fault` returns the fault after the update.
+        strategy: distributes the module over the ranks; it has sharded the module already.
+        ema: averaged weights, used by evaluations and exports.
+        applied: the optimizations that were applied to the module; exports undo them.
+        metric: name of an evaluation metric, such as `eval/loss`, with which the scheduler is stepped after an
+            evaluation; None steps it after each update.
     """
 
     def __init__(
@@ -72,185 +82,225 @@ class Engine:
         if on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(ON_NONFINITE)}")
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
-        self.accumulate, self.feeder = accumulate, feeder
+        self.accumulate = accumulate
+        self.feeder = feeder
         self.on_nonfinite = on_nonfinite
-        self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._tokens_shared = 0
-        first = next(module.parameters(), None)
-        self.device = first.device if first is not None else torch.device("cpu")
-        self.strategy, self.ema, self.applied = strategy or Strategy(), ema, applied or AppliedOptimizations(module)
-        self.first: FirstStepHook | None = None
+        self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._synced_tokens = 0
+        first_parameter = next(module.parameters(), None)
+        self.device = first_parameter.device if first_parameter is not None else torch.device("cpu")
+        self.strategy = strategy or Strategy()
+        self.ema = ema
+        self.applied = applied or AppliedOptimizations(module)
+        self.first_step_hook: FirstStepHook | None = None
         self.kind = type(module).__name__.removeprefix("FSDP" if self.strategy.is_sharded else "")
-        self._dtype = _AUTOCAST[precision]
+        self._autocast_dtype = _AUTOCAST[precision]
         self._gradients = Gradients(
             module, optimizer, self.strategy, self.device,
             is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
         )  # fmt: skip
-        self.looks_late = self._gradients.looks_late  # what is not finite is told by `find_late_fault`
-        self._looks_first = type(self.strategy) is not Strategy and self._gradients.looks_at_losses
-        self._looks = self._gradients.looks_at_losses and not self._looks_first
-        self._reader = OutputReader(module, self._say_weighted)
-        self._reader.multiplies = self._gradients.divides = accumulate > 1 or type(self.strategy) is not Strategy
+        self.defers_finite_check = self._gradients.defers_check
+        # On several ranks a bad loss is reported before it reaches the gradients of the other ranks.
+        self._checks_in_forward = self.strategy.is_distributed and self._gradients.checks_losses
+        self._checks_in_prepare = self._gradients.checks_losses and not self._checks_in_forward
+        self._reader = OutputReader(module, self._post_weighted)
+        divides_by_weight = accumulate > 1 or self.strategy.is_distributed
+        self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
         self._loss_module = LossModule(module, feeder or feed, self._reader)
-        self.first_step_hook = self._loss_module.wrap_next_forward
-        self._trained_fed = self.strategy.wrap_forward(self._loss_module, self._look if self._looks_first else None)
+        self.wrap_next_forward = self._loss_module.wrap_next_forward
+        self._train_forward = self.strategy.wrap_forward(
+            self._loss_module, self._check_loss if self._checks_in_forward else None
+        )
         self.schedule = LRSchedule(optimizer, scheduler, metric)
-        self._configured = snapshot_hyperparameters(optimizer, scheduler)
-        self._names, self._numbers = names_of(module), numbers_of(optimizer)
-        self._lrs = lrs(self.optimizer)
-        self._metrics, self._is_exchanging = MetricAccumulator(), False
+        self._hyperparameters = snapshot_hyperparameters(optimizer, scheduler)
+        self._parameter_names = names_by_id(module)
+        self._initial_extra_state = extra_state(optimizer)
+        self._lrs = current_lrs(self.optimizer)
+        self._metrics = MetricAccumulator()
+        self._is_exchanging = False
         self._buffers = BufferSnapshot(module)
-        self._mark_step()
+        self._commit_step()
         self.train()
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
         """Runs forward and backward on one batch.
 
         Args:
-            weight: what the batch counts for beside those of other ranks, whose mean is 1; 0 is for nothing. A loss
-                with a weight of its own counts by that.
+            weight: weight of this rank's batch, relative to a mean of 1 over the ranks; 0 ignores the batch. A loss
+                that has its own weight is weighted by that instead.
         """
         tokens = self.tokens
         if self.optimizer is None:
             with torch.no_grad():
-                loss, extras, _, own = self.forward(batch, self._loss_module.forward, weight)
-            loss = loss if own is not None else loss * weight
+                loss, extras, _, loss_weight = self.forward(batch, weight)
+            loss = loss if loss_weight is not None else loss * weight
         else:
-            is_last = self.micro_steps - self._mark[1] + 1 >= self.accumulate
+            is_last = self.micro_steps - self._step_start.micro_steps + 1 >= self.accumulate
             with self.strategy.micro_step(is_last, weight):
-                loss, extras, _, own = self.forward(batch, self._trained_fed, weight)
-                if own is None:
-                    loss = loss if weight == 1.0 or self.strategy.weighs else loss * weight
+                self._prepare_reader(weight)
+                with self._autocast():  # here, not in `forward`: few frames are above a user's module
+                    loss, extras, num_tokens, loss_weight = self._train_forward(batch)
+                self.tokens += num_tokens
+                if loss_weight is None:
+                    loss = loss if weight == 1.0 or self.strategy.weights_losses else loss * weight
                 self._is_exchanging = is_last
-                is_part = own is None and self.accumulate > 1
-                self._gradients.backward(loss / self.accumulate if is_part else loss, own)
+                is_part = loss_weight is None and self.accumulate > 1
+                self._gradients.backward(loss / self.accumulate if is_part else loss, loss_weight)
                 if is_last:
-                    self.strategy.exchange_weight()
+                    self.strategy.all_reduce_weight()
                 self._is_exchanging = False
         if weight != 1.0:
-            if own is None:
+            if loss_weight is None:
                 extras = {name: value * weight for name, value in extras.items()}
             self.tokens = self.tokens if weight else tokens
-        if own is None:
-            self._metrics.add({"loss": keep(loss), **extras})
+        if loss_weight is None:
+            self._metrics.add({"loss": as_number(loss), **extras})
         else:
-            self._metrics.add(extras, own.terms)
+            self._metrics.add(extras, loss_weight.terms)
         self.micro_steps += 1
 
     @property
     def can_shadow(self) -> bool:
-        """Whether this rank can still release the others from a step that it can't make."""
+        """True if this rank can join the all-reduce of a step that it can't complete."""
         return self.optimizer is None or (self.strategy.can_shadow and not self._is_exchanging)
 
     def shadow_step(self) -> None:
-        """Takes part in the exchange of a step that this rank can't make, unless it has; then discard it."""
-        if self.optimizer is not None and self.micro_steps - self._mark[1] < self.accumulate:
+        """Joins the pending all-reduce with zero gradients.
+
+        Otherwise the other ranks would be left waiting. Call `discard` afterwards.
+        """
+        if self.optimizer is not None and self.micro_steps - self._step_start.micro_steps < self.accumulate:
             self.strategy.shadow_step()
         self.strategy.finish_exchange()
 
-    def forward(self, batch: Any, loss_module: Any = None, share: float | None = None) -> Output:
-        """Returns what the module makes of a batch; without a `share` it is an evaluation."""
-        loss_module = loss_module or self._loss_module.forward
-        self._reader.share, self._reader.has_trained = share, self.micro_steps >= self.accumulate
-        if self._dtype is None:
-            output: Output = loss_module(batch)
-        else:
-            with torch.autocast(self.device.type, self._dtype):
-                output = loss_module(batch)
+    def forward(self, batch: Any, batch_weight: float | None = None) -> Output:
+        """Runs the module on a batch without the strategy, and reads its output.
+
+        Without a `batch_weight` it is an evaluation.
+        """
+        self._prepare_reader(batch_weight)
+        with self._autocast():
+            output = self._loss_module.forward(batch)
         self.tokens += output.tokens
         return output
 
-    def _say_weighted(self, is_weighted: bool) -> None:
-        """Tells the other ranks, which are to find out whether the losses of all are weighted."""
-        if is_weighted and self.strategy.coordinator is not None and type(self.strategy) is not Strategy:
+    def _prepare_reader(self, batch_weight: float | None) -> None:
+        self._reader.batch_weight = batch_weight
+        self._reader.has_trained = self.micro_steps >= self.accumulate
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return _NOTHING
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    def _post_weighted(self, is_weighted: bool) -> None:
+        """Reports to the other ranks that losses are weighted: all ranks must agree."""
+        if is_weighted and self.strategy.coordinator is not None and self.strategy.is_distributed:
             self.strategy.coordinator.post("weighted", self.strategy.name)
 
     def step(self) -> str | None:
-        """Ends a step: `prepare`, and `update` unless a fault was found, which is returned."""
+        """Ends a step with `prepare`, then `update` if there is no fault.
+
+        Returns the fault.
+        """
         fault = self.prepare()
         if fault is None:
             self.update()
         return fault
 
     def prepare(self) -> str | None:
-        """Unscales and clips the gradients; returns what is not finite in the step, where that is looked for."""
-        if self.first is not None:
-            self.first.prepared()
-        fault = self._find_loss_fault() if self._looks else None
+        """Unscales and clips the gradients.
+
+        Returns a description of a loss or gradient that is not finite.
+        """
+        if self.first_step_hook is not None:
+            self.first_step_hook.prepared()
+        fault = self._find_loss_fault() if self._checks_in_prepare else None
         if fault is None:
             fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._metrics.uncommitted)
         self.strategy.finish_exchange()
         return fault
 
     def _find_loss_fault(self) -> str | None:
-        found = (self._describe(loss, number) for number, loss in enumerate(self._metrics.uncommitted, 1))
-        return next(filter(None, found), None)
+        faults = (self._describe_loss_fault(loss, number) for number, loss in enumerate(self._metrics.uncommitted, 1))
+        return next(filter(None, faults), None)
 
-    def _describe(self, loss: Number, number: int) -> str | None:
-        return self._gradients.describe(loss, number if self.accumulate > 1 else None)
+    def _describe_loss_fault(self, loss: Number, number: int) -> str | None:
+        return self._gradients.describe_loss_fault(loss, number if self.accumulate > 1 else None)
 
-    def _look(self, output: Output) -> None:
-        """Tells the other ranks of a loss that is not finite, before it goes into their gradients."""
-        if fault := self._describe(output.extras.get("loss", output.loss), self.micro_steps - self._mark[1] + 1):
+    def _check_loss(self, output: Output) -> None:
+        """Reports a loss that is not finite before it reaches the other ranks' gradients."""
+        loss = output.extras.get("loss", output.loss)
+        number = self.micro_steps - self._step_start.micro_steps + 1
+        if fault := self._describe_loss_fault(loss, number):
             self.strategy.post_fault(fault)
 
     def find_late_fault(self) -> str | None:
-        """Returns what was not finite in the steps since the last call, on a device that was not waited for."""
-        return self._gradients.late.find()
+        """Returns the first fault since the last call, if the finite check is deferred."""
+        return self._gradients.deferred_check.find_fault()
 
     def update(self) -> bool:
-        """Updates the parameters and clears the gradients; returns False where the scaler skipped the update."""
-        self._lrs = lrs(self.optimizer)
-        taken = self._gradients.update()
-        self._reader.reference = self._gradients.reference
-        self.steps += taken
-        self.skipped_steps += not taken
-        if taken:
+        """Steps the optimizer and clears the gradients.
+
+        Returns False if the loss scaler skipped the update.
+        """
+        self._lrs = current_lrs(self.optimizer)
+        is_taken = self._gradients.update()
+        self._reader.reference_weight = self._gradients.reference_weight
+        self.steps += is_taken
+        self.skipped_steps += not is_taken
+        if is_taken:
             self.schedule.step()
-        if taken and self.ema is not None:
+        if is_taken and self.ema is not None:
             self.ema.update()
-        if taken and self.first is not None and self.first.updated():
-            self.first = None
-        self._mark_step()
-        return taken
+        if is_taken and self.first_step_hook is not None and self.first_step_hook.updated():
+            self.first_step_hook = None
+        self._commit_step()
+        return is_taken
 
     def skip(self) -> None:
-        """Leaves out a step: as `discard`, and it counts as skipped."""
+        """Discards the step and counts it as skipped."""
         self.discard()
         self.skipped_steps += 1
 
     def discard(self) -> None:
-        """Makes all as it was before the step's first micro-step: gradients, buffers, counters, metrics."""
-        self.tokens, self.micro_steps, self._gradients.norm = self._mark
+        """Restores the state before the step: gradients, buffers, counters and metrics."""
+        self.tokens, self.micro_steps, self._gradients.norm = self._step_start
         self._is_exchanging = False
         self._metrics.rollback()
         self._buffers.restore()
         self._gradients.discard()
 
-    def _mark_step(self) -> None:
-        self._buffers.keep()
+    def _commit_step(self) -> None:
+        self._buffers.save()
         self._metrics.commit()
-        self._mark = self.tokens, self.micro_steps, self._gradients.norm
+        self._step_start = _StepStart(self.tokens, self.micro_steps, self._gradients.norm)
 
     def train(self) -> None:
-        """Puts the module, and an optimizer that tells the two apart, into training mode; frozen modules stay."""
+        """Sets training mode, for the optimizer too if it has one.
+
+        Frozen modules stay in evaluation mode.
+        """
         self.module.train()
         self.applied.frozen.put_into_eval()
         getattr(self.optimizer, "train", bool)()
-        self._use_averages(False)
+        self._swap_ema(False)
 
     def eval(self) -> None:
-        """Puts the module, and an optimizer that tells the two apart, into evaluation mode."""
+        """Sets evaluation mode and swaps in the averaged weights.
+
+        The optimizer is switched too if it has modes.
+        """
         self.module.eval()
         getattr(self.optimizer, "eval", bool)()
-        self._use_averages(True)
+        self._swap_ema(True)
 
-    def _use_averages(self, is_wanted: bool) -> None:
-        if self.ema is not None and self.ema.is_swapped is not is_wanted:
+    def _swap_ema(self, is_used: bool) -> None:
+        if self.ema is not None and self.ema.is_swapped is not is_used:
             self.ema.swap()
 
     @contextlib.contextmanager
     def evaluating(self) -> Any:
-        """Evaluation mode, without gradients, for the length of a block."""
+        """Returns a context in evaluation mode, without gradients."""
         self.eval()
         try:
             with torch.no_grad():
@@ -259,66 +309,78 @@ class Engine:
             self.train()
 
     def share_metrics(self) -> None:
-        """Makes the numbers since the last call of `take_metrics`, and the tokens, those of all ranks together."""
-        if type(self.strategy) is not Strategy:
-            since = sum(all_gather_object(self.tokens - self._tokens_shared))
-            self.tokens = self._tokens_shared = self._tokens_shared + since
+        """Averages the metrics since they were last taken over the ranks; sums the tokens."""
+        if self.strategy.is_distributed:
+            new_tokens = sum(all_gather_object(self.tokens - self._synced_tokens))
+            self.tokens = self._synced_tokens = self._synced_tokens + new_tokens
             self._metrics.share()
-            self._mark_step()
+            self._commit_step()
 
     def take_metrics(self) -> dict[str, float]:
-        """Returns the means since the last call, and the last update's gradient norm and rate of each group."""
+        """Returns the means since the last call, gradient norm and learning rates."""
         self.share_metrics()
         values = self._metrics.take()
         values |= {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
         return values | self._gradients.metrics()
 
     def set_lr(self, lr: float) -> None:
-        """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
+        """Sets the base rate of the first group and scales those of the other groups.
+
+        The schedule continues.
+        """
         self.schedule.set_lr(lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all but the weights: optimizer, scheduler, scaler, counters, and metrics not yet taken."""
-        parts: dict[str, Any] = {}
+        """Returns the state of optimizer, scheduler, scaler, EMA, counters and metrics.
+
+        Without the weights.
+        """
+        states: dict[str, Any] = {}
         for name, part in self._parts.items():
-            parts[name] = None if part is None else part.state_dict()
+            states[name] = None if part is None else part.state_dict()
         if self.optimizer is not None:
-            parts["optimizer"] = name_parameters(parts["optimizer"], self.optimizer, self._names)
-            parts["numbers"] = moved_numbers(self.optimizer, self._numbers)
+            states["optimizer"] = name_parameters(states["optimizer"], self.optimizer, self._parameter_names)
+            states["numbers"] = changed_extra_state(self.optimizer, self._initial_extra_state)
+        norm, reference_weight = self._gradients.norm, self._gradients.reference_weight
         return {
-            **parts,
+            **states,
             "schedule": self.schedule.state_dict(),
             "counters": {name: getattr(self, name) for name in ("steps", "micro_steps", "skipped_steps", "tokens")},
-            "configured": self._configured,
+            "configured": self._hyperparameters,
             "lrs": self._lrs,
-            "grad_norm": None if (norm := self._gradients.norm) is None else norm.detach().clone(),
+            "grad_norm": None if norm is None else norm.detach().clone(),
             "gathered": self._metrics.state_dict(),
-            "reference": None if (reference := self._gradients.reference) is None else float(reference),
+            "reference": None if reference_weight is None else float(reference_weight),
         }
 
     def load_state_dict(
         self, state: Mapping[str, Any], allows_changes: bool = False, saved_order: Sequence[str] = ()
     ) -> list[str]:
-        """Takes a state back, its tensors as its own; what the config says otherwise since then takes effect.
+        """Loads a saved state without copying its tensors.
+
+        Hyperparameters changed in the config take effect.
 
         Args:
+            allows_changes: a part whose state is missing or of another kind starts anew instead of raising.
             saved_order: the names of the saved weights in their order.
         Returns:
-            Which parts begin anew, as the state has none of their kind.
+            A description of each part that starts anew.
         Raises:
-            ValueError: there is such a part, and changes are not allowed; or the state is of other parameters.
+            ValueError: a part has no saved state and changes are not allowed; the state is of other parameters.
         """
-        self._use_averages(False)
+        self._swap_ema(False)
         notes = restore(
-            self._parts, self.schedule, state, self._configured, self._names, saved_order, self._fitted, allows_changes
-        )
+            self._parts, self.schedule, state, self._hyperparameters, self._parameter_names, saved_order,
+            self._to_local, allows_changes,
+        )  # fmt: skip
         for name, value in state["counters"].items():
             setattr(self, name, value)
-        self._tokens_shared = self.tokens
-        self._gradients.norm, self._lrs = move(state["grad_norm"], self.device), list(state["lrs"])
+        self._synced_tokens = self.tokens
+        self._gradients.norm = move(state["grad_norm"], self.device)
+        self._lrs = list(state["lrs"])
         self._metrics.load_state_dict(state["gathered"])
-        self._reader.reference = self._gradients.reference = state.get("reference")
-        self._mark_step()
+        self._reader.reference_weight = self._gradients.reference_weight = state.get("reference")
+        self._commit_step()
         self.train()
         return notes
 
@@ -327,8 +389,8 @@ class Engine:
         scaler = self._gradients.scaler
         return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler, "averages": self.ema}
 
-    def _fitted(self, name: str, state: Any) -> Any:
-        """Returns the whole state of one of its parts as this rank holds it."""
+    def _to_local(self, name: str, state: Any) -> Any:
+        """Returns this rank's part of the full state of the part `name`."""
         if name == "averages":
             return {**state, "weights": self.strategy.to_local(state["weights"], self.module)}
         return self.strategy.optimizer_to_local(state, self._parts[name]) if name == "optimizer" else state

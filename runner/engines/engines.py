@@ -1,7 +1,4 @@
-"""A dict of engines, trained one after the other on each batch.
-
-Must not import a config.
-"""
+"""Engines: a dict of engines, trained one after the other on each batch."""
 
 from __future__ import annotations
 
@@ -14,97 +11,115 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
-from runner.engines.forward import Number, keep
+from runner.engines.forward import Number, as_number
 from runner.engines.gradients import EMPTY
 from runner.engines.metrics import read_all
 from runner.engines.strategies import map_tensors
 from runner.utils.distributed import all_gather_object, is_distributed, move, run_on_all_ranks, seed_all
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.modules.weights import load_weights
 from runner.utils.utils import derive_seed, describe
 
-# What loading a state raises that was saved of something else, or by another program.
-_MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+# Errors of loading a state that was saved from another model or by another program.
+_LOAD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 class Engines(dict[str, Engine]):
-    """Engines by name; with one, metrics are named `loss`, with several `<engine>/loss`."""
+    """Engines by name.
+
+    The metrics of a single engine are named `loss`, those of several `<engine>/loss`.
+    """
+
+    is_updating = False  # true from the first update of a step: the step can no longer be discarded
+    _generators: ObjectGenerators | None = None
+    _shared_seeds: tuple[int, ...] | None = None
 
     @property
     def device(self) -> torch.device:
-        """The device that batches go to."""
+        """The device that batches are moved to."""
         return next(iter(self.values())).device
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, as the forwards counted them; each engine sees the same ones."""
+        """Number of tokens trained on so far; all engines see the same batches."""
         return max(engine.tokens for engine in self.values())
 
-    is_updating = False  # a step can be discarded whole until its first update
-    _held: HeldGenerators | None = None
-    _shared: tuple[int, ...] | None = None
+    def seed(self, seed: int, shared_seeds: tuple[int, ...] | None = None) -> None:
+        """Seeds every generator that a forward may draw from.
 
-    def seed(self, seed: int, shared: tuple[int, ...] | None = None) -> None:
-        """Seeds all that a forward may draw from: the global generators, and those that the engines hold.
+        These are the global generators, and those that the engines hold.
 
         Args:
-            shared: what a seed is mixed of that is the same on every rank, for the generators that the engines hold:
-                each rank has built them alike, so that their draws may have to agree. None takes `seed`.
+            shared_seeds: numbers that are the same on every rank, from which the seed of the held generators is
+                derived. Each rank has built these generators alike, so their draws may have to agree. None uses `seed`.
         """
-        self._shared = shared
+        self._shared_seeds = shared_seeds
         seed_all(seed, self.device)
-        held = self._held or self.find_generators()
-        if held.paths:
-            held.seed(seed if shared is None else derive_seed(*shared))
+        generators = self._generators or self.find_generators()
+        if generators.paths:
+            generators.seed(seed if shared_seeds is None else derive_seed(*shared_seeds))
 
-    def find_generators(self) -> HeldGenerators:
-        """Looks for the generators that modules, feeders and optimizers hold, which `seed` reseeds from then on."""
+    def find_generators(self) -> ObjectGenerators:
+        """Finds the generators that modules, feeders and optimizers hold.
+
+        `seed` seeds them from then on.
+        """
         roots: dict[str, Any] = {}
         for name, engine in self.items():
             roots |= {name: engine.module, f"{name}.feeder": engine.feeder, f"{name}.optimizer": engine.optimizer}
-        self._held = HeldGenerators(**roots)
-        return self._held
+        self._generators = ObjectGenerators(**roots)
+        return self._generators
 
     def find_unseeded(self) -> list[str]:
-        """Returns warnings of generators that the engines hold and that can't be reseeded for each forward."""
+        """Returns a warning for each held generator that can't be seeded for each forward."""
         effect = "its numbers depend on where the run is cut"
         remedy = "draw from torch, NumPy, random or a generator of theirs"
-        held = self._held or self.find_generators()
-        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in held.unseeded]
+        generators = self._generators or self.find_generators()
+        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in generators.unseeded]
 
     def find_late_generators(self) -> list[str]:
-        """Looks for generators once more, after the first step; returns warnings of those that were made in it."""
-        before = {} if self._held is None else dict(zip(self._held.paths, self._held.sources, strict=True))
-        known, now = set(self.find_unseeded()), self.find_generators()
-        made = [path for path, source in zip(now.paths, now.sources, strict=True) if before.get(path) is not source]
+        """Finds generators again, after the first step.
+
+        Returns a warning for each that was made in that step.
+        """
+        before = self._generators
+        known_sources = {} if before is None else dict(zip(before.paths, before.sources, strict=True))
+        known_warnings = set(self.find_unseeded())
+        now = self.find_generators()
+        pairs = zip(now.paths, now.sources, strict=True)
+        new_paths = [path for path, source in pairs if known_sources.get(path) is not source]
         effect = "the first step after each start draws other numbers than in a run that is not cut"
-        notes = [
-            f"{path}: expected a generator made in __init__, found one made in a forward; {effect}" for path in made
-        ]
-        return notes + [note for note in self.find_unseeded() if note not in known]
+        expected = "expected a generator made in __init__, found one made in a forward"
+        warnings = [f"{path}: {expected}; {effect}" for path in new_paths]
+        return warnings + [warning for warning in self.find_unseeded() if warning not in known_warnings]
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
-        """Runs one micro-step of every engine on the same batch, whose losses count `weight` times."""
+        """Runs one micro-step of every engine on the same batch.
+
+        `weight` is relative to a mean of 1 over the ranks.
+        """
         batch = move(batch, self.device)
         for engine in self.values():
             engine.micro_step(batch, weight)
 
-    def step(self, hear: Callable[[], Mapping[str, str]] = dict) -> dict[str, str]:
-        """Ends the step of every engine; returns what was not finite, by engine.
+    def step(self, poll_faults: Callable[[], Mapping[str, str]] = dict) -> dict[str, str]:
+        """Ends the step of every engine.
 
-        Where an engine is to stop at that, none is updated, and the step is to be discarded; where it is to skip, it
-        has skipped and the others are updated.
+        Returns the faults (values that are not finite) by engine. If an engine at fault stops the run, none is updated,
+        and the caller discards the step. If it skips such steps, it has skipped this one, and the other engines are
+        updated.
 
         Args:
-            hear: called when all is exchanged and nothing updated; returns what else was not finite.
+            poll_faults: called after all exchanges and before any update; returns the faults of other ranks.
         """
         faults = {name: fault for name, engine in self.items() if (fault := engine.prepare())}
-        faults |= hear()
+        faults |= poll_faults()
         if faults and self.is_stopped_by(faults):
             return faults
         self.is_updating = True
-        if self._shared is not None and is_distributed():  # an update that draws must be the same on every rank
-            seed_all(derive_seed(derive_seed(*self._shared)), self.device)
+        if self._shared_seeds is not None and is_distributed():
+            # An optimizer that draws random numbers must draw the same ones on every rank.
+            seed_all(derive_seed(derive_seed(*self._shared_seeds)), self.device)
         for name, engine in self.items():
             if name in faults:
                 engine.skip()
@@ -114,54 +129,57 @@ class Engines(dict[str, Engine]):
         return faults
 
     def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
-        """Says whether one of the engines at fault is to stop at that."""
-        named = [name for name, fault in faults.items() if name in self and fault != EMPTY]
-        return any(self[name].on_nonfinite == "stop" for name in named)
+        """Returns whether one of the engines at fault has `on_nonfinite=stop`."""
+        names = [name for name, fault in faults.items() if name in self and fault != EMPTY]
+        return any(self[name].on_nonfinite == "stop" for name in names)
 
     @property
     def can_shadow(self) -> bool:
-        """Whether a rank that can't make its share of a step can release the others from it."""
+        """True if this rank can join the all-reduces of a step that it can't complete."""
         return all(engine.can_shadow for engine in self.values())
 
     def shadow_step(self) -> None:
-        """Takes part in what is left of a step's exchanges, with nothing to give but word of it."""
+        """Joins the pending all-reduces of the step with zero gradients and the flag set."""
         for engine in self.values():
             engine.shadow_step()
 
     def discard(self) -> None:
-        """Makes every engine what it was before the step's first micro-step."""
+        """Restores every engine to its state before the step's first micro-step."""
         for engine in self.values():
             engine.discard()
 
     def find_late_faults(self, is_alone: bool = False) -> dict[str, str]:
-        """Returns what was not finite in steps already done, by engine; only where the device was not waited for.
+        """Returns earlier steps' faults of engines that defer the finite check.
 
         Args:
-            is_alone: nothing is exchanged with other ranks.
+            is_alone: returns those of this rank, without a collective.
         """
-        if not any(engine.looks_late for engine in self.values()):
+        if not any(engine.defers_finite_check for engine in self.values()):
             return {}
-        own = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
-        found = [own] if is_alone else all_gather_object(own)
-        return {name: fault for faults in reversed(found) for name, fault in faults.items()}
+        local_faults = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
+        by_rank = [local_faults] if is_alone else all_gather_object(local_faults)
+        return {name: fault for faults in reversed(by_rank) for name, fault in faults.items()}  # of the lowest rank
 
     def take_metrics(self) -> dict[str, float]:
         """Returns every engine's metrics since the last call."""
-        return {f"{self._prefix(name)}{key}": v for name, e in self.items() for key, v in e.take_metrics().items()}
+        metrics: dict[str, float] = {}
+        for name, engine in self.items():
+            metrics |= self._prefixed(name, engine.take_metrics())
+        return metrics
 
     def share_metrics(self) -> None:
-        """Makes what was gathered since metrics were last taken the same on every rank."""
+        """Averages the metrics since they were last taken over the ranks."""
         for engine in self.values():
             engine.share_metrics()
 
     def sync_buffers(self) -> None:
-        """Makes buffers on every rank those of the leader."""
+        """Broadcasts the buffers of rank zero."""
         for engine in self.values():
             engine.strategy.sync_buffers(engine.module)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank holds but a part of some weights."""
+        """True if each rank holds only a part of some weights."""
         return any(engine.strategy.is_sharded for engine in self.values())
 
     def evaluate(
@@ -171,77 +189,82 @@ class Engines(dict[str, Engine]):
         seed: int = 0,
         together: Callable[[Callable[[], Any]], list[Any]] = run_on_all_ranks,
     ) -> dict[str, float]:
-        """Returns the means of loss and the forward's other numbers, each batch weighted by its terms or samples.
+        """Returns the means of loss and the forward's other numbers.
 
-        Of several ranks each takes its batches; the means are those of one process, to the last bit, where the
-        forwards are.
+        Each batch is weighted by its terms or samples. Each rank evaluates its own batches. The result has the same
+        bits as that of one process if the forwards do.
 
         Args:
-            batches: a batch's number among all, the batch, and the number of its samples; 0 leaves it out.
-            is_cut: asked before each batch; True ends at once.
-            seed: decides, with a batch's number, what is drawn at random in its forward.
-            together: calls a function on every rank and returns what each gave.
+            batches: (batch number among all, batch, number of its samples); with 0 samples it is not counted.
+            is_cut: called before each batch; True ends the evaluation.
+            seed: random numbers of a forward depend on this seed and the batch number alone.
+            together: calls a function on every rank and returns all results.
         Raises:
-            InterruptedError: where `is_cut` said so, on whichever rank.
-            ValueError: without a single batch.
+            InterruptedError: `is_cut` returned True on some rank.
+            ValueError: there is no batch.
         """
 
-        def run() -> list[_Evaluated] | None:
-            own: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
+        def run() -> list[_BatchResult] | None:
+            results: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
             with torch.no_grad():
                 for number, batch, num_samples in batches:
                     self.seed(derive_seed(seed, number))
                     if is_cut() and not self.is_sharded:
                         return None
-                    own.append((number, num_samples, *self._forward(move(batch, self.device))))
-            is_late = self.is_sharded and is_cut()  # a rank that leaves before would leave the others waiting
-            return None if is_late else [(number, size, _floats(v), _floats(w)) for number, size, v, w in own]
+                    results.append((number, num_samples, *self._forward(move(batch, self.device))))
+            # A rank with sharded weights runs every forward, since the others need its shards.
+            if self.is_sharded and is_cut():
+                return None
+            return [(number, size, _floats(values), _floats(weights)) for number, size, values, weights in results]
 
         self.sync_buffers()
         for engine in self.values():
             engine.eval()
         try:
-            parts = together(run)
+            results_by_rank = together(run)
         finally:
             for engine in self.values():
                 engine.train()
-        if any(part is None for part in parts):
+        if any(results is None for results in results_by_rank):
             raise InterruptedError("the evaluation was cut short")
-        return _means([each for part in parts for each in part or ()])
+        return _means([result for results in results_by_rank for result in results or ()])
 
     def _forward(self, batch: Any) -> tuple[dict[str, Number], dict[str, Number]]:
-        """Returns a batch's numbers, and the weights of those that have one."""
-        found: dict[str, Number] = {}
+        """Returns the numbers of a batch by name, and the weights of those that have one."""
+        values: dict[str, Number] = {}
         weights: dict[str, Number] = {}
         for name, engine in self.items():
             tokens = engine.tokens
             output = engine.forward(batch)
-            engine.tokens = tokens  # evaluation is not throughput
-            numbers = output.extras if output.weight is not None else {"loss": keep(output.loss), **output.extras}
-            for key, value in numbers.items():
-                found[self._prefix(name) + key] = value
-                if output.weight is not None:
-                    weights[self._prefix(name) + key] = output.weight.terms
-        return found, weights
+            engine.tokens = tokens  # an evaluation does not count for throughput
+            if output.weight is None:
+                values |= self._prefixed(name, {"loss": as_number(output.loss), **output.extras})
+            else:
+                values |= self._prefixed(name, output.extras)
+                weights |= self._prefixed(name, dict.fromkeys(output.extras, output.weight.terms))
+        return values, weights
 
     def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
-        """Returns what `function(module, dataset)` shows of each module, in evaluation mode."""
-        shown: dict[str, Any] = {}
+        """Returns the items of `function(module, dataset)` for each module.
+
+        Modules are in evaluation mode.
+        """
+        items: dict[str, Any] = {}
         for name, engine in self.items():
-            with engine.evaluating(), engine.strategy.gathered():
-                shown |= {self._prefix(name) + key: value for key, value in function(engine.module, dataset).items()}
-        return shown
+            with engine.evaluating(), engine.strategy.unsharded():
+                items |= self._prefixed(name, function(engine.module, dataset))
+        return items
 
     def observe(self, numbers: Mapping[str, float]) -> None:
-        """Steps the schedulers that need a metric with those of an evaluation, as the leader measured them.
+        """Steps the schedulers that depend on a metric, with rank zero's metrics.
 
         Raises:
             ValueError: the evaluation has no such metric.
         """
         if any(engine.schedule.metric is not None for engine in self.values()):
-            found = all_gather_object(dict(numbers))[0]
+            numbers_of_rank_zero = all_gather_object(dict(numbers))[0]
             for engine in self.values():
-                engine.schedule.observe(found)
+                engine.schedule.observe(numbers_of_rank_zero)
 
     def set_lr(self, lr: float) -> None:
         """Sets every engine's base learning rate."""
@@ -250,7 +273,7 @@ class Engines(dict[str, Engine]):
                 engine.set_lr(lr)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns two entries an engine: `<name>`, weights under the user's names, and `<name>.optimizer`, the rest."""
+        """Returns `<name>` (weights) and `<name>.optimizer` (the rest) of each engine."""
         state: dict[str, Any] = {}
         for name, engine in self.items():
             state[name] = engine.module.state_dict()
@@ -258,7 +281,7 @@ class Engines(dict[str, Engine]):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], allows_changes: bool = False) -> list[str]:
-        """Takes back what `state_dict` gave; returns which parts begin anew, where changes are allowed.
+        """Loads a saved state; returns a note for each part that starts anew.
 
         Raises:
             ValueError: engines of other names, or weights of other names or shapes.
@@ -270,74 +293,81 @@ class Engines(dict[str, Engine]):
         for name, engine in self.items():
             try:
                 load_weights(engine.module, engine.strategy.to_local(state[name], engine.module))
-            except _MISFITS as error:
-                misfit = _tell_misfit(engine.module, state[name]) or error
+            except _LOAD_ERRORS as error:
+                mismatch = _describe_mismatch(engine.module, state[name]) or error
                 remedy = "resume with the model as it was"
-                raise ValueError(f"engine {name}: its saved weights do not fit: {misfit}; {remedy}") from error
+                raise ValueError(f"engine {name}: its saved weights do not fit: {mismatch}; {remedy}") from error
             try:
-                found = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
-            except _MISFITS as error:
-                misfit = describe(error)
-                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {misfit}") from error
-            notes += [f"{name}.{note}" for note in found]
+                engine_notes = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
+            except _LOAD_ERRORS as error:
+                cause = describe(error)
+                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {cause}") from error
+            notes += [f"{name}.{note}" for note in engine_notes]
         return notes
 
     def export_states(self) -> dict[str, dict[str, Tensor]]:
-        """Returns each engine's weights as evaluation uses them."""
+        """Returns each engine's full weights as evaluation uses them.
+
+        They are averaged by the EMA, if there is one.
+        """
         states = {}
         self.sync_buffers()
         for name, engine in self.items():
             with engine.evaluating():
-                whole = engine.strategy.to_full(
-                    dict(engine.module.state_dict(keep_vars=True))
-                )  # at once: ties stay ties
-                state = copy.deepcopy(map_tensors(whole, Tensor.detach))
-                states[name] = engine.applied.exported(state)
+                # In one call, with the parameters themselves: tied weights stay tied.
+                full = engine.strategy.to_full(dict(engine.module.state_dict(keep_vars=True)))
+                detached = copy.deepcopy(map_tensors(full, Tensor.detach))
+                states[name] = engine.applied.exported(detached)
         return states
 
-    def _prefix(self, name: str) -> str:
-        return f"{name}/" if len(self) > 1 else ""
+    def _prefixed(self, name: str, items: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the items under their names in the metrics of the run."""
+        return {f"{name}/{key}" if len(self) > 1 else key: value for key, value in items.items()}
 
 
-def _tell_misfit(module: nn.Module, saved: Mapping[str, Any]) -> str | None:
-    """Returns which weights a module lacks in a saved state, and which there are in their place, with their shapes."""
-    own = {name: _shape_of(value) for name, value in module.state_dict().items()}
-    found = {name: _shape_of(value) for name, value in saved.items()}
-    expected = [f"{name}{shape}" for name, shape in own.items() if found.get(name) != shape]
-    others = [f"{name}{shape}" for name, shape in found.items() if own.get(name) != shape]
-    if not expected and not others:
+def _describe_mismatch(module: nn.Module, saved: Mapping[str, Any]) -> str | None:
+    """Returns the names and shapes of weights that differ from a saved state, or None."""
+    module_shapes = {name: _shape_of(value) for name, value in module.state_dict().items()}
+    saved_shapes = {name: _shape_of(value) for name, value in saved.items()}
+    expected = [f"{name}{shape}" for name, shape in module_shapes.items() if saved_shapes.get(name) != shape]
+    found = [f"{name}{shape}" for name, shape in saved_shapes.items() if module_shapes.get(name) != shape]
+    if not expected and not found:
         return None
-    return f"expected {', '.join(expected) or 'no others'}, found {', '.join(others) or 'none of them'}"
+    return f"expected {', '.join(expected) or 'no others'}, found {', '.join(found) or 'none of them'}"
 
 
 def _shape_of(value: Any) -> str:
     return str([*value.shape]) if isinstance(value, Tensor) else ""
 
 
-# A batch's number, its samples, its numbers, and the weights of those that have one.
-_Evaluated = tuple[int, int, dict[str, float], dict[str, float]]
+# Batch number, number of samples, values by name, and the weights of those values that have one. The ranks exchange
+# these: a message holds plain tuples only.
+_BatchResult = tuple[int, int, dict[str, float], dict[str, float]]
 
 
 def _floats(values: Mapping[str, Number]) -> dict[str, float]:
     return dict(zip(values, read_all(list(values.values())), strict=True))
 
 
-def _means(found: list[_Evaluated]) -> dict[str, float]:
-    """Returns the means of batches' numbers, by their terms or else samples, added up in the order of the batches.
+def _means(results: list[_BatchResult]) -> dict[str, float]:
+    """Returns the means over all batches, weighted by terms or samples.
+
+    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it. The
+    order matters: the sum of floats depends on it, and ranks return their batches in any order.
 
     Raises:
-        ValueError: there is no batch, or some have a weight and others none.
+        ValueError: there is no batch, or a number has a weight in some batches only.
     """
-    counted = sorted((each for each in found if each[1]), key=lambda each: each[0])
-    sums, totals, weighted = dict[str, float](), dict[str, float](), dict[str, bool]()
+    counted = sorted((result for result in results if result[1]), key=lambda result: result[0])
     if not counted:
         raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
-    for _, size, values, weights in counted:
+    sums, total_weights, has_weight = dict[str, float](), dict[str, float](), dict[str, bool]()
+    for _, num_samples, values, weights in counted:
         for name, value in values.items():
-            if weighted.setdefault(name, name in weights) is not (name in weights):
+            if has_weight.setdefault(name, name in weights) is not (name in weights):
                 remedy = "return it always or never: the losses would not count alike"
                 raise ValueError(f"{name}: a forward returned a weight in some batches and not in others; {remedy}")
-            weight = weights.get(name, size)
+            weight = weights.get(name, num_samples)
             sums[name] = sums.get(name, 0.0) + (value * weight if weight else 0.0)
-            totals[name] = totals.get(name, 0.0) + weight
-    return {name: value / totals[name] if totals[name] else math.nan for name, value in sums.items()}
+            total_weights[name] = total_weights.get(name, 0.0) + weight
+    return {name: sums[name] / total if total else math.nan for name, total in total_weights.items()}

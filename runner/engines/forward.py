@@ -1,4 +1,4 @@
-"""How a module is called with a batch, and what it returns, read as a loss and numbers. Must not import a config."""
+"""Calls a module with a batch, and reads loss, metrics, tokens and weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,30 +19,32 @@ from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 
 Feeder = Callable[[nn.Module, Any], Any]
-Number = Tensor | float  # a tensor (0-d) on an accelerator, which is not waited for; else a float
+Number = Tensor | float  # a tensor (0-d) on an accelerator, since reading it would wait for the device; else a float
 
 _log = logging.getLogger(__name__)
-_MOST_REFUSED = 20  # values that are no metrics, each named in a warning
-_NO_METRICS = ("loss", "tokens", "weight")
-# What the runner logs under train/ itself.
+_MAX_WARNINGS = 20  # of values that are not metrics
+_NOT_METRICS = ("loss", "tokens", "weight")
+# Names of the runner's own metrics under train/.
 _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
 
 
 class OutputError(TrainingStopped, ValueError):
-    """A forward returned what can't be trained on or logged."""
+    """A forward returned something that can't be trained on or logged."""
 
 
 class EarlyOutputError(OutputError, SetupError):
-    """The first forward did so: nothing was trained yet."""
+    """An `OutputError` in the first step, before anything was trained."""
 
 
 class Weight(NamedTuple):
-    """The number of terms in a micro-batch's mean loss.
+    """The weight of a micro-batch's mean loss.
+
+    It is the number of terms in that mean, such as labels.
 
     Args:
-        terms: the number itself.
-        factor: how often the gradients of the mean loss count: the same, divided by the reader's `reference`.
-        is_zero: 0-d bool on the loss's device; None where the number is known to be above 0.
+        terms: the number of terms.
+        factor: multiplies the gradients of the mean loss: `terms` divided by the reader's `reference_weight`.
+        is_zero: 0-d bool on the loss's device; None if the number is known to be above 0.
     """
 
     terms: Number
@@ -53,10 +56,10 @@ class Output(NamedTuple):
     """The result of a forward.
 
     Args:
-        loss: 0-d, to be differentiated.
-        extras: its other numbers; with a weight also `loss`, the mean over the terms.
-        tokens: counted for throughput.
-        weight: None where the loss is a mean over samples.
+        loss: 0-d, with gradients.
+        extras: its other numbers, which are logged; with a weight also `loss`, the mean over the terms.
+        tokens: number of tokens, for throughput.
+        weight: None if the loss is a mean over samples.
     """
 
     loss: Tensor
@@ -66,7 +69,10 @@ class Output(NamedTuple):
 
 
 def feed(module: nn.Module, batch: Any) -> Any:
-    """Calls `module` with a mapping as keywords, a tuple or list as positions, anything else as it is."""
+    """Calls `module(**batch)` for a mapping, `module(*batch)` for a tuple or list.
+
+    Any other batch is the single argument.
+    """
     if isinstance(batch, Mapping):
         return module(**batch)
     if isinstance(batch, (tuple, list)):
@@ -75,19 +81,20 @@ def feed(module: nn.Module, batch: Any) -> Any:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Says whether to read a tensor waits for no device."""
+    """Returns whether a tensor can be read without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def read_number(value: Any) -> Number | None:
-    """Returns a number as it is now, whatever becomes of its memory; None for what is no number.
+    """Returns a copy of a number, which the forward may overwrite.
 
-    An accelerator's tensor is copied there, since reading it would wait for the device.
+    None if the value is not a single number. A tensor on an accelerator is copied there, since reading it would wait
+    for the device.
     """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             return None
-        if type(value) is not Tensor and hasattr(value, "full_tensor"):  # spread over the ranks, which all are here
+        if type(value) is not Tensor and hasattr(value, "full_tensor"):  # a DTensor: all ranks run this
             value = value.full_tensor()
         return float(value.item()) if is_readable(value) else value.detach().clone().reshape(())
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):  # of NumPy
@@ -98,42 +105,47 @@ def read_number(value: Any) -> Number | None:
         return None
 
 
-def keep(loss: Tensor) -> Number:
-    """Returns a loss as it is now: the module may keep it, and write to it in place."""
+def as_number(loss: Tensor) -> Number:
+    """Returns a copy of a loss, which the module may keep and write to in place."""
     number = read_number(loss)
     assert number is not None
     return number
 
 
 class OutputReader:
-    """Reads what a module's forward returns: at once, as a module's buffers may change before numbers are logged.
+    """Reads the output of a module's forward.
+
+    Numbers are copied, since the module may overwrite them. Either all forwards return a weight, or none does.
 
     Args:
-        decided: called in the first forward that is trained on, with whether it returned a weight: all do, or none.
+        on_weighted: called in the first training forward, with True if it returned a weight.
     """
 
-    def __init__(self, module: nn.Module, decided: Callable[[bool], None]) -> None:
-        self._module, self._decided = module, decided
-        self.share: float | None = None  # what a rank's batch counts for, 0 for nothing; None in evaluation
-        self.multiplies = False  # a weighted loss counts as often as it has terms; else it is a step's only one
-        self.reference: Number | None = None
+    def __init__(self, module: nn.Module, on_weighted: Callable[[bool], None]) -> None:
+        self._module = module
+        self._on_weighted = on_weighted
+        self.batch_weight: float | None = None  # weight of this rank's batch, 0 ignores it; None in evaluation
+        self.multiplies_by_weight = False  # false if the loss is the only one of its step: its weight cancels out
+        self.reference_weight: Number | None = None
+        self.has_trained = False
         self._is_weighted: bool | None = None
-        self._is_told = self.has_trained = False
-        self._names, self._refused = dict[Any, str](), set[Any]()  # names as they are logged
+        self._has_called_back = False
+        self._logged_names = dict[Any, str]()
+        self._rejected_names = set[Any]()
         self._counter = count_terms(module)
 
     def __call__(self, output: Any) -> Output:
         """Returns an output's loss, numbers, tokens and weight.
 
         Raises:
-            OutputError: there is no loss in it, nor on the module's modules, or the loss has no gradients; a number has
-                a reserved name, or the weight is no number, or not always there.
+            OutputError: neither the output nor a submodule has a loss, or the loss has no gradients; a number has a
+                reserved name; the weight is not a number, or is missing in some forwards.
         """
         if isinstance(output, Tensor) and output.numel() == 1:
             loss, fields = output.reshape(()) if output.ndim else output, _NO_FIELDS
         else:
             loss, fields = self._find_loss(output), _find_fields(output)
-        if not loss.requires_grad and self.share is not None and torch.is_grad_enabled():
+        if not loss.requires_grad and self.batch_weight is not None and torch.is_grad_enabled():
             remedy = "compute it from parameters that are trained, without detach(), item() or no_grad()"
             raise self._error(f"{self._where} returned a loss without gradients; {remedy}")
         extras = self._read_extras(output, fields) if fields else {}
@@ -141,8 +153,9 @@ class OutputReader:
         if self._counter is not None:
             counted = self._counter.take()
             terms = counted if terms is None and is_model_output(output) else terms
-        if self._is_weighted is not (terms is not None) or (not self._is_told and self.share is not None):
-            self._decide(terms is not None)
+        is_unreported = not self._has_called_back and self.batch_weight is not None
+        if self._is_weighted is not (terms is not None) or is_unreported:
+            self._set_weighted(terms is not None)
         tokens = fields.get("tokens")
         tokens = 0 if tokens is None else int(tokens)
         return Output(loss, extras, tokens) if terms is None else self._weigh(loss, extras, tokens, terms)
@@ -166,8 +179,8 @@ class OutputReader:
         raise self._error(f"{self._where}: its loss is a {_describe(loss)}: expected a tensor with one number")
 
     def _error(self, message: str) -> OutputError:
-        """Returns an error that costs a run the steps done so far only where there are any."""
-        return OutputError(message) if self.has_trained else EarlyOutputError(message, is_whole=False)
+        """Returns an error that is handled as a set-up error if no step was trained yet."""
+        return OutputError(message) if self.has_trained else EarlyOutputError(message, is_complete=False)
 
     @property
     def _where(self) -> str:
@@ -176,45 +189,45 @@ class OutputReader:
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}
         for name, value in fields.items():
-            if name in _NO_METRICS:
+            if name in _NOT_METRICS:
                 continue
             number = read_number(value)
             if number is None:
-                if name not in self._refused:
-                    self._refuse(output, name, value)
+                if name not in self._rejected_names:
+                    self._reject(output, name, value)
                 continue
-            if name not in self._names:
+            if name not in self._logged_names:
                 self._accept(name)
-            extras[self._names[name]] = number
+            extras[self._logged_names[name]] = number
         return extras
 
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
             remedy = "as the runner names one of its own: call it something else"
             raise self._error(f"{self._where} returned a number named {name!r}, {remedy}")
-        self._names[name] = encodable(str(name))
+        self._logged_names[name] = encodable(str(name))
 
-    def _refuse(self, output: Any, name: Any, value: Any) -> None:
-        self._refused.add(name)
+    def _reject(self, output: Any, name: Any, value: Any) -> None:
+        self._rejected_names.add(name)
         if not is_model_output(output):
             kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             found = f"{name!r} is a {_describe(value)}{kind}"
-            rest = "; no further ones are named" if len(self._refused) == _MOST_REFUSED else ""
-            if len(self._refused) <= _MOST_REFUSED:
+            rest = "; no further ones are named" if len(self._rejected_names) == _MAX_WARNINGS else ""
+            if len(self._rejected_names) <= _MAX_WARNINGS:
                 remedy = f"a metric is a number or a tensor with one{rest}"
                 _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
 
-    def _decide(self, is_weighted: bool) -> None:
+    def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
             remedy = "return it always or never, also in evaluations: the losses would not count alike"
             raise self._error(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
         self._is_weighted = is_weighted
-        if self.share is not None:
-            self._is_told = True
-            self._decided(is_weighted)
+        if self.batch_weight is not None:
+            self._has_called_back = True
+            self._on_weighted(is_weighted)
 
-    def _weigh(self, loss: Tensor, extras: dict[str, Number], tokens: int, found: Any) -> Output:
-        terms = 0.0 if self.share == 0.0 else self._read_terms(found, loss)
+    def _weigh(self, loss: Tensor, extras: dict[str, Number], tokens: int, value: Any) -> Output:
+        terms = 0.0 if self.batch_weight == 0.0 else self._read_terms(value, loss)
         is_zero: Tensor | None = None
         if isinstance(terms, Tensor):
             is_zero = terms == 0
@@ -222,22 +235,23 @@ class OutputReader:
         elif not terms:
             is_zero = torch.ones((), dtype=torch.bool, device=loss.device)
             extras = dict.fromkeys(extras, 0.0)
-        if is_zero is not None:  # a product would not do: 0 times NaN is NaN
+        if is_zero is not None:
+            # Multiplying by 0 would not do: 0 times NaN is NaN.
             loss = loss.masked_fill(is_zero, 0.0)
-        extras["loss"] = keep(loss)
-        factor = terms if self.reference is None else terms / self.reference
-        if self.multiplies and self.share is not None:
+        extras["loss"] = as_number(loss)
+        factor = terms if self.reference_weight is None else terms / self.reference_weight
+        if self.multiplies_by_weight and self.batch_weight is not None:
             loss = loss * factor
         return Output(loss, extras, tokens, Weight(terms, factor, is_zero))
 
-    def _read_terms(self, found: Any, loss: Tensor) -> Number:
-        if isinstance(found, Tensor) and not is_readable(found) and found.numel() == 1:
+    def _read_terms(self, value: Any, loss: Tensor) -> Number:
+        if isinstance(value, Tensor) and not is_readable(value) and value.numel() == 1:
             dtype = torch.float64 if loss.dtype is torch.float64 else torch.float32
-            return found.detach().to(loss.device, dtype, copy=True).reshape(())
-        terms = read_number(found)
+            return value.detach().to(loss.device, dtype, copy=True).reshape(())
+        terms = read_number(value)
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
             expected = "expected the number of terms in its mean loss, 0 or more"
-            shown = _describe(found) if terms is None else terms
+            shown = _describe(value) if terms is None else terms
             raise self._error(f"{self._where} returned weight={shown}: {expected}")
         return terms
 
@@ -246,7 +260,10 @@ _NO_FIELDS: Mapping[Any, Any] = {}
 
 
 def _find_fields(output: Any) -> Mapping[Any, Any]:
-    """Returns what an output holds by name: of a mapping, named tuple, dataclass or other object with a loss."""
+    """Returns the fields of an output by name.
+
+    The output is a mapping, named tuple, dataclass or other object with a loss.
+    """
     if isinstance(output, Mapping):
         return output
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
@@ -260,7 +277,10 @@ def _find_fields(output: Any) -> Mapping[Any, Any]:
 
 
 def _mask(value: Number, is_zero: Tensor) -> Number:
-    """Returns 0 where the micro-batch counts for nothing: NaN times 0 is NaN."""
+    """Returns 0 if the micro-batch has weight 0, else the value.
+
+    Multiplying would not do: NaN times 0 is NaN.
+    """
     if isinstance(value, Tensor):
         return value.masked_fill(is_zero.to(value.device), 0)
     if math.isfinite(value):
@@ -270,11 +290,11 @@ def _mask(value: Number, is_zero: Tensor) -> Number:
 
 def _collect_losses(module: nn.Module) -> Tensor | None:
     total: Tensor | None = None
-    for each in module.modules():
-        loss = vars(each).get("loss")
+    for part in module.modules():
+        loss = vars(part).get("loss")
         if isinstance(loss, Tensor):
             total = loss if total is None else total + loss
-            each.loss = None  # type: ignore[assignment]  # a stale one must not count twice
+            part.loss = None  # type: ignore[assignment]  # a stale one must not count twice
     return total
 
 
@@ -284,90 +304,96 @@ def _describe(output: Any) -> str:
 
 
 class FirstStepHook(Protocol):
-    """What looks at an engine's first step."""
+    """Checks an engine's first steps.
+
+    `prepared` runs in `Engine.prepare`, and `updated` after each update. `updated` returns True when the checks are
+    complete; the engine then drops the hook.
+    """
 
     def prepared(self) -> None: ...
     def updated(self) -> bool: ...
 
 
 class LossModule(nn.Module):
-    """Calls feeder(module, batch) and reads its output.
+    """Calls feeder(module, batch) and reads its output: the module that DDP wraps.
 
-    So a wrapper sees every tensor of the forward, a feeder sees the user's own module, and names stay the user's.
+    It contains the user's module, so that DDP sees every parameter, a feeder sees the user's own module, and the names
+    of the parameters stay the user's.
     """
 
     def __init__(self, module: nn.Module, feeder: Feeder, read: OutputReader) -> None:
         super().__init__()
         self.module = module
-        self._run = lambda batch: read(feeder(module, batch))  # an attribute that is a module is slow
-        self.explain: Callable[[RuntimeError], str | None] | None = None  # what an error is to be told as
+        self._feed = partial(feeder, module)  # reading `self.module` in each forward would be slow
+        self._read = read
+        self._next_context: AbstractContextManager[None] | None = None
+        self.explain_error: Callable[[RuntimeError], str | None] | None = None  # returns a clearer message
 
     def wrap_next_forward(self, context: AbstractContextManager[None]) -> None:
-        """Has the next forward that is trained on run in a context."""
-        run = self._run
-
-        def look(batch: Any) -> Output:
-            if not torch.is_grad_enabled():
-                return run(batch)
-            self._run = run
-            with context:
-                return run(batch)
-
-        self._run = look
+        """Runs the next training forward in a context."""
+        self._next_context = context
 
     def forward(self, batch: Any) -> Output:
-        """Returns what the module makes of a batch."""
+        """Returns the loss, numbers, tokens and weight of a batch."""
+        context = self._next_context
         try:
-            return self._run(batch)
+            if context is None or not torch.is_grad_enabled():
+                return self._read(self._feed(batch))
+            self._next_context = None
+            with context:
+                return self._read(self._feed(batch))
         except RuntimeError as error:
-            if self.explain is not None and (said := self.explain(error)) is not None:
-                raise RuntimeError(said) from error
+            if self.explain_error is not None and (message := self.explain_error(error)) is not None:
+                raise RuntimeError(message) from error
             raise
 
 
 class FlaggedLossModule(nn.Module):
-    """A `Fed` with a flag beside its loss: a parameter of one zero, whose gradient is 1 where the flag is up.
+    """A `LossModule` whose gradient all-reduce also reduces a flag and a weight.
 
-    It lies in a bucket among the other gradients, so that their exchange tells every rank whether one of them has its
-    flag up. The loss is not changed by it, but counts `weight` times: the flag counts always. Where a parameter is of
-    fp32 or fp64, the gradient of a second zero is the number of terms in weighted losses: bf16 would round it.
+    `flag` is an extra parameter of zeros. Its gradient is 1 on a rank whose flag is set. DDP reduces it in a bucket
+    with the other gradients, so all ranks learn without another collective whether any flag is set. The value of the
+    loss is unchanged. If a parameter is fp32 or fp64, `flag` has a second element whose gradient is the weight of the
+    losses; bf16 would round that.
 
     Args:
-        is_raised: asked in each forward whether this rank's flag is up.
-        look: called with the output before that, where this rank is to look at its loss.
+        is_flag_set: called in each forward; returns whether this rank's flag is set.
+        check_loss: called with each output before the flag is read, so that it can set the flag; None if unchecked.
     """
 
     def __init__(
-        self, loss_module: LossModule, is_raised: Callable[[], bool], look: Callable[[Output], None] | None
+        self, loss_module: LossModule, is_flag_set: Callable[[], bool], check_loss: Callable[[Output], None] | None
     ) -> None:
         super().__init__()
         self.loss_module = loss_module
-        trained = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
-        exact = next((each for dtype in _EXACT for each in trained if each.dtype is dtype), None)
-        self.has_terms = exact is not None
-        like = trained[0] if exact is None else exact
-        self.flag = nn.Parameter(torch.zeros(1 + self.has_terms, device=like.device, dtype=like.dtype))
-        self._trained = trained
-        up = torch.zeros_like(self.flag.data)
-        up[0] = 1
-        self._values = torch.zeros_like(up), up
-        self._is_raised, self._look = is_raised, look
-        self.is_shadowing, self.weight = False, 1.0
+        self._trained = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
+        exact = next((p for dtype in (torch.float32, torch.float64) for p in self._trained if p.dtype is dtype), None)
+        self.carries_weight = exact is not None
+        like = self._trained[0] if exact is None else exact
+        self.flag = nn.Parameter(torch.zeros(1 + self.carries_weight, device=like.device, dtype=like.dtype))
+        cleared = torch.zeros_like(self.flag.data)
+        raised = torch.zeros_like(self.flag.data)
+        raised[0] = 1
+        self._flag_grads = cleared, raised
+        self._is_flag_set = is_flag_set
+        self._check_loss = check_loss
+        self.is_shadowing = False
+        self.batch_weight = 1.0
 
     def forward(self, batch: Any) -> Output:
-        """Returns the same; while it is making up, a loss that gives every parameter a gradient of zeros."""
+        """Returns the output with the flag added to its loss.
+
+        In a shadow step, a loss with zero gradients.
+        """
         if self.is_shadowing:
-            made_up = torch.stack([parameter.sum() * 0 for parameter in self._trained]).sum()
-            return Output(made_up + torch.dot(self.flag, self._values[1]), {}, 0)
+            zero = torch.stack([parameter.sum() * 0 for parameter in self._trained]).sum()
+            return Output(zero + torch.dot(self.flag, self._flag_grads[1]), {}, 0)
         output: Output = self.loss_module(batch)
         loss, weight = output.loss, output.weight
-        if self._look is not None:
-            self._look(output)
+        if self._check_loss is not None:
+            self._check_loss(output)
         if weight is None:
-            loss = loss if self.weight == 1.0 else loss * self.weight
-        elif self.has_terms:
+            loss = loss if self.batch_weight == 1.0 else loss * self.batch_weight
+        elif self.carries_weight:
             loss = loss + self.flag[1] * weight.factor
-        return output._replace(loss=loss + torch.dot(self.flag, self._values[self._is_raised()]))
-
-
-_EXACT = torch.float32, torch.float64
+        return output._replace(loss=loss + torch.dot(self.flag, self._flag_grads[self._is_flag_set()]))

@@ -1,10 +1,10 @@
-"""Built-in models and data, reached only by `_target_`.
+"""Built-in models and data, used only by `_target_`.
 
-byte_gpt     a byte-level GPT and a report that shows what it writes
-audio_codec  a residual vector quantizer of speech, fitted by k-means, and WAV files
-code_gpt     a GPT over audio codes laid out by a pattern, and a report that lets it be heard
-digits       scikit-learn's handwritten digits, a small net for them and a report of its hardest mistakes
-source_code  windows over the source of Python's own standard library
-speech       speech, spoken by espeak-ng or from a folder of audio files
-speech_codes the same as the codes of a codec
+byte_gpt            a byte-level GPT, and a report with a text that it generates
+digits              scikit-learn's handwritten digits, a small CNN, and a report of its worst mistakes
+source_code         windows of bytes over the source of Python's standard library
+audio/speech        speech, synthesized by espeak-ng or from a folder of audio files
+audio/audio_codec   a residual vector quantizer for speech, fitted by k-means, and WAV files
+audio/speech_codes  speech as the codes of a codec
+audio/code_gpt      a GPT over audio codes, and a report with audio that it generates
 """

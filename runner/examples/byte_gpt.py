@@ -1,4 +1,4 @@
-"""Owns the byte-level GPT and the report that shows what it writes; imports torch and the standard library only."""
+"""A byte-level GPT, and a report with a text that it generates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256
-# Contexts are a few hundred bytes; a slower rotation than this would leave half of the angles unused.
+# Contexts are a few hundred bytes: with a larger base, the slowest angles would hardly change over them.
 ROTARY_BASE = 1000.0
 MAX_SAMPLE_BYTES = 100_000
 
@@ -21,11 +21,11 @@ class ByteGPT(nn.Module):
         width: size of the residual stream.
         depth: number of blocks.
         heads: attention heads; `width / heads` is even.
-        context: the most bytes that a prediction looks back on.
-        dropout: share of the embedding and of each branch that training drops, 0 to 1.
+        context: maximum number of bytes that a prediction attends to.
+        dropout: dropout probability of the embedding and of each branch, 0 to 1.
 
     Raises:
-        ValueError: `width` does not split into `heads` of even size.
+        ValueError: `width` is not a multiple of 2 * `heads`.
     """
 
     cosine: Tensor
@@ -51,13 +51,13 @@ class ByteGPT(nn.Module):
         self.register_buffer("sine", sine, persistent=False)
 
     def forward(self, window: Tensor) -> dict[str, Tensor | int]:
-        """The loss of predicting each byte of `window` from those before it.
+        """Returns the loss of predicting each byte of `window` from the bytes before it.
 
         Args:
             window: uint8 [batch, time + 1], `time` at most `context`.
 
         Returns:
-            `loss` in nats a byte, `bits_per_byte`, and the number of bytes predicted, as `tokens` and `weight`.
+            `loss` in nats per byte, `bits_per_byte`, and the number of bytes predicted, as `tokens` and `weight`.
         """
         targets = window[:, 1:].long()
         logits = self.logits(window[:, :-1])
@@ -66,7 +66,7 @@ class ByteGPT(nn.Module):
         return {"loss": loss, "bits_per_byte": loss.detach() / math.log(2), "tokens": count, "weight": count}
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Scores of the byte after each of `inputs`: integers [batch, time] to float32 [batch, time, 256].
+        """Returns the logits of the byte after each of `inputs`: int [batch, time] to float32 [batch, time, 256].
 
         Raises:
             ValueError: `inputs` is longer than the context.
@@ -85,28 +85,28 @@ class ByteGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompt: bytes, num_bytes: int, temperature: float = 1.0, seed: int = 0) -> bytes:
-        """The `num_bytes` bytes that follow `prompt`, the same for the same seed; call it in eval mode.
+        """Generates `num_bytes` bytes after `prompt`, the same for the same seed. Expects eval mode.
 
-        An empty prompt begins a new file. Temperature 0 takes the likeliest byte. torch's global generators are
-        neither read nor moved.
+        An empty prompt begins a new file. Temperature 0 takes the most likely byte. torch's global generators are not
+        used.
         """
         generator = torch.Generator().manual_seed(seed)
         text = bytearray(prompt or b"\0")
-        start = len(text)
+        prompt_length = len(text)
         for _ in range(num_bytes):
             recent = torch.tensor([list(text[-self.context :])], device=self.head.weight.device)
-            # Drawn on the CPU, so that a seed means the same text on every device.
-            scores = self.logits(recent)[0, -1].cpu()
+            # Sampled on the CPU, so that a seed gives the same text on every device.
+            logits = self.logits(recent)[0, -1].cpu()
             if temperature > 0:
-                chances = (scores / temperature).softmax(0)
-                text.append(int(torch.multinomial(chances, 1, generator=generator)))
+                probabilities = (logits / temperature).softmax(0)
+                text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
             else:
-                text.append(int(scores.argmax()))
-        return bytes(text[start:])
+                text.append(int(logits.argmax()))
+        return bytes(text[prompt_length:])
 
 
 class Block(nn.Module):
-    """Causal self-attention, then an MLP, each added to the stream."""
+    """A transformer block: causal self-attention, then an MLP, each added to the residual stream."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -120,61 +120,61 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         for layer in (self.qkv, self.mlp_in):
             nn.init.normal_(layer.weight, std=width**-0.5)
-        # A block begins as the identity, so a deep stack is no harder to start than a shallow one.
+        # Each block starts as the identity, so that a deep model trains as easily as a shallow one.
         for layer in (self.attention_out, self.mlp_out):
             nn.init.zeros_(layer.weight)
 
     def forward(self, stream: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """[batch, time, width] to the same; `cosine` and `sine` are [time, width / heads / 2]."""
+        """Applies the block: [batch, time, width] to the same; `cosine` and `sine` are [time, width / heads / 2]."""
         stream = stream + self.dropout(self.attend(self.attention_norm(stream), cosine, sine))
         hidden = F.gelu(self.mlp_in(self.mlp_norm(stream)))
         return stream + self.dropout(self.mlp_out(hidden))
 
     def attend(self, stream: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """Attention of each position to itself and those before it: [batch, time, width]."""
+        """Returns the attention of each position to itself and to earlier positions: [batch, time, width]."""
         batch, time, width = stream.shape
-        split = self.qkv(stream).view(batch, time, 3, self.heads, width // self.heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(stream).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        out: Tensor = self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
-        return out
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        output: Tensor = self.attention_out(attended.transpose(1, 2).reshape(batch, time, width))
+        return output
 
 
 def rotary_table(context: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each position's angles: two of float32 [context, head_size / 2].
+    """Returns cosine and sine of the rotary angles of each position: float32 [context, head_size / 2] each.
 
     Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864.
     """
-    speeds = ROTARY_BASE ** -torch.linspace(0, 1, head_size // 2 + 1)[:-1]
-    angles = torch.arange(context)[:, None] * speeds
+    frequencies = ROTARY_BASE ** -torch.linspace(0, 1, head_size // 2 + 1)[:-1]
+    angles = torch.arange(context)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """`states` [batch, heads, time, head_size] turned by their positions' angles, in their own dtype."""
+    """Rotates `states` [batch, heads, time, head_size] by the angles of their positions; keeps their dtype."""
     first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
-    return turned.type_as(states)
+    rotated = torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
+    return rotated.type_as(states)
 
 
 class SampleCode:
-    """A report with a text that the model writes, the same seed at each evaluation so that samples compare.
+    """A report with a text that the model generates, from the same seed at each evaluation.
 
     Args:
-        prompt: text that the sample begins with.
-        num_bytes: bytes to generate after it.
-        temperature: 0 takes the likeliest byte; 1 draws from the model's own distribution.
-        seed: of the sampling.
+        prompt: text with which the sample begins.
+        num_bytes: number of bytes to generate after it.
+        temperature: 0 takes the most likely byte; 1 samples from the model's distribution.
+        seed: seed of the sampling.
 
     Raises:
-        ValueError: an argument is of another kind or out of range.
+        ValueError: an argument has the wrong type or is out of range.
     """
 
     def __init__(self, prompt: str = "def ", num_bytes: int = 200, temperature: float = 0.8, seed: int = 0) -> None:
         if not isinstance(prompt, str) or len(prompt) > MAX_SAMPLE_BYTES:
-            most = f"{MAX_SAMPLE_BYTES} characters"
-            raise ValueError(f"SampleCode: prompt is a text of at most {most}, not {prompt!r:.60}")
+            expected = f"a text of at most {MAX_SAMPLE_BYTES} characters"
+            raise ValueError(f"SampleCode: prompt is {expected}, not {prompt!r:.60}")
         if type(num_bytes) is not int or not 0 <= num_bytes <= MAX_SAMPLE_BYTES:
             raise ValueError(f"SampleCode: num_bytes is 0 to {MAX_SAMPLE_BYTES}, not {num_bytes!r:.60}")
         if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
@@ -187,13 +187,13 @@ class SampleCode:
         self.seed = seed
 
     def __call__(self, module: ByteGPT, dataset: object) -> dict[str, str]:
-        """`sample`: prompt and generated text as a Markdown code block; `dataset` is not used."""
+        """Returns `sample`: prompt and generated text as a Markdown code block. The dataset is not used."""
         prompt = self.prompt.encode(errors="replace")
         generated = module.generate(prompt, self.num_bytes, self.temperature, self.seed)
         return {"sample": as_code_block((prompt + generated).decode(errors="replace"))}
 
 
 def as_code_block(text: str) -> str:
-    """`text` as an indented Markdown code block, which no text can end; control characters become U+FFFD."""
-    shown = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
-    return "\n".join(f"    {line}" for line in shown.split("\n"))
+    """Returns `text` as an indented Markdown code block, which no text can end; control characters become U+FFFD."""
+    printable = "".join(char if char in "\n\t" or char.isprintable() else "\ufffd" for char in text)
+    return "\n".join(f"    {line}" for line in printable.split("\n"))

@@ -1,6 +1,6 @@
-"""Owns the handwritten digits: data, a small net and a figure of its mistakes.
+"""Handwritten digits: a dataset, a small CNN, and a report with a figure of its worst mistakes.
 
-Imports torch only; scikit-learn and matplotlib, both extras, where they are used.
+scikit-learn and matplotlib, both extras, are imported only where they are used.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation")
 SIZE = 8
 NUM_CLASSES = 10
-BRIGHTEST = 16.0
+MAX_PIXEL = 16.0
 
 
 class Digits(Dataset[dict[str, Tensor]]):
     """scikit-learn's 1,797 handwritten digits, 8 by 8 pixels.
 
-    The validation split is every `validation_every`-th sample of those sorted by label, so each digit has the
+    The validation split is every `validation_every`-th sample in the order of their labels, so each digit has the
     same share in both splits, and a sample's split never changes.
 
     Args:
         split: "train" or "validation".
-        validation_every: one sample in so many goes to validation, at least 2.
-        augment: shift each image by up to a pixel each way, drawn from torch's global generator.
+        validation_every: one sample out of `validation_every` is for validation, at least 2.
+        augment: shifts each image by up to one pixel in each direction, drawn from torch's global generator.
 
     Raises:
         ValueError: an argument is out of range.
@@ -46,20 +46,20 @@ class Digits(Dataset[dict[str, Tensor]]):
             raise ValueError(f"Digits: validation_every is at least 2, not {validation_every}")
         pixels, labels = require("sklearn.datasets").load_digits(return_X_y=True)
         all_labels = torch.as_tensor(labels, dtype=torch.int64)
-        held_out = torch.zeros(len(all_labels), dtype=torch.bool)
-        held_out[all_labels.argsort(stable=True)[::validation_every]] = True
-        chosen = held_out if split == "validation" else ~held_out
+        is_validation = torch.zeros(len(all_labels), dtype=torch.bool)
+        is_validation[all_labels.argsort(stable=True)[::validation_every]] = True
+        is_in_split = is_validation if split == "validation" else ~is_validation
         self.augment = augment
-        self.indices = chosen.nonzero().flatten()
-        self.labels = all_labels[chosen]
-        images = torch.as_tensor(pixels, dtype=torch.float32)[chosen] / BRIGHTEST
+        self.indices = is_in_split.nonzero().flatten()
+        self.labels = all_labels[is_in_split]
+        images = torch.as_tensor(pixels, dtype=torch.float32)[is_in_split] / MAX_PIXEL
         self.images = images.view(-1, 1, SIZE, SIZE)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sample: `image`, float32 [1, 8, 8] from 0 to 1, and `label`, int64 []."""
+        """Returns one sample: `image`, float32 [1, 8, 8] from 0 to 1, and `label`, int64 []."""
         image = self.images[index]
         if self.augment:
             image = shift_by_a_pixel(image)
@@ -67,7 +67,7 @@ class Digits(Dataset[dict[str, Tensor]]):
 
 
 def shift_by_a_pixel(image: Tensor) -> Tensor:
-    """`image` [1, height, width] moved by -1, 0 or 1 pixel each way, black where nothing moved in."""
+    """Shifts `image` [1, height, width] by -1, 0 or 1 pixel in each direction; new pixels are 0."""
     down, right = torch.randint(3, (2,)).tolist()
     height, width = image.shape[-2:]
     return F.pad(image, (1, 1, 1, 1))[:, down : down + height, right : right + width]
@@ -78,7 +78,7 @@ class DigitsNet(nn.Module):
 
     Args:
         width: channels of the first convolution; the later ones have twice as many.
-        dropout: share of the classifier's inputs that training drops, 0 to 1.
+        dropout: dropout probability of the classifier's inputs, 0 to 1.
     """
 
     def __init__(self, width: int = 32, dropout: float = 0.2) -> None:
@@ -98,23 +98,27 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(2 * width * (SIZE // 4) ** 2, NUM_CLASSES)
 
     def forward(self, image: Tensor, label: Tensor) -> dict[str, Tensor]:
-        """`loss` in nats and `accuracy`, 0 to 1, for `image` [batch, 1, 8, 8] and `label` [batch]."""
+        """Returns `loss` in nats and `accuracy`, 0 to 1, for `image` [batch, 1, 8, 8] and `label` [batch]."""
         logits = self.logits(image)
         accuracy = (logits.argmax(1) == label).float().mean()
         return {"loss": F.cross_entropy(logits, label), "accuracy": accuracy}
 
     def logits(self, image: Tensor) -> Tensor:
-        """Scores of each digit: [batch, 1, 8, 8] to float32 [batch, 10]."""
+        """Returns the logits of the digits: [batch, 1, 8, 8] to float32 [batch, 10]."""
         logits: Tensor = self.head(self.dropout(self.features(image)))
         return logits.float()
 
 
 class HardestMistakes:
-    """A report with a figure of the samples that the model reads worst, the wrong ones first.
+    """A report with a figure of the samples that the model classifies worst, wrong predictions first.
 
     Args:
-        count: samples to show.
-        columns: samples in a row.
+        count: number of samples to show.
+        columns: number of samples in a row.
+
+    Raises:
+        ValueError: an argument is below 1.
+        ImportError: matplotlib is not installed.
     """
 
     def __init__(self, count: int = 16, columns: int = 8) -> None:
@@ -125,7 +129,7 @@ class HardestMistakes:
         self.columns = columns
 
     def __call__(self, module: DigitsNet, dataset: Digits) -> dict[str, Any]:
-        """`num_mistakes`, a float, and `hardest_mistakes`, a matplotlib figure.
+        """Returns `num_mistakes`, a float, and `hardest_mistakes`, a matplotlib figure.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -134,22 +138,26 @@ class HardestMistakes:
         images = torch.stack([sample["image"] for sample in samples])
         labels = torch.stack([sample["label"] for sample in samples])
         device = next(module.parameters()).device
-        chances = module.logits(images.to(device)).softmax(1).cpu()
-        order = margins(chances, labels).argsort(stable=True)[: self.count]
-        num_mistakes = float((chances.argmax(1) != labels).sum())
-        figure = draw(images[order], labels[order], chances[order], self.columns)
+        probabilities = module.logits(images.to(device)).softmax(1).cpu()
+        order = margins(probabilities, labels).argsort(stable=True)[: self.count]
+        num_mistakes = float((probabilities.argmax(1) != labels).sum())
+        figure = draw(images[order], labels[order], probabilities[order], self.columns)
         return {"num_mistakes": num_mistakes, "hardest_mistakes": figure}
 
 
-def margins(chances: Tensor, labels: Tensor) -> Tensor:
-    """Chance of the true label less that of the likeliest other, below 0 where the model is wrong: [samples]."""
-    true = chances.gather(1, labels[:, None]).squeeze(1)
-    others = chances.scatter(1, labels[:, None], -1.0)
+def margins(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Returns each sample's margin: [samples, classes] and [samples] to [samples], from -1 to 1.
+
+    The margin is the probability of the true label minus that of the most likely other label. It is negative for a
+    wrong prediction.
+    """
+    true = probabilities.gather(1, labels[:, None]).squeeze(1)
+    others = probabilities.scatter(1, labels[:, None], -1.0)
     return true - others.amax(1)
 
 
-def draw(images: Tensor, labels: Tensor, chances: Tensor, columns: int) -> Figure:
-    """A grid of `images` [samples, 1, height, width], each titled with its true label and the model's reading."""
+def draw(images: Tensor, labels: Tensor, probabilities: Tensor, columns: int) -> Figure:
+    """Draws a grid of `images` [samples, 1, height, width], each titled with its label and the model's prediction."""
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
     size = (1.3 * columns, 1.65 * rows)
@@ -157,19 +165,20 @@ def draw(images: Tensor, labels: Tensor, chances: Tensor, columns: int) -> Figur
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    for axis, image, label, chance in zip(axes, images, labels.tolist(), chances, strict=False):
-        guess = int(chance.argmax())
-        color = "black" if guess == label else "crimson"
+    for axis, image, label, distribution in zip(axes, images, labels.tolist(), probabilities, strict=False):
+        prediction = int(distribution.argmax())
+        color = "black" if prediction == label else "crimson"
         axis.imshow(image[0].numpy(), cmap="gray_r", vmin=0, vmax=1)
-        axis.set_title(f"{label}, read as {guess}\n{chance[guess]:.0%} sure", fontsize=8, color=color)
+        title = f"{label}, read as {prediction}\n{distribution[prediction]:.0%} sure"
+        axis.set_title(title, fontsize=8, color=color)
     return figure
 
 
 def require(name: str, find_only: bool = False) -> Any:
-    """The module `name`; with `find_only`, it is looked for and not imported.
+    """Imports the module `name` and returns it; with `find_only`, only checks that it is installed.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
+        ImportError: the module is not installed; the message names the extra that installs it.
     """
     try:
         if find_only and importlib.util.find_spec(name) is None:

@@ -1,4 +1,4 @@
-"""Owns the dataset of Python's own standard library source; imports torch and the standard library only."""
+"""A dataset of the source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "validation")
-# Tests, other people's packages, applications, and folders that are mostly tables or generated text.
+# Tests, installed packages, applications, and folders with mostly tables or generated code.
 SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "dist-packages", "encodings", "idle_test", "idlelib", "lib2to3", "pydoc_data"}
     | {"site-packages", "test", "tests", "turtledemo"}
@@ -26,20 +26,20 @@ MAX_ENTRIES = 1_000_000  # of the folder and those below it
 class SourceCode(Dataset[dict[str, Tensor]]):
     """Windows of bytes over the Python files under one folder, split by file.
 
-    The files of a split, sorted by name and each closed by a zero byte, form one stream. Window `i` is the
-    `context + 1` bytes from byte `i * context`: neighbours share one byte, so each byte but the first is
-    predicted once, and a rest shorter than a window is left out. A file's split depends on its relative name
-    alone, and holds on every machine.
+    The files of a split form one stream, sorted by name, with a zero byte after each. Window `i` is the `context + 1`
+    bytes from byte `i * context`. Neighbours share one byte, so each byte except the first is predicted once. A
+    remainder shorter than a window is left out. A file's split depends only on its relative name, and is the same on
+    every machine.
 
     Args:
         split: "train" or "validation".
-        context: bytes that a model sees; a window has one more, for the last prediction.
-        max_windows: keep at most so many windows, evenly spaced over the stream; None keeps all.
-        validation_fraction: share of the files that go to validation, 0 to 1.
-        root: folder to read; None is the running interpreter's standard library.
+        context: number of bytes that a model sees; a window has one more, for the last prediction.
+        max_windows: maximum number of windows, evenly spaced over the stream; None: all.
+        validation_fraction: share of the files that is for validation, 0 to 1.
+        root: folder to read; None: the running interpreter's standard library.
 
     Raises:
-        ValueError: an argument is out of range, or the split has no whole window.
+        ValueError: an argument is out of range, or the split is shorter than a window.
         FileNotFoundError: there is no Python source under `root`.
     """
 
@@ -83,15 +83,15 @@ class SourceCode(Dataset[dict[str, Tensor]]):
         return self._num_kept
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One sample: `window`, uint8 [context + 1]."""
+        """Returns one sample: `window`, uint8 [context + 1]."""
         if not 0 <= index < self._num_kept:
             raise IndexError(f"SourceCode: window {index} of {self._num_kept}")
         start = index * self._num_windows // self._num_kept * self.context
-        # A view would carry the whole stream with it when a loader's worker sends the sample.
+        # A view would take the whole stream along when a DataLoader worker sends the sample.
         return {"window": self._stream[start : start + self.context + 1].clone()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Reading again takes about 15 ms and keeps megabytes out of a spawned worker's pickle.
+        # Pickled as its settings: a spawned worker reads the files again in about 15 ms instead of receiving megabytes.
         return type(self), self._settings
 
 
@@ -100,14 +100,14 @@ def _is_count(value: object) -> bool:
 
 
 def list_sources(folder: str) -> list[str]:
-    """Relative names, with forward slashes and sorted, of the Python files that the dataset reads.
+    """Returns the sorted relative names, with forward slashes, of the Python files that the dataset reads.
 
     Raises:
-        ValueError: the folder has too many entries, as where links below it lead in circles.
+        ValueError: the folder has too many entries, for example because links in it form a cycle.
     """
     names = []
     num_entries = 0
-    pending = [""] if os.path.isdir(folder) else []  # an interpreter may keep its library in a zip file
+    pending = [""] if os.path.isdir(folder) else []  # some interpreters have a zipped library
     while pending:
         prefix = pending.pop()
         with os.scandir(os.path.join(folder, prefix)) as entries:
@@ -126,15 +126,15 @@ def list_sources(folder: str) -> list[str]:
 
 
 def in_validation(name: str, fraction: float) -> bool:
-    """True for a stable `fraction` of file names, drawn by checksum."""
+    """Returns whether a file is for validation, by the checksum of its name: True for `fraction` of all names."""
     return zlib.crc32(name.encode()) < fraction * 2**32
 
 
 def read_stream(folder: str, names: list[str]) -> Tensor:
-    """The bytes of the files in order, a zero byte after each: uint8 [total].
+    """Returns the bytes of the files in order, with a zero byte after each: uint8 [total].
 
     Raises:
-        ValueError: a file is too large for source code, or all are together.
+        ValueError: a file, or all files together, are larger than the limit.
     """
     stream = bytearray()
     for name in names:
@@ -142,8 +142,8 @@ def read_stream(folder: str, names: list[str]) -> Tensor:
             content = file.read(MAX_FILE_BYTES + 1)
         if len(content) > MAX_FILE_BYTES or len(stream) > MAX_BYTES:
             found = f"{name} is" if len(content) > MAX_FILE_BYTES else f"the files up to {name} are"
-            largest = f"{MAX_FILE_BYTES:,} bytes, or all over {MAX_BYTES:,}"
-            raise ValueError(f"SourceCode: {found} too large: no file may have over {largest}; set root to source code")
+            limits = f"{MAX_FILE_BYTES:,} bytes, or all over {MAX_BYTES:,}"
+            raise ValueError(f"SourceCode: {found} too large: no file may have over {limits}; set root to source code")
         stream += content
         stream.append(0)
     return torch.frombuffer(stream, dtype=torch.uint8) if stream else torch.empty(0, dtype=torch.uint8)

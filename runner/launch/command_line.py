@@ -1,64 +1,54 @@
-"""The command line of `python -m runner`: composes the config, then launches it. Must not import torch."""
+"""The command line of `python -m runner`: composes the config, then launches it. Does not import torch."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig
 
 from runner.config import checks, errors
 from runner.config.composition.interpolation import quote_nested
 from runner.control import signals
 from runner.launch import launcher
 
-
-@hydra.main(config_path=str(checks.CONF_DIR), config_name="config", version_base="1.3")
-def _compose_and_launch(cfg: DictConfig) -> Any:
-    return launcher.launch(cfg)
-
-
-def main() -> None:
-    """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    with signals.exit_on_interrupt(_clean_up):
-        _run()
+_CONFIG = {"config_path": str(checks.CONF_DIR), "config_name": "config", "version_base": "1.3"}
 
 
 def _clean_up(status: int) -> None:
-    launcher.leave(status)
-    launcher.drop_unused()
+    launcher.end_group(status)
+    launcher.remove_unused_folder()
 
 
-def _run() -> None:
+@signals.exit_on_interrupt(_clean_up)
+def main() -> None:
+    """Runs the command line; a user's mistake prints one message and exits with status 2."""
     checks.register()
     errors.hide_tracebacks(False)
-    gc.disable()  # importing torch makes no garbage, and looking for it takes a third of the time; `run` enables it
+    gc.disable()  # importing torch makes no garbage, but collecting takes a third of its time; `Trainer.fit` enables it
     status = 1
     try:
-        if (followed := launcher.join()) is not None:
-            sys.exit(followed)
-        arguments = launcher.with_resumed_overrides([quote_nested(argument) for argument in sys.argv[1:]])
-        if launcher.shows_resumed(arguments):
+        if (group_status := launcher.join_group()) is not None:
+            sys.exit(group_status)
+        arguments = launcher.prepare_arguments([quote_nested(argument) for argument in sys.argv[1:]])
+        if launcher.print_resumed_config(arguments):
             sys.exit(0)
         sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-        with errors.raised_by_hydra():  # the message is made here
-            _compose_and_launch()
+        with errors.make_hydra_raise():  # errors are formatted below
+            hydra.main(**_CONFIG)(launcher.launch)()
         status = 0
     except Exception as error:
         message = errors.format_error(error)
-        if message is None and errors.hides_tracebacks():
-            errors.tell_traceback(error)
+        if message is None and errors.are_tracebacks_hidden():
+            errors.print_traceback(error)
             sys.exit(status)
         if errors.wants_traceback() or message is None:
             raise
-        if not getattr(error, "is_told", False):
-            errors.tell(message)
+        errors.print_message(message)
         status = 2
         sys.exit(status)
     except KeyboardInterrupt as interrupt:  # before there was a run to save
-        status = signals.STATUSES[signals.meaning_of(interrupt)[0]]
+        status = signals.EXIT_STATUSES[signals.status_of_interrupt(interrupt)[0]]
         sys.exit(status)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1

@@ -1,7 +1,6 @@
-"""N workers on this machine, through torch's elastic agent, which starts them all again where one dies.
+"""Several workers on this machine, through torch's elastic agent, which restarts all of them when one dies.
 
-Owns what passes between this process and its workers: the hand-over, signals, the status. Must not import torch at the
-top.
+The launcher and its workers share a temporary folder, for the job, their process ids and the exit status.
 """
 
 from __future__ import annotations
@@ -18,30 +17,31 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runner.config.errors import ConfigError, tell
+from runner.config.errors import ConfigError, print_message
+from runner.config.schema import DistributedConfig
 from runner.control import signals, terminal
 from runner.launch.job import Job
 
-_GRACE_S = 5.0  # for workers to end after a second signal
+_GRACE_S = 5.0  # from a second signal until workers are killed
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
-def num_workers(settings: Any) -> int:
-    """Returns how many processes this machine is to run.
+def count_workers(distributed: DistributedConfig) -> int:
+    """Returns the number of processes that this machine runs.
 
     Raises:
-        ConfigError: it is no number, or this machine has fewer accelerators.
+        ConfigError: this machine has fewer accelerators.
     """
-    wanted = settings.nproc_per_node
-    if wanted == 1 or settings.strategy is None:
+    wanted = distributed.nproc_per_node
+    if wanted == 1 or distributed.strategy is None:
         return 1
     import torch
 
-    is_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    is_cpu = distributed.device == "cpu" or not torch.accelerator.is_available()
     count = 0 if is_cpu else torch.accelerator.device_count()
     if wanted == "auto":
         return max(count, 1)
-    is_shared = ":" in settings.device  # the name of one accelerator
+    is_shared = ":" in distributed.device  # the name of one accelerator
     if not is_cpu and not is_shared and wanted > count:
         raise ConfigError(
             f"distributed.nproc_per_node={wanted}: this machine has {count} accelerators, one a process; let the "
@@ -50,88 +50,87 @@ def num_workers(settings: Any) -> int:
     return int(wanted)
 
 
-def start(handover: Job, num_local: int) -> int:
-    """Runs a hand-over in workers; returns the exit status of the run.
+def start(job: Job, num_local: int) -> int:
+    """Runs a job in `num_local` workers; returns the exit status of the run.
 
     Raises:
-        ConfigError: the machines did not meet.
+        ConfigError: the rendezvous of the machines failed.
     """
     with tempfile.TemporaryDirectory(prefix="runner-") as name, _unchanged_environment():
         folder = Path(name)
-        (folder / "handover").write_bytes(handover.encode())
-        relay = _Relay(folder)
-        with signals.taken(relay.take):
-            problem = _run_agent(handover, num_local, folder)
+        (folder / "job").write_bytes(job.encode())
+        relay = _SignalRelay(folder)
+        with signals.install_handlers(relay.forward):
+            failure = _run_agent(job, num_local, folder)
         relay.close()
         status = _read_status(folder)
-        if status is None and relay.seen:
-            status = signals.STATUSES[signals.MEANINGS[relay.seen[0]]]
-        if status is None and problem is not None:
-            tell(problem)
+        if status is None and relay.received:
+            status = signals.EXIT_STATUSES[signals.STATUS_BY_SIGNAL[relay.received[0]]]
+        if status is None and failure is not None:
+            print_message(failure)
         return 1 if status is None else status
 
 
-def _run_agent(handover: Job, num_local: int, folder: Path) -> str | None:
-    """Runs the workers to their end; returns what a person should know where that is not how they ended."""
-    settings = handover.distributed
-    if settings.rdzv_endpoint is not None:
-        host, _, port = settings.rdzv_endpoint.rpartition(":")
+def _run_agent(job: Job, num_local: int, folder: Path) -> str | None:
+    """Runs the workers until they end; returns a message if one failed for good."""
+    distributed = job.spec.distributed
+    endpoint = f"distributed.rdzv_endpoint={distributed.rdzv_endpoint}"
+    if distributed.rdzv_endpoint is not None:
+        host, _, port = distributed.rdzv_endpoint.rpartition(":")
         try:
             socket.getaddrinfo(host, int(port))
         except OSError as error:
-            where = f"distributed.rdzv_endpoint={settings.rdzv_endpoint}"
-            raise ConfigError(f"{where}: there is no such host ({error.strerror})") from error
-    os.environ.setdefault("LOGLEVEL", "ERROR")  # the agent's own words: which worker failed, and how
+            raise ConfigError(f"{endpoint}: there is no such host ({error.strerror})") from error
+    os.environ.setdefault("LOGLEVEL", "ERROR")  # of the agent, which would report how a worker failed
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if handover.has_file_store:
-        meeting = _meet_in_files(folder)
+    if job.has_file_store:
+        rendezvous = _make_file_rendezvous(folder)
     else:
-        meeting = {"run_id": "runner", "rdzv_endpoint": settings.rdzv_endpoint, "rdzv_configs": {}}
-    timeout_s = int(settings.rdzv_timeout_s)
-    meeting["rdzv_configs"] |= {"timeout": timeout_s, "join_timeout": timeout_s}
+        rendezvous = {"run_id": "runner", "rdzv_endpoint": distributed.rdzv_endpoint, "rdzv_configs": {}}
+    timeout_s = int(distributed.rdzv_timeout_s)
+    rendezvous["rdzv_configs"] |= {"timeout": timeout_s, "join_timeout": timeout_s}
     config = LaunchConfig(
-        min_nodes=settings.nnodes,
-        max_nodes=settings.nnodes,
+        min_nodes=distributed.nnodes,
+        max_nodes=distributed.nnodes,
         nproc_per_node=num_local,
         rdzv_backend="c10d",
-        max_restarts=settings.max_restarts,
+        max_restarts=distributed.max_restarts,
         monitor_interval=0.1,
-        signals_to_handle="SIGQUIT",  # a list that is not empty, and without those that are relayed
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),  # it makes a folder of its own, and would leave it behind
-        **meeting,
+        signals_to_handle="SIGQUIT",  # must not be empty, nor name a signal that is relayed
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),  # by default a folder that is never removed
+        **rendezvous,
     )
     try:
         elastic_launch(config, sys.executable)("-P", "-c", _START, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
-        number = settings.max_restarts
-        return f"rank {rank} ended with {how}, after {number} restarts; go on with resume={handover.folder}"
+        number = distributed.max_restarts
+        return f"rank {rank} ended with {how}, after {number} restarts; go on with resume={job.folder}"
     except RendezvousError as error:
-        where = f"distributed.rdzv_endpoint={settings.rdzv_endpoint}"
-        raise ConfigError(f"{where}: the machines did not meet ({error})") from error
+        raise ConfigError(f"{endpoint}: the machines did not meet ({error})") from error
     return None
 
 
-def _meet_in_files(folder: Path) -> dict[str, Any]:
-    """Returns the settings of an agent that is alone: neither it nor its workers open a port that others can reach.
+def _make_file_rendezvous(folder: Path) -> dict[str, Any]:
+    """Returns the rendezvous settings of one machine, where no process opens a port that others can reach.
 
-    The stores are files in `folder`, which this user alone can open. What carries tensors listens on loopback.
+    The stores are files in `folder`, which this user alone can open. Tensors are exchanged on the loopback interface.
     """
-    # Else the agent starts a TCPStore for its workers, which listens on all interfaces whatever its address.
+    # By default the agent starts a TCPStore for its workers, which listens on all interfaces whatever its address.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, _LOOPBACK)
     return {
         "run_id": folder.name,
         "rdzv_endpoint": str(folder / "rendezvous"),
-        # A FileStore only grows, and nobody waits for the heartbeats of an agent that is alone.
+        # Rare heartbeats: a FileStore only grows, and no other agent waits for them.
         "rdzv_configs": {"store_type": "file", "keep_alive_interval": _KEEP_ALIVE_S},
-        # Else the agent looks up this machine's host name, which need not resolve.
+        # By default the agent looks up this machine's host name, which need not resolve.
         "local_addr": "127.0.0.1",
     }
 
@@ -139,7 +138,7 @@ def _meet_in_files(folder: Path) -> dict[str, Any]:
 _KEEP_ALIVE_S = 3600
 
 
-# `-P`: no module is imported from the current directory, unless the run says so. The package lies last on the path.
+# `-P` keeps the current directory off `sys.path`, unless the job adds it. The directory of this package comes last.
 _START = (
     f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from runner.launch import worker; worker.start()"
 )
@@ -152,7 +151,7 @@ def _read_status(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def _unchanged_environment() -> Iterator[None]:
-    """Leaves nothing of one job to the next: no variable, no signal handler."""
+    """Restores the environment variables and the handler of SIGQUIT, which a job must not leave to the next."""
     before, handler = dict(os.environ), signal.getsignal(signal.SIGQUIT)
     try:
         yield
@@ -162,40 +161,40 @@ def _unchanged_environment() -> Iterator[None]:
         signal.signal(signal.SIGQUIT, handler)
 
 
-class _Relay:
-    """Passes the signals of this process on to its workers, which have sessions of their own, each signal once."""
+class _SignalRelay:
+    """Forwards the signals of this process to its workers, each once; the workers have sessions of their own."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.seen: list[signal.Signals] = []
-        self._last: threading.Timer | None = None
+        self.received: list[signal.Signals] = []
+        self._kill_timer: threading.Timer | None = None
 
     def close(self) -> None:
-        """Ends the waiting."""
-        if self._last is not None:
-            self._last.cancel()
+        """Cancels the kill that follows a second signal."""
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
 
-    def take(self, number: int, frame: FrameType | None) -> None:
-        """Passes a signal on; after a second one, workers that do not end are killed."""
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal: forwards it; after a second one, kills workers that do not end in time."""
         if number == signal.SIGHUP:
-            terminal.leave_closed()
-        if number in signals.NEVER_SECOND and self.seen:
+            terminal.redirect_closed_streams()
+        if number in signals.NEVER_SECOND and self.received:
             return
-        self.seen.append(signal.Signals(number))
+        self.received.append(signal.Signals(number))
         (self._folder / "ended").touch()
-        pids = self._pids()
-        if not pids:
+        if not self._worker_pids():
             raise KeyboardInterrupt(number)
         self._send(number)
-        if len(self.seen) == 2:
-            self._last = threading.Timer(_GRACE_S, self._send, (signal.SIGKILL,))
-            self._last.start()
+        if len(self.received) == 2:
+            self._kill_timer = threading.Timer(_GRACE_S, self._send, (signal.SIGKILL,))
+            self._kill_timer.start()
 
-    def _pids(self) -> list[int]:
+    def _worker_pids(self) -> list[int]:
+        """Returns the process ids of the newest attempt, from files named `pid.ATTEMPT.PID`."""
         found = [tuple(map(int, path.name.split(".")[1:])) for path in self._folder.glob("pid.*")]
         return [pid for attempt, pid in found if attempt == max(found)[0]]
 
     def _send(self, number: int) -> None:
-        for pid in self._pids():
+        for pid in self._worker_pids():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)

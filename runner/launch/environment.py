@@ -1,4 +1,4 @@
-"""Where a process stands among those of its run, as its environment tells. Imports the standard library alone."""
+"""Rank, world size and store address of this process, from the environment variables of torch's launchers or srun."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ProcessEnvironment:
-    """Where a process stands among those of its run, and where they meet."""
+    """Rank, world size and store address of one process of a run."""
 
     rank: int = 0
     world_size: int = 1
@@ -18,30 +18,30 @@ class ProcessEnvironment:
     local_world_size: int = 1
     address: str = "127.0.0.1"
     port: int = 0
-    has_external_store: bool = False  # the store is another program's, such as torchrun's agent
+    has_external_store: bool = False  # another program serves the store, such as torchrun's agent
     restarts: int = 0
     run_id: str = ""
-    store_file: str = ""  # in a private folder, where they meet there instead of at the address
+    store_file: str = ""  # a store in a private folder, used in place of the address
 
 
 def read_environment(environ: Mapping[str, str] = os.environ, store_file: str = "") -> ProcessEnvironment:
-    """Returns this process's place, from the variables of torch's launchers or, where one is missing, of Slurm's srun.
+    """Returns the environment of this process, from variables of torch's launchers or else of Slurm's srun.
 
-    A Slurm batch script is no task of its own: outside a step it is one process, whatever its allocation; and so is a
-    script that was submitted from within a step, whose variables it inherits.
+    A Slurm batch script is one process, whatever its allocation. So is a script that was submitted from within a step,
+    whose variables it inherits.
 
     Args:
-        store_file: where whoever started the processes has them meet.
+        store_file: the store that the launcher has chosen.
     Raises:
-        ValueError: variables that are no numbers, contradict each other, or do not say where to meet.
+        ValueError: a variable is no number, two contradict each other, or the address of the store is missing.
     """
     is_step = _is_step(environ)
     numbers = {}
-    for name, (own, of_slurm, default) in _VARIABLES.items():
-        text = environ.get(own, environ.get(of_slurm, default) if is_step else default)
+    for name, (of_torch, of_slurm, default) in _VARIABLES.items():
+        text = environ.get(of_torch, environ.get(of_slurm, default) if is_step else default)
         match = re.match(r"\d+", text)  # Slurm writes tasks a node as 2(x3) or 2,1
         if match is None:
-            raise ValueError(f"the environment has {own} or {of_slurm}={text!r}: expected a number")
+            raise ValueError(f"the environment has {of_torch} or {of_slurm}={text!r}: expected a number")
         numbers[name] = int(match[0])
     if not 0 <= numbers["rank"] < numbers["world_size"]:
         raise ValueError(f"the environment has rank {numbers['rank']} of {numbers['world_size']} processes")
@@ -61,7 +61,7 @@ def read_environment(environ: Mapping[str, str] = os.environ, store_file: str = 
     )
 
 
-_VARIABLES = {  # a place's number: torch's variable, Slurm's, and what holds without them
+_VARIABLES = {  # a field: torch's variable, Slurm's, and the default
     "rank": ("RANK", "SLURM_PROCID", "0"),
     "world_size": ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),
     "local_rank": ("LOCAL_RANK", "SLURM_LOCALID", "0"),
@@ -71,17 +71,18 @@ _VARIABLES = {  # a place's number: torch's variable, Slurm's, and what holds wi
 
 
 def _first_host(hosts: str) -> str:
-    """Returns the first host of Slurm's list: node-3 of node-[3-5,8],other."""
+    """Returns the first host of Slurm's list, such as node-3 of `node-[3-5,8],other`."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", hosts)
     return match[1] + (match[2] or "") if match else ""
 
 
 def _is_step(environ: Mapping[str, str]) -> bool:
+    """Returns whether srun has started this process as a task of a step."""
     count = environ.get("SLURM_STEP_NUM_TASKS")
     return count is not None and count == environ.get("SLURM_NTASKS", count)
 
 
 def is_distributed_launch(environ: Mapping[str, str] = os.environ) -> bool:
-    """Says whether this process was started as one of several, by torch's launchers or by srun."""
+    """Returns whether torch's launchers or srun have started this process as one of several."""
     of_slurm = environ.get("SLURM_STEP_NUM_TASKS") if _is_step(environ) else None
     return environ.get("WORLD_SIZE", of_slurm) not in (None, "", "1")

@@ -1,8 +1,6 @@
-"""A run as the process that composed it hands it to those that run it, and the way there: a file, or torch's store.
+"""The job that a launcher sends to the processes of a run, through a file or torch's store.
 
-It travels as a message: what lies in a store that others can reach executes nothing when it is read.
-
-Must not import torch at the top: what is wrong in a config is told before that.
+It is encoded as a message, not pickled: other programs may reach the store, and reading a message executes nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.config import checks, hparams, run_folder
 from runner.config.errors import ConfigError
-from runner.config.schema import DistributedConfig
+from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
 from runner.config.trust.signature import Origin, SignatureError
 from runner.run import warm_start
-from runner.utils.files import make_folder, message, replace_file
+from runner.utils.files import make_folder_below, message, replace_file
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -34,56 +32,54 @@ if TYPE_CHECKING:
 
 
 class JobError(ConfigError):
-    """Something else lies where a hand-over is expected. Each process that finds it tells it."""
+    """A job was expected, and something else received. Each process that receives it reports it."""
 
 
 @dataclass
 class Job:
-    """A composed run, its config resolved.
+    """One run: the specification of its experiment, its folder, and the circumstances of its start.
 
-    `files` are those of `.hydra/`, as Hydra would write them. With `goes_on`, its folder may hold the run already: it
-    then goes on from the newest checkpoint there. An untrusted run that goes on has no `origin`, and stays unsigned. A
-    job of a sweep is told in one line where it fails. `hparams` are its hyperparameters, as TensorBoard shows them.
+    `files` are those of `.hydra/`, with the content that Hydra would write. With `is_restart` the folder may hold the
+    run already: it then resumes from its newest checkpoint. `origin` is where this user has started the run; it is
+    empty for a resumed untrusted run, which stays unsigned. A failure of a sweep's job is one line on the screen.
+    `hparams` are the hyperparameters that TensorBoard shows.
     """
 
-    settings: dict[str, Any]
+    spec: ExperimentSpec
     folder: Path
     files: dict[str, bytes]
     command: list[str] = field(default_factory=lambda: list(sys.argv))
     python_path: list[str] = field(default_factory=list)  # directories of the user's modules
-    origin: dict[str, Any] = field(default_factory=dict)  # where this user has started it
-    goes_on: bool = False
-    is_job: bool = False
-    is_unclaimed: bool = False  # its folder is to be made by the first rank
-    is_asked_for: bool = False  # that folder and no other
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    origin: dict[str, Any] = field(default_factory=dict)
+    is_restart: bool = False
+    is_sweep_job: bool = False
+    is_unclaimed: bool = False  # the first rank makes the folder
+    is_folder_fixed: bool = False  # that folder, and none with a number behind its name
+    launch_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     hparams: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def distributed(self) -> DistributedConfig:
-        """The settings by which its processes are started."""
-        return checks.typed(DistributedConfig, self.settings["distributed"])
-
-    @property
     def links(self) -> dict[str, str]:
-        """The folders that links in its folder may lead to, by the links' names."""
+        """The target folders of links in its folder that may be followed, by the links' names."""
         return dict(self.origin.get("links", {}))
 
     @property
     def has_file_store(self) -> bool:
-        """Whether its processes, all on this machine, meet in the launcher's folder instead of at a port."""
-        return self.distributed.rdzv_endpoint is None
+        """True if its processes, all on this machine, share a store in the launcher's folder, and open no port."""
+        return self.spec.distributed.rdzv_endpoint is None
 
     def encode(self) -> bytes:
-        """Returns it as a message.
+        """Returns the job as a message.
 
         Raises:
-            ConfigError: naming the key of an object in the config, as a resolver may return it.
+            ConfigError: naming the key of an object in the config, such as a resolver returns.
         """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        plain = self.spec.plain
         try:
-            return message.encode({each.name: getattr(self, each.name) for each in fields(self)})
+            return message.encode({**values, "spec": plain})
         except TypeError:
-            for key, value in _objects_in(self.settings):
+            for key, value in _find_objects(plain):
                 kind = f"{type(value).__module__}.{type(value).__qualname__}"
                 expected = "expected a text, number, list or mapping, which can be sent to the run's other processes"
                 raise ConfigError(f"{key}: {expected}; found a {kind}; make it of these where it is used") from None
@@ -91,42 +87,41 @@ class Job:
 
     @classmethod
     def decode(cls, data: bytes) -> Job:
-        """Returns the hand-over that `encode` made a message of.
+        """Returns the job that `encode` made a message of.
 
         Raises:
-            HandoverError: the message is of another program, or of another version of this one.
+            JobError: the message is of another program, or of another version of this one.
         """
-        return _check(_read(data))
+        return _check(_decode(data))
 
     def write_config(self) -> None:
-        """Puts the config in the run's folder, once all is built, each file whole at every moment.
+        """Writes `.hydra/` of the run's folder, each file atomically, and signs it.
 
-        Beside it stands the structure of the weights files that the models were built from.
+        Beside the config it records the structure of the weights files that the models were built from.
         """
         folder = self.folder / ".hydra"
-        make_folder(folder, self.folder)
+        make_folder_below(folder, self.folder)
         files = {f"{name}.yaml": text for name, text in self.files.items()}
-        if self.settings["resume"] is None:
-            content = warm_start.record(self.settings, folder / warm_start.RECORD)
-            files |= {} if content is None else {warm_start.RECORD: content}
+        if self.spec.resume is None:
+            content = warm_start.record_weights_files(self.spec.plain, folder / warm_start.RECORD_NAME)
+            files |= {} if content is None else {warm_start.RECORD_NAME: content}
         if self.origin:
             try:
                 signature.sign(self.folder, signature.Origin(**self.origin), files)
             except (OSError, SignatureError) as error:
-                effect = (
-                    "resume, evaluate and export will not know it as yours; set XDG_STATE_HOME to a folder of yours"
-                )
-                print(f"The run can't be signed: {error}; {effect}", file=sys.stderr)
+                effect = "resume, evaluate and export will not know it as yours"
+                remedy = "set XDG_STATE_HOME to a folder of yours"
+                print(f"The run can't be signed: {error}; {effect}; {remedy}", file=sys.stderr)
         for name, text in files.items():
             replace_file(folder / name, [text])
 
 
-def _objects_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields what no message can hold, with its key."""
+def _find_objects(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields key and value of everything in a config that a message can't hold."""
     if isinstance(node, (dict, list, tuple)):
         children = node.items() if isinstance(node, dict) else enumerate(node)
         for name, child in children:
-            yield from _objects_in(child, f"{key}.{name}".lstrip("."))
+            yield from _find_objects(child, f"{key}.{name}".lstrip("."))
         return
     try:
         message.encode(node)
@@ -134,7 +129,7 @@ def _objects_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, node
 
 
-def _read(data: bytes) -> Any:
+def _decode(data: bytes) -> Any:
     try:
         return message.decode(data)
     except ValueError as error:
@@ -142,38 +137,37 @@ def _read(data: bytes) -> Any:
 
 
 def _check(values: Any) -> Job:
-    types = get_type_hints(Job)
+    """Returns the job with the values of a message, which must be of its fields and of their types."""
+    types = {**get_type_hints(Job), "spec": dict[str, Any]}
     if not isinstance(values, dict):
         raise _error(f"a {type(values).__name__}")
     if values.keys() != types.keys():
         raise _error(f"the keys {', '.join(map(repr, values))}")
     for name, value in values.items():
-        if not _is_of(value, types[name]):
+        if not _is_instance(value, types[name]):
             raise _error(f"{name}={value!r}")
-    made = Job(**values)
     try:
-        made.distributed  # noqa: B018
+        return Job(**{**values, "spec": ExperimentSpec.from_plain(values["spec"])})
     except (KeyError, TypeError, AttributeError) as error:
-        raise _error(f"settings with another `distributed` ({error!r})") from error
-    return made
+        raise _error(f"another specification ({error!r})") from error
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Says whether a value is of a type such as `dict[str, bytes]`."""
+def _is_instance(value: Any, hint: Any) -> bool:
+    """Returns whether a value is of a type such as `dict[str, bytes]`."""
     if hint is Any:
         return True
     if not isinstance(value, get_origin(hint) or hint):
         return False
     if isinstance(value, dict):
         key_hint, child_hint = get_args(hint)
-        return all(_is_of(key, key_hint) and _is_of(child, child_hint) for key, child in value.items())
-    return all(_is_of(child, get_args(hint)[0]) for child in value) if isinstance(value, list) else True
+        return all(_is_instance(key, key_hint) and _is_instance(child, child_hint) for key, child in value.items())
+    return all(_is_instance(child, get_args(hint)[0]) for child in value) if isinstance(value, list) else True
 
 
 def _error(found: str) -> JobError:
     shown = found if len(found) <= _MOST_SHOWN else f"{found[:_MOST_SHOWN]}..."
     return JobError(
-        f"hand-over: expected a run as rank 0 composed it, found {shown}; start all ranks with the same version of the "
+        f"job: expected a run as rank 0 composed it, found {shown}; start all ranks with the same version of the "
         "runner, at an address that no other program uses"
     )
 
@@ -181,82 +175,86 @@ def _error(found: str) -> JobError:
 _MOST_SHOWN = 200
 
 
-def make(
+def make_job(
     cfg: DictConfig,
     folder: Path,
     origin: Origin | None,
     *,
-    goes_on: bool = False,
+    is_restart: bool = False,
     resumed: Path | None = None,
-    is_job: bool = False,
+    is_sweep_job: bool = False,
 ) -> Job:
-    """Returns the hand-over of the job that Hydra runs now; nothing in it needs Hydra any more.
+    """Returns the job that Hydra runs now; nothing in it needs Hydra any more.
 
     Args:
         origin: where this user has started the run; None for an untrusted one.
-        is_job: it is one of a sweep's.
-        resumed: the folder of the run that goes on, which keeps its hydra.yaml: `${hydra:...}` tells what that says.
+        resumed: the folder of the run to resume. It keeps its hydra.yaml, and `${hydra:...}` reads that file.
     """
     hydra_config: Any = HydraConfig.instance().cfg
     contents = {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.hydra.overrides.task}
     files = {name: OmegaConf.to_yaml(content).encode() for name, content in contents.items()}
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
-    with run_folder.told_of(resumed, cfg) if resumed else contextlib.nullcontext():
-        settings = checks.to_plain(cfg)
+    with run_folder.recorded_hydra_config(resumed, cfg) if resumed else contextlib.nullcontext():
+        spec = checks.to_spec(cfg)
     return Job(
-        settings,
+        spec,
         folder.absolute(),
         files,
         python_path=import_path.list_own(),
         origin=asdict(origin) if origin else {},
-        goes_on=goes_on,
-        is_job=is_job,
-        hparams=hparams.select(hydra_config, settings, reads_experiment=resumed is None),
+        is_restart=is_restart,
+        is_sweep_job=is_sweep_job,
+        hparams=hparams.select(hydra_config, spec.plain, reads_experiment=resumed is None),
     )
 
 
 class JobChannel:
-    """Hand-overs in the store of a run's processes, from the one that composes to the others, job after job."""
+    """Sends jobs, one after the other, from the rank that composes them to the others, through their store."""
 
-    def __init__(self, store: Store, place: ProcessEnvironment) -> None:
-        self._store, self._place = store, place
+    def __init__(self, store: Store, environment: ProcessEnvironment) -> None:
+        self._store = store
+        self._environment = environment
         self._number = 0
 
-    def send(self, handover: Job) -> None:
-        """Hands the next job over."""
-        self._put(handover.encode())
+    def send(self, job: Job) -> None:
+        """Sends the next job."""
+        self._put(job.encode())
 
     def end(self, status: int) -> None:
-        """Says that there is no other job, and with which status all end; where the store is here, waits for them."""
-        from runner.utils.distributed import wait_for
+        """Sends the exit status of all ranks in place of another job.
+
+        If the store is of this process, waits until the others have received it.
+        """
+        from runner.utils.distributed import wait_for_keys
 
         self._put(message.encode(status))
-        if not (self._place.has_external_store or self._place.store_file):
-            with contextlib.suppress(RuntimeError):  # they are gone already
-                wait_for(self._store, [f"bye/{rank}" for rank in range(1, self._place.world_size)], _LINGER_S)
+        if not (self._environment.has_external_store or self._environment.store_file):
+            with contextlib.suppress(RuntimeError):  # they have ended already
+                keys = [f"bye/{rank}" for rank in range(1, self._environment.world_size)]
+                wait_for_keys(self._store, keys, _LINGER_S)
 
     def _put(self, data: bytes) -> None:
         self._store.set(f"job/{self._number}", data)  # type: ignore[arg-type]  # torch's stub lacks bytes
         self._number += 1
 
     def receive(self) -> Job | int:
-        """Waits for the next job; returns a status where there is none.
+        """Waits for the next job; returns an exit status if there is none.
 
         Raises:
-            HandoverError: something else lies there.
+            JobError: something else was received.
         """
-        from runner.utils.distributed import wait_for
+        from runner.utils.distributed import wait_for_keys
 
         key = f"job/{self._number}"
         self._number += 1
-        # Whoever composes takes its time. If it is gone, so is the store or the launcher.
-        wait_for(self._store, [key], math.inf)
-        found = _read(self._store.get(key))
-        if type(found) is not int:
-            return _check(found)
-        self._store.set(f"bye/{self._place.rank}", "")
-        return found
+        # Composing takes a while. If rank 0 is gone, so is the store or the launcher, and the wait ends.
+        wait_for_keys(self._store, [key], math.inf)
+        received = _decode(self._store.get(key))
+        if type(received) is not int:
+            return _check(received)
+        self._store.set(f"bye/{self._environment.rank}", "")
+        return received
 
 
 _LINGER_S = 10.0

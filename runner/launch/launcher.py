@@ -1,13 +1,15 @@
-"""From a composed config to a run: its folder, then the run itself, in this process or in workers.
+"""Checks a composed config, claims the run's folder, and runs the job in this process or in workers.
 
-Must not import torch at the top: what is wrong in the config is told before that.
+torch is imported only once the config is checked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,38 +22,37 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.config import checks, errors, hparams, resume, run_folder
-from runner.config.composition.interpolation import fill_cache, fix_values, quote, told_by_hydra
+from runner.config.composition.interpolation import cache_now, pin_unstable_values, quote, use_hydra_config
 from runner.config.errors import ConfigError
 from runner.config.resume import Resumption
 from runner.config.trust import import_path, signature
 from runner.config.trust.signature import Origin
 from runner.control import signals
 from runner.launch import elastic, sweep, worker
-from runner.launch import job as handover
 from runner.launch.environment import is_distributed_launch
-from runner.launch.job import Job
+from runner.launch.job import Job, make_job
 from runner.utils.files import disk, read_bounded, remove_tree
 from runner.utils.utils import describe, escape_controls, one_line
 
-_joined: worker.WorkerGroup | None = None  # where torchrun or srun have started several processes
-_resumption: Resumption | None = None  # of this command line, from before Hydra reads it to the end
-_made: Path | None = None  # the run's folder, if it was not there before
+_group: worker.WorkerGroup | None = None  # if torchrun or srun have started several processes
+_resumption: Resumption | None = None  # of this command line, if it resumes a run
+_new_folder: Path | None = None  # the run's folder, if this process made it
 
 
 class RunFolder(Callback):
-    """Checks the config and claims the run's folder, before Hydra writes into it.
+    """Checks the config and claims the run's folder before Hydra writes into it.
 
     Args:
-        keys: of a sweep's hyperparameters, which its jobs read in their config.
+        keys: of a sweep's hyperparameters, for the configs of its jobs.
     """
 
     def __init__(self, **keys: list[str] | None) -> None:
         pass
 
-    def on_multirun_start(self, config: DictConfig, **given: Any) -> None:
-        """Checks the folder of the sweep before Hydra writes into it, as it does through links.
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Checks the folder of the sweep for links, through which Hydra would write.
 
-        Leaves Ctrl-C to a launcher that runs the jobs in other processes: it may have to stop them.
+        A launcher that runs the jobs in other processes handles Ctrl-C itself, as it may have to stop them.
         """
         try:
             run_folder.refuse_links_of_sweep(Path(config.hydra.sweep.dir))
@@ -59,25 +60,25 @@ class RunFolder(Callback):
             _end(error)
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
-        fill_cache(config)
-        sweep.begin(_typed(config.hydra))
-        hparams.put_into_jobs(config)
+        cache_now(config)
+        sweep.begin(_typed_overrides(config.hydra))
+        hparams.pass_keys_to_jobs(config)
 
-    def on_multirun_end(self, config: DictConfig, **given: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the table of all jobs; ends the program where one of them has failed."""
         if status := sweep.end():
             raise SystemExit(status)
 
-    def on_run_start(self, config: DictConfig, **given: Any) -> None:
-        """Ends the program with one message where the config is wrong: nothing was made yet."""
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ends the program with one message if the config is wrong, before anything is written."""
         try:
-            lines = _restore(config, given["config_name"], _resumption) if _resumption else []
-            with _told_by_hydra(config, config):
-                fix_values(config)
+            lines = _restore(config, kwargs["config_name"], _resumption) if _resumption else []
+            with _hydra_values_of(config, config):
+                pin_unstable_values(config)
             task = copy.deepcopy(config)
             with read_write(task), open_dict(task):
                 del task["hydra"]
-            with _told_by_hydra(config, task):
+            with _hydra_values_of(config, task):
                 _check(task)
             folder = _claim(config, task)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
@@ -88,8 +89,8 @@ class RunFolder(Callback):
             config.hydra.run.dir = str(folder)
 
 
-def shows_resumed(arguments: list[str]) -> bool:
-    """Prints the config of the run that goes on where `--cfg` asks for it; says whether it did."""
+def print_resumed_config(arguments: list[str]) -> bool:
+    """Prints the config of the resumed run if `--cfg` asks for it; returns whether it did."""
     if _resumption is None:
         return False
     parsed = get_args_parser().parse_args(arguments)
@@ -101,7 +102,7 @@ def shows_resumed(arguments: list[str]) -> bool:
     if parsed.cfg == "job":
         with read_write(cfg), open_dict(cfg):
             del cfg["hydra"]
-    with run_folder.told_of(_resumption.run, cfg):
+    with run_folder.recorded_hydra_config(_resumption.run, cfg):
         shown = OmegaConf.select(cfg, parsed.package) if parsed.package else cfg
         print(OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else shown, end="")
     return True
@@ -113,19 +114,18 @@ def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
     return resume.restore(cfg, asked, lambda overrides: hydra.compose_config(config_name, overrides, RunMode.RUN))
 
 
-def _told_by_hydra(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractContextManager[None]:
-    """Has `${hydra:...}` tell what it will when the job runs, but for another name of its folder."""
+def _hydra_values_of(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractContextManager[None]:
+    """Resolves `${hydra:...}` as when the job runs, except that its folder may get another name."""
     if _resumption is not None:
-        return run_folder.told_of(_resumption.run, task)
-    return told_by_hydra(task, lambda: cfg.hydra, Path(cfg.hydra.run.dir))
+        return run_folder.recorded_hydra_config(_resumption.run, task)
+    return use_hydra_config(task, lambda: cfg.hydra, Path(cfg.hydra.run.dir))
 
 
 def _check(cfg: DictConfig) -> None:
-    checks.check(cfg)
-    from runner.config import targets  # what they name is imported, and torch with it, once the rest is right
+    plain = checks.check(cfg).plain
+    from runner.config import targets  # imports what the config names, and so torch: only once the rest is right
     from runner.config.trust import allowlist
 
-    plain = checks.to_plain(cfg)
     if _resumption is None or _resumption.origin is None:
         import_path.add_deferred()
     targets.seed_imports(plain["seed"])
@@ -137,34 +137,35 @@ def _check(cfg: DictConfig) -> None:
 
 def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     wanted = Path(cfg.hydra.run.dir)
-    if (given := OmegaConf.select(task, "resume")) is not None:
+    if (resume_path := OmegaConf.select(task, "resume")) is not None:
         if _resumption is None:
-            raise ConfigError(f"resume={given}: give it on the command line; it stands in a YAML file")
+            raise ConfigError(f"resume={resume_path}: give it on the command line; it stands in a YAML file")
         return wanted
-    if task.distributed.nnodes > 1 and _joined is None:
-        return wanted  # of several machines the one with the first rank claims it
-    global _made
-    folder, is_new = run_folder.claim(wanted, _is_folder_given(cfg.hydra.overrides.hydra), import_path.is_requeued())
-    _made = folder.resolve() if is_new else None
+    if task.distributed.nnodes > 1 and _group is None:
+        return wanted  # the machine of rank 0 claims it
+    global _new_folder
+    folder, is_new = run_folder.claim(wanted, _is_folder_fixed(cfg.hydra.overrides.hydra), import_path.is_requeued())
+    _new_folder = folder.resolve() if is_new else None
     return folder
 
 
-def _is_folder_given(overrides: Any) -> bool:
+def _is_folder_fixed(overrides: Any) -> bool:
+    """Returns whether the command line sets the folder of the run."""
     return any(str(override).startswith("hydra.run.dir=") for override in overrides)
 
 
-def drop_unused() -> None:
-    """Removes the folder that was made for a run if none has begun in it."""
-    if _made is not None and not (_made / "run.json").exists():
-        with contextlib.suppress(OSError), disk.confine(_made):
-            remove_tree(_made)
+def remove_unused_folder() -> None:
+    """Removes the folder that this process has made if no run has begun there."""
+    if _new_folder is not None and not (_new_folder / "run.json").exists():
+        with contextlib.suppress(OSError), disk.confine(_new_folder):
+            remove_tree(_new_folder)
 
 
 def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
-    """Runs the composed config in this process, or in workers; ends the program where the run was cut short.
+    """Runs the composed config in this process or in workers; exits unless the run ended well.
 
     Returns:
-        For a job of a sweep, how it ended; the value of its best metric for sweepers that search, such as Optuna's.
+        The outcome of a sweep's job; for sweepers that search, such as Optuna's, the value of its best metric.
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -173,19 +174,19 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
     try:
         resumed = _resumption.run if _resumption else None
         origin = _resumption.origin if _resumption else _find_new_origin(hydra_config, folder)
-        job = handover.make(cfg, folder, origin, goes_on=import_path.is_requeued(), resumed=resumed)
+        job = make_job(cfg, folder, origin, is_restart=import_path.is_requeued(), resumed=resumed)
         run_folder.refuse_links(folder, job.links)
-        status = _launch(job)
+        status = _prepare(job)()
     except ConfigError as error:
         _end(error)
     if status:
-        signals.leave_if_cut(status)
+        signals.exit_if_aborted(status)
         raise SystemExit(status)
     return None
 
 
 def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outcome | float | None:
-    """Runs one job of a sweep; the other jobs go on where it fails."""
+    """Runs one job of a sweep, whose other jobs run even if it fails."""
     facts: tuple[str, int, str, float | None]
     try:
         signed = signature.find_signed(folder)
@@ -193,20 +194,20 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
         run_folder.refuse_links_to(folder, Path(hydra_config.sweep.dir))
         run_folder.refuse_links(folder, origin.links)
         _check_job(cfg, folder, signed is not None)
-        goes_on = _is_same_run(cfg, folder)
-        status = _launch(handover.make(cfg, folder, origin, goes_on=goes_on, is_job=True))
+        is_restart = _is_same_run(cfg, folder)
+        status = _prepare(make_job(cfg, folder, origin, is_restart=is_restart, is_sweep_job=True))()
         facts = sweep.describe_end(folder, status)
-    except Exception as error:  # Hydra would keep it for the end, and raise the first alone
+    except Exception as error:  # Hydra would raise the first one, after the last job
         message = errors.format_error(error)
         if message is None:
-            errors.tell_traceback(error)
+            errors.print_traceback(error)
         status = 1 if message is None else 2
         result = describe(error) if message is None else "; ".join(message.splitlines())
         facts = "failed" if message is None else "refused", status, result, None
-    outcome = sweep.note(hydra_config.job.num, tuple(_typed(hydra_config)), *facts)
-    if status not in (0, 1, 2) and _is_basic(hydra_config.launcher):  # a signal ends the whole sweep
+    outcome = sweep.record(hydra_config.job.num, tuple(_typed_overrides(hydra_config)), *facts)
+    if status not in (0, 1, 2) and _is_basic(hydra_config.launcher):  # a signal, which ends the whole sweep
         sweep.end()
-        signals.leave_if_cut(status)
+        signals.exit_if_aborted(status)
         raise SystemExit(status)
     if hydra_config.sweeper["_target_"].endswith(".BasicSweeper"):
         return outcome
@@ -216,35 +217,35 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
 
 
 def _find_new_origin(hydra_config: Any, folder: Path) -> Origin:
-    """Returns where this command was started, with the links of the run's folder that it may follow."""
+    """Returns the origin of a new run, with the links in its folder that the run may follow."""
     signed = signature.find_signed(folder)
     origin = _find_origin(hydra_config, signed)
     if signed is not None or import_path.is_requeued():
         return origin
-    return replace(origin, links=_take_over_links(folder))
+    return replace(origin, links=_find_users_links(folder))
 
 
 def _find_origin(hydra_config: Any, signed: Origin | None) -> Origin:
-    """Returns where this command was started, with the user's directories of YAML.
+    """Returns the origin of this command: its directory, and the user's directories of YAML.
 
     Args:
-        signed: where an earlier start of the same run was; its links are followed further.
+        signed: the origin of an earlier start of the same run, whose links may still be followed.
     """
     sources = [s for s in hydra_config.runtime.config_sources if s.schema == "file" and s.provider != "main"]
     origin = replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
     return origin if signed is None else replace(origin, links=signed.links, run_id=signed.run_id)
 
 
-def _take_over_links(folder: Path) -> dict[str, str]:
-    """Returns the links that the user has put into a new run's folder for its storage, and tells of them."""
+def _find_users_links(folder: Path) -> dict[str, str]:
+    """Returns the links to other storage that the user has put into a new run's folder; prints each."""
     links = run_folder.find_links(folder)
     for name, target in links.items():
         print(one_line(f"{folder / name}: a link; the run writes to {target}"))
     return links
 
 
-def _typed(hydra_config: Any) -> list[str]:
-    """Returns the overrides as typed, interpolations as they stand."""
+def _typed_overrides(hydra_config: Any) -> list[str]:
+    """Returns the overrides as typed, with interpolations unresolved."""
     overrides: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return [str(override) for override in overrides]
 
@@ -253,30 +254,36 @@ def _is_basic(launcher: Any) -> bool:
     return bool(launcher["_target_"].endswith(".BasicLauncher"))
 
 
-def _launch(job: Job) -> int:
-    settings, is_sweep = job.distributed, job.is_job
-    if _joined is not None:
-        if settings.strategy is None:
-            raise ConfigError(f"distributed: it trains on one process, and {_joined.place.world_size} were started")
-        if not is_sweep:
-            _joined.remember(job)
-        _joined.channel.send(job)
-        return _joined.work(job)
-    num_local = elastic.num_workers(settings)
-    if num_local == 1 and settings.nnodes == 1:
-        return worker.work(job)
-    if settings.nnodes > 1 and job.settings["resume"] is None and not is_sweep:
+def _prepare(job: Job) -> Callable[[], int]:
+    """Returns the function that runs a job to its end, once the other processes that this needs have the job.
+
+    It returns the exit status. It is called by `launch`, so that fewer frames stand above a user's module.
+    """
+    distributed = job.spec.distributed
+    if _group is not None:
+        if distributed.strategy is None:
+            found = f"{_group.environment.world_size} were started"
+            raise ConfigError(f"distributed: it trains on one process, and {found}")
+        if not job.is_sweep_job:
+            _group.keep_job(job)
+        _group.channel.send(job)
+        return partial(worker.run_job, job, _group)
+    num_local = elastic.count_workers(distributed)
+    if num_local == 1 and distributed.nnodes == 1:
+        return partial(worker.run_job, job)
+    if distributed.nnodes > 1 and job.spec.resume is None and not job.is_sweep_job:
         with contextlib.suppress(OSError):
-            disk.remove_folder(job.folder)  # Hydra's; the first rank makes the one that counts
-        job.is_unclaimed, job.is_asked_for = True, _is_folder_given(HydraConfig.get().overrides.hydra)
-    return elastic.start(job, num_local)
+            disk.remove_folder(job.folder)  # Hydra made it; the first rank claims another
+        job.is_unclaimed = True
+        job.is_folder_fixed = _is_folder_fixed(HydraConfig.get().overrides.hydra)
+    return partial(elastic.start, job, num_local)
 
 
 def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
-    """Says whether a sweep's job stands in its folder already, as where a scheduler starts it again.
+    """Returns whether a folder holds this job of a sweep already, which a scheduler has started again.
 
     Raises:
-        ConfigError: another run does.
+        ConfigError: it holds another run.
     """
     if not (folder / "run.json").exists():
         return False
@@ -286,64 +293,66 @@ def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
     raise ConfigError(f"{folder}: holds another run already; give the sweep another hydra.sweep.dir")
 
 
-def join() -> int | None:
-    """Takes this process's place where several were started; returns the exit status of one that only follows.
+def join_group() -> int | None:
+    """Connects this process with the others if several were started; returns the exit status of a rank but the first.
 
     Raises:
-        ConfigError: what has started it did not say where it stands.
+        ConfigError: the environment has no valid rank, world size or address.
     """
-    global _joined
+    global _group
     if not is_distributed_launch():
         return None
-    _joined = worker.WorkerGroup()
-    if _joined.is_rank_zero and (job := _joined.recall()) is not None:
-        _joined.channel.send(job)
-        status = _joined.work(job)
-        leave(status)
-        return status
-    return None if _joined.is_rank_zero else _joined.follow()
+    _group = worker.WorkerGroup()
+    if not _group.is_rank_zero:
+        return _group.run_received_jobs()
+    if (job := _group.find_kept_job()) is None:
+        return None
+    _group.channel.send(job)
+    status = worker.run_job(job, _group)
+    end_group(status)
+    return status
 
 
-def leave(status: int) -> None:
-    """Sends home those that wait for a job."""
-    if _joined is not None and _joined.is_rank_zero:
-        _joined.channel.end(status)
+def end_group(status: int) -> None:
+    """Ends the other processes, which wait for another job."""
+    if _group is not None and _group.is_rank_zero:
+        _group.channel.end(status)
 
 
 def _end(error: Exception) -> NoReturn:
     message = errors.format_error(error)
     if message is None:
-        errors.tell_traceback(error)
+        errors.print_traceback(error)
         raise SystemExit(1) from None
-    errors.tell(message)
+    errors.print_message(message)
     raise SystemExit(2) from None
 
 
 def _check_job(cfg: DictConfig, folder: Path, is_signed: bool) -> None:
     try:
-        fix_values(cfg, run_folder.read_config(folder) if is_signed else None)
+        pin_unstable_values(cfg, run_folder.read_config(folder) if is_signed else None)
         hydra_root: Any = HydraConfig.instance().cfg
-        fix_values(hydra_root)
+        pin_unstable_values(hydra_root)
         if OmegaConf.select(cfg, "resume") is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)
     except ConfigError:
-        with contextlib.suppress(OSError):  # it holds what an earlier start of this job left
+        with contextlib.suppress(OSError):  # unless it has files of an earlier start of this job
             disk.remove_folder(folder)
         raise
 
 
-def with_resumed_overrides(arguments: list[str]) -> list[str]:
-    """Returns the command line for Hydra: paths quoted, and with `resume=`, the folder of that run.
+def prepare_arguments(arguments: list[str]) -> list[str]:
+    """Returns the command line for Hydra: paths are quoted, and `resume=` sets the folder of that run.
 
     Raises:
-        ConfigError: there is nothing to resume at that place.
+        ConfigError: there is nothing to resume at that path.
     """
     global _resumption
     arguments = [resume.quote_path(argument) for argument in arguments]
-    places = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
-    if import_path.is_requeued() and places and any(Path(places[-1], "checkpoints").glob("step_*")):
+    folders = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
+    if import_path.is_requeued() and folders and any(Path(folders[-1], "checkpoints").glob("step_*")):
         others = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
-        arguments = [*others, f"resume={quote(places[-1])}"]
+        arguments = [*others, f"resume={quote(folders[-1])}"]
     _resumption = resume.find(arguments)
     return arguments if _resumption is None else _resumption.arguments

@@ -1,7 +1,4 @@
-"""The jobs of a sweep: how each of them ended, told when it fails, and all of them as a table at the end.
-
-Must not import torch.
-"""
+"""The outcomes of a sweep's jobs: a message for each that fails, and a table of all at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.config.errors import tell
+from runner.config.errors import print_message
 from runner.config.run_folder import read_record
 from runner.utils.utils import escape_controls, one_line
 
@@ -21,13 +18,13 @@ _ENDED = ("finished", "quit")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one job, which is what the job returns to Hydra.
+    """The outcome of one job, which the job returns to Hydra.
 
     Args:
-        overrides: those of the job, such as optimizer.lr=0.1.
-        status: that of run.json, or "refused" for a mistake in the config.
-        exit_status: of the job as a run of its own.
-        result: its best metric, or why it failed.
+        overrides: of the job, such as optimizer.lr=0.1.
+        status: as in run.json, or "refused" for a mistake in the config.
+        exit_status: of the job if it were a run of its own.
+        result: its best metric, or the reason of its failure.
         metric: the value of its best metric.
     """
 
@@ -39,16 +36,17 @@ class Outcome:
     metric: float | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A launcher that runs jobs in other processes hands back what they return as pickles, to Hydra's sweeper alone.
-        return _take, (self.number, self.overrides, self.status, self.exit_status, self.result, self.metric)
+        # A launcher that runs jobs in other processes returns their outcomes to Hydra's sweeper as pickles: reading one
+        # records it here.
+        return _record, (self.number, self.overrides, self.status, self.exit_status, self.result, self.metric)
 
 
 _outcomes: dict[int, Outcome] = {}  # by the job's number
-_swept: set[str] = set()  # keys that the sweep varies, where this process began it
+_swept: set[str] = set()  # keys that the sweep varies, if this process began it
 
 
 def begin(overrides: Sequence[str]) -> None:
-    """Begins a sweep in this process, of the overrides as typed."""
+    """Begins a sweep in this process; `overrides` are those of the command line."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     _outcomes.clear()
@@ -57,16 +55,16 @@ def begin(overrides: Sequence[str]) -> None:
     _swept.update(override.get_key_element() for override in parsed if override.is_sweep_override())
 
 
-def note(*facts: Any) -> Outcome:
-    """Takes down the end of a job that this process has run, and tells it if the job has failed."""
-    outcome = _take(*facts)
+def record(*facts: Any) -> Outcome:
+    """Records the outcome of a job that this process has run; prints it if the job has failed."""
+    outcome = _record(*facts)
     if outcome.status not in _ENDED:
         varied = " ".join(o for o in outcome.overrides if not _swept or _key(o) in _swept)
-        tell(f"job {outcome.number} ({one_line(varied)}) {outcome.status}: {one_line(outcome.result)}")
+        print_message(f"job {outcome.number} ({one_line(varied)}) {outcome.status}: {one_line(outcome.result)}")
     return outcome
 
 
-def _take(*facts: Any) -> Outcome:
+def _record(*facts: Any) -> Outcome:
     outcome = Outcome(*facts)
     _outcomes[outcome.number] = outcome
     return outcome
@@ -74,23 +72,23 @@ def _take(*facts: Any) -> Outcome:
 
 def describe_end(folder: Path, status: int) -> tuple[str, int, str, float | None]:
     """Returns status, exit status, result and metric of a job that ran in a folder."""
-    record = read_record(folder)
-    found, best = record.get("status"), record.get("best")
-    name = found if isinstance(found, str) and found != "running" else "failed" if status else "finished"
+    run_record = read_record(folder)
+    recorded, best = run_record.get("status"), run_record.get("best")
+    name = recorded if isinstance(recorded, str) and recorded != "running" else "failed" if status else "finished"
     if status == 2:
         return "refused", 2, "a mistake in the config, which was told above", None
     if status:
-        reason = record.get("reason")
+        reason = run_record.get("reason")
         text = reason if isinstance(reason, str) and reason else f"exit status {status}"
         return name, status, one_line(f"{text}; see {folder / 'log.txt'}"), None
-    step = f"step {record.get('last_step')}"
+    step = f"step {run_record.get('last_step')}"
     if not isinstance(best, dict) or not isinstance(value := best.get("value"), (int, float)):
         return name, status, step, None
     return name, status, one_line(f"{best.get('name')} {value:.6g} at step {best.get('step') or '?'}"), float(value)
 
 
 def _cell(text: str) -> str:
-    """Returns a text as one line of bounded length; its end, such as a path, stays."""
+    """Returns a text as one line, shortened in the middle: its end may be a path."""
     text = one_line(text)
     return text if len(text) <= _LONGEST_CELL else f"{text[: _LONGEST_CELL // 2]}…{text[-_LONGEST_CELL // 2 :]}"
 

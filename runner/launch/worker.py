@@ -1,7 +1,6 @@
-"""One process of a run: alone, started by `agent`, or one of those that torchrun or srun have started.
+"""One process of a run: alone, started by the elastic agent, or one of those that torchrun or srun have started.
 
-Owns joining: where this process stands, its group, and what its end means to whoever started it. Must not import torch
-at the top.
+torch is imported only once there is a job, so that a mistake in a config is reported first.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.config import errors, run_folder
 from runner.config.errors import ConfigError
+from runner.config.schema import DistributedConfig
 from runner.config.trust import import_path
 from runner.control import signals, terminal
 from runner.launch.environment import ProcessEnvironment, read_environment
@@ -30,10 +28,10 @@ _CONNECT_S = 300.0
 
 
 class WorkerGroup:
-    """This process among several that something else has started.
+    """This process among the several of a run that a launcher has started, and the store that they share.
 
     Args:
-        store_file: where they meet; "" where the environment has an address for that.
+        store_file: of their store; "" if it is at the address in the environment.
     """
 
     def __init__(self, store_file: str = "") -> None:
@@ -42,211 +40,216 @@ class WorkerGroup:
         from runner.utils import distributed
 
         try:
-            self.place = read_environment(store_file=store_file)
+            self.environment = read_environment(store_file=store_file)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        whole = distributed.connect(self.place, _CONNECT_S)
-        self._store = PrefixStore(f"runner/{self.place.run_id}", whole)
-        self.channel = JobChannel(PrefixStore(f"attempt/{self.place.restarts}", self._store), self.place)
+        store = distributed.create_store(self.environment, _CONNECT_S)
+        self._store = PrefixStore(f"runner/{self.environment.run_id}", store)
+        self.channel = JobChannel(PrefixStore(self._attempt, self._store), self.environment)
         self._num_jobs = 0
 
     @property
+    def _attempt(self) -> str:
+        return f"attempt/{self.environment.restarts}"
+
+    @property
     def is_rank_zero(self) -> bool:
-        """Whether this process composes for all."""
-        return self.place.rank == 0
+        """True if this process composes the jobs of all."""
+        return self.environment.rank == 0
 
-    def follow(self) -> int:
-        """Runs the jobs that the leader composes; returns the exit status."""
-        while isinstance(handover := self.channel.receive(), Job):
-            with contextlib.suppress(ConfigError):  # the leader tells it
-                self.work(handover)
-        return handover
+    def run_received_jobs(self) -> int:
+        """Runs the jobs that rank 0 composes; returns the exit status."""
+        while isinstance(job := self.channel.receive(), Job):
+            with contextlib.suppress(ConfigError):  # rank 0 reports it
+                run_job(job, self)
+        return job
 
-    def remember(self, handover: Job) -> None:
-        """Keeps the hand-over of the only job, for all to go on with after a restart."""
-        self._store.set("only", handover.encode())  # type: ignore[arg-type]  # torch's stub lacks bytes
+    def keep_job(self, job: Job) -> None:
+        """Stores the only job of this launch, which all ranks run again after a restart."""
+        self._store.set("only", job.encode())  # type: ignore[arg-type]  # torch's stub lacks bytes
 
-    def recall(self) -> Job | None:
-        """Returns the hand-over that was kept before a restart.
+    def find_kept_job(self) -> Job | None:
+        """Returns the job that was stored before a restart.
 
         Raises:
-            HandoverError: something else lies there.
+            JobError: something else is stored.
         """
-        if not self.place.restarts or not self._store.check(["only"]):
+        if not self.environment.restarts or not self._store.check(["only"]):
             return None
         return Job.decode(self._store.get("only"))
 
-    def work(self, handover: Job) -> int:
-        """Runs this process's share of a job; returns the exit status."""
+    def make_job_stores(self) -> tuple[Store, Store]:
+        """Returns two stores of the next job: one of this start of all ranks, and one for all its restarts."""
         from torch.distributed import PrefixStore
 
         self._num_jobs += 1
         job = f"job/{self._num_jobs}"
-        store = PrefixStore(f"attempt/{self.place.restarts}/{job}", self._store)
-        return work(handover, self.place, store, PrefixStore(job, self._store))
+        return PrefixStore(f"{self._attempt}/{job}", self._store), PrefixStore(job, self._store)
 
 
-def work(
-    handover: Job, place: ProcessEnvironment | None = None, store: Store | None = None, lasting: Store | None = None
-) -> int:
-    """Runs this process's share of a run; returns the exit status.
+def run_job(job: Job, group: WorkerGroup | None = None) -> int:
+    """Runs this process's share of a job; returns the exit status.
 
-    Args:
-        store: of this start of all ranks.
-        lasting: of the job, over all its starts.
     Raises:
         ConfigError: a mistake of the user's, on whichever rank.
-        LostError: another rank is gone.
+        RankLostError: another rank is gone.
     """
     from torch.distributed import PrefixStore
 
     from runner.run import run
     from runner.utils.distributed import RankError, init_process_group
 
-    errors.hide_tracebacks(not handover.origin)
-    import_path.prepend(handover.python_path)
-    settings, given = handover.distributed, (handover.settings, handover.folder, handover.write_config)
-    start = partial(
-        run.run,
-        launch=handover.name,
-        is_job=handover.is_job,
-        hparams=handover.hparams,
-        links=handover.links,
-    )
-    if place is None or store is None:
-        with errors.told_where_started(handover.origin.get("directory")):
-            return start(*given, goes_on=handover.goes_on)
-    goes_on = handover.goes_on or place.restarts > 0
-    with init_process_group(place, PrefixStore("group", store), _pick_backend(settings, place), settings.timeout_s):
+    errors.hide_tracebacks(not job.origin)
+    import_path.prepend(job.python_path)
+    is_restart = job.is_restart
+    messages = persistent = None
+    with contextlib.ExitStack() as stack:
+        if group is None:
+            stack.enter_context(errors.mention_start_directory(job.origin.get("directory")))
+        else:
+            environment, distributed = group.environment, job.spec.distributed
+            is_restart = is_restart or environment.restarts > 0
+            store, persistent = group.make_job_stores()
+            messages = PrefixStore("words", store)
+            backend = _pick_backend(distributed, environment)
+            group_store = PrefixStore("group", store)
+            stack.enter_context(init_process_group(environment, group_store, backend, distributed.timeout_s))
         try:
-            words = PrefixStore("words", store)
-            return start(*given, words, goes_on=goes_on, lasting=lasting)
+            return run.run(
+                job.spec,
+                job.folder,
+                job.write_config,
+                messages,
+                persistent=persistent,
+                is_restart=is_restart,
+                launch_id=job.launch_id,
+                is_sweep_job=job.is_sweep_job,
+                hparams=job.hparams,
+                links=job.links,
+            )
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
             raise ConfigError(str(error)) from error
 
 
-def _pick_backend(settings: object, place: ProcessEnvironment) -> str:
+def _pick_backend(distributed: DistributedConfig, environment: ProcessEnvironment) -> str:
     """Returns the backend for this rank's device; makes that device the current one."""
     import torch
 
     from runner.utils.distributed import pick_device
 
     try:
-        device = pick_device(settings.device, place.local_rank)  # type: ignore[attr-defined]
+        device = pick_device(distributed.device, environment.local_rank)
     except ValueError as error:
         raise ConfigError(f"distributed.{error}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max((os.cpu_count() or 1) // place.local_world_size, 1))
-    backend: str = settings.backend  # type: ignore[attr-defined]
-    if backend != "auto":
-        return backend
-    is_shared = ":" in settings.device and place.local_world_size > 1  # type: ignore[attr-defined]
+        torch.set_num_threads(max((os.cpu_count() or 1) // environment.local_world_size, 1))
+    if distributed.backend != "auto":
+        return distributed.backend
+    is_shared = ":" in distributed.device and environment.local_world_size > 1
     return "nccl" if device.type == "cuda" and not is_shared else "gloo"  # nccl refuses two ranks on one GPU
 
 
-@contextlib.contextmanager
-def _quick_to_import() -> Iterator[None]:
-    gc.disable()  # `run` enables it
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def main(folder: Path, launcher: int) -> int:
-    """Runs one of the workers of `agent`, which left the hand-over in `folder`; returns what the agent is to see.
+    """Runs a worker of the elastic agent; returns the exit status for the agent.
 
-    That is 0 where the run has ended, however, with its status in a file; anything else starts all workers again.
+    It is 0 when the run has ended, whatever its own status, which is in a file. With any other the agent starts all
+    workers again.
+
+    Args:
+        folder: temporary, with the file `job`.
+        launcher: the process id of the agent.
     """
-    terminal.outlive()
-    for number in signals.MEANINGS:  # until there is a run to ask
+    terminal.survive_closed_terminal()
+    for number in signals.STATUS_BY_SIGNAL:  # until there is a run that can stop
         if not signals.is_ignored(number):
             signal.signal(number, lambda *_: os._exit(0 if (folder / "ended").exists() else 1))
     (folder / f"pid.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{os.getpid()}").touch()
-    if (folder / "ended").exists():  # a signal has come: there is nothing to start again for
+    if (folder / "ended").exists():  # a signal came before this restart
         return 0
-    signals.report_to(folder / "status")
-    # Until it has joined there is nothing to save, and torch waits for a store whose host is gone without a look at
-    # signals.
-    _end_with(launcher, signal.SIGKILL)
-    with _quick_to_import():
-        try:
-            handover = Job.decode((folder / "handover").read_bytes())
-        except JobError as error:  # such as a runner that was installed anew meanwhile
-            print(error, file=sys.stderr)
-            (folder / "status").write_text("2")
-            return 0
-        sys.argv = handover.command
-        joined = WorkerGroup(str(folder / "store") if handover.has_file_store else "")
-        _end_with(launcher, signals.REPEATED)
-        status = _run_told(joined, handover, folder)
+    signals.write_exit_status_to(folder / "status")
+    # Until it is connected there is nothing to save, and torch ignores signals while it waits for a lost store.
+    _signal_with_parent(launcher, signal.SIGKILL)
+    gc.disable()  # importing torch makes no garbage; `Trainer.fit` enables it
+    try:
+        job = Job.decode((folder / "job").read_bytes())
+    except JobError as error:  # such as of a runner that was updated meanwhile
+        print(error, file=sys.stderr)
+        (folder / "status").write_text("2")
+        return 0
+    sys.argv = job.command
+    group = WorkerGroup(str(folder / "store") if job.has_file_store else "")
+    _signal_with_parent(launcher, signals.REPEATED)
+    status: int | None
+    try:
+        received = _agree_on_job(group, job)
+        status = run_job(received, group) if isinstance(received, Job) else received
+    except BaseException as error:
+        status = _report_failure(error, group, folder)
     if status is None:
         return 1
-    if joined.place.local_rank == 0:
+    if group.environment.local_rank == 0:
         (folder / "status").write_text(str(status))
     return 0
 
 
-def _run_told(joined: WorkerGroup, handover: Job, folder: Path) -> int | None:
-    """Runs; returns the status, or None where starting again may help."""
+def _report_failure(error: BaseException, group: WorkerGroup, folder: Path) -> int | None:
+    """Prints what ended a worker; returns the exit status of the run, or None if a restart may help."""
     from runner.utils.distributed import is_connection_error
 
-    try:
-        found = _agree_on(joined, handover)
-        return joined.work(found) if isinstance(found, Job) else found
-    except KeyboardInterrupt as interrupt:
-        if not (folder / "ended").exists():  # the agent's own signal, for all to start again
+    if isinstance(error, KeyboardInterrupt):
+        if not (folder / "ended").exists():  # a signal of the agent, which starts all workers again
             return None
-        return signals.STATUSES[signals.meaning_of(interrupt)[0]]
-    except SystemExit as end:
-        return int(str(end.code))
-    except Exception as error:
-        if is_connection_error(error):
-            errors.tell(f"rank {joined.place.rank}: {error}")
-            return None
-        message = errors.format_error(error)
-        if joined.is_rank_zero or isinstance(error, JobError):
-            errors.tell_traceback(error) if message is None else errors.tell(message)
-        return 1 if message is None else 2
+        return signals.EXIT_STATUSES[signals.status_of_interrupt(error)[0]]
+    if isinstance(error, SystemExit):
+        return int(str(error.code))
+    if not isinstance(error, Exception):
+        raise error
+    if is_connection_error(error):
+        errors.print_message(f"rank {group.environment.rank}: {error}")
+        return None
+    message = errors.format_error(error)
+    if group.is_rank_zero or isinstance(error, JobError):
+        errors.print_traceback(error) if message is None else errors.print_message(message)
+    return 1 if message is None else 2
 
 
-def _agree_on(joined: WorkerGroup, handover: Job) -> Job | int:
-    """Returns the hand-over of the first rank, of several machines that have composed one each; or a status."""
-    if not joined.is_rank_zero:
-        return joined.channel.receive()
-    if handover.is_unclaimed and not joined.place.restarts:
+def _agree_on_job(group: WorkerGroup, job: Job) -> Job | int:
+    """Returns the job of rank 0, where several machines have composed one each; or an exit status."""
+    if not group.is_rank_zero:
+        return group.channel.receive()
+    if job.is_unclaimed and not group.environment.restarts:
         try:
-            handover.folder, _ = run_folder.claim(handover.folder, is_asked_for=handover.is_asked_for)
+            job.folder, _ = run_folder.claim(job.folder, is_asked_for=job.is_folder_fixed)
         except ConfigError:
-            joined.channel.end(2)
+            group.channel.end(2)
             raise
-        joined.remember(handover)
-    handover = joined.recall() or handover
-    joined.channel.send(handover)
-    return handover
+        group.keep_job(job)
+    job = group.find_kept_job() or job
+    group.channel.send(job)
+    return job
 
 
-def _end_with(launcher: int, number: signal.Signals) -> None:
-    """Has the kernel send a signal to this process when the one that started it dies, however."""
+def _signal_with_parent(launcher: int, number: signal.Signals) -> None:
+    """Has the kernel send a signal to this process when the process that started it dies."""
     if sys.platform != "linux":
         return
     import ctypes
 
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG: it comes as often as the launcher had threads
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG: sent once for each thread of the launcher
     if os.getppid() != launcher:  # it has died before
         os.kill(os.getpid(), number)
 
 
 def start() -> None:
     """Runs the worker that the command line of this process describes, and ends the process."""
-    ended = main(Path(sys.argv[1]), int(sys.argv[2]))
+    status = main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(ended)  # all is closed: libraries that take themselves apart beside a group's threads may abort
+    os._exit(status)  # all files are closed; the exit handlers of libraries may abort beside a group's threads
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""Which checkpoint is the best so far, and by which metric. Imports the standard library alone."""
+"""The best evaluation so far, by the metric that decides, and the checkpoint that it belongs to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+from runner.checkpoint.checkpoints import Checkpoints
+from runner.utils.distributed import is_rank_zero
 from runner.utils.utils import one_line
 
 _LONGEST = 200  # characters of a name that are shown
 
 
 def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
-    """Returns the metric that older versions stored as a number, negated with the mode "max"."""
+    """Returns a metric that an older version stored as a number, which it negated with the mode "max"."""
     return {"name": name, "value": -number if mode == "max" else number}
 
 
 def mode_of(config: Mapping[str, Any]) -> str:
-    """Returns the mode that an unresolved config of a run names, "min" where it names none."""
+    """Returns `trainer.best_mode` of a run's unresolved config, or "min" without it."""
     trainer = config.get("trainer")
     return str(trainer.get("best_mode", "min")) if isinstance(trainer, Mapping) else "min"
 
@@ -26,27 +28,28 @@ class Best:
     """The best evaluation so far.
 
     Args:
-        metric: the name that decides, such as eval/accuracy; None is the first evaluated loss.
-        is_higher_better: of two values of it.
+        metric: the metric that decides, such as eval/accuracy; None is the first evaluated loss.
+        is_higher_better: whether a higher value of it is better.
     """
 
     def __init__(self, metric: str | None, is_higher_better: bool) -> None:
-        self._named, self._sign = metric, -1 if is_higher_better else 1
-        self._name = metric  # that decides; None until a loss is evaluated
+        self._configured = metric
+        self._sign = -1 if is_higher_better else 1
+        self._name = metric  # None until a loss is evaluated
         self.found: dict[str, Any] | None = None  # its name, value and step
 
-    def _deciding(self, numbers: Mapping[str, Any]) -> str | None:
-        if self._named is not None:
-            return self._named if self._named in numbers else None
+    def _find_name(self, numbers: Mapping[str, Any]) -> str | None:
+        if self._configured is not None:
+            return self._configured if self._configured in numbers else None
         return next((key for key in numbers if key.rpartition("/")[2] == "loss"), None)
 
     def metric_of(self, numbers: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Returns name and value of what decides in an evaluation; None where nothing does."""
-        name = self._deciding(numbers)
+        """Returns name and value of the metric that decides; None if an evaluation has none."""
+        name = self._find_name(numbers)
         return None if name is None or numbers[name] is None else {"name": name, "value": float(numbers[name])}
 
     def rate(self, metric: Any) -> float | None:
-        """Returns the rating of what `metric_of` returned, lower being better; None where another metric decides."""
+        """Returns the rating of a result of `metric_of`, lower is better; None for another metric than decides now."""
         if not isinstance(metric, Mapping) or metric.get("name") != self._name:
             return None
         value: Any = metric.get("value")
@@ -57,36 +60,43 @@ class Best:
 
     @property
     def rating(self) -> float:
-        """The rating of the best evaluation; infinite where there is none."""
+        """The rating of the best evaluation; infinite if there is none."""
         return math.inf if self.found is None else self._sign * float(self.found["value"])
 
     def restore(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
-        """Goes on from what a checkpoint says was best; returns a note if another metric decided then.
+        """Restores the best evaluation of a checkpoint; returns a warning if another metric decided then.
 
         Args:
-            numbers: of the last evaluation; nothing where it is not known.
+            found: the best evaluation, as `self.found` was.
+            numbers: of the last evaluation; empty if it isn't known.
         """
-        self._name = self._deciding(numbers) or self._named or (self._deciding({found["name"]: 0}) if found else None)
+        name = self._find_name(numbers) or self._configured
+        if name is None and found:
+            name = self._find_name({found["name"]: 0})
+        self._name = name
         if found is None or found["name"] == self._name:
             self.found = found
             return None
-        self.found, name = None, self._name or "the first evaluated loss"
+        self.found = None
+        name = self._name or "the first evaluated loss"
         other = one_line(str(found["name"])[:_LONGEST])
         return f"The best checkpoint is now found by {name}: that by {other} no longer counts"
 
     def describe(self, step: int, rating: float) -> dict[str, Any]:
-        """Returns what `found` is after an evaluation with that rating."""
+        """Returns the value of `found` for an evaluation with that rating."""
         return {"name": self._name, "value": self._sign * rating, "step": step}
 
-    def take(self, step: int, numbers: Mapping[str, float]) -> bool:
-        """Takes an evaluation; returns whether it is the best so far.
+    def update(self, step: int, numbers: Mapping[str, float]) -> bool:
+        """Compares a new evaluation with the best; returns whether it is the best now.
 
         Raises:
-            ValueError: the metric that decides is not in it.
+            ValueError: it lacks the metric that decides.
         """
-        name = self._deciding(numbers)
-        if name is None and self._named is not None:
-            raise ValueError(f"trainer.best_metric={self._named}: was not evaluated; there are: {', '.join(numbers)}")
+        name = self._find_name(numbers)
+        if name is None and self._configured is not None:
+            raise ValueError(
+                f"trainer.best_metric={self._configured}: was not evaluated; there are: {', '.join(numbers)}"
+            )
         if name is None:
             return False
         self._name = name
@@ -97,3 +107,69 @@ class Best:
             return False
         self.found = {"name": name, "value": value, "step": step}
         return True
+
+
+class BestCheckpoint:
+    """The checkpoint of the best evaluation, as run.json names it.
+
+    Args:
+        keep_best: whether checkpoints are kept for their rating; otherwise only the evaluation is described.
+    """
+
+    def __init__(self, best: Best, checkpoints: Checkpoints, keep_best: bool) -> None:
+        self._best = best
+        self._checkpoints = checkpoints
+        self.keep_best = keep_best
+        self._is_lost = False  # its save has failed
+
+    def describe(self, removed: Container[int] = ()) -> dict[str, Any] | None:
+        """Returns the best evaluation, whose step is None unless its checkpoint can be loaded.
+
+        With `keep_best` it is the best of those that can be loaded.
+
+        Args:
+            removed: steps of checkpoints that are about to be removed.
+        """
+        found = self._best.found
+        if not is_rank_zero():  # only rank zero reads the disk
+            return found
+        if found is None or (found["step"] not in removed and self._checkpoints.has(found["step"])):
+            return found
+        if not self.keep_best:
+            return found | {"step": None}
+        ranked = self._checkpoints.rank_best(removed)
+        return self._best.describe(*ranked[0]) if ranked else None
+
+    def find_better(self, removed: Container[int]) -> None:
+        """Looks for a better checkpoint than is known: `best_mode` or `best_metric` may have changed."""
+        for step, rating in self._checkpoints.rank_best(removed, 1, self._best.rating):
+            self._best.found = self._best.describe(step, rating)
+
+    def convert_metrics(self, saved: Mapping[str, Any] | None, read_config: Callable[[], Mapping[str, Any]]) -> None:
+        """Converts metrics that older versions saved as numbers to name and value.
+
+        Args:
+            saved: the best evaluation of the checkpoint that is resumed.
+            read_config: returns the config by which the run rated them so far.
+        """
+        if saved:
+            name = saved["name"]
+            self._checkpoints.convert_metrics(lambda number: name_metric(number, name, mode_of(read_config())))
+
+    def mark_failed_save(self, step: int) -> None:
+        """Records that the checkpoint of a step could not be written, in any thread."""
+        self._is_lost |= self._best.found is not None and self._best.found["step"] == step
+
+    def fall_back(self, run_on_ranks: Callable[[Callable[[], Any]], list[Any]]) -> None:
+        """Makes the best checkpoint on disk the best if the save of the best has failed; all ranks call it.
+
+        Args:
+            run_on_ranks: calls a function on every rank and returns the results.
+        """
+        is_lost = run_on_ranks(self._pop_lost)[0]
+        if is_lost and self.keep_best:
+            self._best.found = run_on_ranks(lambda: self.describe() if is_rank_zero() else None)[0]
+
+    def _pop_lost(self) -> bool:
+        is_lost, self._is_lost = self._is_lost, False
+        return is_lost

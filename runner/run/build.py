@@ -1,4 +1,4 @@
-"""The only caller of `instantiate`: config in, plain objects out."""
+"""Builds the objects of an experiment from its specification; the only module that calls Hydra's `instantiate`."""
 
 from __future__ import annotations
 
@@ -18,184 +18,159 @@ from torch.distributed import Store
 from torch.nn.parameter import is_lazy
 
 from runner.config import optimizations
-from runner.config.checks import typed
 from runner.config.errors import ConfigError
-from runner.config.optimizations import Purpose
-from runner.config.schema import CheckpointConfig, TrackingConfig, TrainerConfig
+from runner.config.spec import EngineSpec, ExperimentSpec
 from runner.config.targets import (
-    find_parameters,
     find_sampler_fault,
-    find_untyped,
-    is_called_later,
+    hint_at_text_numbers,
     is_number_text,
+    is_used_directly,
     locate,
+    parameter_names,
     seed_imports,
 )
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
-from runner.engines.ema import EMA
 from runner.engines.optim.hyperparameters import check_covers_parameters, check_sparse
-from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_fall
+from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_lr_decrease
 from runner.engines.strategies import Strategy
 from runner.run.warm_start import ModelBuilder
 from runner.utils import distributed
 from runner.utils.distributed import is_distributed, pick_device, rank, run_on_all_ranks, world_size
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.files.open_files import describe_limit, is_out_of_files
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.sampler.batches import Batches, EvaluationData
 from runner.utils.utils import derive_seed
-from runner.utils.wrapper.applied import AppliedOptimizations, shorten
+from runner.utils.wrapper import Purpose, optimize
+from runner.utils.wrapper.applied import AppliedOptimizations
+from runner.utils.wrapper.optimization import shorten
 
 _MOST_PASSES = 10_000
-_OF_HYDRA = ("_target_", "_partial_", "_recursive_", "_convert_")
+_HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
 
 @dataclass
 class Experiment:
-    """One experiment as plain objects."""
+    """The objects of one experiment, on one rank."""
 
-    name: str
-    seed: int
+    spec: ExperimentSpec
     engines: Engines
     batches: Batches
     evaluation: EvaluationData | None
     report: Report | None
-    trainer: TrainerConfig
-    checkpoint: CheckpointConfig
-    tracking: TrackingConfig
-    settings: dict[str, Any]
     coordinator: Coordinator
-    notes: list[str]
-
-    def load_stream(self, state: Mapping[str, Any]) -> str | None:
-        """Moves the batches to a saved position; says so where changes allow no more than the next epoch.
-
-        Raises:
-            ValueError: the sampler refuses the position, as that of another dataset, seed or setting.
-        """
-        try:
-            self.batches.load_state_dict(state)
-        except ValueError as error:
-            if not self.settings["resume_allow_changes"]:
-                raise ValueError(f"{error} Or go on with the next epoch: resume_allow_changes=true") from error
-            self.batches.start_epoch_after(state)
-            return f"The samples go on with the beginning of epoch {self.batches.epoch}: {error}"
-        return None
+    notes: list[str]  # warnings for the log
 
 
 @dataclass
 class _EngineParts:
-    """What an engine is made of, before it is spread over the ranks."""
+    """An engine's module with its optimizations, before it is distributed over the ranks."""
 
-    place: str
-    settings: dict[str, Any]
+    spec: EngineSpec
+    feeder: Any
     module: nn.Module
     applied: AppliedOptimizations
 
     @property
     def is_trained(self) -> bool:
-        return self.settings["optimizer"] is not None and any(p.requires_grad for p in self.module.parameters())
+        return self.spec.optimizer is not None and any(p.requires_grad for p in self.module.parameters())
 
 
-def build(plain: dict[str, Any], store: Store | None = None, builder: ModelBuilder | None = None) -> Experiment:
+def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilder | None = None) -> Experiment:
     """Builds this rank's share of an experiment; all ranks of a run call it.
 
     Args:
-        plain: the resolved config.
-        store: where ranks leave word for each other.
-        builder: decides which weights the models begin with; by default those that they are built with.
+        store: through which ranks send messages.
+        builder: decides the initial weights of the models; by default those that they are built with.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
         RankError: another rank could not build its share.
     """
-    trainer = typed(TrainerConfig, plain["trainer"])
-    tracking = typed(TrackingConfig, plain["tracking"])
-    checkpoint = typed(CheckpointConfig, plain["checkpoint"])
     made: dict[str, Any] = {}
-    seed_imports(plain["seed"])
+    seed_imports(spec.seed)
 
-    def build_alone() -> None:  # a rank that fails here leaves nobody waiting
-        device = build_device(plain)
-        parts = _build_parts(plain, device, Purpose.train, builder or ModelBuilder())
-        batches = _build_batches(plain, device)
-        evaluation = build_evaluation(plain)
-        made.update(batches=batches, evaluation=evaluation, report=build_report(plain))
-        is_late = device.type != "cpu" and "skip" not in (trainer.on_oom.name, trainer.on_nonfinite.name)
-        made.update(parts=parts, coordinator=Coordinator(store, is_late))
-        made.update(notes=find_unseeded(plain, batches, evaluation))
+    def build_local() -> None:  # without a collective, so that no rank waits for one that fails
+        device = build_device(spec)
+        parts = _build_parts(spec, device, Purpose.train, builder or ModelBuilder())
+        batches = _build_batches(spec, device)
+        evaluation = build_evaluation(spec)
+        made.update(batches=batches, evaluation=evaluation, report=build_report(spec))
+        skips = "skip" in (spec.trainer.on_oom.name, spec.trainer.on_nonfinite.name)
+        made.update(parts=parts, coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips))
+        made.update(notes=find_unseeded(spec, batches, evaluation))
 
-    run_on_all_ranks(build_alone)
-    parts = made.pop("parts")
-    run_on_all_ranks(lambda: made.update(engines=_make_engines(plain, parts, made["coordinator"])))
-    if made["engines"].is_sharded and checkpoint.format.name != "sft":
+    run_on_all_ranks(build_local)
+    parts, coordinator = made.pop("parts"), made["coordinator"]
+    run_on_all_ranks(lambda: made.update(engines=_make_engines(spec, parts, coordinator)))
+    engines = made["engines"]
+    if engines.is_sharded and spec.checkpoint.format.name != "sft":
         raise ConfigError("checkpoint.format: weights that are spread over the ranks are stored as sft; choose that")
-    made["coordinator"].is_spread = made["engines"].is_sharded
-    return Experiment(
-        plain["name"], plain["seed"], trainer=trainer, checkpoint=checkpoint, tracking=tracking, settings=plain, **made
-    )
+    coordinator.is_sharded = engines.is_sharded
+    return Experiment(spec, **made)
 
 
-def build_device(plain: dict[str, Any]) -> torch.device:
-    """Returns the device of a resolved config, of this rank's own where there are several.
+def build_device(spec: ExperimentSpec) -> torch.device:
+    """Returns the device of this rank.
 
     Raises:
         ConfigError: this machine has no such device.
     """
     try:
-        return pick_device(plain["distributed"]["device"], distributed.local_rank())
+        return pick_device(spec.distributed.device, distributed.local_rank())
     except ValueError as error:
         raise ConfigError(f"distributed.{error}") from error
 
 
 def build_engines(
-    plain: dict[str, Any], device: torch.device, purpose: Purpose = Purpose.train, builder: ModelBuilder | None = None
+    spec: ExperimentSpec, device: torch.device, purpose: Purpose = Purpose.train, builder: ModelBuilder | None = None
 ) -> Engines:
-    """Returns the engines of a resolved config in its order, on this process alone.
+    """Returns the engines of an experiment in its order, on this process alone.
 
     Args:
-        purpose: to use exported weights takes no optimizer or schedule, nor other things that only training needs.
+        purpose: other purposes than training leave out the optimizer, the scheduler and whatever else they don't need.
         builder: as of `build`.
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    parts = _build_parts(plain, device, purpose, builder or ModelBuilder())
-    return _make_engines(plain, parts, None, is_trained=purpose is not Purpose.use)
+    parts = _build_parts(spec, device, purpose, builder or ModelBuilder())
+    return _make_engines(spec, parts, None, is_trained=purpose is not Purpose.use)
 
 
 def _build_parts(
-    plain: dict[str, Any], device: torch.device, purpose: Purpose, builder: ModelBuilder
-) -> dict[str, _EngineParts]:
-    """Returns the modules of a resolved config by engine; one named `model` where there is no `engines`."""
-    shared = {key: plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
-    found = {}
-    for name, own in (plain["engines"] or {"model": {}}).items():
-        place = f"engines.{name}." if plain["engines"] else ""
-        settings = shared | own | ({"feeder": None} if purpose is Purpose.write else {})
-        changed = optimizations.of_engine(plain, name)
-        make = partial(_make_model, plain, place + "model")
-        module = builder.build(name, place + "model", settings["model"], make)
-        change = partial(optimizations.carry_out, module, device, changed, purpose)
-        changes = _explained(place + "optimizations", change)
-        builder.finish(name, module)
-        found[name] = _EngineParts(place, {**settings, "ema": changed["ema"]}, module, changes)
-    return found
+    spec: ExperimentSpec, device: torch.device, purpose: Purpose, builder: ModelBuilder
+) -> list[_EngineParts]:
+    """Builds the module of each engine and applies its optimizations."""
+    parts = []
+    for engine in spec.engines.values():
+        key = f"{engine.prefix}model"
+        module = builder.build(engine.name, key, engine.model, partial(_make_model, spec.seed, key))
+        objects = {}
+        for option, node in engine.optimizations.items():
+            make = partial(optimizations.make, node, _instantiate)
+            objects[option] = _explain_errors(f"{engine.prefix}optimizations.{option}", make, node)
+        apply = partial(optimize, module, objects, device, purpose)
+        applied = _explain_errors(f"{engine.prefix}optimizations", apply)
+        builder.finish(engine.name, module)
+        feeder = None if purpose is Purpose.write else engine.feeder
+        parts.append(_EngineParts(engine, feeder, module, applied))
+    return parts
 
 
-def _make_model(plain: dict[str, Any], key: str, node: Any) -> nn.Module:
-    module = _make(plain, key, node)
+def _make_model(seed: int, key: str, node: Any) -> nn.Module:
+    module = _make(seed, key, node)
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{key}: expected a torch.nn.Module, got {type(module).__name__}")
-    _explained(key, partial(_check_sized, module))
+    _explain_errors(key, partial(_check_sized, module))
     return module
 
 
 def _check_sized(module: nn.Module) -> None:
-    """Checks that parameters and buffers have a shape: all that is made of them is made before the first forward.
+    """Checks that all parameters and buffers have a shape before the first forward.
 
     Raises:
-        ValueError: naming those that have none.
+        ValueError: naming those that are lazy.
     """
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
@@ -204,219 +179,221 @@ def _check_sized(module: nn.Module) -> None:
 
 
 def _make_engines(
-    plain: dict[str, Any], parts: dict[str, _EngineParts], coordinator: Coordinator | None, *, is_trained: bool = True
+    spec: ExperimentSpec, parts: list[_EngineParts], coordinator: Coordinator | None, *, is_trained: bool = True
 ) -> Engines:
-    """Returns engines of their parts, spread over the ranks that have a coordinator."""
-    trainer, strategy_node = plain["trainer"], plain["distributed"]["strategy"]
-    trained = [name for name, part in parts.items() if part.is_trained and is_trained]
+    """Returns engines of their parts; with a coordinator they are distributed over the ranks."""
+    trained = [part.spec.name for part in parts if part.is_trained and is_trained]
     if is_trained and not trained:
         raise ConfigError(
             "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
         )
     engines = Engines()
     avoid_dynamo_import()
-    for name, part in parts.items():
-        place, settings, module = part.place, part.settings, part.module
-        strategy = (
-            _make(plain, "distributed.strategy", strategy_node) if coordinator and is_distributed() else Strategy()
-        )
+    for part in parts:
+        engine, module = part.spec, part.module
+        is_run = coordinator is not None
+        strategy = _make_strategy(spec) if is_run and is_distributed() else Strategy()
         if coordinator:
-            strategy.join(coordinator, name, name == trained[-1])
-        _explained("distributed.strategy", partial(strategy.shard, module))
-        named = [(key, p) for key, p in module.named_parameters() if p.requires_grad]
+            strategy.attach_coordinator(coordinator, engine.name, engine.name == trained[-1])
+        _explain_errors("distributed.strategy", partial(strategy.shard, module))
         optimizer, scheduler, metric = None, None, None
-        if name in trained:
-            optimizer = _make_optimizer(plain, place + "optimizer", settings["optimizer"], named)
+        if engine.name in trained:
+            optimizer = _make_optimizer(spec.seed, engine, module)
             step_without_dynamo(optimizer)
-            _explained(place + "optimizer", partial(strategy.check_optimizer, optimizer))
-            metric = _metric_of(settings["scheduler"])
-            scheduler = _make_scheduler(plain, place + "scheduler", settings["scheduler"], optimizer)
-            _check_steps(plain, place, optimizer, scheduler, metric, is_run=coordinator is not None)
-            _explained(
-                place + "optimizer", partial(check_sparse, module, optimizer, strategy.is_sharded and is_distributed())
-            )
-        engines[name] = Engine(
+            _explain_errors(f"{engine.prefix}optimizer", partial(strategy.check_optimizer, optimizer))
+            metric = _metric_of(engine.scheduler)
+            scheduler = _make_scheduler(spec.seed, f"{engine.prefix}scheduler", engine.scheduler, optimizer)
+            _check_steps(spec, engine, optimizer, scheduler, metric, is_run=is_run)
+            check = partial(check_sparse, module, optimizer, strategy.is_sharded and is_distributed())
+            _explain_errors(f"{engine.prefix}optimizer", check)
+        engines[engine.name] = Engine(
             module,
             optimizer,
             scheduler,
-            precision=trainer["precision"],
-            accumulate=trainer["accumulate"],
-            clip_norm=trainer["clip_norm"],
-            on_nonfinite=trainer["on_nonfinite"],
-            feeder=_make(plain, place + "feeder", settings["feeder"]),
+            precision=spec.trainer.precision.name,
+            accumulate=spec.trainer.accumulate,
+            clip_norm=spec.trainer.clip_norm,
+            on_nonfinite=spec.trainer.on_nonfinite.name,
+            feeder=_make(spec.seed, f"{engine.prefix}feeder", part.feeder),
             strategy=strategy,
-            ema=_make_averages(part, optimizer),
+            ema=_make_ema(spec.seed, part, optimizer),
             applied=part.applied,
             metric=metric,
         )
     return engines
 
 
-def _make_optimizer(plain: dict[str, Any], key: str, node: Any, named: list[tuple[str, nn.Parameter]]) -> Any:
-    """Returns an optimizer of all parameters.
+def _make_strategy(spec: ExperimentSpec) -> Any:
+    return _make(spec.seed, "distributed.strategy", spec.distributed.strategy)
 
-    It is given (name, parameter) pairs, as torch's take them, and parameters alone where it does not: it fails, or it
-    keeps the pairs beside its groups.
+
+def _make_optimizer(seed: int, engine: EngineSpec, module: nn.Module) -> Any:
+    """Returns an optimizer of all trained parameters.
+
+    It gets (name, parameter) pairs, as torch's optimizers take them. If it fails, or keeps the pairs beside its groups,
+    it is built again with the parameters alone.
     """
+    key = f"{engine.prefix}optimizer"
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
     failures: list[ConfigError] = []
-    told: list[str] = []
-    for what, form in forms:
+    messages: list[str] = []
+    for description, form in forms:
         try:
-            optimizer = _make(plain, key, node, list(form))
-            _explained(key, partial(check_covers_parameters, optimizer, named))
+            optimizer = _make(seed, key, engine.optimizer, list(form))
+            _explain_errors(key, partial(check_covers_parameters, optimizer, named))
             if form is named and _keeps_pairs(optimizer):
                 continue
             return optimizer
         except ConfigError as error:
             failures.append(error)
-            told.append(f"{error}, given {what}")
+            messages.append(f"{error}, given {description}")
     is_same = len(set(map(str, failures))) == 1
-    raise failures[0] if is_same else ConfigError("\n".join(told))
+    raise failures[0] if is_same else ConfigError("\n".join(messages))
 
 
 def _keeps_pairs(optimizer: Any) -> bool:
-    """Says whether an attribute of an optimizer is a list with (name, parameter) pairs: it expected parameters."""
-    for value in vars(optimizer).values():
-        if isinstance(value, (list, tuple)) and any(isinstance(each, tuple) and _is_pair(each) for each in value):
-            return True
-    return False
+    """Returns whether an attribute of an optimizer is a list of (name, parameter) pairs: it expected parameters."""
+    lists = [value for value in vars(optimizer).values() if isinstance(value, (list, tuple))]
+    return any(_is_pair(item) for values in lists for item in values)
 
 
-def _is_pair(item: tuple[Any, ...]) -> bool:
-    return len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], nn.Parameter)
+def _is_pair(item: Any) -> bool:
+    is_two = isinstance(item, tuple) and len(item) == 2
+    return is_two and isinstance(item[0], str) and isinstance(item[1], nn.Parameter)
 
 
-def _make_scheduler(plain: dict[str, Any], key: str, node: Any, optimizer: Any) -> Any:
-    """Returns a scheduler of an optimizer, which those that it is made of, under `schedulers`, are given as well."""
+def _make_scheduler(seed: int, key: str, node: Any, optimizer: Any) -> Any:
+    """Returns a scheduler of an optimizer, which also goes to the schedulers that the node lists as `schedulers`."""
     if node is None:
         return None
-    given: dict[str, Any] = {}
-    for name, parts in node.items():
-        if name == "schedulers" and isinstance(parts, list):
-            given[name] = [_make_scheduler(plain, f"{key}.{name}.{i}", part, optimizer) for i, part in enumerate(parts)]
-    is_ours = {"metric"} - {*find_parameters(node["_target_"])}
-    settings = {name: value for name, value in node.items() if name not in given and name not in is_ours}
-    make = _make(plain, key, settings | {"_partial_": True})
-    if "optimizer" in find_parameters(node["_target_"]):
-        return _explained(key, partial(make, optimizer=optimizer, **given))
-    return _explained(key, partial(make, optimizer, **given))
+    parameters = parameter_names(node["_target_"])
+    built: dict[str, Any] = {}
+    if isinstance(node.get("schedulers"), list):
+        nested = enumerate(node["schedulers"])
+        built["schedulers"] = [_make_scheduler(seed, f"{key}.schedulers.{i}", child, optimizer) for i, child in nested]
+    left_out = {*built, *({"metric"} - {*parameters})}  # the engine reads `metric`, unless the scheduler takes it
+    settings = {name: value for name, value in node.items() if name not in left_out}
+    make = _make(seed, key, settings | {"_partial_": True})
+    if "optimizer" in parameters:
+        return _explain_errors(key, partial(make, optimizer=optimizer, **built))
+    return _explain_errors(key, partial(make, optimizer, **built))
 
 
 def _metric_of(node: Any) -> str | None:
-    """Returns the metric that a scheduler's settings name; null for one that has an argument of this name."""
+    """Returns the `metric` of a scheduler's node; None if the scheduler has an argument of this name."""
     metric = None if node is None else node.get("metric")
-    return None if metric is None or "metric" in find_parameters(node["_target_"]) else str(metric)
+    return None if metric is None or "metric" in parameter_names(node["_target_"]) else str(metric)
 
 
 def _check_steps(
-    plain: dict[str, Any], place: str, optimizer: Any, scheduler: Any, metric: str | None, *, is_run: bool
+    spec: ExperimentSpec, engine: EngineSpec, optimizer: Any, scheduler: Any, metric: str | None, *, is_run: bool
 ) -> None:
-    """Checks that an optimizer and its scheduler can be stepped, before the first step is made.
+    """Checks that an optimizer and its scheduler can be stepped, before the first step.
 
     Raises:
-        ConfigError: a step needs more than it is given, or the rates fall under an optimizer that averages instead.
+        ConfigError: a step needs an argument or metric that it won't get, or the learning rates fall though the
+            optimizer averages the weights instead.
     """
-    _explained(place + "optimizer", partial(check_optimizer_step, optimizer))
-    _explained(place + "scheduler", partial(check_scheduler_step, scheduler, metric))
-    if is_run and metric is not None and (plain["data"]["eval"] is None or not plain["trainer"]["eval_every"]):
-        key = "data.eval" if plain["data"]["eval"] is None else "trainer.eval_every"
+    _explain_errors(f"{engine.prefix}optimizer", partial(check_optimizer_step, optimizer))
+    _explain_errors(f"{engine.prefix}scheduler", partial(check_scheduler_step, scheduler, metric))
+    if is_run and metric is not None and (spec.data.eval is None or not spec.trainer.eval_every):
+        key = "data.eval" if spec.data.eval is None else "trainer.eval_every"
         found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
-        raise ConfigError(f"{place}scheduler.metric={metric}: {found}")
+        raise ConfigError(f"{engine.prefix}scheduler.metric={metric}: {found}")
     if not is_run or not hasattr(optimizer, "eval"):
         return
-    fall = find_fall(scheduler, plain["trainer"]["steps"])
+    fall = find_lr_decrease(scheduler, spec.trainer.steps)
     if fall is not None:
         found = f"{type(scheduler).__name__}, whose rate has fallen by step {fall + 1}"
         expected = f"expected a rate that doesn't fall, as {type(optimizer).__name__} averages the weights instead"
-        raise ConfigError(f"{place}scheduler: {expected}; found {found}; set scheduler=constant")
+        raise ConfigError(f"{engine.prefix}scheduler: {expected}; found {found}; set scheduler=constant")
 
 
-def _make_averages(part: _EngineParts, optimizer: Any) -> EMA | None:
-    ema = part.settings["ema"]
-    if not optimizer or not ema["decay"]:
+def _make_ema(seed: int, part: _EngineParts, optimizer: Any) -> Any:
+    node, prefix = part.spec.ema, part.spec.prefix
+    if not optimizer or node is None:
         return None
     if hasattr(optimizer, "eval"):
-        kind = type(optimizer).__name__
-        raise ConfigError(f"{part.place}optimizations.ema: {kind} evaluates an average of its own; set ema.decay=0")
-    part.applied.rows.append(("ema", f"decay {ema['decay']}: evaluations and exports use the averages"))
-    return EMA(part.module, ema["decay"], warmup=ema["warmup"])
+        raise ConfigError(f"{prefix}ema: {type(optimizer).__name__} evaluates an average of its own; set ema=null")
+    ema = _make(seed, f"{prefix}ema", node, part.module)
+    settings = ", ".join(f"{key} {value}" for key, value in node.items() if key not in _HYDRA_KEYS)
+    part.applied.rows.append(("ema", f"{settings}: evaluations and exports use the averages"))
+    return ema
 
 
-def _build_batches(plain: dict[str, Any], device: torch.device) -> Batches:
-    data = plain["data"]
-    dataset = _make_dataset(plain, "data.train", data["train"])
-    target, parts = locate(plain["sampler"]["_target_"]), plain["trainer"]["accumulate"]
+def _build_batches(spec: ExperimentSpec, device: torch.device) -> Batches:
+    data, parts = spec.data, spec.trainer.accumulate
+    dataset = _make_dataset(spec.seed, "data.train", data.train)
+    assert spec.sampler is not None
+    target = locate(spec.sampler["_target_"])
     is_batched = "lengths" in inspect.signature(target).parameters
     if is_batched and parts > 1:
         remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
         raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
-    if not is_batched and data["batch_size"] // parts < world_size():
-        found = f"data.batch_size={data['batch_size']} with trainer.accumulate={parts}"
-        raise ConfigError(
-            f"{found}: {world_size()} ranks share {data['batch_size'] // parts}; expected one each or more"
-        )
-    if not is_batched and data["batch_size"] > _MOST_PASSES * len(dataset):
+    micro_batch_size = data.batch_size // parts
+    if not is_batched and micro_batch_size < world_size():
+        found = f"data.batch_size={data.batch_size} with trainer.accumulate={parts}"
+        raise ConfigError(f"{found}: {world_size()} ranks share {micro_batch_size}; expected one each or more")
+    if not is_batched and data.batch_size > _MOST_PASSES * len(dataset):
         expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
-        raise ConfigError(f"data.batch_size={data['batch_size']}: {expected}")
-    what = _lengths(dataset) if is_batched else len(dataset)
-    sampler = _make(plain, "sampler", plain["sampler"], what)
+        raise ConfigError(f"data.batch_size={data.batch_size}: {expected}")
+    sampler = _make(spec.seed, "sampler", spec.sampler, _lengths_of(dataset) if is_batched else len(dataset))
     _check_sampler(sampler)
     return Batches(
         dataset,
         sampler,
-        None if is_batched else data["batch_size"] // parts,
-        seed=plain["seed"],
-        num_workers=data["num_workers"],
-        collate=_make(plain, "data.collate", data["collate"]),
+        None if is_batched else micro_batch_size,
+        seed=spec.seed,
+        num_workers=data.num_workers,
+        collate=_make(spec.seed, "data.collate", data.collate),
         pin_memory=device.type == "cuda",
-        seed_samples=data["seed_samples"],
+        seed_samples=data.seed_samples,
         rank=rank(),
-        num_ranks=world_size(),
+        world_size=world_size(),
     )
 
 
 def _check_sampler(sampler: Any) -> None:
-    """Raises a ConfigError for a sampler that does not go on from its own state."""
+    """Checks that a sampler can load its own state; raises ConfigError otherwise."""
     if fault := find_sampler_fault(sampler):
         raise ConfigError(f"sampler: {type(sampler).__name__}: {fault}")
     state = sampler.state_dict()
     if not isinstance(state, Mapping):
         raise ConfigError(f"sampler: {type(sampler).__name__}.state_dict: expected a mapping, found {state!r}")
-    _explained("sampler", partial(sampler.load_state_dict, copy.deepcopy(dict(state))))
+    _explain_errors("sampler", partial(sampler.load_state_dict, copy.deepcopy(dict(state))))
 
 
-def _lengths(dataset: Any) -> Any:
-    """Returns the dataset's own `lengths`, or one each: then the budget counts samples."""
+def _lengths_of(dataset: Any) -> Any:
+    """Returns the dataset's own `lengths`, or ones, so that a sampler's budget counts samples."""
     lengths = getattr(dataset, "lengths", None)
     return torch.ones(len(dataset), dtype=torch.int64) if lengths is None else lengths
 
 
-def build_evaluation(plain: dict[str, Any]) -> EvaluationData | None:
-    """Returns what a resolved config evaluates on, or None where it has no dataset for that.
+def build_evaluation(spec: ExperimentSpec) -> EvaluationData | None:
+    """Returns the evaluation data of an experiment, or None if it has none.
 
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
-    data, seed = plain["data"], plain["seed"]
-    if data["eval"] is None:
+    data, seed = spec.data, spec.seed
+    if data.eval is None:
         return None
-    collate = _make(plain, "data.collate", data["collate"])
-    dataset = _make_dataset(plain, "data.eval", data["eval"])
-    sample_seed = derive_seed(seed, -1) if data["seed_samples"] else None
-    size, workers = data["batch_size"], data["num_workers"]
-    return EvaluationData(dataset, size, workers, collate, sample_seed, rank(), world_size())
+    collate = _make(seed, "data.collate", data.collate)
+    dataset = _make_dataset(seed, "data.eval", data.eval)
+    sample_seed = derive_seed(seed, -1) if data.seed_samples else None
+    return EvaluationData(dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size())
 
 
-def find_unseeded(plain: dict[str, Any], batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
-    """Returns warnings of generators that data holds and that are not reseeded for each sample."""
+def find_unseeded(spec: ExperimentSpec, batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
+    """Returns warnings of generators that the data holds and that are not reseeded for each sample."""
     roots: dict[str, Any] = {}
     if batches is not None:
         roots |= {"data.train": batches.dataset, "data.collate": batches.collate}
     if evaluation is not None:
         roots |= {"data.eval": evaluation.dataset, "data.collate": evaluation.collate}
-    held = HeldGenerators(**roots)
-    if plain["data"]["seed_samples"]:
+    held = ObjectGenerators(**roots)
+    if spec.data.seed_samples:
         effect = "its numbers depend on loader workers and on where the run is cut"
         remedy = "draw from torch, NumPy, random or a generator of theirs"
         return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in held.unseeded]
@@ -425,25 +402,25 @@ def find_unseeded(plain: dict[str, Any], batches: Batches | None, evaluation: Ev
     return [f"{path}: {effect}; {remedy}" for path in [*held.paths, *held.unseeded]]
 
 
-def build_report(plain: dict[str, Any]) -> Report | None:
-    """Returns what shows more of an evaluation than its means, or None."""
-    report: Report | None = _make(plain, "report", plain["report"])
+def build_report(spec: ExperimentSpec) -> Report | None:
+    """Returns the report of an experiment's evaluations, or None."""
+    report: Report | None = _make(spec.seed, "report", spec.report)
     return report
 
 
-def _make(plain: dict[str, Any], key: str, node: Any, *given: Any) -> Any:
-    """Instantiates what stands at a key, every global generator seeded for it."""
+def _make(seed: int, key: str, node: Any, *arguments: Any) -> Any:
+    """Instantiates the node at a key with every global generator seeded for the key."""
     if node is None:
         return None
-    later = {"_partial_": True} if is_called_later(key, locate(node["_target_"])) else {}
-    _seed(plain["seed"], key)
-    return _explained(key, lambda: _instantiate(node | later, *given), node)
+    later = {"_partial_": True} if is_used_directly(key, locate(node["_target_"])) else {}
+    _seed_all(seed, key)
+    return _explain_errors(key, lambda: _instantiate(node | later, *arguments), node)
 
 
-def _instantiate(node: Any, *given: Any) -> Any:
-    """Builds what a resolved node describes, as Hydra does.
+def _instantiate(node: Any, *positional: Any) -> Any:
+    """Instantiates a resolved node as Hydra does.
 
-    Hydra's `instantiate` would resolve the node's texts again, so it is given the target alone.
+    Hydra's `instantiate` would resolve the node's texts again, so it gets the target alone.
     """
     if isinstance(node, list):
         return [_instantiate(child) for child in node]
@@ -451,56 +428,55 @@ def _instantiate(node: Any, *given: Any) -> Any:
         return node
     if "_target_" not in node:
         return {key: _instantiate(value) for key, value in node.items()}
-    arguments = {key: value for key, value in node.items() if key not in _OF_HYDRA}
+    arguments = {key: value for key, value in node.items() if key not in _HYDRA_KEYS}
     if node.get("_recursive_", True):
         arguments = {key: _instantiate(value) for key, value in arguments.items()}
-    positional = given or arguments.pop("_args_", ())
+    positional = positional or arguments.pop("_args_", ())
     target = instantiate({"_target_": node["_target_"], "_partial_": True})
     if node.get("_partial_"):
         return partial(target, *positional, **arguments)
     return target(*positional, **arguments)
 
 
-def _seed(seed: int, key: str) -> None:
-    """Seeds every global generator from the run's seed and a key, alike on every rank.
+def _seed_all(seed: int, key: str) -> None:
+    """Seeds every global generator from the run's seed and a key, the same on every rank.
 
-    An object that is added or left out does not change what the others draw. `model` takes the run's seed as it is.
+    So an object that is added or left out does not change what the others draw. For `model` the seed is the run's own.
     """
     if key != "model":
-        seed = derive_seed(seed, _SEEDED_AS.get(key) or zlib.crc32(key.encode()))
+        seed = derive_seed(seed, _SEED_NUMBERS.get(key) or zlib.crc32(key.encode()))
     torch.manual_seed(seed)  # of every device
     seed_imports(seed)
 
 
-_SEEDED_AS = {"data.train": -2, "data.eval": -3}
+_SEED_NUMBERS = {"data.train": -2, "data.eval": -3}
 
 
-def _make_dataset(plain: dict[str, Any], key: str, node: Any) -> Any:
-    dataset = _make(plain, key, node)
+def _make_dataset(seed: int, key: str, node: Any) -> Any:
+    dataset = _make(seed, key, node)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        found = type(dataset).__name__
-        raise ConfigError(
-            f"{key}: expected a dataset with __len__ and __getitem__, for a position in it; found {found}"
-        )
-    if not _explained(key, lambda: len(dataset), node):
+        expected = "expected a dataset with __len__ and __getitem__, for a position in it"
+        raise ConfigError(f"{key}: {expected}; found {type(dataset).__name__}")
+    if not _explain_errors(key, lambda: len(dataset), node):
         raise ConfigError(f"{key}: the dataset is empty")
     return dataset
 
 
-def _explained(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None = None) -> Any:
+def _explain_errors(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None = None) -> Any:
+    """Calls `make`; raises what it raises as a ConfigError that names the key."""
     try:
         return make()
     except (Exception, SystemExit) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        is_said = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
+        has_message = isinstance(cause, (ValueError, TypeError, ImportError, OSError))
         hint = _hint_at_numbers(node) if isinstance(cause, (TypeError, ValueError)) else ""
         remedy = f"; {describe_limit()}" if is_out_of_files(cause) else ""
-        raise ConfigError(f"{key}: {cause if is_said else repr(cause)}{hint}{remedy}") from error
+        raise ConfigError(f"{key}: {cause if has_message else repr(cause)}{hint}{remedy}") from error
 
 
 def _hint_at_numbers(node: Mapping[str, Any] | None) -> str:
-    """Returns the remedy where an argument is a text that reads as a number, as one from the environment does."""
+    """Returns a remedy if an argument is a text that looks like a number, such as one from the environment."""
     texts = {name: value for name, value in (node or {}).items() if is_number_text(value)}
     shown = ", ".join(f"{name}={value!r}" for name, value in texts.items())
     remedy = f"; {shown}: a text; ${{oc.decode:...}} makes it a number" if texts else ""
-    return remedy + (find_untyped(node) if node else "")
+    return remedy + (hint_at_text_numbers(node) if node else "")

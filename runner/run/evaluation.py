@@ -1,4 +1,4 @@
-"""The evaluation of a model, in a run and after it: both give the same numbers. Imports torch where it is needed."""
+"""The evaluation of a model, in a run and after it, with the same numbers. torch is imported only by functions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.config.errors import ConfigError, tell
-from runner.run.fingerprint import find_change
+from runner.config.errors import ConfigError, print_message
 from runner.utils.utils import encodable, one_line
 
 if TYPE_CHECKING:
@@ -25,33 +24,33 @@ def measure(
     *,
     seed: int,
     step: int,
-    is_cut: Callable[[], bool] = bool,
-    together: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    should_stop: Callable[[], bool] = bool,
+    run_on_ranks: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns an evaluation's numbers by `eval/<name>`, and the texts and pictures of its report likewise.
+    """Returns the numbers of an evaluation by `eval/<name>`, and likewise the texts, pictures and sounds of its report.
 
-    What is drawn at random on the way depends on seed and step alone. Of several ranks each evaluates its batches, and
-    all make the report.
+    Random draws depend on seed and step alone. Each rank evaluates its own batches, and every rank makes the report.
 
     Args:
-        together: calls a function on every rank and returns what each gave.
+        should_stop: called before each batch.
+        run_on_ranks: calls a function on every rank and returns the results.
 
     Raises:
-        InterruptedError: where `is_cut`, asked before each batch, said so.
+        InterruptedError: `should_stop` returned True.
         ValueError: there is no batch.
     """
     from runner.utils import distributed
-    from runner.utils.modules.generators import HeldGenerators
+    from runner.utils.modules.generators import ObjectGenerators
     from runner.utils.utils import derive_seed
 
-    together = together or distributed.run_on_all_ranks
-    values: dict[str, Any] = dict(engines.evaluate(evaluation, is_cut, derive_seed(seed, step, -1), together))
+    run_on_ranks = run_on_ranks or distributed.run_on_all_ranks
+    values: dict[str, Any] = dict(engines.evaluate(evaluation, should_stop, derive_seed(seed, step, -1), run_on_ranks))
     if report is not None:
         engines.seed(derive_seed(seed, step, -2))
         roots = {"report": report} if evaluation.seed is None else {"data": evaluation.dataset, "report": report}
-        HeldGenerators(**roots).seed(derive_seed(seed, step, -2))  # a report may fetch samples
+        ObjectGenerators(**roots).seed(derive_seed(seed, step, -2))  # a report may fetch samples
         shown: dict[str, Any] = {}
-        together(lambda: shown.update(engines.report(report, evaluation.dataset)))
+        run_on_ranks(lambda: shown.update(engines.report(report, evaluation.dataset)))
         if clash := sorted(values.keys() & shown):
             raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
         values |= shown
@@ -67,9 +66,9 @@ def _is_number(value: Any) -> bool:
 def show(
     tracker: Any, log: logging.Logger, folder: Path, step: int, shown: Mapping[str, Any], *, writes: bool = True
 ) -> None:
-    """Shows what a report gave: all in TensorBoard, texts in the log too, and sounds as files if it `writes`."""
+    """Shows the results of a report in TensorBoard, texts also in the log; if it `writes`, sounds also as files."""
     from runner.tracking.media import Audio
-    from runner.utils.files import make_folder, replace_file
+    from runner.utils.files import make_folder_below, replace_file
 
     for name, value in shown.items():
         if isinstance(value, str):
@@ -79,7 +78,7 @@ def show(
             tracker.audio(step, name, value)
             if writes:
                 path = folder / "audio" / f"{name.removeprefix('eval/')}-{step:08d}.wav"
-                make_folder(path.parent, folder)
+                make_folder_below(path.parent, folder)
                 replace_file(path, [value.encode()])
                 log.info("%s: %s", one_line(name), one_line(str(path)))
         else:
@@ -87,35 +86,36 @@ def show(
 
 
 def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the numbers, texts and pictures of a saved model's evaluation.
+    """Returns the numbers of a saved model's evaluation, and the results of its report.
 
     Raises:
-        ConfigError: there is nothing to evaluate on, or something can't be built.
+        ConfigError: it has no evaluation data, or something can't be built.
     """
     from runner.run import build
+    from runner.run.state import find_change
     from runner.utils.distributed import preserve_rng_state
     from runner.utils.train.failures import describe_failure
 
-    plain = saved.plain
-    if plain["data"]["eval"] is None:
+    spec = saved.spec
+    if spec.data.eval is None:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
     with preserve_rng_state():
         saved.check("data.eval", "data.collate", "report")
-    device = build.build_device(plain)
+    device = build.build_device(spec)
     with preserve_rng_state(device):
         engines = saved.build_engines(device)
-        evaluation, report = build.build_evaluation(plain), build.build_report(plain)
+        evaluation, report = build.build_evaluation(spec), build.build_report(spec)
         assert evaluation is not None
         changed = find_change(evaluation.dataset, saved.fingerprint)
-        for note in filter(None, [changed, *build.find_unseeded(plain, None, evaluation)]):
-            tell(note)
+        for warning in filter(None, [changed, *build.find_unseeded(spec, None, evaluation)]):
+            print_message(warning)
         try:
-            return measure(engines, evaluation, report, seed=plain["seed"], step=saved.step)
+            return measure(engines, evaluation, report, seed=spec.seed, step=saved.step)
         except Exception as error:
-            told = describe_failure(error, "in the evaluation", device)
-            # What a dataset raised has its index in a note, and is shown with its traceback.
-            if told is None and isinstance(error, ValueError) and not getattr(error, "__notes__", ()):
-                told = str(error)
-            if told is None:
+            reason = describe_failure(error, "in the evaluation", device)
+            # An error of a dataset has a note with the index of its sample, and is shown with its traceback.
+            if reason is None and isinstance(error, ValueError) and not getattr(error, "__notes__", ()):
+                reason = str(error)
+            if reason is None:
                 raise
-            raise ConfigError(f"{saved.path}: {told}") from error
+            raise ConfigError(f"{saved.path}: {reason}") from error

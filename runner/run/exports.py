@@ -1,4 +1,4 @@
-"""Exported files: one SafeTensors file an engine, its metadata telling where it is from."""
+"""Exported files: one SafeTensors file for each engine, with the origin of its weights as metadata."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.checks import to_json
 from runner.config.errors import ConfigError
-from runner.config.run_folder import OF_THE_COMMAND_LINE, read_record, refuse_links
+from runner.config.run_folder import COMMAND_LINE_KEYS, read_record, refuse_links
 from runner.config.trust import signature
 from runner.config.trust.signature import SignatureError
 from runner.run import warm_start
@@ -36,7 +36,7 @@ _MAX_LINE_BYTES = 1 << 20
 def write(
     engines: Engines,
     folder: Path,
-    facts: Mapping[str, str],
+    run_metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
     *,
     writes: bool = True,
@@ -44,35 +44,35 @@ def write(
     """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
 
     Args:
-        folder: made where it does not exist, but not the one above it.
-        facts: the metadata, beside the engine's name.
-        dtype: of the floating-point tensors; None leaves each its own.
-        writes: False only takes part in making weights whole that are spread over ranks.
+        folder: made if it does not exist, but not its parent.
+        run_metadata: of `make_metadata`; the name of the engine is added.
+        dtype: of the floating-point tensors; None keeps the dtype of each.
+        writes: False only joins the all-gather of sharded weights.
     Raises:
-        ValueError: a number that the dtype can't hold.
+        ValueError: the dtype can't hold a number.
     """
     from runner.utils import io
-    from runner.utils.files import make_folder
+    from runner.utils.files import make_folder_below
 
     paths = []
     states = engines.export_states()
     for name, state in states.items() if writes else ():
         path = folder / f"{name}.safetensors"
         weights = _cast(state, dtype)
-        make_folder(folder, folder.parent)
-        io.save(weights, path, {**facts, "engine": name})
+        make_folder_below(folder, folder.parent)
+        io.save(weights, path, {**run_metadata, "engine": name})
         paths.append(path)
     return paths
 
 
 def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Returns a state with its floating-point tensors in another dtype; what is tied stays one tensor."""
+    """Returns a state with its floating-point tensors in another dtype; tied weights stay one tensor."""
     if dtype is None:
         return dict(state)
     import torch
 
-    cast: dict[tuple[Any, ...], Tensor] = {}
-    found = dict(state)
+    cast: dict[tuple[Any, ...], Tensor] = {}  # by memory and view
+    result = dict(state)
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             continue
@@ -81,16 +81,16 @@ def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]
             cast[view] = tensor.to(dtype)
             if not _is_finite(cast[view]).eq(_is_finite(tensor)).all():
                 raise ValueError(f"{name}: holds a number that {dtype} can't; take bf16 or fp32")
-        found[name] = cast[view]
-    return found
+        result[name] = cast[view]
+    return result
 
 
 def _is_finite(tensor: Tensor) -> Tensor:
-    """Returns which elements are finite; torch does not tell of a dtype of 8 bits."""
+    """Returns which elements are finite; torch's `isfinite` does not support 8-bit dtypes."""
     return (tensor.float() if tensor.dtype.itemsize == 1 else tensor).isfinite()
 
 
-def facts_of(
+def make_metadata(
     plain: Mapping[str, Any],
     run: Path,
     step: int,
@@ -98,15 +98,16 @@ def facts_of(
     evaluation: Mapping[str, Any] | None,
     fingerprint: str | None = None,
 ) -> dict[str, str]:
-    """Returns what an exported file tells of where it is from: config, step, commit, metrics and the runner's version.
+    """Returns the metadata of an exported file: config, step, commit, metrics, the runner's version, a signature.
 
     Args:
         plain: the resolved config.
-        evaluation: the newest one's step and numbers.
-        fingerprint: of the data, where it has one.
+        best: the best evaluation's name, value and step.
+        evaluation: the newest evaluation's step and numbers.
+        fingerprint: of the data, if it has one.
     """
-    config = to_json({key: value for key, value in plain.items() if key not in OF_THE_COMMAND_LINE})
-    weights = warm_start.exported(run)
+    config = to_json({key: value for key, value in plain.items() if key not in COMMAND_LINE_KEYS})
+    weights = warm_start.export_metadata(run)
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
         "config": config,
@@ -115,13 +116,13 @@ def facts_of(
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": _version(),
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
-        **_sign(warm_start.join(config, weights), run),
+        **_sign(warm_start.signed_text(config, weights), run),
         **weights,
     }
 
 
 def _sign(text: str, run: Path) -> dict[str, str]:
-    """Returns the signature of an export's config and record, where this user has signed the run's."""
+    """Returns the signature of an export's config and record, if this user has signed the run."""
     try:
         return {"signature": signature.sign_text(text, signature.check(run))}
     except (SignatureError, OSError):
@@ -136,15 +137,15 @@ def _commit_of(run: Path) -> str:
 
 def _version() -> str:
     try:
-        return metadata.version(DISTRIBUTION)
-    except metadata.PackageNotFoundError:  # it runs from its source
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:  # not installed
         return ""
 
 
 def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """Returns the step and numbers of the newest evaluation up to a step, as metrics.jsonl has it; None without one."""
+    """Returns step and numbers of the newest evaluation in metrics.jsonl up to a step; None without one."""
     path = run / "metrics.jsonl"
-    found = None
+    newest = None
     if not os.path.lexists(path):
         return None
     try:
@@ -152,21 +153,21 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
             for line in iterate_lines(file, _MAX_LINE_BYTES):
                 evaluation = _read_evaluation(line)
                 if evaluation is not None and evaluation["step"] <= step:
-                    found = evaluation
-    except OSError:  # the run whose folder it is tells it
+                    newest = evaluation
+    except OSError:  # the run itself reports it
         return None
-    return found
+    return newest
 
 
 def _read_evaluation(line: bytes | None) -> dict[str, Any] | None:
-    """Returns the step and numbers of an evaluation's line; None of another line, or one that no run has written."""
+    """Returns step and numbers of a line of an evaluation; None for any other line."""
     try:
         values = json.loads(line or b"")
         numbers = {key: value for key, value in values.items() if key.startswith("eval/")}
         is_valid = is_step(values["step"]) and all(value is None or _is_number(value) for value in numbers.values())
         return {"step": values["step"], **numbers} if numbers and is_valid else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None  # torn by a kill in the middle of a write
+        return None  # such as a line that a kill has cut
 
 
 def _is_number(value: Any) -> bool:
@@ -174,29 +175,22 @@ def _is_number(value: Any) -> bool:
 
 
 def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = None) -> list[Path]:
-    """Writes a saved model's exports, by default beside its run's checkpoints; returns the paths.
+    """Writes a saved model's exports, by default into its run's folder; returns the paths.
 
     Raises:
-        ConfigError: its engines can't be built, or its numbers not be held by the dtype; or the exports go to the
-            run's folder, and that has a link.
+        ConfigError: its engines can't be built, the dtype can't hold its numbers, or the run's folder has a link.
     """
     assert saved.run is not None
     links = saved.origin.links if saved.origin else {}
-    with _confined(saved.run, links):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(disk.confine(saved.run, links))
+        except OSError as error:
+            raise ConfigError(f"{saved.run}: can't be read ({error.strerror})") from error
         folder = folder or saved.run / "exports"
         if disk.is_confined(folder):
             refuse_links(saved.run, links, "--sign" if saved.origin else "")
         return _export(saved, saved.run, folder, dtype)
-
-
-@contextlib.contextmanager
-def _confined(run: Path, links: Mapping[str, str]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(disk.confine(run, links))
-        except OSError as error:
-            raise ConfigError(f"{run}: can't be read ({error.strerror})") from error
-        yield
 
 
 def _export(saved: SavedModel, run: Path, folder: Path, dtype: str | None) -> list[Path]:
@@ -210,15 +204,15 @@ def _export(saved: SavedModel, run: Path, folder: Path, dtype: str | None) -> li
     with preserve_rng_state():
         used.check()
     try:
-        device = build.build_device(saved.plain)
-    except ConfigError:  # another machine's: weights can be written anywhere
+        device = build.build_device(saved.spec)
+    except ConfigError:  # of another machine; weights can be written without it
         device = torch.device("cpu")
     with preserve_rng_state(device):
         engines = used.build_engines(device, to_write=True)
     evaluation = last_evaluation(run, saved.step)
-    facts = facts_of(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
+    metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
     try:
         make_folders(folder.parent)
-        return write(engines, folder, facts, getattr(torch, DTYPES[dtype]) if dtype else None)
+        return write(engines, folder, metadata, getattr(torch, DTYPES[dtype]) if dtype else None)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error

@@ -1,7 +1,7 @@
-"""What is looked at in a run's first step, and told after it: parameters that are not those of before, what was put
-into a module and never called, its memory. The parameters are looked at later, too.
+"""Checks of an engine's first step, and a report after it.
 
-Must not import a config.
+A parameter that a forward creates or replaces would not be trained, and a module that an optimization adds has no
+effect where it is never called: both end the run. Parameters are checked later, too.
 """
 
 from __future__ import annotations
@@ -10,24 +10,20 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from runner.engines import Engine
 from runner.engines.forward import OutputError
 from runner.utils.train.failures import TrainingStopped
-from runner.utils.wrapper.applied import shorten
+from runner.utils.wrapper.optimization import shorten
 
-if TYPE_CHECKING:
-    from runner.utils.unsloth.memory_report import MemoryReport
-
-
-_PATIENCE_STEPS = 10  # of a layer that is skipped at random
+_PATIENCE_STEPS = 10  # of waiting for a layer that is skipped at random
 
 
 class KnownTensors:
-    """The parameters that an optimizer was made of, and the buffers that a checkpoint holds, of one engine."""
+    """The parameters of an engine's optimizer, and the buffers of its checkpoints."""
 
     def __init__(self, name: str, engine: Engine) -> None:
         self._name, self._module = name, engine.module
@@ -35,29 +31,29 @@ class KnownTensors:
         self._buffers = _saved_buffers(engine.module)
         parts = list(engine.module.modules())
         self._tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._modules)]
-        self._held, self._flags = self._hold()
+        self._objects, self._flags = self._snapshot()
 
-    def _hold(self) -> tuple[list[Any], list[bool]]:
-        """Returns what stands in all modules, and which of the parameters are trained."""
-        held = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
-        return held, [parameter.requires_grad for parameter, _ in self._parameters.values()]
+    def _snapshot(self) -> tuple[list[Any], list[bool]]:
+        """Returns the parameters and children of all modules, and the requires_grad of each known parameter."""
+        objects = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        return objects, [parameter.requires_grad for parameter, _ in self._parameters.values()]
 
     def check_quickly(self, when: str) -> None:
-        """Checks the parameters likewise, at some 40 us for a hundred modules where nothing has changed."""
-        held, flags = self._hold()
-        is_same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        """Checks the parameters alone, in about 40 us for a hundred modules where nothing has changed."""
+        objects, flags = self._snapshot()
+        is_same = len(objects) == len(self._objects) and all(map(operator.is_, objects, self._objects))
         if not is_same or flags != self._flags:
             self._check_parameters(when)
 
     def check(self, when: str = "its first forward") -> None:
-        """Checks that the module has the parameters that it had, and the buffers that a checkpoint holds.
+        """Checks that the module still has the same parameters and buffers.
 
-        Weights that are gathered from the ranks' shards stand for others until the next backward or save.
+        Weights that are gathered from the ranks' shards replace them until the next backward or save.
 
         Args:
-            when: the forwards that may have changed it.
+            when: the forwards that may have changed the module.
         Raises:
-            Halt: naming those that it has not, or has beside.
+            TrainingStopped: naming the parameters or buffers that differ.
         """
         self._check_parameters(when)
         if buffers := sorted(self._buffers ^ _saved_buffers(self._module)):
@@ -65,7 +61,7 @@ class KnownTensors:
                 f"{self._name}: {when} has created or removed buffers: {shorten(buffers)}. A checkpoint "
                 "that holds them would not fit the module of a resumed run; create them in the module's __init__, or "
                 "register them with persistent=False",
-                is_whole=False,
+                is_complete=False,
             )
 
     def _check_parameters(self, when: str) -> None:
@@ -76,11 +72,11 @@ class KnownTensors:
                 f"{self._name}: {when} has created, replaced, removed or unfrozen parameters: "
                 f"{shorten(names)}. They would not be trained, for the optimizer was made before; do it in the "
                 "module's __init__, such as by calling it there on a sample batch",
-                is_whole=False,
+                is_complete=False,
             )
 
     def _is_other(self, name: str, now: Tensor | None) -> bool:
-        """Says whether a parameter is not what the optimizer and a checkpoint take it for."""
+        """Returns True if a parameter is not the one of the optimizer and the checkpoints."""
         before, was_trained = self._parameters.get(name, (None, False))
         if before is None or now is None:
             return True
@@ -88,82 +84,73 @@ class KnownTensors:
 
 
 class FirstStepCheck:
-    """The first step of one engine that trains; what may be skipped at random is waited for a few more.
+    """Checks the first step of an engine that trains; a module that may be skipped at random has a few more steps.
 
     Args:
-        tell: called with each line.
-        tensors: of its module, as they are before.
+        log: called with each line.
+        tensors: of the engine's module, as they are before the step.
     """
 
-    def __init__(self, name: str, engine: Engine, tell: Callable[[str], None], tensors: KnownTensors) -> None:
-        self._name, self._engine, self._tell = name, engine, tell
-        recomputed = engine.applied.recomputed
-        self._attribution: MemoryReport | None = None
-        if recomputed is not None:
-            from runner.utils.unsloth.memory_report import MemoryReport
-
-            self._attribution = MemoryReport(engine.module, recomputed)
+    def __init__(self, name: str, engine: Engine, log: Callable[[str], None], tensors: KnownTensors) -> None:
+        self._name = name
+        self._engine = engine
+        self._log = log
         self._tensors = tensors
-        engine.first_step_hook(self._forward())
-        self._num_steps, self._waits_for = 0, list[str]()
+        engine.wrap_next_forward(self._forward())
+        self._num_steps = 0
+        self._idle: list[str] = []  # modules that were not called yet and may still be
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
-        self._engine.applied.watch_calls()  # from here on: an evaluation before it calls all there is
-        if (recomputed := self._engine.applied.recomputed) is not None:
-            recomputed.forget_calls()
+        applied = self._engine.applied
+        applied.watch_calls()  # from here on: an evaluation before the first step calls every module
         try:
-            with self._attribution.forward() if self._attribution is not None else contextlib.nullcontext():
+            with contextlib.ExitStack() as contexts:
+                for monitor in applied.monitors:
+                    contexts.enter_context(monitor.forward())
                 yield
-        except OutputError:  # as of a loss without gradients: that no adapter was called tells more
+        except OutputError:  # as of a loss without gradients: that no adapter was called explains it better
             self._check(is_last=False)
             raise
-        if not self._engine.strategy.is_sharded:  # else gathered weights stand for the shards until after backward
+        if not self._engine.strategy.is_sharded:  # else gathered weights replace the shards until after backward
             self._tensors.check()
-        if not self._engine.applied.is_compiled:  # backward would fail where nothing that is trained was called
+        if not applied.is_compiled:  # backward would fail where no trained module was called
             self._check(is_last=False)
 
     def _check(self, is_last: bool) -> None:
-        changes = self._engine.applied
+        applied = self._engine.applied
         try:
-            self._waits_for = changes.check_calls(is_last)
-            if changes.recomputed is not None:
-                self._waits_for += changes.recomputed.check(is_last)
+            self._idle = applied.check_calls(is_last)
+            for monitor in applied.monitors:
+                self._idle += monitor.check(is_last)
         except ValueError as error:
             raise TrainingStopped(f"optimizations of {self._name}: {error}") from error
 
     def prepared(self) -> None:
-        """Looks at the step's gradients.
+        """Checks the step before the optimizer's update.
 
         Raises:
-            Halt: something that was put in was never called; parameters are not those of before.
+            TrainingStopped: a module of an optimization was never called; parameters are not those of before.
         """
         if self._num_steps == 0:
             self._tensors.check()
         self._check(is_last=self._num_steps + 1 >= _PATIENCE_STEPS)
-        if self._attribution is not None:
-            self._attribution.gradients()
+        for monitor in self._engine.applied.monitors:
+            monitor.gradients()
 
     def updated(self) -> bool:
-        """Tells what was found; says whether there is nothing left to look at."""
+        """Logs the report of the first step; returns True if no further step is checked."""
         self._num_steps += 1
         if self._num_steps == 1:
-            self._tell_memory()
-            if self._waits_for:
-                idle = shorten(self._waits_for)
-                self._tell(f"{self._name}: not called in the first step, and waited for: {idle}")
-        return not self._waits_for
-
-    def _tell_memory(self) -> None:
-        recomputed = self._engine.applied.recomputed
-        if recomputed is not None and self._attribution is not None:
-            self._attribution.optimizer(self._engine.optimizer)
-            self._tell(f"{self._name}, after the first step:\n{recomputed.describe()}")
-            self._tell(self._attribution.describe())
+            for monitor in self._engine.applied.monitors:
+                self._log(f"{self._name}, after the first step:\n{monitor.describe(self._engine.optimizer)}")
+            if self._idle:
+                self._log(f"{self._name}: not called in the first step, and waited for: {shorten(self._idle)}")
+        return not self._idle
 
 
 def _saved_buffers(module: nn.Module) -> set[str]:
-    """Returns the names of the buffers that are part of a module's state."""
+    """Returns the names of the persistent buffers of a module."""
     found: set[str] = set()
     for prefix, part in module.named_modules():
         for key, buffer in part._buffers.items():
@@ -172,20 +159,21 @@ def _saved_buffers(module: nn.Module) -> set[str]:
     return found
 
 
-def log_model_summary(name: str, engine: Engine, tell: Callable[[str], None]) -> KnownTensors | None:
-    """Tells what an engine is and what was done to its module, and looks at its first step.
+def log_model_summary(name: str, engine: Engine, log: Callable[[str], None]) -> KnownTensors | None:
+    """Logs an engine's size and its module's optimizations, and has its first step checked.
 
     Returns:
-        What is to be checked later, too, of an engine that trains.
+        The tensors to check later, too, of an engine that trains; else None.
     """
-    sizes = [(p.numel(), p.requires_grad) for p in engine.module.parameters()]
-    total, frozen = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if not is_trained)
+    parameters = list(engine.module.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     left = f", {frozen:,} of them frozen" if frozen else ""
-    tell(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
+    log(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
     if table := engine.applied.table():
-        tell("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
+        log("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
     if engine.optimizer is None:
         return None
     tensors = KnownTensors(name, engine)
-    engine.first = FirstStepCheck(name, engine, tell, tensors)
+    engine.first_step_hook = FirstStepCheck(name, engine, log, tensors)
     return tensors

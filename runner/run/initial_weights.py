@@ -1,7 +1,6 @@
-"""The weights of another run that a new run's models begin with (`init_from`).
+"""Initializes a new run's models with the weights of another run (`init_from`).
 
-Of the other run only the weights are read, by name; its config is not needed, and nothing in it is run. Must not import
-hydra.
+Only the weights of the other run are read, and matched by name. Its config is not read, and nothing of it is executed.
 """
 
 from __future__ import annotations
@@ -22,25 +21,27 @@ from runner.utils import io
 from runner.utils.distributed import run_on_rank_zero
 from runner.utils.modules.weights import load_weights
 
-KEY = "init_from"
-_EXPORTS = (".safetensors", ".sft")
+CONFIG_KEY = "init_from"
+_EXPORT_SUFFIXES = (".safetensors", ".sft")
 _EXPECTED = "expected a run's folder, one of its checkpoints/step_*, or an export (a .safetensors file)"
-_MOST_NAMES, _LONGEST_NAME = 20, 200  # in a message
+_MAX_NUM_NAMES, _MAX_NAME_LENGTH = 20, 200  # in a message
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where an engine's first weights are: the key and value of the config, and the checkpoint or export of it."""
+class WeightsSource:
+    """The source of an engine's initial weights: key and value in the config, and its checkpoint or export."""
 
     key: str
     text: str
     path: Path
 
     def load(self) -> tuple[dict[str, Any], str]:
-        """Returns the weights by engine (under "" where the file does not tell), and what they are of.
+        """Returns the weights by engine, and a description of the source.
+
+        The key is "" for an export that names no engine.
 
         Raises:
-            ConfigError: it is not whole, or can't be read.
+            ConfigError: the source is incomplete or can't be read.
         """
         try:
             if self.path.is_dir():
@@ -61,102 +62,101 @@ class Source:
 
 
 class InitialWeights(ModelBuilder):
-    """Builds models that begin with the weights of another run, matched by name.
+    """Builds models and loads the weights of another run into them, matched by name.
 
-    They are loaded before the optimizations, so that adapters are fresh. Weights that fit only after them, such as
-    those of a run with the same adapters, are loaded then.
+    Weights are loaded before the optimizations are applied, so that LoRA adapters keep their initial values. Weights
+    that match only afterwards, such as those of a run with the same adapters, are loaded then.
 
     Args:
-        sources: by engine.
+        sources: the source of each engine by the engine's name.
     Attributes:
-        lines: which weights were loaded, for the log.
+        lines: a line for the log about each source that was loaded.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, WeightsSource]) -> None:
         self.lines: list[str] = []
         self._sources = sources
         self._loaded: dict[Path, tuple[dict[str, Any], str]] = {}
-        self._unfit: dict[str, str] = {}  # by engine: why its weights did not fit before the optimizations
+        self._mismatches: dict[str, str] = {}  # by engine, before the optimizations
 
     def build(self, engine: str, key: str, node: Any, make: Callable[[Any], nn.Module]) -> nn.Module:
-        """Returns the model with the weights of its source, where they fit already.
+        """Builds an engine's model and loads the weights of its source if they match.
 
         Raises:
             ConfigError: the source has no weights of this engine, or can't be read.
         """
         module = make(node)
-        if engine in self._sources and (misfit := self._load(engine, module)) is not None:
-            self._unfit[engine] = misfit
+        if engine in self._sources and (mismatch := self._load(engine, module)) is not None:
+            self._mismatches[engine] = mismatch
         return module
 
     def finish(self, engine: str, module: nn.Module) -> None:
-        """Loads the weights that did not fit before the optimizations.
+        """Loads the weights that did not match before the optimizations.
 
         Raises:
             ConfigError: naming weights that are missing, unexpected or of another shape.
         """
-        if engine in self._unfit and self._load(engine, module) is not None:
-            raise ConfigError(self._unfit[engine])
-        if line := self._describe(engine):
+        if engine in self._mismatches and self._load(engine, module) is not None:
+            raise ConfigError(self._mismatches[engine])
+        if engine in self._sources:
+            source = self._sources[engine]
+            line = f"{source}: weights of {self._loaded[source.path][1]}"
             self.lines += [line] if line not in self.lines else []
 
     def _load(self, engine: str, module: nn.Module) -> str | None:
-        """Loads an engine's weights; returns why they do not fit, and then has loaded none."""
-        source, weights = self._sources[engine], self._find(engine)
-        misfit = _find_misfit(module, weights)
-        if not misfit:
+        """Loads an engine's weights and returns None; if they do not match, loads none and returns the reason."""
+        source = self._sources[engine]
+        weights = self._find_weights(engine)
+        mismatches = _find_mismatches(module, weights)
+        if not mismatches:
             try:
                 load_weights(module, weights)
+                return None
             except (RuntimeError, TypeError, ValueError) as error:
-                misfit = [str(error)]
-        if not misfit:
-            return None
+                mismatches = [str(error)]
         head = f"{source}: engine {engine}: expected the weights of its model, found others"
         remedy = "Weights with adapters become those of the model in an export: python -m runner.export RUN"
         has_adapters = any(name.endswith(".lora_a") for name in weights)
-        return "\n".join([head, *(f"  {line}" for line in misfit), *([remedy] if has_adapters else [])])
+        return "\n".join([head, *(f"  {line}" for line in mismatches), *([remedy] if has_adapters else [])])
 
-    def _find(self, engine: str) -> Mapping[str, Any]:
-        """Returns the weights of the engine of that name, or of the only one on both sides."""
+    def _find_weights(self, engine: str) -> Mapping[str, Any]:
+        """Returns the weights of the engine with the same name, or of the only engine if both sides have one."""
         source = self._sources[engine]
         if source.path not in self._loaded:
             self._loaded[source.path] = source.load()
         parts, _ = self._loaded[source.path]
-        is_only = len(parts) == 1 and (source.key != KEY or len(self._sources) == 1)
+        is_only = len(parts) == 1 and (source.key != CONFIG_KEY or len(self._sources) == 1)
         weights = next(iter(parts.values())) if is_only else parts.get(engine)
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-            there_are = _list(sorted(parts)) or "none"
-            raise ConfigError(f"{source}: expected weights of engine {engine!r}, found those of {there_are}")
+            names = _join_names(sorted(parts)) or "none"
+            raise ConfigError(f"{source}: expected weights of engine {engine!r}, found those of {names}")
         return weights
-
-    def _describe(self, engine: str) -> str | None:
-        source = self._sources.get(engine)
-        return None if source is None else f"{source}: weights of {self._loaded[source.path][1]}"
 
 
 def find(plain: Mapping[str, Any]) -> InitialWeights | None:
-    """Returns what a new run's engines begin with by `init_from`; None where no engine has one. All ranks call it.
+    """Returns the initial weights that `init_from` names, or None if no engine has any. Called by all ranks.
 
     Raises:
-        ConfigError: there is nothing whole at that place.
+        ConfigError: the path has no complete checkpoint or export.
         RankError: on the other ranks.
     """
-    texts: dict[str, tuple[str, str]] = {}
-    for name, own in (plain["engines"] or {"model": {}}).items():
-        key = f"engines.{name}.{KEY}" if KEY in own else KEY
-        if (text := own.get(KEY, plain.get(KEY))) is not None:
-            texts[name] = key, text
-    if not texts:
+    settings: dict[str, tuple[str, str]] = {}  # key and value of the config by engine
+    for name, engine in (plain["engines"] or {"model": {}}).items():
+        key = f"engines.{name}.{CONFIG_KEY}" if CONFIG_KEY in engine else CONFIG_KEY
+        if (text := engine.get(CONFIG_KEY, plain.get(CONFIG_KEY))) is not None:
+            settings[name] = key, text
+    if not settings:
         return None
-    paths = run_on_rank_zero(lambda: {(key, text): _locate(key, text) for key, text in dict.fromkeys(texts.values())})
-    return InitialWeights({name: Source(*found, paths[found]) for name, found in texts.items()})
+    distinct = dict.fromkeys(settings.values())
+    paths = run_on_rank_zero(lambda: {(key, text): _find_source(key, text) for key, text in distinct})
+    return InitialWeights({name: WeightsSource(*setting, paths[setting]) for name, setting in settings.items()})
 
 
-def _locate(key: str, text: str) -> Path:
-    """Returns the checkpoint or export that a value of `init_from` stands for: of a run its newest whole one."""
+def _find_source(key: str, text: str) -> Path:
+    """Returns the checkpoint or export at a path of `init_from`; for a run, its newest complete checkpoint."""
     path = Path(text)
     if path.is_file():
-        if path.suffix not in _EXPORTS:
+        if path.suffix not in _EXPORT_SUFFIXES:
             raise ConfigError(f"{key}={text}: {_EXPECTED}; found another file")
         return path
     try:
@@ -173,25 +173,23 @@ def _locate(key: str, text: str) -> Path:
     return newest
 
 
-def _find_misfit(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
-    """Returns which weights are missing, unexpected and of another shape, a line each; none where all fit."""
-    own = module.state_dict()
-    shapes = [
-        f"{name} (expected {[*own[name].shape]}, found {[*weights[name].shape]})"
-        for name in own
-        if isinstance(own[name], Tensor)
-        and isinstance(weights.get(name), Tensor)
-        and own[name].shape != weights[name].shape
-    ]
-    found = {
-        "missing": [name for name in own if name not in weights],
-        "unexpected": [name for name in weights if name not in own],
+def _find_mismatches(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
+    """Returns a line each for weights that are missing, unexpected, or of another shape; none if all match."""
+    state = module.state_dict()
+    shapes = []
+    for name, expected in state.items():
+        found = weights.get(name)
+        if isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape != found.shape:
+            shapes.append(f"{name} (expected {[*expected.shape]}, found {[*found.shape]})")
+    mismatches = {
+        "missing": [name for name in state if name not in weights],
+        "unexpected": [name for name in weights if name not in state],
         "of another shape": shapes,
     }
-    return [f"{what}: {_list(names)}" for what, names in found.items() if names]
+    return [f"{kind}: {_join_names(names)}" for kind, names in mismatches.items() if names]
 
 
-def _list(names: Iterable[str]) -> str:
+def _join_names(names: Iterable[str]) -> str:
     listed = list(names)
-    more = f" and {len(listed) - _MOST_NAMES} more" if len(listed) > _MOST_NAMES else ""
-    return ", ".join(name[:_LONGEST_NAME] for name in listed[:_MOST_NAMES]) + more
+    more = f" and {len(listed) - _MAX_NUM_NAMES} more" if len(listed) > _MAX_NUM_NAMES else ""
+    return ", ".join(name[:_MAX_NAME_LENGTH] for name in listed[:_MAX_NUM_NAMES]) + more

@@ -1,7 +1,6 @@
-"""A run, a checkpoint or an export, opened to be evaluated or exported: checked first, then built without its training.
+"""Opens a run, a checkpoint or an export to evaluate or export it: checks its config, then builds its engines.
 
-Owns the way from a path to a config that may be built, and to engines with the saved weights. Must not import torch at
-the top.
+Its config is untrusted until its signature or the allow-list says otherwise.
 """
 
 from __future__ import annotations
@@ -9,20 +8,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
 from runner.config.errors import ConfigError
-from runner.config.optimizations import Purpose
+from runner.config.spec import ExperimentSpec
 from runner.config.trust import allowlist, import_path, signature
 from runner.config.trust.allowlist import Allowlist
 from runner.config.trust.signature import Origin, SignatureError
 from runner.run import warm_start
+from runner.utils.wrapper import Purpose
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +32,21 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 _REMEDY = "--allow-targets {}"
-_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines", "optimizations")
+_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines", "optimizations", "ema")
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A checkpoint or an export, opened: its config is checked by its letters, and nothing of it is imported yet.
+    """An opened checkpoint or export: the paths in its config are checked, and nothing of it is imported yet.
 
-    `plain` is the resolved config. `parts` holds the weights by engine, with `<engine>.optimizer` where there is more.
-    `engine` is the one of an export. `notes` are what its reader should know. `origin` is where this user has started
-    the run; None where the config is untrusted.
+    Args:
+        path: of the checkpoint, or of the exported file.
+        run: the run's folder; None for an export.
+        plain: the resolved config.
+        parts: the weights by engine, with `<engine>.optimizer` in a checkpoint.
+        engine: the name of an export's engine.
+        notes: warnings for the reader.
+        origin: where this user has started the run; None for an untrusted config.
     """
 
     path: Path
@@ -55,17 +61,21 @@ class SavedModel:
     fingerprint: str | None = None
     origin: Origin | None = None
 
+    @cached_property
+    def spec(self) -> ExperimentSpec:
+        """The specification of the experiment that `plain` describes."""
+        return ExperimentSpec.from_plain(self.plain)
+
     def without_feeder(self) -> SavedModel:
-        """Returns it with models that are fed nothing: their weights are written, and nothing is run."""
+        """Returns it without the feeders of its engines, for writing weights without a forward."""
         engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
         return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
 
     def check(self, *roles: str) -> None:
-        """Imports what the engines and these roles name, and checks it; the other roles are left alone.
+        """Imports and checks the targets of the engines and of these roles; ignores the other roles.
 
         Raises:
-            ConfigError: a target that may not be named, is not what its name says, not there, or takes other
-                arguments.
+            ConfigError: a target that is not allowed, can't be imported, or does not accept an argument.
         """
         from runner.config.targets import check_targets, seed_imports
 
@@ -82,20 +92,19 @@ class SavedModel:
         check_targets(used)
 
     def build_engines(self, device: torch.device, *, to_write: bool = False) -> Engines:
-        """Returns the engines with their saved weights, and what trained them where evaluation needs it.
+        """Returns the engines with their saved weights, and with their optimizers if evaluation needs these.
 
         Args:
-            to_write: the weights are written and nothing is run: what needs the hardware of training is left out.
-
+            to_write: the weights are only written: optimizations that need the hardware of training are left out.
         Raises:
-            ConfigError: they can't be built, or the weights are of others.
+            ConfigError: they can't be built, or the weights are of other modules.
         """
         from runner.run import build
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
         source, is_signed = self.run or self.path, self.allowlist.is_signed
-        stand_ins = warm_start.of_saved(self.plain, source, self.parts, self.engine, is_signed)
-        engines = build.build_engines(self.plain, device, purpose, stand_ins)
+        stand_ins = warm_start.make_placeholder_builder(self.plain, source, self.parts, self.engine, is_signed)
+        engines = build.build_engines(self.spec, device, purpose, stand_ins)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
@@ -109,51 +118,41 @@ class SavedModel:
 def open_checkpoint(
     path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = (), *, is_vouched_for: bool = False
 ) -> SavedModel:
-    """Opens a run's folder (at its newest whole checkpoint) or a checkpoint, with overrides set on the run's config.
+    """Opens a checkpoint, or the newest complete one of a run's folder, with overrides set on the run's config.
 
     Args:
         prefixes: modules that the config may name, beside the runner's and torch.nn.
         is_vouched_for: the user says that the run is theirs, which signs it.
     Raises:
-        ConfigError: it is neither, is not whole, or its config reads what it may not.
+        ConfigError: it is no run, is incomplete, or its config reads or names what is not allowed.
     """
-    run = run_folder.find_run(path)
-    try:
-        origin = signature.sign_present(run) if is_vouched_for else signature.check(run)
-        trusted = _trust_signed(run / ".hydra" / "config.yaml", origin)
-    except SignatureError as error:
-        if is_vouched_for:
-            raise ConfigError(f"--sign: {run}: {error}") from error
-        origin, remedies = None, (_REMEDY, "--sign, typed in the project's directory,")
-        trusted = Allowlist(run / ".hydra" / "config.yaml", prefixes, (), str(error), *remedies)
-    plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
     from runner.checkpoint.checkpoints import FACTS
 
-    found, content, faults = run_folder.find_checkpoint(path)
+    run = run_folder.find_run(path)
+    origin, reason = signature.identify(run, "--sign" if is_vouched_for else "")
+    sign = "--sign, typed in the project's directory,"
+    source = run / ".hydra" / "config.yaml"
+    trusted = Allowlist(source, prefixes, (), reason, _REMEDY, sign, is_signed=origin is not None)
+    plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
+    checkpoint, content, faults = run_folder.find_checkpoint(path)
     try:
-        trainer = content.pop(FACTS)
-        step, best, fingerprint = int(trainer["loop"]["step"]), trainer["best"], trainer.get("fingerprint")
+        facts = content.pop(FACTS)
+        step, best, fingerprint = int(facts["loop"]["step"]), facts["best"], facts.get("fingerprint")
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{found}: it tells no step ({error})") from error
+        raise ConfigError(f"{checkpoint}: it tells no step ({error})") from error
     notes = [f"Passed over: {fault}" for fault in faults]
     notes += signature.describe_links(origin) if origin and is_vouched_for else []
     record = run_folder.read_record(run)
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
-    return SavedModel(found, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
-
-
-def _trust_signed(source: Path, origin: Origin) -> Allowlist:
-    """Returns the trust of a config that this user has signed, whose modules can be imported from now on."""
-    import_path.prepend(origin.python_path)
-    return Allowlist(source, is_signed=True)
+    return SavedModel(checkpoint, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
 
 
 def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> SavedModel:
-    """Opens an exported file by the config in its metadata, for the one engine that it holds.
+    """Opens an exported file, with overrides set on the config in its metadata.
 
     Raises:
-        ConfigError: it is no export, is broken, or its config names what it may not.
+        ConfigError: it is no export, is damaged, or its config reads or names what is not allowed.
     """
     from runner.utils import io
 
@@ -167,42 +166,43 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        signed_text = warm_start.join(facts["config"], facts)
-        trusted = _trust_signed(path, signature.check_text(signed_text, facts.get("signature")))
+        signed_text = warm_start.signed_text(facts["config"], facts)
+        import_path.prepend(signature.check_text(signed_text, facts.get("signature")).python_path)
+        trusted = Allowlist(path, is_signed=True)
     except SignatureError as error:
         trusted = Allowlist(path, prefixes, (), str(error), _REMEDY)
-    # It was resolved when it was written: its texts are what they say.
+    # The config was resolved before the export: a text that looks like an interpolation is none.
     plain, trusted = _check_config(escape(raw), trusted, overrides)
     engines = plain["engines"] or {"model": {}}
     if name not in engines:
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
     own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
     plain["engines"] = {name: own} if plain["engines"] else {}
-    told = facts.get("fingerprint")
-    return SavedModel(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=told)
+    fingerprint = facts.get("fingerprint")
+    return SavedModel(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=fingerprint)
 
 
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:
-    """Returns the config, engine and step that an export's metadata tells."""
+    """Returns the config, engine and step in an export's metadata."""
     try:
         raw, name, step = checks.from_json(facts["config"]), facts["engine"], int(facts["step"])
         if isinstance(raw, dict):
             return raw, name, step
-        mistake = "its config is no mapping"
+        reason = "its config is no mapping"
     except KeyError as error:
-        mistake = f"it has no {error}"
+        reason = f"it has no {error}"
     except (ValueError, TypeError, RecursionError) as error:
-        mistake = f"it can't be read ({error})"
-    raise ConfigError(f"{path}: no export of python -m runner.export: in its metadata, {mistake}")
+        reason = f"it can't be read ({error})"
+    raise ConfigError(f"{path}: no export of python -m runner.export: in its metadata, {reason}")
 
 
 def _check_config(
     raw: dict[str, Any], trusted: Allowlist, overrides: Sequence[str], run: Path | None = None
 ) -> tuple[dict[str, Any], Allowlist]:
-    """Returns the resolved config of a file with overrides set on it, once it reads nothing that it may not.
+    """Returns a file's config with overrides set on it, checked and resolved, and an allow-list that has these, too.
 
     Args:
-        run: the folder that `${hydra:...}` tells of.
+        run: the folder whose hydra.yaml `${hydra:...}` reads.
     """
     checks.register()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
@@ -210,20 +210,14 @@ def _check_config(
     typed = OmegaConf.create({})
     for override in overrides:
         run_folder.set_value(typed, override, is_new=True)
-    own = _container(typed)
+    own = run_folder.to_unresolved(typed)
     trusted = replace(trusted, prefixes=[*trusted.prefixes, *own.get("allow_targets", [])], own=[own])
     allowlist.check_interpolations(raw, trusted)
-    run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.OF_THE_COMMAND_LINE})
-    if not trusted.is_signed:  # a file of a few bytes could start any number of processes
+    run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
+    if not trusted.is_signed:  # a small file could start any number of processes
         cfg.data.num_workers = 0
     for override in overrides:
         run_folder.set_value(cfg, override)
-    with run_folder.told_of(run, cfg) if run else contextlib.nullcontext():
+    with run_folder.recorded_hydra_config(run, cfg) if run else contextlib.nullcontext():
         checks.check(cfg)
         return checks.to_plain(cfg), trusted
-
-
-def _container(cfg: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}

@@ -1,6 +1,7 @@
-"""A watch over one rank of many: where it makes no progress it is ended, the stacks of its threads in the log.
+"""A watchdog for one rank of several.
 
-Imports `disk` of the tools, and the standard library. A process that runs alone is not watched: nobody waits for it.
+A rank without progress is ended, with the stacks of its threads in the log. A single process has no watchdog: no other
+waits for it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import Any
 
 from runner.utils.files import disk
 
-_ORPHAN_GRACE_S = 30.0  # for a rank whose launcher is gone to save and end
+_ORPHAN_GRACE_S = 30.0  # for a rank without a launcher, to save and end
 _MARGIN_S = 5.0
 
 
 @contextlib.contextmanager
 def watchdog(progress: Callable[[], Any], timeout_s: float, log: Path, name: str) -> Iterator[None]:
-    """Watches this process for the length of a block.
+    """Ends this process with status 1 if a block makes no progress.
 
     Args:
-        progress: what changes while there is any; called from a thread.
-        timeout_s: without a change for so long, the process exits with status 1.
+        progress: returns a value that changes with progress; called from a thread.
+        timeout_s: without a change for this time, the process ends.
+        log: the file for the stacks.
         name: of this rank, in the log.
     """
     is_over, parent = threading.Event(), os.getppid()
@@ -36,10 +38,10 @@ def watchdog(progress: Callable[[], Any], timeout_s: float, log: Path, name: str
         def watch() -> None:
             last, since, orphan_since = progress(), time.monotonic(), None
             while not is_over.wait(min(timeout_s / 4, 1.0)):
-                now, found = time.monotonic(), progress()
-                if found != last:
-                    last, since = found, now
-                    # The last resort, for a main thread that never lets this one run: it needs no Python.
+                now, current = time.monotonic(), progress()
+                if current != last:
+                    last, since = current, now
+                    # For a main thread that never releases the GIL: this timer needs no Python.
                     faulthandler.dump_traceback_later(timeout_s + _MARGIN_S, file=file, exit=True)
                 if os.getppid() != parent:
                     orphan_since = orphan_since or now

@@ -1,7 +1,6 @@
-"""What a person sees of a run while it runs: a progress bar on stderr, lines on stdout, and `log.txt`.
+"""The progress bar of a run on stderr, its lines on stdout, and `log.txt`.
 
-Control characters of a message are shown escaped. It must not import torch, Hydra, OmegaConf, `build` or anything
-above; tqdm only where a bar is drawn.
+Control characters in messages are escaped. tqdm is imported only when a bar is drawn.
 """
 
 import logging
@@ -22,9 +21,14 @@ _DRAW_EVERY_S = 0.1
 
 
 class Console:
-    """Shows a run to a person: a progress bar when `stream` is a terminal, plain lines otherwise.
+    """A progress bar if `stream` is a terminal, and plain lines otherwise.
 
-    A terminal that goes away ends the bar or the lines, not the run.
+    A terminal that is closed ends the bar and the lines, not the run.
+
+    Args:
+        first_step: the step that a resumed run starts from.
+        stream: of the bar; None is stderr.
+        enabled: shows the bar or not; None shows it on a terminal.
     """
 
     def __init__(
@@ -42,17 +46,13 @@ class Console:
         self._next_draw = -math.inf if is_shown else math.inf
 
     def update(self, step: int, **shown: Any) -> None:
-        """The bar stands at `step` and shows the values, if a redraw is due; else they are not even read."""
+        """Moves the bar to `step` and shows the values if a redraw is due; otherwise the values are not read."""
         self._step = step
         if perf_counter() >= self._next_draw:
             self._draw(shown)
 
-    def is_due(self) -> bool:
-        """Whether `update` would draw now; never without a bar."""
-        return perf_counter() >= self._next_draw
-
     def print(self, text: str) -> None:
-        """A line of its own on stdout, above the bar."""
+        """Prints lines on stdout, above the bar."""
         if self._bar is None:
             _write_line(text)
             return
@@ -65,7 +65,7 @@ class Console:
             self._drop_bar()
 
     def close(self) -> None:
-        """The bar stays where the run ended, and the cursor is below it; closing again does nothing."""
+        """Leaves the bar at the last step and moves the cursor below it; closing again does nothing."""
         if self._bar is None:
             return
         try:
@@ -79,7 +79,7 @@ class Console:
         self._next_draw = perf_counter() + _DRAW_EVERY_S
         if self._bar is None:
             return
-        values = ", ".join(f"{one_line(name)}={_format_value(value)}" for name, value in shown.items())
+        values = ", ".join(f"{one_line(name)}={format_number(float(value))}" for name, value in shown.items())
         try:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(self._step - self._bar.n)
@@ -94,16 +94,16 @@ class Console:
 
 @contextmanager
 def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[logging.Logger]:
-    """The logger "runner", whose messages go to `console` and, with time and level, to the end of `log.txt`.
+    """Yields the logger "runner", which writes to `console` and, with time and level, appends to `log.txt`.
 
-    Of a rank that only follows, what failed there alone goes to the file: the rest is the leader's to tell. It is as
-    before afterwards, so one job of a sweep never writes to another's log.
+    On ranks other than zero, only messages with a traceback are written, and only to the file. The logger is restored
+    afterwards, so that a job of a sweep never writes to another job's log.
     """
     logger = logging.getLogger("runner")
     before = logger.level, logger.propagate
     to_file = _LogFile(Path(folder).absolute() / "log.txt")
-    where = f"rank {rank}: " if rank else ""
-    to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {where}%(message)s"))
+    prefix = f"rank {rank}: " if rank else ""
+    to_file.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
     handlers: list[logging.Handler] = [to_file] if rank else [to_file, _ConsoleHandler(console)]
     if rank:
         to_file.addFilter(lambda record: record.exc_info is not None)
@@ -121,16 +121,16 @@ def open_log(folder: str | Path, console: Console, rank: int = 0) -> Iterator[lo
 
 
 class _Formatter(logging.Formatter):
-    """Indents the lines of a message after its first: none of them can pass for a message of its own."""
+    """Indents the lines of a message after the first, so that none can be mistaken for another message."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_controls(super().format(record)).replace("\n", "\n    ")
 
 
 class _LogFile(logging.StreamHandler):
-    """Appends to a file; says once that it can't be written, where logging would print a traceback a message."""
+    """Appends to a file; reports an error once, whereas `logging` would print a traceback for each message."""
 
-    is_refused = False
+    has_failed = False
 
     def __init__(self, path: Path) -> None:
         descriptor = disk.open_unsynced(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -144,8 +144,8 @@ class _LogFile(logging.StreamHandler):
             super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:  # logging's own name
-        if not self.is_refused:
-            self.is_refused = True
+        if not self.has_failed:
+            self.has_failed = True
             _write_line(f"error: {self._path} can't be written: {sys.exc_info()[1]}")
 
 
@@ -165,33 +165,35 @@ class _ConsoleHandler(logging.Handler):
 
 
 def describe_numbers(numbers: Mapping[str, float]) -> str:
-    """Returns numbers as a part of one short line: thousands of them as the first few, learning rates as a range."""
+    """Formats numbers for one short line: the first few of many, and the learning rates of many groups as a range."""
     rates: dict[str, list[float]] = {}
     for name, value in numbers.items():
-        if found := _RATE.fullmatch(name):
-            rates.setdefault(found.group(1), []).append(value)
+        if match := _RATE.fullmatch(name):
+            rates.setdefault(match.group(1), []).append(value)
     shown: list[str] = []
     ranges: list[str] = []
     for name, value in numbers.items():
-        found = _RATE.fullmatch(name)
-        several = rates[found.group(1)] if found else []
-        if len(several) <= _MOST_RATES:
-            shown.append(f"{_short(name)} {format_number(value)}")
-        elif found and found.group(1) == name:
-            ranges.append(
-                f"{_short(name)} {format_number(min(several))} to {format_number(max(several))} ({len(several)} groups)"
-            )
-    if len(shown) + len(ranges) > _MOST_NUMBERS:
-        shown, ranges = shown[:_MOST_NUMBERS], [*ranges[:_MOST_RATES], f"... ({len(numbers)} in all)"]
+        match = _RATE.fullmatch(name)
+        group_rates = rates[match.group(1)] if match else []
+        if len(group_rates) <= _MAX_RATES:
+            shown.append(f"{_shorten(name)} {format_number(value)}")
+        elif match and match.group(1) == name:
+            lowest, highest = format_number(min(group_rates)), format_number(max(group_rates))
+            ranges.append(f"{_shorten(name)} {lowest} to {highest} ({len(group_rates)} groups)")
+    if len(shown) + len(ranges) > _MAX_NUMBERS:
+        shown = shown[:_MAX_NUMBERS]
+        ranges = [*ranges[:_MAX_RATES], f"... ({len(numbers)} in all)"]
     return ", ".join(shown + ranges)
 
 
 _RATE = re.compile(r"((?:.*/)?lr)(?:_\d+)?", re.DOTALL)  # of an optimizer's groups: lr, lr_1, lr_2, ...
-_MOST_RATES, _MOST_NUMBERS, _LONGEST_NAME = 4, 20, 100
+_MAX_RATES = 4
+_MAX_NUMBERS = 20
+_MAX_NAME = 100  # characters
 
 
-def _short(name: str) -> str:
-    return one_line(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…")
+def _shorten(name: str) -> str:
+    return one_line(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…")
 
 
 def _make_bar(total: int, first: int, stream: TextIO) -> Any:
@@ -200,16 +202,16 @@ def _make_bar(total: int, first: int, stream: TextIO) -> Any:
     from tqdm import tqdm
 
     class Bar(tqdm):
-        monitor_interval = 0  # no thread of tqdm's: `update` says when to draw
+        monitor_interval = 0  # no thread of tqdm: `update` decides when to draw
 
-    Bar.set_lock(RLock())  # tqdm's own lock is shared with other processes, and dear
+    Bar.set_lock(RLock())  # tqdm's own lock is shared between processes, which is slow
     has_width = _num_columns(stream) > 0
     width: dict[str, Any] = {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
     return Bar(total=total, initial=first, file=stream, unit="step", mininterval=0, miniters=0, **width)
 
 
 def _num_columns(stream: TextIO) -> int:
-    """0 when unknown, as in a container's terminal that was never given a size."""
+    """Returns the width of a terminal; 0 if it is unknown, as in a container."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except OSError:
@@ -230,8 +232,4 @@ def _write_line(text: str) -> None:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
     except OSError:
-        pass  # whoever read the lines has gone
-
-
-def _format_value(value: Any) -> str:
-    return format_number(float(value))
+        pass  # the reader of the pipe has exited

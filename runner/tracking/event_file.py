@@ -1,7 +1,6 @@
-"""TensorBoard's event files: records of events, their framing, and cutting them back to a step.
+"""TensorBoard's event files: encoding, framing and reading of records.
 
-Owns what TensorBoard reads. It must not import torch, Hydra, OmegaConf or `torch.utils.tensorboard`;
-`tracking` imports it inside its thread, so that TensorBoard's protos cost the start of a run nothing.
+The tracker imports this module in its thread, so that TensorBoard's protos do not delay the start of a run.
 """
 
 import io
@@ -36,32 +35,29 @@ _crc = struct.Struct("<I").pack
 
 
 def find_event_files(folder: Path) -> list[Path]:
-    """The event files of `folder`, in the order in which TensorBoard reads them."""
+    """Returns the event files of `folder`, in the order in which TensorBoard reads them."""
     return sorted(folder.glob(f"{_PREFIX}*"))
 
 
 def name_next_file(folder: Path) -> Path:
-    """The path of a new event file, which TensorBoard reads after all those of `folder`."""
-    stamps = [re.match(r"\d{1,12}(?!\d)", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
-    stamp = max([int(time.time()), *(int(found[0]) + 1 for found in stamps if found)])
+    """Returns the path of a new event file, which TensorBoard reads after the others of `folder`."""
+    matches = [re.match(r"\d{1,12}(?!\d)", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
+    stamp = max([int(time.time()), *(int(match[0]) + 1 for match in matches if match)])
     return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{getpid()}.0"
 
 
 def encode_header(wall_time: float, resume_step: int | None) -> bytes:
-    """The records that open a file; after a resume, TensorBoard forgets the later steps that it has shown."""
-    records = frame(Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
-    return records if resume_step is None else records + encode_restart(wall_time, resume_step)
-
-
-def encode_restart(wall_time: float, resume_step: int) -> bytes:
-    """A record after which TensorBoard forgets later steps that it has shown."""
+    """Returns the first records of a file; after a resume, TensorBoard then drops the later steps that it has shown."""
+    header = frame(Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
+    if resume_step is None:
+        return header
     restart = Event(wall_time=wall_time, step=resume_step + 1)
     restart.session_log.status = SessionLog.START
-    return frame(restart.SerializeToString())
+    return header + frame(restart.SerializeToString())
 
 
 def encode_scalars(wall_time: float, step: int, values: Mapping[str, float]) -> bytes:
-    """One record that holds every scalar of a step."""
+    """Returns one record with all scalars of a step."""
     event = Event(wall_time=wall_time, step=step)
     add = event.summary.value.add
     for tag, value in values.items():
@@ -70,7 +66,7 @@ def encode_scalars(wall_time: float, step: int, values: Mapping[str, float]) -> 
 
 
 def encode_text(wall_time: float, step: int, name: str, text: str) -> bytes:
-    """A record that TensorBoard shows, as Markdown, in its TEXT tab."""
+    """Returns a record with Markdown for TensorBoard's TEXT tab."""
     value = Summary.Value(
         tag=encodable(name),
         metadata=SummaryMetadata(
@@ -86,7 +82,11 @@ def encode_text(wall_time: float, step: int, name: str, text: str) -> bytes:
 
 
 def encode_image(wall_time: float, step: int, name: str, image: Any) -> bytes:
-    """A record with a picture: the bytes of a PNG, or a uint8 array `[height, width, 3]`."""
+    """Returns a record with a picture.
+
+    Args:
+        image: the bytes of a PNG, or a uint8 array `[height, width, 3]`.
+    """
     png = image if isinstance(image, bytes) else _encode_png(image)
     width, height = struct.unpack_from(">II", png, 16)
     picture = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
@@ -94,7 +94,11 @@ def encode_image(wall_time: float, step: int, name: str, image: Any) -> bytes:
 
 
 def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate: int) -> bytes:
-    """A record with a sound, the bytes of a WAV file of 16 bits and one channel, that TensorBoard's AUDIO tab plays."""
+    """Returns a record with a sound for TensorBoard's AUDIO tab.
+
+    Args:
+        wav: the bytes of a WAV file, 16 bits, one channel.
+    """
     sound = Summary.Audio(
         sample_rate=sample_rate,
         num_channels=1,
@@ -106,7 +110,7 @@ def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate
 
 
 def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], metrics: list[str] | None) -> bytes:
-    """A record that enters the run in TensorBoard's HPARAMS tab."""
+    """Returns a record that enters the run in TensorBoard's HPARAMS tab."""
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=wall_time)
     infos = []
     for name, value in values.items():
@@ -123,23 +127,27 @@ def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], m
 
 
 def encode_hparams_end(wall_time: float, status: str) -> bytes:
-    """A record that closes the run's row of the HPARAMS tab."""
+    """Returns a record that ends the run's row of the HPARAMS tab."""
     codes = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
     end = plugin_data_pb2.SessionEndInfo(status=codes.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=wall_time)
     return _frame_values(wall_time, 0, _hparams_value("session_end_info", session_end_info=end))
 
 
-def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float = 0.0) -> Log:
-    """Reads the records of a file up to `step`, but for its header and hparams, which a resume writes anew.
+def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: float = 0.0) -> Log:
+    """Reads the records of a file up to `step`, except its header and hparams, which a resume writes again.
 
-    With `is_eval_owed`, evaluations of that very step are left out. `earlier_s` is how long the run had run before.
-
+    Args:
+        is_eval_pending: leaves out evaluations of that very step.
+        earlier_s: the duration of the run's earlier sessions.
     Raises:
         OSError: it is no regular file, or the disk refuses.
     """
     log, names = Log(path, f"{_PREFIX}*"), dict[tuple[str, ...], tuple[str, ...]]()
-    last, is_gap, has_header, is_own = -1, False, False, True  # not a SummaryWriter's of the user
-    is_begun = False
+    last = -1  # the step of the last record
+    is_gap = False  # damage came since then
+    has_header = False
+    is_ours = True  # False for a file of the user's own SummaryWriter
+    has_hparams = False
     for record, event in _events(path):
         if record is None or event is None:
             is_gap = log.is_damaged = True
@@ -150,23 +158,26 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
         if event.HasField("session_log"):
             log.is_clock_known = False  # the run had run before
         if event.HasField("file_version"):
-            has_header, is_own = True, not event.HasField("source_metadata")
+            has_header = True
+            is_ours = not event.HasField("source_metadata")
         elif _is_of_hparams(event):
-            # Damage before the first hparams is that of a header; damage behind them, that of a number.
-            is_gap, is_begun = is_gap and (is_begun or last >= 0), True
+            # Damage before the first hparams has hit the header; damage after them has hit numbers.
+            is_gap = is_gap and (has_hparams or last >= 0)
+            has_hparams = True
         elif event.step <= step:
-            if is_gap and (is_begun or last >= 0):  # else the header, or hparams
+            if is_gap and (has_hparams or last >= 0):
                 log.gaps.append((last, event.step))
-            elif is_gap:
+            elif is_gap:  # in the header or the hparams
                 log.is_begin_damaged = True
-            # A restart names the step after the last one.
-            last, is_gap = event.step - event.HasField("session_log"), False
-            if _is_made_again(event, step, is_eval_owed):
-                log.num_owed += 1
+            # A restart has the step after the last one.
+            last = event.step - event.HasField("session_log")
+            is_gap = False
+            if _is_repeated_eval(event, step, is_eval_pending):
+                log.num_pending_evals += 1
             else:
-                found = event.summary.value
-                values = {value.tag: value.simple_value for value in found if value.HasField("simple_value")}
-                is_restored = is_own and is_restorable(event.step, values)
+                scalars = [value for value in event.summary.value if value.HasField("simple_value")]
+                values = {scalar.tag: scalar.simple_value for scalar in scalars}
+                is_restored = is_ours and is_restorable(event.step, values)
                 key = make_key(event.step, values, names) if values and is_restored else None
                 time_s = earlier_s + event.wall_time - log.started
                 log.records.append(Record(event.step, time_s, record, key))
@@ -176,7 +187,7 @@ def read_log(path: Path, step: int, is_eval_owed: bool = False, earlier_s: float
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
-    """Gives the content of a file that may be larger than memory; nothing where there is no file."""
+    """Yields the content of a file that may be larger than memory; empty if there is no file."""
     if not os.path.lexists(path):
         yield b""
         return
@@ -189,14 +200,14 @@ def _mapped(path: Path) -> Iterator[Any]:
 
 
 def _events(path: Path) -> Iterator[tuple[bytes | None, Event | None]]:
-    """Yields the records of a file with their events; None for what is damaged."""
+    """Yields the records of a file with their events; None for a damaged one."""
     with _mapped(path) as content:
         for record in _scan(content):
             yield record, None if record is None else _parse(record)
 
 
 def _parse(record: bytes) -> Event | None:
-    """Returns the event of a record, or None of one that no run has written, though its checksums are right."""
+    """Returns the event of a record, or None if no run has written it, though its checksums are right."""
     try:
         event = Event.FromString(record[12:-4])
     except Exception:  # protobuf's own
@@ -205,40 +216,40 @@ def _parse(record: bytes) -> Event | None:
 
 
 def write_log(log: Log) -> None:
-    """The file holds a header and the log's records."""
+    """Replaces the file by a header and the log's records."""
     assert log.started is not None
     replace_file(log.path, [encode_header(log.started, None), *(record.content for record in log.records)])
 
 
 def read_records(file: BinaryIO) -> Iterator[bytes]:
-    """The payloads of a file's records but for those that are torn or damaged."""
+    """Yields the payloads of a file's records, except torn or damaged ones."""
     return (record[12:-4] for record in _scan(file.read()) if record is not None)
 
 
 def _scan(content: Any) -> Iterator[bytes | None]:
-    """The records of bytes or a mapped file, and None for each place that is torn or damaged."""
-    at = num_vain = num_searched = 0
+    """Yields the records of bytes or a mapped file, and None for each torn or damaged place."""
+    at = num_wasted = num_searched = 0
     while at < len(content):
         record = _record_at(content, at)
         yield record
         while record is None:
-            # What looks like records that contain each other would take the square of the file's length.
-            num_vain += _size_at(content, at) or 0
-            # The next place that may begin a record: a length of at most four bytes that is not 0.
-            found = _BEGINNING.search(content, at + 1, at + 1 + _MOST_SEARCHED_BYTES)
-            if found is None or num_vain > _MOST_IN_VAIN * len(content) or num_searched > _MOST_SEARCHED_BYTES:
+            # Bytes that look like nested records would need time quadratic in the length of the file.
+            num_wasted += _size_at(content, at) or 0
+            match = _RECORD_START.search(content, at + 1, at + 1 + _MAX_SEARCHED_BYTES)
+            is_too_slow = num_wasted > _MAX_WASTED * len(content) or num_searched > _MAX_SEARCHED_BYTES
+            if match is None or is_too_slow:
                 return
-            num_searched += found.start() - at
-            at = found.start()
+            num_searched += match.start() - at
+            at = match.start()
             record = _record_at(content, at)
             if record is not None:
                 yield record
         at += len(record)
 
 
-_MOST_IN_VAIN = 64  # times the bytes of a file, for checksums of damaged records
-_MOST_SEARCHED_BYTES = 16 << 20
-_BEGINNING = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)
+_MAX_WASTED = 64  # times the size of the file, for checksums of damaged records
+_MAX_SEARCHED_BYTES = 16 << 20
+_RECORD_START = re.compile(rb"(?=(?!\0{4}).{4}\0{4})", re.DOTALL)  # a length below 2**32 that is not 0
 
 
 def _record_at(content: Any, at: int) -> bytes | None:
@@ -250,7 +261,7 @@ def _record_at(content: Any, at: int) -> bytes | None:
 
 
 def _size_at(content: Any, at: int) -> int | None:
-    """Returns the size of the payload of the record that begins at a place; None where none does that is whole."""
+    """Returns the size of the payload of the record at a position; None if there is no complete record."""
     head = content[at : at + 12]
     if len(head) < 12 or head[8:] != _masked_crc(head[:8]):
         return None
@@ -259,7 +270,7 @@ def _size_at(content: Any, at: int) -> int | None:
 
 
 def frame(payload: bytes) -> bytes:
-    """The payload as a record: its length and itself, each with a masked CRC-32C.
+    """Returns a payload as a record: its length and itself, each with a masked CRC-32C.
 
     Source: the TFRecord format, https://www.tensorflow.org/tutorials/load_data/tfrecord
     """
@@ -272,8 +283,8 @@ def _masked_crc(data: bytes) -> bytes:
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _is_made_again(event: Event, step: int, is_eval_owed: bool) -> bool:
-    return is_eval_owed and event.step == step and _tag_of(event).startswith("eval/")
+def _is_repeated_eval(event: Event, step: int, is_eval_pending: bool) -> bool:
+    return is_eval_pending and event.step == step and _tag_of(event).startswith("eval/")
 
 
 def _is_of_hparams(event: Event) -> bool:

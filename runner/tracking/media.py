@@ -1,4 +1,4 @@
-"""Sounds and pictures as a run shows and keeps them. Imports NumPy and the standard library only."""
+"""Sounds and pictures for TensorBoard and for files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Audio:
     """A sound of one channel.
 
     Args:
-        wave: float [samples], -1 to 1; a tensor or an array. What is beyond is clipped, nan is silence.
-        sample_rate: samples a second.
+        wave: float `[samples]`, -1 to 1; a tensor or an array. Values outside are clipped, NaN is silence.
+        sample_rate: samples per second.
     Raises:
-        ValueError: the wave is not [samples], or the rate no whole number above 0.
+        ValueError: the wave is not `[samples]`, or the rate is no whole number above 0.
     """
 
     wave: Any
@@ -40,8 +40,8 @@ class Audio:
 
     def encode(self) -> bytes:
         """Returns the bytes of a WAV file."""
-        found = self.wave.detach().float().cpu().numpy() if hasattr(self.wave, "detach") else np.asarray(self.wave)
-        clipped = np.clip(np.nan_to_num(found.astype(np.float64)), -1, 1)
+        wave = self.wave.detach().float().cpu().numpy() if hasattr(self.wave, "detach") else np.asarray(self.wave)
+        clipped = np.clip(np.nan_to_num(wave.astype(np.float64)), -1, 1)
         samples = np.minimum(np.round(clipped * _FULL_SCALE), _FULL_SCALE - 1).astype("<i2")
         buffer = io.BytesIO()
         with wave_format.open(buffer, "wb") as file:
@@ -53,10 +53,10 @@ class Audio:
 
 
 def read_picture(name: str, picture: Any) -> Any:
-    """Returns a Matplotlib figure as the bytes of a PNG, or a copy of an array or tensor, uint8 [height, width, 3].
+    """Returns a Matplotlib figure as the bytes of a PNG, or a copy of an array or tensor, uint8 `[height, width, 3]`.
 
     Raises:
-        ValueError: an array of another type or shape.
+        ValueError: an array has another type or shape.
     """
     if hasattr(picture, "savefig"):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Compares `metrics.jsonl` with the event files of a run, and restores in each the numbers that only the other has."""
+"""Compares `metrics.jsonl` with a run's event files, and restores in each the numbers that only the other holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, 
 
 
 class Record(NamedTuple):
-    """A line or an event: its step, its time since the run began, its bytes, and the key of its numbers, if any."""
+    """A line or an event: its step, its time since the run started, its bytes, and the key of its numbers, if any."""
 
     step: int
     time_s: float
@@ -42,70 +42,79 @@ class Record(NamedTuple):
 
 @dataclass
 class Log:
-    """The whole records of a file up to a step.
+    """The complete records of a file up to a step.
 
-    `gaps` has the steps before and after each damaged place that such records follow. `is_damaged` also counts
-    damage at the end, such as a kill in the middle of a write leaves. `num_owed` evaluations were left out.
+    Args:
+        pattern: of the names of such files.
+        gaps: the steps before and after each damaged place, except one at the end.
+        is_damaged: also set by damage at the end, as left by a kill in the middle of a write.
+        is_begin_damaged: before the first record of an event file, where hparams may have been.
+        num_pending_evals: evaluations that were left out because they will be repeated.
+        restored: steps of the numbers that only the other kind of file held.
+        started: wall time of an event file's session.
+        clock_zero: wall time at `time_s` = 0, as if there were no pauses between sessions.
+        is_clock_known: False if `clock_zero` of an event file is a guess.
     """
 
     path: Path
-    pattern: str  # of the names of such files
+    pattern: str
     records: list[Record] = field(default_factory=list)
     gaps: list[tuple[int, int]] = field(default_factory=list)
     is_damaged: bool = False
-    is_begin_damaged: bool = False  # before the first record of an event file, where hparams may have been
-    num_owed: int = 0
-    restored: list[int] = field(default_factory=list)  # steps of what the other kind of file held
-    started: float | None = None  # wall time of an event file's session
-    clock_zero: float = 0.0  # wall time at time_s = 0, were there no pauses between sessions
-    is_clock_known: bool = False  # of an event file, whose clock_zero is a guess else
+    is_begin_damaged: bool = False
+    num_pending_evals: int = 0
+    restored: list[int] = field(default_factory=list)
+    started: float | None = None
+    clock_zero: float = 0.0
+    is_clock_known: bool = False
 
     def __str__(self) -> str:
         """Returns the path as a message names it."""
         return str(self.path) if self.path.exists() else f"{self.path.parent}/{self.pattern} (no such file)"
 
-    def num_numbers(self) -> int:
-        """Returns how many records hold numbers."""
-        return sum(record.key is not None for record in self.records)
-
 
 def make_key(step: int, values: Mapping[str, float | None], names: dict[tuple[str, ...], tuple[str, ...]]) -> Key:
-    """Returns the key of a call's numbers; `names` has one copy of each tuple of names.
+    """Returns the key of a call's numbers.
 
-    Raises: OverflowError, TypeError when a value is no number.
+    Args:
+        names: the tuples of names so far, so that equal ones are stored once.
+    Raises:
+        OverflowError, TypeError: a value is no number.
     """
-    found, numbers = tuple(values), array("f", [nan if value is None else value for value in values.values()])
+    numbers = array("f", [nan if value is None else value for value in values.values()])
     if not all(map(isfinite, numbers)):  # a line has null for each of them
         numbers = array("f", [number if isfinite(number) else nan for number in numbers])
-    return step, names.setdefault(found, found), numbers.tobytes()
+    key_names = tuple(values)
+    return step, names.setdefault(key_names, key_names), numbers.tobytes()
 
 
 def is_step(step: object) -> bool:
-    """Says whether a value is a step that a run can have made."""
+    """Returns whether a value can be a step of a run."""
     return type(step) is int and 0 <= step < _MAX_STEP
 
 
 def is_time(time_s: object) -> bool:
-    """Says whether a value is a time that a clock can have told, in seconds."""
+    """Returns whether a value can be a time in seconds."""
     return type(time_s) in (int, float) and abs(time_s) < _MAX_TIME_S  # type: ignore[arg-type]
 
 
 def is_restorable(step: int, names: Iterable[str]) -> bool:
-    """Says whether an event's numbers can stand in a line of `metrics.jsonl`."""
+    """Returns whether an event's numbers can be written to a line of `metrics.jsonl`."""
     return step >= 0 and not any(name in _OWN_NAMES for name in names)
 
 
-def numbers_of(key: Key) -> dict[str, float]:
+def decode_numbers(key: Key) -> dict[str, float]:
     """Returns a call's numbers, in the precision of float32."""
     return dict(zip(key[1], array("f", key[2]), strict=True))
 
 
-def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
+def read_lines(path: Path, step: int, is_eval_pending: bool) -> Log:
     """Reads `metrics.jsonl` up to a step.
 
-    With `is_eval_owed`, evaluations of that very step are left out. A line that is no JSON of numbers counts as
-    damaged, as does one whose step is not between those of its neighbours.
+    A line counts as damaged if it is no JSON of numbers, or if its step is not between those of its neighbours.
 
+    Args:
+        is_eval_pending: leaves out evaluations of that very step.
     Raises:
         OSError: it is no regular file, or the disk refuses.
     """
@@ -118,11 +127,11 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
     num_same = Counter(_step_and_names(record) for record in parsed)
     repeated = [num_same[_step_and_names(record)] > 1 for record in parsed]
     steps = [-1, -1, *(record.step for record in parsed), inf, inf]
-    last, place, is_gap = -1, -1, False
+    last, index, is_gap = -1, -1, False  # `index` counts the parsed records
     for record in records:
         if record is not None:
-            place += 1
-            if _is_out_of_order(steps[place : place + 5], repeated, place):
+            index += 1
+            if _is_out_of_order(steps[index : index + 5], repeated, index):
                 record = None
         if record is None:
             is_gap = log.is_damaged = True
@@ -131,8 +140,8 @@ def read_lines(path: Path, step: int, is_eval_owed: bool) -> Log:
                 log.gaps.append((last, record.step))
             last, is_gap = record.step, False
             names_found = record.key[1] if record.key else ()
-            if is_eval_owed and record.step == step and any(name.startswith("eval/") for name in names_found):
-                log.num_owed += 1
+            if is_eval_pending and record.step == step and any(name.startswith("eval/") for name in names_found):
+                log.num_pending_evals += 1
             else:
                 log.records.append(record)
     return log
@@ -142,27 +151,28 @@ def _step_and_names(record: Record) -> tuple[int, tuple[str, ...]]:
     return record.step, record.key[1] if record.key else ()
 
 
-def _is_out_of_order(steps: list[float], repeated: list[bool], place: int) -> bool:
-    """Returns if a step is not between its neighbours, which follow each other.
+def _is_out_of_order(steps: list[float], repeated: list[bool], index: int) -> bool:
+    """Returns whether a line's step was changed: it is not between its neighbours, and these are in order.
 
-    One of them may be the changed one: that which has the step and names of another line, else the earlier.
+    The neighbour may be the changed one instead: the line that has the step and names of another line was changed,
+    else the earlier of the two.
 
     Args:
-        steps: those of two lines before, of the line, and of two after it.
-        repeated: for each line, if another has its step and names.
+        steps: of the two lines before, of the line, and of the two lines after it.
+        repeated: for each line, whether another has its step and names.
     """
     before_last, before, step, after, after_next = steps
     if not before <= after or before <= step <= after:
         return False
-    if repeated[place]:
+    if repeated[index]:
         return True
-    is_next_changed = step > after and repeated[place + 1] and step <= after_next
+    is_next_changed = step > after and repeated[index + 1] and step <= after_next
     is_last_changed = before_last <= step < before
     return not (is_next_changed or is_last_changed)
 
 
 def _parse_line(line: bytes | None, names: dict[tuple[str, ...], tuple[str, ...]]) -> Record | None:
-    """Returns the record of a line, or None of what a run has not written: it is damaged, or by another program."""
+    """Returns the record of a line, or None if the line is damaged or written by another program."""
     try:
         values = json.loads(line or b"")
         step, time_s = values.pop("step"), values.pop("time_s")
@@ -176,37 +186,44 @@ def _parse_line(line: bytes | None, names: dict[tuple[str, ...], tuple[str, ...]
 
 @dataclass
 class Repair:
-    """The result of a comparison: keys of records that were put into the lines and into the event files."""
-
-    of_lines: list[Key] = field(default_factory=list)
-    of_times: list[Key] = field(default_factory=list)  # of lines that had another time than their event
-    of_events: list[Key] = field(default_factory=list)
-    damaged: str = ""  # names of event files
-
-
-def restore(
-    lines: Log, events: list[Log], encode_line: EncodeLine, encode_event: EncodeEvent, num_recorded: int | None
-) -> Repair:
-    """Puts what only one kind of file holds into the other, in the order of the steps.
-
-    TensorBoard drops points of a curve when an earlier step follows them, so an event goes into the file of its
-    session. A line that damage has changed is replaced by its event: events have checksums.
+    """The keys of the restored records.
 
     Args:
-        events: at least one.
-        num_recorded: how many calls' numbers the event files should hold; None where no checkpoint tells.
+        of_lines: inserted into the lines.
+        of_times: of lines whose time differed from their event's.
+        of_events: inserted into the event files.
+        damaged: the names of the event files that lacked them.
+    """
+
+    of_lines: list[Key] = field(default_factory=list)
+    of_times: list[Key] = field(default_factory=list)
+    of_events: list[Key] = field(default_factory=list)
+    damaged: str = ""
+
+
+def restore_missing(
+    lines: Log, events: list[Log], encode_line: EncodeLine, encode_event: EncodeEvent, num_recorded: int | None
+) -> Repair:
+    """Inserts into each kind of file the records that only the other holds, in the order of the steps.
+
+    TensorBoard drops points of a curve when an earlier step follows them, so an event is inserted into the file of its
+    session. A line that damage has changed is replaced by its event, because events have checksums.
+
+    Args:
+        events: the event files, at least one.
+        num_recorded: the number of calls that the event files should hold; None if no checkpoint records it.
     """
     in_lines = Counter(record.key for record in lines.records if record.key)
     in_events = Counter(record.key for log in events for record in log.records if record.key)
     shared = {key for key, number in in_lines.items() if number == in_events[key] == 1}
     repair = Repair(of_times=_restore_times(lines, events, shared, encode_line))
     recorded = [record for log in events for record in log.records]
-    lost_lines = list(_take(recorded, in_events - in_lines, lines.records))
-    lost_events = list(_take(lines.records, in_lines - in_events, recorded))
+    lost_lines = list(_select(recorded, in_events - in_lines, lines.records))
+    lost_events = list(_select(lines.records, in_lines - in_events, recorded))
     num_extra = None
     if num_recorded is not None:
-        num_found = sum(in_events.values()) + sum(log.num_owed for log in events)
-        num_extra = num_found + len(lost_events) - num_recorded
+        num_pending = sum(log.num_pending_evals for log in events)
+        num_extra = sum(in_events.values()) + num_pending + len(lost_events) - num_recorded
     untimed = {id(record) for log in events if not log.is_clock_known for record in log.records}
     empty = [record for record in lines.records if not record.key]
     changed = _find_changed(lost_lines, lost_events + empty, untimed, num_extra)
@@ -219,48 +236,52 @@ def restore(
     if lost_lines:
         kept = [record for record in lines.records if id(record) not in changed]
         restored = [
-            record._replace(content=encode_line(record.step, record.time_s, numbers_of(record.key)))
+            record._replace(content=encode_line(record.step, record.time_s, decode_numbers(record.key)))
             for record in lost_lines
             if record.key
         ]
         lines.records = _sort(kept + restored, recorded)
     if lost_events:
-        repair.damaged = _put_events(lost_events, events, encode_event, lines.records)
+        repair.damaged = _insert_events(lost_events, events, encode_event, lines.records)
     return repair
 
 
 def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line: EncodeLine) -> list[Key]:
-    """Sets each event file's clock by the lines, then changed times of lines by the events.
+    """Sets each event file's clock by the lines, then restores changed times of lines from the events.
 
     Args:
-        shared: keys that both hold once.
+        shared: keys that the lines and the events hold exactly once.
 
     Returns:
-        The keys of the lines that had another time.
+        The keys of the restored lines.
     """
-    restored, shift = list[Key](), 0.0
-    places = {record.key: place for place, record in enumerate(lines.records) if record.key in shared}
+    restored = list[Key]()
+    shift = 0.0
+    indices = {record.key: index for index, record in enumerate(lines.records) if record.key in shared}
     for log in events:
-        in_both = [record.key for record in log.records if record.key in places]
-        shift = _set_clock(log, {key: lines.records[places[key]].time_s for key in in_both}, shift)
+        in_both = [record.key for record in log.records if record.key in indices]
+        shift = _set_clock(log, {key: lines.records[indices[key]].time_s for key in in_both}, shift)
         for record in log.records if log.is_clock_known else ():
-            if record.key not in places:
+            if record.key not in indices:
                 continue
-            line = lines.records[places[record.key]]
+            line = lines.records[indices[record.key]]
             if abs(line.time_s - record.time_s) > _CHANGED_TIME_S:
                 content = encode_line(record.step, record.time_s, _read_values(line.content))
-                lines.records[places[record.key]] = line._replace(time_s=record.time_s, content=content)
+                lines.records[indices[record.key]] = line._replace(time_s=record.time_s, content=content)
                 restored.append(record.key)
     return restored
 
 
 def _set_clock(log: Log, times: Mapping[Key | None, float], last_shift: float) -> float:
-    """Sets the zero of an event file's clock by the times of its records' lines; most of these are whole.
+    """Sets the zero of an event file's clock by the times of the matching lines, most of which are undamaged.
 
-    The file tells when its session began, but not how long the run had run by then: earlier files may lack it.
+    The file holds the start of its session, but not the duration of earlier sessions, whose files may be missing.
 
+    Args:
+        times: of the lines by key.
+        last_shift: the correction of the file before.
     Returns:
-        By how much the clock was wrong; `last_shift` is that of the file before.
+        The correction in seconds.
     """
     shifts = [record.time_s - times[record.key] for record in log.records if record.key in times]
     is_agreed = len(shifts) > 1 and max(shifts) - min(shifts) <= _SAME_TIME_S
@@ -276,21 +297,22 @@ def _set_clock(log: Log, times: Mapping[Key | None, float], last_shift: float) -
 
 def _read_values(line: bytes) -> dict[str, float]:
     values = json.loads(line)
-    return {name: nan if x is None else x for name, x in values.items() if name not in ("step", "time_s")}
+    return {name: nan if x is None else x for name, x in values.items() if name not in _OWN_NAMES}
 
 
 def _find_changed(
     lost_lines: list[Record], unmatched: list[Record], untimed: set[int], num_extra: int | None
 ) -> set[int]:
-    """Returns the ids of lines that are lost ones with other contents, at most one for each lost line.
+    """Returns the ids of lines that damage has changed, at most one for each lost line.
 
-    A damage changes one place of a line, so it differs from its event in the step, or in a name, or in a value. Two
-    damages, of a line and of another call's event, look alike, but these two calls differ in more than that.
+    Damage changes one place of a line, so the line differs from its event in the step, or in a name, or in a value.
+    Damage to a line and to another call's event looks similar, but these two calls differ in more than one place.
 
     Args:
+        lost_lines: events that have no line.
         unmatched: lines that have no event.
         untimed: ids of records whose times are guessed.
-        num_extra: how many of them are changed at least, by the count of a checkpoint; None where none tells.
+        num_extra: the least number of changed lines, by the count of a checkpoint; None if none records it.
     """
     steps, order = defaultdict[int, list[Record]](list), sorted(unmatched, key=lambda record: record.time_s)
     for record in unmatched:
@@ -317,9 +339,11 @@ def _find_changed(
 
 
 def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> tuple[bool, int, float] | None:
-    """Returns by how much a line differs from an event, or None if no damage would change all of that.
+    """Returns the difference of a line from an event, or None if no single damage explains it.
 
-    First whether it is more than one damage would change, or is likely between two calls.
+    Returns:
+        Whether the match is unsure because two different calls may differ so, the number of differences, and the
+        distance in seconds.
     """
     assert event.key
     _, names, values = event.key
@@ -329,7 +353,7 @@ def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> t
     is_same_names, is_same_values = names == line_names, values == line_values
     num_differences = [is_near, is_same_names, is_same_values].count(False)
     if event.step != line.step:
-        # Two calls may have equal numbers: a count of the lines that are changed knows better.
+        # Two calls may have equal numbers, so the match is unsure if the number of changed lines is known.
         return (is_counted, 1, distance_s) if num_differences == 0 else None
     is_alike = (
         is_same_names
@@ -341,12 +365,12 @@ def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> t
 
 
 def _is_cut(key: Key, line_key: Key | None) -> bool:
-    """Returns if a line has lost all numbers of a call, or some of them."""
-    return line_key is None or not numbers_of(key).items().isdisjoint(numbers_of(line_key).items())
+    """Returns whether a line lacks all numbers of a call, or some of them."""
+    return line_key is None or not decode_numbers(key).items().isdisjoint(decode_numbers(line_key).items())
 
 
 def _is_one_name_changed(names: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Returns if all names are the same but for one character of one of them."""
+    """Returns whether all names are equal except for one character of one name."""
     pairs = [(name, other) for name, other in zip(names, others, strict=True) if name != other]
     if len(pairs) != 1 or len(pairs[0][0]) != len(pairs[0][1]):
         return False
@@ -354,22 +378,22 @@ def _is_one_name_changed(names: tuple[str, ...], others: tuple[str, ...]) -> boo
 
 
 def _sort(records: list[Record], order: list[Record]) -> list[Record]:
-    """Returns records in the order of their steps, and in one step in that of `order`, by time where it lacks them.
+    """Returns records sorted by step, then as in `order`, or by time if `order` lacks them.
 
-    The times of a line and of its event differ by rounding, which is more than may lie between two calls.
+    Their own times are not enough: rounding makes those of a line and its event differ by more than the time between
+    two calls.
     """
-    places: dict[Key | None, tuple[float, int]]
-    places = {record.key: (record.time_s, place) for place, record in enumerate(order) if record.key}
+    known: dict[Key | None, tuple[float, int]]
+    known = {record.key: (record.time_s, index) for index, record in enumerate(order) if record.key}
 
-    def place_of(record: Record) -> tuple[int, float, int]:
-        time_s, place = places.get(record.key, (record.time_s, 0))
-        return record.step, time_s, place
+    def sort_key(record: Record) -> tuple[int, float, int]:
+        return record.step, *known.get(record.key, (record.time_s, 0))
 
-    return sorted(records, key=place_of)
+    return sorted(records, key=sort_key)
 
 
-def _put_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent, order: list[Record]) -> str:
-    """Puts records into the event files; returns the names of those they are missing in."""
+def _insert_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent, order: list[Record]) -> str:
+    """Inserts records into the event files of their sessions; returns the names of the files that lacked them."""
     starts = [(min(record.step for record in log.records), log) for log in events if log.records]
     chosen: dict[int, Log] = {}
     for record in lost:
@@ -377,7 +401,7 @@ def _put_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent
         log = earlier[-1] if earlier else starts[0][1] if starts else events[0]
         chosen[id(log)] = log
         assert record.key is not None
-        event = encode_event(log.clock_zero + record.time_s, record.step, numbers_of(record.key))
+        event = encode_event(log.clock_zero + record.time_s, record.step, decode_numbers(record.key))
         log.records.append(record._replace(content=event))
     for log in chosen.values():
         log.records = _sort(log.records, order)
@@ -385,14 +409,14 @@ def _put_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent
 
 
 def name_damaged(damaged: list[Log], others: list[Log]) -> str:
-    """Returns the damaged files as a message names them; where none shows damage, one may have been removed."""
+    """Returns the names of the damaged files for a message; if none shows damage, one may have been removed."""
     if damaged:
         return ", ".join(str(log) for log in damaged)
     return ", ".join(str(log) for log in others) + (", or a file beside it that was removed" if others else "")
 
 
-def _take(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:
-    """Yields the wanted numbers of records of each key; of several records, those that no other has the time of."""
+def _select(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:
+    """Yields the wanted number of records of each key; of several, those farthest in time from records of `others`."""
     times = defaultdict[Key | None, list[float]](list)
     for record in sorted(others, key=lambda record: record.time_s) if wanted else ():
         if record.key in wanted:
@@ -400,8 +424,9 @@ def _take(records: list[Record], wanted: Counter[Key], others: list[Record]) -> 
 
     def distance_s(record: Record) -> float:
         known = times.get(record.key, [])
-        place = bisect_left(known, record.time_s)
-        return min((abs(record.time_s - time_s) for time_s in known[max(place - 1, 0) : place + 1]), default=inf)
+        index = bisect_left(known, record.time_s)
+        nearest = known[max(index - 1, 0) : index + 1]
+        return min((abs(record.time_s - time_s) for time_s in nearest), default=inf)
 
     for record in sorted(records, key=distance_s, reverse=True) if wanted else ():
         if record.key and wanted[record.key] > 0:

@@ -1,7 +1,4 @@
-"""A run's `run.json`: what ran, where, from which code, and how it went.
-
-It must not import torch, Hydra, OmegaConf, `build` or anything above.
-"""
+"""The file `run.json` of a run: its status, times, host, code version and results."""
 
 import contextlib
 import json
@@ -19,26 +16,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from runner.tracking.repair import is_step, is_time
 from runner.utils.files import read_bounded, replace_file
 from runner.utils.files.strict_json import parse_json
 
 DISTRIBUTION = "exact-runner"  # this package, as pip knows it
 _PACKAGES = ("torch", "numpy", "hydra-core", "tensorboard", "safetensors")
 _GIT_TIMEOUT_S = 5.0
-_SURVEY_WAIT_S = 1.0  # at the end of a run, for git to have answered
+_SURVEY_WAIT_S = 1.0  # for the answer of git at the end of a run
 
 
 class RunRecord:
-    """The file `run.json` of a run's folder, whole at every moment.
+    """The file `run.json` of a run's folder, complete at every moment.
 
-    Its top level tells of the run: `status` ("running", "finished", "quit", "interrupted", "preempted",
-    "failed", or "crashed" where the process has gone without a word), `reason` (what ended it early), `started` and
-    `ended` (ISO 8601), `duration_s` of all sessions, `last_step`, `best` (its step null
-    without a checkpoint), and the latest session's host, pid,
-    ranks, python, command, packages and git state. `sessions` has an entry for each start and each resume.
+    Its top level describes the run: `status` ("running", "finished", "quit", "interrupted", "preempted", "failed", or
+    "crashed" if the process ended without writing one), `reason` (of an early end), `started` and `ended` (ISO 8601),
+    `duration_s` of all sessions, `last_step`, `best` (its step is null without a checkpoint), and the latest session's
+    host, pid, ranks, python, command, packages and git state. `sessions` has an entry for each start and each resume.
 
     Args:
-        may_read_git: says whether git may read a directory's repository.
+        may_read_git: returns whether git may read a directory's repository.
     """
 
     def __init__(self, folder: str | Path, may_read_git: Callable[[str], bool]) -> None:
@@ -50,38 +47,40 @@ class RunRecord:
         self._clock_zero = 0.0
         self._survey: threading.Thread | None = None
         self._is_over = False
-        self.crashed: dict[str, Any] | None = None
-        self.faults: list[str] = []  # what `read` has left out
+        self.crashed: dict[str, Any] | None = None  # the last session, if its process ended without a status
+        self.faults: list[str] = []  # values that `read` has left out
 
     def start(self, **facts: Any) -> None:
-        """A session of the run has begun; a run.json that lies there is of the same run, and goes on.
+        """Adds a session to the record, and creates the file if there is none.
 
-        The git state and the package versions follow a moment later, from a thread. `crashed` is then the last
-        session, if its process has gone without a word.
+        A thread adds the git state and the package versions a moment later.
 
-        Raises: ValueError when the run.json that lies there can't be read.
+        Raises:
+            ValueError: the existing run.json can't be read.
         """
         self._clock_zero = time.perf_counter()
         before = self.read()
         sessions = before.get("sessions", [])
         for session in sessions:
-            if session["status"] == "running":  # its process is gone: who lives to the end says how it ended
+            if session["status"] == "running":  # its process has ended without writing another status
                 session["status"] = "crashed"
                 self.crashed = session
         now = _now()
         state = {"status": "running", "reason": None, "started": now, "ended": None, "duration_s": 0.0}
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "git": None}
-        self._session = state | place
-        self._facts = state | {"started": before.get("started", now)} | place
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "git": None}
+        self._session = state | process
+        self._facts = state | {"started": before.get("started", now)} | process
         self._facts |= {"ranks": 1, "python": platform.python_version(), "packages": None}
         self._facts |= {"last_step": before.get("last_step"), "best": before.get("best")}
         self._facts |= facts | {"sessions": [*sessions, self._session]}
         self._write()
-        self._survey = threading.Thread(target=self._look_around, args=(os.getcwd(),), name="run record", daemon=True)
+        self._survey = threading.Thread(
+            target=self._survey_environment, args=(os.getcwd(),), name="run record", daemon=True
+        )
         self._survey.start()
 
     def update(self, **facts: Any) -> None:
-        """The facts stand in the file: `last_step=300`, `best={"name": ..., "value": ..., "step": ...}`."""
+        """Writes facts: `last_step=300`, `best={"name": ..., "value": ..., "step": ...}`."""
         with self._lock:
             self._facts.update(facts)
             if "last_step" in facts:
@@ -89,7 +88,12 @@ class RunRecord:
             self._write()
 
     def finish(self, status: str, reason: str | None = None, **facts: Any) -> None:
-        """The session has ended with a status; a reason says what ended it early; the facts are as in `update`."""
+        """Writes the end of the session.
+
+        Args:
+            reason: of an early end.
+            facts: as in `update`.
+        """
         if self._survey is not None:
             self._survey.join(_SURVEY_WAIT_S)
         with self._lock:
@@ -99,27 +103,27 @@ class RunRecord:
             self.update(**facts)
             self._is_over = True
 
-    def _look_around(self, folder: str) -> None:
+    def _survey_environment(self, folder: str) -> None:
         packages = {"runner": _find_version(DISTRIBUTION)} | {name: _find_version(name) for name in _PACKAGES}
         git = _read_git(folder) if self._may_read_git(folder) else None
         with self._lock:
-            if self._is_over:  # and the folder no longer this session's to write to
+            if self._is_over:  # another session may write the file now
                 return
             self._session["git"] = git
-            with contextlib.suppress(OSError):  # who can't write it is told by the next who writes
+            with contextlib.suppress(OSError):  # the next call from the run raises it
                 self.update(packages=packages, git=git)
 
     def _write(self) -> None:
         self._session["duration_s"] = round(time.perf_counter() - self._clock_zero, 3)
-        self._facts["duration_s"] = round(sum(each["duration_s"] for each in self._facts["sessions"]), 3)
+        self._facts["duration_s"] = round(sum(session["duration_s"] for session in self._facts["sessions"]), 3)
         text = json.dumps(_without_nan(self._facts), indent=2, allow_nan=False)
         replace_file(self._path, [text.encode(), b"\n"])
 
     def read(self) -> dict[str, Any]:
-        """Returns what lies there but for values of a kind that no run writes, which `faults` names; or nothing.
+        """Returns the content of the file without invalid values, which `faults` names; empty if there is no file.
 
         Raises:
-            ValueError: it is no run.json.
+            ValueError: the file is no run.json.
         """
         if not os.path.lexists(self._path):
             return {}
@@ -135,23 +139,23 @@ class RunRecord:
         self.faults = []
         valid = self._valid(content, _KINDS, "")
         sessions = valid.get("sessions", [])
-        own = [self._valid(each, _SESSION_KINDS, f"sessions.{i}") for i, each in enumerate(sessions)]
-        return valid | {"sessions": [session for session in own if session.keys() >= _SESSION_KINDS.keys()]}
+        checked = [self._valid(session, _SESSION_KINDS, f"sessions.{i}") for i, session in enumerate(sessions)]
+        return valid | {"sessions": [session for session in checked if session.keys() >= _SESSION_KINDS.keys()]}
 
-    def _valid(self, values: Any, kinds: Mapping[str, Callable[[Any], bool]], place: str) -> dict[str, Any]:
-        """Returns those of an object's values that are of their kinds; notes the others."""
+    def _valid(self, values: Any, kinds: Mapping[str, Callable[[Any], bool]], path: str) -> dict[str, Any]:
+        """Returns the values of an object that have the right kind, and adds the others to `faults`."""
         if not isinstance(values, dict):
-            self._note(place, values)
+            self._add_fault(path, values)
             return {}
-        for name in kinds.keys() - values.keys() if place else ():
-            self.faults.append(f"{place}.{name}: nothing, so this session is left out")
+        for name in kinds.keys() - values.keys() if path else ():
+            self.faults.append(f"{path}.{name}: nothing, so this session is left out")
         invalid = [name for name, is_kind in kinds.items() if name in values and not is_kind(values[name])]
         for name in invalid:
-            self._note(f"{place}.{name}".lstrip("."), values[name])
+            self._add_fault(f"{path}.{name}".lstrip("."), values[name])
         return {name: value for name, value in values.items() if name not in invalid}
 
-    def _note(self, place: str, value: Any) -> None:
-        self.faults.append(f"{place}: {value!r:.60}")
+    def _add_fault(self, path: str, value: Any) -> None:
+        self.faults.append(f"{path}: {value!r:.60}")
 
 
 def _is_text(value: Any) -> bool:
@@ -162,30 +166,21 @@ def _is_pid(value: Any) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
-def _is_duration(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < _MAX_DURATION_S
-
-
-def _is_step(value: Any) -> bool:
-    return value is None or (type(value) is int and 0 <= value < _MAX_STEP)
-
-
 def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
 _MAX_BYTES = 8 << 20
-_MAX_DURATION_S, _MAX_STEP = 1e12, 1 << 53
-# What is read of a run.json, by what it has to be.
+# The keys that are read of a run.json, and the checks of their values.
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "sessions": lambda value: isinstance(value, list),
     "started": _is_text,
-    "last_step": _is_step,
+    "last_step": lambda value: value is None or is_step(value),
     "best": _is_object,
     "git": _is_object,
 }
 _SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
-    "duration_s": _is_duration,
+    "duration_s": lambda value: is_time(value) and value >= 0,
     "status": _is_text,
     "pid": _is_pid,
     "host": _is_text,
@@ -193,8 +188,8 @@ _SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _read_git(folder: str) -> dict[str, Any] | None:
-    """The commit and whether anything differs from it; None outside a repository or without git."""
-    # The repository's own config may name programs; `_may_read_git` leaves out untrusted folders.
+    """Returns the commit and whether files differ from it; None outside a repository or without git."""
+    # The repository's config may name programs to run; `_may_read_git` excludes untrusted folders.
     safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     command = ["git", *safe, "--no-optional-locks", "status", "--porcelain=v2", "--branch"]
     try:
@@ -211,8 +206,8 @@ def _read_git(folder: str) -> dict[str, Any] | None:
     if done.returncode:
         return None
     lines = done.stdout.splitlines()
-    found = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
-    commit = found[0] if found and found[0] != "(initial)" else None
+    commits = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
+    commit = commits[0] if commits and commits[0] != "(initial)" else None
     return {"commit": commit, "is_dirty": any(not line.startswith("#") for line in lines)}
 
 
@@ -229,7 +224,7 @@ def _now() -> str:
 
 def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

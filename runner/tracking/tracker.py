@@ -1,7 +1,6 @@
-"""Where a run's numbers, texts and pictures go: `metrics.jsonl` and a TensorBoard event file in its folder.
+"""Writes metrics, texts, pictures and sounds of a run to `metrics.jsonl` and a TensorBoard event file.
 
-Owns the background thread that writes them; what a person sees while it runs is `console`'s. It must not
-import torch, Hydra, OmegaConf, `build` or anything above; a tensor is whatever has `.item()`.
+Tensors are recognized by their `.item()`, so that torch is not imported.
 """
 
 import atexit
@@ -18,7 +17,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.tracking.repair import Log, read_lines, restore
+from runner.tracking.repair import Log, read_lines, restore_missing
 from runner.tracking.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, UnreadableError, check_regular, replace_file
 from runner.utils.utils import encodable
@@ -26,30 +25,34 @@ from runner.utils.utils import encodable
 METRICS_NAME = "metrics.jsonl"
 _CHUNK = 4096
 
-# What waits for the thread: (step, reading of the clock, numbers of the step or a maker of a record).
+# An entry of the thread's queue: (step, reading of the clock, numbers of the step or an encoder of another record).
 _Entry = tuple[int, float, "dict[str, Any] | Callable[[ModuleType, float], bytes]"]
 _FLUSH_POLL_S = 0.2
 
 
 class Tracker:
-    """Writes a run's numbers, texts and pictures to its folder, from a background thread.
+    """Writes a run's numbers, texts and pictures to its folder, in a background thread.
 
-    A line of `metrics.jsonl` is strict JSON: `step`, `time_s` (seconds that the run has run, over all its
-    sessions), then one call's values in order, exact; NaN and infinities, which JSON lacks, are null. The
-    event file holds one record a call, NaN included. Each number is on disk within about `flush_s` seconds.
+    A line of `metrics.jsonl` is strict JSON: `step`, `time_s` (seconds of training over all sessions of the run), then
+    the values of one call in order, exact; NaN and infinities, which JSON lacks, are null. The event file holds one
+    record per call, NaN included.
 
-    With `resume_step`, what lies in the folder is first cut back to the steps up to it, so each step stands
-    once; `hparams` is then to be called anew, as in a first session. With `is_eval_owed` the evaluation of that very
-    step is cut too: it is made again.
+    An error of the thread, such as a full disk, is raised once, by the next call; later values are dropped.
 
-    Numbers that one of them lacks by then, as when it was damaged, are restored from the other, and `warn` is called
-    with the file and its steps; also with those that both lack, as far as the damage or `recorded` (`counts` at the
-    step) shows it.
-
-    An error of the thread (a full disk) is raised once, by the next call; what is logged after it is dropped.
-
-    Raises: FileExistsError when the folder holds another run's numbers and there is no `resume_step`; OSError when
-    they are no regular file.
+    Args:
+        folder: of the run.
+        tensorboard: writes an event file.
+        jsonl: writes `metrics.jsonl`.
+        flush_s: seconds after which a logged number is on disk, about.
+        resume_step: existing files are first cut after this step, so that each step is written once. Numbers that one
+            kind of file lacks by then, because it was damaged, are restored from the other. Call `hparams` again, as
+            in a first session.
+        is_eval_pending: the evaluation at `resume_step` is cut too, because it will be repeated.
+        recorded: `counts` at `resume_step`, which shows how many numbers are missing.
+        warn: called with the file and the steps of numbers that were restored or are missing.
+    Raises:
+        FileExistsError: the folder holds another run's numbers and there is no `resume_step`.
+        OSError: they are no regular file.
     """
 
     def __init__(
@@ -60,49 +63,55 @@ class Tracker:
         jsonl: bool = True,
         flush_s: float = 1.0,
         resume_step: int | None = None,
-        is_eval_owed: bool = False,
+        is_eval_pending: bool = False,
         recorded: Mapping[str, int] | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._warn, self._recorded = warn, dict(recorded or {})
-        self._num_logged, self._opened = 0, threading.Event()
         self._folder = Path(folder)
-        self._has_events, self._has_lines, self._resume_step = tensorboard, jsonl, resume_step
-        self._is_eval_owed = is_eval_owed
+        self._has_events = tensorboard
+        self._has_lines = jsonl
+        self._resume_step = resume_step
+        self._is_eval_pending = is_eval_pending
+        self._recorded = dict(recorded or {})
+        self._warn = warn
+        self._num_logged = 0
+        self._opened = threading.Event()
         if resume_step is None:
-            self._refuse_numbers()
+            self._check_no_numbers()
             self._recorded = {"lines": 0, "events": 0}
             self._opened.set()
         elif jsonl and os.path.lexists(self._folder / METRICS_NAME):
             check_regular(self._folder / METRICS_NAME)
         self._last_step = self._recorded.get("step", 0)
-        self._started, self._clock_zero = time.time(), time.perf_counter()
-        self._earlier_s = 0.0
+        self._started = time.time()
+        self._clock_zero = time.perf_counter()
+        self._earlier_s = 0.0  # of earlier sessions
         self._flush_s = flush_s
-        # A deque and a SimpleQueue take no lock in Python, so a signal handler may log at any moment.
+        # Both queues work without a lock in Python code, so a signal handler may log at any moment.
         self._entries: deque[_Entry] = deque()
-        self._endings: SimpleQueue[str | threading.Event] = SimpleQueue()
+        self._requests: SimpleQueue[str | threading.Event] = SimpleQueue()
         self._error: BaseException | None = None
-        self._is_error_told = self._is_ended = self._is_closed = False
-        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._is_error_raised = self._is_ended = self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="tracker", daemon=True)
         self._thread.start()
         atexit.register(self.close, "interrupted")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers of a step are on their way to disk; a call takes about half a microsecond.
+        """Queues the numbers of a step to be written; a call takes about half a microsecond.
 
-        A value is a number, or a 0-d array or detached tensor, which is read later by the thread: it must not
-        be written to afterwards. Calls come in the order of their steps.
+        Args:
+            step: not below that of an earlier call.
+            values: numbers, or 0-d arrays or detached tensors, which the thread reads later: do not write to them.
         """
         if self._is_ended:
-            self._refuse_entry()
+            self._raise_closed()
         else:
             self._entries.append((step, time.perf_counter(), dict(values)))
             self._num_logged += bool(values)
             self._last_step = step
 
     def counts(self) -> dict[str, int]:
-        """Returns how many calls' numbers each kind of file holds, and the last step of any: for a checkpoint."""
+        """Returns the number of `log` calls that each kind of file holds, and the last step, for a checkpoint."""
         self._opened.wait()
         is_on = {"lines": self._has_lines, "events": self._has_events}
         known = {kind: self._recorded[kind] for kind in is_on if kind in self._recorded}
@@ -110,15 +119,17 @@ class Tracker:
         return counts | {"step": self._last_step}
 
     def text(self, step: int, name: str, text: str) -> None:
-        """TensorBoard's TEXT tab shows `text` as Markdown (code wants a fence); it goes nowhere else."""
+        """Writes Markdown for TensorBoard's TEXT tab, and nowhere else; code needs a fence."""
         self._enqueue(step, lambda events, wall_time: events.encode_text(wall_time, step, name, text))
 
     def image(self, step: int, name: str, picture: Any) -> None:
-        """TensorBoard's IMAGES tab shows a Matplotlib figure, or a uint8 array `[height, width, 3]`.
+        """Writes a picture for TensorBoard's IMAGES tab.
 
-        The caller may close or change it afterwards. A tensor counts as an array.
-
-        Raises: ValueError when an array is of another type or shape.
+        Args:
+            picture: a Matplotlib figure, or a uint8 array or tensor `[height, width, 3]`; it may be closed or changed
+                afterwards.
+        Raises:
+            ValueError: an array has another type or shape.
         """
         if self._has_events:
             from runner.tracking.media import read_picture
@@ -127,18 +138,19 @@ class Tracker:
             self._enqueue(step, lambda events, wall_time: events.encode_image(wall_time, step, name, image))
 
     def audio(self, step: int, name: str, audio: Any) -> None:
-        """TensorBoard's AUDIO tab plays an `Audio`, whose wave may be changed afterwards."""
+        """Writes an `Audio` for TensorBoard's AUDIO tab; its wave may be changed afterwards."""
         if self._has_events:
             sound = audio.encode()
             self._enqueue(step, lambda events, wall: events.encode_audio(wall, step, name, sound, audio.sample_rate))
 
     def hparams(self, values: Mapping[str, bool | float | str], metrics: list[str] | None = None) -> None:
-        """TensorBoard's HPARAMS tab shows the run with these values and the last values of `metrics`.
+        """Enters the run in TensorBoard's HPARAMS tab, with these values and the last values of `metrics`.
 
-        TensorBoard takes the columns for all runs of a log folder from the first that lists its `metrics`;
-        where none does, from all values and all scalars of all runs.
+        TensorBoard takes the columns for all runs of a log folder from the first run that lists its `metrics`; if none
+        does, from all values and scalars of all runs.
 
-        Raises: TypeError naming a value that is no number, bool or string.
+        Raises:
+            TypeError: a value is no number, bool or string.
         """
         for name, value in values.items():
             if not isinstance(value, bool | int | float | str):
@@ -148,26 +160,27 @@ class Tracker:
         self._enqueue(0, lambda events, wall_time: events.encode_hparams(wall_time, kept, metrics))
 
     def flush(self) -> None:
-        """Everything logged so far survives a loss of power; safe to call from any thread.
+        """Waits until everything logged so far would survive a loss of power; safe to call from any thread.
 
         Raises:
-            OSError: it does not; the error is still told to the next call of another method.
+            OSError: it can't be written; the next call of another method raises the error too.
         """
         flushed = threading.Event()
-        self._endings.put(flushed)
+        self._requests.put(flushed)
         while not flushed.wait(_FLUSH_POLL_S) and self._thread.is_alive():
             pass
         if self._error is not None:
             raise OSError(f"the run's numbers can't be written: {self._error}") from self._error
 
     def close(self, status: str = "finished") -> None:
-        """Everything logged is on disk; closing again does nothing.
+        """Writes everything logged and closes the files; closing again does nothing.
 
-        `status` is the run's, such as "finished" or "failed"; the HPARAMS tab shows it.
+        Args:
+            status: of the run, such as "finished" or "failed", for the HPARAMS tab.
         """
         if not self._is_closed:
             self._is_closed = True
-            self._endings.put(status)
+            self._requests.put(status)
         self._thread.join()
         self._is_ended = True
         atexit.unregister(self.close)
@@ -175,33 +188,33 @@ class Tracker:
 
     def _enqueue(self, step: int, make_record: Callable[[ModuleType, float], bytes]) -> None:
         if self._is_ended:
-            self._refuse_entry()
+            self._raise_closed()
         elif self._has_events:
             self._entries.append((step, time.perf_counter(), make_record))
 
-    def _refuse_numbers(self) -> None:
-        found = list(self._folder.glob("events.out.tfevents.*")) if self._has_events else []
+    def _check_no_numbers(self) -> None:
+        existing = list(self._folder.glob("events.out.tfevents.*")) if self._has_events else []
         lines = self._folder / METRICS_NAME
         if self._has_lines and lines.exists() and lines.stat().st_size:
-            found.append(lines)
-        if found:
-            names = ", ".join(path.name for path in found)
+            existing.append(lines)
+        if existing:
+            names = ", ".join(path.name for path in existing)
             raise FileExistsError(
                 f"{self._folder} already holds a run's numbers ({names}): resume it, or use a new folder"
             )
 
-    def _refuse_entry(self) -> None:
+    def _raise_closed(self) -> None:
         self._raise_error()
         if self._is_closed and self._error is None:
             raise ValueError(f"the tracker of {self._folder} is closed: log before close()")
 
     def _raise_error(self) -> None:
-        if self._error is not None and not self._is_error_told:
-            self._is_error_told = True
+        if self._error is not None and not self._is_error_raised:
+            self._is_error_raised = True
             self._entries.clear()
             raise self._error
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         files: list[AppendFile] = []
         try:
             self._open_files(files)
@@ -219,11 +232,11 @@ class Tracker:
         self._lines: AppendFile | None = None
         self._records: AppendFile | None = None
         if self._has_events:
-            from runner.tracking import event_file  # here, since TensorBoard's protos would delay the start of the run
+            from runner.tracking import event_file  # imported in this thread: TensorBoard's protos would delay the run
 
             self._events = event_file
         if self._resume_step is not None:
-            self._cut_files(self._resume_step)
+            self._truncate_files(self._resume_step)
             self._opened.set()
         if self._has_lines:
             self._lines = AppendFile(self._folder / METRICS_NAME)
@@ -233,21 +246,22 @@ class Tracker:
             files.append(self._records)
             self._records.append(self._events.encode_header(self._started, self._resume_step))
 
-    def _cut_files(self, step: int) -> None:
-        """Cuts the files back to a step; what one kind lacks is restored from the other, and what both lack is told."""
+    def _truncate_files(self, step: int) -> None:
+        """Cuts the files after a step, restores what one kind of file lacks, and warns of what both lack."""
         path = self._folder / METRICS_NAME
-        lines, events = Log(path, METRICS_NAME), list[Log]()
+        lines = Log(path, METRICS_NAME)
+        events = list[Log]()
         if self._has_lines:
-            lines = read_lines(path, step, self._is_eval_owed)
+            lines = read_lines(path, step, self._is_eval_pending)
         if self._has_events:
             events = self._read_events(step)
         if self._has_lines and self._has_events:
-            recorded = self._recorded.get("events")
-            repair = restore(lines, events, _encode_line, self._events.encode_scalars, recorded)
+            num_recorded = self._recorded.get("events")
+            repair = restore_missing(lines, events, _encode_line, self._events.encode_scalars, num_recorded)
             for text in describe_repair(repair, lines):
                 self._warn(text)
-        self._tell_lost(lines, events)
-        # The lines first: what is restored in them is still in the events, should the process end here.
+        self._warn_of_lost(lines, events)
+        # The lines come first: if the process is killed in between, the event files still hold the restored numbers.
         if self._has_lines and (lines.records or path.exists()):
             replace_file(path, [record.content for record in lines.records])
             self._earlier_s = lines.records[-1].time_s if lines.records else 0.0
@@ -256,12 +270,14 @@ class Tracker:
                 self._events.write_log(log)
 
     def _read_events(self, step: int) -> list[Log]:
-        logs, earlier_s = list[Log](), 0.0
+        logs = list[Log]()
+        earlier_s = 0.0
         paths = [path for path in self._events.find_event_files(self._folder) if self._is_readable(path)]
         for path in paths or [self._events.name_next_file(self._folder)]:
-            log = self._events.read_log(path, step, self._is_eval_owed, earlier_s)
+            log = self._events.read_log(path, step, self._is_eval_pending, earlier_s)
             if log.started is None:
-                log.started, log.clock_zero = self._started, self._started - earlier_s
+                log.started = self._started
+                log.clock_zero = self._started - earlier_s
             log.is_clock_known &= not logs  # an earlier file may lack its last events
             earlier_s = max([earlier_s, *(record.time_s for record in log.records if record.key)])
             logs.append(log)
@@ -275,27 +291,27 @@ class Tracker:
             return False
         return True
 
-    def _tell_lost(self, lines: Log, events: list[Log]) -> None:
-        """Warns of numbers that no file holds, and counts those that there are."""
+    def _warn_of_lost(self, lines: Log, events: list[Log]) -> None:
+        """Warns of numbers that no file holds, and records how many each kind of file holds."""
         kinds = {"lines": [lines] if self._has_lines else [], "events": events}
         num_lost: list[int] = []
         for kind, logs in kinds.items():
             if logs:
-                found = sum(log.num_numbers() for log in logs)
-                num_owed = sum(log.num_owed for log in logs)
+                num_found = sum(record.key is not None for log in logs for record in log.records)
+                num_pending = sum(log.num_pending_evals for log in logs)
                 if kind in self._recorded:
-                    num_lost.append(self._recorded[kind] - found - num_owed)
-                self._recorded[kind] = found
+                    num_lost.append(self._recorded[kind] - num_found - num_pending)
+                self._recorded[kind] = num_found
         logs = [log for of_kind in kinds.values() for log in of_kind]
-        most = max(num_lost, default=None)
-        if lost := find_lost(logs, most, self._recorded.get("step", 0)):
-            self._warn(describe_lost(logs, lost, most))
+        max_lost = max(num_lost, default=None)
+        if lost := find_lost(logs, max_lost, self._recorded.get("step", 0)):
+            self._warn(describe_lost(logs, lost, max_lost))
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:
         status = None
         while not isinstance(status, str):
             try:
-                status = self._endings.get(timeout=self._flush_s / 2)
+                status = self._requests.get(timeout=self._flush_s / 2)
             except Empty:
                 status = None
             while self._entries:
@@ -326,7 +342,8 @@ class Tracker:
             records.append(content(self._events, wall_time))
             return
         numbers = {
-            _encodable(name): value if type(value) is float else _number(name, value) for name, value in content.items()
+            _encodable(name): value if type(value) is float else _to_number(name, value)
+            for name, value in content.items()
         }
         if self._has_lines:
             time_s = self._earlier_s + (now - self._clock_zero)
@@ -335,7 +352,7 @@ class Tracker:
             records.append(self._events.encode_scalars(wall_time, step, numbers))
 
 
-def _number(name: str, value: Any) -> float:
+def _to_number(name: str, value: Any) -> float:
     number = value.item() if hasattr(value, "item") else value
     if isinstance(number, bool):
         return int(number)
@@ -349,7 +366,7 @@ def _encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> byte
     return f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n'.encode()
 
 
-_encodable = lru_cache(maxsize=4096)(encodable)  # JSON and the event file then have the same names
+_encodable = lru_cache(maxsize=4096)(encodable)  # so that JSON and the event file have the same names
 
 
 @lru_cache(maxsize=4096)

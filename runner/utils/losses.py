@@ -1,4 +1,4 @@
-"""Losses that need less memory than their parts would. Must not import a model library."""
+"""Fused losses that need less memory than their unfused form."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Returns the cross-entropy (0-d, fp32 or fp64) of a linear head, never holding the logits of all positions.
+    """Returns the cross-entropy of a linear head, 0-d, without ever storing the logits of all positions.
 
-    It is `F.cross_entropy(F.linear(hidden, weight, bias), targets)`. Where gradients are wanted they are computed along
-    with the loss, so that backward only scales them: beside them, memory is that of [chunk, vocabulary]. The logits
-    are of the dtype that matmul gives (under autocast, that of autocast), the rest is computed in fp32 or fp64, where
-    the gradients of weight and bias add up too.
+    It equals `F.cross_entropy(F.linear(hidden, weight, bias), targets)`. Gradients are computed along with the loss, so
+    backward only scales them. Apart from them, the extra memory is [chunk, vocabulary]. Logits have the dtype of the
+    matmul (under autocast, autocast's). The softmax, the loss and the sums of the gradients of weight and bias are fp32
+    or fp64.
 
     Args:
         hidden: [..., width].
         weight: [vocabulary, width].
         targets: [...], int64.
         bias: [vocabulary].
-        chunk: positions whose logits are held at once.
-        ignore_index: a target that does not count.
-        reduction: mean or sum, over the targets that count; the mean of none is nan.
+        chunk: number of positions whose logits are in memory at once.
+        ignore_index: a target to ignore.
+        reduction: mean or sum over the targets that are not ignored; the mean of none is nan.
     Raises:
-        ValueError: shapes that don't fit, targets that aren't int64, or a chunk or reduction that isn't one.
-        RuntimeError: a target outside of the vocabulary; gradients of gradients.
+        ValueError: shapes do not fit, targets are not int64, or `chunk` or `reduction` is invalid.
+        RuntimeError: a target is outside of the vocabulary, or gradients of gradients are requested.
     Source: the idea is in https://arxiv.org/abs/2410.10989 (Liger) and https://arxiv.org/abs/2411.09009 (CCE).
     """
-    _check(hidden, weight, targets, bias)
+    _check_shapes(hidden, weight, targets, bias)
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected 1 or more positions")
     if reduction not in ("mean", "sum"):
@@ -51,10 +51,10 @@ def chunked_cross_entropy(
     if reduction == "sum":
         return total
     count = (rows != ignore_index).sum()
-    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)  # gradients are then 0, as torch's are
+    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)  # the gradients are 0 then, as in torch
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         found = f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"
         raise ValueError(f"{found}: expected [..., width] and [vocabulary, width]")
@@ -67,9 +67,9 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The summed loss of hidden [positions, width]; what is saved are the gradients of that sum.
+    """The summed loss of hidden [positions, width]; saves the gradients of the sum for backward.
 
-    Those of a mean would be too small for fp16 before a loss scaler's factor reaches them.
+    Gradients of the mean would underflow in fp16, because the loss scaler's factor arrives only in backward.
     """
 
     @staticmethod
@@ -81,72 +81,73 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         chunk: int,
         ignore_index: int,
-        is_graded: bool,
+        is_grad_enabled: bool,
     ) -> Tensor:
         inputs = (hidden, weight, bias)
-        x, w, b = _cast(*inputs)
+        x, w, b = _autocast(*inputs)
         exact = torch.promote_types(x.dtype, torch.float32)
-        needs = [is_graded and needs for needs in ctx.needs_input_grad[:3]]
-        grad_x = torch.empty_like(hidden) if needs[0] else None
-        grad_w = torch.zeros_like(weight, dtype=exact) if needs[1] else None
-        grad_b = torch.zeros_like(weight[:, 0], dtype=exact) if needs[2] else None
+        needs_grad = [is_grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
+        grad_x = torch.empty_like(hidden) if needs_grad[0] else None
+        grad_w = torch.zeros_like(weight, dtype=exact) if needs_grad[1] else None
+        grad_b = torch.zeros_like(weight[:, 0], dtype=exact) if needs_grad[2] else None
         total = torch.zeros((), dtype=exact, device=x.device)
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
             logits = F.linear(x[part], w, b).to(exact)
-            total += _sum_losses(logits, targets[part], ignore_index, any(needs))
-            if not any(needs):
+            total += _sum_losses(logits, targets[part], ignore_index, any(needs_grad))
+            if not any(needs_grad):
                 continue
-            surplus = logits.to(x.dtype)
+            grad_logits = logits.to(x.dtype)  # `_sum_losses` has replaced the logits by their gradient
             if grad_x is not None:
-                grad_x[part] = surplus @ w
+                grad_x[part] = grad_logits @ w
             if grad_w is not None:
-                _add_product(grad_w, surplus.T, x[part])
+                _add_product(grad_w, grad_logits.T, x[part])
             if grad_b is not None:
                 grad_b += logits.sum(0)
-        ctx.dtypes = [None if each is None else each.dtype for each in inputs]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         ctx.save_for_backward(grad_x, grad_w, grad_b)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # torch's once_differentiable lets a constant `grad` pass: a penalty on gradients would miss this loss silently.
+        # Not torch's once_differentiable: it accepts a constant `grad`, so a gradient penalty would skip this loss.
         if torch.is_grad_enabled():
             remedy = "leave out create_graph, or take F.cross_entropy of the logits"
             raise RuntimeError(f"chunked_cross_entropy has no gradients of gradients: {remedy}")
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if each is None else _scale(each, grad, dtype) for each, dtype in pairs]
+        scaled = [None if saved is None else _scale(saved, grad, dtype) for saved, dtype in pairs]
         return (*scaled, None, None, None, None)
 
 
-def _cast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns what a linear layer would multiply: autocast changes all but fp64."""
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the operands as autocast would cast them for a linear layer: all but fp64."""
     device = hidden.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     x, w, b = (
-        each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in (hidden, weight, bias)
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in (hidden, weight, bias)
     )
     assert x is not None
     assert w is not None
     return x, w, b
 
 
-def _sum_losses(logits: Tensor, targets: Tensor, ignore_index: int, is_graded: bool) -> Tensor:
-    """Returns the summed loss of logits [positions, vocabulary]; where graded, they become its gradient."""
+def _sum_losses(logits: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:
+    """Returns the summed loss of logits [positions, vocabulary]; with `needs_grad`, overwrites them by its gradient."""
     is_ignored = targets == ignore_index
     index = targets.masked_fill(is_ignored, 0)[:, None]
     log_total = logits.logsumexp(1, keepdim=True)
     losses = (log_total - logits.gather(1, index))[:, 0].masked_fill(is_ignored, 0.0)
-    if is_graded:
+    if needs_grad:
         logits.sub_(log_total).exp_()
         logits.scatter_(1, index, logits.gather(1, index) - 1).masked_fill_(is_ignored[:, None], 0.0)
     return losses.sum()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if left.dtype == torch.float16:  # a sum over positions may be more than it holds
+    if left.dtype == torch.float16:  # a sum over positions may overflow
         left, right = left.float(), right.float()
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -155,5 +156,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _scale(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # 1-d, or the factor would be rounded to the tensor's dtype first; anew, as backward may come again.
+    # A 1-d factor: a 0-d one would be rounded to the tensor's dtype first. A new tensor: backward may run again.
     return torch.mul(tensor, factor.reshape(1), out=torch.empty_like(tensor, dtype=dtype))

@@ -1,29 +1,31 @@
-"""Pure helpers that two or more modules call; imports no sibling and nothing beyond the standard library."""
+"""Pure helpers for text, numbers, seeds, errors and arguments; standard library only."""
 
 import contextlib
+import difflib
 import math
 import operator
 import re
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 _MASK = 2**64 - 1
 _LARGEST_IN_FULL = 10**15
-# Control characters but newline and tab, line and paragraph separators, lone surrogates, and marks that turn the
-# direction of what follows.
+# Control characters except newline and tab, line and paragraph separators, lone surrogates, and marks that change the
+# direction of text.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _NEWLINE_AND_TAB = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
 def escape_controls(text: str) -> str:
-    """Returns a text that a terminal and a log show as it stands: control characters are escaped as in code.
+    """Returns a text with control characters escaped as in code, except newlines and tabs.
 
-    Newlines and tabs stay.
+    A terminal or log then shows the text itself instead of executing it.
     """
     return _CONTROLS.sub(_escape, text)
 
 
 def one_line(text: str) -> str:
-    """Returns a text that was found somewhere as a part of one line: with newlines and tabs escaped, too."""
+    """Returns a text with all control characters escaped, newlines and tabs too, so that it fits in one line."""
     return escape_controls(text).translate(_NEWLINE_AND_TAB)
 
 
@@ -33,17 +35,17 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def encodable(text: str) -> str:
-    """Returns a text that UTF-8 can encode: lone surrogates are escaped."""
+    """Returns a text with lone surrogates escaped, so that UTF-8 can encode it."""
     return text.encode("utf-8", "backslashreplace").decode() if not text.isascii() else text
 
 
 def derive_seed(*values: int) -> int:
-    """Returns one well-spread integer, 0 <= x < 2**63, a pure function of the values and their order.
+    """Returns a hash of integers and their order, 0 <= x < 2**63, for seeding a generator.
 
-    Each value, of any sign, counts modulo 2**64. Near values give unrelated results, so `mix(seed, step)` is
-    fit to seed a generator. It is not cryptographic.
+    Each value, of any sign, counts modulo 2**64. Similar values give unrelated seeds, so `derive_seed(seed, step)` can
+    seed one generator per step. The hash is not cryptographic.
 
-    Source: the SplitMix64 finalizer, https://prng.di.unimi.it/splitmix64.c (public domain), once a value.
+    Source: the SplitMix64 finalizer, https://prng.di.unimi.it/splitmix64.c (public domain), applied once per value.
     """
     state = 0
     for value in values:
@@ -55,10 +57,10 @@ def derive_seed(*values: int) -> int:
 
 
 def format_number(number: float) -> str:
-    """Returns a number as a person reads it: whole numbers in full, others with four significant digits.
+    """Returns a number for a reader: integers in full, others with four significant digits.
 
-    Numbers from 1000 to a million keep all digits before the point; beyond, and below 0.0001, the exponent is as short
-    as it is typed: 3e-6.
+    Numbers from 1000 to a million keep all digits before the point. Larger ones, and those below 0.0001, have a short
+    exponent: 3e-6.
     """
     if not math.isfinite(number):
         return str(float(number))
@@ -71,17 +73,17 @@ def format_number(number: float) -> str:
 
 
 def is_signal(error: BaseException) -> TypeGuard[KeyboardInterrupt]:
-    """Says whether an error ends the program at once: a `KeyboardInterrupt` with the number of a signal.
+    """Returns whether an error ends the program at once: a `KeyboardInterrupt` with the number of a signal.
 
-    A `KeyboardInterrupt` without one was raised by a program, and is an error like any other.
+    A `KeyboardInterrupt` without a number was raised by the user's code and is treated like any other error.
     """
     return isinstance(error, KeyboardInterrupt) and bool(error.args) and isinstance(error.args[0], int)
 
 
 def message_of(error: BaseException) -> str:
-    """Returns an error's message with its notes of one line; an error without a message is shown as in code."""
+    """Returns an error's message and its one-line notes; the `repr` for an error without a message."""
     try:
-        message = "" if type(error) is KeyError else str(error)  # a key alone says nothing
+        message = "" if type(error) is KeyError else str(error)  # a key alone explains nothing
         message = message or repr(error)
     except Exception:
         message = f"{type(error).__name__} without a printable message"
@@ -90,23 +92,25 @@ def message_of(error: BaseException) -> str:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Adds a note to an error, to be shown below its traceback, if it takes one: one that is frozen refuses."""
+    """Adds a note to an error, shown below its traceback; does nothing for an error class that refuses notes."""
     with contextlib.suppress(Exception):
         error.add_note(note)
 
 
 def describe(error: BaseException) -> str:
-    """Returns an error's type and message, as a traceback ends."""
+    """Returns an error's type and message, like the last line of a traceback."""
     name, message = type(error).__name__, message_of(error)
     return message if message.startswith(name) else f"{name}: {message}"
 
 
 def checked_int(name: str, value: Any, lowest: int | None = None, highest: int | None = None) -> int:
-    """Returns an integer of any kind as an int, if it lies from `lowest` to `highest`.
+    """Returns an integer of any type as an int, after checking that it is from `lowest` to `highest`.
 
+    Args:
+        name: of the argument, for the message.
     Raises:
-        TypeError: it is a bool, or no integer.
-        ValueError: it lies outside.
+        TypeError: the value is a bool or no integer.
+        ValueError: the value is out of range.
     """
     if type(value).__name__ in ("bool", "bool_") or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an integer, found {value!r}, a {type(value).__name__}.")
@@ -119,11 +123,31 @@ def checked_int(name: str, value: Any, lowest: int | None = None, highest: int |
 
 
 def checked_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
-    """Returns the value if it is one of the choices, type and all: 0 is no False.
+    """Returns the value, after checking that it equals one of the choices in value and type: 0 is not False.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is none of the choices.
     """
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {choices}, found {value!r}.")
     return value
+
+
+def find_nearest(name: str, choices: Iterable[str]) -> str | None:
+    """Returns the choice that is spelt most like a name; None if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)), None)
+
+
+def suggest(name: str, choices: list[str]) -> str:
+    """Returns a hint for an unknown name: the most similar choice, if there is one, and all choices."""
+    listed = one_line(", ".join(choices))
+    nearest = find_nearest(name, choices)
+    return f"there are: {listed}" if nearest is None else f"did you mean {one_line(nearest)}? (there are: {listed})"
+
+
+def list_nearest(name: str, choices: Iterable[str], limit: int = 8) -> str:
+    """Returns the choices that are spelt most like a name, and the number of the others; for long lists."""
+    distinct = list(dict.fromkeys(choice for choice in choices if choice))
+    nearest = sorted(distinct, key=lambda choice: -difflib.SequenceMatcher(None, name, choice).ratio())[:limit]
+    more = f" and {len(distinct) - len(nearest)} more" if len(distinct) > len(nearest) else ""
+    return (", ".join(nearest) or "none") + more

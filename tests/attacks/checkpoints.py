@@ -29,7 +29,7 @@ from attacks.plants import (
     write_manifest,
 )
 
-BOTH = (OWN, "stranger")
+BOTH = (OWN, "untrusted")
 
 
 class Calls:
@@ -76,7 +76,7 @@ def _integers(values):
     return b"(" + b"".join(_integer(value) for value in values) + b"t"
 
 
-def _called_by_pickle(name, make, *commands, of=("stranger",)):
+def _called_by_pickle(name, make, *commands, of=("untrusted",)):
     attack(*commands, of=of, name=f"pickle_{name}")(lambda run, decoy: _put_pickle(run, make(decoy)))
 
 
@@ -373,7 +373,7 @@ def checkpoint_of_escapes(run, decoy):
     shutil.copytree(newest(run), run / "checkpoints" / f"step_00000099{ESCAPES}".replace("/", ""))
 
 
-def _state(short, values, *commands, of=("stranger",)):
+def _state(short, values, *commands, of=("untrusted",)):
     attack(*commands, of=of, name=f"trainer_{short}")(lambda run, decoy: set_trainer(run, values))
 
 

@@ -1,4 +1,4 @@
-"""A program that does what no command may do on a hostile folder: the stage must notice each."""
+"""A program that does everything that is forbidden on a hostile folder, for tests of the stage."""
 
 import os
 import sys

@@ -6,9 +6,9 @@ import shutil
 import time
 from pathlib import Path
 
-from attacks.plants import CHECKPOINT, OWN, STRANGER, attack, clear, events_of, link, newest, seal
+from attacks.plants import CHECKPOINT, OWN, UNTRUSTED, attack, clear, events_of, link, newest, seal
 
-BOTH = (OWN, STRANGER)
+BOTH = (OWN, UNTRUSTED)
 LINE = b"\ntouch decoy/canary #\n"
 
 
@@ -39,7 +39,7 @@ _of_file(".hydra/hydra.yaml", "resume")
 
 @attack("export")
 def export_of_chosen_bytes(run, decoy):
-    """The stranger chooses the bytes that would be written where the link leads."""
+    """The attacker chooses the bytes that would be written where the link leads."""
     weights = newest(run) / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-len(LINE) :] = LINE
@@ -189,7 +189,7 @@ def dangling_link_of_multirun_file(run, decoy):
 
 @attack("sweep")
 def link_of_sweep_job(run, decoy):
-    """What the job has left lies there, so that it would go on."""
+    """The job's own run is there, so that the job would resume it."""
     shutil.move(run, decoy / "job")
     link(run, decoy / "job")
 
@@ -211,7 +211,7 @@ def _target_of(path, decoy):
 
 
 def _swaps(*names):
-    """Returns what puts links in the place of files and folders and takes them away, again and again."""
+    """Returns a function that replaces files and folders by links and puts them back, again and again."""
 
     def plant(run, decoy):
         places = [run / name for name in names]
@@ -239,7 +239,7 @@ def _swaps(*names):
 
 
 def _late(*names):
-    """Returns what puts links in the place of files and folders once a run has begun: the config is then replaced."""
+    """Returns a function that replaces files and folders by links once a run has begun and replaces its config."""
 
     def plant(run, decoy):
         config = run / ".hydra" / "config.yaml"

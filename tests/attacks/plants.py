@@ -1,4 +1,4 @@
-"""What attacks are made of: the list of them, and changes to a run's folder as an attacker makes them."""
+"""The list of attacks, and helpers that change a run's folder as an attacker does."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ FORGED = "FORGED LINE"
 ESCAPES = f"\x1b]0;owned\x07\x1b[2J\r\x9b31m\n{FORGED}\n"
 CHECKPOINT = "checkpoints/step_00000004"
 EXPORT = "exports/model.safetensors"
-OWN, STRANGER = "own", "stranger"
+OWN, UNTRUSTED = "own", "untrusted"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Attack:
 
     Args:
         commands: that are tried on the folder.
-        origins: whose run it is: "own", changed in place by somebody else, or a "stranger"'s.
+        origins: whose run it is: "own", changed in place by somebody else, or "untrusted", somebody else's.
         arguments: of the command line, beside those of the command.
         typed: standard input.
     """
@@ -45,7 +45,7 @@ class Attack:
 ATTACKS: list[Attack] = []
 
 
-def attack(*commands: str, of: tuple[str, ...] = (STRANGER,), arguments=(), typed=None, name: str | None = None):
+def attack(*commands: str, of: tuple[str, ...] = (UNTRUSTED,), arguments=(), typed=None, name: str | None = None):
     """Adds a function to the list of attacks, to be tried with some commands."""
 
     def add(plant):
@@ -81,7 +81,7 @@ def trials(is_thorough: bool) -> list[tuple[Attack, str, str]]:
 
 
 def _spread(chosen: list[tuple[Attack, str, str]], count: int) -> list[tuple[Attack, str, str]]:
-    """Returns so many of a list, at equal distances."""
+    """Returns a number of elements of a list, at equal distances."""
     step = max(len(chosen) / count, 1.0)
     return [chosen[int(number * step)] for number in range(min(count, len(chosen)))]
 
@@ -125,7 +125,7 @@ def write_canary(path: Path, decoy: Path) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Returns the config that lies in a run's folder, unresolved."""
+    """Returns the config in a run's folder, unresolved."""
     return yaml.safe_load((run / ".hydra" / "config.yaml").read_text())
 
 
@@ -152,7 +152,7 @@ def set_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def measure(path: Path) -> dict[str, Any]:
-    """Returns what a manifest says of a file."""
+    """Returns the entry of a file in a manifest."""
     content = path.read_bytes()
     return {"bytes": len(content), "crc32c": f"{crc32c(content):08x}"}
 
@@ -203,5 +203,5 @@ def rewrite_tensors(path: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 
 def deep(opening: str, closing: str, depth: int = 100_000) -> str:
-    """Returns a text of so many nested brackets."""
+    """Returns a text of nested brackets."""
     return opening * depth + closing * depth

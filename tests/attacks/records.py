@@ -11,10 +11,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from attacks.plants import ESCAPES, OWN, attack, deep, events_of, set_json
 
-BOTH = (OWN, "stranger")
+BOTH = (OWN, "untrusted")
 
 
-def _line(short, line, *commands, of=("stranger",), before=False):
+def _line(short, line, *commands, of=("untrusted",), before=False):
     """Adds an attack with one more line in metrics.jsonl."""
 
     def plant(run, decoy):
@@ -65,7 +65,7 @@ _line("that_is_first", deep("[", "]"), "resume", before=True)
 _line("of_a_mark", b"\xef\xbb\xbf{}", "resume", before=True)
 
 
-def _record(short, values, *commands, of=("stranger",)):
+def _record(short, values, *commands, of=("untrusted",)):
     attack(*commands, of=of, name=f"record_{short}")(lambda run, decoy: set_json(run / "run.json", values))
 
 
@@ -116,7 +116,7 @@ def _scalar(step, tag, wall_time=1.0):
 
 
 def _nested(depth):
-    """Returns a message that holds itself as an unknown group, so deep."""
+    """Returns a message that contains itself as an unknown group, up to a depth."""
     return b"\x7b" * depth + b"\x7c" * depth
 
 

@@ -1,4 +1,4 @@
-"""Signatures that are forged, copied or edited, and modules that lie where a command might look for them."""
+"""Signatures that are forged, copied or edited, and modules in folders that a command might import from."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def signature_of_links(run, decoy):
     link(run / "metrics.jsonl", decoy / "diary.txt")
 
 
-@attack("evaluate", "resume", of=(OWN, "stranger"))
+@attack("evaluate", "resume", of=(OWN, "untrusted"))
 def signature_of_folders(run, decoy):
     _put_evil(run, decoy)
     folders = [str(run / "evil")]

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from attacks.plants import CHECKPOINT, OWN, STRANGER, attack, clear, events_of
+from attacks.plants import CHECKPOINT, OWN, UNTRUSTED, attack, clear, events_of
 
 EVENTS = "events"
 
@@ -54,13 +54,13 @@ def put_device(run, name):
 
 
 def put_giant(run, name):
-    """So many zeros that memory does not hold them; the disk does, as a hole."""
+    """Zeros that do not fit into memory; on disk they are a hole."""
     path = _place(run, name)
     with path.open("wb") as file:
         file.truncate(1 << 36)
 
 
-def _add(put, name, *commands, of=(STRANGER,)):
+def _add(put, name, *commands, of=(UNTRUSTED,)):
     short = "_".join(name.split("/")[-2:]).lstrip(".").replace(".", "_")
     attack(*commands, of=of, name=f"{put.__name__[4:]}_as_{short}")(lambda run, decoy: put(run, name))
 

@@ -47,7 +47,7 @@ MINE = ["--config-dir", "conf", "experiment=mine"]
 SWEEP = ["-m", *MINE, "seed=1", "hydra.sweep.dir=sweep"]
 STEP = "checkpoints/step_00000004"
 
-# Command: the program, its arguments for the user's own run, and what is added for a stranger's.
+# Command: the program, its arguments for the user's own run, and what is added for an untrusted one.
 COMMANDS = {
     "resume": ("runner.__main__", ["resume=run", "trainer.steps=6"], [*MINE, "allow_targets=[own]"]),
     "resume_checkpoint": ("runner.__main__", [f"resume=run/{STEP}", "trainer.steps=6"], [*MINE, "allow_targets=[own]"]),
@@ -68,7 +68,7 @@ COMMANDS = {
 
 @dataclass
 class Ending:
-    """How a command ended, and what it used meanwhile."""
+    """The end of a command: its status, output, memory and processes."""
 
     status: int | None
     printed: str
@@ -77,7 +77,7 @@ class Ending:
     is_late: bool = False
 
     def find_faults(self) -> list[str]:
-        """Returns what is wrong with it, whatever it was to do."""
+        """Returns the faults that are wrong for any command."""
         faults = ["the command line of the trial is wrong"] if self.printed.startswith("usage:") else []
         if self.is_late:
             faults.append("it did not end in time")
@@ -93,7 +93,7 @@ class Ending:
 
 
 def find_in_text(text: str, where: str) -> list[str]:
-    """Returns what no text of a hostile folder may bring into an output or a log."""
+    """Returns the faults of an output or a log: text that a hostile folder must not bring into it."""
     faults = [f"{where} a traceback"] if "Traceback" in text else []
     if found := _CONTROL.search(text):
         faults.append(f"{where} the control character {found.group()!r}")
@@ -124,9 +124,9 @@ class Stage:
             shutil.rmtree(newest)
         self._keep("sweep", "sweep")
         elsewhere = root / "elsewhere"
-        stranger = self._make_project(elsewhere)
-        self._finish(self._start("runner.__main__", [*MINE, "hydra.run.dir=run"], elsewhere, stranger))
-        shutil.move(elsewhere / "run", root / "stranger")
+        untrusted = self._make_project(elsewhere)
+        self._finish(self._start("runner.__main__", [*MINE, "hydra.run.dir=run"], elsewhere, untrusted))
+        shutil.move(elsewhere / "run", root / "untrusted")
         shutil.copytree(self.folder, root / "kept", symlinks=True)
         self._before = self._survey()
 
@@ -152,17 +152,17 @@ class Stage:
         shutil.move(self.folder / name, self._root / kept)
 
     def attempt(self, attack: Attack, origin: str, command: str) -> tuple[Ending, list[str]]:
-        """Tries one command on a hostile folder; returns how it ended, and what is wrong about it.
+        """Tries one command on a hostile folder; returns its end and the faults.
 
         Args:
-            origin: whose run the attack has changed: "own" or "stranger".
+            origin: whose run the attack has changed: "own" or "untrusted".
         """
         run = self._put_run(attack, origin, command)
         beside = attack.plant(run, self.folder / "decoy")
         before = self._survey()
         log = _Growth(run / "log.txt")
-        program, arguments, of_stranger = COMMANDS[command]
-        arguments = [*(of_stranger if origin == "stranger" else []), *arguments, *attack.arguments]
+        program, arguments, of_untrusted = COMMANDS[command]
+        arguments = [*(of_untrusted if origin == "untrusted" else []), *arguments, *attack.arguments]
         try:
             if command.startswith("inside"):
                 ending = self._run_afresh(program, arguments, run)
@@ -209,7 +209,7 @@ class Stage:
         return self._root / "printed.txt"
 
     def _finish_beside(self, pid: int, beside) -> Ending:
-        """Waits for a process while what an attack does meanwhile is done."""
+        """Waits for a process while the attack goes on in a thread."""
         if not callable(beside):  # such as the number of bytes that a plant has written
             return self._finish(pid)
         is_over = threading.Event()
@@ -258,7 +258,7 @@ class Stage:
         return faults + [f"it changed {', '.join(changed[:5])}"] * bool(changed)
 
     def _find_leaks(self, run: Path) -> list[str]:
-        """Returns the files of the run that tell what the environment held."""
+        """Returns the files of the run that contain the secret of the environment."""
         files = [path for path in run.rglob("*") if stat.S_ISREG(path.lstat().st_mode)]
         small = [path for path in files if path.lstat().st_size < 1 << 20]
         return [f"{path.relative_to(run)} holds the secret" for path in small if SECRET.encode() in path.read_bytes()]
@@ -280,7 +280,7 @@ class Stage:
 
 
 def limit_data(pid: int) -> None:
-    """Lets a process take so much more memory: an endless growth ends it before the machine has none left."""
+    """Limits the memory of a process, so that an endless growth ends it before the machine has none left."""
     with contextlib.suppress(OSError, ProcessLookupError):
         (used,) = re.findall(r"VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()) or [0]
         limit = int(used) * 1024 + DATA_BYTES
@@ -346,7 +346,7 @@ def find_entry(program: str) -> str:
 
 
 def find_in_lines(path: Path) -> list[str]:
-    """Returns what is wrong with the numbers of a run that has gone on: each line is JSON without infinities."""
+    """Returns the faults of a resumed run's numbers: each line must be JSON without infinities."""
     if not path.is_file() or path.is_symlink():
         return []
     try:
@@ -362,7 +362,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class _Growth:
-    """What is appended to a log after an attack."""
+    """The text that is appended to a log after an attack."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

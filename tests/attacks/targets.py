@@ -1,4 +1,4 @@
-"""Saved configs and overrides that name what is to be called, imported, read, started or found elsewhere."""
+"""Saved configs and overrides that name something to call, import, read, start or find elsewhere."""
 
 import json
 
@@ -16,14 +16,14 @@ from attacks.plants import (
     write_canary,
 )
 
-BOTH = (OWN, "stranger")
+BOTH = (OWN, "untrusted")
 
 
 def _code(decoy):
     return f"open({str(decoy / 'canary')!r}, 'w').close()"
 
 
-def _called(name, make, *commands, key="model", of=("stranger",)):
+def _called(name, make, *commands, key="model", of=("untrusted",)):
     """Adds an attack whose config has a node that would leave the canary."""
 
     def plant(run, decoy):
@@ -174,7 +174,7 @@ def _overridden(name, *overrides):
         lines = [each.replace("DECOY", str(decoy)).replace("COMMAND", command_of(decoy)) for each in overrides]
         (run / ".hydra" / "overrides.yaml").write_text(yaml.dump(["experiment=mine", *lines], width=1 << 30))
 
-    attack("resume", of=BOTH if name == "sets_run_dir" else ("stranger",), name=f"override_{name}")(plant)
+    attack("resume", of=BOTH if name == "sets_run_dir" else ("untrusted",), name=f"override_{name}")(plant)
 
 
 _overridden("sets_run_dir", "hydra.run.dir=DECOY/notes")
@@ -216,7 +216,7 @@ def overrides_with_an_alias(run, decoy):
     (run / ".hydra" / "overrides.yaml").write_text("- &a experiment=mine\n- *a\n")
 
 
-def _set(short, /, *commands, of=("stranger",), **values):
+def _set(short, /, *commands, of=("untrusted",), **values):
     attack(*commands, of=of, name=f"setting_{short}")(
         lambda run, decoy: set_config(run, {key.replace("__", "."): value for key, value in values.items()})
     )
@@ -250,7 +250,7 @@ _set("best_metric", "resume", trainer__best_metric=f"../../decoy/{ESCAPES}")
 _set(
     "compiler", "evaluate", "resume", optimizations__compile__scope="whole", optimizations__compile__backend="os.system"
 )
-_set("compiler_mode", "evaluate", optimizations__compile__scope="blocks", optimizations__compile__mode=ESCAPES)
+_set("compiler_mode", "evaluate", optimizations__compile={"scope": "blocks", "mode": ESCAPES})
 _set("device_map", "evaluate", optimizations__device_map__budgets={"/dev/zero": 10**30, "cpu": "1e999GB"})
 _set("pattern_of_names", "evaluate", optimizations__freeze=["(a+)+$", "*" * 50, "[" * 10_000])
 _set("unknown_key", "evaluate", "resume", **{ESCAPES: 1})

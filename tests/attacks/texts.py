@@ -2,7 +2,7 @@
 
 from attacks.plants import ESCAPES, OWN, attack, deep, link, read_config, set_config
 
-BOTH = (OWN, "stranger")
+BOTH = (OWN, "untrusted")
 _TEN = range(10)
 
 
@@ -91,7 +91,7 @@ def many_interpolations(run, decoy):
     set_config(run, {"model.width": ["${seed}"] * 50_000})
 
 
-def _text(short, text, *commands, where="config.yaml", of=("stranger",)):
+def _text(short, text, *commands, where="config.yaml", of=("untrusted",)):
     """Adds an attack whose file is another text: the run's own is put in the place of OWN."""
 
     def plant(run, decoy):

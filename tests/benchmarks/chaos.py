@@ -1,4 +1,4 @@
-"""Kills a run 200 times and more, at random instants and inside its saves: `python tests/benchmarks/chaos.py [KILLS]`.
+"""Kills a run at least 200 times, at random times and during saves: `python tests/benchmarks/chaos.py [KILLS]`.
 
 With `--ranks 2`, a run of so many ranks: one of them or the launcher, by DDP and, every third run, by FSDP. Prints the
 kills, the checkpoints lost, and the resumed runs that differ from the one that nobody killed.

@@ -1,4 +1,4 @@
-"""The default experiment beside a hand-written loop: time per step, tokens per second, time to the first step.
+"""The default experiment against a hand-written loop: time per step, tokens per second, time to the first step.
 
     python tests/benchmarks/default_run.py [--json FILE] [--budget SECONDS] [--steps N] [--rounds N]
 
@@ -23,14 +23,14 @@ from pathlib import Path
 
 from figures import Budget, BudgetSpentError, Figures
 
-# Nothing here imports torch at the top: the bare script's time to its first step includes that import.
+# torch is not imported at the top: the bare script's time to its first step includes that import.
 
 STEPS = {"cuda": 600, "cpu": 40}
 ROUNDS = {"cuda": 1, "cpu": 1}
-LEAST_STEPS = 40
+MIN_STEPS = 40
 STEPS_OF_A_TURN = {"cuda": 20, "cpu": 10}
-MOST_US_ABOVE = 100  # the goal on an accelerator, where a step takes milliseconds; on the CPU it takes 100 or more
-MOST_OF_TURNS_S = 25  # of which some go to the imports
+MAX_US_ABOVE = 100  # the goal on an accelerator, where a step takes milliseconds; on the CPU it takes 100 or more
+MAX_TURNS_S = 25  # of which some go to the imports
 STOPPING_S = 4  # for a turn that has begun
 QUIET = ["trainer.save_every=0", "trainer.eval_every=0", "trainer.eval_at_start=false", "trainer.export_every=0"]
 RUNNER, BARE = "runner", "bare loop"
@@ -81,7 +81,7 @@ class BareLoop:
             yield from self.loader
 
     def run(self, num_steps):
-        """Trains; returns the steps at which the loss was read, each with the clock's seconds after that."""
+        """Trains; returns the steps at which the loss was read, each with the time after it in seconds."""
         from torch.nn.utils import clip_grad_norm_
 
         moments = []
@@ -121,16 +121,16 @@ def make_factor(warmup_steps, total_steps, final_factor):
 
 
 def train_bare(settings):
-    """Trains by hand, in a process of its own, and prints what it found as JSON."""
+    """Trains with the hand-written loop in a process of its own, and prints the measurements as JSON."""
     loop = BareLoop(settings)
     moments = loop.run(settings["trainer"]["steps"])
     print(json.dumps({"moments": moments, "first": loop.first}))
 
 
 def train_in_turns(settings):
-    """Takes short turns with the bare loop and the runner's in one process; prints seconds per step as JSON.
+    """Alternates short turns of the bare loop and the runner's loop in one process; prints seconds per step as JSON.
 
-    The thread that writes the runner's metrics may work in a turn of either: the rounds of processes count it whole.
+    The thread that writes the runner's metrics may run in a turn of either; the rounds of processes count it fully.
     """
     bare = BareLoop(settings)  # before `make_runner_loop`, which keeps torch's compiler from being loaded
     turn_steps = STEPS_OF_A_TURN[settings["device"]]
@@ -146,7 +146,7 @@ def train_in_turns(settings):
         for number in range(settings["trainer"]["steps"] // turn_steps + 1):
             if time.time() >= settings["ends_at"]:
                 break
-            # Whoever goes second may find other caches and clocks: they change places.
+            # The order alternates, because caches and clock rates may differ for the second one.
             for name in sorted(turns, reverse=number % 2 == 1):
                 began = time.perf_counter()
                 turns[name]()  # ends with a logged step, which waits for the device
@@ -157,8 +157,9 @@ def train_in_turns(settings):
 
 
 def make_runner_loop(settings, folder):
-    """Returns the runner's loop over the default experiment, as a run makes it, and what writes its metrics."""
+    """Returns the runner's loop over the default experiment, as in a run, and its tracker."""
     from runner.control.commands import CommandQueue
+    from runner.control.handlers import COMMANDS
     from runner.run.build import build
     from runner.tracking.tracker import Tracker
     from runner.utils.train import Loop
@@ -173,7 +174,7 @@ def make_runner_loop(settings, folder):
         seed=experiment.seed,
         log_every=trainer.log_every,
         log=tracker.log,
-        inbox=CommandQueue(print),
+        queue=CommandQueue(COMMANDS, print),
         policy=FailurePolicy(trainer.on_oom.name, trainer.max_skips),
         coordinator=experiment.coordinator,
     )
@@ -201,7 +202,7 @@ class Processes:
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
     def call(self, arguments, folder):
-        """Runs Python to its end; returns what it printed and the time it was started at."""
+        """Runs Python to its end; returns its output and its start time."""
         self.budget.check()
         began = time.time()
         try:
@@ -221,7 +222,7 @@ class Processes:
         return done.stdout, began
 
     def by_hand(self, work, settings=None):
-        """Runs a function of this file in a process of its own; returns what it printed and its start."""
+        """Runs a function of this file in a process of its own; returns its output and its start time."""
         with tempfile.TemporaryDirectory() as folder:
             text = json.dumps(settings or self.settings)
             printed, began = self.call([str(Path(__file__).resolve()), work, text], folder)
@@ -266,7 +267,7 @@ def windows_of(moments, steps):
 
 
 def measure_rounds(processes, steps, rounds, figures, found):
-    """Lets the contenders take turns; leaves in `found` what each complete part of a round gave."""
+    """Runs the contenders in turns; adds the result of each complete part of a round to `found`."""
     longest_s = 0.0
     for number in range(1, rounds + 1):
         try:
@@ -284,7 +285,7 @@ def measure_rounds(processes, steps, rounds, figures, found):
             return
 
 
-def tell_steps(figures, table, pairs, settings, is_goal):
+def add_steps(figures, table, pairs, settings, is_goal):
     """Adds the figures of seconds per step, given by contender for each round or turn."""
     num_tokens = settings["data"]["batch_size"] * settings["data"]["train"]["context"]
     for name in (BARE, RUNNER):
@@ -292,7 +293,7 @@ def tell_steps(figures, table, pairs, settings, is_goal):
         figures.add(table, name, "time per step", step_s * 1e6, "us")
         figures.add(table, name, "tokens per second", num_tokens / step_s)
     above_us = statistics.median((pair[RUNNER] - pair[BARE]) * 1e6 for pair in pairs)
-    goal = {"at_most": MOST_US_ABOVE} if is_goal else {}
+    goal = {"at_most": MAX_US_ABOVE} if is_goal else {}
     figures.add(table, RUNNER, "above the bare loop", above_us, "us", **goal)
     if len(pairs) >= 4:
         low, _, high = statistics.quantiles([(pair[RUNNER] - pair[BARE]) * 1e6 for pair in pairs], n=4)
@@ -301,18 +302,18 @@ def tell_steps(figures, table, pairs, settings, is_goal):
     figures.add(table, RUNNER, "ratio to the bare loop", ratio, "x")
 
 
-def tell_rounds(figures, rounds, settings):
+def add_rounds(figures, rounds, settings):
     """Adds the figures of the rounds: by the median window of each process, and by its mean."""
     is_goal = settings["device"] != "cpu"
     medians = [{name: found["median"] for name, found in pair.items()} for pair in rounds]
-    tell_steps(figures, STEP_TABLE, medians, settings, is_goal)
-    # The median leaves out what comes now and then, such as the thread that writes metrics; the mean has it.
+    add_steps(figures, STEP_TABLE, medians, settings, is_goal)
+    # The median ignores occasional work, such as that of the thread that writes metrics; the mean includes it.
     above_us = statistics.median((pair[RUNNER]["mean"] - pair[BARE]["mean"]) * 1e6 for pair in rounds)
     figures.add(STEP_TABLE, RUNNER, "above the bare loop, by means", above_us, "us")
     figures.add(STEP_TABLE, RUNNER, "rounds", len(rounds))
 
 
-def tell_starts(figures, found):
+def add_starts(figures, found):
     """Adds the figures of the first step: seconds from the start of the process, and its loss."""
     seconds = {
         name: statistics.median(first["seconds"] for first in firsts) for name, firsts in found.items() if firsts
@@ -328,13 +329,13 @@ def tell_starts(figures, found):
 
 def measure_turns(processes, figures):
     """Measures both loops in one process, turn by turn."""
-    ends_at = time.time() + min(processes.budget.left() - STOPPING_S, MOST_OF_TURNS_S)
+    ends_at = time.time() + min(processes.budget.left() - STOPPING_S, MAX_TURNS_S)
     seconds, _ = processes.by_hand("train_in_turns", processes.settings | {"ends_at": ends_at})
     pairs = [dict(zip(seconds, values, strict=True)) for values in zip(*seconds.values(), strict=True)]
     if not pairs:
         raise BudgetSpentError(f"its part of the budget of {processes.budget.seconds:g} s ended before two turns")
     figures.add(TURNS_TABLE, RUNNER, "turns", len(pairs))
-    tell_steps(figures, TURNS_TABLE, pairs, processes.settings, processes.settings["device"] != "cpu")
+    add_steps(figures, TURNS_TABLE, pairs, processes.settings, processes.settings["device"] != "cpu")
 
 
 def measure_all(asked, figures):
@@ -363,23 +364,23 @@ def measure_all(asked, figures):
     parts = {
         "speed: preparation": prepare,
         "speed: rounds": lambda: measure_rounds(prepared(), made["steps"], made["rounds"], figures, found),
-        STEP_TABLE: lambda: tell_rounds(figures, some(found["steps"]), made["processes"].settings),
-        START_TABLE: lambda: tell_starts(figures, {n: some(firsts) for n, firsts in found["first"].items()}),
+        STEP_TABLE: lambda: add_rounds(figures, require_some(found["steps"]), made["processes"].settings),
+        START_TABLE: lambda: add_starts(figures, {n: require_some(firsts) for n, firsts in found["first"].items()}),
         TURNS_TABLE: lambda: measure_turns(prepared(), figures),
     }
     worked = [measure_part(name, part, figures) for name, part in parts.items()]
     return all(worked)
 
 
-def some(found):
-    """Returns what was found, unless it is nothing."""
+def require_some(found):
+    """Returns `found`, unless it is empty."""
     if not found:
-        raise BudgetSpentError("nothing was measured; what is told above says why")
+        raise BudgetSpentError("nothing was measured; the messages above say why")
     return found
 
 
 def measure_part(name, part, figures):
-    """Does one part; what it raises is told, and the other parts go on. Returns whether it worked."""
+    """Runs one part and reports its error, so that the other parts can run. Returns whether it worked."""
     try:
         part()
     except BudgetSpentError as reason:
@@ -398,8 +399,8 @@ def main():
     parser.add_argument("--steps", type=int, help=f"of a process; by default {STEPS}")
     parser.add_argument("--rounds", type=int, help=f"by default {ROUNDS}")
     asked = parser.parse_args()
-    if asked.steps is not None and asked.steps < LEAST_STEPS:
-        parser.error(f"--steps {asked.steps}: expected {LEAST_STEPS} or more, for windows after the warm-up")
+    if asked.steps is not None and asked.steps < MIN_STEPS:
+        parser.error(f"--steps {asked.steps}: expected {MIN_STEPS} or more, for windows after the warm-up")
     sys.exit(0 if measure_all(asked, Figures(asked.json)) else 1)
 
 

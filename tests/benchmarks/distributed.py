@@ -1,4 +1,4 @@
-"""What two ranks on the CPU cost: a step against torch's DDP by hand, the start against bare torchrun.
+"""Costs of two ranks on the CPU: a step against hand-written DDP, and the start against torchrun.
 
     python tests/benchmarks/distributed.py
 
@@ -86,7 +86,7 @@ def by_runner(width, depth, size, strategy):
     module = Net(width, depth)
     coordinator = Coordinator()
     strategy.join(coordinator, "model", True)
-    strategy.place(module)
+    strategy.shard(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     engine = Engine(module, optimizer, clip_norm=1.0, on_nonfinite="stop", strategy=strategy)
     settings = {"log_every": LOG_EVERY, "log": lambda step, values: None, "coordinator": coordinator}
@@ -125,7 +125,7 @@ data = torch.utils.data.DataLoader(own.Data(), batch_size=4)
 module(**next(iter(data)))["loss"].backward()
 optimizer.step()
 dist.destroy_process_group()
-os._exit(0)  # torch 2.13 aborts now and then where gloo's threads see the interpreter end
+os._exit(0)  # torch 2.13 sometimes aborts if gloo's threads run while the interpreter ends
 """
 
 

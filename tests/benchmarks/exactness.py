@@ -1,6 +1,6 @@
-"""What exactness costs, in microseconds a step, each part by itself: `python tests/benchmarks/exactness.py`.
+"""The cost of exactness in microseconds per step, part by part: `python tests/benchmarks/exactness.py`.
 
-The model is that of loop.py; with it a step of a bare loop takes some 150 us.
+The model is that of loop.py, whose step in a bare loop takes about 150 us.
 """
 
 import random
@@ -13,17 +13,18 @@ from torch import nn
 
 from runner.engines.gradients import BufferSnapshot, FiniteCheck
 from runner.utils.distributed import seed_all
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.sampler import RandomSampler
-from runner.utils.sampler.batches import Batches, Samples
+from runner.utils.sampler.batches import Batches
+from runner.utils.sampler.samples import SampleFetcher
 from runner.utils.utils import derive_seed
 
 NUMBER, REPEATS = 20_000, 7
 
 
-class Holding:
+class HoldsGenerators:
     def __init__(self):
-        self.own = [np.random.default_rng(0), torch.Generator(), random.Random(0)]
+        self.generators = [np.random.default_rng(0), torch.Generator(), random.Random(0)]
 
     def __getitem__(self, index):
         return index
@@ -46,19 +47,20 @@ def main():
     data = torch.utils.data.TensorDataset(torch.zeros(1000, 16))
     batches = Batches(data, RandomSampler(1000), BATCH, seed_samples=False)
     next(batches)
-    samples, holding, unseeded = Samples(data, 1), Samples(Holding(), 1), Samples(Holding(), None)
+    samples = SampleFetcher(data, 1)
+    holding, unseeded = SampleFetcher(HoldsGenerators(), 1), SampleFetcher(HoldsGenerators(), None)
     rows = {
         "a step's randomness from (seed, step, micro-step, rank)": lambda: seed_all(derive_seed(0, 7, 0, 0), cpu),
-        "the position before the step, to go back to": batches.position,
+        "the position before the step, to return to": batches.position,
         "the sampler's state after each batch": sampler.state_dict,
-        "gradients looked at for what is not finite": check,
-        "buffers kept, a model without": none.keep,
-        "buffers kept, ten BatchNorm layers": normed.keep,
+        "gradients checked for NaN and infinity": check,
+        "buffers saved, a model without any": none.keep,
+        "buffers saved, ten BatchNorm layers": normed.keep,
         "a sample by its index": lambda: data[5],
         "the same, its randomness from (seed, ordinal)": lambda: samples[12345, [5]],
         "a sample of a dataset with three generators": lambda: unseeded[12345, [5]],
         "the same, these reseeded too": lambda: holding[12345, [5]],
-        "generators looked for, once a loader worker": lambda: HeldGenerators(data=holding),
+        "search for generators, once per DataLoader worker": lambda: ObjectGenerators(data=holding),
         "for comparison: torch.manual_seed": lambda: torch.manual_seed(12345),
     }
     print(f"torch {torch.__version__}, one thread, best of {REPEATS} times {NUMBER:,}")

@@ -1,4 +1,4 @@
-"""Figures of a benchmark, each next to its goal, printed and written as they are measured; and its budget of time."""
+"""The figures of a benchmark with their goals, printed and written as they are measured, and its time budget."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Figures:
         self._write()
 
     def skip(self, name, reason):
-        """Notes a part that was not measured, and why."""
+        """Records a part that was not measured, and the reason."""
         self._skipped.append({"name": name, "reason": reason})
         print(f"{name}: skipped, {reason}", flush=True)
         self._write()
@@ -59,21 +59,21 @@ def describe_value(figure):
 
 
 class BudgetSpentError(Exception):
-    """There is no time left for a measurement; the message is the reason to skip it with."""
+    """No time is left for a measurement; the message is the reason for skipping it."""
 
 
 class Budget:
-    """The seconds that a benchmark may take, counted from here on."""
+    """The time budget of a benchmark in seconds, from its creation."""
 
     def __init__(self, seconds):
         self.seconds, self._end = seconds, time.monotonic() + seconds
 
     def left(self):
-        """Returns the seconds that are left."""
+        """Returns the remaining seconds."""
         return self._end - time.monotonic()
 
     def check(self, needed_s=0.0):
-        """Raises BudgetSpentError where fewer seconds are left than are needed."""
+        """Raises BudgetSpentError if less than `needed_s` seconds are left."""
         left_s = self.left()
         if left_s <= 0:
             raise BudgetSpentError(f"the budget of {self.seconds:g} s is spent")

@@ -1,7 +1,8 @@
-"""Microseconds a step above a bare PyTorch loop: `python tests/benchmarks/loop.py`.
+"""Microseconds per step above a bare PyTorch loop: `python tests/benchmarks/loop.py`.
 
-An MLP of some 150 us a step; everyone logs 4 scalars or more each step to TensorBoard, with a progress bar.
-Contenders take turns; the median over rounds of the difference to the bare loop of the same round is told.
+The model is an MLP of about 150 us per step. All contenders log at least 4 scalars per step to TensorBoard and show a
+progress bar. They run in turns. The result is the median over rounds of the difference to the bare loop of the same
+round.
 """
 
 import io
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from runner.control.commands import CommandQueue
+from runner.control.handlers import COMMANDS
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import step_without_dynamo
 from runner.tracking.console import Console
@@ -83,9 +85,9 @@ def run_ours(batches, folder, stream=None):
     step_without_dynamo(optimizer)  # as `build` does
     engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), Tracker(folder)
     console = Console(STEPS, stream=Terminal())
-    inbox = CommandQueue(lambda text: None)
+    queue = CommandQueue(COMMANDS, lambda text: None)
     loop = Loop(
-        engines, stream or Cycle(batches), steps=STEPS, log_every=1, log=tracker.log, inbox=inbox, screen=console
+        engines, stream or Cycle(batches), steps=STEPS, log_every=1, log=tracker.log, queue=queue, display=console
     )
     loop.run()
     console.close()
@@ -219,7 +221,7 @@ def main():
         (torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 1, generator=generator)) for _ in range(64)
     ]
     figures = {name: [] for name in CONTENDERS}
-    for round_number in range(ROUNDS + 1):  # the first warms up
+    for round_number in range(ROUNDS + 1):  # the first is a warm-up
         for name, (run, _) in CONTENDERS.items():
             if figures[name] is None:
                 continue

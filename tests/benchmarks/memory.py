@@ -1,19 +1,22 @@
-"""Memory and step time of recomputed and offloaded blocks, beside torch's own ways.
+"""Memory and step time of recomputed and offloaded blocks, compared with torch's checkpointing.
 
     python tests/benchmarks/memory.py [--only CASE] [--rows ROW ...] [--json FILE] [--budget SECONDS] [--overhead]
-    python tests/benchmarks/memory.py --tiny    # all cases on the CPU, far smaller, to see that they run
+    python tests/benchmarks/memory.py --tiny    # all cases on the CPU, much smaller, to test the benchmark
 
-A GPU case is one fresh process (memory_rows.py). The rows of a case share parameters, gradients and input. They are
-measured one after another, and are then timed in turns. The cases run in order of value until the budget is spent.
+A GPU case runs in a new process (memory_rows.py). The rows of a case share parameters, gradients and input. Memory is
+measured row by row, then steps are timed in turns. The cases run in order of value until the budget is spent.
 
-kept: device memory that a forward adds, once the device is idle. peak: device memory that a step takes above
-parameters, gradients and input. host: page-locked memory. step: forward and backward, median of the turns; its ratio
-to checkpoint's is the median of the ratios of the turns. blocks moved: blocks whose inputs offload=auto moves. inputs
-off the GPU: bytes that checkpoint keeps and ours does not, over the bytes of the blocks' inputs. Longest sequence:
-within a limit on the process's device memory, to a 32nd.
+Columns:
+- kept: device memory that a forward adds, when the device is idle.
+- peak: device memory of a step above parameters, gradients and input.
+- host: page-locked memory.
+- step: forward and backward, median of the turns. Its ratio to checkpoint's is the median of the ratios of the turns.
+- blocks moved: blocks whose inputs offload=auto moves.
+- inputs off the GPU: bytes that checkpoint keeps and ours does not, divided by the bytes of the blocks' inputs.
+- longest sequence: within a limit on the process's device memory, to 1/32.
 
-The CPU case is a fresh process a row and turn. Its peak is what the resident set grows by in one step.
-Overhead: us a block, of 20 tiny blocks on one thread of the CPU, contenders in turns.
+The CPU case uses a new process for each row and turn. Its peak is the growth of the resident set in one step. Overhead
+is in us per block, for 20 tiny blocks on one CPU thread, contenders in turns.
 """
 
 import argparse
@@ -34,8 +37,8 @@ from figures import Budget, Figures
 from memory_rows import BASE, MIB, NEVER, NONE, ON_CPU, OURS, ROWS, Case
 
 STYLES = ("positional", "keyword")
-SILENCE_S = 45  # a process that says nothing for so long is taken for hung
-MIN_LEFT_S = 5  # no case starts with less of the budget left
+ANSWER_TIMEOUT_S = 45  # a process without an answer for this long counts as hung
+MIN_LEFT_S = 5  # minimum left of the budget to start a case
 OUT_OF_TIME = "out of time"
 
 CPU = Case("cpu", 256, 512, layers=12, batch=4, goal=None, device="cpu", task="resident")
@@ -72,15 +75,15 @@ class Child:
         self._lines.put(None)
 
     def run(self, request, budget, on_answer):
-        """Hands each answer to a function; returns why the process was ended or failed, or None."""
+        """Calls `on_answer` with each answer; returns why the process was ended or failed, or None."""
         try:
             with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
                 pipe.write(json.dumps(request))
-            while (line := self._lines.get(timeout=max(min(budget.left(), SILENCE_S), 0))) is not None:
+            while (line := self._lines.get(timeout=max(min(budget.left(), ANSWER_TIMEOUT_S), 0))) is not None:
                 on_answer(json.loads(line))
-            status = self.process.wait(SILENCE_S)
+            status = self.process.wait(ANSWER_TIMEOUT_S)
         except queue.Empty:
-            return OUT_OF_TIME if budget.left() <= 0 else f"hung: silent for {SILENCE_S} s"
+            return OUT_OF_TIME if budget.left() <= 0 else f"hung: silent for {ANSWER_TIMEOUT_S} s"
         finally:
             self.close()
         return f"the process ended with status {status}" if status else None
@@ -95,7 +98,7 @@ class Collector:
 
     def __init__(self, figures, case, names):
         self.figures, self.case, self.names = figures, case, names
-        self.current = None  # the row that the process is at
+        self.current = None  # the row that the process measures
         self.errors, self.memory, self.fits, self.longest = {}, {}, {}, {}
         self.seconds = {name: {} for name in names}
         self._measured = set()
@@ -104,45 +107,45 @@ class Collector:
         self._measured.add(name)
         self.figures.add(self.case.title, name, column, value, unit, **goal)
 
-    def take(self, answer):
-        """Takes a line of JSON: what was measured of a row, or, with its name alone, that it goes on."""
+    def handle(self, answer):
+        """Handles a line of JSON: a measurement of a row, or only its name if it is still running."""
         self.current = name = answer.pop("row")
-        takers = {
-            "error": self._take_error, "memory": self._take_memory, "seconds": self._take_seconds,
-            "fits": self._take_fits, "resident": self._take_resident, "overhead": self._take_overhead,
+        handlers = {
+            "error": self._handle_error, "memory": self._handle_memory, "seconds": self._handle_seconds,
+            "fits": self._handle_fits, "resident": self._handle_resident, "overhead": self._handle_overhead,
         }  # fmt: skip
-        for key in takers.keys() & answer.keys():
-            takers[key](name, **answer)
+        for key in handlers.keys() & answer.keys():
+            handlers[key](name, **answer)
 
-    def _take_error(self, name, error):
+    def _handle_error(self, name, error):
         self.errors[name] = error
         self.add(name, "outcome", error)
 
-    def _take_seconds(self, name, turn, seconds):
+    def _handle_seconds(self, name, turn, seconds):
         self.seconds[name][turn] = seconds
 
-    def _take_fits(self, name, fits, is_last):
-        if self.case.device == "cpu":  # there only the code is tried
+    def _handle_fits(self, name, fits, is_last):
+        if self.case.device == "cpu":  # there only the code is tested
             return self._measured.add(name)
         self.fits[name] = fits
         if is_last:
             self.longest[name] = fits
             self.add(name, "longest sequence", fits, "tokens")
 
-    def _take_resident(self, name, resident):
+    def _handle_resident(self, name, resident):
         self.add(name, "peak", resident / MIB, "MiB")
 
-    def _take_overhead(self, name, overhead):
-        """Adds medians; those of differences are of the differences of a turn."""
+    def _handle_overhead(self, name, overhead):
+        """Adds medians; the median of differences is that of the differences within a turn."""
         for contender, values in overhead.items():
             self.add(name, contender, statistics.median(values), "us")
         for base, goal in ((BASE, self.case.goal), (NONE, None)):
             above = [a - b for a, b in zip(overhead[OURS], overhead[base], strict=True)]
             self.add(name, f"ours above {base}", statistics.median(above), "us", at_most=goal)
 
-    def _take_memory(self, name, memory):
+    def _handle_memory(self, name, memory):
         case = self.case
-        if case.device == "cpu" or name in self.memory:  # on the CPU only the code is tried
+        if case.device == "cpu" or name in self.memory:  # on the CPU only the code is tested
             return
         self.memory[name] = memory
         for column in ("kept", "peak", "host"):
@@ -155,7 +158,7 @@ class Collector:
             self.add(name, "inputs off the GPU", share, "of their bytes", at_least=0.85)
 
     def finish(self, reason):
-        """Adds what compares rows, and says of each row that was not measured why."""
+        """Adds comparisons of rows, and the reason for each row that was not measured."""
         for name in self.names:
             self._add_times(name)
             if name not in self.longest and name in self.fits and name not in self.errors:
@@ -205,15 +208,15 @@ class Benchmark:
 
     def _run(self, case, collector):
         for name in self.hung.intersection(collector.names):
-            collector.take({"row": name, "error": "left out: it hung in an earlier case"})
+            collector.handle({"row": name, "error": "left out: it hung in an earlier case"})
         collector.current = None
         while names := [name for name in collector.names if name not in collector.errors]:
-            end = self._next_child().run({"case": vars(case), "names": names}, self.budget, collector.take)
+            end = self._next_child().run({"case": vars(case), "names": names}, self.budget, collector.handle)
             if end is None or end == OUT_OF_TIME or collector.current is None:
                 return end
             # The process died or hung, and its row with it. A fresh process measures the other rows.
             if collector.current not in collector.errors:
-                collector.take({"row": collector.current, "error": end})
+                collector.handle({"row": collector.current, "error": end})
             if end.startswith("hung"):
                 self.hung.add(collector.current)
 
@@ -224,11 +227,11 @@ class Benchmark:
             environ = {"MALLOC_MMAP_THRESHOLD_": str(MIB)} if turn is None else {}
             for name in collector.names[:: -1 if turn == 1 else 1]:
                 request = {"case": vars(case), "names": [name], "turn": turn}
-                end = Child(**environ).run(request, self.budget, collector.take)
+                end = Child(**environ).run(request, self.budget, collector.handle)
                 if end == OUT_OF_TIME:
                     return end
                 if end is not None:
-                    collector.take({"row": name, "error": end})
+                    collector.handle({"row": name, "error": end})
 
     def _next_child(self):
         """Returns a process, and starts the next one, whose imports are done by the time it is needed."""

@@ -1,4 +1,4 @@
-"""The processes of memory.py: each has its imports done, waits for one request and answers in lines of JSON."""
+"""A process of memory.py: imports everything, reads one request, and answers in lines of JSON."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ BASE, OURS, NEVER, ON_CPU, NONE = ROWS = (
 )  # fmt: skip
 WARM_STEPS = {OURS: 5}  # offload=auto times four calls of a block; other rows need one step
 SLOW_TURN_S, TIMED_S, MIN_TURNS = 3, 8, 3
-GRAIN, MOST_PROBES = 64, 12  # of the search for the longest sequence
+GRAIN, MAX_PROBES = 64, 12  # of the search for the longest sequence
 MIB = 2**20
 
 
@@ -62,7 +62,7 @@ class Case:
         return f"memory: {self.layers} blocks of width {self.width}, {size.get(self.task, f'{self.time} tokens')}"
 
     def shrunk(self):
-        """Returns a case that the CPU runs in a moment."""
+        """Returns a small case for a quick run on the CPU."""
         shortest = 32 if self.task == "rows" and not self.is_image else 128
         small = {"width": max(self.width // 16, 64), "time": max(self.time // 64, shortest), "limit": self.limit >> 8}
         less = {"layers": 3, "batch": min(self.batch, 2), "max_turns": 2, "device": "cpu", "goal": None}
@@ -101,7 +101,7 @@ class Model(nn.Module):
 
 
 def build(case):
-    """Returns a model; it is built on its device, for the CPU takes half a minute for the widest."""
+    """Returns a model, built on its device, because the widest takes half a minute on the CPU."""
     torch.manual_seed(0)
     with torch.device(case.device):
         return Model(case).to(case.dtype)
@@ -119,7 +119,7 @@ def hold_gradients(model):
 
 
 class Memory:
-    """What a device has allocated; on the CPU, the process's resident set."""
+    """The memory that a device has allocated; on the CPU, the resident set of the process."""
 
     def __init__(self, device):
         self.is_cuda = device == "cuda"
@@ -207,32 +207,32 @@ class Row:
         self.memory.synchronize()
         peak = self.memory.peak() - before
         self.model.zero_grad(set_to_none=False)
-        # Our buffers are registered by themselves, or are torch's own where that failed: never both.
+        # Our buffers are page-locked by us, or by torch if that failed: never both.
         registered = sum(engine.memory.peak_bytes for engine in self.report.engines) if self.report else 0
         host = max(registered, self.memory.locked() - self.locked_before)
-        moved = sum(gauge.is_worth_it and gauge.moved_bytes > 0 for gauge in self._gauges())
+        moved = sum(timer.is_worth_it and timer.moved_bytes > 0 for timer in self._timers())
         return {"kept": kept, "peak": peak, "host": host, "moved": moved}
 
-    def _gauges(self):
+    def _timers(self):
         blocks = self.report.blocks.values() if self.report is not None else ()
-        return [block.gauge for block in blocks if block.gauge is not None]
+        return [block.timer for block in blocks if block.timer is not None]
 
 
-def say(**answer):
-    """Tells the parent; the name of a row alone says that it goes on."""
+def send(**answer):
+    """Sends an answer to the parent; the name of a row alone means that it is still running."""
     print(json.dumps(answer), flush=True)
 
 
 def attempt(name, memory, function, *args):
-    """Returns what a function returns; where it fails, tells the parent that the row failed, and returns None."""
+    """Calls a function and returns its result; if it fails, reports the row as failed and returns None."""
     try:
         return function(*args)
     except Exception as error:
         text = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}".splitlines()[0]
         if text != "out of memory":
             traceback.print_exc()
-    # The error is gone by now, and with its frames the tensors that they held.
-    say(row=name, error=text)
+    # The error was deleted, and with its frames the tensors that they held.
+    send(row=name, error=text)
     memory.release()
 
 
@@ -247,29 +247,29 @@ def measure_rows(case, names):
 
 
 def start_row(model, name, memory, x):
-    say(row=name)
+    send(row=name)
     row = Row(model, name, memory)
     for _ in range(WARM_STEPS.get(name, 1)):
         row.step(x)
-        say(row=name)
-    say(row=name, memory=row.measure(x))
+        send(row=name)
+    send(row=name, memory=row.measure(x))
     return row
 
 
 def time_rows(case, rows, memory, x):
-    """Times steps in turns; where a turn of all rows is slow, the later ones are of ours and checkpoint alone."""
+    """Times steps in turns; if a turn of all rows is slow, later turns are only of ours and checkpoint."""
     seconds_so_far, is_slow = 0, False
     for turn in range(case.max_turns):
         names = [name for name in rows if not is_slow or name in (BASE, OURS)]
         shift = turn % max(len(names), 1)
         began = time.perf_counter()
         for name in names[shift:] + names[:shift]:
-            say(row=name)
+            send(row=name)
             seconds = attempt(name, memory, rows[name].step_again, x)
             if seconds is None:
                 del rows[name]
             else:
-                say(row=name, turn=turn, seconds=seconds)
+                send(row=name, turn=turn, seconds=seconds)
         turn_s = time.perf_counter() - began
         is_slow |= turn_s > SLOW_TURN_S
         seconds_so_far += turn_s
@@ -278,7 +278,7 @@ def time_rows(case, rows, memory, x):
 
 
 def measure_longest(case, names):
-    """Searches the longest sequence that fits, row by row."""
+    """Searches for the longest sequence that fits, row by row."""
     memory, model = Memory(case.device), build(case)
     hold_gradients(model)
     memory.release()
@@ -288,11 +288,11 @@ def measure_longest(case, names):
 
 
 def search(case, model, name, memory):
-    say(row=name)
+    send(row=name)
     memory.set_limit(case.limit)
     row = Row(model, name, memory)
     peaks, failed = {}, []
-    for _ in range(MOST_PROBES):
+    for _ in range(MAX_PROBES):
         length = next_length(peaks, failed, case.limit, case.time)
         if length is None:
             break
@@ -301,8 +301,8 @@ def search(case, model, name, memory):
             failed.append(length)
         else:
             peaks[length] = peak
-        say(row=name, fits=max(peaks, default=0), is_last=False)
-    say(row=name, fits=max(peaks, default=0), is_last=True)
+        send(row=name, fits=max(peaks, default=0), is_last=False)
+    send(row=name, fits=max(peaks, default=0), is_last=True)
 
 
 def next_length(peaks, failed, limit, first):
@@ -318,7 +318,7 @@ def next_length(peaks, failed, limit, first):
     too_long = min(failed, default=math.inf)
     if too_long - longest <= step:
         return None
-    # Two lengths that differ by little tell nothing of the growth.
+    # Two similar lengths do not show the growth.
     shorter = max((length for length in peaks if length < 0.9 * longest), default=0)
     growth = (peaks[longest] - peaks[shorter]) / (longest - shorter) if shorter else 0
     predicted = longest + (limit - peaks[longest]) / growth if growth > 0 else math.inf
@@ -329,12 +329,12 @@ def next_length(peaks, failed, limit, first):
 
 
 def probe(case, row, length):
-    """Returns the peak of a step in bytes, or None where memory runs out."""
+    """Returns the peak of a step in bytes, or None if it runs out of memory."""
     peak = None
     row.memory.reset_peak()
     try:
         row.step(make_input(case, length))
-        # On the CPU a made-up peak tries the search.
+        # On the CPU an invented peak tests the search.
         peak = row.memory.peak() if row.memory.is_cuda else length * MIB // 32
     except Exception as error:
         if not is_out_of_memory(error):
@@ -344,15 +344,15 @@ def probe(case, row, length):
 
 
 def measure_resident(case, names, turn):
-    """Takes the peak of a first step, or, of a turn, the time of a second."""
+    """Measures the peak of a first step, or, in a turn, the time of a second step."""
     (name,) = names
     row, x = Row(build(case), name, Memory(case.device)), make_input(case, case.time)
     before = resident("VmRSS")
     row.step(x)
     if turn is None:
-        say(row=name, resident=resident("VmHWM") - before)
+        send(row=name, resident=resident("VmHWM") - before)
     else:
-        say(row=name, turn=turn, seconds=row.step(x))
+        send(row=name, turn=turn, seconds=row.step(x))
 
 
 def measure_overhead(case, names):
@@ -373,16 +373,16 @@ def measure_overhead(case, names):
                 times[name].append((time.perf_counter() - began) / case.layers * 1e6)
             order = order[1:] + order[:1]
             report.check()
-        say(row=style, overhead={name: values[10:] for name, values in times.items()})
+        send(row=style, overhead={name: values[10:] for name, values in times.items()})
 
 
 TASKS = {"rows": measure_rows, "longest": measure_longest, "resident": measure_resident, "overhead": measure_overhead}
 
 
 def main():
-    # cuDNN builds a plan for each new length; the same kernel serves all rows without it.
+    # Disabled, because cuDNN builds a plan for each new length; all rows then use the same kernel.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # The imports of a first checkpoint take 70 MiB and a second.
+    # Done before the measurement: the imports of the first checkpoint take 70 MiB and a second.
     checkpoint(torch.sin, torch.ones(1, requires_grad=True), use_reentrant=False).backward()
     if line := sys.stdin.readline():
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""Layouts and their tensors against plain Python loops: `python tests/benchmarks/patterns.py`.
+"""Codebook patterns and their tensors against plain Python loops: `python tests/benchmarks/patterns.py`.
 
 The loop of a layout makes lists of coordinates and no more. Tensors are compared with a loop over the coordinates, and
 with one flat look-up by index tensors that lie ready, as the public implementation does it.
@@ -71,7 +71,7 @@ def revert_by_loop(layout, laid, shift):
 
 
 def look_up(flat, index):
-    """Returns what a flat look-up gives [..., K, any], with the special token put last of what it looks into."""
+    """Indexes a flat tensor with the special token appended; the result is [..., K, any]."""
     flat = torch.cat([flat, torch.full_like(flat[..., :1], SPECIAL)], dim=-1)
     return flat[..., index.reshape(-1)].reshape(*flat.shape[:-1], *index.shape)
 

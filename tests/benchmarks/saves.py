@@ -1,11 +1,11 @@
-"""Saving and loading a state beside torch and safetensors: `python tests/benchmarks/saves.py [GIGABYTES ...]`.
+"""Saving and loading a state, compared with torch and safetensors: `python tests/benchmarks/saves.py [GIGABYTES ...]`.
 
     python tests/benchmarks/saves.py [GIGABYTES ...] [--device cpu|cuda] [--held-only] [--rounds N] [--folder FOLDER]
                                      [--json FILE] [--budget SECONDS]
 
-How long the loop is held, how long until it is durable, and how long loading takes; medians of rounds in turn. All
-write new files: what the round before wrote is removed first, by the clock of nobody. `--held-only` leaves out
-torch.save, safetensors and loading; so does a state in a GPU's memory, `--device cuda`.
+Measures the time that a save blocks the loop, the time until it is durable, and the time to load it: medians of rounds
+in turns. Each contender writes new files; the files of the round before are removed outside the timing. `--held-only`
+leaves out torch.save, safetensors and loading, and so does `--device cuda`, a state in GPU memory.
 """
 
 import argparse
@@ -27,13 +27,15 @@ from runner.checkpoint.checkpoints import Checkpoints
 from runner.checkpoint.saver import Saver
 
 ROUNDS = {"cpu": 5, "cuda": 2}
-MOST_OF_A_COPY = 1.3  # the goal for a later save, which writes over the memory of the one before
+MAX_COPIES = 1.3  # goal: a later save, which reuses the memory of the save before, in units of a memory copy
 NUM_TENSORS = 60
-IN_MEMORY = Path("/dev/shm")  # where a save goes for which the disk is too slow: how long it blocks the loop remains
+IN_MEMORY = Path(
+    "/dev/shm"
+)  # used if the disk is too slow for the budget; only the time that a save blocks the loop counts then
 
 
 def make_state(gigabytes, device="cpu"):
-    """Some 60 tensors, as of a small transformer and its optimizer."""
+    """Returns 60 tensors of equal size, with `gigabytes` in total."""
     generator = torch.Generator(device).manual_seed(0)
     size = int(gigabytes * 1e9 / 4 / NUM_TENSORS)
     return {f"block.{i}.weight": torch.randn(size, generator=generator, device=device) for i in range(NUM_TENSORS)}
@@ -107,7 +109,7 @@ class Ours:
         self.saver.save(self.step, {"model": state}, {"step": self.step})
 
     def finish(self, state, folder):
-        self.saver.close()  # raises what the save raised
+        self.saver.close()  # raises the error of a failed save
 
 
 def timed(function, state, folder):
@@ -237,7 +239,7 @@ class Copies:
 
 
 def compare_held(gigabytes, asked, budget, figures, disk):
-    """Measures how long a save blocks the loop, and until it is durable, beside plain copies and a raw write."""
+    """Measures the time that a save blocks the loop, and until it is durable, beside plain copies and a raw write."""
     table, rounds = table_of(gigabytes, asked.device), asked.rounds or ROUNDS[asked.device]
     budget.check()
     parent, is_durable = disk.choose(gigabytes, asked, budget, figures)
@@ -265,19 +267,19 @@ def measure_saves(table, state, copies, folder, rounds, is_durable, budget, figu
                 return
             found.append(measure_round(ours, state, copies, folder, is_durable))
             if number == 0:
-                tell_save(table, "the first save", found, is_durable, copies, figures)
+                add_save(table, "the first save", found, is_durable, copies, figures)
                 if is_durable:
                     disk.seconds_per_gb = found[0]["round"] / (copies.num_bytes / 1e9)
     finally:
         if len(found) > 1:
-            tell_save(table, "a later save", found[1:], is_durable, copies, figures, MOST_OF_A_COPY)
+            add_save(table, "a later save", found[1:], is_durable, copies, figures, MAX_COPIES)
 
 
 def measure_pageable(table, copies, figures):
     """Adds the figures of a copy over memory that is there already; the copy before it warms up."""
     _, copied = copies.timed(copies.to_host)
     seconds, _ = copies.timed(copies.over, copied)
-    tell_copy(table, "plain copy over an earlier one", seconds, copies, figures)
+    add_copy(table, "plain copy over an earlier one", seconds, copies, figures)
 
 
 def measure_pinned(table, copies, figures):
@@ -287,13 +289,13 @@ def measure_pinned(table, copies, figures):
     figures.add(table, row, "allocating the memory", seconds, "s")
     copies.timed(copies.into_pinned, buffer)
     seconds, _ = copies.timed(copies.into_pinned, buffer)
-    tell_copy(table, row, seconds, copies, figures)
+    add_copy(table, row, seconds, copies, figures)
     seconds, _ = copies.timed(copies.into_pinned, buffer, waits=False)
     figures.add(table, row, "enqueueing alone", seconds, "s")
     copies.synchronize()
 
 
-def tell_copy(table, row, seconds, copies, figures):
+def add_copy(table, row, seconds, copies, figures):
     figures.add(table, row, "time", seconds, "s")
     figures.add(table, row, "rate", copies.num_bytes / seconds / 1e9, "GB/s")
 
@@ -322,7 +324,7 @@ def measure_round(ours, state, copies, folder, is_durable):
 
 
 def count_different(copied, folder):
-    """Returns how many tensors of a checkpoint differ from the copy made before it: of the first, middle and last."""
+    """Returns the number of differing tensors in a checkpoint, of the first, middle and last one."""
     (path,) = (folder / "checkpoints").glob("step_*/model.safetensors")
     names = list(copied)
     looked_at = {names[0], names[len(names) // 2], names[-1]}
@@ -330,14 +332,14 @@ def count_different(copied, folder):
         return sum(not torch.equal(file.get_tensor(name), copied[name]) for name in looked_at)
 
 
-def tell_save(table, save, rows, is_durable, copies, figures, most=None):
+def add_save(table, save, rows, is_durable, copies, figures, most=None):
     """Adds the figures of a save, medians over its rounds, and of the plain copies before it."""
 
     def median_of(value):
         return statistics.median(value(row) for row in rows)
 
     name = f"runner: {save}"
-    tell_copy(table, f"plain copy to the host, before {save}", median_of(lambda row: row["copy"]), copies, figures)
+    add_copy(table, f"plain copy to the host, before {save}", median_of(lambda row: row["copy"]), copies, figures)
     figures.add(table, name, "blocks the loop", median_of(lambda row: row["held"]), "s")
     ratio = median_of(lambda row: row["held"] / row["copy"])
     figures.add(table, name, "ratio to a plain copy to the host", ratio, "x", at_most=most)
@@ -352,13 +354,13 @@ def tell_save(table, save, rows, is_durable, copies, figures, most=None):
 
 
 class Disk:
-    """Where the files go: to the disk, or into memory where the disk is too slow for the budget."""
+    """Chooses the folder for files: on disk, or in memory if the disk is too slow for the budget."""
 
     def __init__(self):
         self.seconds_per_gb = None  # of a round, as an earlier size has shown it
 
     def choose(self, gigabytes, asked, budget, figures):
-        """Returns the folder for the files of a size, and whether what lies there is durable."""
+        """Returns the folder for a state of this size, and whether files in it are durable."""
         needed_s = 2.5 * gigabytes * (self.seconds_per_gb or 0.0)  # plain copies, the first save and one later
         if needed_s <= budget.left():
             return asked.folder, True
@@ -376,8 +378,10 @@ def table_of(gigabytes, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("gigabytes", type=float, nargs="*", default=[1.0], help="sizes of the state; by default 1")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the state lies")
-    parser.add_argument("--held-only", action="store_true", help="only how long a save blocks the loop, until durable")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the state")
+    parser.add_argument(
+        "--held-only", action="store_true", help="only the time that a save blocks the loop, and until it is durable"
+    )
     parser.add_argument("--rounds", type=int, help=f"after the first; by default {ROUNDS}")
     parser.add_argument("--folder", help="where to write; by default a temporary folder")
     parser.add_argument("--json", help="file for the figures")

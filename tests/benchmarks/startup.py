@@ -1,4 +1,4 @@
-"""Seconds from a command to its answer or first step, medians of 5: `python tests/benchmarks/startup.py`."""
+"""Seconds from a command to its output or its first step, medians of 5: `python tests/benchmarks/startup.py`."""
 
 import statistics
 import subprocess
@@ -6,30 +6,29 @@ import sys
 import tempfile
 import time
 
-# Stands where `python -m runner` does, and tells the moment the first step is done.
+# Runs `python -m runner`, and prints the time at which the first step ended.
 FIRST_STEP = """
 import sys, time
 sys.argv = ["runner", "trainer.eval_every=0", "trainer.eval_at_start=false", "trainer.save_every=0", "trainer.steps=1"]
 from runner.__main__ import main
 import atexit
-def tell():
-    print("stepped", moments[0])
-atexit.register(tell)
-moments = []
+end_times = []
+atexit.register(lambda: print("stepped", end_times[0]))
 import builtins
-original = builtins.__import__
-def watching(name, *args, **kwargs):
-    module = original(name, *args, **kwargs)
-    steps = sys.modules.get("runner.utils.train.step")
-    if steps is not None and hasattr(steps, "tell") and not hasattr(steps, "is_watched"):
-        steps.is_watched = True
-        take = steps.Steps.take
-        def taken(*arguments):
-            take(*arguments)
-            moments.append(time.time())
-        steps.Steps.take = taken
+original_import = builtins.__import__
+def patching_import(name, *args, **kwargs):
+    module = original_import(name, *args, **kwargs)
+    step = sys.modules.get("runner.utils.train.step")
+    is_imported = step is not None and not step.__spec__._initializing
+    if is_imported and not hasattr(step, "is_patched"):
+        step.is_patched = True
+        original_run = step.StepRunner.run
+        def timed_run(*arguments):
+            original_run(*arguments)
+            end_times.append(time.time())
+        step.StepRunner.run = timed_run
     return module
-builtins.__import__ = watching
+builtins.__import__ = patching_import
 main()
 """
 
@@ -44,15 +43,15 @@ optimizer.step()
 
 
 def measure(command, is_step=False):
-    found = []
+    seconds = []
     for _ in range(5):
         with tempfile.TemporaryDirectory() as folder:
             began = time.time()
             settings = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": True}
             done = subprocess.run([sys.executable, *command], cwd=folder, **settings)
             ended = float(done.stdout.split("stepped ")[1].split()[0]) if is_step else time.time()
-            found.append(ended - began)
-    return statistics.median(found)
+            seconds.append(ended - began)
+    return statistics.median(seconds)
 
 
 def main():

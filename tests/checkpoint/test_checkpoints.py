@@ -154,7 +154,7 @@ FAULTS = ["no manifest", "no file", "truncated", "flipped", "link", "empty"]
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Folders with checkpoints of steps 1 to 8 and metrics 8 to 1, each stored whole by one process and in shards."""
+    """Returns folders with checkpoints of steps 1 to 8 and metrics 8 to 1, saved by one process and sharded."""
     folders = []
     for is_sharded in (False, True):
         saved = Checkpoints(tmp_path_factory.mktemp("samples") / "checkpoints", keep_last=0)
@@ -296,11 +296,11 @@ def test_a_file_with_any_single_bit_flipped_is_never_loaded_and_always_named(tmp
 
 
 def forge(path, name, file):
-    """Enters a file in a manifest: whoever forges a name can forge a checksum."""
+    """Adds a file to a manifest with a valid checksum, as an attacker would."""
     manifest = io.read_json(path / "MANIFEST.json")
     del manifest["crc32c"]
     manifest["files"][name] = checkpoints._measure(file)
-    io.write_json(manifest | {"crc32c": checkpoints._sum_of(manifest)}, path / "MANIFEST.json")
+    io.write_json(manifest | {"crc32c": checkpoints._checksum(manifest)}, path / "MANIFEST.json")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/b", ".hidden", "", "x.pkl", "x"])
@@ -319,7 +319,7 @@ ELSEWHERE = [
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "x\0.json", "x.json"])
 def test_a_manifest_names_files_of_its_own_folder_alone(tmp_path, name):
-    """The file is there, with these bytes: nothing but its name is wrong."""
+    """The file exists with the listed bytes: only its name is wrong."""
     (tmp_path / "run").mkdir()
     path = Checkpoints(tmp_path / "run" / "checkpoints").save(1, make_parts(), FACTS)
     file, name = tmp_path / "copy", name.format(root=tmp_path)

@@ -9,7 +9,7 @@ from runner.utils.serialization import HostSnapshot
 
 
 class Told:
-    """A saver on a folder, and what it told."""
+    """Returns a saver on a folder, and the list of its callbacks' calls."""
 
     def __init__(self, folder):
         self.saved, self.failed = [], []
@@ -97,9 +97,9 @@ def test_a_state_that_grew_is_copied_whole(tmp_path):
 
 
 def test_a_copy_that_fails_fails_the_save_and_not_the_wait(tmp_path):
-    snapshot = HostSnapshot({"a": torch.zeros(3)}, at_once=False)
+    snapshot = HostSnapshot({"a": torch.zeros(3)}, copy_now=False)
     snapshot._sources["a"] = torch.zeros(4)  # does not fit
     with pytest.raises(RuntimeError):
         snapshot.copy()
     with pytest.raises(RuntimeError, match="the copy was not made"):
-        snapshot.wait_for("a")
+        snapshot.wait_for_copy("a")

@@ -1,4 +1,4 @@
-"""`runner.checkpoint.sharded`: what several ranks save together is loaded whole by one process."""
+"""`runner.checkpoint.sharded`: one process loads the full state that several ranks saved."""
 
 import errno
 from collections import Counter, defaultdict
@@ -36,7 +36,7 @@ SPREAD = {
 
 def save(folder, keep_last, steps):
     mesh = init_device_mesh("cpu", (2,))
-    checkpoints = sharded.share(Checkpoints(folder, keep_last=keep_last), 60.0)
+    checkpoints = sharded.make_sharded(Checkpoints(folder, keep_last=keep_last), 60.0)
     for step in steps:
         spread = {
             name: distribute_tensor(whole, mesh, [place], src_data_rank=None) for name, (whole, place) in SPREAD.items()

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composition import composed
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -11,14 +11,7 @@ from omegaconf.errors import InterpolationKeyError
 
 from runner.config import checks, errors, targets
 from runner.config.errors import ConfigError
-from runner.config.schema import TrainerConfig
-
-checks.register()
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
-        return compose("config", list(overrides))
+from runner.config.spec import ExperimentSpec
 
 
 def told(*overrides):
@@ -88,7 +81,8 @@ def test_an_error_that_is_no_config_mistake_is_not_explained():
 
 
 def test_every_choice_of_every_group_composes_and_passes():
-    for group in sorted(p.name for p in checks.CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra"):
+    groups = {path.name for path in checks.CONF_DIR.iterdir() if path.is_dir()} - {"hydra", "optimization"}
+    for group in sorted(groups):
         choices = sorted(p.stem for p in (checks.CONF_DIR / group).glob("*.yaml"))
         assert choices or group == "experiment"
         for choice in choices:
@@ -142,7 +136,24 @@ def test_json_of_a_config_with_texts_as_keys_is_what_any_program_reads():
 
 def test_a_section_of_a_resolved_config_is_its_dataclass():
     cfg = composed("trainer.precision=bf16", "trainer.best_metric=eval/x")
-    assert checks.typed(TrainerConfig, checks.to_plain(cfg)["trainer"]) == OmegaConf.to_object(cfg.trainer)
+    spec = checks.check(cfg)
+    assert spec.trainer == OmegaConf.to_object(cfg.trainer)
+    assert spec.plain == checks.to_plain(cfg)
+
+
+def test_an_engine_has_the_parts_of_the_top_level_that_it_leaves_out():
+    spec = checks.check(composed("+engines.first={}", "+engines.second.optimizer=null", "+engines.second.freeze=[a]"))
+    first, second = spec.engines.values()
+    assert (first.name, first.prefix, first.optimizer) == ("first", "engines.first.", spec.plain["optimizer"])
+    assert first.model == second.model == spec.plain["model"]
+    assert second.optimizer is None
+    assert "freeze" not in first.optimizations
+    assert second.optimizations["freeze"]["patterns"] == ["a"]
+
+
+def test_a_specification_is_the_same_when_it_was_sent_as_plain_values():
+    spec = checks.check(composed("trainer.precision=bf16", "+engines.first={}"))
+    assert ExperimentSpec.from_plain(json.loads(json.dumps(spec.plain))) == spec
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,18 @@ def composed(*overrides, is_sweep=False):
         return loader.load_configuration("config", [f"hydra.mode={mode.name}", *overrides], run_mode=mode)
 
 
-def selected(*overrides):
+def select_hyperparameters(*overrides):
     root = composed(*overrides)
     plain = OmegaConf.create({key: root._get_node(key) for key in root if key != "hydra"})
     return hparams.select(root, checks.to_plain(plain))
 
 
-def recorded(folder):
+def read_recorded(folder):
     return json.loads((folder / "run.json").read_text())["hparams"]
 
 
-def shown(folder):
-    """What TensorBoard reads: numbers, bools and texts, by name."""
+def read_event_hparams(folder):
+    """Returns what TensorBoard reads: numbers, bools and texts, by name."""
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
     content = accumulator.PluginTagToContent("hparams")["_hparams_/session_start_info"]
@@ -49,7 +49,7 @@ def shown(folder):
 
 
 def jobs_of(project, *arguments):
-    """The folders of a sweep's jobs, by number."""
+    """Returns the folders of a sweep's jobs, by number."""
     project.run("-m", "hydra.sweep.dir=sweep", "trainer.eval_every=0", "trainer.steps=1", *arguments)
     return sorted((path.parent for path in project.folder.glob("sweep/*/run.json")), key=lambda path: path.name)
 
@@ -73,7 +73,7 @@ SWEPT = {
 }
 
 
-def test_the_keys_that_a_sweep_varies_are_found_in_its_command_line_and_its_sweeper():
+def test_swept_keys_come_from_the_command_line_and_the_sweeper():
     keys = hparams.find_keys(composed(*SWEPT, is_sweep=True))
     assert sorted(keys.swept) == sorted(key for keys in SWEPT.values() for key in keys)
     assert keys.fixed == ["name", "trainer.accumulate", "data.batch_size"]
@@ -88,7 +88,7 @@ def test_the_keys_that_a_sweep_varies_are_found_in_its_command_line_and_its_swee
         ("{optimizer.lr: 'interval('}", [], ["optimizer.lr"]),
     ],
 )
-def test_a_search_space_of_an_experiment_varies_too(tmp_path, params, overrides, swept):
+def test_the_search_space_of_an_experiment_is_swept_too(tmp_path, params, overrides, swept):
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
     (tmp_path / "experiment" / "search.yaml").write_text(text)
@@ -96,30 +96,32 @@ def test_a_search_space_of_an_experiment_varies_too(tmp_path, params, overrides,
     assert hparams.find_keys(composed(place, "experiment=search", *overrides, is_sweep=True)).swept == swept
 
 
-def test_a_run_has_the_values_that_its_command_line_sets_and_no_others():
-    found = selected("optimizer.lr=1e-3", "trainer.steps=9", "sampler=pool", "+model.tied=true", "data.eval=null")
+def test_hyperparameters_are_the_keys_that_the_command_line_sets():
+    found = select_hyperparameters(
+        "optimizer.lr=1e-3", "trainer.steps=9", "sampler=pool", "+model.tied=true", "data.eval=null"
+    )
     expected = {"optimizer.lr": 1e-3, "trainer.steps": 9, "sampler": "pool", "model.tied": True, "data.eval": "null"}
     assert found == expected
     assert list(map(type, found.values())) == [float, int, str, bool, str]
 
 
 def test_values_are_resolved():
-    found = selected("seed=7", "model.width=${seed}", "+model.text='${name}-${seed}'")
+    found = select_hyperparameters("seed=7", "model.width=${seed}", "+model.text='${name}-${seed}'")
     assert found == {"seed": 7, "model.width": 7, "model.text": "byte_gpt-7"}
 
 
-def test_a_mapping_on_the_command_line_counts_by_its_keys():
-    found = selected("+model.weights={0:1.0,1:2.0}", "trainer={steps:3}", "optimizer.betas=[0.9,0.95]")
+def test_a_mapping_on_the_command_line_is_split_into_its_keys():
+    found = select_hyperparameters("+model.weights={0:1.0,1:2.0}", "trainer={steps:3}", "optimizer.betas=[0.9,0.95]")
     expected = {"model.weights.0": 1.0, "model.weights.1": 2.0, "trainer.steps": 3, "optimizer.betas": "[0.9, 0.95]"}
     assert found == expected
 
 
-def test_an_experiment_sets_what_its_file_says_and_what_it_is_based_on():
+def test_the_keys_of_an_experiment_and_of_its_base_are_hyperparameters():
     expected = {
         "experiment": "digits", "model": "digits_net", "data": "digits", "report": "hardest_mistakes",
         "sampler": "random", "trainer": "digits",
     }  # fmt: skip
-    found = selected("experiment=digits")
+    found = select_hyperparameters("experiment=digits")
     text = (checks.CONF_DIR / "experiment" / "digits.yaml").read_text()
     for group in re.findall(r"override /(\w+)", text):
         assert found[group] in text
@@ -127,51 +129,51 @@ def test_an_experiment_sets_what_its_file_says_and_what_it_is_based_on():
     assert found["name"] == "digits"
 
 
-def test_an_experiment_of_another_folder_counts_with_the_one_that_it_is_based_on(tmp_path):
+def test_an_experiment_in_another_folder_includes_its_base(tmp_path):
     folder = tmp_path / "experiment"
     folder.mkdir()
     base = "# @package _global_\ndefaults: [override /sampler: pool]\nseed: 3\noptimizer: {lr: 0.5}\n"
     (folder / "base.yaml").write_text(base)
     (folder / "own.yaml").write_text("# @package _global_\ndefaults: [base, _self_]\nmodel: {width: 8}\n")
-    found = selected(f"hydra.searchpath=[file://{tmp_path}]", "experiment=own", "seed=4")
+    found = select_hyperparameters(f"hydra.searchpath=[file://{tmp_path}]", "experiment=own", "seed=4")
     expected = {"experiment": "own", "seed": 4, "model.width": 8, "sampler": "pool", "optimizer.lr": 0.5}
     assert found == expected
 
 
-def test_paths_and_what_is_no_hyperparameter_are_left_out():
+def test_paths_and_resume_settings_are_no_hyperparameters():
     of_the_runner = ["resume_allow_changes=true", "allow_targets=[own]", "hydra.run.dir=x", "hydra/launcher=basic"]
     by_name = ["+data.train.path=data", "+data.train.files=[a,b]", "+model.cache_dir=b"]
     by_value = ["+model.a=/a/b.sft", "+model.b='~/b'", "+model.c=./b", "+model.d=[/a,/b]"]
-    assert selected(*of_the_runner, *by_name, *by_value, "seed=1") == {"seed": 1}
+    assert select_hyperparameters(*of_the_runner, *by_name, *by_value, "seed=1") == {"seed": 1}
 
 
-def test_a_path_that_is_there_is_left_out_and_a_name_with_a_slash_is_not(tmp_path, monkeypatch):
+def test_an_existing_path_is_left_out_but_a_name_with_a_slash_is_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").touch()
-    assert selected("+model.start=a/b", "+model.from=owner/name") == {"model.from": "owner/name"}
+    assert select_hyperparameters("+model.start=a/b", "+model.from=owner/name") == {"model.from": "owner/name"}
 
 
-def test_the_jobs_of_a_sweep_are_named_by_what_varies_and_log_it_alike(project):
+def test_the_jobs_of_a_sweep_are_named_by_swept_keys_and_log_the_same_ones(project):
     constant = ["+model.width=4", "data.batch_size=4", "scheduler.warmup_steps=2", "trainer.log_every=1", "seed=3"]
     varied = ["optimizer.lr=1e-3,3e-4", "sampler=pool,random"]
     jobs = jobs_of(project, *constant, *varied)
     labels = [f"lr={lr},sampler={sampler}" for lr in (1e-3, 3e-4) for sampler in ("pool", "random")]
     assert [job.name for job in jobs] == [f"{number}-{label}" for number, label in enumerate(labels)]
-    found = [recorded(job) for job in jobs]
+    found = [read_recorded(job) for job in jobs]
     assert [list(each.items())[:2] for each in found] == [
         [("optimizer.lr", lr), ("sampler", sampler)] for lr in (1e-3, 3e-4) for sampler in ("pool", "random")
     ]
     assert len({tuple(each) for each in found}) == 1
     assert {"model.width", "seed", "experiment", "model._target_"} < set(found[0])
     assert not {"resume", "hydra.sweep.dir"} & set(found[0])
-    assert [shown(job) for job in jobs] == found
+    assert [read_event_hparams(job) for job in jobs] == found
     numbers = [read_metrics(job) for job in jobs]
     assert jobs_of(project, *constant, *varied) == jobs  # the same command goes on in the same folders
     assert [read_metrics(job) for job in jobs] == numbers
 
 
-def test_a_sweep_over_experiments_logs_what_any_of_them_sets_in_each_job(project):
+def test_a_sweep_over_experiments_logs_the_keys_of_all_experiments_in_each_job(project):
     folder = project.folder / "conf" / "experiment"
     text = (folder / "mine.yaml").read_text()
     (folder / "a.yaml").write_text(text.replace("lr: 1.0e-2", "lr: 0.25"))
@@ -179,7 +181,7 @@ def test_a_sweep_over_experiments_logs_what_any_of_them_sets_in_each_job(project
     (folder / "b.yaml").write_text(other.replace("{_target_: own.Model}", "{_target_: own.Model, width: 5}"))
     jobs = jobs_of(project, "experiment=a,b")
     assert [job.name for job in jobs] == ["0-experiment=a", "1-experiment=b"]
-    found = [shown(job) for job in jobs]
+    found = [read_event_hparams(job) for job in jobs]
     assert len({tuple(sorted(each)) for each in found}) == 1
     names = ["experiment", "sampler", "optimizer.lr", "model.width"]
     expected = [["a", "random", 0.25, ABSENT], ["b", "pool", 0.01, 5]]
@@ -193,14 +195,14 @@ def test_a_sweep_over_paths_shows_their_last_parts(project):
     (project.folder / "own.py").write_text(text)
     jobs = jobs_of(project, "+data.train.path=/data/a,/data/b")
     assert [job.name for job in jobs] == ["0-path=-data-a", "1-path=-data-b"]
-    assert [recorded(job)["data.train.path"] for job in jobs] == ["a", "b"]
+    assert [read_recorded(job)["data.train.path"] for job in jobs] == ["a", "b"]
 
 
-def test_a_value_of_none_and_one_that_is_not_there_fill_a_sweeps_cell(project):
+def test_null_and_absent_values_are_logged_in_a_sweep(project):
     jobs = jobs_of(
         project, "trainer.best_metric=null,eval/error", "data={batch_size: 5}", "+model={width:3},{dropout:0}"
     )
-    found = [shown(job) for job in jobs]
+    found = [read_event_hparams(job) for job in jobs]
     values = [[each[key] for key in ("trainer.best_metric", "model.width", "model.dropout")] for each in found]
     assert values == [["null", 3, ABSENT], ["null", ABSENT, 0], ["eval/error", 3, ABSENT], ["eval/error", ABSENT, 0]]
     assert [each["data.batch_size"] for each in found] == [5] * 4
@@ -208,24 +210,24 @@ def test_a_value_of_none_and_one_that_is_not_there_fill_a_sweeps_cell(project):
     assert jobs[1].name == "1-best_metric=null,model=dropout-0"
 
 
-def test_a_run_that_goes_on_keeps_its_values_and_gets_those_that_are_changed(project):
+def test_a_resumed_run_keeps_its_hyperparameters_and_updates_changed_ones(project):
     project.run("hydra.run.dir=run", "+model.width=4", "trainer.steps=4", "trainer.eval_every=0", "sampler=pool")
     folder = project.folder / "run"
-    before = recorded(folder)
+    before = read_recorded(folder)
     project.run("resume=run", "trainer.steps=6", "optimizer.weight_decay=0.1")
-    first = recorded(folder)
+    first = read_recorded(folder)
     assert first == before | {"trainer.steps": 6, "optimizer.weight_decay": 0.1}
     assert list(first)[: len(before)] == list(before)
     project.run("resume=run", "trainer.steps=7")
-    assert recorded(folder) == shown(folder) == first | {"trainer.steps": 7}
+    assert read_recorded(folder) == read_event_hparams(folder) == first | {"trainer.steps": 7}
 
 
 @pytest.mark.parametrize("record", [None, 3, ["a"], {"a": None}, {"seed": [1]}, {"resume": "/x"}, {1: 2.0}])
-def test_what_a_record_holds_that_is_no_value_is_left_out(record):
+def test_invalid_entries_of_a_record_are_left_out(record):
     assert set(hparams.merge(record, {"seed": 2}, {"seed": 2})) <= {"seed", 1}
 
 
-def test_a_value_of_the_start_is_told_as_it_is_now_or_as_it_was():
+def test_a_recorded_value_is_the_current_one_or_the_one_of_the_start():
     merged = hparams.merge({"sampler": "pool", "seed": 1, "gone": 5}, {"new": 2}, {"seed": 3, "new": 2})
     assert merged == {"sampler": "pool", "seed": 3, "gone": 5, "new": 2}
 
@@ -245,7 +247,7 @@ def test_a_value_of_the_start_is_told_as_it_is_now_or_as_it_was():
         ([f"model.a_rather_long_name_{i}={i}" for i in range(9)], [], None),
     ],
 )
-def test_a_label_shows_what_varies(overrides, constant, expected):
+def test_a_label_shows_the_swept_keys(overrides, constant, expected):
     label = run_label(overrides, constant)
     assert label == expected if expected else len(label) <= 72
     assert expected or "seed=1" not in overrides or label.endswith("yyyyyyyyy,seed=1")

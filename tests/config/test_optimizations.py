@@ -1,13 +1,19 @@
 """Each optimization in whole runs of the default experiment: it trains, resumes exactly, exports, evaluates alike."""
 
+import itertools
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import CANARY, Project, read_numbers
+from test_checks import composed
 
 from runner import evaluate, export
+from runner.config import checks, optimizations
+from runner.config.errors import ConfigError
 from runner.run import evaluation, saved_model
 from runner.utils import io
 
@@ -29,6 +35,24 @@ def make_norm(old, gain=1.0):
     new = Norm(old.normalized_shape, eps=old.eps)
     new.weight = old.weight
     return new
+
+
+class Damp:
+    def __init__(self, ratio):
+        self.ratio = ratio
+
+    def apply(self, module, context):
+        from runner.utils.wrapper import Applied, Purpose
+
+        if context.purpose is Purpose.use:  # the exported weights are damped already
+            return None
+        name = "blocks.0.mlp_in"
+        hook = module.get_submodule(name).register_forward_hook(lambda part, given, output: output * self.ratio)
+
+        def export(state):
+            return {key: value * self.ratio if key.startswith(name + ".") else value for key, value in state.items()}
+
+        return Applied([("damp", f"by {self.ratio}")], undo=hook.remove, expected=[name], export=export)
 """
 UNSLOTH = "optimizations.unsloth=true"
 FULL = "optimizations.checkpointing=full"
@@ -38,6 +62,7 @@ BLOCKS = "optimizations.compile={scope:blocks,backend:aot_eager}"
 TRACED = "optimizations.compile={scope:blocks,backend:eager}"
 REPLACE = "optimizations.replace=[{match:torch.nn.RMSNorm,with:own.Norm,include:[blocks.*.*]}]"
 FP8 = "optimizations.fp8={enabled:true,emulate:true,exclude:[head]}"
+MINE = "+optimizations.mine={_target_:own.Damp,ratio:0.5}"
 CASES = {
     "unsloth": [UNSLOTH],
     "checkpointing": [FULL],
@@ -58,6 +83,7 @@ CASES = {
     "lora, ema": [LORA, EMA],
     "checkpointing, fp8": [FULL, FP8],
     "compile, lora": [TRACED, LORA],
+    "own": [MINE],
 }
 SAME_NUMBERS = ("unsloth", "checkpointing", "every other block", "replace", "device map")  # as without, to the bit
 MERGED = [case for case, given in CASES.items() if LORA in given and case != "adapter"]  # rounded in another order
@@ -140,11 +166,11 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
         (["optimizations.unsloth=maybe"], 2, "optimizations.unsloth=maybe: expected true, false, or a mapping"),
         (["optimizations.unsloth={keep:2}"], 2, "optimizations.unsloth.keep: no such key; did you mean keep_last"),
         (["optimizations.unsloth={include:[layers.*]}"], 2, "blocks: 'layers.*' matches no module; blocks are:"),
-        (["optimizations.unsloth={offload:sometimes}"], 2, "optimizations.unsloth.offload: Invalid value 'sometimes'"),
-        (["optimizations.checkpointing=some"], 2, "optimizations.checkpointing=some: expected none, full, or a"),
+        (["optimizations.unsloth={offload:sometimes}"], 2, "optimizations.unsloth.offload=sometimes: expected one of"),
+        (["optimizations.checkpointing=some"], 2, "optimizations.checkpointing=some: expected true, false, or a"),
         (["optimizations.unsloth={host_limit:-1}"], 2, "host_limit=-1: expected 0 or more"),
         ([TRACED, "optimizations.checkpointing={memory_budget:0.5}"], 2, "the backend eager compiles nothing"),
-        (["optimizations.replace=[{with:own.Norm}]"], 2, "optimizations.replace[0].match: expected the path"),
+        (["optimizations.replace=[{with:own.Norm}]"], 2, "optimizations.replace.rules[0].match: expected the path"),
         (["optimizations.replace=[{match:torch.relu,with:own.Norm}]"], 2, "expected a class of modules"),
         ([REPLACE.replace("include:[blocks.*.*]", "arguments:{foo:1}")], 2, "blocks.0.attention_norm"),
         (["optimizations.device_map.budgets={meta:null}"], 2, "device_map.budgets.meta: nothing is computed there"),
@@ -153,15 +179,15 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
         (["optimizations.lora.dropout=1.5"], 2, "optimizations.lora.dropout=1.5: expected at least 0 and less than 1"),
         ([UNSLOTH, FULL], 2, "optimizations.checkpointing: unsloth recomputes the blocks already"),
         ([UNSLOTH, "optimizations.compile.scope=whole"], 2, "optimizations.compile.scope=whole: recomputed blocks"),
-        (["optimizations.compile={scope:blocks,backend:fast}"], 2, "compile: backend='fast': expected one of"),
+        (["optimizations.compile={scope:blocks,backend:fast}"], 2, "backend='fast': expected one of"),
         (["optimizations.checkpointing={memory_budget:0.5}"], 2, "memory_budget=0.5: expected 0 to 1, where compile"),
         (["optimizations.replace=[{match:torch.nn.Conv2d,with:own.Norm}]"], 2, "Conv2d"),
         (["optimizations.replace=[{match:torch.nn.Conv9,with:own.Norm}]"], 2, "torch.nn has no 'Conv9'; did you mean"),
-        (["optimizations.replace=[{match:torch.nn.RMSNorm}]"], 2, "optimizations.replace[0]: expected {match:"),
-        (["optimizations.lora.rank=-1"], 2, "optimizations.lora.rank=-1: expected 1 or more, or 0"),
+        (["optimizations.replace=[{match:torch.nn.RMSNorm}]"], 2, "optimizations.replace.rules[0]: expected {match:"),
+        (["optimizations.lora.rank=-1"], 2, "optimizations.lora.rank=-1: expected a whole number, 1 or more"),
         (["optimizations.lora={rank:2,include:[blocks.*]}"], 2, "lora"),
-        (["optimizations.ema.decay=1"], 2, "optimizations.ema.decay=1.0: expected at least 0"),
-        ([EMA, "optimizer=schedulefree"], 2, "optimizations.ema: AdamWScheduleFree evaluates an average of its own"),
+        (["optimizations.ema.decay=1"], 2, "ema.decay=1.0: expected at least 0"),
+        ([EMA, "optimizer=schedulefree"], 2, "ema: AdamWScheduleFree evaluates an average of its own"),
         (["optimizations.fp8.enabled=true"], 2, "fp8 needs a GPU of compute capability 8.9 or more; set emulate=true"),
         (["optimizations.device_map.budgets={cpu:1KB}"], 2, "optimizations: "),
         (["+engines={a:{optimizations:{unslot:true}}}"], 2, "engines.a.optimizations.unslot: no such key"),
@@ -207,7 +233,7 @@ def test_memory_may_change_on_resume_and_what_changes_the_numbers_may_not(projec
     project.run("resume=run/checkpoints/step_00000002", UNSLOTH)
     assert read_numbers(project.folder / "run") == read_numbers(plain_run)
     printed = project.run("resume=run", EMA, "trainer.steps=6", status=2)
-    assert "optimizations.ema.decay: 0.0 -> 0.5" in printed
+    assert "ema.decay: (none) -> 0.5" in printed
 
 
 THROUGH = "torch.nn.modules.module.torch.save"  # of a module that another brings in
@@ -222,9 +248,9 @@ def test_a_rule_of_a_strangers_config_is_refused_before_it_is_imported(project, 
     shutil.copytree(plain_run, project.folder / "run")
     config = project.folder / "run/.hydra/config.yaml"
     rule = {"match": "torch.nn.RMSNorm", "with": "torch.nn.LayerNorm", "arguments": {"f": "canary"}} | {key: path}
-    config.write_text(config.read_text().replace("replace: []", f"replace: [{json.dumps(rule)}]"))
+    config.write_text(config.read_text().replace("replace: false", f"replace: [{json.dumps(rule)}]"))
     (project.folder / "evil.py").write_text(CANARY + "touch = Evil\n")
-    expected = f"optimizations.replace.0.{key}={path}: {reason}"
+    expected = f"optimizations.replace.rules.0.{key}={path}: {reason}"
     assert expected in project.run("resume=run", "trainer.steps=6", status=2)
     for main in (evaluate.main, export.main):
         with pytest.raises(SystemExit):
@@ -253,8 +279,8 @@ def test_weights_are_exported_where_their_hardware_is_not(project, plain_run):
     config = project.folder / "run/.hydra/config.yaml"
     text = (
         config.read_text()
-        .replace("enabled: false", "enabled: true")
-        .replace("budgets: null", "budgets: {'cuda:0': null}")
+        .replace("fp8: false", "fp8: true")
+        .replace("device_map: false", "device_map: {budgets: {'cuda:0': null}}")
     )
     config.write_text(text)
     export.main(["run", "--output", "out"])
@@ -280,7 +306,7 @@ def test_an_adapter_that_reaches_nothing_ends_the_run_before_its_backward(projec
 @pytest.mark.parametrize("preset", ["low_vram", "fast"])
 def test_presets_compose(project, preset):
     printed = project.run(f"optimizations={preset}", "--cfg", "job", "--package", "optimizations")
-    assert ("unsloth: true" in printed) is (preset == "low_vram")
+    assert ("optimizations.Unsloth" in printed) is (preset == "low_vram")
     assert ("scope: blocks" in printed) is (preset == "fast")
 
 
@@ -292,3 +318,163 @@ def test_every_trained_parameter_is_held_by_the_optimizer(project):
     )
     printed = project.run("optimizer={_target_:own.some,lr:0.1}", "hydra.run.dir=run", status=2)
     assert "optimizer: it lacks parameters that are trained: embedding.weight, blocks.0.qkv.weight" in printed
+
+
+OFF = dict.fromkeys(["freeze", "lora", "replace", "fp8", "device_map", "compile", "unsloth", "checkpointing"], False)
+
+
+def switched(*overrides):
+    return checks.to_plain(composed(*overrides))["optimizations"]
+
+
+def preset(name, **values):
+    return yaml.safe_load((checks.CONF_DIR / "optimization" / f"{name}.yaml").read_text()) | values
+
+
+def test_nothing_is_on_by_default():
+    assert switched() == OFF
+    assert checks.to_plain(composed())["ema"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["unsloth=true"], {"unsloth": preset("unsloth")}),
+        (["lora={rank: 4}"], {"lora": preset("lora", rank=4)}),
+        (["lora.rank=4", "lora.alpha=2"], {"lora": preset("lora", rank=4, alpha=2.0)}),
+        (["unsloth.keep_last=2", "unsloth=true"], {"unsloth": preset("unsloth", keep_last=2)}),
+        (["lora=true", "lora={rank: 4}", "lora.alpha=2"], {"lora": preset("lora", rank=4, alpha=2.0)}),
+        (["checkpointing=full"], {"checkpointing": preset("checkpointing")}),
+        (["checkpointing={every: 2}"], {"checkpointing": preset("checkpointing", every=2)}),
+        (["freeze=[a]", "freeze_mode=train"], {"freeze": preset("freeze", patterns=["a"], mode="train")}),
+        (["fp8.enabled=true", "fp8.emulate=true"], {"fp8": preset("fp8", emulate=True)}),
+        (["compile.scope=whole"], {"compile": preset("compile", scope="whole")}),
+        (["lora={rank: 0}", "fp8={enabled: false}", 'compile={scope: "off"}', "freeze=[]", "replace=[]"], {}),
+        (["checkpointing=none", "device_map.budgets=null", "unsloth=false"], {}),
+    ],
+)
+def test_each_way_to_enable_gives_the_same_in_any_order(overrides, expected):
+    for order in itertools.islice(itertools.permutations(overrides), 6):
+        found = switched(*(f"optimizations.{override}" for override in order))
+        assert {name: found[name] for name in OFF} == {**OFF, **expected}
+
+
+def test_values_are_added_to_a_preset_and_false_switches_it_off():
+    assert switched("optimizations=low_vram", "optimizations.unsloth.keep_last=2")["unsloth"]["keep_last"] == 2
+    assert switched("optimizations=low_vram", "optimizations.unsloth=true")["unsloth"] == preset("unsloth")
+    assert switched("optimizations=low_vram", "optimizations.unsloth=false") == OFF
+
+
+@pytest.mark.parametrize("value", ["lora.rank=4", "lora={rank: 4}", "lora=true"])
+def test_false_and_a_value_on_one_command_line_contradict(value):
+    for order in itertools.permutations(["optimizations.lora=false", f"optimizations.{value}"]):
+        with pytest.raises(ConfigError, match=r"optimizations\.lora=false: expected no value"):
+            composed(*order)
+    with pytest.raises(ConfigError, match=r"optimizations\.lorra: no such key; did you mean lora"):
+        composed("optimizations.lorra=false")
+
+
+def test_ema_is_a_group_and_has_its_earlier_shorthand():
+    ema = {"_target_": "runner.engines.ema.EMA", "decay": 0.999, "warmup": False}
+    for overrides, expected in (
+        (["ema=default"], ema),
+        (["ema.decay=0.5"], {**ema, "decay": 0.5}),
+        (["optimizations.ema.decay=0.5"], {**ema, "decay": 0.5}),
+        (["ema=default", "optimizations.ema={decay: 0.5, warmup: true}"], {**ema, "decay": 0.5, "warmup": True}),
+        (["optimizations.ema.decay=0"], None),
+    ):
+        plain = checks.to_plain(composed(*overrides))
+        assert plain["ema"] == expected
+        assert plain["optimizations"] == OFF
+
+
+def test_an_engines_own_are_on_top_of_the_shared():
+    engines = "+engines={a: {}, b: {optimizations: {lora: {alpha: 1}, unsloth: false, ema: {decay: 0.5}}, freeze: [x]}}"
+    cfg = composed(
+        engines, "optimizations.lora.rank=4", "optimizations.unsloth=true", "optimizations.freeze_mode=train"
+    )
+    plain = checks.to_plain(cfg)
+    assert optimizations.of_engine(plain, "a") == ({"lora": preset("lora", rank=4), "unsloth": preset("unsloth")}, None)
+    nodes, ema = optimizations.of_engine(plain, "b")
+    assert nodes == {
+        "lora": preset("lora", rank=4, alpha=1.0),
+        "freeze": preset("freeze", patterns=["x"], mode="train"),
+    }
+    assert ema["decay"] == 0.5
+    typed = ["++engines.a.optimizations.unsloth.keep_last=3", "++engines.a.optimizations.unsloth=true"]
+    nodes, _ = optimizations.of_engine(checks.to_plain(composed("+engines={a: {optimizations: {}}}", *typed)), "a")
+    assert nodes == {"unsloth": preset("unsloth", keep_last=3)}
+
+
+# Of the config of a run that was made before the optimizations were objects.
+BEFORE = """
+freeze: []
+freeze_mode: eval
+lora: {rank: 2, alpha: null, dropout: 0.1, include: null, exclude: [head], also_train: [], export: merged}
+replace: []
+fp8: {enabled: false, include: null, exclude: [], recipe: tensorwise, emulate: false}
+device_map: {budgets: null, bytes_factor: 4.0}
+compile: {scope: 'off', backend: inductor, mode: null, dynamic: null}
+unsloth: true
+checkpointing: none
+ema: {decay: 0.5, warmup: false}
+"""
+
+
+def test_a_run_of_before_goes_on_as_it_would_have(project):
+    project.run(LORA, EMA, UNSLOTH, "hydra.run.dir=run")
+    folder = project.folder / "run"
+    before = read_numbers(folder)
+    config = folder / ".hydra/config.yaml"
+    content = yaml.safe_load(config.read_text())
+    expanded = {key: content[key] for key in ("optimizations", "ema")}
+    content["optimizations"] = yaml.safe_load(BEFORE)
+    del content["ema"]
+    plain = optimizations.expand(content)
+    assert plain["optimizations"] == {**expanded["optimizations"], "freeze_mode": "eval"}
+    assert plain["ema"] == expanded["ema"]
+    assert optimizations.expand(plain) == plain
+    config.write_text(yaml.safe_dump(content))
+    last = before[-1] if "eval/loss" in before[-1] else next(line for line in before if "eval/loss" in line)
+    assert evaluated(folder)["eval/loss"] == last["eval/loss"]
+    project.run("resume=run/checkpoints/step_00000002", "optimizations.unsloth=false")
+    assert read_numbers(folder) == before
+    resumed = yaml.safe_load(config.read_text())
+    assert resumed["optimizations"]["unsloth"] is False
+    assert resumed["optimizations"]["lora"] == expanded["optimizations"]["lora"]
+
+
+def test_an_own_optimization_of_an_untrusted_run_is_refused(project, plain_run):
+    shutil.copytree(plain_run, project.folder / "run")
+    config = project.folder / "run/.hydra/config.yaml"
+    config.write_text(config.read_text().replace("unsloth: false", "unsloth: false\n  mine: {_target_: own.Damp}"))
+    printed = project.run("resume=run", "trainer.steps=6", status=2)
+    assert "optimizations.mine._target_=own.Damp: its module is not on the allow-list" in printed
+
+
+def test_an_own_preset_needs_one_file(project):
+    (project.folder / "mine/optimization").mkdir(parents=True)
+    (project.folder / "mine/optimization/damp.yaml").write_text("_target_: own.Damp\nratio: 0.5\n")
+    place = f"hydra.searchpath=[file://{project.folder}/mine]"
+    printed = project.run(place, "optimizations.damp=true", "hydra.run.dir=run")
+    assert "damp        by 0.5" in printed
+    for given, expected in (
+        ("optimizations.damp.ratoi=1", "optimizations.damp.ratoi: own.Damp takes no such argument; did you mean ratio"),
+        ("optimizations.dampp=true", "optimizations.dampp: no such key; did you mean damp?"),
+    ):
+        assert expected in project.run(place, given, "hydra.run.dir=other", status=2)
+
+
+def test_mistakes_are_found_without_torch():
+    code = (
+        "import sys\n"
+        "from runner.config import optimizations\n"
+        "node = optimizations.of_engine({'optimizations': {'lora': {'rank': -1}}}, '')[0]['lora']\n"
+        "try:\n"
+        "    optimizations.make_built_in(node)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "rank=-1: expected a whole number, 1 or more\n"

@@ -1,13 +1,18 @@
 import os
 import re
+import shlex
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import CANARY, read_metrics
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from runner.config import resume
+from runner.config import checks, resume, run_folder
 from runner.config.errors import ConfigError
+from runner.config.trust.signature import Origin
 from runner.launch import launcher
 
 
@@ -25,7 +30,7 @@ def rates(project):
     return {line["step"]: line["train/lr"] for line in read_metrics(project.folder / "run") if "train/lr" in line}
 
 
-def test_the_runs_own_config_wins_over_changed_yaml_and_what_is_typed_is_told_and_taken(trained):
+def test_the_runs_own_config_wins_over_changed_yaml_and_typed_values_are_set_and_printed(trained):
     edit(trained.folder / "conf" / "experiment" / "mine.yaml", "{lr: 1.0e-2}", "{lr: 7.0, eps: 1.0}")
     edit(trained.folder / "conf" / "experiment" / "mine.yaml", "batch_size: 8", "batch_size: 4")
     typed = ["trainer.steps=14", "data.num_workers=1", "scheduler.final_factor=1.0", "trainer.keep_last=0"]
@@ -54,13 +59,13 @@ def test_every_change_that_makes_another_run_is_named_in_one_message_and_nothing
         ("+model.width=4", "model.width: (none) -> 4"),
         ("+engines.a.freeze=[x]", 'engines.a.freeze: (none) -> ["x"]'),
         ("feeder={_target_: own.feed}", "feeder._target_: (none) -> own.feed"),
-        ("optimizations.freeze=[x]", 'optimizations.freeze: [] -> ["x"]'),
+        ("optimizations.freeze=[x]", 'optimizations.freeze.patterns: (none) -> ["x"]'),
         ("optimizer=sgd", "optimizer._target_: torch.optim.AdamW -> torch.optim.SGD"),
     ]
     before = {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()}
     printed = trained.run("resume=run", *(typed for typed, _ in changes), "scheduler=constant", status=2)
-    for _, told in changes:
-        assert f"  {told}\n" in printed
+    for _, line in changes:
+        assert f"  {line}\n" in printed
     assert "scheduler" not in printed
     assert "accept that with resume_allow_changes=true, or start a new run from its weights: init_from=run " in printed
     assert {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()} == before
@@ -132,26 +137,33 @@ def test_what_reads_the_machine_is_refused(hostile):
 
 
 def test_a_hostile_override_of_a_run_is_not_followed(hostile):
-    path = hostile.folder / "run" / ".hydra" / "overrides.yaml"
-    bad = {
-        "hydra.callbacks.x={_target_: evil.Evil}": "sets Hydra itself",
-        "+hydra/launcher=evil": "sets Hydra itself",
-        "+model@hydra.callbacks=digits_net": "sets Hydra itself",
-        "hydra.searchpath=[pkg://evil]": "sets Hydra itself",
-        "--config-dir=/evil": "no override",
-        "experiment=../../evil": "leads out of conf/",
-        "model=/evil": "leads out of conf/",
-        "name=${oc.env:SECRET}": "a resolver other than",
-    }
-    path.write_text("".join(f"- '{text}'\n" for text in ["experiment=mine", "seed=0", *bad]))
-    printed = hostile.run("resume=run", status=2)
-    for text, reason in bad.items():
-        assert f"  {text}: {reason}" in printed
-    assert "seed" not in printed
-    path.write_text("- experiment=mine\n- feeder={_target_:evil.Evil}\n- +allow_targets=[evil]\n")
-    printed = hostile.run("resume=run", status=2)
-    assert "overrides.yaml: a config from a file is data" in printed
-    assert "feeder._target_=evil.Evil: its module is not on the allow-list" in printed
+    run = hostile.folder / "run"
+    overrides = [
+        "hydra.callbacks.x={_target_: evil.Evil}",
+        "+hydra/launcher=evil",
+        "+model@hydra.callbacks=digits_net",
+        "hydra.searchpath=[pkg://evil]",
+        "experiment=../../evil",
+        "model=/evil",
+        "name=${oc.env:SECRET}",
+        "feeder={_target_: evil.Evil}",
+        "+allow_targets=[evil]",
+    ]
+    (run / ".hydra" / "overrides.yaml").write_text("".join(f"- '{text}'\n" for text in overrides))
+    printed = hostile.run("resume=run", "trainer.steps=13", "allow_targets=[own]")
+    assert "Finished at step 13" in printed
+    cfg = config_of(hostile)
+    assert (cfg.name, cfg.feeder, cfg.model._target_) == ("mine", None, "own.Model")
+    assert "evil" not in printed
+    assert not any(b"s3cr3t" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("override", ["--config-dir=/evil", "seed=range(1000000000000)"])
+def test_an_override_of_a_run_that_is_none_of_one_run_is_refused_with_its_file(trained, override):
+    (trained.folder / "run" / ".hydra" / "overrides.yaml").write_text(f"- '{override}'\n")
+    printed = trained.run("resume=run", status=2)
+    assert printed.startswith(f"run/.hydra/overrides.yaml: {'Sweep parameters' if '=r' in override else override}")
+    assert printed.count("\n") == 1
 
 
 def test_a_model_of_its_own_is_allowed_by_prefix_where_the_command_line_does_not_name_it(trained, monkeypatch):
@@ -173,6 +185,90 @@ def test_an_error_that_nobody_foresaw_ends_the_program_before_anything_is_built(
         launcher.RunFolder().on_run_start(OmegaConf.create({}), config_name="config")
     assert caught.value.code == 1
     assert "unforeseen" in capsys.readouterr().err
+
+
+def shown(project, *overrides):
+    """The config that a resumed run would have."""
+    return OmegaConf.create(project.run(*overrides, "resume=run", "resume_allow_changes=true", "--cfg", "job"))
+
+
+def test_a_value_counts_even_where_the_yaml_says_it_by_now_and_what_is_beside_it_stays(trained):
+    edit(trained.folder / "conf" / "experiment" / "mine.yaml", "{lr: 1.0e-2}", "{lr: 7.0, eps: 1.0}")
+    cfg = shown(trained, "optimizer.lr=7.0", "scheduler={final_factor: 1.0}", "+model.width=16", "++model.dropout=0.5")
+    assert (cfg.optimizer.lr, cfg.optimizer.eps) == (7.0, 1e-8)
+    assert (cfg.scheduler.final_factor, cfg.scheduler.warmup_steps) == (1.0, 3)
+    assert dict(cfg.model) == {"_target_": "own.Model", "width": 16, "dropout": 0.5}
+
+
+def test_a_key_is_deleted_of_the_runs_config(trained):
+    cfg = shown(trained, "~optimizer.eps", "~report", "feeder={_target_: own.feed}")
+    assert "eps" not in cfg.optimizer
+    assert (cfg.report, cfg.feeder._target_) == (None, "own.feed")
+    harm(trained, feeder={"_target_": "own.feed"})
+    assert shown(trained, "~feeder", "allow_targets=[own]").feeder is None
+    assert "~optimizer.epz: there is no such key to delete" in trained.run("resume=run", "~optimizer.epz", status=2)
+
+
+def test_the_command_line_of_the_start_may_be_typed_again(trained):
+    typed = [
+        "+model.width=8",
+        "+optimizer.maximize=false",
+        "~optimizer.eps",
+        "sampler=random",
+        "scheduler.warmup_steps=4",
+    ]
+    trained.run("resume=run", "resume_allow_changes=true", "trainer.steps=13", *typed)
+    assert trained.run("resume=run", "trainer.steps=14", *typed).startswith("trainer.steps: 13 -> 14\nGoing on after")
+    assert shown(trained, *typed, "+model.width=16").model.width == 16
+    assert "An item is already at 'optimizer.lr'" in trained.run("resume=run", "+optimizer.lr=1", status=2)
+
+
+def test_a_choice_of_a_group_keeps_no_argument_and_one_that_the_run_made_changes_nothing(trained):
+    sgd = OmegaConf.load(checks.CONF_DIR / "optimizer" / "sgd.yaml")
+    assert shown(trained, "optimizer=sgd").optimizer == sgd
+    assert shown(trained, "optimizer=sgd", "optimizer.lr=0.5").optimizer == {**sgd, "lr": 0.5}
+    saved = config_of(trained)
+    edit(trained.folder / "conf" / "experiment" / "mine.yaml", "batch_size: 8", "batch_size: 4")
+    saved.resume, saved.resume_allow_changes = "run", True
+    assert shown(trained, "optimizer=adamw", "sampler=random") == saved
+    trained.run("resume=run", "optimizer=sgd", "optimizer.lr=0.5", "resume_allow_changes=true", "trainer.steps=13")
+    assert "optimizer.lr=0.5" in run_folder.read_overrides(trained.folder / "run")
+    assert shown(trained, "optimizer=sgd", "optimizer.momentum=0.5").optimizer.lr == 0.5
+    trained.run("resume=run", "optimizer=adamw", "resume_allow_changes=true", "trainer.steps=14")
+    assert "optimizer.lr=0.5" not in run_folder.read_overrides(trained.folder / "run")
+    trained.run("resume=run", "optimizer=sgd", "optimizer.lr=0.5", "resume_allow_changes=true", "trainer.steps=15")
+    assert shown(trained, "optimizer=adamw").optimizer.lr == OmegaConf.load(checks.CONF_DIR / "optimizer/adamw.yaml").lr
+
+
+def test_another_experiment_sets_what_its_file_sets_and_one_that_is_gone_is_the_runs_own(trained):
+    (trained.folder / "conf" / "experiment" / "other.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /scheduler: constant\ntrainer: {steps: 20}\n"
+    )
+    cfg = shown(trained, "experiment=other", "allow_targets=[own]")
+    assert (cfg.trainer.steps, cfg.trainer.log_every, cfg.optimizer.lr) == (20, 1, 0.01)
+    assert cfg.scheduler == OmegaConf.load(checks.CONF_DIR / "scheduler" / "constant.yaml")
+    assert cfg.model._target_ == "own.Model"
+    (trained.folder / "conf" / "experiment" / "mine.yaml").write_text("- [")
+    assert shown(trained, "allow_targets=[own]", "trainer.steps=15").trainer.steps == 15
+    assert "experiment=third: no such choice" in trained.run("resume=run", "experiment=third", status=2)
+
+
+def test_a_sweep_of_a_run_that_goes_on_is_refused(trained):
+    printed = trained.run("resume=run", "optimizer.lr=1,2", status=2)
+    assert "add --multirun to your command line" in printed
+
+
+@pytest.mark.parametrize("source", ["outputs/2026-11-23/15-04-05-a", "a b", "it's", "ü", 'a"b', "a,b", "$HOME", "[a]"])
+def test_what_is_refused_may_begin_as_a_new_run_by_an_argument_that_shell_and_hydra_read(source):
+    asked = resume.Resumption(Path(source), Path(source), ["seed=1"], [], [], [])
+    kept = ["experiment=a", "init_from=b"]
+    text, _, rest = resume._describe_new_run(asked, kept).partition(" (without resume=) ")
+    assert rest == "with the same overrides"
+    for command in (text, resume._describe_new_run(replace(asked, origin=Origin("/")), kept)):
+        override = OverridesParser.create().parse_override(shlex.split(command)[-1])
+        assert (override.key_or_group, override.value()) == ("init_from", source)
+    assert command.startswith("python -m runner experiment=a seed=1 ")
+    assert (text == f"init_from={source}") == (source == "outputs/2026-11-23/15-04-05-a")
 
 
 @pytest.fixture
@@ -201,7 +297,7 @@ def test_latest_is_the_newest_run_with_a_checkpoint_or_that_of_the_experiment_ty
     (second / ".hydra" / "overrides.yaml").write_text("- [")  # another run's fault
     assert resume.find(["resume=latest"]).run == swept
     found = resume.find(["experiment=a", "resume=latest"])
-    assert (found.run, found.typed, found.own) == (first, ["experiment=a"], ["experiment=a"])
+    assert (found.run, found.overrides, found.run_overrides) == (first, ["experiment=a"], ["experiment=a"])
     with pytest.raises(ConfigError, match="no run of experiment=z with a checkpoint"):
         resume.find(["experiment=z", "resume=latest"])
 
@@ -214,7 +310,7 @@ def test_hydra_gets_the_runs_folder_and_its_own_overrides_and_the_others_are_kep
             found = resume.find(arguments)
             expected = ["hydra.verbose=true", f"resume='{run}'", f"hydra.run.dir='{run}'"]
             assert found.arguments == ([*flags, *expected] if arguments[0] != "seed=2" else [*expected, *flags])
-            assert (found.own, found.typed) == (["seed=1", "+model.width=3"], ["seed=2"])
+            assert (found.run_overrides, found.overrides) == (["seed=1", "+model.width=3"], ["seed=2"])
     step = run / "checkpoints" / "step_00000001"
     assert resume.find([f"resume={step}"]).checkpoint == step
 

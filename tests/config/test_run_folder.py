@@ -11,22 +11,22 @@ from runner.config import checks, run_folder
 from runner.config.errors import ConfigError
 
 
-def test_the_run_of_a_checkpoint_is_the_folder_it_lies_in(tmp_path):
+def test_the_run_of_a_checkpoint_is_the_folder_that_it_is_in(tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step_00000012"
     step.mkdir(parents=True)
     assert run_folder.find_run(step) == run_folder.find_run(tmp_path / "run") == tmp_path / "run"
 
 
-@pytest.mark.parametrize(("name", "told"), [("nothing", "no such folder"), (".", "neither a run folder nor a ")])
-def test_what_is_no_run_is_said_to_be_none(tmp_path, name, told):
-    with pytest.raises(ConfigError, match=told):
+@pytest.mark.parametrize(("name", "message"), [("nothing", "no such folder"), (".", "neither a run folder nor a ")])
+def test_another_folder_is_refused(tmp_path, name, message):
+    with pytest.raises(ConfigError, match=message):
         run_folder.find_run(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     "text", ["- a\n", "a: [", "\xff\xfe", "hydra: {callbacks: {}}", "a: !!python/object/apply:os.system [touch canary]"]
 )
-def test_a_config_that_is_none_is_named_and_runs_nothing(tmp_path, monkeypatch, text):
+def test_another_text_than_a_config_is_refused_and_runs_nothing(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "config.yaml").write_bytes(text.encode("latin-1"))
@@ -35,7 +35,7 @@ def test_a_config_that_is_none_is_named_and_runs_nothing(tmp_path, monkeypatch, 
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_config_is_read_unresolved_and_one_that_is_missing_is_told(tmp_path):
+def test_a_config_is_read_unresolved_and_a_missing_one_is_reported(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
         run_folder.read_config(tmp_path)
     (tmp_path / ".hydra").mkdir()
@@ -50,7 +50,7 @@ def composed():
         return compose("config")
 
 
-def test_what_is_put_keeps_the_schemas_types_and_replaces_what_has_none():
+def test_put_keeps_the_types_of_the_schema_and_replaces_other_nodes():
     cfg = composed()
     run_folder.put(cfg, {"trainer": {"steps": "7", "precision": "bf16"}, "model": {"_target_": "own.Model"}, "seed": 3})
     assert (cfg.trainer.steps, cfg.trainer.precision.name, cfg.seed) == (7, "bf16", 3)
@@ -59,7 +59,7 @@ def test_what_is_put_keeps_the_schemas_types_and_replaces_what_has_none():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"trainer": {"stepz": 3}}, "trainer.stepz: no such key; did you mean steps"),
         ({"trainer": {"steps": "many"}}, "trainer.steps=many: expected a whole number"),
@@ -67,8 +67,8 @@ def test_what_is_put_keeps_the_schemas_types_and_replaces_what_has_none():
         ({"seed": [1]}, "seed"),
     ],
 )
-def test_what_does_not_fit_the_schema_is_told(values, told):
-    with pytest.raises(ConfigError, match=told):
+def test_put_refuses_what_does_not_fit_the_schema(values, message):
+    with pytest.raises(ConfigError, match=message):
         run_folder.put(composed(), values)
 
 
@@ -81,7 +81,7 @@ def test_a_run_whose_process_is_gone_has_crashed():
         assert not run_folder.is_crashed(record | other)
 
 
-def test_a_record_that_is_none_tells_nothing(tmp_path):
+def test_a_damaged_record_is_read_as_empty(tmp_path):
     assert run_folder.read_record(tmp_path) == {}
     (tmp_path / "run.json").write_text("[1]")
     assert run_folder.read_record(tmp_path) == {}
@@ -100,7 +100,7 @@ def test_a_link_in_a_runs_folder_is_refused_by_name(tmp_path, name):
         run_folder.refuse_links(run)
 
 
-def test_a_recorded_link_is_let_while_it_leads_where_it_was_recorded_to(tmp_path):
+def test_a_recorded_link_is_allowed_while_it_has_the_recorded_target(tmp_path):
     run, storage = tmp_path / "run", tmp_path / "storage"
     for folder in (run, storage):
         folder.mkdir()
@@ -112,7 +112,7 @@ def test_a_recorded_link_is_let_while_it_leads_where_it_was_recorded_to(tmp_path
             run_folder.refuse_links(run, links)
 
 
-def test_a_link_of_a_launcher_that_leads_nowhere_out_of_the_sweep_is_let(tmp_path):
+def test_a_link_of_a_launcher_that_stays_in_the_sweep_is_allowed(tmp_path):
     sweep = tmp_path / "sweep"
     (sweep / ".submitit" / "1").mkdir(parents=True)
     (sweep / ".submitit" / "submission.sh").symlink_to(sweep / ".submitit" / "1" / "submission.sh")

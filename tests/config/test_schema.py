@@ -4,14 +4,14 @@ import dataclasses
 import typing
 
 import pytest
+from composition import composed
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from test_checks import composed
 
 from runner.config import checks, errors, targets
 from runner.config.errors import exit_on_config_error
-from runner.config.schema import Config
+from runner.config.schema import Config, EmaConfig
 
 COMPOSED = composed()
 WRONG = {  # of keys that may be of several types
@@ -31,7 +31,19 @@ def schema_keys(kind=Config, place=""):
             yield from schema_keys(hint, f"{place}{name}.")
 
 
-KEYS = dict(schema_keys())
+def optimization_keys():
+    """Yields the keys of the optimizations with the types of their classes."""
+    for path in (checks.CONF_DIR / "optimization").glob("*.yaml"):
+        kind = targets.locate(OmegaConf.load(path)["_target_"])
+        hints = typing.get_type_hints(kind)
+        yield f"optimizations.{path.stem}", typing.Any
+        for field in dataclasses.fields(kind):
+            yield f"optimizations.{path.stem}.{field.name}", hints[field.name]
+    for name, hint in typing.get_type_hints(EmaConfig).items():
+        yield f"optimizations.ema.{name}", hint
+
+
+KEYS = dict(schema_keys()) | dict(optimization_keys())
 GROUPS = {path.name for path in checks.CONF_DIR.iterdir() if path.is_dir()}
 
 
@@ -83,5 +95,5 @@ def test_a_misspelt_key_is_told_in_one_message_that_names_it_and_the_right_one(k
 
 
 def test_every_type_of_the_schema_is_described_as_a_person_says_it():
-    described = {errors.describe_hint(hint) for hint in KEYS.values() if hint is not typing.Any}
+    described = {errors.describe_type(hint) for hint in KEYS.values() if hint is not typing.Any}
     assert not [text for text in described if "another" in text or "<" in text]

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.utils.data import Sampler
 
-from runner.config.targets import check_targets, find_mistyped, find_sampler_fault, locate
+from runner.config.targets import check_targets, find_sampler_fault, find_wrong_types, locate
 
 SHIPPED = [kind for _, kind in inspect.getmembers(torch.utils.data, inspect.isclass) if issubclass(kind, Sampler)]
 
 
 @pytest.mark.parametrize("kind", SHIPPED, ids=lambda kind: kind.__name__)
-def test_every_sampler_of_torch_is_refused_with_a_remedy(kind):
+def test_every_sampler_of_torch_is_rejected_with_a_remedy(kind):
     fault = find_sampler_fault(kind)
     assert fault is not None
     remedy = fault.rpartition("; ")[2]
@@ -48,7 +48,7 @@ class Sharing(torch.utils.data.DistributedSampler, Whole):
     pass
 
 
-def test_a_sampler_of_ones_own_needs_a_state():
+def test_a_users_sampler_needs_a_state_dict():
     assert "without state_dict(), load_state_dict()" in find_sampler_fault(Bare)
     assert "without state_dict(), load_state_dict()" in find_sampler_fault(Bare())
     assert "without __iter__()" in find_sampler_fault(type("NoIter", (), vars(Whole) | {"__dict__": {}}))
@@ -56,7 +56,7 @@ def test_a_sampler_of_ones_own_needs_a_state():
         assert find_sampler_fault(usable) is None
 
 
-def test_a_sampler_that_takes_a_ranks_share_is_refused_although_it_has_a_state():
+def test_a_distributed_sampler_is_rejected_even_with_a_state_dict():
     assert "choose sampler=random" in find_sampler_fault(Sharing)
 
 
@@ -88,7 +88,7 @@ def make_torchs(length):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "told"),
+    ("sampler", "message"),
     [
         (
             "{_target_: torch.utils.data.WeightedRandomSampler, weights: [1.0, 2.0], num_samples: 2}",
@@ -104,14 +104,14 @@ def make_torchs(length):
         ("{_target_: own.Number}", "sampler: Number.state_dict: expected a mapping, found 3"),
     ],
 )
-def test_a_sampler_that_can_not_resume_ends_in_one_message_before_the_first_step(project, sampler, told):
+def test_a_sampler_that_cannot_resume_is_reported_before_the_first_step(project, sampler, message):
     with (project.folder / "own.py").open("a") as file:
         file.write(SAMPLERS)
     experiment = project.folder / "conf" / "experiment" / "mine.yaml"
     text = experiment.read_text().replace("defaults:\n", "defaults:\n  - override /sampler: null\n")
     experiment.write_text(f"{text}sampler: {sampler}\n")
     printed = project.run("hydra.run.dir=run", status=2)
-    assert told in printed
+    assert message in printed
     assert "Traceback" not in printed
     assert not (project.folder / "run").exists()
 
@@ -129,7 +129,7 @@ def test_a_sampler_that_can_not_resume_ends_in_one_message_before_the_first_step
         ("def __getattr__(name):\n    raise RuntimeError(name)", ":2: RuntimeError: "),
     ],
 )
-def test_what_an_import_raises_is_told_with_the_last_line_in_the_users_files(tmp_path, monkeypatch, content, expected):
+def test_an_import_error_names_the_last_line_in_the_users_files(tmp_path, monkeypatch, content, expected):
     name = f"fails_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
@@ -142,7 +142,7 @@ def test_what_an_import_raises_is_told_with_the_last_line_in_the_users_files(tmp
 
 
 @pytest.mark.parametrize("path", ["", ".own.Model", "own..Model", "own.a b", "own.Model\n"])
-def test_a_text_that_is_no_dotted_path_is_told(path):
+def test_an_invalid_dotted_path_is_reported(path):
     with pytest.raises(ImportError, match="expected a dotted path such as"):
         locate(path)
 
@@ -161,8 +161,8 @@ def test_a_text_that_is_no_dotted_path_is_told(path):
         ({"lr": 1e-3, "betas": [0.9, 0.99], "foreach": None, "capturable": False}, []),
     ],
 )
-def test_an_argument_that_is_annotated_as_a_number_takes_nothing_else(arguments, expected):
-    assert list(find_mistyped("optimizer", arguments, torch.optim.AdamW)) == expected
+def test_an_argument_annotated_as_a_number_accepts_only_numbers(arguments, expected):
+    assert list(find_wrong_types("optimizer", arguments, torch.optim.AdamW)) == expected
 
 
 def unannotated(width=16, mode="auto", size=3):
@@ -173,14 +173,14 @@ def loosely(size: int = None, path: "Unknown" = 3, either: "int | str" = 3):  # 
     pass
 
 
-def test_what_an_annotation_does_not_say_is_left_to_the_target():
-    assert list(find_mistyped("model", {"width": "a", "mode": "b", "size": "c"}, unannotated)) == []
-    assert list(find_mistyped("model", {"size": None, "path": "a", "either": "b"}, loosely)) == []
+def test_arguments_without_a_numeric_annotation_are_not_checked():
+    assert list(find_wrong_types("model", {"width": "a", "mode": "b", "size": "c"}, unannotated)) == []
+    assert list(find_wrong_types("model", {"size": None, "path": "a", "either": "b"}, loosely)) == []
 
 
 @pytest.mark.parametrize("has_target", [False, True])
 @pytest.mark.parametrize("role", ["train", "eval"])
-def test_several_datasets_for_one_key_are_told_with_what_to_do(role, has_target):
+def test_several_datasets_for_one_key_are_reported_with_a_remedy(role, has_target):
     node = {name: {"_target_": "torch.utils.data.TensorDataset"} for name in ("a", "b")}
     plain = {"engines": {}, "model": None, "sampler": None, "optimizer": None, "scheduler": None, "feeder": None}
     plain |= {"report": None, "distributed": {"strategy": None}}

@@ -1,4 +1,4 @@
-"""Live commands: what parses, what is due when, and standard input of every kind."""
+"""`runner.control`: parsing and scheduling of commands, their handlers, and standard input of every kind."""
 
 import io
 import json
@@ -22,16 +22,8 @@ from hypothesis import strategies as st
 
 from runner.control import commands as module
 from runner.control import stdin as reader_module
-from runner.control.commands import (
-    HELP,
-    Command,
-    CommandError,
-    CommandQueue,
-    describe_events,
-    describe_time,
-    parse,
-)
-from runner.control.handlers import CommandHandlers
+from runner.control.commands import Command, CommandError, CommandQueue, CommandSyntax, parse
+from runner.control.handlers import COMMANDS, HELP, CommandHandlers, describe_events, describe_time
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = st.integers(1, 10**18 - 1)
@@ -39,24 +31,24 @@ NAMES = ("save", "export", "eval", "quit", "lr", "time", "events", "help")
 PLAIN = st.builds(Command, st.sampled_from([name for name in NAMES if name != "lr"]))
 RATES = st.builds(Command, st.just("lr"), st.floats(0, 1e9, exclude_min=True))
 TIMES_TO = st.builds(Command, st.just("time"), STEPS)
-COMMANDS = st.builds(
+ANY_COMMAND = st.builds(
     lambda command, step: Command(command.name, command.argument, step),
     PLAIN | RATES | TIMES_TO,
     st.none() | STEPS,
 )
 
 
-@given(COMMANDS)
+@given(ANY_COMMAND)
 @settings(deadline=None)
 def test_the_typed_form_parses_back_to_the_command(command):
-    assert parse(str(command)) == command
+    assert parse(str(command), COMMANDS) == command
 
 
-@given(COMMANDS, st.sampled_from(["", " ", "\t", "   "]), st.sampled_from(["", "# why", " #@2 quit"]))
+@given(ANY_COMMAND, st.sampled_from(["", " ", "\t", "   "]), st.sampled_from(["", "# why", " #@2 quit"]))
 @settings(deadline=None)
 def test_case_blanks_and_comments_do_not_count(command, blank, comment):
     typed = str(command).upper().replace(" ", f" {blank}").replace("@", f"{blank}@{blank}")
-    assert parse(f"{blank}{typed}{blank}{comment}") == command
+    assert parse(f"{blank}{typed}{blank}{comment}", COMMANDS) == command
 
 
 @given(st.text() | st.text("abcdeilqrstuvx @#.0123456789+-\r\n\x00\x1b", max_size=30))
@@ -64,12 +56,12 @@ def test_case_blanks_and_comments_do_not_count(command, blank, comment):
 def test_any_text_is_a_command_or_one_line_of_error(text):
     message = None
     try:
-        command = parse(text)
+        command = parse(text, COMMANDS)
     except CommandError as error:
         message = str(error)
     if message is None:
         assert command.name in text.lower()
-        assert parse(str(command)) == command
+        assert parse(str(command), COMMANDS) == command
     else:
         assert message.splitlines() == [message]
         assert message.isprintable()
@@ -116,22 +108,34 @@ def test_any_text_is_a_command_or_one_line_of_error(text):
         ("save" + " " * 70_000 + "x", "is too long, over 16384 characters"),
     ],
 )
-def test_a_wrong_line_is_told_what_is_right(line, said):
+def test_the_error_of_an_invalid_line_has_the_remedy(line, said):
     with pytest.raises(CommandError, match=re.escape(said.strip())):
-        parse(line)
+        parse(line, COMMANDS)
 
 
 def test_help_names_every_command():
     assert [line.split()[0].rstrip(",") for line in HELP.splitlines()] == [*NAMES, "COMMAND@STEP"]
 
 
+def test_a_row_of_the_table_is_all_that_parsing_needs():
+    table = {**COMMANDS, "warm": CommandSyntax("warm 3", "warm up", lambda words: int(words[0]))}
+    assert parse("warm 3@20", table) == Command("warm", 3, 20)
+    with pytest.raises(CommandError, match='the nearest is "warm 3"; type "help"'):
+        parse("wrm 3", table)
+
+
+def test_the_table_is_read_without_torch():
+    script = "import sys, runner.control.handlers; print('torch' in sys.modules)"
+    assert output_of(python(script)) == ["False"]
+
+
 def typed(*lines, step=0):
-    """Returns commands that were given these lines after `step` steps, and the list of their answers."""
+    """Returns a queue to which these lines were submitted after `step` steps, and its list of answers."""
     answers = []
-    commands = CommandQueue(answers.append)
+    commands = CommandQueue(COMMANDS, answers.append)
     commands.due(step)
     for line in lines:
-        commands.take(line)
+        commands.submit(line)
     return commands, answers
 
 
@@ -167,12 +171,12 @@ def test_a_step_that_has_passed_is_answered_and_not_done(step):
     assert commands.pending == ()
 
 
-def test_start_tells_a_resumed_run_which_steps_have_passed():
+def test_start_answers_scheduled_steps_that_a_resumed_run_has_passed():
     answers = []
     with tempfile.TemporaryFile() as file:
         file.write(b"eval@20\nquit@60\n")
         file.seek(0)
-        commands = CommandQueue(answers.append, stream=file)
+        commands = CommandQueue(COMMANDS, answers.append, stream=file)
         commands.start(step=57)
         commands.close()
     assert answers == ['step 20 has passed; now at 57: type "eval" to do it now', "quit at step 60"]
@@ -184,7 +188,7 @@ def test_a_boundary_that_was_skipped_does_not_lose_its_commands():
     assert answers[1:] == ["step 20 has passed; now at 25: eval@20 is done now"]
 
 
-def test_of_many_commands_whose_step_has_passed_the_first_are_told():
+def test_of_many_commands_whose_step_has_passed_the_first_are_answered():
     commands, answers = typed()
     commands.load_state_dict({"pending": [f"time to {step}@{step}" for step in range(1, 31)]})
     assert len(commands.due(50)) == 30
@@ -194,15 +198,15 @@ def test_of_many_commands_whose_step_has_passed_the_first_are_told():
 
 def test_of_many_rates_at_one_step_the_last_is_set_and_the_first_are_answered():
     answers, rates = [], []
-    dialogue = CommandHandlers(SimpleNamespace(set_lr=rates.append), None, answers.append)
-    dialogue.loop = SimpleNamespace(step=4)
+    handlers = CommandHandlers(SimpleNamespace(set_lr=rates.append), None, answers.append).by_name
+    loop = SimpleNamespace(step=4)
     for number in range(1, 31):
-        dialogue.commands["lr"](float(number))
+        handlers["lr"](loop, float(number))
     assert rates == [float(number) for number in range(1, 31)]
     assert len(answers) == 21
     assert answers[-1] == "... (further commands at this step are done without an answer)"
-    dialogue.loop.step = 5
-    dialogue.commands["help"](None)
+    loop.step = 5
+    handlers["help"](loop, None)
     assert answers[-1] == HELP
 
 
@@ -212,7 +216,7 @@ def test_wrong_and_blank_lines_change_nothing():
     assert commands.due(1) == []
 
 
-@given(st.lists(COMMANDS.filter(lambda command: command.step is not None)))
+@given(st.lists(ANY_COMMAND.filter(lambda command: command.step is not None)))
 @settings(deadline=None)
 def test_pending_commands_survive_saving_and_loading(scheduled):
     commands, _ = typed("save", *map(str, scheduled))
@@ -246,8 +250,8 @@ def test_a_saved_entry_that_is_no_scheduled_command_is_an_error(entry):
 
 def test_every_command_typed_during_steps_is_done_or_answered():
     answers, done = [], []
-    commands = CommandQueue(answers.append)
-    typist = threading.Thread(target=lambda: [commands.take(f"eval@{step}") for step in range(1, 3001)])
+    commands = CommandQueue(COMMANDS, answers.append)
+    typist = threading.Thread(target=lambda: [commands.submit(f"eval@{step}") for step in range(1, 3001)])
     typist.start()
     step = 0
     while typist.is_alive() or commands.pending:
@@ -259,7 +263,7 @@ def test_every_command_typed_during_steps_is_done_or_answered():
 
 
 class Interrupted(CommandQueue):
-    """CommandQueue whose loop reaches step 40 just after the thread that takes a line saw the run at step 39."""
+    """A queue whose loop reaches step 40 just after the reading thread saw the run at step 39."""
 
     found: list[Command] | None = None
     seen = 39
@@ -280,8 +284,8 @@ class Interrupted(CommandQueue):
 
 
 def test_a_command_typed_at_the_very_moment_of_its_step_is_due_at_it():
-    commands = Interrupted(lambda message: None)
-    commands.take("eval@40")
+    commands = Interrupted(COMMANDS, lambda message: None)
+    commands.submit("eval@40")
     commands.loop.join()
     assert commands.found == [Command("eval", step=40)]
 
@@ -299,7 +303,7 @@ def closed_file():
 @pytest.mark.parametrize("stream", [io.StringIO("quit\n"), WithoutDescriptor(), closed_file(), None])
 def test_a_stream_without_descriptor_reads_nothing(stream, monkeypatch):
     monkeypatch.setattr(sys, "stdin", stream)
-    commands = CommandQueue(pytest.fail)
+    commands = CommandQueue(COMMANDS, pytest.fail)
     commands.start()
     commands.close()
     assert commands.due(1) == []
@@ -322,7 +326,7 @@ def readers():
 
 
 def gather(commands, count, step=1):
-    """Returns the next `count` commands in their typed form, or what came of them within 20 s."""
+    """Returns the next `count` commands in their typed form, or those that came within 120 s."""
     found, deadline = [], time.monotonic() + 120
     while len(found) < count and time.monotonic() < deadline:
         found += map(str, commands.due(step))
@@ -342,7 +346,7 @@ def test_lines_ready_in_a_pipe_are_taken_before_start_returns(pipe, monkeypatch)
     stream, write_fd = pipe
     os.write(write_fd, b"save\n# note\n\neval@20\r\nnonsense\nquit@40\n")
     answers = []
-    commands = CommandQueue(answers.append, stream=stream)
+    commands = CommandQueue(COMMANDS, answers.append, stream=stream)
     commands.start()
     assert commands.due(1) == [Command("save")]
     assert [str(c) for c in commands.pending] == ["eval@20", "quit@40"]
@@ -358,7 +362,7 @@ def test_a_pipe_whose_first_line_is_a_command_is_read_and_typing_errors_are_answ
     stream, write_fd = pipe
     os.write(write_fd, b"\n  # note\nsave # now\nnonsense\n" + b"typo\n" * 50 + b"eval\n")
     answers = []
-    commands = CommandQueue(answers.append, stream=stream)
+    commands = CommandQueue(COMMANDS, answers.append, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     assert gather(commands, 2) == ["save", "eval"]
     assert len(answers) == 51
@@ -368,7 +372,7 @@ def test_a_pipe_whose_first_line_is_a_command_is_read_and_typing_errors_are_answ
 @pytest.mark.parametrize("pieces", [[b"quit@4", b"0\n"], [b"#", b" a\n", b"\n", b"q", b"uit@40\n"], [b"quit@40"]])
 def test_a_first_command_may_come_late_and_in_pieces(pipe, pieces):
     stream, write_fd = pipe
-    commands = CommandQueue(lambda text: None, stream=stream)
+    commands = CommandQueue(COMMANDS, lambda text: None, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     for piece in pieces:
         time.sleep(0.15)  # longer than between two looks
@@ -395,10 +399,10 @@ def test_a_first_command_may_come_late_and_in_pieces(pipe, pieces):
     ],
     ids=lambda content: repr(content[:12]),
 )
-def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is_told_once(pipe, content, is_late):
+def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is_printed_once(pipe, content, is_late):
     stream, write_fd = pipe
     warned = []
-    commands = CommandQueue(pytest.fail, stream=stream)
+    commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
     if is_late:
         commands.start(peeks=True, warn=warned.append)
     os.write(write_fd, content)
@@ -416,7 +420,7 @@ def test_nothing_of_a_pipe_with_another_first_line_is_consumed_and_the_remedy_is
 def test_an_empty_pipe_that_is_closed_ends_the_reading_without_a_word(pipe):
     stream, write_fd = pipe
     os.close(write_fd)
-    commands = CommandQueue(pytest.fail, stream=stream)
+    commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
     commands.start(peeks=True, warn=pytest.fail)
     wait_until(lambda: not readers())
     commands.close()
@@ -427,7 +431,7 @@ def test_waiting_for_a_first_line_can_be_closed_and_leaves_no_descriptor(pipe):
     before = len(os.listdir("/proc/self/fd"))
     for content in (b"", b"qui"):
         os.write(write_fd, content)
-        commands = CommandQueue(pytest.fail, stream=stream)
+        commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
         commands.start(peeks=True, warn=pytest.fail)
         time.sleep(0.25)
         commands.close()
@@ -436,12 +440,12 @@ def test_waiting_for_a_first_line_can_be_closed_and_leaves_no_descriptor(pipe):
     assert os.read(stream.fileno(), 10) == b"qui"
 
 
-def test_a_system_that_can_not_look_into_pipes_leaves_them_alone_and_says_so(pipe, monkeypatch):
+def test_a_system_that_can_not_look_into_pipes_leaves_them_alone_and_warns(pipe, monkeypatch):
     monkeypatch.setattr("runner.control.stdin._tee", None)
     stream, write_fd = pipe
     warned = []
     os.write(write_fd, b"quit\n")
-    commands = CommandQueue(pytest.fail, stream=stream)
+    commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
     commands.start(peeks=True, warn=warned.append)
     commands.close()
     assert len(warned) == 1
@@ -457,7 +461,7 @@ def test_files_sockets_and_null_are_read_only_where_asked(kind, tmp_path):
     other.sendall(b"quit\n")
     fds = {"file": lambda: os.open(path, os.O_RDONLY), "socket": one.detach, "null": lambda: os.open(os.devnull, 0)}
     with open(fds[kind](), "rb", buffering=0) as stream, one, other:
-        commands = CommandQueue(pytest.fail, stream=stream)
+        commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
         commands.start(peeks=True, warn=pytest.fail)
         assert not readers()
         assert commands.due(1) == []
@@ -468,7 +472,7 @@ def test_files_sockets_and_null_are_read_only_where_asked(kind, tmp_path):
 
 def test_lines_split_across_writes_and_two_in_one_write_all_arrive(pipe):
     stream, write_fd = pipe
-    commands = CommandQueue(pytest.fail, stream=stream)
+    commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
     commands.start()
     os.write(write_fd, b"save\nexp")
     assert gather(commands, 1) == ["save"]
@@ -485,7 +489,7 @@ def test_lines_split_across_writes_and_two_in_one_write_all_arrive(pipe):
 def test_close_ends_the_thread_and_the_next_instance_reads_on(pipe):
     stream, write_fd = pipe
     for name in ("save", "eval"):
-        commands = CommandQueue(pytest.fail, stream=stream)
+        commands = CommandQueue(COMMANDS, pytest.fail, stream=stream)
         commands.start()
         commands.start()
         assert len(readers()) == 1
@@ -504,7 +508,7 @@ def test_reading_leaves_no_descriptor_open(pipe):
     stream, _ = pipe
     before = os.listdir("/dev/fd")
     for source in (stream, open(os.devnull, "rb")):  # noqa: SIM115 (closed below)
-        commands = CommandQueue(pytest.fail, stream=source)
+        commands = CommandQueue(COMMANDS, pytest.fail, stream=source)
         commands.start()
         commands.close()
     source.close()
@@ -516,7 +520,7 @@ def test_a_second_reader_of_a_consumed_pipe_sees_its_end(pipe):
     os.write(write_fd, b"quit@40\n")
     os.close(write_fd)
     for expected in (["quit@40"], []):
-        commands = CommandQueue(lambda message: None, stream=stream)
+        commands = CommandQueue(COMMANDS, lambda message: None, stream=stream)
         commands.start()
         assert [str(c) for c in commands.pending] == expected
         wait_until(lambda: not readers())
@@ -524,12 +528,12 @@ def test_a_second_reader_of_a_consumed_pipe_sees_its_end(pipe):
 
 
 def from_file(content):
-    """Returns commands whose input is a file with this content, read to its end, with the list of answers."""
+    """Returns a queue that has read a file with this content to its end, and its list of answers."""
     answers = []
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.seek(0)
-        commands = CommandQueue(answers.append, stream=file)
+        commands = CommandQueue(COMMANDS, answers.append, stream=file)
         commands.start()
         wait_until(lambda: not readers())
         commands.close()
@@ -549,7 +553,7 @@ def test_a_flood_stays_unread_until_some_of_it_is_done_and_none_is_lost(monkeypa
     with tempfile.TemporaryFile() as file:
         file.write(b"".join(b"lr 1@%d\n" % step for step in range(1, 3000)))
         file.seek(0)
-        commands = CommandQueue(answers.append, stream=file)
+        commands = CommandQueue(COMMANDS, answers.append, stream=file)
         commands.start()
         for done in (0, 400, 900):
             assert len(commands.due(done)) == (0 if not done else 400 if done == 400 else 500)
@@ -563,11 +567,24 @@ def test_a_flood_stays_unread_until_some_of_it_is_done_and_none_is_lost(monkeypa
         wait_until(lambda: commands.close() or not readers())
 
 
+def test_quit_passes_a_queue_that_is_full(pipe, monkeypatch):
+    monkeypatch.setattr(reader_module, "_LINES_PER_S", 1e9)
+    stream, write_fd = pipe
+    os.write(write_fd, b"".join(b"lr 1@%d\n" % step for step in range(10, 1010)))
+    commands = CommandQueue(COMMANDS, lambda text: None, stream=stream)
+    commands.start()
+    wait_until(lambda: len(commands.pending) == 1000)
+    os.write(write_fd, b" Quit # now\nlr 2@5\n")
+    assert gather(commands, 1) == ["quit"]
+    assert len(commands.pending) == 1000
+    commands.close()
+
+
 def test_of_a_flood_without_steps_a_thousand_commands_are_done_and_then_a_few_a_second():
     with tempfile.TemporaryFile() as file:
         file.write(b"lr 1\n" * 5000)
         file.seek(0)
-        commands = CommandQueue(lambda text: None, stream=file)
+        commands = CommandQueue(COMMANDS, lambda text: None, stream=file)
         began = time.monotonic()
         commands.start()
         done = []
@@ -605,7 +622,7 @@ def test_waiting_for_input_does_not_spin(pipe, monkeypatch):
     calls = []
     select = reader_module.select.select
     monkeypatch.setattr(reader_module.select, "select", lambda *words: calls.append(words) or select(*words))
-    commands = CommandQueue(pytest.fail, stream=pipe[0])
+    commands = CommandQueue(COMMANDS, pytest.fail, stream=pipe[0])
     commands.start()
     time.sleep(0.3)
     commands.close()
@@ -616,8 +633,9 @@ def test_waiting_for_input_does_not_spin(pipe, monkeypatch):
 RUN = """
 import os, sys, threading, time
 from runner.control.commands import CommandQueue
+from runner.control.handlers import COMMANDS
 log = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-commands = CommandQueue(lambda message: log("answer:", message))
+commands = CommandQueue(COMMANDS, lambda message: log("answer:", message))
 commands.start()
 for step in range(1, int(sys.argv[1]) + 1):
     due = [str(command) for command in commands.due(step)]
@@ -632,7 +650,7 @@ log("end", threading.active_count())
 
 
 def python(script, *arguments, **options):
-    """Starts a script in a process of its own, with its output piped as text."""
+    """Starts a script in another process, with its output piped as text."""
     options.setdefault("stdout", subprocess.PIPE)
     options = {"cwd": ROOT, "text": True, "stderr": subprocess.STDOUT, **options}
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *arguments], **options)
@@ -687,7 +705,8 @@ def test_the_end_of_input_ends_the_thread():
     script = """
     import threading, time
     from runner.control.commands import CommandQueue
-    commands = CommandQueue(print)
+    from runner.control.handlers import COMMANDS
+    commands = CommandQueue(COMMANDS, print)
     commands.start()
     while threading.active_count() > 1:
         time.sleep(0.01)
@@ -700,7 +719,8 @@ def test_a_worker_forked_while_the_reader_waits_can_end():
     script = """
     import multiprocessing, os, threading, time
     from runner.control.commands import CommandQueue
-    commands = CommandQueue(print)
+    from runner.control.handlers import COMMANDS
+    commands = CommandQueue(COMMANDS, print)
     commands.start()
     time.sleep(0.2)
     context = multiprocessing.get_context("fork")
@@ -725,7 +745,7 @@ def test_a_worker_forked_while_the_reader_waits_can_end():
 
 
 def in_terminal(script, *arguments):
-    """Starts a script in a session of its own, with a terminal to read; returns both, by our end of it."""
+    """Starts a script in another session with a terminal; returns the process and our end of the terminal."""
     ours, theirs = pty.openpty()
     take_terminal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
     script = take_terminal + textwrap.dedent(script)
@@ -746,7 +766,7 @@ def test_commands_are_typed_at_a_terminal():
     assert [line.split()[1] for line in lines] == ["quit", "1"]
 
 
-def test_the_end_of_input_at_a_terminal_is_said_and_the_run_goes_on():
+def test_the_end_of_input_at_a_terminal_is_announced_and_the_run_goes_on():
     process, terminal = in_terminal(RUN, "500")
     os.write(terminal, b"\x04")
     lines = output_of(process)
@@ -818,11 +838,11 @@ def test_a_background_job_is_not_stopped_and_reads_when_brought_to_the_front(run
         ((120, 300, 0.2, 24.0, 301), "step 301 will not be reached: the run ends at 300; now at 120"),
     ],
 )
-def test_the_time_is_told(arguments, said):
+def test_the_time_is_described(arguments, said):
     assert describe_time(*arguments) == said
 
 
-def test_what_is_scheduled_is_told():
+def test_scheduled_commands_are_described():
     assert describe_events([]) == describe_events(()) == "nothing is scheduled"
     assert describe_events(typed("quit@40", "lr 1e-4@20")[0].pending) == "scheduled: lr 0.0001@20, quit@40"
 

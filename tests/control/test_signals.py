@@ -5,45 +5,51 @@ import sys
 
 import pytest
 
-from runner.control.signals import STATUSES, Signals, exit_on_interrupt, meaning_of, raise_on_interrupt
+from runner.control.signals import (
+    EXIT_STATUSES,
+    StopSignals,
+    exit_on_interrupt,
+    raise_on_interrupt,
+    status_of_interrupt,
+)
 
 
 def test_the_first_signal_asks_and_the_second_ends_at_once():
-    signals, asked = Signals(), []
+    signals, asked = StopSignals(), []
     signals.connect(asked.append)
-    with signals.taken():
+    with signals.install():
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert (asked, signals.first) == (["preempted"], "SIGUSR1")
+        assert (asked, signals.first_signal) == (["preempted"], "SIGUSR1")
         with pytest.raises(KeyboardInterrupt) as caught:
             os.kill(os.getpid(), signal.SIGINT)
-    assert meaning_of(caught.value) == ("interrupted", signal.SIGINT)
+    assert status_of_interrupt(caught.value) == ("interrupted", signal.SIGINT)
     assert asked == ["preempted"]
 
 
 def test_before_there_is_a_run_the_first_ends_and_after_it_has_nothing_to_do():
-    signals = Signals()
-    with signals.taken():
+    signals = StopSignals()
+    with signals.install():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
-        signals.is_over = True
+        signals.is_finished = True
         os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.first == "SIGTERM"
+        assert signals.first_signal == "SIGTERM"
 
 
 def test_handlers_are_as_they_were_afterwards():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    with Signals().taken():
+    with StopSignals().install():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
 def test_a_signal_that_was_dropped_before_there_was_a_run_asks_it_as_soon_as_there_is_one():
-    signals, asked = Signals(), []
-    with signals.taken():
+    signals, asked = StopSignals(), []
+    with signals.install():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         signals.connect(asked.append)
-        assert (asked, signals.first) == (["preempted"], "SIGTERM")
+        assert (asked, signals.first_signal) == (["preempted"], "SIGTERM")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -70,7 +76,7 @@ def run_exiting(number, *prefix):
 
 
 def test_ctrl_c_ends_the_process_after_the_clean_ups_the_innermost_first():
-    status = STATUSES["interrupted"]
+    status = EXIT_STATUSES["interrupted"]
     assert run_exiting(signal.SIGINT) == (status, ["began", "inner", "outer", str(status)])
 
 
@@ -93,19 +99,19 @@ def test_ctrl_c_can_be_left_to_somebody_else_inside_such_a_block():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_closed_terminal_asks_once_however_often_it_is_told():
-    signals, asked = Signals(), []
+def test_a_closed_terminal_asks_once_however_often_its_signal_comes():
+    signals, asked = StopSignals(), []
     signals.connect(asked.append)
-    with signals.taken():
+    with signals.install():
         for _ in range(3):  # by the kernel, by a shell
             os.kill(os.getpid(), signal.SIGHUP)
-    assert (asked, signals.first) == (["preempted"], "SIGHUP")
+    assert (asked, signals.first_signal) == (["preempted"], "SIGHUP")
 
 
 def test_a_sighup_that_is_ignored_from_outside_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Signals().taken():
+        with StopSignals().install():
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -114,14 +120,15 @@ def test_a_sighup_that_is_ignored_from_outside_stays_ignored():
 
 BLOCKED = """
 import ctypes, os, signal, sys
-from runner.control.signals import Signals
+from runner.control.signals import StopSignals
 
-signals = Signals()
-tell, give_up = lambda name: print("told", name, flush=True), lambda number: print("gave up", number, flush=True)
-signals.connect(bool, tell, give_up)
-with signals.taken():
+signals = StopSignals()
+announce = lambda name: print("announced", name, flush=True)
+abort = lambda number: print("aborted", number, flush=True)
+signals.connect(bool, announce, abort)
+with signals.install():
     if not os.fork():
-        signals.ask = lambda meaning: None
+        signals.request_stop = lambda status: None
         os.kill(os.getpid(), signal.SIGTERM)  # what a forked process gets is its own
         os._exit(0)
     os.wait()
@@ -132,11 +139,11 @@ with signals.taken():
 """
 
 
-def test_a_program_that_waits_in_c_tells_of_the_first_signal_and_is_ended_by_the_second():
+def test_a_program_that_waits_in_c_announces_the_first_signal_and_is_ended_by_the_second():
     process = subprocess.Popen([sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "began\n"
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "told SIGINT\n"
+    assert process.stdout.readline() == "announced SIGINT\n"
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
-    assert (process.returncode, printed) == (130, "gave up 2\n")
+    assert (process.returncode, printed) == (130, "aborted 2\n")

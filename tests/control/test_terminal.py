@@ -1,4 +1,4 @@
-"""`runner.control.terminal`: what is printed after the terminal was closed."""
+"""`runner.control.terminal`: printing after the terminal was closed."""
 
 import os
 import pty
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from runner.control import terminal
 
-terminal.outlive()
+terminal.survive_closed_terminal()
 print("before", end="")
 sys.stdout.flush()
 sys.stdin.readline()  # comes when the terminal is closed
@@ -39,7 +39,9 @@ def test_a_program_prints_on_after_its_terminal_was_closed(tmp_path, options):
 
 
 def test_streams_that_are_no_terminal_are_left_alone(tmp_path):
-    program = "import sys\nfrom runner.control import terminal\nbefore = sys.stdout\nterminal.outlive()\n"
+    program = (
+        "import sys\nfrom runner.control import terminal\nbefore = sys.stdout\nterminal.survive_closed_terminal()\n"
+    )
     program += "print(sys.stdout is before)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout == "True\n"
@@ -49,7 +51,7 @@ CLOSED = """
 import os
 from runner.control import terminal
 
-terminal.outlive()
+terminal.survive_closed_terminal()
 ours, theirs = os.pipe()
 print(min(ours, theirs) > 2, os.get_inheritable(2), file=open("done", "w"))
 os.write(2, b"a line of a C library")

@@ -13,7 +13,7 @@ from runner.utils import io
 
 
 class Squared(nn.Module):
-    """Loss of a linear map, in the form asked for."""
+    """Returns the loss of a linear layer in one of several forms."""
 
     def __init__(self, form: str = "tensor") -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def make_engine(form="tensor", lr=0.1, optimizer=torch.optim.SGD, **settings):
 
 
 def train(engine, batch):
-    """A micro-step, and the step when it is the last of the accumulated ones."""
+    """Runs a micro-step, and ends the step after the last of the accumulated ones."""
     engine.micro_step(batch)
     if engine.micro_steps % engine.accumulate == 0:
         assert engine.step() is None
@@ -160,7 +160,7 @@ def test_clipping_equals_torch_and_zero_does_not_clip():
 def test_clipping_comes_after_unscaling():
     batches = make_batches(3, scale=10.0)
     plain, scaled = make_engine(clip_norm=0.5), make_engine(clip_norm=0.5, precision="fp16")
-    scaled._dtype = None  # the scaler alone
+    scaled._autocast_dtype = None  # the scaler alone
     for batch in batches:
         train(plain, batch)
         train(scaled, batch)
@@ -309,7 +309,7 @@ def test_schedules_made_of_others_take_a_longer_run(tmp_path):
 
 
 class Drifting(nn.Module):
-    """Buffers written to in every way there is."""
+    """A module that writes to its buffers in every possible way."""
 
     def __init__(self):
         super().__init__()
@@ -490,7 +490,7 @@ def test_a_loss_that_is_not_finite_is_found_before_the_update_with_the_gradients
 
 
 class ReachesTheEdge(nn.Module):
-    """A finite loss whose gradient is not."""
+    """A module with a finite loss whose gradient is not finite."""
 
     def __init__(self):
         super().__init__()
@@ -518,23 +518,23 @@ def test_gradients_that_are_not_finite_are_found_though_the_loss_is(clip_norm):
 
 def test_a_loss_on_the_cpu_and_a_norm_on_an_accelerator_are_noted_on_the_accelerator():
     late = DeferredFiniteCheck()
-    late.note(1, [torch.tensor(1.0), torch.tensor(2.0, device="meta")])
-    assert late._totals[0][2].device.type == "meta"
+    late.add(1, [torch.tensor(1.0), torch.tensor(2.0, device="meta")])
+    assert late._sums[0][2].device.type == "meta"
 
 
 def test_steps_that_nobody_asks_about_are_kept_as_one_number():
     late = DeferredFiniteCheck()
     for step in range(1, 3001):
-        late.note(step, [torch.tensor(float("inf") if step == 7 else 1.0), torch.tensor(2.0)])
-    assert len(late._totals) <= 1024
-    assert late.find().startswith("in one of its steps 1 to 2047 the loss or the gradients were not finite")
-    assert late.find() is None
+        late.add(step, [torch.tensor(float("inf") if step == 7 else 1.0), torch.tensor(2.0)])
+    assert len(late._sums) <= 1024
+    assert late.find_fault().startswith("in one of its steps 1 to 2047 the loss or the gradients were not finite")
+    assert late.find_fault() is None
 
 
 def test_a_device_that_is_not_waited_for_tells_of_the_first_bad_step_later():
     engine = make_engine(on_nonfinite="stop")
-    assert not engine.looks_late
-    engine._gradients.looks_late, engine._looks = True, False  # as on an accelerator
+    assert not engine.defers_finite_check
+    engine._gradients.defers_check, engine._checks_in_prepare = True, False  # as on an accelerator
     good = make_batches(3)
     for batch in [*good[:2], poisoned("nan"), good[2]]:
         engine.micro_step(batch)

@@ -1,4 +1,4 @@
-"""Numbers are read when a forward returns them: as they are then, the same in training and in evaluation."""
+"""Reads the numbers that a forward returns at once, in training and in evaluation alike."""
 
 import dataclasses
 import logging
@@ -17,7 +17,7 @@ BATCH = torch.ones(4, 3)
 
 
 class Counting(nn.Module):
-    """Numbers whose memory is written to after they were returned."""
+    """A module that overwrites the numbers that it has returned."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -69,7 +69,7 @@ def test_a_number_on_an_accelerator_is_copied_there(monkeypatch):
 
 
 class Smoothed(nn.Module):
-    """Keeps an average of its loss, begun with the first one itself, and writes to it in place."""
+    """A module that keeps an average of its loss and writes to it in place; the first loss is the average itself."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_loss_that_is_a_buffer_is_read_as_well():
 
 
 class Returning(nn.Module):
-    """A loss beside what is given."""
+    """A module that returns a loss beside the given fields."""
 
     def __init__(self, given, kind=dict):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every optimizer of conf/ under FSDP2 against one process, and the dtypes and places of a sharded module."""
+"""Compares every optimizer of conf/ under FSDP2 with one process; checks dtypes and devices of a sharded module."""
 
 import copy
 
@@ -25,7 +25,7 @@ CHOICES = sorted(path.stem for path in (CONF_DIR / "optimizer").glob("*.yaml"))
 
 
 class Net(nn.Module):
-    """Weights that two ranks can't share evenly, and one that is zero."""
+    """A module with weights that two ranks can't share evenly, and one weight of zeros."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -46,7 +46,7 @@ def build(make_layout, choice):
     node = yaml.safe_load((CONF_DIR / "optimizer" / f"{choice}.yaml").read_text())
     target, settings = locate(node.pop("_target_")), {**node, **({"seed": 0} if "seed" in node else {})}
     module, strategy = Net(), make_layout()
-    strategy.join(Coordinator(), "model", True)
+    strategy.attach_coordinator(Coordinator(), "model", True)
     strategy.shard(module)
     named = list(module.named_parameters())
     optimizer = target([p for _, p in named] if isinstance(target, type) else named, **settings)
@@ -55,7 +55,7 @@ def build(make_layout, choice):
 
 
 def train(make_layout, choice):
-    """Returns the weights after one step, and after two more with a resume between them."""
+    """Returns the weights after one step, and after two more steps with a resume between."""
     engines, found = build(make_layout, choice), []
     for step in range(3):
         if step == 2:

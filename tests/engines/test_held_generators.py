@@ -1,4 +1,4 @@
-"""Generators that modules, feeders, optimizers and reports hold: what they draw is a function of the step alone."""
+"""Generators of modules, feeders, optimizers and reports draw numbers that depend on the step alone."""
 
 import functools
 import random
@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import read_numbers, shared_zygote
 from ranks import Ranks, run_ranks
-from test_run import assert_same_run
+from run_comparison import assert_same_run
 from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.utils import unsloth
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.train import Loop
 
 KINDS = {
@@ -77,7 +77,7 @@ def test_what_a_held_generator_draws_is_a_function_of_the_seed_in_any_process(ki
 
 
 class Noisy(nn.Module):
-    """Multiplies by what it draws from a generator of each kind, several times each."""
+    """A module that multiplies by random numbers, drawn several times from a generator of each kind."""
 
     def __init__(self, width=4):
         super().__init__()
@@ -153,7 +153,7 @@ def test_ranks_draw_alike_as_one_process_does():
 
 
 class NoisyStep(torch.optim.SGD):
-    """Adds noise of the global generators to each update, as stochastic rounding and Langevin dynamics do."""
+    """An optimizer that adds noise from the global generators, as stochastic rounding does."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -221,7 +221,7 @@ def test_feeders_and_optimizers_are_looked_through_and_parameters_are_not():
 def test_a_generator_is_found_behind_any_number_of_modules():
     module = nn.Sequential(*[nn.Sequential(nn.Linear(1, 1), nn.Conv1d(1, 1, 1)) for _ in range(8000)])
     module[-1][-1].rng = random.Random(0)
-    assert HeldGenerators(model=module).paths == ["model.7999.1.rng"]
+    assert ObjectGenerators(model=module).paths == ["model.7999.1.rng"]
 
 
 def test_generators_made_in_a_forward_or_without_a_seed_are_told_by_name():

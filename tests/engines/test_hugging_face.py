@@ -1,4 +1,4 @@
-"""Models of transformers count their labels: the real ones where it is installed, else a stand-in of its interface."""
+"""Transformers models count their labels; without transformers, a stand-in with its interface is tested."""
 
 import sys
 import types
@@ -53,7 +53,7 @@ LOSS_MAPPING = {"ForCausalLM": ForCausalLMLoss, "ForMaskedLM": ForMaskedLMLoss}
 
 
 class LM(PreTrainedModel):
-    """Predicts by one table; `computes` has it make its loss by itself, shifted or not as the others would."""
+    """A model with one table. With `computes` it computes its loss itself, shifted or not like the others."""
 
     def __init__(self, loss_type=None, computes=False):
         super().__init__()
@@ -70,7 +70,7 @@ class LM(PreTrainedModel):
 
 
 class Wrapped(nn.Module):
-    """A user's module that adds to the loss of a model, which is then no mean over labels alone."""
+    """A user's module that adds a term to a model's loss, which is then not a mean over labels alone."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def make_batch():
 
 
 def train(module, accumulate, feeder=None):
-    """Returns weights and the mean loss after a step in so many parts."""
+    """Returns weights and mean loss after a step of several micro-steps."""
     engine = Engine(module, torch.optim.SGD(module.parameters(), lr=1.0), accumulate=accumulate, feeder=feeder)
     batch = make_batch()
     for part in zip(*(value.chunk(accumulate) for value in batch.values()), strict=True):

@@ -1,4 +1,4 @@
-"""Losses that are means over terms, counted by `weight`, against a direct computation over all terms."""
+"""Losses with a `weight` (the number of terms in their mean) against the mean over all terms."""
 
 import math
 import multiprocessing
@@ -20,10 +20,11 @@ from runner.engines.fsdp import FSDP
 from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed
 from runner.utils.distributed.coordinator import Coordinator
-from runner.utils.sampler.batches import slice_of
+from runner.utils.sampler.batches import rank_slice
 from runner.utils.train import Loop
 from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper import optimize
+from runner.utils.wrapper.optimizations import Checkpointing
 
 TIME, WIDTH = 5, 3
 LAYOUTS = {"alone": Strategy, "ddp": DDP, "fsdp": FSDP}
@@ -36,7 +37,7 @@ FORMS = {
 
 
 class Masked(nn.Module):
-    """A mean over the terms that a mask leaves: NaN, and its gradients too, where there is none."""
+    """A mean over unmasked terms; loss and gradients are NaN if all are masked."""
 
     def __init__(self, form="tensor", dtype=torch.float64):
         super().__init__()
@@ -53,7 +54,7 @@ class Masked(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A run: `lengths[step][micro_step]` are the terms of each sample."""
+    """A run; `lengths[step][micro_step]` has the number of terms of each sample."""
 
     lengths: list
     strategy: str = "alone"
@@ -63,7 +64,7 @@ class Case:
     dtype: torch.dtype = torch.float64
 
     def batches(self):
-        """Returns the whole batches by step and micro-step."""
+        """Returns the full batches by step and micro-step."""
         generator = torch.Generator().manual_seed(3)
         found = []
         for parts in self.lengths:
@@ -81,7 +82,7 @@ class Case:
 
 
 def compute_directly(case):
-    """Returns weights, means and the last norm of a bare loop over whole steps; one without terms is left out."""
+    """Returns weights, means and the last norm of a plain loop over full batches; a step without terms is skipped."""
     module = Masked("", case.dtype)
     optimizer = case.make_optimizer(module)
     sums, terms, norm = {"loss": 0.0, "error": 0.0}, 0, None
@@ -105,14 +106,14 @@ def compute_directly(case):
 def make_engines(case, coordinator=None, **settings):
     module = settings.pop("module", None) or Masked(case.form, case.dtype)
     strategy = LAYOUTS[case.strategy]()
-    strategy.join(coordinator or Coordinator(), "model", True)
+    strategy.attach_coordinator(coordinator or Coordinator(), "model", True)
     strategy.shard(module)
     settings = {"clip_norm": case.clip_norm, "on_nonfinite": "stop", "accumulate": len(case.lengths[0])} | settings
     return Engines(model=Engine(module, case.make_optimizer(module), strategy=strategy, **settings))
 
 
 def train(case, **settings):
-    """Returns weights, metrics and the faults of each step, of this rank's slices of the batches."""
+    """Trains on this rank's slices of the batches; returns weights, metrics and the faults of each step."""
     coordinator = Coordinator()
     engines = make_engines(case, coordinator, **settings)
     rank, count = distributed.rank(), distributed.world_size()
@@ -120,7 +121,7 @@ def train(case, **settings):
     for parts in case.batches():
         for part in parts:
             size = len(part["x"])
-            start, end = slice_of(size, rank, count)
+            start, end = rank_slice(size, rank, count)
             own = {key: value[start:end] if start < end else value[:1] for key, value in part.items()}
             engines.micro_step(own, (end - start) * count / size)
         faults.append(
@@ -164,7 +165,7 @@ def test_one_process_trains_as_computed_directly(case):
 
 
 def serve(pipes):
-    """Trains whatever cases come until there is None, and sends what was found."""
+    """Trains each case that it receives and sends the result, until it receives None."""
     pipe = pipes[distributed.rank()]
     while (case := pipe.recv()) is not None:
         try:
@@ -175,7 +176,7 @@ def serve(pipes):
 
 @pytest.fixture(scope="module")
 def train_on_two_ranks():
-    """A function that trains a case on two processes, which are started once."""
+    """Returns a function that trains a case on two processes, which are started once."""
     here, there = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
     ranks = threading.Thread(target=run_ranks, args=(2, serve, there), kwargs={"timeout_s": 120.0})
     ranks.start()
@@ -245,7 +246,7 @@ def test_a_step_without_terms_is_left_out_and_changes_nothing_whatever_on_nonfin
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses what waits for an accelerator: tensors read as numbers."""
+    """Makes a read of a tensor fail, since it would wait for an accelerator."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor is read"
@@ -255,7 +256,7 @@ class NoReading(TorchDispatchMode):
 
 @pytest.fixture
 def unreadable(monkeypatch):
-    """Has engines take tensors for those of an accelerator, which is not to be waited for."""
+    """Makes engines treat CPU tensors as those of an accelerator, which must not be waited for."""
     for module in (forward, gathered, gradients):
         monkeypatch.setattr(module, "is_readable", lambda tensor: False)
 
@@ -293,7 +294,7 @@ def one_thousand_and_three_terms(strategy, dtype, weighted):
     with torch.no_grad():
         module.weight.fill_(0.0)
     made = LAYOUTS[strategy]()
-    made.join(coordinator, "model", True)
+    made.attach_coordinator(coordinator, "model", True)
     made.shard(module)
 
     def feed(module, batch):
@@ -325,7 +326,7 @@ def test_the_weights_of_all_ranks_are_added_exactly_and_in_an_exchange_that_ther
 
 
 def train_low(case, engines=None, steps=slice(None), layout_rank=(0, 1)):
-    """Trains in fp16 with losses of a thousand terms where there is one, whose gradients would overflow if added up."""
+    """Trains in fp16 with losses of a thousand terms, whose gradients would overflow if they were summed."""
     rank, count = layout_rank
 
     def feed(module, batch):
@@ -349,7 +350,7 @@ def test_gradients_of_fp16_stay_in_range_and_resume_as_they_were():
     assert (whole["model"].steps, whole["model"].skipped_steps) == (5, 1)
     again = train_low(LOW, steps=slice(0, 0))
     again.load_state_dict(cut.state_dict())
-    assert again["model"]._reader.reference == pytest.approx(30e3)
+    assert again["model"]._reader.reference_weight == pytest.approx(30e3)
     train_low(LOW, again, slice(4, 6))
     assert all(map(torch.equal, whole["model"].module.parameters(), again["model"].module.parameters()))
     assert again.take_metrics() == whole.take_metrics()
@@ -373,7 +374,7 @@ def test_ranks_of_fp16_train_as_one_process(strategy):
 
 
 def release_others():
-    """Takes 4 steps of bf16 weights, the third of which rank 1 can't make; returns what was heard, and the weights."""
+    """Runs 4 steps with bf16 weights; rank 1 fails in the third. Returns the messages and the weights."""
     coordinator, case = Coordinator(), Case([[[3, 1]]] * 4, "ddp", dtype=torch.bfloat16)
     engines = make_engines(case, coordinator, feeder=lambda module, batch: {**module(**batch), "weight": 2})
     heard, can_release = [], []
@@ -451,7 +452,7 @@ def test_a_weight_is_returned_always_or_never():
 
 
 def weigh_on_one_rank(strategy):
-    """Takes a step of a `Loop` whose model has a weight on rank 0 alone; returns how it ends."""
+    """Runs a step of a `Loop` whose model has a weight on rank 0 only; returns the error."""
     case, coordinator = Case([[[2, 3]]], strategy), Coordinator()
     engines = make_engines(case, coordinator, module=Masked("" if distributed.rank() else "tensor", torch.float64))
     loop = Loop(engines, Stream(case), steps=3, coordinator=coordinator)
@@ -461,7 +462,7 @@ def weigh_on_one_rank(strategy):
 
 
 class Stream:
-    """The same batch again and again."""
+    """Yields the same batch forever."""
 
     weight, num_samples_total = 1.0, 0
 
@@ -489,7 +490,7 @@ def test_a_weight_on_some_ranks_alone_ends_all_before_an_update(strategy):
 def test_recomputed_blocks_have_no_gradients_of_a_batch_without_terms():
     case = Case([[[3, 1], [0, 0]], [[0], [5]]])
     module = Masked()
-    optimize(module, checkpointing={"include": ["layers.0", "layers.2"]})
+    optimize(module, {"checkpointing": Checkpointing(1, ["layers.0", "layers.2"], [], None)})
     check(case, train(case, module=module))
 
 

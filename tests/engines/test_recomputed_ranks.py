@@ -1,4 +1,4 @@
-"""Recomputed blocks on real gloo ranks: DDP and FSDP2 train to the bit what they train without."""
+"""Recomputed blocks on real gloo ranks: DDP and FSDP2 train the same weights, bit for bit, as without."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def train(make_layout, how, kind, accumulate):
         for block in module.blocks:
             unsloth.wrap(block, engine)
     coordinator, strategy = Coordinator(), make_layout()
-    strategy.join(coordinator, "one", True)
+    strategy.attach_coordinator(coordinator, "one", True)
     strategy.shard(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
     engines = Engines(one=Engine(module, optimizer, strategy=strategy, accumulate=accumulate, clip_norm=0.5))
@@ -67,7 +67,7 @@ def train(make_layout, how, kind, accumulate):
 
 
 def together(make_layout, kind, accumulate):
-    """Trains three ways in the same two processes."""
+    """Trains in three ways in the same two processes."""
     return [train(make_layout, how, kind, accumulate) for how in ("plain", "recomputed", "offloaded")]
 
 

@@ -1,4 +1,4 @@
-"""Sparse gradients: their norm, clipping, faults and exchange equal those of dense ones."""
+"""Sparse gradients: norm, clipping, faults and all-reduce equal those of dense gradients."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ CASES = {
 
 def train(sparse, make_layout, settings):
     module, strategy, coordinator = Table(sparse), make_layout(), Coordinator()
-    strategy.join(coordinator, "model", True)
+    strategy.attach_coordinator(coordinator, "model", True)
     strategy.shard(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     engine = Engine(module, optimizer, strategy=strategy, **settings)

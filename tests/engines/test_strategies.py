@@ -48,7 +48,7 @@ def batches(accumulate):
 
 
 def train(make_layout, settings):
-    """Trains two engines, one with a frozen layer; returns what is left of it, the same on every rank."""
+    """Trains two engines, one with a frozen layer; returns results that are the same on every rank."""
     torch.set_num_threads(1)
     accumulate, rank, count = settings.get("accumulate", 1), distributed.rank(), distributed.world_size()
     coordinator, engines, exchanges = Coordinator(), Engines(), []
@@ -58,7 +58,7 @@ def train(make_layout, settings):
         if number:
             freeze(module, ["layers.1.*"])
         strategy = make_layout() if count > 1 else Strategy()
-        strategy.join(coordinator, name, number == 1)
+        strategy.attach_coordinator(coordinator, name, number == 1)
         strategy.shard(module)
         optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01)
         own = {"clip_norm": 0.5, "on_nonfinite": "stop", "accumulate": accumulate}
@@ -118,7 +118,7 @@ def _count_collectives(accumulate):
     calls = []
     coordinator = Coordinator()
     strategy = DDP()
-    strategy.join(coordinator, "model", True)
+    strategy.attach_coordinator(coordinator, "model", True)
     module = Net()
     settings = {"accumulate": accumulate, "clip_norm": 1.0, "on_nonfinite": "stop", "strategy": strategy}
     engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), **settings)
@@ -142,7 +142,7 @@ def test_an_undisturbed_step_makes_the_gradient_exchange_and_no_other_collective
 
 def _make_up():
     coordinator, strategy, module = Coordinator(), DDP(), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    strategy.join(coordinator, "model", True)
+    strategy.attach_coordinator(coordinator, "model", True)
     engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), feeder=feed, strategy=strategy)
     engines = Engines(model=engine)
     heard = []
@@ -221,7 +221,7 @@ def test_blocks_are_the_children_of_outermost_lists_or_what_globs_name_segment_b
 
 def _say_without_samples():
     coordinator, strategy, module = Coordinator(), DDP(), Net()
-    strategy.join(coordinator, "model", True)
+    strategy.attach_coordinator(coordinator, "model", True)
     engine = Engine(module, torch.optim.SGD(module.parameters(), 0.1), strategy=strategy)
     is_empty = distributed.rank() == 1
     if is_empty:

@@ -65,7 +65,7 @@ def test_an_earlier_byte_changes_later_logits() -> None:
     assert (difference > 1e-6).all()
 
 
-def test_rotary_scores_depend_on_distance_alone() -> None:
+def test_rotary_scores_depend_only_on_distance() -> None:
     cosine, sine = rotary_table(12, 8)
     query, key = torch.randn(8), torch.randn(8)
     queries = rotate(query.expand(1, 1, 12, 8), cosine, sine)[0, 0]
@@ -77,7 +77,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     torch.testing.assert_close(queries[0], query)
 
 
-def test_one_batch_is_learnt_by_heart() -> None:
+def test_the_model_overfits_one_batch() -> None:
     module = tiny()
     window = random_window(4, 17)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
@@ -170,7 +170,7 @@ def test_the_report_is_the_prompt_and_its_continuation() -> None:
 @pytest.mark.parametrize(
     "arguments", [{"prompt": None}, {"num_bytes": 10**9}, {"num_bytes": 1.5}, {"temperature": "x"}, {"seed": 1 << 70}]
 )
-def test_a_sample_of_other_arguments_is_refused(arguments: dict[str, Any]) -> None:
+def test_invalid_arguments_of_a_sample_are_rejected(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"SampleCode: {next(iter(arguments))} is .*, not "):
         SampleCode(**arguments)
 

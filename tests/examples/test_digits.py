@@ -92,7 +92,7 @@ def test_augmentation_leaves_the_stored_images_alone(validation: Digits) -> None
     assert torch.equal(augmented.images, plain.images)
 
 
-def test_accuracy_is_the_share_of_right_readings(validation: Digits) -> None:
+def test_accuracy_is_the_fraction_of_correct_predictions(validation: Digits) -> None:
     torch.manual_seed(0)
     module = DigitsNet(width=4).eval()
     output = module(image=validation.images[:50], label=validation.labels[:50])
@@ -110,7 +110,7 @@ def test_dropout_acts_in_training_only(validation: Digits) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_net_learns_to_read_the_validation_digits(train: Digits, validation: Digits) -> None:
+def test_the_net_learns_to_classify_the_validation_digits(train: Digits, validation: Digits) -> None:
     torch.manual_seed(0)
     module = DigitsNet()
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
@@ -182,7 +182,7 @@ def test_the_report_imports_no_pyplot() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_margins_are_below_zero_where_the_reading_is_wrong() -> None:
+def test_margins_of_wrong_predictions_are_negative() -> None:
     chances = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
     expected = torch.tensor([0.5, -0.2, -0.5])
     torch.testing.assert_close(margins(chances, torch.tensor([0, 1, 0])), expected)
@@ -202,7 +202,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(package: str, monkey
     ("settings", "message"),
     [({"split": "test"}, "one of train, validation, not 'test'"), ({"validation_every": 1}, "at least 2, not 1")],
 )
-def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
+def test_an_invalid_argument_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Digits(**settings)  # type: ignore[arg-type]
 

@@ -53,7 +53,7 @@ def test_tests_other_packages_and_generated_files_are_left_out() -> None:
         assert not name.startswith("_sysconfigdata")
 
 
-def test_a_files_split_depends_on_its_name_alone(folder: Path) -> None:
+def test_the_split_of_a_file_depends_only_on_its_name(folder: Path) -> None:
     before = SourceCode("validation", 8, validation_fraction=0.3, root=str(folder)).files
     (folder / "m0.py").write_bytes(b"changed")
     (folder / "added.py").write_bytes(b"new")
@@ -66,7 +66,7 @@ def test_a_files_split_depends_on_its_name_alone(folder: Path) -> None:
 EXPECTED = ["ast.py", "heapq.py"]
 
 
-def test_the_share_of_validation_files_is_the_fraction_asked_for() -> None:
+def test_the_fraction_of_validation_files_is_the_requested_one() -> None:
     names = [f"folder/file_{index}.py" for index in range(10_000)]
     assert sum(in_validation(name, 0.05) for name in names) == pytest.approx(500, abs=75)
     assert not any(in_validation(name, 0.0) for name in names)
@@ -136,7 +136,7 @@ def test_a_split_without_a_whole_window_is_an_error_that_counts_bytes(tmp_path: 
         ({"validation_fraction": 5}, "0 to 1, not 5"),
     ],
 )
-def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
+def test_an_invalid_argument_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SourceCode(**settings)  # type: ignore[arg-type]
 
@@ -157,7 +157,7 @@ def test_a_file_too_large_for_source_code_is_refused(folder: Path) -> None:
         SourceCode("train", 8, validation_fraction=0.0, root=str(folder))
 
 
-def test_links_that_lead_in_circles_end_in_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cycles_of_links_are_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.examples.source_code.MAX_ENTRIES", 1000)
     (folder / "one").symlink_to(".")
     (folder / "two").symlink_to(".")
@@ -166,6 +166,6 @@ def test_links_that_lead_in_circles_end_in_a_message(folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("arguments", [{"max_windows": 1.5}, {"context": True}, {"validation_fraction": "x"}])
-def test_arguments_of_another_kind_are_refused(folder: Path, arguments: dict[str, Any]) -> None:
+def test_arguments_of_a_wrong_type_are_rejected(folder: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}.* not "):
         SourceCode(root=str(folder), **arguments)

@@ -1,4 +1,4 @@
-"""The device that the GPU tests run on: a CUDA GPU where there is one, else the suite's simulated device on the CPU."""
+"""The device of the GPU tests: a CUDA GPU if there is one, else the suite's simulated device on the CPU."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from tests.lazy_device import LazyDevice
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-DELAY_CYCLES = 200_000  # some 0.1 ms on an H100
-LONG_DELAY_CYCLES = 4_000_000  # some 2 ms: longer than the program takes until it frees and overwrites a source
+DELAY_CYCLES = 200_000  # about 0.1 ms on an H100
+LONG_DELAY_CYCLES = 4_000_000  # about 2 ms: longer than the program takes to free and overwrite a source
 
-# Streams are handed out from a pool for each priority: of another priority they are never an offloader's own.
+# torch takes streams from a pool for each priority: those of another priority are never an offloader's.
 OTHER_STREAMS = [torch.cuda.Stream(DEVICE, priority=-1) for _ in range(2)] if HAS_GPU else []
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU")
 
 
 class CountingStreams(CopyStreams):
-    """Streams that count copies, and begin each late: a missing wait for one gives wrong numbers."""
+    """Streams that count and delay copies, so that a missing wait for a copy gives wrong numbers."""
 
     def __init__(self, device: torch.device, is_timed: bool, delay_cycles: int) -> None:
         super().__init__(device, is_timed)
         self.num_sent = self.num_brought = 0
         self._delay_cycles = delay_cycles
 
-    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
         """Copies to the host."""
         self.num_sent += 1
         self._delay(self._out)
-        return super().send(source, buffer, after)
+        return super().copy_to_host(source, buffer, after)
 
-    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
         """Copies to the device."""
         self.num_brought += 1
         self._delay(self._back)
-        return super().bring(buffer, target, after)
+        return super().copy_to_device(buffer, target, after)
 
     def _delay(self, stream: Any) -> None:
         if self._delay_cycles:
@@ -59,8 +59,8 @@ class CountingStreams(CopyStreams):
 class Accelerator:
     """Wraps blocks so that their inputs are offloaded from the device.
 
-    Either its copies are late or, with `computing_is_late`, the work before them: a missing wait for the one or the
-    other then gives wrong numbers. The simulated device finds both without that.
+    Either the copies are delayed or, with `computing_is_late`, the work before them, so that a missing wait for one of
+    them gives wrong numbers. The simulated device finds both without delays.
     """
 
     def __init__(self) -> None:
@@ -69,12 +69,12 @@ class Accelerator:
         self.computing_is_late, self.delay_cycles = False, DELAY_CYCLES
 
     def offloader(self, **settings: Any) -> Offloader:
-        """Returns an offloader of the device; `is_auto` and the other settings are those of `Offloader`."""
+        """Returns an offloader for the device, with the settings of `Offloader`."""
         is_auto = settings.get("is_auto", False)
         delay_cycles = 0 if self.computing_is_late else self.delay_cycles
-        made = CountingStreams(DEVICE, is_auto, delay_cycles) if HAS_GPU else LazyDevice()
-        self.transports.append(made)
-        return Offloader(made, **{"min_bytes": 0, **settings})
+        transport = CountingStreams(DEVICE, is_auto, delay_cycles) if HAS_GPU else LazyDevice()
+        self.transports.append(transport)
+        return Offloader(transport, **{"min_bytes": 0, **settings})
 
     def wrap(self, model: nn.Module, **settings: Any) -> Any:
         """Wraps every block of a model to be offloaded; returns the transport, which counts copies."""
@@ -84,19 +84,19 @@ class Accelerator:
         return offloader.transport
 
     def delay_computing(self) -> None:
-        """Keeps the device busy before what it is asked for next, where computing is to be late."""
+        """Delays the next work on the device, if computing is late."""
         if self.computing_is_late and HAS_GPU:
             torch.cuda._sleep(self.delay_cycles)
 
     def check(self) -> None:
-        """Checks that no copy lost its source or target; on a GPU such a mistake gives wrong numbers instead."""
+        """Checks that no copy lost its source or target; on a GPU, such an error gives wrong numbers instead."""
         if HAS_GPU:
             torch.cuda.synchronize()
         for transport in self.transports:
             assert not getattr(transport, "mistakes", []), transport.mistakes
 
     def other_stream(self) -> Any:
-        """Returns a context that runs the work inside it on one of two streams in turn, after all work before it."""
+        """Returns a context that runs its work on one of two streams in turn, after all earlier work."""
         return _on_stream(next(self._streams)) if HAS_GPU else contextlib.nullcontext()
 
 
@@ -111,7 +111,7 @@ def _on_stream(stream: Any) -> Iterator[None]:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """The device, with deterministic algorithms: results can then be compared to the bit."""
+    """The device, with deterministic algorithms, so that results can be compared bit for bit."""
     torch.use_deterministic_algorithms(True)
     made = Accelerator()
     try:
@@ -122,7 +122,7 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def overwrite_freed_memory(like: Tensor) -> None:
-    """Takes memory of a tensor's size that was freed just now, and fills it with NaN: here and on other streams."""
+    """Allocates recently freed memory of a tensor's size and fills it with NaN, on this and other streams."""
     _fill_with_nan(like)
     if like.is_cuda:
         for stream in OTHER_STREAMS:

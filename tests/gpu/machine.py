@@ -1,6 +1,6 @@
 """Writes the GPU, its driver, and the versions of Python and packages: python tests/gpu/machine.py FILE.
 
-Then it makes the GPU's libraries load once: from a cold disk that takes long, and would count as the first test's time.
+Then loads the GPU's libraries once, which takes long from a cold disk and would count as the first test's time.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ PACKAGES = ("triton", "numpy", "torchao", "safetensors", "hydra-core", "transfor
 
 
 def read_versions():
-    """Returns the versions of what runs; torch's own has its build, such as +cpu."""
+    """Returns the versions of Python and the packages; torch's includes its build, such as +cpu."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for name in PACKAGES:
         try:

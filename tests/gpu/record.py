@@ -1,4 +1,4 @@
-"""A pytest plugin that writes each outcome down at once, so that a run that hangs or is killed keeps those before it.
+"""A pytest plugin that writes each outcome at once, so that a run that hangs or is killed keeps earlier outcomes.
 
 GPU_CHECK_OUTCOMES=FILE python -m pytest -p tests.gpu.record ...
 """
@@ -6,7 +6,7 @@ GPU_CHECK_OUTCOMES=FILE python -m pytest -p tests.gpu.record ...
 import json
 import os
 
-_FILE = open(os.environ["GPU_CHECK_OUTCOMES"], "a", buffering=1)  # noqa: SIM115  # lines go out one by one, to the end
+_FILE = open(os.environ["GPU_CHECK_OUTCOMES"], "a", buffering=1)  # noqa: SIM115  # written line by line
 
 
 def _write(**facts):
@@ -14,7 +14,7 @@ def _write(**facts):
 
 
 def pytest_collection_finish(session):
-    """Writes which tests are to run, to know of those that a crash leaves out."""
+    """Writes the collected tests, so that those missing after a crash are known."""
     for item in session.items:
         _write(test=item.nodeid, outcome="not run")
 
@@ -24,7 +24,7 @@ def pytest_runtest_logstart(nodeid):
 
 
 def pytest_runtest_logreport(report):
-    """Writes what a test came to; of a setup or teardown only what went wrong."""
+    """Writes the outcome of a test; for setup and teardown only a failure."""
     if report.when != "call" and report.passed:
         return
     facts = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}

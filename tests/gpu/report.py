@@ -1,8 +1,8 @@
-"""Writes report.json, report.md and failures.log from what the parts of the GPU check wrote so far.
+"""Writes report.json, report.md and failures.log from the results of the parts of the GPU check so far.
 
     python tests/gpu/report.py PARTS OUT SECONDS
 
-The exit status is 0 if tests ran, and none of them failed or was cut short.
+The exit status is 0 if tests ran and none of them failed or was interrupted.
 """
 
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from figures import describe_value
 
-CUT_SHORT = (124, 137)  # the statuses of a part that exceeded its time
+TIMEOUT_STATUSES = (124, 137)  # of a part that exceeded its time
 
 
 def read_json(path):
-    """Returns a file's content; None where it is missing, or was cut short by a kill."""
+    """Returns the content of a JSON file, or None if it is missing or incomplete after a kill."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -26,7 +26,8 @@ def read_json(path):
 
 def read_parts(folder):
     """Returns the exit status and seconds of each part, from the lines that `run.sh` wrote, and its last output."""
-    parts, path = {}, folder / "parts.txt"
+    parts = {}
+    path = folder / "parts.txt"
     for line in path.read_text().splitlines() if path.exists() else ():
         name, status, seconds = line.split()
         path = folder / f"tail-{name}.txt"
@@ -45,13 +46,14 @@ def read_outcomes(path, status):
     for line in path.read_text().splitlines():
         try:
             facts = json.loads(line)
-        except ValueError:  # the last line, where the process was killed in the midst of it
+        except ValueError:  # an incomplete last line: the process was killed
             continue
         if last.get(facts["test"], {}).get("outcome") != "failed":
             last[facts["test"]] = facts
     for facts in last.values():
         if facts["outcome"] == "started":
-            cause = "it hung, or the time of its part was spent" if status in CUT_SHORT else "its process ended with it"
+            is_timeout = status in TIMEOUT_STATUSES
+            cause = "it hung, or the time of its part was spent" if is_timeout else "its process ended with it"
             facts |= {"outcome": "failed", "text": f"{cause} (status {status}): see the output of its part"}
         elif facts["outcome"] == "not run":
             facts["reason"] = f"not run: its part ended before it (status {status})"
@@ -59,12 +61,14 @@ def read_outcomes(path, status):
 
 
 def make_report(folder, seconds):
-    """Returns the whole report as plain data."""
-    parts, tests = read_parts(folder), []
+    """Returns the report as plain data."""
+    parts = read_parts(folder)
+    tests = []
     for path in sorted(folder.glob("outcomes-*.jsonl")):
         part = parts.get(f"correctness-{path.stem.removeprefix('outcomes-')}", {})
         tests += read_outcomes(path, part.get("status"))
-    benchmarks = [found for path in sorted(folder.glob("figures-*.json")) if (found := read_json(path)) is not None]
+    benchmarks = [read_json(path) for path in sorted(folder.glob("figures-*.json"))]
+    benchmarks = [benchmark for benchmark in benchmarks if benchmark is not None]
     skipped = [{"name": facts["test"], "reason": facts["reason"]} for facts in tests if "reason" in facts]
     return {
         "machine": read_json(folder / "machine.json") or {"gpu": "unknown: see the output of the part machine"},
@@ -72,13 +76,13 @@ def make_report(folder, seconds):
         "parts": parts,
         "tests": dict(Counter(facts["outcome"] for facts in tests)),
         "failures": [facts for facts in tests if facts["outcome"] == "failed"],
-        "skipped": skipped + [each for benchmark in benchmarks for each in benchmark["skipped"]],
+        "skipped": skipped + [part for benchmark in benchmarks for part in benchmark["skipped"]],
         "figures": [figure for benchmark in benchmarks for figure in benchmark["figures"]],
     }
 
 
 def find_trouble(report):
-    """Returns what a person has to look at, a line each, and whether that is a failure of correctness."""
+    """Returns a line for each problem, and whether one of them is a failure of correctness."""
     trouble = [f"{facts['test']} failed" for facts in report["failures"]]
     for name, part in report["parts"].items():
         is_known = name.startswith("correctness") and part["status"] == 1 and report["failures"]
@@ -91,7 +95,7 @@ def find_trouble(report):
 
 
 def to_markdown(report, trouble, is_failure):
-    """Returns the report for a person."""
+    """Returns the report as Markdown."""
     has_gpu = report["machine"]["gpu"] != "none"
     counts = ", ".join(f"{count} {outcome}" for outcome, count in report["tests"].items()) or "no test ran"
     goals = Counter(figure["is_met"] for figure in report["figures"] if "goal" in figure)
@@ -128,7 +132,7 @@ def _table_of(table, figures):
 
 
 def list_failures(report):
-    """Returns the text of each failed test, and the last output of each part that did not end well."""
+    """Returns the text of each failed test, and the last output of each part that failed."""
     texts = {facts["test"]: facts.get("text", "") for facts in report["failures"]}
     texts |= {f"part {name}": part["tail"] for name, part in report["parts"].items() if part["status"]}
     return "".join(f"{'=' * 100}\n{name}\n{text}\n" for name, text in texts.items()) or "Nothing failed.\n"

@@ -62,7 +62,7 @@ def wrap(accelerator: Accelerator, model: nn.Module, how: str, **settings: Any) 
 @pytest.mark.parametrize("how", ["recomputed", "offloaded"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", ON_DEVICE)
-def test_a_wrapped_model_learns_the_same_to_the_bit(
+def test_a_wrapped_model_trains_to_the_same_bits(
     accelerator: Accelerator, case: str, dtype: torch.dtype | None, how: str
 ) -> None:
     if case == "lstm" and dtype is torch.float16:
@@ -101,7 +101,7 @@ def large_model(num_blocks: int = 6) -> tuple[Model, Tensor]:
 
 
 def put_under_pressure(model: Model, accelerator: Accelerator, around: Callable[[], Any]) -> None:
-    """Has memory that was freed overwritten at once after each block, in forward and in backward.
+    """Overwrites freed memory at once after each block, in forward and in backward.
 
     Args:
         around: returns what each block runs in, such as a stream.
@@ -127,7 +127,7 @@ def put_under_pressure(model: Model, accelerator: Accelerator, around: Callable[
 @pytest.mark.parametrize("late", ["copies", "computing"])
 @pytest.mark.parametrize("stream", ["default", "own", "in turn"])
 @pytest.mark.parametrize(("keep_last", "in_flight", "prefetch"), [(0, 1, 0), (0, 2, 1), (1, 2, 1), (2, 1, 3)])
-def test_memory_that_is_freed_may_be_overwritten_at_once(
+def test_freed_memory_may_be_overwritten_at_once(
     accelerator: Accelerator, keep_last: int, in_flight: int, prefetch: int, stream: str, late: str
 ) -> None:
     accelerator.computing_is_late, accelerator.delay_cycles = late == "computing", LONG_DELAY_CYCLES
@@ -174,9 +174,9 @@ def test_overwriting_finds_a_source_that_is_freed_before_its_copy_is_done(accele
     class Careless(Offloader):
         """Frees a source as soon as its copy is asked for."""
 
-        def _send(self, handle: Any) -> None:
-            super()._send(handle)
-            self._under_way.clear()
+        def _offload(self, handle: Any) -> None:
+            super()._offload(handle)
+            self._copies.clear()
             handle.release_source()
 
     accelerator.delay_cycles = LONG_DELAY_CYCLES
@@ -211,10 +211,10 @@ def test_at_the_host_limit_inputs_stay_on_the_device(accelerator: Accelerator, n
         put_under_pressure(each, accelerator, contextlib.nullcontext)
     assert_equal(learned(model, given), learned(twin, same))
     assert transport.num_sent == num_inputs
-    assert model.blocks[0].__dict__["_recompute"].engine.memory.peak_bytes <= limit
+    assert model.blocks[0].__dict__["_recompute"].offloader.pool.peak_bytes <= limit
 
 
-def test_odd_shapes_strides_and_types_come_back_as_they_were(accelerator: Accelerator) -> None:
+def test_unusual_shapes_strides_and_types_are_restored(accelerator: Accelerator) -> None:
     offloader = accelerator.offloader(keep_last=0, in_flight=1)
     torch.manual_seed(0)
 
@@ -238,7 +238,7 @@ def test_odd_shapes_strides_and_types_come_back_as_they_were(accelerator: Accele
 
 
 @pytest.mark.parametrize("width", [1, 3, 257, 1000])
-def test_odd_widths_learn_the_same(accelerator: Accelerator, width: int) -> None:
+def test_unusual_widths_train_to_the_same_values(accelerator: Accelerator, width: int) -> None:
     def build() -> Model:
         torch.manual_seed(0)
         blocks = [nn.Sequential(nn.Linear(width, width), nn.Dropout(0.2), nn.GELU()) for _ in range(5)]
@@ -348,7 +348,7 @@ def test_a_generator_of_the_device_that_a_block_holds_is_replayed(accelerator: A
 
 
 @needs_gpu
-def test_dropout_that_cudnn_draws_is_refused() -> None:
+def test_dropout_of_cudnn_is_rejected() -> None:
     torch.manual_seed(0)
     model = Model([nn.LSTM(WIDTH, WIDTH, 2, dropout=0.5) for _ in range(2)]).to(DEVICE)
     with pytest.raises(ValueError, match=r"blocks.0: cuDNN draws the dropout of this LSTM"):
@@ -359,7 +359,7 @@ def test_dropout_that_cudnn_draws_is_refused() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("how", ["recomputed", "offloaded"])
-def test_an_lstm_without_dropout_learns_the_same(accelerator: Accelerator, how: str) -> None:
+def test_an_lstm_without_dropout_trains_to_the_same_values(accelerator: Accelerator, how: str) -> None:
     def build() -> Model:
         torch.manual_seed(0)
         blocks = [nn.LSTM(WIDTH, WIDTH, 2, batch_first=True) for _ in range(3)]
@@ -450,7 +450,7 @@ def test_the_public_call_frees_memory_and_gives_the_same_numbers(accelerator: Ac
 
 
 @needs_gpu
-def test_auto_moves_the_inputs_of_heavy_blocks_and_leaves_those_of_light_ones() -> None:
+def test_auto_moves_the_inputs_of_heavy_blocks_only() -> None:
     class Heavy(nn.Module):
         def __init__(self) -> None:
             super().__init__()

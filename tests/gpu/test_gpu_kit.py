@@ -1,4 +1,4 @@
-"""The GPU check itself: what its report says of parts that pass, fail, hang and are skipped."""
+"""The GPU check itself: its report of parts that pass, fail, hang and are skipped."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def run(*command, **settings):
 
 @pytest.fixture
 def parts(tmp_path):
-    """A folder as the parts of a check leave it."""
+    """A folder with the results of the parts of a check."""
     folder = tmp_path / "parts"
     folder.mkdir()
     (folder / "machine.json").write_text('{"gpu": "NVIDIA H100"}')
@@ -115,7 +115,7 @@ def test_a_correctness_part_that_ends_early_is_a_failure(parts, status):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the check that has no folder of wheels, and an earlier report."""
+    """A copy of the check without a folder of wheels, and with an earlier report."""
     folder = tmp_path / "a copy/tests/gpu"
     folder.mkdir(parents=True)
     (folder / "run.sh").write_text((ROOT / "tests/gpu/run.sh").read_text())
@@ -133,7 +133,7 @@ def copy(tmp_path):
         ({"TMPDIR": "/no/such/folder"}, "TMPDIR=/no/such/folder: no temporary folder"),
     ],
 )
-def test_a_check_that_can_not_start_says_why_and_keeps_the_report_of_the_last(copy, environment, message):
+def test_a_check_that_cannot_start_says_why_and_keeps_the_earlier_report(copy, environment, message):
     out = copy.parents[3] / "out"
     done = run("bash", copy, out, env=os.environ | {"PYTHON": sys.executable} | environment)
     assert done.returncode == 2
@@ -142,8 +142,8 @@ def test_a_check_that_can_not_start_says_why_and_keeps_the_report_of_the_last(co
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_check_with_all_that_it_has_started(copy, number, tmp_path):
-    """The parts stand in for real ones: they sleep, and one starts a process in a session of its own."""
+def test_a_signal_ends_the_check_and_all_processes_that_it_started(copy, number, tmp_path):
+    """The parts are replaced by ones that sleep; one of them starts a process in a session of its own."""
     script = copy.read_text()
     beginning, _, _ = script.partition("figures=$work/parts/figures\n")
     install = re.search(r'"\$python" -m pip .*?README.md"\n', beginning, re.DOTALL)
@@ -164,7 +164,7 @@ def test_a_signal_ends_the_check_with_all_that_it_has_started(copy, number, tmp_
 
 
 def run_tiny(case, *given):
-    """Runs a GPU case of the memory benchmark on the CPU, far smaller; returns what was printed."""
+    """Runs a GPU case of the memory benchmark on the CPU, much smaller; returns the output."""
     done = run(sys.executable, ROOT / "tests/benchmarks/memory.py", "--tiny", "--only", case, *given, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "outcome" not in done.stdout  # a row that failed
@@ -197,7 +197,7 @@ def test_a_budget_that_is_spent_skips_by_name(tmp_path):
         assert not found["figures"]
 
 
-def test_the_wheels_that_are_downloaded_are_those_that_are_installed_in_the_versions_that_are_tested():
+def test_the_downloaded_wheels_are_those_that_are_installed_in_the_tested_versions():
     command = next(line for line in (ROOT / "tests/gpu/README.md").read_text().splitlines() if "pip download" in line)
     downloaded = dict(re.findall(r"([\w-]+)==(\S+)", command))
     script = (ROOT / "tests/gpu/run.sh").read_text()

@@ -163,7 +163,7 @@ def losses(project: Project, folder: str) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_with_offloaded_blocks_is_the_same_run_cut_or_whole(project: Project, precision: str) -> None:
+def test_a_run_with_offloaded_blocks_resumes_as_the_same_run(project: Project, precision: str) -> None:
     same = f"trainer.precision={precision}"
     train(project, "plain", same)
     train(project, "run", same, OFFLOADED)
@@ -175,7 +175,7 @@ def test_a_run_with_offloaded_blocks_is_the_same_run_cut_or_whole(project: Proje
     assert weights(project, "again") == weights(project, "run")
 
 
-def test_a_run_is_evaluated_to_the_number_it_logged_and_goes_on_where_there_is_no_gpu(project: Project) -> None:
+def test_a_run_is_evaluated_to_the_logged_loss_and_resumes_without_a_gpu(project: Project) -> None:
     train(project, "run", OFFLOADED)
     logged = read_numbers(project.folder / "run")[-1]["eval/loss"]
     command = [sys.executable, "-m", "runner.evaluate", "run", "--allow-targets", "own"]
@@ -194,7 +194,7 @@ def test_a_run_is_evaluated_to_the_number_it_logged_and_goes_on_where_there_is_n
 
 
 @pytest.mark.parametrize("fault", ["block", "loss", "backward", "recomputation"])
-def test_a_step_that_runs_out_of_memory_is_left_out_whole(
+def test_a_step_that_runs_out_of_memory_is_skipped_completely(
     project: Project, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip = ("trainer.on_oom=skip", "trainer.on_nonfinite=skip", "feeder={_target_:own.go_wrong}", OFFLOADED)
@@ -238,7 +238,7 @@ def test_a_wait_in_a_step_is_counted(project: Project, kind: str, monkeypatch: p
     assert len(json.loads((project.folder / "waits.json").read_text())) == 5
 
 
-def test_a_model_spread_over_the_gpu_and_the_cpu_trains_as_on_one_device(project: Project) -> None:
+def test_a_model_on_the_gpu_and_the_cpu_trains_as_on_one_device(project: Project) -> None:
     budgets = "{'cuda:0': 140000, cpu: null}" if HAS_GPU else "{cpu: null}"  # first and last layer, 2 of 4 blocks
     (project.folder / "conf/experiment/mapped.yaml").write_text(MAPPED.replace("BUDGETS", budgets))
     train(project, "plain", "+model.dropout=0.0")
@@ -273,7 +273,7 @@ def stream(num_workers: int, is_pinned: bool) -> Batches:
 
 @needs_gpu
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_pinned_batches_are_the_same_batches_and_resume_where_they_were(num_workers: int) -> None:
+def test_pinned_batches_are_the_same_batches_and_resume_at_their_position(num_workers: int) -> None:
     plain, pinned = stream(0, False), stream(num_workers, True)
     try:
         for number in range(12):
@@ -294,7 +294,7 @@ def test_pinned_batches_are_the_same_batches_and_resume_where_they_were(num_work
 
 
 @needs_gpu
-def test_batches_on_their_way_to_the_device_are_not_overwritten() -> None:
+def test_batches_being_copied_to_the_device_are_not_overwritten() -> None:
     """The next batches are pinned and copied while the device is still busy with work before them."""
     batches, found, expected = stream(0, True), [], []
     torch.cuda._sleep(200_000_000)  # some 0.1 s

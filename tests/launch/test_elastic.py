@@ -18,7 +18,8 @@ import torch
 from chaos import TIMES, find_difference
 from conftest import Project, read_metrics
 from sockets import RENAMED, exposed, listening
-from test_ranks import wait_for
+from specs import make_spec
+from waiting import wait_for_content
 
 from runner.checkpoint import checkpoints
 from runner.config.errors import ConfigError
@@ -36,14 +37,14 @@ def test_ranks_share_an_accelerator_that_is_named(device, wanted, expected, monk
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     settings = SimpleNamespace(device=device, nproc_per_node=wanted, strategy={})
-    assert elastic.num_workers(settings) == expected
+    assert elastic.count_workers(settings) == expected
 
 
 def test_more_ranks_than_accelerators_are_refused_with_the_remedies(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"this machine has 1 accelerators.*device=cuda:0; or.*device=cpu"):
-        elastic.num_workers(SimpleNamespace(device="auto", nproc_per_node=2, strategy={}))
+        elastic.count_workers(SimpleNamespace(device="auto", nproc_per_node=2, strategy={}))
 
 
 def test_ranks_that_share_a_gpu_meet_through_gloo(monkeypatch):
@@ -96,7 +97,7 @@ def whole(tmp_path_factory):
 def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(project, whole, rank, step):
     process = project.start(*DDP, *LONG, forks_workers=rank == 1)  # the others are started as a user's
     run = project.folder / "run"
-    wait_for(run / "metrics.jsonl", b'"step": %d,' % step)
+    wait_for_content(run / "metrics.jsonl", b'"step": %d,' % step)
     os.kill(workers_of(process)[rank], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
@@ -107,7 +108,7 @@ def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(pro
 
 def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
     process = project.start(*DDP, *LONG, "distributed.max_restarts=0", forks_workers=True)
-    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     os.kill(workers_of(process)[1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -118,7 +119,7 @@ def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
 def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_again(project):
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     run = project.folder / "run"
-    wait_for(run / "metrics.jsonl", b'"step": 5,')
+    wait_for_content(run / "metrics.jsonl", b'"step": 5,')
     workers = workers_of(process).values()
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)  # none of them finds out, and ends the run, before the other is killed
@@ -133,7 +134,7 @@ def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_aga
 
 def test_a_killed_launcher_leaves_no_worker_behind(project):
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
-    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     pids = processes_of(process.pid)
     assert len(pids) >= 2
     process.kill()
@@ -148,8 +149,8 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
 
 
 def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
-    elsewhere = {"distributed": {"rdzv_endpoint": "node:29500"}}
-    (tmp_path / "handover").write_bytes(Job(elsewhere, tmp_path, {}, command=["runner"]).encode())
+    job = Job(make_spec(rdzv_endpoint="node:29500"), tmp_path, {}, command=["runner"])
+    (tmp_path / "job").write_bytes(job.encode())
     with socket.create_server(("127.0.0.1", 0)) as silent:
         names = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
         environment = os.environ | names | {"MASTER_PORT": str(silent.getsockname()[1])}
@@ -167,12 +168,12 @@ def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
         connection.close()
 
 
-def test_where_the_workers_of_a_job_meet_is_left_to_no_later_job(tmp_path, monkeypatch):
+def test_the_rendezvous_of_a_job_changes_no_variable_for_the_next(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     before = dict(os.environ)
     with elastic._unchanged_environment():
-        elastic._meet_in_files(tmp_path)
+        elastic._make_file_rendezvous(tmp_path)
         assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
         assert os.environ["NCCL_SOCKET_IFNAME"] in dict(socket.if_nameindex()).values()
     assert dict(os.environ) == before
@@ -186,7 +187,7 @@ def test_no_process_listens_where_others_can_reach_it(project, strategy, host_na
         file.write(RENAMED.format(name=host_name))
     settings = [f"distributed={strategy}", *DDP[1:], *LONG, "trainer.steps=100000", "distributed.max_restarts=0"]
     process = project.start(*settings, forks_workers=True)
-    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 2,')
+    wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 2,')
     workers = workers_of(process).values()
     pids = [process.pid, *processes_of(process.pid)]
     assert len(workers) == 2
@@ -210,7 +211,7 @@ def test_no_process_listens_where_others_can_reach_it(project, strategy, host_na
 )
 def test_one_signal_saves_on_all_ranks_and_ends(project, number, to_group, status):
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
-    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
+    wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
     (os.killpg if to_group else os.kill)(process.pid, number)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == status, printed
@@ -223,7 +224,7 @@ def test_a_second_signal_ends_all_at_once(project):
     process = project.start(
         *DDP, *LONG, "trainer.steps=100000", "+data.eval.sleep_s=1", "trainer.eval_at_start=false", forks_workers=True
     )
-    wait_for(project.folder / "run" / "metrics.jsonl", b'"step": 20,')
+    wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 20,')
     pids = processes_of(process.pid)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
@@ -258,7 +259,7 @@ def test_a_second_signal_ends_ranks_that_wait_for_one_that_hangs_and_the_agent_s
         time.sleep(0.05)
     pids = processes_of(process.pid)
     process.send_signal(signal.SIGTERM)
-    wait_for(project.folder / "run" / "log.txt", b"a second signal ends it at once")
+    wait_for_content(project.folder / "run" / "log.txt", b"a second signal ends it at once")
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, printed

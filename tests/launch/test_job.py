@@ -1,4 +1,4 @@
-"""Hand-overs of runs, through files and through both kinds of stores."""
+"""Jobs, sent through files and through both kinds of stores."""
 
 import datetime
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specs import make_spec
 
 from runner.config.errors import ConfigError
 from runner.launch import worker
@@ -24,10 +25,6 @@ VALUES = st.recursive(
     lambda children: st.lists(children) | st.dictionaries(TEXTS | st.integers() | st.booleans(), children),
     max_leaves=10,
 )
-DISTRIBUTED = {
-    "strategy": {"_target_": "own.Strategy"}, "device": "cpu", "backend": "auto", "nproc_per_node": "auto", "nnodes": 1,
-    "rdzv_endpoint": None, "rdzv_timeout_s": 60.0, "timeout_s": float("inf"), "max_restarts": 3,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +39,18 @@ def store(request, tmp_path):
     return dist.PrefixStore(str(tmp_path), request.getfixturevalue("tcp_store"))
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.dictionaries(TEXTS, VALUES), st.dictionaries(TEXTS, st.binary()), st.lists(TEXTS), st.booleans())
-def test_a_handover_is_read_as_it_was_written(values, files, command, flag):
-    values |= {"distributed": DISTRIBUTED, "folder": Path("a/b")}
-    handover = Job(values, Path("/a/\udcff run"), files, command, goes_on=flag, is_unclaimed=not flag)
-    found = Job.decode(handover.encode())
-    assert found == handover
-    assert found.distributed == handover.distributed
+def test_a_job_is_read_as_it_was_written(values, files, command, flag):
+    spec = make_spec(model=values | {"folder": Path("a/b")}, timeout_s=float("inf"))
+    job = Job(spec, Path("/a/\udcff run"), files, command, is_restart=flag, is_unclaimed=not flag)
+    assert Job.decode(job.encode()) == job
 
 
-def test_an_object_in_the_config_that_cannot_be_sent_is_told_by_its_key(tmp_path):
-    values = {"distributed": DISTRIBUTED, "model": {"layers": [1, {"since": datetime.date(2020, 1, 2)}]}}
+def test_an_object_in_the_config_that_cannot_be_sent_is_reported_by_its_key(tmp_path):
+    spec = make_spec(model={"layers": [1, {"since": datetime.date(2020, 1, 2)}]})
     with pytest.raises(ConfigError, match=r"^model\.layers\.1\.since: expected a text, .*; found a datetime\.date; "):
-        Job(values, tmp_path, {}).encode()
+        Job(spec, tmp_path, {}).encode()
 
 
 class Canary:
@@ -63,19 +58,18 @@ class Canary:
         return os.mkdir, (os.environ["CANARY"],)
 
 
-def posts(store):
+def channels(store):
     return [JobChannel(store, ProcessEnvironment(rank=rank, world_size=2)) for rank in range(2)]
 
 
 def test_jobs_and_the_end_go_from_the_first_rank_to_the_others(store, tmp_path):
-    first, second = posts(store)
-    jobs = [Job({"distributed": DISTRIBUTED, "seed": seed}, tmp_path, {"config": b"\xff"}) for seed in range(2)]
+    first, second = channels(store)
+    jobs = [Job(make_spec(seed=seed), tmp_path, {"config": b"\xff"}) for seed in range(2)]
     for job in jobs:
         first.send(job)
     assert [second.receive() for _ in jobs] == jobs
-    first._place = ProcessEnvironment(
-        rank=0, world_size=2, has_external_store=True
-    )  # nobody waits here until the other has read it
+    # so that `end` does not wait here until the other has read it
+    first._environment = ProcessEnvironment(rank=0, world_size=2, has_external_store=True)
     first.end(75)
     assert second.receive() == 75
 
@@ -84,44 +78,52 @@ def test_jobs_and_the_end_go_from_the_first_rank_to_the_others(store, tmp_path):
 def test_anything_else_in_a_store_is_one_error_and_executes_nothing(store, tmp_path, monkeypatch, content):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     data = pickle.dumps(Canary()) if content == "pickle" else content
-    first, second = posts(store)
+    first, second = channels(store)
     first._put(data)
-    with pytest.raises(JobError, match=r"hand-over: expected a run as rank 0 composed it, found .*; start all"):
+    with pytest.raises(JobError, match=r"job: expected a run as rank 0 composed it, found .*; start all"):
         second.receive()
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"folder": "text"}, {"files": {"a": "text"}}, {"command": [1]}, {"goes_on": 1}, {"settings": {}}, {"other": 1},
-     {"settings": {"distributed": {"nnodes": 1, "unknown": 2}}}],
-)  # fmt: skip
-def test_a_handover_with_other_fields_or_types_is_refused(tmp_path, change):
-    handover = Job({"distributed": DISTRIBUTED}, tmp_path, {})
-    vars(handover).update(change)
+    [
+        {"folder": "text"},
+        {"files": {"a": "text"}},
+        {"command": [1]},
+        {"is_restart": 1},
+        {"other": 1},
+        {"spec": "text"},
+        {"spec": {}},
+        {"spec": make_spec().plain | {"distributed": {"nnodes": 1, "unknown": 2}}},
+    ],
+    ids=str,
+)
+def test_a_job_with_other_fields_or_types_is_refused(tmp_path, change):
+    values = message.decode(Job(make_spec(), tmp_path, {}).encode()) | change
     with pytest.raises(JobError, match=r"found .*; start all ranks with the same version"):
-        Job.decode(message.encode(vars(handover)))
+        Job.decode(message.encode(values))
 
 
 def test_a_pickle_beside_the_run_that_is_kept_for_a_restart_executes_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    joined = worker.WorkerGroup(str(tmp_path / "store"))
-    assert joined.recall() is None
-    kept = Job({"distributed": DISTRIBUTED}, tmp_path, {})
-    joined.remember(kept)
-    assert worker.WorkerGroup(str(tmp_path / "store")).recall() == kept
-    joined._store.set("only", pickle.dumps(Canary()))
+    group = worker.WorkerGroup(str(tmp_path / "store"))
+    assert group.find_kept_job() is None
+    kept = Job(make_spec(), tmp_path, {})
+    group.keep_job(kept)
+    assert worker.WorkerGroup(str(tmp_path / "store")).find_kept_job() == kept
+    group._store.set("only", pickle.dumps(Canary()))
     with pytest.raises(JobError):
-        joined.recall()
+        group.find_kept_job()
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_worker_tells_what_is_wrong_with_its_handover_and_restarts_nothing(tmp_path):
-    (tmp_path / "handover").write_bytes(pickle.dumps({"settings": {}}))
+def test_a_worker_reports_what_is_wrong_with_its_job_and_restarts_nothing(tmp_path):
+    (tmp_path / "job").write_bytes(pickle.dumps({"settings": {}}))
     command = [sys.executable, "-m", "runner.launch.worker", str(tmp_path), str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.startswith("hand-over: expected a run as rank 0 composed it, found no message")
+    assert done.stderr.startswith("job: expected a run as rank 0 composed it, found no message")
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "status").read_text() == "2"

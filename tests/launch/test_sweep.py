@@ -16,16 +16,16 @@ def _no_other_sweep():
 
 
 def test_a_job_that_fails_is_told_once_with_the_values_that_vary(capsys):
-    sweep.note(0, ("experiment=mine", "model.width=1"), "finished", 0, "eval/loss 1 at step 2", 1.0)
-    sweep.note(1, ("experiment=mine", "model.width=2", "seed=1"), "failed", 1, "why")
+    sweep.record(0, ("experiment=mine", "model.width=1"), "finished", 0, "eval/loss 1 at step 2", 1.0)
+    sweep.record(1, ("experiment=mine", "model.width=2", "seed=1"), "failed", 1, "why")
     assert capsys.readouterr() == ("", "job 1 (model.width=2 seed=1) failed: why\n")
 
 
 def test_the_table_has_the_values_that_vary_and_the_status_says_how_jobs_failed(capsys):
-    sweep.note(1, ("experiment=mine", "model.width=2"), "refused", 2, "a mistake")
-    sweep.note(0, ("experiment=mine", "model.width=1"), "finished", 0, "eval/loss 1 at step 2", 1.0)
+    sweep.record(1, ("experiment=mine", "model.width=2"), "refused", 2, "a mistake")
+    sweep.record(0, ("experiment=mine", "model.width=1"), "finished", 0, "eval/loss 1 at step 2", 1.0)
     assert sweep.end() == 2
-    sweep.note(2, ("experiment=mine", "model.width=30"), "failed", 1, "x" * 1000)
+    sweep.record(2, ("experiment=mine", "model.width=30"), "failed", 1, "x" * 1000)
     assert sweep.end() == 1
     first, second = capsys.readouterr().out.split("job  ")[1:]
     assert first.splitlines() == [
@@ -45,7 +45,7 @@ def test_an_outcome_of_another_process_is_taken_down_where_it_arrives(capsys):
 
 
 def test_control_characters_of_values_and_reasons_are_escaped(capsys):
-    sweep.note(0, ("model.width='\x1b[31m\n'",), "failed", 1, "a\x1b[31m")
+    sweep.record(0, ("model.width='\x1b[31m\n'",), "failed", 1, "a\x1b[31m")
     sweep.end()
     printed = "".join(capsys.readouterr())
     assert "\x1b" not in printed

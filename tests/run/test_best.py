@@ -11,9 +11,11 @@ OLD = {"name": "eval/loss", "value": 2.0, "step": 4}
 def test_the_first_evaluation_that_no_later_one_surpasses_is_the_best(is_higher_better, step):
     best = Best("eval/a", is_higher_better)
     values = [3.0, -1.0, -1.0, 3.0, math.nan]
-    taken = [number for number, value in enumerate(values, 1) if best.take(number, {"eval/a": value, "eval/b": number})]
+    bests = [
+        number for number, value in enumerate(values, 1) if best.update(number, {"eval/a": value, "eval/b": number})
+    ]
     assert best.found == {"name": "eval/a", "value": values[step - 1], "step": step}
-    assert taken[-1] == step
+    assert bests[-1] == step
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def test_what_was_best_counts_on_if_the_same_metric_decides(metric, numbers, is_
 def test_another_metric_begins_anew_at_its_first_evaluation_at_the_latest():
     best = Best(None, False)
     assert best.restore(OLD, {}) is None
-    assert best.take(6, {"eval/a/loss": 7.0, "eval/loss": 3.0})
+    assert best.update(6, {"eval/a/loss": 7.0, "eval/loss": 3.0})
     assert best.found == {"name": "eval/a/loss", "value": 7.0, "step": 6}
 
 

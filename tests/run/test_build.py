@@ -8,10 +8,11 @@ import torch
 from conftest import read_numbers
 from hydra import compose, initialize_config_dir
 from ranks import run_ranks
-from test_run import assert_same_run
+from run_comparison import assert_same_run
 from torch import nn
 
 from runner.config import checks
+from runner.config.spec import ExperimentSpec
 from runner.run import build, exports, saved_model
 from runner.utils.distributed import preserve_rng_state, seed_all
 
@@ -72,10 +73,11 @@ def plain_with(seed=3, **changes):
 def drawn(plain):
     """Returns the draws of each object by its role."""
     DRAWN.clear()
-    build.build_engines(plain, CPU)
-    build._build_batches(plain, CPU)
-    build.build_evaluation(plain)
-    build.build_report(plain)
+    spec = ExperimentSpec.from_plain(plain)
+    build.build_engines(spec, CPU)
+    build._build_batches(spec, CPU)
+    build.build_evaluation(spec)
+    build.build_report(spec)
     return dict(DRAWN)
 
 
@@ -108,7 +110,7 @@ def test_an_engine_that_is_added_does_not_change_the_others():
 def test_the_initial_weights_of_a_seed_are_those_that_torch_gives_for_it():
     torch.manual_seed(3)
     expected = nn.Linear(1, 1)
-    made = build.build_engines(plain_with(), CPU)["model"].module
+    made = build.build_engines(ExperimentSpec.from_plain(plain_with()), CPU)["model"].module
     assert torch.equal(made.weight, expected.weight)
     assert torch.equal(made.bias, expected.bias)
 

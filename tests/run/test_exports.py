@@ -145,3 +145,13 @@ def test_extra_state_and_8_bit_floats_are_exported_in_any_dtype(tmp_path):
         assert found["_extra_state"]["counts"] == Counter({3: 1})
         assert found["_extra_state"]["seen"].default_factory is list
         assert found["_extra_state"]["seen"]["a"][0].tolist() == [1.0, 1.0]
+
+
+def test_a_run_with_frozen_parameters_is_exported_after_it_as_in_it(project):
+    project.run("optimizations.freeze=[first.*]", "trainer.steps=2", "trainer.export_every=2", "hydra.run.dir=run")
+    run = project.folder / "run"
+    export.main([str(run), "--output", str(project.folder / "after"), "--allow-targets", "own"])
+    within = safetensors.torch.load_file(run / "exports" / "model.safetensors")
+    after = safetensors.torch.load_file(project.folder / "after" / "model.safetensors")
+    assert within.keys() == after.keys()
+    assert all(torch.equal(within[name], after[name]) for name in within)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from runner import evaluate, export
 from runner.checkpoint import checkpoints as checkpoint
 from runner.config.errors import ConfigError
+from runner.config.spec import ExperimentSpec
 from runner.run import build, initial_weights, saved_model
 
 CPU = torch.device("cpu")
@@ -39,13 +40,12 @@ def start(plain, text="run", **changes):
     """Builds a new run's engines with `init_from`; returns the weights of each, and the lines for its log."""
     settings = plain | {"init_from": text} | changes
     other_run = initial_weights.find(settings)
-    engines = build.build_engines(settings, CPU, builder=other_run)
+    engines = build.build_engines(ExperimentSpec.from_plain(settings), CPU, builder=other_run)
     return {name: engine.module.state_dict() for name, engine in engines.items()}, other_run.lines
 
 
 def with_lora(plain, rank=2):
-    lora = {**plain["optimizations"]["lora"], "rank": rank}
-    return plain | {"optimizations": {**plain["optimizations"], "lora": lora}}
+    return plain | {"optimizations": {**plain["optimizations"], "lora": {"rank": rank}}}
 
 
 @pytest.mark.parametrize(
@@ -56,14 +56,14 @@ def with_lora(plain, rank=2):
         ("run/exports/model.safetensors", "run/exports", "weights of step 12 of run/exports/model.safetensors"),
     ],
 )
-def test_a_new_run_begins_with_the_weights_of_a_run_a_checkpoint_or_an_export(plain, text, source, line):
+def test_a_new_run_starts_with_the_weights_of_a_run_a_checkpoint_or_an_export(plain, text, source, line):
     found, lines = start(plain, text)
     assert are_equal(found["model"], weights_of(source))
     assert len(lines) == 1
     assert line in lines[0]
 
 
-def test_it_is_a_new_run_whose_config_and_log_tell_where_it_began(trained):
+def test_config_and_log_of_the_new_run_name_the_source(trained):
     printed = trained.run("init_from=run", "hydra.run.dir=new", *UNTRAINED)
     assert printed.count("init_from=run: weights of step 12 of run\n") == 1
     found = weights_of(trained.folder / "new/checkpoints/step_00000001")
@@ -74,7 +74,7 @@ def test_it_is_a_new_run_whose_config_and_log_tell_where_it_began(trained):
     assert OmegaConf.load(trained.folder / "new/.hydra/config.yaml").init_from == "run"
 
 
-def test_it_is_read_once_a_run_that_goes_on_is_evaluated_or_exported_needs_it_no_more(at_home, monkeypatch):
+def test_resume_evaluate_and_export_do_not_need_the_source(at_home, monkeypatch):
     source = at_home.folder.resolve() / "source"
     shutil.copytree("run", source)
     at_home.run(f"init_from={source}", "hydra.run.dir=new", "trainer.steps=2", "trainer.save_every=1")
@@ -87,14 +87,14 @@ def test_it_is_read_once_a_run_that_goes_on_is_evaluated_or_exported_needs_it_no
     assert [line["step"] for line in read_metrics(at_home.folder / "new") if "train/loss" in line] == [1, 2, 3]
 
 
-def test_a_run_that_goes_on_takes_no_other_weights(trained):
+def test_a_resumed_run_rejects_another_init_from(trained):
     printed = trained.run("resume=run", "init_from=run", "trainer.steps=13", status=2)
     assert printed == "init_from=run: expected it of a new run alone, found resume=run; leave one of the two out\n"
     printed = trained.run("resume=run", "+engines.a.init_from=run", status=2)
     assert printed.startswith("+engines.a.init_from=run: expected it of a new run alone")
 
 
-def test_the_remedy_of_a_refused_change_starts_a_new_run_from_the_weights(trained):
+def test_the_remedy_for_a_rejected_change_starts_a_new_run_from_the_weights(trained):
     folder = trained.folder / "a run's folder"
     (trained.folder / "run").rename(folder)
     printed = trained.run(f'resume="{folder.name}"', "seed=3", status=2)
@@ -107,7 +107,7 @@ def test_the_remedy_of_a_refused_change_starts_a_new_run_from_the_weights(traine
     assert are_equal(found, weights_of(folder / "checkpoints/step_00000012"))
 
 
-def test_what_does_not_fit_is_listed_in_one_message_and_nothing_is_left(trained):
+def test_mismatching_weights_are_listed_in_one_message_and_no_folder_is_left(trained):
     state = load_file(trained.folder / "run/exports/model.safetensors")
     state["third.weight"] = state.pop("second.weight")
     save_file(state, trained.folder / "other.safetensors")
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_listed_in_one_message_and_nothing_is_left(trained)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("nowhere", "init_from=nowhere: no such folder; expected a run's folder, one of its checkpoints/step_*, or an"),
         ("conf", "init_from=conf: neither a run folder nor a checkpoint; expected"),
@@ -131,15 +131,15 @@ def test_what_does_not_fit_is_listed_in_one_message_and_nothing_is_left(trained)
         ("empty", "init_from=empty: has no whole checkpoint"),
     ],
 )
-def test_what_is_no_run_checkpoint_or_export_is_told(plain, text, told):
+def test_a_path_without_run_checkpoint_or_export_is_reported(plain, text, message):
     Path("broken.safetensors").write_bytes(b"no header")
     Path("empty/checkpoints").mkdir(parents=True)
     with pytest.raises(ConfigError) as caught:
         start(plain, text)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
 
 
-def test_each_engine_takes_its_own_and_an_own_key_stands_above_the_others(plain):
+def test_an_engines_own_init_from_overrides_the_common_one(plain):
     engines = {"a": {}, "b": {"init_from": "run/checkpoints/step_00000004"}, "c": {"init_from": None}}
     with pytest.raises(ConfigError, match="init_from=run: expected weights of engine 'a', found those of model"):
         start(plain, engines={"a": {}, "b": {}})
@@ -155,12 +155,12 @@ def test_each_engine_takes_its_own_and_an_own_key_stands_above_the_others(plain)
     ]
 
 
-def test_a_path_that_is_none_is_told_with_its_key(trained):
+def test_a_missing_path_is_reported_with_its_key(trained):
     printed = trained.run("+engines.a={init_from:3}", status=2)
     assert printed == "engines.a.init_from=3: expected a path or null\n"
 
 
-def test_adapters_are_fresh_on_the_base_weights_and_those_of_a_run_with_the_same_go_on(plain):
+def test_adapters_are_new_on_base_weights_and_loaded_from_a_run_with_the_same_adapters(plain):
     source = weights_of("run/checkpoints/step_00000012")
     found, _ = start(with_lora(plain))
     adapted = {name for name in found["model"] if ".lora_" in name}
@@ -178,7 +178,7 @@ def test_adapters_are_fresh_on_the_base_weights_and_those_of_a_run_with_the_same
         start(plain, "adapted")
 
 
-def test_of_averaged_weights_a_checkpoint_gives_those_trained_and_an_export_the_averages(at_home, plain):
+def test_with_ema_a_checkpoint_has_the_trained_weights_and_an_export_the_averages(at_home, plain):
     at_home.run("hydra.run.dir=ema", "optimizations.ema.decay=0.9", "trainer.export_every=12")
     trained, _ = start(plain, "ema")
     averages, _ = start(plain, "ema/exports/model.safetensors")
@@ -203,7 +203,7 @@ class Canary:
         return os.mkdir, ("canary",)
 
 
-def test_a_strangers_checkpoint_is_read_without_its_config_and_runs_nothing(plain):
+def test_an_untrusted_checkpoint_is_read_without_its_config_and_executes_nothing(plain):
     shutil.rmtree("run/.hydra")
     found, _ = start(plain)
     assert are_equal(found["model"], weights_of("run/checkpoints/step_00000012"))

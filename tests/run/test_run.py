@@ -11,31 +11,14 @@ import time
 
 import pytest
 import torch
-from chaos import TIMES, find_difference
+from chaos import TIMES
 from conftest import read_metrics
+from run_comparison import assert_equal, assert_same_run, load_weights, read_untimed_metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waiting import wait_for_step
 
-from runner.checkpoint.checkpoints import _sealed, load
+from runner.checkpoint.checkpoints import _with_checksum, load
 from runner.utils import io
-
-
-def untimed(folder):
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(folder)]
-
-
-def weights(folder, step):
-    path = folder / "checkpoints" / f"step_{step:08d}"
-    return [io.load(file) for file in sorted(path.glob("*.safetensors"), key=lambda file: len(file.name))]
-
-
-def assert_same_run(one, other, step):
-    assert untimed(one) == untimed(other)
-    for a, b in zip(weights(one, step), weights(other, step), strict=True):
-        assert_equal(a, b)
-
-
-def assert_equal(a, b):
-    assert find_difference(a, b) is None
 
 
 def test_a_run_leaves_a_folder_that_answers_every_question(project):
@@ -58,7 +41,7 @@ def test_a_run_leaves_a_folder_that_answers_every_question(project):
     assert record["best"]["name"] == "eval/loss"
     assert record["packages"]["torch"] == torch.__version__
     exported = io.load(folder / "exports" / "model.safetensors")
-    assert_equal(exported, dict(weights(folder, 12)[0]))
+    assert_equal(exported, dict(load_weights(folder, 12)[0]))
     assert "Model, 49 parameters, on" in printed
     assert "eval/words" in (folder / "log.txt").read_text()
 
@@ -121,7 +104,7 @@ def test_resume_goes_on_in_the_same_folder_with_its_own_overrides(project):
     assert "Going on after step 5" in printed
     lines = [line["step"] for line in read_metrics(folder) if "train/loss" in line]
     assert lines == list(range(1, 15))
-    assert weights(folder, 14)[0]["first.weight"].shape == (16, 4)
+    assert load_weights(folder, 14)[0]["first.weight"].shape == (16, 4)
     record = json.loads((folder / "run.json").read_text())
     assert [session["status"] for session in record["sessions"]] == ["quit", "finished"]
 
@@ -195,17 +178,6 @@ def test_a_shell_loop_over_a_pipe_keeps_its_lines(project):
     assert done.stdout.count("is no command: nothing of it is read; tracking.stdin=true reads it") == 1
     for steps in (2, 3):
         assert read_metrics(project.folder / f"run{steps}")[-1]["step"] == steps
-
-
-def wait_for_step(project, step, run="outputs/**"):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        for path in project.folder.glob(f"{run}/metrics.jsonl"):
-            lines = path.read_text().splitlines()
-            if lines and any(json.loads(line)["step"] >= step for line in lines if line.endswith("}")):
-                return
-        time.sleep(0.05)
-    raise AssertionError("the run did not get there")
 
 
 SLOW = ("data.train.length=50", "+data.train.sleep_s=0.01", "trainer.steps=2000", "trainer.save_every=0")
@@ -564,7 +536,7 @@ def make_old(run, sign):
         manifest = io.read_json(path)
         del manifest["crc32c"]
         manifest["metric"] = manifest["metric"] and sign * manifest["metric"]["value"]
-        io.write_json(_sealed(manifest), path)
+        io.write_json(_with_checksum(manifest), path)
 
 
 RESUMED = ["resume=run", "trainer.steps=18", "allow_targets=[own]"]
@@ -705,7 +677,7 @@ def test_state_of_any_kind_that_is_stored_goes_on_as_if_never_cut(odd_project, f
     whole, cut = (load(odd_project.folder / run / "checkpoints" / "step_00000012") for run in ("whole", "cut"))
     assert_equal(whole, cut)
     assert whole["model"]["_extra_state"]["counts"].total() == 12
-    assert untimed(odd_project.folder / "whole") == untimed(odd_project.folder / "cut")
+    assert read_untimed_metrics(odd_project.folder / "whole") == read_untimed_metrics(odd_project.folder / "cut")
 
 
 def test_engines_named_as_the_runners_own_files_are_saved_resumed_and_exported(project):

@@ -80,3 +80,41 @@ def test_an_evaluation_is_printed_with_significant_digits(project):
     )
     printed = project.run("report._target_=own.tell", "trainer.steps=1", "trainer.eval_at_start=false")
     assert "eval/a 3e-6, eval/b 20, eval/c 0.5, eval/d inf\n" in printed
+
+
+RECORDS_STACK = """
+
+import traceback
+import runner
+
+
+class RecordsStack(Model):
+    def forward(self, x, y):
+        if self.training:
+            package = os.path.dirname(runner.__file__) + os.sep
+            frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+            names = [f"{frame.filename.removeprefix(package)}:{frame.name}" for frame in frames]
+            with open(f"stack_{os.environ.get('RANK', 'alone')}.txt", "a") as file:
+                print(*names, file=file)
+        return super().forward(x, y)
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "entry", "files"),
+    [
+        ((), "__main__.py:main", ["stack_alone.txt"]),
+        (("distributed=ddp", "distributed.nproc_per_node=2"), "launch/worker.py:start", ["stack_0.txt", "stack_1.txt"]),
+    ],
+    ids=["one process", "two ranks"],
+)
+def test_at_most_12_frames_of_the_runner_are_between_its_entry_and_a_users_module(project, overrides, entry, files):
+    with (project.folder / "own.py").open("a") as file:
+        file.write(RECORDS_STACK)
+    project.run_afresh("model._target_=own.RecordsStack", "trainer.steps=2", "distributed.device=cpu", *overrides)
+    assert sorted(path.name for path in project.folder.glob("stack_*.txt")) == files
+    for name in files:
+        stacks = [line.split() for line in (project.folder / name).read_text().splitlines()]
+        assert len(stacks) == 2
+        for stack in stacks:
+            assert len(stack[stack.index(entry) + 1 :]) <= 12, stack

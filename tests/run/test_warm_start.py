@@ -86,7 +86,7 @@ class Normed(Model):
 
 
 def write_start(folder, name="start.safetensors", width=40):
-    """Weights of `own.Model`, larger than what is recorded with its values."""
+    """Writes weights of `own.Model`, too large to be recorded with their values."""
     torch.manual_seed(3)
     first, second = nn.Linear(4, width), nn.Linear(width, 1)
     state = {f"first.{key}": value.detach() for key, value in first.state_dict().items()}
@@ -125,19 +125,19 @@ def make_project(folder, model, *overrides, name="start.safetensors", width=40):
 
 @pytest.fixture(scope="session")
 def warm_run(tmp_path_factory):
-    """A project with a run of 6 steps that started from a file, which is there."""
+    """A project with a run of 6 steps that started from a weights file, which still exists."""
     return make_project(tmp_path_factory.mktemp("warm"), MODEL, "trainer.export_every=6").folder
 
 
 @pytest.fixture
-def warmed(warm_run, tmp_path, monkeypatch):
+def warm_copy(warm_run, tmp_path, monkeypatch):
     shutil.copytree(warm_run, tmp_path, dirs_exist_ok=True)
-    project = stand_in(tmp_path, monkeypatch)
+    project = build_placeholder_project(tmp_path, monkeypatch)
     signature.sign_present(tmp_path / "run")
     return project
 
 
-def stand_in(folder, monkeypatch):
+def build_placeholder_project(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     for name in ("own", "warm"):
@@ -175,7 +175,7 @@ def refused(capsys, run, *arguments):
 
 
 def put_older_weights():
-    """Leaves a file of other shapes where the run's was."""
+    """Replaces the run's weights file with one of other shapes."""
     save_file({"first.weight": torch.zeros(2, 2)}, "start.safetensors")
 
 
@@ -183,7 +183,7 @@ LOSSES = {"gone": lambda: os.remove("start.safetensors"), "of other shapes": put
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_warm_started_run_evaluates_and_exports_without_its_file_to_the_same_numbers(warmed, capsys, loss):
+def test_a_run_is_evaluated_and_exported_without_its_weights_file_to_the_same_numbers(warm_copy, capsys, loss):
     whole, weights = evaluated(capsys), exported()
     LOSSES[loss]()
     assert evaluated(capsys) == whole
@@ -194,7 +194,7 @@ def test_a_warm_started_run_evaluates_and_exports_without_its_file_to_the_same_n
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-def test_of_a_strangers_run_no_file_that_is_there_is_replaced(warmed, capsys):
+def test_for_an_untrusted_run_no_existing_file_is_replaced(warm_copy, capsys):
     whole = evaluated(capsys)
     os.remove("run/.hydra/signature.json")
     assert evaluated(capsys) == whole
@@ -204,20 +204,20 @@ def test_of_a_strangers_run_no_file_that_is_there_is_replaced(warmed, capsys):
     assert "size mismatch" in capsys.readouterr().err
 
 
-def test_a_warm_started_run_goes_on_without_its_file_as_the_same_run(warmed):
+def test_a_run_resumes_without_its_weights_file_as_the_same_run(warm_copy):
     shutil.copytree("run", "other")
-    warmed.run("resume=run", "trainer.steps=9")
+    warm_copy.run("resume=run", "trainer.steps=9")
     os.remove("start.safetensors")
-    warmed.run("resume=other", "trainer.steps=9")
-    assert read_numbers(warmed.folder / "other") == read_numbers(warmed.folder / "run")
+    warm_copy.run("resume=other", "trainer.steps=9")
+    assert read_numbers(warm_copy.folder / "other") == read_numbers(warm_copy.folder / "run")
     one, two = (load_file(f"{run}/checkpoints/step_00000009/model.safetensors") for run in ("run", "other"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    hydra = warmed.folder / "other" / ".hydra"
-    assert (hydra / "weights.json").read_bytes() == (warmed.folder / "run" / ".hydra" / "weights.json").read_bytes()
+    hydra = warm_copy.folder / "other" / ".hydra"
+    assert (hydra / "weights.json").read_bytes() == (warm_copy.folder / "run" / ".hydra" / "weights.json").read_bytes()
     assert "path: start.safetensors" in (hydra / "config.yaml").read_text()
 
 
-def test_an_export_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, monkeypatch, tmp_path_factory):
+def test_an_export_keeps_the_path_and_no_temporary_file_is_left(warm_copy, capsys, monkeypatch, tmp_path_factory):
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     os.remove("start.safetensors")
@@ -225,14 +225,14 @@ def test_an_export_keeps_the_path_and_no_temporary_file_is_left(warmed, capsys, 
     exported()
     metadata = io.read_metadata("out/model.safetensors")
     assert json.loads(metadata["config"])["model"]["path"] == "start.safetensors"
-    assert metadata["weights"] == (warmed.folder / "run" / ".hydra" / "weights.json").read_text()
-    found = structure.describe("out/model.safetensors")["files"]["model.safetensors"]
+    assert metadata["weights"] == (warm_copy.folder / "run" / ".hydra" / "weights.json").read_text()
+    found = structure.describe_weights_files("out/model.safetensors")["files"]["model.safetensors"]
     assert found["metadata"].keys() >= {"config", "step"}
     assert "weights" not in found["metadata"]  # or each warm start from an export would hold all before
     assert [*temporary.iterdir()] == []
 
 
-def test_an_older_run_without_a_record_builds_from_its_own_weights(warmed, capsys):
+def test_an_older_run_without_a_record_builds_from_its_own_weights(warm_copy, capsys):
     whole = evaluated(capsys)
     os.remove("start.safetensors")
     os.remove("run/.hydra/weights.json")
@@ -240,7 +240,7 @@ def test_an_older_run_without_a_record_builds_from_its_own_weights(warmed, capsy
 
 
 def make(node):
-    """Returns what a node describes; a mistake is told as the runner tells it."""
+    """Builds the object of a config node; reports mistakes as the runner does."""
     import warm
 
     arguments = {key: value for key, value in node.items() if key != "_target_"}
@@ -251,16 +251,16 @@ def make(node):
 
 
 class Recorded:
-    """A model that was built from a file, which is gone since, and the run's folder with its record."""
+    """A model that was built from a file that is now gone, and the run folder with its record."""
 
     def __init__(self, tmp_path, monkeypatch, target, forget_values=False, **arguments):
         folder = tmp_path
         (folder / "own.py").write_text(MODEL_SOURCE)
         (folder / "warm.py").write_text(WARM)
-        stand_in(folder, monkeypatch)
+        build_placeholder_project(folder, monkeypatch)
         self.node = {"_target_": target, **arguments}
         self.whole = make(self.node)
-        self.record = json.loads(warm_start.record({"engines": {}, "model": self.node}))
+        self.record = json.loads(warm_start.record_weights_files({"engines": {}, "model": self.node}))
         if forget_values:  # as of larger tensors
             for entry in self.record["entries"].values():
                 for file in entry["files"].values():
@@ -272,7 +272,9 @@ class Recorded:
 
     def build(self):
         state = {name: value.clone() for name, value in self.whole.state_dict().items()}
-        made = warm_start.StandIns(self.run, {"model": state}, is_signed=True).build("model", "model", self.node, make)
+        made = warm_start.PlaceholderBuilder(self.run, {"model": state}, is_signed=True).build(
+            "model", "model", self.node, make
+        )
         made.load_state_dict(state)
         return made
 
@@ -311,10 +313,10 @@ def test_an_export_does_not_build_a_feeder_whose_file_is_gone(at_home, capsys):
 def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
     plain = {"engines": {}, "model": {"path": str(tmp_path / "whole.pt")}}
-    assert warm_start.record(plain) is None
+    assert warm_start.record_weights_files(plain) is None
 
 
-def test_a_folder_of_weights_and_small_json_is_recorded_whole(tmp_path, monkeypatch):
+def test_a_folder_of_weights_and_small_json_is_recorded(tmp_path, monkeypatch):
     (tmp_path / "start").mkdir()
     write_start(tmp_path)
     state = load_file(tmp_path / "start.safetensors")
@@ -337,31 +339,33 @@ def test_a_small_tensor_that_no_checkpoint_holds_is_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("target", "arguments", "told"),
+    ("target", "arguments", "message"),
     [
         ("Held", {"name": "first.weight"}, "model: held: read from start.safetensors, and no checkpoint holds"),
         ("Frozen", {}, "model: teacher.0.first.bias, teacher.0.first.weight"),
     ],
 )
-def test_what_no_checkpoint_holds_is_told_where_the_file_is_gone(tmp_path, monkeypatch, target, arguments, told):
+def test_values_that_no_checkpoint_holds_are_reported_if_the_file_is_gone(
+    tmp_path, monkeypatch, target, arguments, message
+):
     write_start(tmp_path, width=8)
     recorded = Recorded(tmp_path, monkeypatch, target, forget_values=True, path="start.safetensors", **arguments)
     recorded.build()  # with the file
     os.remove("start.safetensors")
     with pytest.raises(ConfigError) as caught:
         recorded.build()
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
     assert "put start.safetensors back" in str(caught.value)
 
 
-def test_what_a_build_computes_of_parameters_or_of_the_clock_is_not_taken_for_the_files(tmp_path, monkeypatch):
+def test_values_computed_from_parameters_or_the_clock_are_not_attributed_to_the_file(tmp_path, monkeypatch):
     write_start(tmp_path, width=8)
     recorded = Recorded(tmp_path, monkeypatch, "Normed", forget_values=True, path="start.safetensors")
     os.remove("start.safetensors")
     recorded.build()
 
 
-def test_a_file_that_is_as_it_was_is_read_again(tmp_path, monkeypatch):
+def test_an_unchanged_file_is_read_again(tmp_path, monkeypatch):
     write_start(tmp_path, width=8)
     recorded = Recorded(
         tmp_path, monkeypatch, "Held", forget_values=True, path="start.safetensors", name="first.weight"
@@ -371,10 +375,10 @@ def test_a_file_that_is_as_it_was_is_read_again(tmp_path, monkeypatch):
     assert recorded.build().held.equal(recorded.whole.held)
 
 
-def test_adapters_averages_and_several_engines_need_no_file_either(tmp_path, monkeypatch, capsys):
+def test_lora_ema_and_several_engines_need_no_file_either(tmp_path, monkeypatch, capsys):
     engines = ["+engines.a={optimizations:{lora:{rank:2}}}", "+engines.b={optimizations:{ema:{decay:0.5}}}"]
     make_project(tmp_path, MODEL, *engines)
-    stand_in(tmp_path, monkeypatch)
+    build_placeholder_project(tmp_path, monkeypatch)
     whole = evaluated(capsys)
     os.remove("start.safetensors")
     assert evaluated(capsys) == whole
@@ -383,17 +387,19 @@ def test_adapters_averages_and_several_engines_need_no_file_either(tmp_path, mon
 def test_an_exported_adapter_still_needs_the_file_of_its_base(tmp_path, monkeypatch, capsys):
     overrides = ["optimizations.lora.rank=2", "optimizations.lora.export=adapter", "trainer.export_every=6"]
     make_project(tmp_path, MODEL, *overrides)
-    stand_in(tmp_path, monkeypatch)
+    build_placeholder_project(tmp_path, monkeypatch)
     evaluated(capsys, "run/exports/model.safetensors")
     os.remove("start.safetensors")
     assert "start.safetensors" in refused(capsys, evaluate.main, "run/exports/model.safetensors")
     evaluated(capsys)
 
 
-def test_two_ranks_go_on_without_the_file(warmed):
+def test_two_ranks_resume_without_the_file(warm_copy):
     os.remove("start.safetensors")
-    warmed.run("resume=run", "trainer.steps=8", "distributed=ddp", "distributed.nproc_per_node=2", forks_workers=True)
-    assert read_numbers(warmed.folder / "run")[-1]["step"] == 8
+    warm_copy.run(
+        "resume=run", "trainer.steps=8", "distributed=ddp", "distributed.nproc_per_node=2", forks_workers=True
+    )
+    assert read_numbers(warm_copy.folder / "run")[-1]["step"] == 8
 
 
 HUGE = {"kind": "safetensors", "bytes": 1, "sha256": "", "metadata": {}, "tensors": {"a": ["float32", [1 << 40]]}}
@@ -436,7 +442,7 @@ HOSTILE = {
 
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
-    """A model whose file is gone, its record yet to be harmed."""
+    """A model whose file is gone, with a valid record."""
     write_start(tmp_path, width=8)
     made = Recorded(tmp_path, monkeypatch, "warm", path="start.safetensors")
     os.remove("start.safetensors")
@@ -453,11 +459,11 @@ def test_a_hostile_record_ends_in_one_message_or_is_ignored(recorded, harm):
     assert not list(recorded.run.parent.glob("**/canary"))
 
 
-def test_a_hostile_record_is_told_without_a_traceback(warmed, capsys):
+def test_a_hostile_record_is_reported_without_a_traceback(warm_copy, capsys):
     os.remove("start.safetensors")
-    (warmed.folder / "run" / ".hydra" / "weights.json").write_text(HOSTILE["a huge tensor"])
+    (warm_copy.folder / "run" / ".hydra" / "weights.json").write_text(HOSTILE["a huge tensor"])
     printed = refused(capsys, evaluate.main, "run")
-    assert "model.path=start.safetensors is gone, and the run's own weights do not stand for it: put it back" in printed
+    assert "model.path=start.safetensors is gone, and the run's own weights can't replace it; put it back" in printed
 
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
@@ -470,24 +476,26 @@ def test_a_record_that_is_no_regular_file_is_ignored(recorded, kind):
 
 def test_the_record_is_bounded_and_holds_no_large_tensor(tmp_path):
     save_file({f"a.{i}": torch.rand(100, 100) for i in range(3)}, tmp_path / "a.safetensors")
-    found = warm_start.record({"engines": {}, "model": {"deep": [{"path": str(tmp_path / "a.safetensors")}]}})
+    found = warm_start.record_weights_files(
+        {"engines": {}, "model": {"deep": [{"path": str(tmp_path / "a.safetensors")}]}}
+    )
     assert len(found) < 600
     tensors = json.loads(found)["entries"]["model.deep.0.path"]["files"]["a.safetensors"]["tensors"]
     assert tensors == {f"a.{i}": ["float32", [100, 100]] for i in range(3)}
 
 
-def test_a_stand_in_equals_what_was_recorded_but_for_the_values_of_large_tensors(tmp_path):
+def test_a_placeholder_has_the_recorded_structure_and_small_values(tmp_path):
     value = {
         "state": {"w": torch.rand(30, 30), "count": torch.tensor(5), "half": torch.rand(100).bfloat16()},
         "extra": [1, 2.5, math.inf, None, "text", b"bytes", (True, 1j), torch.float16],
         "parameters": {"p": nn.Parameter(torch.rand(80))},
     }
     torch.save(value, tmp_path / "a.pt")
-    described = {"path": "a.pt"} | structure.describe(str(tmp_path / "a.pt"))
-    structure.check(json.loads(json.dumps(described)))
+    described = {"path": "a.pt"} | structure.describe_weights_files(str(tmp_path / "a.pt"))
+    structure.check_description(json.loads(json.dumps(described)))
     (tmp_path / "made").mkdir()
     own = {"w": torch.full((30, 30), 2.0)}
-    found = torch.load(structure.write(tmp_path / "made", "a.pt", described, own), weights_only=True)
+    found = torch.load(structure.write_placeholder(tmp_path / "made", "a.pt", described, own), weights_only=True)
     assert torch.equal(found["state"]["w"], own["w"])  # under a prefix
     assert torch.equal(found["state"]["count"], torch.tensor(5))
     assert torch.equal(found["state"]["half"], torch.zeros(100, dtype=torch.bfloat16))
@@ -509,7 +517,7 @@ def test_a_real_model_of_transformers_is_built_again_without_its_folder(tmp_path
     experiment = re.sub(r"own.Data, length: \d+", "warm.Tokens", path.read_text())
     path.write_text(experiment.replace("report: {_target_: own.report}\n", ""))
     project.run("hydra.run.dir=run", "trainer.steps=4")
-    stand_in(tmp_path, monkeypatch)
+    build_placeholder_project(tmp_path, monkeypatch)
     arguments = ["run", "--allow-targets", "own,warm,transformers"]
     evaluate.main(arguments)
     whole = capsys.readouterr().out
@@ -519,7 +527,7 @@ def test_a_real_model_of_transformers_is_built_again_without_its_folder(tmp_path
     project.run("resume=run", "trainer.steps=6")
 
 
-def test_the_stand_ins_of_a_run_are_bounded_together(tmp_path):
+def test_the_total_size_of_placeholders_is_bounded(tmp_path):
     entries = {
         f"model.a{i}": {"path": f"gone{i}.npy", "is_folder": False, "files": {"x.npy": HUGE | {"kind": "npy"}}}
         for i in range(12)
@@ -530,12 +538,12 @@ def test_the_stand_ins_of_a_run_are_bounded_together(tmp_path):
     (tmp_path / ".hydra" / "weights.json").write_text(json.dumps({"format": 1, "entries": entries}))
     node = {f"a{i}": f"gone{i}.npy" for i in range(12)}
     with pytest.raises(ConfigError, match=r"of 12 has over 268,435,456 bytes .*gone0\.npy is gone.*put it back"):
-        warm_start.StandIns(tmp_path, {}, is_signed=True).build("model", "model", node, nn.Identity)
+        warm_start.PlaceholderBuilder(tmp_path, {}, is_signed=True).build("model", "model", node, nn.Identity)
 
 
-def test_a_record_has_a_hundred_entries_at_most(tmp_path):
+def test_a_record_has_at_most_a_hundred_entries(tmp_path):
     paths = [str(tmp_path / f"{number:03}.npy") for number in range(101)]
     for path in paths:
         np.save(path, np.zeros(1))
-    record = json.loads(warm_start.record({"engines": {}, "model": {"paths": paths}}))
+    record = json.loads(warm_start.record_weights_files({"engines": {}, "model": {"paths": paths}}))
     assert list(record["entries"]) == [f"model.paths.{number}" for number in range(100)]

@@ -1,4 +1,4 @@
-"""`runner.tracking.event_file`: its records are TensorBoard's, and a cut keeps exactly the steps up to one."""
+"""`runner.tracking.event_file`: TensorBoard reads its records, and a cut keeps exactly the steps up to one."""
 
 import struct
 import tempfile

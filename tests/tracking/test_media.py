@@ -1,4 +1,4 @@
-"""`runner.tracking.media`: what a WAV file holds of a wave."""
+"""`runner.tracking.media`: the samples of a WAV file."""
 
 import io
 import wave
@@ -30,6 +30,6 @@ def test_samples_are_rounded_clipped_and_never_wrapped(make):
         (torch.zeros(4), 8000.5, "audio: expected a sample rate above 0, a whole number, found 8000.5"),
     ],
 )
-def test_what_is_no_sound_is_refused_when_it_is_made(wave, rate, message):
+def test_an_invalid_sound_is_an_error_when_it_is_made(wave, rate, message):
     with pytest.raises(ValueError, match=message):
         Audio(wave, rate)

@@ -1,4 +1,4 @@
-"""`runner.tracking.repair`: a resume restores the numbers that a damaged file lacks, or names file and steps."""
+"""`runner.tracking.repair`: a resume restores numbers that a damaged file lacks, or names the file and steps."""
 
 import json
 import re
@@ -35,7 +35,7 @@ KINDS = {"both": {}, "lines": {"tensorboard": False}, "events": {"jsonl": False}
 
 
 def log_steps(folder: Path, first: int, last: int, **options: Any) -> dict[str, int]:
-    """Logs as a run does that evaluates every five steps; returns what a checkpoint records of it."""
+    """Logs like a run that evaluates every five steps; returns the counts for its checkpoint."""
     tracker = Tracker(folder, **options)
     tracker.hparams({"lr": 0.1})
     for step in range(first, last + 1):
@@ -49,7 +49,7 @@ def log_steps(folder: Path, first: int, last: int, **options: Any) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, int]]]:
-    """Two sessions' files, of both kinds or of one, and the counts at their last step."""
+    """Files of two sessions, of both kinds or of one, and the counts at their last step."""
     runs = {}
     for kind, options in KINDS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -121,7 +121,7 @@ def copies(tmp_path: Path, folder: Path) -> Iterator[Path]:
 
 @given(file=st.integers(0, 2), how=DAMAGES)
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_a_resume_restores_what_a_damaged_file_lacks(
+def test_a_resume_restores_the_numbers_that_a_damaged_file_lacks(
     whole: dict[str, tuple[Path, dict[str, int]]], tmp_path_factory: pytest.TempPathFactory, file: int, how: Any
 ) -> None:
     source, counts = whole["both"]
@@ -154,7 +154,7 @@ def test_a_resume_restores_what_a_damaged_file_lacks(
 @pytest.mark.parametrize("kind", ["lines", "events"])
 @given(file=st.integers(0, 1), how=DAMAGES)
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_numbers_that_no_file_holds_are_told_by_file_and_step(
+def test_numbers_that_no_file_holds_are_reported_by_file_and_step(
     whole: dict[str, tuple[Path, dict[str, int]]],
     tmp_path_factory: pytest.TempPathFactory,
     kind: str,
@@ -200,7 +200,7 @@ def test_an_empty_call_and_the_events_of_another_writer_are_no_missing_numbers(t
     assert (1, {"theirs": 1.0}) in numbers_in_events(tmp_path)
 
 
-def test_without_a_count_of_a_checkpoint_damage_between_records_is_told_all_the_same(
+def test_damage_between_records_is_reported_without_a_count_of_a_checkpoint(
     whole: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path
 ) -> None:
     (folder,) = copies(tmp_path, whole["lines"][0])
@@ -225,7 +225,7 @@ def test_without_a_count_of_a_checkpoint_damage_between_records_is_told_all_the_
         ('"step": 20, "time_s"', '"step": 28, "time_s"'),
     ],
 )
-def test_a_changed_line_is_replaced_by_what_the_event_file_holds(
+def test_a_changed_line_is_replaced_by_the_numbers_of_the_event_file(
     whole: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, old: str, new: str
 ) -> None:
     source, counts = whole["both"]
@@ -242,7 +242,7 @@ def test_a_changed_line_is_replaced_by_what_the_event_file_holds(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.out.tfevents.*"])
-def test_calls_that_no_clock_tells_apart_are_restored_in_their_order(
+def test_calls_at_the_same_time_are_restored_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr("runner.tracking.tracker.time.perf_counter", lambda: 1.0)
@@ -273,7 +273,7 @@ Calls = list[tuple[int, dict[str, float]]]
 
 
 def spread(numbers: Callable[[int], dict[str, float]], eval_every: int) -> Calls:
-    """The calls of a run of 20 steps that evaluates after every `eval_every`th."""
+    """Returns the calls of a run of 20 steps that evaluates every `eval_every` steps."""
     calls: Calls = []
     for step in range(LAST + 1):
         calls.append((step, numbers(step)))
@@ -293,7 +293,7 @@ RUNS: dict[str, Calls] = {
 
 
 def log_calls(folder: Path, calls: Calls, ends: tuple[int, ...] = (12, 17, LAST), **options: Any) -> dict[str, int]:
-    """Logs in sessions that end with a step each, with pauses between them; returns the counts of the last."""
+    """Logs in sessions with pauses between them, each ending at a given step; returns the last counts."""
     counts: dict[str, int] = {}
     last = -1
     for end in ends:
@@ -325,7 +325,7 @@ def call_of(step: int, numbers: dict[str, float | None]) -> str:
 
 
 def calls_in_lines(folder: Path) -> Counter[str]:
-    """The calls of the lines that are whole, in the precision of the events."""
+    """Returns the calls of the undamaged lines, in the precision of the events."""
     found: Counter[str] = Counter()
     path = folder / "metrics.jsonl"
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
@@ -345,7 +345,7 @@ def calls_in_events(folder: Path) -> Counter[str]:
 @pytest.mark.parametrize("name", RUNS)
 @given(of_lines=DAMAGES, of_events=DAMAGES, file=st.integers(0, 2))
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_what_is_whole_in_one_of_two_damaged_files_is_in_both_afterwards(
+def test_numbers_that_one_of_two_damaged_files_holds_are_in_both_afterwards(
     runs: dict[str, tuple[Path, dict[str, int]]],
     tmp_path_factory: pytest.TempPathFactory,
     name: str,
@@ -373,7 +373,7 @@ def test_what_is_whole_in_one_of_two_damaged_files_is_in_both_afterwards(
 
 
 @pytest.mark.parametrize(("line", "event"), [(21, 20), (20, 21), (20, 22), (20, 24)])
-def test_two_calls_of_which_each_file_lacks_another_are_both_kept(
+def test_two_calls_are_both_kept_if_each_file_lacks_another_one(
     runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, line: int, event: int
 ) -> None:
     source, counts = runs["two calls a step"]
@@ -401,7 +401,7 @@ def read_key(line: bytes) -> Any:
 
 
 @pytest.mark.parametrize("step", [4, 14, 19])
-def test_a_changed_name_is_told_from_the_lines_of_a_removed_event_file(
+def test_a_changed_name_is_distinguished_from_lines_of_a_removed_event_file(
     runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, step: int
 ) -> None:
     source, counts = runs["no evaluation"]
@@ -418,7 +418,7 @@ def test_a_changed_name_is_told_from_the_lines_of_a_removed_event_file(
 
 @pytest.mark.parametrize("is_first_removed", [False, True])
 @pytest.mark.parametrize("step", [3, 15, 20])
-def test_a_changed_time_is_told_and_restored_from_the_event(
+def test_a_changed_time_is_reported_and_restored_from_the_event(
     runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path, step: int, is_first_removed: bool
 ) -> None:
     source, counts = runs["two calls a step"]
@@ -457,11 +457,11 @@ def test_a_changed_step_takes_no_whole_line_beside_it_along(
     lines = path.read_bytes().splitlines(keepends=True)
     lines[place] = re.sub(rb'"step": \d+', b'"step": %d' % step, lines[place])
     path.write_bytes(b"".join(lines))
-    log = read_lines(path, LAST, is_eval_owed=False)
+    log = read_lines(path, LAST, is_eval_pending=False)
     assert [record.content for record in log.records] == lines[:place] + lines[place + 1 :]
 
 
-def test_the_step_between_two_calls_where_both_files_are_cut_is_told(
+def test_the_step_at_which_both_files_are_cut_between_two_calls_is_reported(
     runs: dict[str, tuple[Path, dict[str, int]]], tmp_path: Path
 ) -> None:
     source, counts = runs["two calls a step"]
@@ -479,7 +479,7 @@ def test_the_step_between_two_calls_where_both_files_are_cut_is_told(
 
 
 @pytest.mark.parametrize("how", ["emptied", "removed"])
-def test_all_steps_are_told_of_an_emptied_event_file_beside_a_damaged_one(tmp_path: Path, how: str) -> None:
+def test_all_steps_of_an_emptied_event_file_beside_a_damaged_one_are_reported(tmp_path: Path, how: str) -> None:
     counts = log_calls(tmp_path, RUNS["plain"], jsonl=False)
     first, second, _ = find_event_files(tmp_path)
     damage(first, (how, 0, 0))

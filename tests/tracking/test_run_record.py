@@ -1,4 +1,4 @@
-"""`runner.tracking.run_record`: `run.json` is whole at every moment and tells the truth about each session."""
+"""`runner.tracking.run_record`: `run.json` is complete at every moment and correct about each session."""
 
 import functools
 import json
@@ -35,14 +35,14 @@ def git(folder: Path, *words: str) -> str:
 
 @pytest.fixture
 def outside(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory outside any repository, and outside the run's folder."""
+    """A working directory outside any repository and outside the run's folder."""
     folder = tmp_path_factory.mktemp("work")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     monkeypatch.chdir(folder)
     return folder
 
 
-def test_a_finished_run_tells_what_ran_where_and_how_it_went(tmp_path: Path, outside: Path) -> None:
+def test_the_record_of_a_finished_run_has_its_code_place_and_result(tmp_path: Path, outside: Path) -> None:
     record = RunRecord(tmp_path, lambda directory: True)
     record.start(ranks=2, name="byte_gpt")
     running = read(tmp_path)
@@ -154,7 +154,7 @@ def test_a_resumed_run_keeps_its_first_start_and_every_session(tmp_path: Path, o
     assert found["duration_s"] > before["duration_s"]
 
 
-def test_a_killed_session_is_told_as_crashed_once_the_run_is_resumed(tmp_path: Path) -> None:
+def test_a_killed_session_is_recorded_as_crashed_when_the_run_is_resumed(tmp_path: Path) -> None:
     code = """
 import itertools, sys
 from runner.tracking.run_record import RunRecord

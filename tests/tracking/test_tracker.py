@@ -1,4 +1,4 @@
-"""`runner.tracking.tracker`: what is logged is what JSON readers and TensorBoard read back, come what may."""
+"""`runner.tracking.tracker`: JSON readers and TensorBoard read back exactly the logged numbers."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def test_pictures_come_back_with_their_pixels_and_sizes(tmp_path: Path, kind: st
         np.testing.assert_array_equal(shown, pixels)
 
 
-def test_a_picture_of_another_type_is_refused_where_it_is_given(tmp_path: Path) -> None:
+def test_a_picture_of_another_type_is_an_error_of_the_call(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     with pytest.raises(ValueError, match=r"'p': expected uint8 \[height, width, 3\], found float64 \[4, 4\]"):
         tracker.image(1, "p", np.zeros((4, 4)))
@@ -216,7 +216,7 @@ def test_an_hparam_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("has_events", [True, False])
-def test_what_is_switched_off_is_not_written(tmp_path: Path, has_events: bool) -> None:
+def test_a_kind_of_file_that_is_switched_off_is_not_written(tmp_path: Path, has_events: bool) -> None:
     tracker = Tracker(tmp_path, tensorboard=has_events, jsonl=not has_events)
     tracker.log(1, {"loss": 1.0})
     tracker.text(1, "t", "text")
@@ -319,7 +319,7 @@ def test_a_line_torn_by_a_kill_goes_even_when_its_step_stays(tmp_path: Path) -> 
     assert last["time_s"] >= 2.5
 
 
-def test_a_full_disk_is_told_once_and_later_numbers_take_no_memory(tmp_path: Path) -> None:
+def test_a_full_disk_is_raised_once_and_later_numbers_take_no_memory(tmp_path: Path) -> None:
     code = """
 import sys, time
 from runner.tracking.tracker import Tracker
@@ -352,7 +352,7 @@ print(len(told), told[0].filename, told[0])
     assert (tmp_path / "metrics.jsonl").stat().st_size <= 50_000
 
 
-def test_a_full_disk_is_told_at_close_when_nothing_was_logged_after(tmp_path: Path) -> None:
+def test_a_full_disk_is_raised_by_close_if_nothing_was_logged_after(tmp_path: Path) -> None:
     code = """
 import sys
 from runner.tracking.tracker import Tracker
@@ -403,9 +403,7 @@ except OSError as error:
         ("step", 1.0, "'step' is a name of metrics.jsonl's own"),
     ],
 )
-def test_a_wrong_value_is_named_and_what_came_before_it_stays(
-    tmp_path: Path, name: str, value: Any, message: str
-) -> None:
+def test_an_invalid_value_is_named_and_earlier_ones_stay(tmp_path: Path, name: str, value: Any, message: str) -> None:
     tracker = Tracker(tmp_path, flush_s=60)
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {name: value})
@@ -471,7 +469,7 @@ print(sorted({"torch", "tensorboard", "hydra", "omegaconf", "numpy", "tqdm"} & s
     assert out.strip() == "[]", err
 
 
-def test_after_a_flush_what_was_logged_is_on_disk_and_more_may_follow(tmp_path: Path) -> None:
+def test_after_a_flush_the_numbers_are_on_disk_and_more_may_follow(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, flush_s=60.0)
     for step in range(500):
         tracker.log(step, {"loss": float(step)})
@@ -481,7 +479,7 @@ def test_after_a_flush_what_was_logged_is_on_disk_and_more_may_follow(tmp_path: 
     tracker.close()
 
 
-def test_a_flush_that_fails_says_so_and_leaves_the_error_to_the_next_call(tmp_path: Path) -> None:
+def test_a_failed_flush_raises_and_the_next_call_raises_too(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path)
     tracker.flush()
     (tmp_path / "metrics.jsonl").unlink()

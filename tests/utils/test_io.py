@@ -1,4 +1,4 @@
-"""What `runner.utils.io` stores comes back equal, in both formats, or is refused before anything is written."""
+"""`runner.utils.io`: a value is loaded equal, in both formats, or refused before anything is written."""
 
 import enum
 import json
@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from runner.utils import io
 from runner.utils.files import atomic_path
-from runner.utils.serialization import text_of
+from runner.utils.serialization import format_key
 
 FORMATS = [".pt", ".pth", ".sft", ".safetensors"]
 each_format = pytest.mark.parametrize("suffix", [".pt", ".sft"])
@@ -38,7 +38,7 @@ DTYPES = [
 ]
 LEARNABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
 
-# ── what equal means ──
+# ── equality ──
 
 
 def bits_of(tensor):
@@ -164,7 +164,7 @@ def values(draw):
     pool = draw(st.lists(tensors(), max_size=3))
     leaves = plain_values
     if pool:
-        members = st.integers(0, len(pool) - 1).map(lambda index: pool[index])  # no repr of a tensor is wanted
+        members = st.integers(0, len(pool) - 1).map(lambda index: pool[index])  # no repr of a tensor
         leaves |= members | members.map(torch.Tensor.detach)
 
     def containers(inner):
@@ -194,8 +194,8 @@ def test_an_integer_too_long_for_text_is_a_key_of_a_tensor_also_inside_tuples(su
 
 
 @pytest.mark.parametrize("key", [7, "a", (), (1,), (1, "a"), (None, (b"x", 1.5, (True,))), -(1 << 4000)])
-def test_any_other_key_is_named_as_repr_has_it(key):
-    assert text_of(key) == repr(key)
+def test_other_keys_are_formatted_by_repr(key):
+    assert format_key(key) == repr(key)
 
 
 @settings(max_examples=60, deadline=None)
@@ -209,7 +209,7 @@ def test_a_flat_dict_of_tensors_has_the_same_keys_for_any_safetensors_reader(val
 
 
 @each_format
-def test_equality_of_this_test_tells_apart_what_looks_alike(suffix):
+def test_the_comparison_of_these_tests_distinguishes_similar_values(suffix):
     pairs = [(1, True), (1, 1.0), (0.0, -0.0), ("1", 1), ((1,), [1]), ({1: 2, 3: 4}, {3: 4, 1: 2})]
     pairs += [(torch.zeros(2), torch.zeros(2, dtype=torch.int32)), (torch.zeros(1), torch.zeros(()))]
     pairs += [(torch.zeros(1), torch.nn.Parameter(torch.zeros(1))), ({}, OrderedDict()), (torch.Size([1]), (1,))]
@@ -236,7 +236,7 @@ def test_every_dtype_comes_back_in_every_shape(suffix, dtype, shape):
 
 
 @each_format
-def test_the_largest_nest_comes_back_and_a_deeper_one_is_refused(suffix):
+def test_the_deepest_nesting_is_loaded_and_a_deeper_one_is_refused(suffix):
     value = {}
     for _ in range(99):
         value = {"a": value}
@@ -254,7 +254,7 @@ def test_an_integer_of_any_size_comes_back(suffix, bits):
 
 
 @each_format
-def test_a_key_that_the_file_itself_uses_is_an_ordinary_key(suffix):
+def test_keys_used_by_the_file_format_are_ordinary_keys(suffix):
     value = {"runner.structure": "{}", "tensors": {}, "__metadata__": torch.ones(2), "format": 1}
     assert same(round_trip(value, suffix), value)
     flat = {
@@ -353,7 +353,7 @@ def test_an_optimizer_resumes_from_its_saved_state(suffix):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_format
-def test_a_tensor_of_the_gpu_is_loaded_where_asked(suffix, tmp_path):
+def test_a_gpu_tensor_is_loaded_to_map_location(suffix, tmp_path):
     weight = torch.randn(4, 4, device="cuda")
     io.save({"w": weight, "tied": weight.detach(), "t": weight.t()}, tmp_path / f"x{suffix}")
     assert same(io.load(tmp_path / f"x{suffix}")["w"], weight.cpu())
@@ -364,17 +364,17 @@ def test_a_tensor_of_the_gpu_is_loaded_where_asked(suffix, tmp_path):
 
 
 @each_format
-def test_map_location_says_where_tensors_go(suffix, tmp_path):
+def test_map_location_is_the_device_of_the_tensors(suffix, tmp_path):
     io.save([torch.ones(3)], tmp_path / f"x{suffix}")
     assert io.load(tmp_path / f"x{suffix}", map_location="meta")[0].is_meta
     assert io.load(tmp_path / f"x{suffix}", map_location=torch.device("cpu"))[0].tolist() == [1, 1, 1]
 
 
-# ── what is made of dense tensors ──
+# ── composites of dense tensors ──
 
 
 def quietly(make):
-    """Makes a kind of tensor that torch warns of as a prototype."""
+    """Makes a kind of tensor that torch calls a prototype in a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
@@ -406,7 +406,7 @@ COMPOSITES = {
 
 
 def alike(a, b):
-    """Equality of tensors that are no dense ones: by what each is made of."""
+    """Equality of tensors that are not dense: by their dense parts."""
     if (type(a), a.dtype, a.layout, a.requires_grad) != (type(b), b.dtype, b.layout, b.requires_grad):
         return False
     if a.is_nested:
@@ -458,7 +458,7 @@ def test_storages_and_numbers_of_numpy_come_back(suffix):
     assert all(array.flags.writeable for array in found)
 
 
-# ── what cannot be stored ──
+# ── unsupported values ──
 
 
 class Color(enum.IntEnum):
@@ -489,7 +489,7 @@ UNSTORABLE = {
 
 
 @pytest.mark.parametrize("name", UNSTORABLE)
-def test_what_cannot_be_stored_is_named_with_its_key_path_before_anything_is_written(name, tmp_path):
+def test_an_unsupported_value_is_refused_with_its_key_path_before_writing(name, tmp_path):
     messages = set()
     for suffix in FORMATS:
         with pytest.raises(TypeError, match=r'^value\["a"\]\[3\]\[None\] is a .*' + name) as caught:
@@ -530,7 +530,7 @@ def test_a_container_used_twice_comes_back_as_two(suffix):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_the_path_asked_for_is_the_path(suffix, tmp_path):
+def test_the_file_has_exactly_the_given_path(suffix, tmp_path):
     (tmp_path / "v1.pt").write_bytes(b"another")
     (tmp_path / "v1.safetensors").write_bytes(b"another")
     path = tmp_path / "runs of today" / f"v1.5{suffix}"
@@ -558,7 +558,7 @@ def test_an_unknown_suffix_is_an_error_that_lists_the_known(name, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_file_that_is_not_there_is_not_found(suffix, tmp_path):
+def test_a_missing_file_is_not_found(suffix, tmp_path):
     for read in (io.load, io.read_metadata):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / f"x{suffix}")
@@ -649,7 +649,7 @@ def dump_plain(value, path):
 
 
 @pytest.mark.parametrize("write", [torch.save, dump_plain])
-def test_a_pickle_is_executed_only_when_the_caller_says_so(write, tmp_path):
+def test_a_pickle_is_executed_only_with_allow_pickle(write, tmp_path):
     path, canary = tmp_path / "x.pt", tmp_path / "canary"
     write({"a": Hostile(str(canary))}, path)
     with pytest.raises(ValueError, match=r"x\.pt: not read.*pass allow_pickle=True"):
@@ -765,7 +765,7 @@ def test_a_large_structure_moves_from_the_header_into_a_tensor(tmp_path, monkeyp
     assert io.read_metadata(tmp_path / "x.sft") == {"note": "n"}
 
 
-def test_a_header_that_no_reader_takes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_header_beyond_the_readers_limit_is_refused_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(io, "_MAX_HEADER_BYTES", 1000)
     with pytest.raises(ValueError, match=r"x\.sft: its header is .* readers take 1,000: save it as \.pt"):
         io.save([torch.ones(1)] * 1 + [torch.ones(1) for _ in range(50)], tmp_path / "x.sft")
@@ -787,7 +787,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(name, broken, tmp_p
     WRITES[name](tmp_path / name, {"t": torch.ones(3)})
     before = (tmp_path / name).read_bytes()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError("no disk")
 
     monkeypatch.setattr(os, broken, fail)
@@ -807,9 +807,9 @@ def test_the_bytes_reach_the_disk_before_the_name_and_the_name_before_the_return
         events.append(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
-    def recorded_replace(source, target):
+    def recorded_replace(source, target, **folders):
         events.append("replace")
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
@@ -876,7 +876,7 @@ def test_a_link_is_followed(tmp_path):
     assert io.read_json(tmp_path / "real.json") == [1]
 
 
-def test_a_name_as_long_as_a_file_system_takes_is_written(tmp_path):
+def test_the_longest_possible_file_name_is_written(tmp_path):
     for name in ("n" * 251 + ".sft", "é" * 125 + ".sft"):
         io.save(1, tmp_path / name)
         assert io.load(tmp_path / name) == 1
@@ -930,7 +930,7 @@ def test_json_is_pretty_or_compact_and_floats_and_letters_are_as_written(tmp_pat
         ("[" * 100_000, r"x\.json: not read as JSON"),
     ],
 )
-def test_json_that_is_broken_is_an_error_that_says_where(text, found, tmp_path):
+def test_broken_json_is_an_error_with_line_and_column(text, found, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=found):
         io.read_json(tmp_path / "x.json")
@@ -945,7 +945,7 @@ def test_json_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path):
 @pytest.mark.parametrize(
     "value", [(1,), {1}, np.float64(1), Color.RED, torch.ones(1), OrderedDict(), b"a", Path("a")], ids=repr
 )
-def test_json_refuses_what_it_would_change(value, tmp_path):
+def test_json_refuses_values_that_it_would_change(value, tmp_path):
     with pytest.raises(TypeError, match=r'^value\["a"\]\[1\] is a .*, which JSON does not have'):
         io.write_json({"a": [0, value]}, tmp_path / "new" / "x.json")
     assert not (tmp_path / "new").exists()
@@ -959,7 +959,7 @@ def test_json_refuses_a_key_that_is_not_a_string(key, tmp_path):
         io.write_json([{key: 1}], tmp_path / "x.json")
 
 
-def test_json_refuses_what_holds_itself_or_is_too_long_to_read(tmp_path):
+def test_json_refuses_values_that_contain_themselves_or_too_long_integers(tmp_path):
     loop = []
     loop.append(loop)
     with pytest.raises(ValueError, match="holds itself"):
@@ -970,7 +970,7 @@ def test_json_refuses_what_holds_itself_or_is_too_long_to_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".sft"])
-def test_a_snapshot_holds_what_the_value_was_ties_and_all(tmp_path, suffix):
+def test_a_snapshot_keeps_the_value_and_its_ties(tmp_path, suffix):
     weight = torch.arange(12.0).reshape(3, 4)
     value = {"a": weight, "tied": weight, "turned": weight.T, "view": weight[1:], "rest": [1, "x", (2.5, None)]}
     io.save(value, tmp_path / f"direct{suffix}")
@@ -987,6 +987,6 @@ def test_a_snapshot_holds_what_the_value_was_ties_and_all(tmp_path, suffix):
         io.write_new(snapshot, tmp_path / f"late{suffix}")
 
 
-def test_a_snapshot_refuses_at_once_what_cannot_be_stored():
+def test_a_snapshot_refuses_unsupported_values_at_once():
     with pytest.raises(TypeError, match=r'value\["a"\]'):
         io.HostSnapshot({"a": object()})

@@ -60,12 +60,12 @@ def test_any_chunk_gives_the_value_and_gradients_of_all_logits(
     targets[[index for index in ignored if index < positions]] = -100
     expected = outcome(whole(leaves, targets, reduction=reduction), leaves, upstream)
     found = outcome(chunked(leaves, targets, reduction=reduction, chunk=chunk), leaves, upstream)
-    scale = max(1.0, abs(expected[0].item())) if expected[0].isfinite() else 1.0  # a sum is as exact as it is large
+    scale = max(1.0, abs(expected[0].item())) if expected[0].isfinite() else 1.0  # relative to the sum
     assert_equal(found, expected, atol * scale * max(1.0, abs(upstream)))
 
 
 @pytest.mark.parametrize("is_trained", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_what_is_trained_gets_a_gradient(is_trained):
+def test_only_trained_tensors_get_a_gradient(is_trained):
     leaves, targets = draw(is_trained=is_trained)
     chunked(leaves, targets, chunk=4).backward()
     assert [leaf.grad is not None for leaf in leaves] == list(is_trained)
@@ -121,15 +121,15 @@ def test_gradients_of_low_precision_are_scaled_before_they_are_rounded():
     assert not torch.equal(scaled, found)
 
 
-def test_a_loss_scale_brings_back_gradients_that_fp16_has_no_place_for():
+def test_a_loss_scale_preserves_gradients_that_underflow_in_fp16():
     leaves, targets = draw(dtype=torch.float16)
-    factor = 2.0**-20  # as the mean over a million positions
+    factor = 2.0**-20  # like the mean over a million positions
     loss = chunked(leaves, targets, reduction="sum") * factor
     grad = torch.autograd.grad(loss / factor, leaves[0])[0]
     assert torch.equal(grad, torch.autograd.grad(chunked(leaves, targets, reduction="sum"), leaves[0])[0])
 
 
-def test_backward_may_come_again():
+def test_backward_may_run_twice():
     leaves, targets = draw()
     loss = chunked(leaves, targets, chunk=4) * 3
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -143,7 +143,7 @@ def test_gradients_of_gradients_are_refused():
 
 
 class Largest(TorchDispatchMode):
-    """Tells the elements of the largest tensor that any operation gave."""
+    """Records the number of elements of the largest result of any operation."""
 
     elements = 0
 
@@ -172,7 +172,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_a_gradient():
         ({"reduction": "none"}, "reduction='none': expected mean or sum"),
     ],
 )
-def test_what_does_not_fit_is_told(change, message):
+def test_an_argument_that_does_not_fit_is_an_error_that_names_it(change, message):
     (hidden, weight, bias), targets = draw()
     with pytest.raises(ValueError, match=message):
         chunked_cross_entropy(**{"hidden": hidden, "weight": weight, "bias": bias, "targets": targets} | change)

@@ -1,4 +1,4 @@
-"""Codebook patterns: valid for any settings and length, reverted exactly, and what a plain loop would have made."""
+"""Codebook patterns: valid for any settings and length, exactly reversible, and equal to a plain loop."""
 
 import copy
 import itertools
@@ -44,13 +44,13 @@ Layout = list[list[tuple[int, int]]]
 
 
 def with_gap(*arguments: Any) -> Unrolled:
-    """Makes a provider with an inner step that no codebook has, of which it warns."""
+    """Makes a provider with an inner step without a codebook, and ignores its warning."""
     with pytest.warns(UserWarning, match="without a codebook"):
         return Unrolled(*arguments)
 
 
 def drawn(kind: type[PatternProvider], num_codebooks: int, data: st.DataObject) -> Any:
-    """Draws any legal settings of a kind."""
+    """Draws valid settings of a pattern class."""
 
     def some(highest: int, count: int) -> list[int] | None:
         return data.draw(st.none() | st.lists(st.integers(0, highest), min_size=count, max_size=count))
@@ -70,7 +70,7 @@ def drawn(kind: type[PatternProvider], num_codebooks: int, data: st.DataObject) 
 
 
 def steps_by_loop(provider: Any, timesteps: int) -> Iterator[list[tuple[int, int]]]:
-    """Yields what each step after the start holds, by the definition of the layout."""
+    """Yields the coordinates of each step after the start, by the definition of the layout."""
     count = provider.num_codebooks
     if isinstance(provider, MusicLM):
         for first in range(0, count, provider.group_by):
@@ -109,24 +109,24 @@ def built_by_loop(layout: Layout, codes: Tensor, special: int) -> tuple[Tensor, 
 
 
 def codes_of(batch: int, num_codebooks: int, timesteps: int) -> Tensor:
-    """Returns codes that all differ."""
+    """Returns codes that are all different."""
     return torch.arange(batch * num_codebooks * timesteps).reshape(batch, num_codebooks, timesteps)
 
 
 def grid(pattern: Pattern) -> str:
-    """Returns the sequence of timesteps counted from 1, a line a codebook, with a dot for the special token."""
+    """Returns the sequence as text: a line per codebook, timesteps counted from 1, a dot for the special token."""
     times = torch.arange(1, pattern.timesteps + 1).expand(1, pattern.num_codebooks, -1)
     rows = pattern.build(times, 0)[0][0].tolist()
     return "\n".join("".join(str(t or ".") for t in row) for row in rows)
 
 
 FIGURES = {
-    # The four of figure 1 of https://arxiv.org/abs/2306.05284, from the start step on.
+    # The four patterns of figure 1 of https://arxiv.org/abs/2306.05284, from the start step on.
     "parallel": (Parallel(4), ".1234 .1234 .1234 .1234"),
     "delay": (Delayed(4), ".1234... ..1234.. ...1234. ....1234"),
     "flattening": (Unrolled(4), ".1...2...3...4... ..1...2...3...4.. ...1...2...3...4. ....1...2...3...4"),
     "coarse first (VALL-E)": (VALLE(4), ".1234.... .....1234 .....1234 .....1234"),
-    # Of its appendix and its public implementation.
+    # From its appendix and its public implementation.
     "coarse first, without delays": (CoarseFirst(4), ".1234.... .....1234 .....1234 .....1234"),
     "coarse first, delayed": (CoarseFirst(4, [0, 1, 2]), ".1234...... .....1234.. ......1234. .......1234"),
     "partial delay": (Delayed(4, [0, 1, 1, 1]), ".1234. ..1234 ..1234 ..1234"),
@@ -135,7 +135,7 @@ FIGURES = {
     "MusicLM": (MusicLM(3), ".1.2.3.4..... ..1.2.3.4.... .........1234"),
     "MusicLM, one by one": (MusicLM(2, 1), ".1234.... .....1234"),
     "MusicLM, one group": (MusicLM(2, 5), ".1.2.3.4. ..1.2.3.4"),
-    # What no figure shows.
+    # Cases that no figure shows.
     "delayed in any order": (Delayed(3, [2, 0, 2]), "...1234 .1234.. ...1234"),
     "delayed from the first": (Delayed(2, [1, 2]), "..1234. ...1234"),
     "flattened backwards": (Unrolled(2, [1, 0]), "..1.2.3.4 .1.2.3.4."),
@@ -152,7 +152,7 @@ def test_the_worked_examples_of_the_paper(provider: PatternProvider, expected: s
 @any_kind
 @settings(max_examples=60, deadline=None)
 @any_length
-def test_any_argumentsand_length_give_what_a_plain_loop_gives(
+def test_any_arguments_and_length_equal_a_plain_loop(
     kind: type[PatternProvider], num_codebooks: int, timesteps: int, batch: int, data: st.DataObject
 ) -> None:
     provider = drawn(kind, num_codebooks, data)
@@ -175,7 +175,7 @@ def test_any_argumentsand_length_give_what_a_plain_loop_gives(
 
 
 def closed_form(provider: Any, timesteps: int) -> int:
-    """The number of steps as the docstrings have it."""
+    """The number of steps by the formula in the docstrings."""
     count = provider.num_codebooks
     match provider:
         case Parallel():
@@ -197,7 +197,7 @@ def closed_form(provider: Any, timesteps: int) -> int:
 @any_kind
 @settings(max_examples=40, deadline=None)
 @any_length
-def test_sequence_steps_are_the_closed_form_and_no_timesteps_are_the_start_alone(
+def test_num_steps_is_the_closed_form_and_one_without_timesteps(
     kind: type[PatternProvider], num_codebooks: int, timesteps: int, batch: int, data: st.DataObject
 ) -> None:
     provider = drawn(kind, num_codebooks, data)
@@ -209,7 +209,7 @@ def test_sequence_steps_are_the_closed_form_and_no_timesteps_are_the_start_alone
 @any_kind
 @settings(max_examples=60, deadline=None)
 @any_length
-def test_generation_step_by_step_fills_what_build_would(
+def test_generation_step_by_step_equals_build(
     kind: type[PatternProvider], num_codebooks: int, timesteps: int, batch: int, data: st.DataObject
 ) -> None:
     pattern = drawn(kind, num_codebooks, data)(timesteps)
@@ -225,7 +225,7 @@ def test_generation_step_by_step_fills_what_build_would(
     layout = pattern.layout
     for s in range(start, pattern.num_steps):
         assert torch.equal(sequence[..., :s], whole[..., :s])
-        drawn_tokens = torch.full((batch, num_codebooks), -7)  # of a codebook that has nothing at s: not to be taken
+        drawn_tokens = torch.full((batch, num_codebooks), -7)  # -7: no code at s, to be ignored
         for t, k in layout[s]:
             drawn_tokens[:, k] = codes[:, k, t]
         sequence[..., s] = torch.where(missing[:, s], drawn_tokens, sequence[..., s])
@@ -254,7 +254,7 @@ def test_reverted_logits_are_those_that_predict_each_token(
 @any_kind
 @settings(max_examples=40, deadline=None)
 @any_length
-def test_of_a_sequence_that_ends_early_the_mask_tells_what_was_found(
+def test_the_mask_of_a_short_sequence_marks_the_present_codes(
     kind: type[PatternProvider], num_codebooks: int, timesteps: int, batch: int, data: st.DataObject
 ) -> None:
     pattern = drawn(kind, num_codebooks, data)(timesteps)
@@ -401,7 +401,7 @@ def test_a_token_that_the_dtype_cannot_hold_is_refused(special: Any) -> None:
         pattern.build_prefix(codes, 0, special)
 
 
-# The mistakes of known implementations.
+# Mistakes of known implementations.
 
 
 @any_kind
@@ -425,7 +425,7 @@ def test_delays_longer_than_the_audio_keep_every_coordinate_and_add_none() -> No
 
 
 def layout_of_audiocraft(flattening: list[int], timesteps: int) -> list[list[tuple[int, int]]]:
-    """The layout that audiocraft's rule gives without delays: the steps of a timestep sorted by what they hold."""
+    """The layout of audiocraft's rule without delays: the steps of a timestep sorted by their coordinates."""
     layout: list[list[tuple[int, int]]] = [[]]
     for t in range(timesteps):
         inner_steps = range(max(flattening) + 1)
@@ -434,9 +434,7 @@ def layout_of_audiocraft(flattening: list[int], timesteps: int) -> list[list[tup
 
 
 @given(flattening=st.lists(st.integers(0, 6), min_size=1, max_size=5).map(sorted), timesteps=st.integers(0, 5))
-def test_an_inner_step_without_a_codebook_is_told_with_the_setting_of_audiocrafts_layout(
-    flattening: list[int], timesteps: int
-) -> None:
+def test_an_inner_step_without_a_codebook_warns_with_audiocrafts_setting(flattening: list[int], timesteps: int) -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         layout = Unrolled(len(flattening), flattening)(timesteps).layout
@@ -448,12 +446,12 @@ def test_an_inner_step_without_a_codebook_is_told_with_the_setting_of_audiocraft
     assert layout == expected
 
 
-def test_an_empty_inner_step_with_delays_has_no_such_setting() -> None:
+def test_an_empty_inner_step_with_delays_has_no_setting_of_audiocraft() -> None:
     with pytest.warns(UserWarning, match="leave out no inner step"):
         Unrolled(2, [1, 2], [0, 1])
 
 
-def test_an_empty_inner_step_stands_in_its_place_and_not_before_its_step() -> None:
+def test_an_empty_inner_step_stays_at_its_place() -> None:
     layout = Unrolled(2, [0, 2])(2).layout
     assert layout == [[], [(0, 0)], [], [(0, 1)], [(1, 0)], [], [(1, 1)]]
 
@@ -514,7 +512,7 @@ def test_a_pattern_and_its_provider_do_not_change() -> None:
 
 
 @any_kind
-def test_non_contiguous_input_gives_what_a_copy_would(kind: type[PatternProvider]) -> None:
+def test_non_contiguous_input_equals_a_contiguous_copy(kind: type[PatternProvider]) -> None:
     pattern = kind(3)(6)
     codes = codes_of(4, 6, 3).transpose(1, 2)[::2]
     sequence, _ = pattern.build(codes, SPECIAL)
@@ -529,7 +527,7 @@ def test_non_contiguous_input_gives_what_a_copy_would(kind: type[PatternProvider
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float64])
-def test_the_dtype_stays(dtype: torch.dtype) -> None:
+def test_the_dtype_is_preserved(dtype: torch.dtype) -> None:
     pattern = Delayed(3)(5)
     codes = codes_of(2, 3, 5).to(dtype)
     sequence, mask = pattern.build(codes, 99)
@@ -539,7 +537,7 @@ def test_the_dtype_stays(dtype: torch.dtype) -> None:
     assert torch.equal(reverted, torch.where(found, codes, torch.tensor(99, dtype=dtype)))
 
 
-def test_the_gradients_of_logits_go_where_they_came_from() -> None:
+def test_gradients_of_reverted_logits_reach_their_source() -> None:
     with torch.inference_mode():
         pattern = Delayed(2)(3)
         pattern.build(torch.zeros(1, 2, 3, dtype=torch.int64), 7)
@@ -551,7 +549,7 @@ def test_the_gradients_of_logits_go_where_they_came_from() -> None:
 
 
 @pytest.mark.parametrize("at", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_what_is_returned_lies_where_the_input_does(at: str) -> None:
+def test_results_are_on_the_device_of_the_input(at: str) -> None:
     if at == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     pattern = Unrolled(3, [0, 1, 1])(5)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.utils.utils import encodable, escape_controls, format_number, one_line
+from runner.utils.utils import encodable, escape_controls, find_nearest, format_number, list_nearest, one_line, suggest
 
 
 @pytest.mark.parametrize(
@@ -23,18 +23,18 @@ def test_a_number_has_four_significant_digits_and_a_whole_one_all(number, expect
 
 
 @given(st.floats(-1e308, 1e308) | st.integers(-(10**18), 10**18))
-def test_a_number_that_is_read_again_differs_by_less_than_a_thousandth(number):
+def test_a_formatted_number_differs_by_less_than_a_thousandth(number):
     text = format_number(number)
     assert math.isclose(float(text), number, rel_tol=1e-3, abs_tol=1e-320)
     assert len(text) <= 16
 
 
 TEXTS = st.text(st.characters()) | st.text(st.characters(categories=("Cc", "Cf", "Cs", "Zl", "Zp", "L")))
-TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # marks of direction
+TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # direction marks
 
 
 @given(TEXTS)
-def test_no_control_character_surrogate_or_mark_of_direction_is_left(text):
+def test_control_characters_surrogates_and_direction_marks_are_escaped(text):
     shown = escape_controls(text)
     left = [c for c in shown if c not in "\n\t"]
     assert not [c for c in left if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
@@ -55,7 +55,21 @@ def test_a_character_is_escaped_as_in_code():
 
 
 @given(TEXTS)
-def test_every_text_can_be_encoded_and_what_could_stays(text):
+def test_every_text_becomes_encodable_and_encodable_ones_stay(text):
     shown = encodable(text)
     assert shown.encode().decode() == shown
     assert encodable(shown) == shown
+
+
+def test_a_misspelt_name_gets_the_nearest_choice_and_all_choices():
+    assert suggest("adma", ["sgd", "adam", "muon"]) == "did you mean adam? (there are: sgd, adam, muon)"
+    assert suggest("zzz", ["sgd", "adam"]) == "there are: sgd, adam"
+    assert suggest("a", ["a\nb"]) == "did you mean a\\nb? (there are: a\\nb)"
+    assert find_nearest("zzz", ["sgd", "adam"]) is None
+
+
+def test_of_many_choices_the_nearest_are_listed_and_the_others_counted():
+    assert (
+        list_nearest("layer.3", [f"layer.{index}" for index in (1, 2, 3, 3)], limit=2) == "layer.3, layer.1 and 1 more"
+    )
+    assert list_nearest("a", ["", ""]) == "none"

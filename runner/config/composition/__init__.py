@@ -1,1 +1,1 @@
-"""Composition by Hydra: the source of YAML files, interpolations and the bounds of their expansion."""
+"""Composing a config: reading YAML files, handling interpolations, and bounding their expansion."""

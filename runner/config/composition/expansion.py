@@ -1,7 +1,7 @@
-"""Counts what a config's interpolations expand to, without resolving them: a few lines can expand to a billion values.
+"""Checks the size to which a config's interpolations expand, without resolving them.
 
-OmegaConf resolves an interpolation anew wherever it stands, so the number of resolutions is counted, and how deep they
-nest. Must not import torch.
+A few lines of YAML can expand to a billion values. OmegaConf resolves an interpolation again at every place where it is
+used, so resolutions are counted as well as values, and so is their depth.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from omegaconf.grammar_parser import parse
 
 from runner.config.errors import ConfigError
 
-MAX_VALUES = 100_000  # values of a resolved config, and interpolations resolved on the way
+MAX_VALUES = 100_000  # values of a resolved config, plus resolutions
 MAX_CHARACTERS = 1_000_000
-MAX_DEPTH = 60  # of containers and interpolations; OmegaConf exhausts Python's stack at some 70
-MAX_TEXT = 10_000  # characters of a text with interpolations
-MAX_TEXTS = 100_000  # characters of all of them: parsing takes 10 us each
-MAX_BRACKETS = 20  # open at once in such a text
-_OF_RESOLVER = 1_000  # characters, more than the resolvers that a config from a file may call return
-_SIMPLE = re.compile(r"\$\{(\.*)([A-Za-z_][\w-]*(?:\.[\w-]+)*)\}", re.ASCII)
-_BY_KEY = ("oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated")
+MAX_DEPTH = 60  # of containers and interpolations; OmegaConf exhausts Python's stack at about 70
+MAX_TEXT_LENGTH = 10_000  # characters of a text with interpolations
+MAX_TOTAL_TEXT_LENGTH = 100_000  # characters of all such texts: parsing takes 10 us a character
+MAX_BRACKETS = 20  # nested brackets in such a text
+_RESOLVER_CHARACTERS = 1_000  # upper bound of the result of the resolvers that a saved config may call
+_SIMPLE_INTERPOLATION = re.compile(r"\$\{(\.*)([A-Za-z_][\w-]*(?:\.[\w-]+)*)\}", re.ASCII)
+_KEY_RESOLVERS = ("oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated")
 
 Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a part of a config expands to: values and resolutions, characters, and depth."""
+    """The size to which a part of a config expands: values and resolutions, characters, and depth."""
 
     values: int
     characters: int
@@ -43,16 +43,21 @@ class Expansion:
 
 
 @dataclass(frozen=True)
-class _Reference:
-    """An interpolation in a text: of a node, whose `keys` may be references themselves, or of a resolver.
+class _Interpolation:
+    """An interpolation in a text, which refers to a node or calls a resolver.
 
-    `dots` are those before the key of a node; `text` is that of a resolver's arguments.
+    Attributes:
+        dots: number of leading dots of a node's relative key.
+        keys: parts of a node's key, each a text or an interpolation.
+        resolver: name of the resolver; None for a node.
+        arguments: interpolations in the arguments of the resolver.
+        text: the arguments of the resolver as they are written.
     """
 
     dots: int = 0
-    keys: tuple[str | _Reference, ...] = ()
+    keys: tuple[str | _Interpolation, ...] = ()
     resolver: str | None = None
-    arguments: tuple[_Reference, ...] = ()
+    arguments: tuple[_Interpolation, ...] = ()
     text: str = ""
 
 
@@ -60,52 +65,53 @@ def check_expansion(config: Any, hydra: Any = None, *, is_strict: bool = False) 
     """Checks that a config expands to a bounded size.
 
     Args:
-        config: a config of OmegaConf's or a plain one, unresolved.
-        hydra: what `${hydra:...}` reads, unresolved.
-        is_strict: refuses a key that only a resolver tells, as in `${a.${now:%S}}`: it may be that of anything.
+        config: an unresolved config, of OmegaConf or plain.
+        hydra: Hydra's unresolved config, which `${hydra:...}` reads.
+        is_strict: rejects a key that depends on the result of a resolver, as in `${a.${now:%S}}`, since it may name
+            any node.
     Raises:
-        ConfigError: naming the key, what it expands to, and the limit.
+        ConfigError: naming the key, the size to which it expands, and the limit.
     """
     plain: Any = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
     keys = [key for key in plain if key != "hydra"]
     if hydra is not None:
         plain = {**plain, "hydra": hydra}
     _check_texts(plain)
-    counter = _Counter(plain, is_strict)
-    whole = _sum_of([counter.expand((key,)) for key in keys], 0)
-    if whole.values > MAX_VALUES or whole.characters > MAX_CHARACTERS:
-        raise counter.refuse((), whole)
+    counter = _ExpansionCounter(plain, is_strict)
+    total = _combine([counter.expand((key,)) for key in keys], 0)
+    if total.values > MAX_VALUES or total.characters > MAX_CHARACTERS:
+        raise counter.too_large((), total)
 
 
-def check_plain(plain: Any) -> None:
-    """Checks that a resolved config has a bounded size, and that its texts, once they are escaped, are parsed quickly.
+def check_resolved_size(plain: Any) -> None:
+    """Checks that a resolved config has a bounded size, and that its texts can be parsed quickly after escaping.
 
     Raises:
-        ConfigError: naming the key, what was found, and the limit.
+        ConfigError: naming the key, the size found, and the limit.
     """
     _check_texts(plain)
-    whole = _count(plain)
-    if whole.values > MAX_VALUES or whole.characters > MAX_CHARACTERS:
-        size = f"{whole.values:,} values and {whole.characters:,} characters"
+    total = _count(plain)
+    if total.values > MAX_VALUES or total.characters > MAX_CHARACTERS:
+        size = f"{total.values:,} values and {total.characters:,} characters"
         raise ConfigError(f"the config has {size}; expected {MAX_VALUES:,} and {MAX_CHARACTERS:,} at most")
 
 
 def _count(value: Any) -> Expansion:
     if isinstance(value, Mapping):
-        return _sum_of([_count(child) for child in value.values()], sum(len(str(key)) for key in value))
+        return _combine([_count(child) for child in value.values()], sum(len(str(key)) for key in value))
     if isinstance(value, (list, tuple)):
-        return _sum_of([_count(child) for child in value], 0)
+        return _combine([_count(child) for child in value], 0)
     return Expansion(1, len(value) if isinstance(value, (str, bytes)) else 16, 0)
 
 
-def check_text(text: str, key: str) -> None:
-    """Checks that parsing a text takes little time, and does not exhaust Python's stack.
+def check_interpolated_text(text: str, key: str) -> None:
+    """Checks that a text with interpolations can be parsed quickly and without exhausting Python's stack.
 
     Raises:
-        ConfigError: naming the key, what was found, and the limit.
+        ConfigError: naming the key, the length or depth found, and the limit.
     """
-    if len(text) > MAX_TEXT:
-        raise ConfigError(f"{key}: has {len(text):,} characters; one with interpolations may have {MAX_TEXT:,}")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise ConfigError(f"{key}: has {len(text):,} characters; one with interpolations may have {MAX_TEXT_LENGTH:,}")
     depth = 0
     for character in text:
         depth = max(depth + (character in "{[(") - (character in "}])"), 0)
@@ -114,161 +120,167 @@ def check_text(text: str, key: str) -> None:
 
 
 def _check_texts(plain: Any) -> None:
-    total, waiting = 0, [(plain, "")]
-    while waiting:
-        value, key = waiting.pop()
+    total = 0
+    pending = [(plain, "")]
+    while pending:
+        value, key = pending.pop()
         if isinstance(value, str) and "${" in value:
-            check_text(value, key)
+            check_interpolated_text(value, key)
             total += len(value)
         elif isinstance(value, Mapping):
-            waiting += [(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()]
+            pending += [(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()]
         elif isinstance(value, (list, tuple)):
-            waiting += [(child, f"{key}.{index}".lstrip(".")) for index, child in enumerate(value)]
+            pending += [(child, f"{key}.{index}".lstrip(".")) for index, child in enumerate(value)]
         if key.count(".") > 2 * MAX_DEPTH:
             raise ConfigError(f"{key[:80]}...: nested over {MAX_DEPTH} deep")
-    if total > MAX_TEXTS:
-        raise ConfigError(f"the texts with interpolations have {total:,} characters; expected {MAX_TEXTS:,} at most")
+    if total > MAX_TOTAL_TEXT_LENGTH:
+        raise ConfigError(
+            f"the texts with interpolations have {total:,} characters; expected {MAX_TOTAL_TEXT_LENGTH:,} at most"
+        )
 
 
-class _Counter:
-    """Counts the expansion of the nodes of one config, each once.
+class _ExpansionCounter:
+    """Counts the expansion of the nodes of a config, each once.
 
     Args:
         plain: the unresolved config.
-        is_strict: as in `check_expansion`.
+        is_strict: see `check_expansion`.
     """
 
     def __init__(self, plain: Any, is_strict: bool) -> None:
-        self._plain, self._is_strict = plain, is_strict
-        self._known: dict[Path, Expansion] = {}
-        self._open: dict[Path, None] = {}  # in the order of being entered
+        self._plain = plain
+        self._is_strict = is_strict
+        self._counted: dict[Path, Expansion] = {}
+        self._entered: dict[Path, None] = {}  # the nodes being expanded, outermost first
 
-    def refuse(self, path: Path, found: Expansion) -> ConfigError:
-        """Returns the error for a node that expands to too much."""
-        size = f"{_shown(found.values)} values and {_shown(found.characters)} characters"
+    def too_large(self, path: Path, expansion: Expansion) -> ConfigError:
+        """Returns the error for a node that expands to more than the limit."""
+        size = f"{_format_count(expansion.values)} values and {_format_count(expansion.characters)} characters"
         limit = f"expected {MAX_VALUES:,} and {MAX_CHARACTERS:,} at most"
         return ConfigError(f"{_join(path)}: its interpolations expand to {size}; {limit}")
 
     def expand(self, path: Path) -> Expansion:
-        """Returns what the node at a path expands to.
+        """Returns the expansion of the node at a path.
 
         Raises:
-            ConfigError: it is too large or too deep, or leads back to itself.
+            ConfigError: the expansion is too large or too deep, or a node refers to itself.
         """
-        if path in self._known:
-            return self._known[path]
-        if path in self._open:
-            chain = [*self._open]
-            shown = " -> ".join(_join(each) for each in [*chain[chain.index(path) :], path][-5:])
-            raise ConfigError(f"{_join(path)}: its interpolation leads back to itself ({shown})")
-        if len(self._open) > 2 * MAX_DEPTH:
+        if path in self._counted:
+            return self._counted[path]
+        if path in self._entered:
+            entered = [*self._entered]
+            cycle = [*entered[entered.index(path) :], path]
+            steps = " -> ".join(_join(step) for step in cycle[-5:])
+            raise ConfigError(f"{_join(path)}: its interpolation leads back to itself ({steps})")
+        if len(self._entered) > 2 * MAX_DEPTH:
             raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
-        self._open[path] = None
-        found = self._expand(_get(self._plain, path), path)
-        del self._open[path]
-        if found.values > MAX_VALUES or found.characters > MAX_CHARACTERS:
-            raise self.refuse(path, found)
-        if found.depth > MAX_DEPTH:
+        self._entered[path] = None
+        expansion = self._expand(_get(self._plain, path), path)
+        del self._entered[path]
+        if expansion.values > MAX_VALUES or expansion.characters > MAX_CHARACTERS:
+            raise self.too_large(path, expansion)
+        if expansion.depth > MAX_DEPTH:
             raise ConfigError(f"{_join(path)}: it is nested over {MAX_DEPTH} deep, with its interpolations")
-        self._known[path] = found
-        return found
+        self._counted[path] = expansion
+        return expansion
 
     def _expand(self, value: Any, path: Path) -> Expansion:
         if isinstance(value, Mapping):
             children = [self.expand((*path, key)) for key in value]
-            return _sum_of(children, sum(len(str(key)) for key in value))
+            return _combine(children, sum(len(str(key)) for key in value))
         if isinstance(value, (list, tuple)):
-            return _sum_of([self.expand((*path, index)) for index in range(len(value))], 0)
+            return _combine([self.expand((*path, index)) for index in range(len(value))], 0)
         if not isinstance(value, str):
             return Expansion(1, 16, 0)
-        references = [piece for piece in _parse(value) if isinstance(piece, _Reference)]
-        return _sum_of([self._expand_reference(each, path) for each in references], len(value))
+        interpolations = [piece for piece in _parse(value) if isinstance(piece, _Interpolation)]
+        return _combine([self._expand_interpolation(piece, path) for piece in interpolations], len(value))
 
-    def _expand_reference(self, reference: _Reference, path: Path) -> Expansion:
-        if reference.resolver is not None:
-            return self._expand_resolver(reference, path)
-        inner = [self._expand_reference(key, path) for key in reference.keys if isinstance(key, _Reference)]
-        target = self._find(reference, path)
-        found = [] if target is None else [self.expand(target)]
-        total = _sum_of([*inner, *found], 0)
-        # In the midst of a text, a container becomes a text of its own.
+    def _expand_interpolation(self, interpolation: _Interpolation, path: Path) -> Expansion:
+        if interpolation.resolver is not None:
+            return self._expand_resolver(interpolation, path)
+        keys = [key for key in interpolation.keys if isinstance(key, _Interpolation)]
+        parts = [self._expand_interpolation(key, path) for key in keys]
+        target = self._target_of(interpolation, path)
+        parts += [] if target is None else [self.expand(target)]
+        total = _combine(parts, 0)
+        # A container within a text is converted to text: about 4 characters more for each value.
         return Expansion(total.values, total.characters + 4 * total.values, max(total.depth - 1, 0))
 
-    def _expand_resolver(self, reference: _Reference, path: Path) -> Expansion:
-        parts = [self._expand_reference(each, path) for each in reference.arguments]
-        target = self._find_by_resolver(reference, path)
+    def _expand_resolver(self, interpolation: _Interpolation, path: Path) -> Expansion:
+        parts = [self._expand_interpolation(argument, path) for argument in interpolation.arguments]
+        target = self._target_of_resolver(interpolation, path)
         parts += [] if target is None else [self.expand(target)]
-        total = _sum_of(parts, _OF_RESOLVER + len(reference.text))
+        total = _combine(parts, _RESOLVER_CHARACTERS + len(interpolation.text))
         return Expansion(total.values, total.characters, max(total.depth - 1, 0))
 
-    def _find_by_resolver(self, reference: _Reference, path: Path) -> Path | None:
-        """Returns the node that a resolver reads whose argument is a key; None where there is none."""
-        key = reference.text.partition(",")[0].strip().strip("'\"")
-        if reference.arguments or reference.resolver not in ("hydra", *_BY_KEY):
+    def _target_of_resolver(self, interpolation: _Interpolation, path: Path) -> Path | None:
+        """Returns the path of the node that a resolver reads, or None if it reads none or the key is unknown."""
+        key = interpolation.text.partition(",")[0].strip().strip("'\"")
+        if interpolation.arguments or interpolation.resolver not in ("hydra", *_KEY_RESOLVERS):
             return None
-        return self._find_key(f"hydra.{key}" if reference.resolver == "hydra" else key, path, 0)
+        return self._path_of_key(f"hydra.{key}" if interpolation.resolver == "hydra" else key, path, 0)
 
-    def _find(self, reference: _Reference, path: Path, hops: int = 0) -> Path | None:
-        """Returns the path that a reference leads to, or None where there is nothing."""
-        if reference.resolver is not None:
-            return self._find_by_resolver(reference, path)
-        keys = [key if isinstance(key, str) else self._text_of(key, path, hops) for key in reference.keys]
+    def _target_of(self, interpolation: _Interpolation, path: Path, hops: int = 0) -> Path | None:
+        """Returns the path of the node that an interpolation refers to, or None if there is none."""
+        if interpolation.resolver is not None:
+            return self._target_of_resolver(interpolation, path)
+        keys = [key if isinstance(key, str) else self._text_of(key, path, hops) for key in interpolation.keys]
         known = [key for key in keys if key is not None]
-        return None if len(known) < len(keys) else self._find_key("." * reference.dots + ".".join(known), path, hops)
+        if len(known) < len(keys):
+            return None
+        return self._path_of_key("." * interpolation.dots + ".".join(known), path, hops)
 
-    def _find_key(self, key: str, path: Path, hops: int) -> Path | None:
-        """Returns the path of a dotted key, as it is read at a path; interpolations on the way are followed."""
+    def _path_of_key(self, key: str, path: Path, hops: int) -> Path | None:
+        """Returns the path of a dotted key that is read at `path`, following the interpolations that it passes."""
         names = key.lstrip(".")
         dots = len(key) - len(names)
-        found: Path = path[: max(len(path) - dots, 0)] if dots else ()
+        current: Path = path[: max(len(path) - dots, 0)] if dots else ()
         for name in re.split(r"[.\[\]]+", names.rstrip("]")):
-            followed = self._follow(found, hops)
-            step = None if followed is None else self._step(followed, name)
-            if step is None:
+            parent = self._follow(current, hops)
+            child = None if parent is None else self._child_path(parent, name)
+            if child is None:
                 return None
-            found = step
-        return found
+            current = child
+        return current
 
     def _follow(self, path: Path, hops: int) -> Path | None:
-        """Returns where a node leads if it is one interpolation of another; None where that is not known."""
+        """Returns the path of a node, or of the node that it refers to if it is an interpolation; None if unknown."""
         value = _get(self._plain, path)
         if not isinstance(value, str) or "${" not in value:
             return path
         if hops > MAX_DEPTH:
             raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
         pieces = _parse(value)
-        if len(pieces) != 1 or not isinstance(pieces[0], _Reference):
+        if len(pieces) != 1 or not isinstance(pieces[0], _Interpolation):
             return None
-        target = self._find(pieces[0], path, hops + 1)
+        target = self._target_of(pieces[0], path, hops + 1)
         return None if target is None else self._follow(target, hops + 1)
 
-    def _step(self, path: Path, key: str | None) -> Path | None:
+    def _child_path(self, path: Path, key: str) -> Path | None:
         parent = _get(self._plain, path)
-        if key is None:
-            return None
         if isinstance(parent, (list, tuple)):
             is_index = re.fullmatch(r"-?\d{1,9}", key) is not None and -len(parent) <= int(key) < len(parent)
             return (*path, int(key) % len(parent)) if is_index else None
         if not isinstance(parent, Mapping):
             return None
-        return next(((*path, each) for each in _readings(key) if each in parent), None)
+        return next(((*path, name) for name in _possible_keys(key) if name in parent), None)
 
-    def _text_of(self, reference: _Reference, path: Path, hops: int) -> str | None:
-        """Returns the text that a reference in a key stands for, or None where it is not known.
+    def _text_of(self, interpolation: _Interpolation, path: Path, hops: int) -> str | None:
+        """Returns the value of an interpolation within a key, or None if it is unknown.
 
         Raises:
-            ConfigError: it is not known, and all is to be.
+            ConfigError: it is unknown, and `is_strict`.
         """
         if hops > MAX_DEPTH:
             raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
         text: str | None = None
-        target = self._find(reference, path, hops + 1)
+        target = self._target_of(interpolation, path, hops + 1)
         if target is not None:
             text = self._text_at(target, hops + 1)
-        elif reference.resolver == "oc.env" and not reference.arguments:
-            name, _, default = reference.text.partition(",")
+        elif interpolation.resolver == "oc.env" and not interpolation.arguments:
+            name, _, default = interpolation.text.partition(",")
             text = os.environ.get(name.strip(), default.strip())
-        if text is None and (target is not None or reference.resolver is not None) and self._is_strict:
+        if text is None and (target is not None or interpolation.resolver is not None) and self._is_strict:
             raise ConfigError(f"{_join(path)}: expected an interpolation whose key other keys tell; write that key out")
         return text
 
@@ -276,14 +288,15 @@ class _Counter:
         value = _get(self._plain, path)
         if not isinstance(value, str):
             return str(value) if isinstance(value, (int, float)) else None
-        texts = [each if isinstance(each, str) else self._text_of(each, path, hops) for each in _parse(value)]
+        pieces = _parse(value)
+        texts = [piece if isinstance(piece, str) else self._text_of(piece, path, hops) for piece in pieces]
         known = [text for text in texts if text is not None and "\\" not in text]
         joined = "".join(known)
-        return joined if len(known) == len(texts) and len(joined) <= MAX_TEXT else None
+        return joined if len(known) == len(texts) and len(joined) <= MAX_TEXT_LENGTH else None
 
 
-def _readings(key: str) -> list[Any]:
-    """Returns the keys that a part of an interpolation may stand for."""
+def _possible_keys(key: str) -> list[Any]:
+    """Returns the keys that a part of an interpolation's key may mean: a text, a number or a bool."""
     number: list[Any] = [int(key)] if re.fullmatch(r"-?\d{1,18}", key) else []
     return [key, *number, *({"true": [True], "false": [False]}.get(key.lower(), []))]
 
@@ -294,7 +307,7 @@ def _get(nest: Any, path: Path) -> Any:
     return nest
 
 
-def _sum_of(parts: list[Expansion], characters: int) -> Expansion:
+def _combine(parts: list[Expansion], characters: int) -> Expansion:
     values = 1 + sum(part.values for part in parts)
     characters += sum(part.characters for part in parts)
     return Expansion(values, characters, max((part.depth for part in parts), default=-1) + 1)
@@ -304,44 +317,45 @@ def _join(path: Path) -> str:
     return ".".join(map(str, path))[:200] or "the config"
 
 
-def _shown(number: int) -> str:
+def _format_count(number: int) -> str:
     return f"{number:,}" if number < 10**12 else "over 10^12"
 
 
 @functools.lru_cache(4096)
-def _parse(text: str) -> tuple[str | _Reference, ...]:
-    """Returns the outermost interpolations of a text, and what is between them.
+def _parse(text: str) -> tuple[str | _Interpolation, ...]:
+    """Returns the outermost interpolations of a text, and the texts between them.
 
-    A text that can't be read has none: OmegaConf tells the fault when it resolves it.
+    A text with invalid syntax is returned as one piece: OmegaConf reports the error when it resolves the text.
     """
     if "${" not in text:
         return (text,)
-    if simple := _SIMPLE.fullmatch(text):
-        return (_Reference(len(simple[1]), tuple(simple[2].split("."))),)
+    if simple := _SIMPLE_INTERPOLATION.fullmatch(text):
+        return (_Interpolation(len(simple[1]), tuple(simple[2].split("."))),)
     try:
-        pieces = _pieces(parse(text))
+        pieces = _read_pieces(parse(text))
     except GrammarParseError:
         return (text,)
     return tuple(piece for piece in pieces if piece != "<EOF>")
 
 
-def _pieces(tree: Any) -> list[str | _Reference]:
+def _read_pieces(tree: Any) -> list[str | _Interpolation]:
     children = getattr(tree, "children", None) or ()
     if isinstance(tree, Grammar.InterpolationNodeContext):
         return [_read_node(tree)]
     if isinstance(tree, Grammar.InterpolationResolverContext):
-        inner = [piece for child in children[1:] for piece in _pieces(child)]
+        inner = [piece for child in children[1:] for piece in _read_pieces(child)]
         text = "".join(child.getText() for child in children[3:-1])
-        arguments = tuple(piece for piece in inner if isinstance(piece, _Reference))
-        return [_Reference(resolver=tree.resolverName().getText(), arguments=arguments, text=text)]
-    return [piece for child in children for piece in _pieces(child)] if children else [tree.getText()]
+        arguments = tuple(piece for piece in inner if isinstance(piece, _Interpolation))
+        return [_Interpolation(resolver=tree.resolverName().getText(), arguments=arguments, text=text)]
+    return [piece for child in children for piece in _read_pieces(child)] if children else [tree.getText()]
 
 
-def _read_node(tree: Any) -> _Reference:
-    dots, keys = 0, list[str | _Reference]()
+def _read_node(tree: Any) -> _Interpolation:
+    dots = 0
+    keys = list[str | _Interpolation]()
     for child in tree.children[1:-1]:
         if isinstance(child, Grammar.ConfigKeyContext):
-            keys += _pieces(child)
+            keys += _read_pieces(child)
         elif child.getText() == "." and not keys:
             dots += 1
-    return _Reference(dots, tuple(keys))
+    return _Interpolation(dots, tuple(keys))

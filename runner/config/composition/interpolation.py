@@ -1,7 +1,4 @@
-"""Interpolations such as `${model.width}` and `${oc.env:HOME}`: written, escaped, and searched for resolvers.
-
-Must not import torch.
-"""
+"""Interpolations such as `${model.width}` and `${oc.env:HOME}`: escaping, quoting, and listing their resolvers."""
 
 from __future__ import annotations
 
@@ -19,25 +16,29 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-_HARMLESS = {"now", "run_label", "hydra"}  # resolvers that tell nothing of this machine but where a run's folder is
-_STABLE = {"run_label", "hydra", "python_version"}  # and OmegaConf's own, `oc.`
-NOT_FOLLOWED = "a resolver other than hydra, now or run_label"
+_SAFE_RESOLVERS = {
+    "now",
+    "run_label",
+    "hydra",
+}  # reveal only the run folder's path
+_STABLE_RESOLVERS = {"run_label", "hydra", "python_version"}  # and those of OmegaConf, `oc.*`
+OTHER_RESOLVERS = "a resolver other than hydra, now or run_label"
 _BRACES = r"\{[^{}]*\}"
-for _ in range(4):  # so deep
+for _ in range(4):  # levels of nested braces
     _BRACES = rf"\{{(?:[^{{}}]|{_BRACES})*+\}}"
-# A quoted text, or an interpolation that is a whole element of a list, a mapping or a sweep.
-_PARTS = re.compile(
+# A quoted text, or an interpolation that is a complete element of a list, a mapping or a sweep.
+_QUOTED_OR_INTERPOLATION = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?:(?<![^,\[{(:\s]))\$""" + _BRACES + r"(?=\s*(?:[,\]})]|$))"
 )
 
 
 def escape(value: Any) -> Any:
-    """Returns a plain value with its texts escaped, so that OmegaConf resolves each to what it was."""
+    """Returns a plain value with its texts escaped, so that OmegaConf resolves each to the same text."""
     if isinstance(value, dict):
         return {key: escape(child) for key, child in value.items()}
     if isinstance(value, list):
         return [escape(child) for child in value]
-    # Backslashes before an interpolation are read in pairs; an odd one escapes it.
+    # OmegaConf reads backslashes before an interpolation in pairs; an odd one escapes the interpolation.
     return re.sub(r"(?<!\\)(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
@@ -45,48 +46,49 @@ def find_resolvers(text: str) -> set[str]:
     """Returns the names of all resolvers that a text calls, at any depth.
 
     Raises:
-        GrammarParseError: it has an interpolation that can't be read.
+        GrammarParseError: the text has an interpolation with invalid syntax.
     """
-    return set(_walk_resolvers(parse(text))) if "${" in text else set()
+    nodes = _walk_syntax_tree(parse(text)) if "${" in text else ()
+    resolvers = [node for node in nodes if isinstance(node, OmegaConfGrammarParser.InterpolationResolverContext)]
+    return {resolver.resolverName().getText() for resolver in resolvers}
 
 
-def _walk_resolvers(tree: Any) -> Iterator[str]:
-    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
-        yield tree.resolverName().getText()
+def _walk_syntax_tree(tree: Any) -> Iterator[Any]:
+    yield tree
     for child in getattr(tree, "children", None) or ():
-        yield from _walk_resolvers(child)
+        yield from _walk_syntax_tree(child)
 
 
-def reads_elsewhere(text: str) -> bool:
-    """Says whether a text interpolates more than plain nodes, `hydra:`, `now:` and `run_label:`."""
+def calls_other_resolvers(text: str) -> bool:
+    """Returns whether a text calls a resolver other than `hydra`, `now` and `run_label`, or has invalid syntax."""
     try:
-        return not find_resolvers(text) <= _HARMLESS
+        return not find_resolvers(text) <= _SAFE_RESOLVERS
     except GrammarParseError:
         return True
 
 
-def fix_values(cfg: DictConfig, before: Mapping[str, Any] | None = None) -> None:
-    """Puts values in the place of texts that another composition may resolve to another value.
+def pin_unstable_values(cfg: DictConfig, before: Mapping[str, Any] | None = None) -> None:
+    """Replaces texts by their values where resolving them later may give another value.
 
-    Such texts call `now` or a resolver that is not OmegaConf's, Hydra's or the runner's own. One that interpolates
-    nodes follows these nodes on resume, as long as it resolves to the same value twice. An error is left to whoever
-    resolves the config.
+    Such a text calls `now`, or a resolver that is not one of OmegaConf, Hydra or the runner. A text that also reads
+    nodes stays an interpolation, and so follows these nodes on resume, if it resolves to the same value twice. A text
+    that can't be resolved is left as it is.
 
     Args:
-        before: a config that was stored with these values, unresolved.
+        before: an unresolved config that was stored with these values.
     """
     for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
         value = _select(before or {}, path)
         with contextlib.suppress(OmegaConfBaseException):
             value = escape(_resolve(cfg, path)) if value is None else value
-            if _is_fixed(text) or value != escape(_resolve(_without_cache(cfg), path)):
+            if _is_constant(text) or value != escape(_resolve(_without_cache(cfg), path)):
                 node = _select(cfg, path[:-1])
                 with read_write(node):
                     node[path[-1]] = value
 
 
-def fill_cache(cfg: DictConfig) -> None:
-    """Resolves the texts that call `now`: what Hydra composes of this config for a sweep's jobs then has one moment."""
+def cache_now(cfg: DictConfig) -> None:
+    """Resolves the texts that call `now`, so that all jobs of a sweep have the same time."""
     for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
         if "now" in find_resolvers(text):
             with contextlib.suppress(OmegaConfBaseException):
@@ -94,26 +96,22 @@ def fill_cache(cfg: DictConfig) -> None:
 
 
 def _find_unstable(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    if path == ("hydra", "overrides"):  # what was typed, which Hydra's grammar reads again
+    if path == ("hydra", "overrides"):  # overrides, which are parsed again later
         return
     children = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
     for key, child in children:
         yield from _find_unstable(child, (*path, key))
     if isinstance(plain, str) and "${" in plain and ":" in plain:
         with contextlib.suppress(GrammarParseError):
-            if any(not name.startswith("oc.") and name not in _STABLE for name in find_resolvers(plain)):
+            if any(not name.startswith("oc.") and name not in _STABLE_RESOLVERS for name in find_resolvers(plain)):
                 yield path, plain
 
 
-def _is_fixed(text: str) -> bool:
-    """Says whether a text's value is the run's for good: `now`, and what no node of the config can change."""
-    return "now" in find_resolvers(text) or not _has_node(parse(text))
-
-
-def _has_node(tree: Any) -> bool:
-    if isinstance(tree, OmegaConfGrammarParser.InterpolationNodeContext):
-        return True
-    return any(_has_node(child) for child in getattr(tree, "children", None) or ())
+def _is_constant(text: str) -> bool:
+    """Returns whether a text's value is fixed when the run starts: it calls `now`, or reads no node of the config."""
+    node_context = OmegaConfGrammarParser.InterpolationNodeContext
+    reads_node = any(isinstance(node, node_context) for node in _walk_syntax_tree(parse(text)))
+    return "now" in find_resolvers(text) or not reads_node
 
 
 def _select(nest: Any, path: tuple[Any, ...]) -> Any:
@@ -131,53 +129,55 @@ def _resolve(cfg: DictConfig, path: tuple[Any, ...]) -> Any:
 
 
 def _without_cache(cfg: DictConfig) -> DictConfig:
-    other = copy.deepcopy(cfg)
-    OmegaConf.clear_cache(other)
-    return other
+    uncached = copy.deepcopy(cfg)
+    OmegaConf.clear_cache(uncached)
+    return uncached
 
 
-def without_elsewhere(config: Any) -> Any:
-    """Returns a plain config with a missing value in the place of each text that reads elsewhere."""
+def mask_other_resolvers(config: Any) -> Any:
+    """Returns a plain config with `???` in place of each text that calls other resolvers."""
     if isinstance(config, Mapping):
-        return {key: without_elsewhere(value) for key, value in config.items()}
+        return {key: mask_other_resolvers(value) for key, value in config.items()}
     if isinstance(config, list):
-        return [without_elsewhere(value) for value in config]
-    return "???" if isinstance(config, str) and reads_elsewhere(config) else config
+        return [mask_other_resolvers(value) for value in config]
+    return "???" if isinstance(config, str) and calls_other_resolvers(config) else config
 
 
 def quote_nested(override: str) -> str:
-    """Returns an override with quotes around each interpolation that has braces inside.
+    """Returns an override with quotes around each interpolation that contains braces.
 
-    Hydra's grammar ends an interpolation without quotes at its first closing brace.
+    Hydra's grammar ends an unquoted interpolation at its first closing brace.
     """
     key, equals, value = override.partition("=")
-    return override if override.startswith("-") else f"{key}{equals}{_PARTS.sub(_quote, value)}"
+    return override if override.startswith("-") else f"{key}{equals}{_QUOTED_OR_INTERPOLATION.sub(_quote, value)}"
 
 
 def _quote(part: re.Match[str]) -> str:
     text = part.group()
     if not text.startswith("$") or "}" not in text[:-1]:
         return text
-    # A backslash before a quote is doubled, and the quote gets one of its own.
+    # Backslashes before a quote are doubled, and the quote is escaped by one more.
     return '"' + re.sub(r'(?<!\\)(\\*)"', r'\1\1\\"', text) + '"'
 
 
 def quote(text: str) -> str:
-    """Returns a text in quotes, as Hydra's grammar and OmegaConf read it back."""
-    # Backslashes before a quote, and at the end, are read in pairs.
+    """Returns a text in quotes that Hydra's grammar and OmegaConf read as the same text."""
+    # Backslashes before a quote and at the end are read in pairs.
     quoted = re.sub(r"(\\*)('|$)", lambda part: part[1] * 2 + ("\\'" if part[2] else ""), escape(text))
     return f"'{quoted}'"
 
 
-class _HydraConfig:
-    """Stands in for the config that Hydra keeps of a job; it is made when an interpolation asks for it."""
+class _LazyHydraConfig:
+    """Replaces the config that Hydra keeps of a job, and is composed when an interpolation reads it."""
 
     def __init__(self, cfg: DictConfig, read: Callable[[], Any], folder: Path) -> None:
-        self._cfg, self._read, self._folder = cfg, read, folder
+        self._cfg = cfg
+        self._read = read
+        self._folder = folder
 
     @functools.cached_property
     def hydra(self) -> Any:
-        """Hydra's own config."""
+        """Hydra's section of the config."""
         root = copy.deepcopy(self._cfg)
         with read_write(root), open_dict(root):
             root["hydra"] = copy.deepcopy(self._read())
@@ -186,17 +186,18 @@ class _HydraConfig:
 
 
 @contextlib.contextmanager
-def told_by_hydra(cfg: DictConfig, read: Callable[[], Any], folder: Path) -> Iterator[None]:
-    """Has `${hydra:...}` read another config of Hydra's than that of the job it runs now, which may be none.
+def use_hydra_config(cfg: DictConfig, read: Callable[[], Any], folder: Path) -> Iterator[None]:
+    """Makes `${hydra:...}` read another section than that of the job that Hydra runs now, if any.
 
     Args:
-        cfg: the run's config, which Hydra's own interpolates too.
-        read: returns Hydra's own config; called when an interpolation asks for it.
-        folder: of the run; `${hydra:runtime.output_dir}` is its path.
+        cfg: the run's config, which interpolations in Hydra's section read too.
+        read: returns Hydra's section; called when an interpolation reads it.
+        folder: the run folder, which becomes `${hydra:runtime.output_dir}`.
     """
-    holder: Any = HydraConfig.instance()
-    before, holder.cfg = holder.cfg, _HydraConfig(cfg, read, folder)
+    singleton: Any = HydraConfig.instance()
+    previous = singleton.cfg
+    singleton.cfg = _LazyHydraConfig(cfg, read, folder)
     try:
         yield
     finally:
-        holder.cfg = before
+        singleton.cfg = previous

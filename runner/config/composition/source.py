@@ -1,7 +1,4 @@
-"""Hydra's source of YAML files, with a mistake in a file told by its path, line and column.
-
-Must not import torch.
-"""
+"""Reads YAML files for Hydra, and reports a mistake with its file, line and column."""
 
 from __future__ import annotations
 
@@ -17,29 +14,33 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.errors import HEADER, ConfigError, find_misplaced, shown, suggest, top_level_keys
+from runner.config.errors import HEADER, ConfigError, find_kind_mismatches, shown, suggest, top_level_keys
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_WHEEL_CONF = _PACKAGE / "conf"
+CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
 
 _PACKAGES = ["_global_", "_group_", "_name_", "hydra"]
 _DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `- override /optimizer: sgd`"
-_MARK = "\ufeff"  # a byte order mark
+_BYTE_ORDER_MARK = "\ufeff"
 
 
 def register() -> None:
-    """Makes Hydra read YAML files through `FileConfigSource` of this module."""
+    """Makes Hydra read YAML files with the `FileConfigSource` of this module."""
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Reads YAML files as Hydra's own source does, also where they begin with a byte order mark.
+    """Reads YAML files as Hydra's own source does, and also those that begin with a byte order mark.
 
-    It has the name of Hydra's own, which therefore registers no other.
+    It has the name of Hydra's class, so that Hydra does not register that one again.
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Returns a file's content.
+        """Returns the content of a file.
 
         Raises:
-            ConfigError: naming the file, and the line and column of the mistake.
+            ConfigError: naming the file, line and column of a mistake.
         """
         path = os.path.join(self.path, self._normalize_file_name(config_path))
         text = _read(path)
@@ -47,26 +48,26 @@ class FileConfigSource(file_config_source.FileConfigSource):
         content = _parse(path, text)
         _check_defaults(path, content)
         if header["package"] == "_global_":
-            _check_kinds(path, content)
+            _check_value_kinds(path, content)
         return ConfigResult(
             config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
         )
 
 
-def _shown_path(path: str) -> str:
-    """Returns a path as a person would type it: from the current directory, if it lies below."""
+def _display_path(path: str) -> str:
+    """Returns a path relative to the current directory if it is below it, else the path itself."""
     relative = os.path.relpath(path)
     return shown(path if relative.startswith("..") else relative)
 
 
 def _read(path: str) -> str:
-    name = _shown_path(path)
+    name = _display_path(path)
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{name}: can't be read ({error.strerror})") from error
     try:
-        text = content.decode("utf-8").removeprefix(_MARK)
+        text = content.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         before = content[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
@@ -78,44 +79,40 @@ def _read(path: str) -> str:
 
 
 def _read_header(path: str, text: str) -> dict[str, str | None]:
-    name = _shown_path(path)
+    name = _display_path(path)
     try:
         header = FileConfigSource._get_header_dict(text[:512])
     except ValueError as error:
         raise ConfigError(f'{name}:1: {error}; write "{HEADER}"') from error
     package = header["package"]
-    places = [*_PACKAGES, *top_level_keys()]
-    if package and package.partition(".")[0] not in places and "@" not in package:
-        remedy = suggest(package.partition(".")[0], places)
+    packages = [*_PACKAGES, *top_level_keys()]
+    if package and package.partition(".")[0] not in packages and "@" not in package:
+        remedy = suggest(package.partition(".")[0], packages)
         raise ConfigError(f"{name}:1: # @package {shown(package)}: no such place in the config; {remedy}")
     return header
 
 
 def _parse(path: str, text: str) -> DictConfig:
-    name = _shown_path(path)
+    name = _display_path(path)
     try:
         content = yaml.load(text, Loader=get_yaml_loader())
-        if isinstance(content, dict) or content is None:  # comments alone
+        if isinstance(content, dict) or content is None:  # None: only comments
             return OmegaConf.create(content or {})
     except yaml.YAMLError as error:
-        raise ConfigError(_describe(name, text, error)) from error
+        raise ConfigError(_describe_yaml_error(name, text, error)) from error
     except RecursionError:
         raise ConfigError(f"{name}: it is nested too deeply, or an alias holds itself") from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{name}: {shown(key + str(error).splitlines()[0])}") from error
-    except ValueError as error:  # a tag such as !!int before another text
+    except ValueError as error:  # a tag such as !!int before a text that is no number
         raise ConfigError(f"{name}: {shown(str(error))}") from error
     kind = "a list" if isinstance(content, list) else shown(repr(content))
     raise ConfigError(f"{name}: expected a mapping (key: value) at the top level, found {kind}")
 
 
-def _place(name: str, mark: yaml.Mark) -> str:
-    return f"{name}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _describe(name: str, text: str, error: yaml.YAMLError) -> str:
-    """Returns where a file's YAML is wrong, what is wrong there, and the remedy."""
+def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
+    """Returns the location of a YAML error, the error and its remedy."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
@@ -123,7 +120,8 @@ def _describe(name: str, text: str, error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{name}: {shown(str(error))}"
     problem = error.problem or error.context or "it is no YAML"
-    mark, remedy = error.problem_mark or error.context_mark, ""
+    mark = error.problem_mark or error.context_mark
+    remedy = ""
     is_quote = bool(error.context) and "quoted scalar" in str(error.context)
     if is_quote and error.context_mark is not None:
         mark, problem, remedy = error.context_mark, "the quote that opens here is never closed", "close it"
@@ -144,26 +142,27 @@ def _describe(name: str, text: str, error: yaml.YAMLError) -> str:
         remedy = "put a text with a colon into quotes, and check the indentation"
     elif problem.startswith(("expected ',' or", "did not find expected")) or "expected <block end>" in problem:
         remedy = "check brackets, commas and indentation"
-    where = name if mark is None else _place(name, mark)
-    return f"{where}: {shown(problem)}" + (f"; {remedy}" if remedy else "")
+    location = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
+    return f"{location}: {shown(problem)}" + (f"; {remedy}" if remedy else "")
 
 
 def _has_tab(text: str, line: int) -> bool:
-    """Says whether a line is indented with a tab."""
+    """Returns whether a line is indented with a tab."""
     lines = text.splitlines()
-    found = lines[line] if line < len(lines) else ""
-    return "\t" in found[: len(found) - len(found.lstrip())]
+    content = lines[line] if line < len(lines) else ""
+    return "\t" in content[: len(content) - len(content.lstrip())]
 
 
 def _check_defaults(path: str, content: DictConfig) -> None:
-    """Checks the form of a defaults list, of which Hydra's own messages name no file.
+    """Checks the form of a defaults list; Hydra's own messages for a mistake in it name no file.
 
     Raises:
-        ConfigError: it is no list of names and of mappings from a group to a choice.
+        ConfigError: it is not a list of names and of mappings from a group to a choice.
     """
     if "defaults" not in content:
         return
-    name, node = _shown_path(path), content._get_node("defaults")
+    name = _display_path(path)
+    node = content._get_node("defaults")
     defaults = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else None
     if not isinstance(defaults, list):
         plain: Any = OmegaConf.to_container(content, resolve=False)
@@ -176,12 +175,12 @@ def _check_defaults(path: str, content: DictConfig) -> None:
             raise ConfigError(f"{name}: defaults: {expected}, found {shown(repr(item))}; {_DEFAULTS_REMEDY}")
 
 
-def _check_kinds(path: str, content: DictConfig) -> None:
-    if found := list(find_misplaced(OmegaConf.to_container(content, resolve=False))):
-        name = _shown_path(path)
-        raise ConfigError("\n".join(f"{name}: {each}" for each in found))
+def _check_value_kinds(path: str, content: DictConfig) -> None:
+    if mismatches := list(find_kind_mismatches(OmegaConf.to_container(content, resolve=False))):
+        name = _display_path(path)
+        raise ConfigError("\n".join(f"{name}: {mismatch}" for mismatch in mismatches))
 
 
 def _is_choice(group: Any, choice: Any) -> bool:
-    is_list = isinstance(choice, list) and all(isinstance(each, str) for each in choice)
+    is_list = isinstance(choice, list) and all(isinstance(name, str) for name in choice)
     return isinstance(group, str) and (choice is None or isinstance(choice, str) or is_list)

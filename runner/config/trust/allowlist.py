@@ -1,7 +1,8 @@
-"""What a config that came out of a file may name: the file is a stranger's, until its user says otherwise.
+"""Checks every `_target_` of an untrusted config against an allow-list, before anything is imported or called.
 
-Owns the allow-list: strings are checked before anything of theirs is imported, what they turn out to be before it is
-called. It holds whatever Hydra's own list of blocked targets says. Must not import torch at the top.
+A config that came out of a file is untrusted until its user has signed it. Three checks, in this order:
+`check_interpolations` (the config reads nothing of this machine), `check_paths` (dotted paths, before any import) and
+`check_resolved_objects` (imported objects, before any call). They do not rely on Hydra's list of blocked targets.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any
 
 from hydra.utils import get_object
 
-from runner.config.composition.interpolation import NOT_FOLLOWED, reads_elsewhere
+from runner.config.composition.interpolation import OTHER_RESOLVERS, calls_other_resolvers
 from runner.config.errors import ConfigError, hide_tracebacks, shown
-from runner.config.targets import find_module, rule_paths
+from runner.config.targets import find_module, find_rule_paths
 from runner.utils.utils import one_line
 
 BUILT_IN = (
@@ -29,19 +30,19 @@ BUILT_IN = (
     "runner.engines",
     "runner.utils.sampler",
     "runner.utils.pattern",
+    "runner.utils.wrapper.optimizations",
     "torch.nn",
     "torch.optim",
 )
-SHIPPED = ("bitsandbytes.optim.AdamW8bit", "prodigyopt.Prodigy", "schedulefree.AdamWScheduleFree")  # what conf/ names
-_MAKERS = (
-    "runner.engines.optim.optimizers",
-    "runner.engines.optim.schedulers",
-)  # the built-in modules whose functions may be called
+# Targets of other libraries in conf/.
+SHIPPED = ("bitsandbytes.optim.AdamW8bit", "prodigyopt.Prodigy", "schedulefree.AdamWScheduleFree")
+# Built-in modules whose functions may be called; of the others, only classes.
+_FACTORY_MODULES = ("runner.engines.optim.optimizers", "runner.engines.optim.schedulers")
 _ALLOW_HELP = "modules that an untrusted config may name, beside the runner's own and torch.nn's: own,other"
 _SIGN_HELP = "the run is yours, though it was moved, modified or never signed; it may name anything from now on"
-_DOTTED = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
-_LONGEST_PATH = 1_000  # characters
-_MOST_LISTED = 20
+_DOTTED_PATH = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
+_MAX_PATH = 1_000  # characters
+_MAX_LISTED = 20
 _LIBRARIES = [
     Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
 ]
@@ -49,15 +50,15 @@ _LIBRARIES = [
 
 @dataclass(frozen=True)
 class Allowlist:
-    """What one config may name, beside what the runner brings.
+    """The targets that one config may name, beside the built-in ones.
 
     Args:
-        source: the file that the config stands in.
-        prefixes: modules that the user trusts, with all that is in them.
-        own: the user's own config, unresolved or not: what stands there, letter for letter, is trusted as well.
+        source: the file of the config.
+        prefixes: modules that the user allows, with everything in them.
+        own: configs of the user's, unresolved or not: a target or text that also stands there is allowed.
         reason: why the config isn't known to be the user's own.
         remedy: how more is allowed, with `{}` for the prefixes.
-        sign: how the user says that the run is theirs; nothing where it can't be signed.
+        sign: how the user says that the run is theirs; empty if it can't be signed.
         is_signed: the user has signed the config, which may name anything.
     """
 
@@ -70,26 +71,26 @@ class Allowlist:
     is_signed: bool = False
 
     def is_users_own(self, node: Mapping[str, Any]) -> bool:
-        """Says whether the user's own config names the node's target; if that is a library's, with its arguments."""
+        """Returns whether the user's own config names the node's target; a library's, with the same arguments."""
         target = node["_target_"]
-        owned = [each for config in self.own for _, each in _nodes(config)]
-        if _is_of_a_library(str(target).partition(".")[0]):  # there are loaders of anything: arguments decide
-            return node in owned
-        return any(each["_target_"] == target for each in owned)
+        own_nodes = [own_node for config in self.own for _, own_node in _find_nodes(config)]
+        if _is_of_a_library(str(target).partition(".")[0]):  # some libraries load or run anything: arguments decide
+            return node in own_nodes
+        return any(own_node["_target_"] == target for own_node in own_nodes)
 
     def is_users_own_value(self, key: str, value: str) -> bool:
-        """Says whether the user's own config has that value at that key."""
-        return any((key, value) in [pair for pair in _walk(config) if isinstance(pair[1], str)] for config in self.own)
+        """Returns whether the user's own config has that text at that key."""
+        return any(pair == (key, value) for config in self.own for pair in _walk(config) if isinstance(pair[1], str))
 
 
 def add_trust_arguments(parser: ArgumentParser) -> None:
-    """Adds the options by which a user trusts a saved config."""
+    """Adds the options of a command by which a user trusts a saved config."""
     parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_ALLOW_HELP)
     parser.add_argument("--sign", action="store_true", help=_SIGN_HELP)
 
 
 def check_interpolations(config: Mapping[str, Any], trust: Allowlist) -> None:
-    """Checks that an unresolved config reads nothing but itself: `${oc.env:SECRET}` would tell what the machine knows.
+    """Checks that an unresolved config reads only itself: `${oc.env:SECRET}` would reveal this machine's environment.
 
     Raises:
         ConfigError: naming every key with another resolver.
@@ -97,17 +98,16 @@ def check_interpolations(config: Mapping[str, Any], trust: Allowlist) -> None:
     if trust.is_signed:
         return
     hide_tracebacks()
-    found = [
-        f"{shown(key)}={shown(value)}: {NOT_FOLLOWED}"
+    refused = [
+        f"{shown(key)}={shown(value)}: {OTHER_RESOLVERS}"
         for key, value in _walk(config)
-        if isinstance(value, str) and reads_elsewhere(value) and not trust.is_users_own_value(key, value)
+        if isinstance(value, str) and calls_other_resolvers(value) and not trust.is_users_own_value(key, value)
     ]
-    if found:
-        raise ConfigError(_format_refusal(trust, found, "Where you want it, set that key on this command line"))
+    _raise_if(refused, trust, "Where you want it, set that key on this command line")
 
 
 def check_paths(config: Mapping[str, Any], trust: Allowlist) -> None:
-    """Checks every `_target_` by its letters; imports nothing.
+    """Checks the dotted path of every `_target_`; imports nothing.
 
     Raises:
         ConfigError: naming every key, target and reason, the file, and the remedy.
@@ -115,43 +115,46 @@ def check_paths(config: Mapping[str, Any], trust: Allowlist) -> None:
     if trust.is_signed:
         return
     refused, roots = [], []
-    for key, node in _nodes(config):
-        if reason := _refuse_name(node, trust):
+    for key, node in _find_nodes(config):
+        if reason := _refuse_path(node, trust):
             refused.append(f"{shown(key)}={shown(str(node['_target_']))}: {reason}")
-            roots += [str(node["_target_"]).partition(".")[0]]
-    if refused:
-        raise ConfigError(_format_refusal(trust, refused, _remedy(trust, roots)))
+            roots.append(str(node["_target_"]).partition(".")[0])
+    _raise_if(refused, trust, _describe_remedy(trust, roots))
 
 
 def check_resolved_objects(config: Mapping[str, Any], trust: Allowlist) -> None:
-    """Checks that each target, imported now, is really one of an allowed module's; calls nothing.
+    """Checks that each target, which is imported for it, is defined in an allowed module; calls nothing.
 
-    Run it after `check_names`, on what is to be built. A target that can't be imported is told elsewhere.
+    Call it after `check_paths`. A target that can't be imported is reported by `check_targets`.
 
     Raises:
         ConfigError: naming every key, target and reason, and the file.
     """
     if trust.is_signed:
         return
-    nodes = [(key, node) for key, node in _nodes(config) if not trust.is_users_own(node)]
-    reasons = [(key, node["_target_"], _refuse_object(node["_target_"], trust.prefixes)) for key, node in nodes]
-    refused = [f"{shown(key)}={shown(target)}: {reason}" for key, target, reason in reasons if reason]
-    if refused:
-        raise ConfigError(_format_refusal(trust, refused, None))
+    refused = []
+    for key, node in _find_nodes(config):
+        target = node["_target_"]
+        if not trust.is_users_own(node) and (reason := _refuse_object(target, trust.prefixes)):
+            refused.append(f"{shown(key)}={shown(target)}: {reason}")
+    _raise_if(refused, trust, None)
 
 
-def _refuse_name(node: Mapping[str, Any], trust: Allowlist) -> str | None:
+def _refuse_path(node: Mapping[str, Any], trust: Allowlist) -> str | None:
+    """Returns why a node's path is not allowed; None if it is."""
     target = node["_target_"]
+    expected = "expected the dotted path of a class or function"
     if not isinstance(target, str):
-        return "expected the dotted path of a class or function"
+        return expected
     if trust.is_users_own(node) or target in SHIPPED:
         return None
-    if len(target) > _LONGEST_PATH or not _DOTTED.fullmatch(target):
-        return "expected the dotted path of a class or function"
+    if len(target) > _MAX_PATH or not _DOTTED_PATH.fullmatch(target):
+        return expected
     return None if is_under(target, (*BUILT_IN, *trust.prefixes)) else "its module is not on the allow-list"
 
 
 def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
+    """Returns why the object at a path is not allowed; None if it is, or can't be imported."""
     if target in prefixes:
         return None
     try:
@@ -165,7 +168,7 @@ def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
         if isinstance(found, ModuleType):
             return f"it goes through the module {found.__name__}"
     try:
-        found = get_object(target)  # what Hydra will call
+        found = get_object(target)  # the object that Hydra will call
     except Exception as error:
         return f"Hydra refuses it: {str(error).splitlines()[0]}"
     module = getattr(found, "__module__", None)
@@ -179,58 +182,67 @@ def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
 
 
 def _is_harmless(found: Any, module: str) -> bool:
+    """Returns whether calling a built-in object with any arguments only builds a module, optimizer, sampler, ..."""
     if is_under(module, ["runner"]):
-        return isinstance(found, type) or (module in _MAKERS and vars(sys.modules[module]).get(found.__name__) is found)
+        is_factory = module in _FACTORY_MODULES and vars(sys.modules[module]).get(found.__name__) is found
+        return isinstance(found, type) or is_factory
     from torch import nn, optim
 
     return isinstance(found, type) and issubclass(found, (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler))
 
 
 def _is_of_a_library(root: str) -> bool:
-    """Says whether a top-level module is installed, and not the user's own code; imports nothing."""
+    """Returns whether a top-level module is installed, and not the user's own code; imports nothing."""
     if root in sys.stdlib_module_names:
         return True
     try:
         spec = importlib.util.find_spec(root)
     except (ImportError, ValueError):
         return True
-    places = [] if spec is None else [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
-    paths = [Path(place).resolve() for place in places]
+    if spec is None:
+        return True
+    locations = [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
+    paths = [Path(location).resolve() for location in locations]
     return not paths or any(path.is_relative_to(library) for path in paths for library in _LIBRARIES)
 
 
 def is_under(path: str, prefixes: Sequence[str]) -> bool:
-    """Says whether a dotted path is a prefix or lies under one: `own` has `own` and `own.a`, not `owner.a`."""
+    """Returns whether a dotted path is a prefix or under one: `own` and `own.a` are under `own`, `owner.a` is not."""
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _nodes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields all that names something to be called: nodes with `_target_`, and what rules {match, with} name."""
+def _find_nodes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the key and node of each target: nodes with `_target_`, and the paths in rules {match, with}."""
     for key, value in _walk(config):
         if isinstance(value, Mapping) and "_target_" in value:
             yield f"{key}._target_", value
-    for key, path in rule_paths(config):
+    for key, path in find_rule_paths(config):
         yield key, {"_target_": path}
 
 
 def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value of a nest with its dotted key, the nest itself first."""
+    """Yields every value of nested mappings and lists with its dotted key, the outermost first."""
     yield key, value
     children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, child in children:
         yield from _walk(child, f"{key}.{name}".lstrip("."))
 
 
-def _remedy(trust: Allowlist, roots: list[str]) -> str | None:
+def _describe_remedy(trust: Allowlist, roots: list[str]) -> str | None:
     never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
-    trusted = sorted({root for root in roots if re.fullmatch(r"\w+", root)} - never)
-    return f"If you trust that file and what is named: {trust.remedy.format(','.join(trusted))}" if trusted else None
+    modules = sorted({root for root in roots if re.fullmatch(r"\w+", root)} - never)
+    return f"If you trust that file and what is named: {trust.remedy.format(','.join(modules))}" if modules else None
 
 
-def _format_refusal(trust: Allowlist, refused: list[str], remedy: str | None) -> str:
+def _raise_if(refused: list[str], trust: Allowlist, remedy: str | None) -> None:
+    """Raises one message for all that was refused."""
+    if not refused:
+        return
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
-    why = f"It isn't known to be yours: {one_line(trust.reason)}."
-    why += f" If it is: {trust.sign} signs it as it is" if trust.sign else ""
-    lines = [f"  {one_line(line)}" for line in refused[:_MOST_LISTED]]
-    lines += [f"  ... ({len(refused)} in all)"] if len(refused) > _MOST_LISTED else []
-    return "\n".join([head, *lines, why, *([remedy] if remedy else [])])
+    lines = [f"  {one_line(line)}" for line in refused[:_MAX_LISTED]]
+    if len(refused) > _MAX_LISTED:
+        lines.append(f"  ... ({len(refused)} in all)")
+    reason = f"It isn't known to be yours: {one_line(trust.reason)}."
+    if trust.sign:
+        reason += f" If it is: {trust.sign} signs it as it is"
+    raise ConfigError("\n".join([head, *lines, reason, *([remedy] if remedy else [])]))

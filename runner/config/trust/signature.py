@@ -1,8 +1,8 @@
-"""Signs a run's config with a key of this user, so that the user's own runs are told from runs of others.
+"""Signs a run's config with a key of this user (HMAC), to distinguish the user's own runs from those of others.
 
-A signed config may name anything, as the YAML that it was composed from; an unsigned one is untrusted. The signature
-covers the files of `.hydra/`, the run's location, where its modules and configs were imported from, and the links that
-lead out of its folder to storage of the user's. Must not import torch.
+A signed config may name anything, like the YAML that it was composed of; an unsigned one is untrusted. The signature
+covers the files of `.hydra/`, the run's location, the directories that its modules and configs come from, and the links
+that lead out of its folder to the user's storage.
 
 Source: Jupyter's signed notebooks,
 https://jupyter-server.readthedocs.io/en/latest/operators/security.html#security-in-notebook-documents
@@ -23,34 +23,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runner.config.errors import ConfigError
 from runner.config.trust import import_path
-from runner.utils.files import disk, make_folder, make_folders, read_bounded, replace_file
+from runner.utils.files import disk, make_folder_below, make_folders, read_bounded, replace_file
 
 NAME = "signature.json"
 _SIGNED = ("config.yaml", "overrides.yaml", "hydra.yaml", "weights.json")  # of .hydra/
-_MARK = ".run"  # a file in checkpoints/ that names their run
+_MARK = ".run"  # a file in checkpoints/ with the path of their run
 _KEY_BYTES = 32
 _MAX_BYTES = 1 << 20
-
-
-# Digests of signed files by their paths: what is read later must be what was checked.
+# Digests of signed files by their paths: a file that is read later must be the one that was checked.
 _checked: dict[str, set[str]] = {}
 
 
 class SignatureError(ValueError):
-    """A config isn't known to be this user's own: the message says why."""
+    """A config isn't known to be this user's own, with the reason."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run was started.
+    """The origin of a run: the directories that it was started in and imports from.
 
     Args:
         directory: its working directory.
         config_dirs: directories of YAML beside the runner's own.
         python_path: directories that modules are imported from, beside the interpreter's own.
         links: targets of the links of the run's folder, by their names.
-        run_id: of the run, wherever its folder is moved to.
+        run_id: stays the same when the run's folder is moved.
     """
 
     directory: str
@@ -66,7 +65,7 @@ def _origin_in(content: Mapping[str, Any]) -> Origin:
 
 
 def find_origin(config_dirs: Sequence[str]) -> Origin:
-    """Returns where a run that is started now is started."""
+    """Returns the origin of a run that is started now."""
     return Origin(os.getcwd(), [os.path.abspath(path) for path in config_dirs], import_path.list_own())
 
 
@@ -74,30 +73,31 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_presen
     """Signs the config that is about to be written to a run's folder; the signed config that is there stays valid.
 
     Args:
-        files: the contents of files of `.hydra/` by name; those that are missing stay as they are.
-        trusts_present: the user says that the files that stay are theirs.
+        files: the contents of files of `.hydra/` by name; other files there are kept.
+        trusts_present: the user says that the kept files are theirs.
     Raises:
-        OSError: the key can't be read or made, or the signature not be written.
-        SignatureError: a file that stays isn't known to be this user's own.
+        OSError: the key can't be read or created, or the signature can't be written.
+        SignatureError: a kept file isn't known to be this user's own.
     """
     present = _read_digests(run)
-    stays = [name for name in present if name not in files]
+    kept = [name for name in present if name not in files]
     is_signed = _is_signed(run, present)
-    if stays and not (is_signed or trusts_present):
-        raise SignatureError(f".hydra/{stays[0]} was modified after it was signed")
+    if kept and not (is_signed or trusts_present):
+        raise SignatureError(f".hydra/{kept[0]} was modified after it was signed")
     digests = {name: [_digest(content)] for name, content in files.items()}
     for name in present:
-        if is_signed or name in stays:  # a crash between two of the files leaves an old one beside a new one
+        # A crash between two of the files leaves an old one beside a new one: both are valid.
+        if is_signed or name in kept:
             digests[name] = [*digests.get(name, ()), *present[name]]
     content = {"run": str(run.absolute()), "digests": digests, **asdict(origin)}
     sealed = _seal(content, make=True)
-    make_folder(run / ".hydra", run)
+    make_folder_below(run / ".hydra", run)
     replace_file(run / ".hydra" / NAME, [json.dumps(sealed, indent=1).encode()])
     _remember(run, digests)
 
 
 def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
-    """Says whether the files whose digests were read are signed."""
+    """Returns whether files of these digests are signed."""
     try:
         content = _read(run)
         _check_digests(content, present)
@@ -107,7 +107,7 @@ def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
 
 
 def mark_checkpoints(run: Path) -> None:
-    """Marks the checkpoints of a signed run as its own: a link to them is followed after they are moved elsewhere."""
+    """Marks the checkpoints of a signed run as its own, so that a link to them is followed when they were moved."""
     with contextlib.suppress(SignatureError, OSError):
         content = {"checkpoints_of": str(run.absolute()), "run_id": check(run).run_id}
         if _read_mark(run / "checkpoints") != content:
@@ -115,7 +115,7 @@ def mark_checkpoints(run: Path) -> None:
 
 
 def find_marked_run(checkpoints: Path) -> Path | None:
-    """Returns the run whose checkpoints lie in a folder that this user has marked, and that a link leads to."""
+    """Returns the run of a folder of checkpoints that this user has marked and the run has a link to."""
     content = _read_mark(checkpoints)
     if content is None or not _is_same_folder(Path(content["checkpoints_of"], "checkpoints"), checkpoints):
         return None
@@ -123,10 +123,10 @@ def find_marked_run(checkpoints: Path) -> Path | None:
 
 
 def check(run: Path) -> Origin:
-    """Returns where a run was started, if this user has signed its config.
+    """Returns the origin of a run whose config this user has signed.
 
     Raises:
-        SignatureError: the config is another user's, was modified, or lies elsewhere than where it was signed.
+        SignatureError: the config is another user's, or was modified or moved after it was signed.
     """
     for name in _SIGNED:
         _checked.pop(os.path.realpath(run / ".hydra" / name), None)
@@ -142,15 +142,34 @@ def check(run: Path) -> Origin:
 
 
 def find_signed(run: Path) -> Origin | None:
-    """Returns where this user has started the run in a folder; None without one that is the user's own."""
+    """Returns the origin of the run in a folder; None if this user has not signed it."""
     try:
         return check(run)
     except SignatureError:
         return None
 
 
+def identify(run: Path, sign_option: str = "", config_dirs: Sequence[str] = ()) -> tuple[Origin | None, str]:
+    """Returns the origin of a run, its modules importable from now on; or None and why the run is untrusted.
+
+    Args:
+        sign_option: the option by which the user says that the run is theirs, which signs it; empty without it.
+        config_dirs: directories of YAML of this command line.
+    Raises:
+        ConfigError: the run can't be signed.
+    """
+    try:
+        origin = sign_present(run, config_dirs) if sign_option else check(run)
+    except SignatureError as error:
+        if sign_option:
+            raise ConfigError(f"{sign_option}: {run}: {error}") from error
+        return None, str(error)
+    import_path.prepend(origin.python_path)
+    return origin, ""
+
+
 def is_as_checked(path: Path, content: bytes) -> bool:
-    """Says whether a file that was just read is the one whose signature was checked, if one was."""
+    """Returns whether a file that was just read is the one whose signature was checked, if it was."""
     digests = _checked.get(os.path.realpath(path))
     return digests is None or _digest(content) in digests
 
@@ -169,8 +188,8 @@ def _check_digests(content: Mapping[str, Any], present: Mapping[str, list[str]])
 def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
     """Signs the present config and links of a run, because the user says that the run is theirs.
 
-    Directories that are gone are looked for where they would have been moved with the run's folder, and below the
-    current one.
+    A recorded directory that is gone is looked for where it would be if it was moved with the run's folder, and below
+    the current one.
 
     Raises:
         SignatureError: it can't be signed.
@@ -203,19 +222,19 @@ def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
 
 
 def describe_links(origin: Origin) -> list[str]:
-    """Returns a note on each link that was signed."""
+    """Returns a message for each link that was signed."""
     return [f"{name}: a link; the run writes to {target}" for name, target in origin.links.items()]
 
 
 def _find_moves(old: Path, new: Path) -> Iterator[tuple[str, str]]:
-    """Yields the folders above a run's that were moved with it: `a/b/run` to `c/b/run` moves `a/b`, too, and `a`."""
+    """Yields the parent folders that moved with a run's: if `a/b/run` is `c/b/run` now, `a/b` is `c/b`, and `a` `c`."""
     while old.name and old.name == new.name:
         old, new = old.parent, new.parent
         yield str(old), str(new)
 
 
 def _relocate(moves: Sequence[tuple[str, str]], directory: str) -> str:
-    """Returns where a directory is after moves of folders; itself where it is there, or is not found."""
+    """Returns a directory's path after moves of folders; the same path if it exists, or is not found."""
     if os.path.isdir(directory):
         return directory
     for old, new in moves:
@@ -227,7 +246,7 @@ def _relocate(moves: Sequence[tuple[str, str]], directory: str) -> str:
 
 
 def sign_text(text: str, origin: Origin) -> str:
-    """Returns a signature of a text, such as an exported config, with where it is from.
+    """Returns a signature of a text, such as an exported config, with its origin.
 
     Raises:
         OSError: the key can't be read.
@@ -237,10 +256,10 @@ def sign_text(text: str, origin: Origin) -> str:
 
 
 def check_text(text: str, signature: str | None) -> Origin:
-    """Returns where a text is from, if this user has signed it.
+    """Returns the origin of a text that this user has signed.
 
     Raises:
-        SignatureError: nobody has, or another user.
+        SignatureError: nobody has signed it, or another user.
     """
     content = _parse(signature, "text", str)
     if content["text"] != _digest(text.encode()):
@@ -249,7 +268,7 @@ def check_text(text: str, signature: str | None) -> Origin:
 
 
 def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
-    """Returns the link that leads to the run's own checkpoints, moved to another disk after they were marked."""
+    """Returns the link to the run's own checkpoints if they were moved to another disk after they were marked."""
     folder = run / "checkpoints"
     if not folder.is_symlink() or "checkpoints" in origin.links:
         return {}
@@ -259,7 +278,7 @@ def _find_moved_checkpoints(run: Path, origin: Origin) -> dict[str, str]:
 
 
 def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns what the mark of a folder of checkpoints says; None where it has none that is this user's."""
+    """Returns the content of the mark in a folder of checkpoints; None without one of this user's."""
     try:
         content = _verify(read_bounded(checkpoints / _MARK, _MAX_BYTES).decode())
     except (OSError, UnicodeDecodeError, SignatureError):
@@ -279,7 +298,7 @@ def _digest(data: bytes) -> str:
 
 
 def _read_digests(run: Path) -> dict[str, list[str]]:
-    """Returns the digests of the files of `.hydra/` that are there."""
+    """Returns the digests of the present files of `.hydra/`."""
     digests = {}
     for name in _SIGNED:
         path = run / ".hydra" / name
@@ -296,7 +315,7 @@ def _read(run: Path) -> dict[str, Any]:
     """Returns the content of a run's signature.
 
     Raises:
-        SignatureError: there is none that is this user's.
+        SignatureError: it is missing, damaged, or another user's.
     """
     try:
         text = read_bounded(run / ".hydra" / NAME, _MAX_BYTES).decode()
@@ -312,7 +331,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 
 def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
-    """Returns the content of a signature whose code is right."""
+    """Returns the content of a signature, once its code and its keys are checked."""
     if text is None:
         raise SignatureError("nobody has signed it")
     content = _verify(text)
@@ -323,10 +342,10 @@ def _parse(text: str | None, key: str, kind: type) -> dict[str, Any]:
 
 
 def _verify(text: str) -> dict[str, Any]:
-    """Returns what `_seal` sealed, without its code.
+    """Returns the content that `_seal` got.
 
     Raises:
-        SignatureError: it is damaged, or sealed with another key.
+        SignatureError: it is damaged, or was sealed with another key.
     """
     try:
         content = json.loads(text)
@@ -347,7 +366,7 @@ def _verify(text: str) -> dict[str, Any]:
 
 
 def _seal(content: Mapping[str, Any], *, make: bool = False) -> dict[str, Any]:
-    """Returns a content with its code, by the user's key, which is made where it is not there and `make` says so."""
+    """Returns a content with its authentication code by the user's key; `make` creates a key that is missing."""
     return {**content, "hmac": _authenticate(content, _read_key(make=make))}
 
 
@@ -363,10 +382,10 @@ def _key_path() -> Path:
 
 
 def _read_key(*, make: bool = False) -> bytes:
-    """Returns this user's key, which is made where it is not there and `make` says so.
+    """Returns this user's key; `make` creates one that is missing.
 
     Raises:
-        OSError: it can't be read or made, or others could read it.
+        OSError: it can't be read or created, or others could read it.
     """
     path = _key_path()
     if make and not path.exists():
@@ -384,7 +403,7 @@ def _read_key(*, make: bool = False) -> bytes:
 
 
 def _make_key(path: Path) -> None:
-    """Makes the key, whole under its name at once: of two processes that make it both use the first one's."""
+    """Creates the key atomically: if two processes create one, both use the first."""
     make_folders(path.parent.parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path.parent, 0o700)
@@ -402,7 +421,7 @@ def _make_key(path: Path) -> None:
 
 
 def may_read_git(run: Path, directory: str) -> bool:
-    """Says whether git may read a directory's repository, whose config may name programs that git runs."""
+    """Returns whether git may read a directory's repository, whose config may name programs that git runs."""
     if not import_path.is_in_run_folder(directory):
         return True
     try:

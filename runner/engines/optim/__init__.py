@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedulers, their hyperparameters and their saved state."""
+"""Optimizers and learning-rate schedulers, with hyperparameters and saved state."""

@@ -1,6 +1,6 @@
-"""Checks the values of an optimizer's groups, as a state gave them, by those that it was built with.
+"""Checks the values of an optimizer's groups after a saved state was loaded.
 
-A state may be a stranger's, and torch takes what it holds: an update would fail on it. Must not import a config.
+A saved state may be damaged or come from somebody else. Torch loads it unchecked, and the next update would fail.
 """
 
 from __future__ import annotations
@@ -13,69 +13,71 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # a compiled update has them as tensors
-_LEFT_OUT = ("params", "param_names")
-_MOST = torch.finfo(torch.float32).max
+from runner.engines.optim.optimizer_state import chained_optimizers
 
-Groups = Sequence[Sequence[Mapping[str, Any]]]  # of each optimizer of several that are stepped as one
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # tensors if the update is compiled
+_NOT_COMPARED = ("params", "param_names")
+_MAX_FLOAT = torch.finfo(torch.float32).max
+
+Groups = Sequence[Sequence[Mapping[str, Any]]]  # the values of each group of each chained optimizer
 
 
-def values_of(optimizer: Optimizer) -> Groups:
-    """Returns the values of each group as they stand."""
+def group_values(optimizer: Optimizer) -> Groups:
+    """Returns the current values of each group."""
     return [
-        [{key: value for key, value in group.items() if key not in _LEFT_OUT} for group in part.param_groups]
-        for part in _parts_of(optimizer)
+        [{key: value for key, value in group.items() if key not in _NOT_COMPARED} for group in part.param_groups]
+        for part in chained_optimizers(optimizer)
     ]
 
 
-def check_values(optimizer: Optimizer, built: Groups) -> None:
-    """Checks that each value is of the kind of the one that its group was built with.
+def check_group_values(optimizer: Optimizer, built: Groups) -> None:
+    """Checks that each value has the type of the value that its group was built with.
 
-    `capturable`, which compiling sets on an accelerator, is set back where a group's parameters are on a CPU.
+    `capturable`, which compilation sets on an accelerator, is reset if the group's parameters are on a CPU.
 
     Args:
-        built: what `values_of` returned before the state was taken.
+        built: the result of `group_values` before the state was loaded.
     Raises:
         TypeError: naming the group and key.
     """
     number = 0
-    for part, groups in zip(_parts_of(optimizer), built, strict=True):
+    for part, groups in zip(chained_optimizers(optimizer), built, strict=True):
         is_torchs = type(part).__module__.startswith("torch.optim.")
-        for group, own in zip(part.param_groups, groups, strict=True):
+        for group, built_group in zip(part.param_groups, groups, strict=True):
             on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
-            if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in own:
-                group["capturable"] = own["capturable"]
-            for key, expected in own.items():
-                if key in group and not _is_like(group[key], expected, is_torchs and key not in _RATES, is_torchs):
-                    raise TypeError(f"group {number}: {key}: expected {_kind(expected)}, found {_kind(group[key])}")
+            if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in built_group:
+                group["capturable"] = built_group["capturable"]
+            for key, expected in built_group.items():
+                is_strict = is_torchs and key not in _RATES
+                if key in group and not _is_compatible(group[key], expected, is_strict, is_torchs):
+                    found = _describe_value(group[key])
+                    raise TypeError(f"group {number}: {key}: expected {_describe_value(expected)}, found {found}")
             number += 1
 
 
-def _parts_of(optimizer: Any) -> Sequence[Optimizer]:
-    return getattr(optimizer, "optimizers", None) or [optimizer]
-
-
-def _is_like(found: Any, expected: Any, is_strict: bool, is_torchs: bool) -> bool:
-    """Says whether a value is of the kind of another.
+def _is_compatible(found: Any, expected: Any, is_strict: bool, is_torchs: bool) -> bool:
+    """Returns whether a value can replace another of its type.
 
     Args:
-        is_strict: a number is no tensor.
-        is_torchs: texts, booleans and null stay what they were built as; other optimizers may change them as they go.
+        is_strict: a tensor can't replace a number.
+        is_torchs: of an optimizer of torch, whose strings, booleans and None never change; other optimizers may change
+            theirs while training.
     """
     if _is_number(expected) or (isinstance(expected, Tensor) and expected.numel() == 1):
         if isinstance(found, Tensor):
             return found.numel() == 1 and not found.is_complex() and (isinstance(expected, Tensor) or not is_strict)
-        return _is_number(found) and not (math.isfinite(found) and abs(found) > _MOST)
+        return _is_number(found) and not (math.isfinite(found) and abs(found) > _MAX_FLOAT)
     if isinstance(expected, (list, tuple)):
         is_list = isinstance(found, (list, tuple)) and len(found) == len(expected)
         return is_list and all(
-            _is_like(one, other, is_strict, is_torchs) for one, other in zip(found, expected, strict=True)
+            _is_compatible(item, expected_item, is_strict, is_torchs)
+            for item, expected_item in zip(found, expected, strict=True)
         )
     if expected is None or isinstance(expected, (bool, str)):
         if is_torchs and not (expected is None and isinstance(found, bool)):
             return type(found) is type(expected) and bool(found == expected)
         return expected is None or isinstance(found, type(expected))
-    return True  # of another kind: the optimizer's own
+    return True  # of a type that only the optimizer knows
 
 
 def _is_number(value: Any) -> bool:
@@ -84,9 +86,9 @@ def _is_number(value: Any) -> bool:
     return type(value) is float
 
 
-def _kind(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}: {', '.join(_kind(each) for each in value[:4])}"
+        return f"a list of {len(value)}: {', '.join(_describe_value(item) for item in value[:4])}"
     if isinstance(value, Tensor):
         return f"a tensor {[*value.shape]}"
     return f"{value!r:.60}" if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__

@@ -1,6 +1,6 @@
-"""The settings of an optimizer and its scheduler: as configured, as changed live, and as a resume finds them.
+"""Hyperparameters of an optimizer and its scheduler.
 
-Must not import a config.
+They exist as configured, as changed while training, and as saved.
 """
 
 from __future__ import annotations
@@ -14,52 +14,58 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)  # of these libraries' optimizers
+from runner.engines.optim.optimizer_state import chained_optimizers
+
+# Of the optimizers of these libraries, those that support sparse gradients.
 _LIBRARIES = ("torch", "runner", "bitsandbytes", "prodigyopt", "schedulefree")
+_SUPPORT_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)
 _KINDS = ("optimizer", "scheduler")
-_RATES = {"lr", "initial_lr"}  # they move with the schedule: the base rates are compared instead
-_LEFT_OUT = _RATES | {"params", "param_names"}
+_RATES = {"lr", "initial_lr"}  # they change with the schedule: base rates are compared instead
+_NOT_COMPARED = _RATES | {"params", "param_names"}
 _POSITIONS = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial"}
-_PARTS = {"optimizer", "_schedulers", "_scale_fn_ref"}  # the last follows from CyclicLR's mode
+_PARTS = {"optimizer", "_schedulers", "_scale_fn_ref"}  # the last one follows from CyclicLR's mode
 
 
 def base_lrs(optimizer: Optimizer | None) -> list[float]:
-    """Returns the rate of each group before its schedule's factor."""
+    """Returns the base learning rate of each group, before the schedule's factor."""
     return [float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups] if optimizer else []
 
 
-def lrs(optimizer: Optimizer | None) -> list[float]:
-    """Returns the rate of each group as it stands."""
+def current_lrs(optimizer: Optimizer | None) -> list[float]:
+    """Returns the current learning rate of each group."""
     return [float(group["lr"]) for group in optimizer.param_groups] if optimizer else []
 
 
 def set_base_lr(optimizer: Optimizer, scheduler: LRScheduler | None, index: int, lr: float) -> None:
-    """Makes `lr` the base rate of a group; its schedule goes on from there."""
+    """Sets the base rate of a group; its schedule continues from there."""
     group = optimizer.param_groups[index]
     base = float(group.get("initial_lr", group["lr"]))
     ratio = lr / base if base else 1.0
-    put(group, "lr", lr if float(group["lr"]) == base else float(group["lr"]) * ratio)
+    set_group_value(group, "lr", lr if float(group["lr"]) == base else float(group["lr"]) * ratio)
     for key in group.keys() & {"max_lr", "min_lr"}:  # of torch's cyclic schedules
         group[key] *= ratio
     if scheduler is None:
         return
-    put(group, "initial_lr", lr)
-    for each in walk(scheduler):
-        if hasattr(each, "base_lrs"):
-            each.base_lrs[index] = lr
-        if hasattr(each, "max_lrs"):
-            each.max_lrs[index] *= ratio
+    set_group_value(group, "initial_lr", lr)
+    for part in walk_schedulers(scheduler):
+        if hasattr(part, "base_lrs"):
+            part.base_lrs[index] = lr
+        if hasattr(part, "max_lrs"):
+            part.max_lrs[index] *= ratio
 
 
-def walk(scheduler: Any) -> Iterator[Any]:
-    """Yields a scheduler and all those that it is made of."""
+def walk_schedulers(scheduler: Any) -> Iterator[Any]:
+    """Yields a scheduler and all schedulers inside it."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
-        yield from walk(part)
+        yield from walk_schedulers(part)
 
 
-def put(group: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a value of a group; a rate that is a tensor is filled, as a compiled update reads that tensor."""
+def set_group_value(group: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a value of a group.
+
+    A tensor is filled in place, since a compiled update reads that tensor.
+    """
     if isinstance(group.get(key), Tensor):
         group[key].fill_(value)
     else:
@@ -67,89 +73,106 @@ def put(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 def check_covers_parameters(optimizer: Optimizer | None, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Checks that an optimizer holds every parameter that is to be trained: another would stay as it is, silently.
+    """Checks that an optimizer holds every trained parameter.
+
+    Any other would silently not be trained.
 
     Raises:
-        ValueError: naming those that it does not hold.
+        ValueError: naming the parameters that it lacks.
     """
     if optimizer is None:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if left := [name for name, parameter in named if id(parameter) not in held]:
+    held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if missing := [name for name, parameter in named if id(parameter) not in held_ids]:
         remedy = "freeze them (optimizations.freeze), or give them to it"
-        raise ValueError(f"it lacks parameters that are trained: {', '.join(left)}; {remedy}")
+        raise ValueError(f"it lacks parameters that are trained: {', '.join(missing)}; {remedy}")
 
 
 def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
-    """Checks that layers with sparse gradients, of which torch's optimizers take few, have one that takes them.
+    """Checks that layers with sparse gradients have an optimizer that supports these.
+
+    Few of torch's do.
 
     Args:
         is_sharded: each rank holds a part of every weight.
     Raises:
-        ValueError: naming the layers, and the optimizers that take sparse gradients.
+        ValueError: naming the layers, and the optimizers that support sparse gradients.
     """
-    layers = {name: each for name, each in module.named_modules() if getattr(each, "sparse", False) is True}
-    weights = {id(p) for each in layers.values() for p in each.parameters(recurse=False) if p.requires_grad}
-    for part in getattr(optimizer, "optimizers", None) or [optimizer]:
-        own = {id(parameter) for group in part.param_groups for parameter in group["params"]}
+    layers = {name: layer for name, layer in module.named_modules() if getattr(layer, "sparse", False) is True}
+    sparse_ids = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False) if p.requires_grad}
+    for part in chained_optimizers(optimizer):
+        held_ids = {id(parameter) for group in part.param_groups for parameter in group["params"]}
         kind = type(part).__name__
         is_known = type(part).__module__.partition(".")[0] in _LIBRARIES
-        takes_sparse, keys = isinstance(part, _TAKE_SPARSE), list[str]()
-        for key in ("momentum", "weight_decay"):
-            keys += [key] if takes_sparse and any(group.get(key) for group in part.param_groups) else []
-        if own & weights and (is_sharded or (is_known and (keys or not takes_sparse))):
-            found = f"{kind}{' under FSDP' if is_sharded else ' with ' + ' and '.join(keys) if keys else ''}"
+        supports_sparse = isinstance(part, _SUPPORT_SPARSE)
+        unsupported_keys = [
+            key
+            for key in ("momentum", "weight_decay")
+            if supports_sparse and any(group.get(key) for group in part.param_groups)
+        ]
+        is_unsupported = is_known and (unsupported_keys or not supports_sparse)
+        if held_ids & sparse_ids and (is_sharded or is_unsupported):
+            keys = " with " + " and ".join(unsupported_keys) if unsupported_keys else ""
+            found = f"{kind}{' under FSDP' if is_sharded else keys}"
             remedy = "set sparse=false there" + ("" if is_sharded else ", or choose SparseAdam, Adagrad or plain SGD")
             raise ValueError(f"{found} can't take the sparse gradients of {', '.join(layers)}; {remedy}")
-        if isinstance(part, torch.optim.SparseAdam) and own - weights:
+        if isinstance(part, torch.optim.SparseAdam) and held_ids - sparse_ids:
             raise ValueError(f"{kind} takes sparse gradients alone; give dense parameters to another optimizer")
 
 
 def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:
-    """Makes `lr` the base rate of the first group, scaling the others alike."""
+    """Sets the base rate of the first group, and scales the others by the same factor."""
     bases = base_lrs(optimizer)
     for index, base in enumerate(bases):
         set_base_lr(optimizer, scheduler, index, lr if base == bases[0] else lr * base / bases[0])
 
 
 def snapshot_hyperparameters(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
-    """Returns the settings of an optimizer and scheduler just built, as plain values."""
-    groups = [describe(group, _LEFT_OUT) for group in optimizer.param_groups] if optimizer else []
+    """Returns the hyperparameters of an optimizer and scheduler as plain values."""
+    groups = [plain_values(group, _NOT_COMPARED) for group in optimizer.param_groups] if optimizer else []
     kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))
-    schedule = _configured_schedule(scheduler) if scheduler else {}
+    schedule = _scheduler_settings(scheduler) if scheduler else {}
     return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
 
 
-def _configured_schedule(scheduler: Any) -> dict[str, Any]:
-    """Returns the plain settings of a schedule, and those of the schedules that it is made of."""
-    parts = [_configured_schedule(each) for each in getattr(scheduler, "_schedulers", ())]
-    own = describe(vars(scheduler), _POSITIONS | _PARTS)
-    counts = {key: sorted(value.items()) for key, value in vars(scheduler).items() if isinstance(value, Counter)}
-    return {"own": own | counts, "parts": parts}
+def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Returns the plain settings of a scheduler, and of the schedulers inside it."""
+    parts = [_scheduler_settings(part) for part in getattr(scheduler, "_schedulers", ())]
+    settings = plain_values(vars(scheduler), _POSITIONS | _PARTS)
+    counters = {key: sorted(value.items()) for key, value in vars(scheduler).items() if isinstance(value, Counter)}
+    return {"own": settings | counters, "parts": parts}
 
 
 def has_unseen_settings(scheduler: Any) -> bool:
-    """Says whether a schedule holds functions or other objects, which its configured settings do not tell."""
-    for each in walk(scheduler):
-        known = _configured_schedule(each)["own"].keys() | _POSITIONS | _PARTS
-        if vars(each).keys() - known:
+    """Returns whether a scheduler has settings that are not plain, such as functions."""
+    for part in walk_schedulers(scheduler):
+        known = _scheduler_settings(part)["own"].keys() | _POSITIONS | _PARTS
+        if vars(part).keys() - known:
             return True
     return False
 
 
-def reorder(before: Mapping[str, Any], order: Sequence[int | None], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns saved settings with the groups in the order of the present ones; None stands for a group not saved."""
-    groups = [describe(group, _LEFT_OUT) for group in before["groups"]]
+def reorder_hyperparameters(
+    saved: Mapping[str, Any], order: Sequence[int | None], configured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns saved hyperparameters in the order of the current groups.
+
+    Those of a new group are as configured.
+
+    Args:
+        order: for each current group the index of the saved group, or None.
+    """
+    groups = [plain_values(group, _NOT_COMPARED) for group in saved["groups"]]
     return {
-        **before,
-        "base_lrs": pick(before["base_lrs"], order, now["base_lrs"]),
-        "groups": pick(groups, order, now["groups"]),
+        **saved,
+        "base_lrs": reorder(saved["base_lrs"], order, configured["base_lrs"]),
+        "groups": reorder(groups, order, configured["groups"]),
     }
 
 
-def pick(saved: Sequence[Any], order: Sequence[int | None], default: Sequence[Any]) -> list[Any]:
-    """Returns what was saved of each group, in the present order."""
-    return [own if index is None else saved[index] for index, own in zip(order, default, strict=True)]
+def reorder(saved: Sequence[Any], order: Sequence[int | None], defaults: Sequence[Any]) -> list[Any]:
+    """Returns the saved item of each current group; the default if `order` is None."""
+    return [default if index is None else saved[index] for index, default in zip(order, defaults, strict=True)]
 
 
 def _kind(part: Any) -> str | None:
@@ -157,30 +180,30 @@ def _kind(part: Any) -> str | None:
 
 
 def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """Returns which of an engine's parts are of another kind than in a saved state, and how."""
+    """Returns a note for each part whose class differs from that of the saved state."""
     notes = []
     for name, part in parts.items():
-        was = state["configured"]["kinds"].get(name, None if state.get(name) is None else "one")
-        now = _kind(part) if name in _KINDS else None if part is None else "one"
-        if now != was:
-            notes.append(f"{name}: this engine has {now or 'none'}, the saved state {was or 'none'}")
+        saved_kind = state["configured"]["kinds"].get(name, None if state.get(name) is None else "one")
+        kind = _kind(part) if name in _KINDS else None if part is None else "one"
+        if kind != saved_kind:
+            notes.append(f"{name}: this engine has {kind or 'none'}, the saved state {saved_kind or 'none'}")
     return notes
 
 
-def apply_changes(optimizer: Optimizer, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Sets, in the groups of an optimizer just restored, what the config says otherwise than when they were saved."""
-    for group, new, old in zip(optimizer.param_groups, now["groups"], before["groups"], strict=True):
+def apply_changes(optimizer: Optimizer, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Sets the values that the config has changed since the loaded state was saved."""
+    for group, new, old in zip(optimizer.param_groups, configured["groups"], saved["groups"], strict=True):
         group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
 
 
-def describe(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
-    """Returns those of some values that are plain, such as numbers and nests of them."""
+def plain_values(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """Returns the values that are numbers, strings, booleans, None, or nests of these."""
     return {str(key): value for key, value in values.items() if key not in left_out and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_is_plain(each) for each in value)
+        return all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     return value is None or type(value) in (bool, int, float, str)

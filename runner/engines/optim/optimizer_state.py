@@ -1,7 +1,7 @@
-"""The saved state of an optimizer, matched to an optimizer by parameter names.
+"""The saved state of an optimizer, and its assignment to parameters by name.
 
-Torch matches by position: after an edit of the model that moves a parameter, another one's moments would be taken.
-Must not import a config.
+Torch assigns states by position: after a change of the model that moves a parameter, a parameter would get the moments
+of another.
 """
 
 from __future__ import annotations
@@ -15,25 +15,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Names = Mapping[int, Sequence[str]]  # the names of a parameter by its id; a tied one has several
-_Aliases = Sequence[Sequence[Sequence[str]]]  # the names of each parameter of each group
+Names = Mapping[int, Sequence[str]]  # the names of a parameter by its id; a tied parameter has several
+_GroupNames = Sequence[Sequence[Sequence[str]]]  # the names of each parameter of each group
 
 
 @dataclass
-class Matched:
-    """A saved state in the order of an optimizer.
+class MatchedState:
+    """A saved state in the order of an optimizer's groups and parameters.
 
-    `order` has for each group of the optimizer the index of the saved one, or None. `missing` names parameters of the
-    optimizer that the saved state has not, `left` those that only the saved state has.
+    Attributes:
+        order: for each group of the optimizer the index of the saved group, or None.
+        missing: names of the optimizer's parameters that have no saved state.
+        unmatched: names of saved parameters that the optimizer lacks.
     """
 
     state: dict[str, Any]
     order: list[int | None]
     missing: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
 
 
-def names_of(module: nn.Module) -> dict[int, list[str]]:
+def chained_optimizers(optimizer: Any) -> Sequence[Any]:
+    """Returns the optimizers inside a `ChainedOptimizer`.
+
+    Of any other, the optimizer itself.
+    """
+    return getattr(optimizer, "optimizers", None) or [optimizer]
+
+
+def names_by_id(module: nn.Module) -> dict[int, list[str]]:
     """Returns the names of each parameter of a module by its id."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -41,49 +51,55 @@ def names_of(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def numbers_of(optimizer: Optimizer | None) -> list[dict[str, Any]]:
-    """Returns the numbers and generators that an optimizer keeps as attributes, beside its state."""
-    parts = [] if optimizer is None else getattr(optimizer, "optimizers", None) or [optimizer]
-    found = []
-    for part in parts:
+def extra_state(optimizer: Optimizer | None) -> list[dict[str, Any]]:
+    """Returns numbers and generators in an optimizer's attributes.
+
+    Torch does not save these.
+    """
+    extra_states = []
+    for part in () if optimizer is None else chained_optimizers(optimizer):
         public = {name: value for name, value in vars(part).items() if not name.startswith("_")}
         numbers = {name: value for name, value in public.items() if type(value) in (int, float)}
         generators = {name: value.get_state() for name, value in public.items() if isinstance(value, torch.Generator)}
-        found.append(numbers | generators)
-    return found
+        extra_states.append(numbers | generators)
+    return extra_states
 
 
-def moved_numbers(optimizer: Optimizer, built: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the numbers and generators that moved since an optimizer was built: the others are settings."""
+def changed_extra_state(optimizer: Optimizer, built: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the extra state that changed since the optimizer was built.
+
+    The rest is hyperparameters.
+    """
     return [
         {name: value for name, value in now.items() if isinstance(value, Tensor) or before.get(name) != value}
-        for now, before in zip(numbers_of(optimizer), built, strict=True)
+        for now, before in zip(extra_state(optimizer), built, strict=True)
     ]
 
 
-def set_numbers(optimizer: Optimizer, moved: Sequence[Mapping[str, Any]]) -> None:
-    """Takes back what `moved_numbers` gave."""
-    for part, values in zip(getattr(optimizer, "optimizers", None) or [optimizer], moved, strict=True):
+def load_extra_state(optimizer: Optimizer, changed: Sequence[Mapping[str, Any]]) -> None:
+    """Loads the result of `changed_extra_state`."""
+    for part, values in zip(chained_optimizers(optimizer), changed, strict=True):
         for name, value in values.items():
-            if isinstance(own := getattr(part, name, None), torch.Generator):
-                own.set_state(value)
+            if isinstance(generator := getattr(part, name, None), torch.Generator):
+                generator.set_state(value)
             else:
                 setattr(part, name, value)
 
 
 def groups_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the groups of a saved state, also of several optimizers stepped as one."""
+    """Returns the groups of a saved state, also of a `ChainedOptimizer`."""
     if "optimizers" in state:
         return [group for part in state["optimizers"] for group in groups_of(part)]
     return list(state.get("param_groups", ()))
 
 
 def name_parameters(state: dict[str, Any], optimizer: Optimizer, names: Names) -> dict[str, Any]:
-    """Returns the state of an optimizer with the names of each group's parameters in it."""
+    """Returns an optimizer's state with the parameters' names added to each group."""
     if parts := getattr(optimizer, "optimizers", None):
-        named = [name_parameters(part, own, names) for part, own in zip(state["optimizers"], parts, strict=True)]
-        return {**state, "optimizers": named}
-    if not _is_torchs(state) or any(id(p) not in names for group in optimizer.param_groups for p in group["params"]):
+        pairs = zip(state["optimizers"], parts, strict=True)
+        return {**state, "optimizers": [name_parameters(part_state, part, names) for part_state, part in pairs]}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not _has_torch_layout(state) or any(id(p) not in names for p in parameters):
         return state
     groups = [
         {**saved, "param_names": [names[id(p)][0] for p in group["params"]]}
@@ -92,120 +108,133 @@ def name_parameters(state: dict[str, Any], optimizer: Optimizer, names: Names) -
     return {**state, "param_groups": groups}
 
 
-def match(state: Mapping[str, Any], optimizer: Optimizer, names: Names, saved_order: Sequence[str]) -> Matched:
+def match_state(
+    state: Mapping[str, Any], optimizer: Optimizer, names: Names, saved_order: Sequence[str]
+) -> MatchedState:
     """Returns a saved state in the order of an optimizer's groups and parameters.
 
     Args:
-        saved_order: the names of the saved weights in their order, for a state that has no names.
+        saved_order: the names of the saved weights in their order, for a state without names.
     Raises:
-        ValueError: parameters that were in one group are in several now, or the reverse.
+        ValueError: parameters of one saved group are in several groups now, or the reverse.
     """
     if parts := getattr(optimizer, "optimizers", None):
-        saved_parts = state.get("optimizers", ())
-        if len(saved_parts) != len(parts):
-            raise ValueError(f"optimizer: expected the state of {len(parts)} optimizers, found {len(saved_parts)}")
-        found = [match(part, own, names, saved_order) for part, own in zip(saved_parts, parts, strict=True)]
-        return _join(state, found)
-    if not _is_torchs(state):
-        return Matched(dict(state), list(range(len(optimizer.param_groups))))
-    aliases = _aliases(optimizer, names)
-    saved_names = _saved_names(state["param_groups"], aliases, names, saved_order)
-    matched = Matched({**state, "state": {}, "param_groups": []}, [])
-    taken = _take_parameters(matched, state, aliases, saved_names)
-    matched.left = [name for group in saved_names for name in group if name not in taken]
-    _take_groups(matched, state, optimizer)
+        part_states = state.get("optimizers", ())
+        if len(part_states) != len(parts):
+            raise ValueError(f"optimizer: expected the state of {len(parts)} optimizers, found {len(part_states)}")
+        pairs = zip(part_states, parts, strict=True)
+        return _join(state, [match_state(part_state, part, names, saved_order) for part_state, part in pairs])
+    if not _has_torch_layout(state):
+        return MatchedState(dict(state), list(range(len(optimizer.param_groups))))
+    group_names = _group_names(optimizer, names)
+    saved_names = _saved_names(state["param_groups"], group_names, names, saved_order)
+    matched = MatchedState({**state, "state": {}, "param_groups": []}, [])
+    matched_names = _match_parameters(matched, state, group_names, saved_names)
+    matched.unmatched = [name for group in saved_names for name in group if name not in matched_names]
+    _match_groups(matched, state, optimizer)
     return matched
 
 
-def _join(state: Mapping[str, Any], parts: Sequence[Matched]) -> Matched:
-    joined = Matched({**state, "optimizers": [part.state for part in parts]}, [])
+def _join(state: Mapping[str, Any], parts: Sequence[MatchedState]) -> MatchedState:
+    joined = MatchedState({**state, "optimizers": [part.state for part in parts]}, [])
     num_groups = 0
     for part, saved in zip(parts, state["optimizers"], strict=True):
         joined.order += [None if index is None else index + num_groups for index in part.order]
         joined.missing += part.missing
-        joined.left += part.left
+        joined.unmatched += part.unmatched
         num_groups += len(groups_of(saved))
     return joined
 
 
-def _is_torchs(state: Mapping[str, Any]) -> bool:
+def _has_torch_layout(state: Mapping[str, Any]) -> bool:
     return "state" in state and "param_groups" in state
 
 
-def _aliases(optimizer: Optimizer, names: Names) -> _Aliases:
-    """Returns the names of each parameter, by group; one that the module has not is named by its position."""
+def _group_names(optimizer: Optimizer, names: Names) -> _GroupNames:
+    """Returns the names of each parameter, by group.
+
+    A parameter that the module lacks is named by its position.
+    """
     number = itertools.count()
-    found = []
+    groups = []
     for group in optimizer.param_groups:
-        positions = [f"parameter {next(number)}" for _ in group["params"]]
-        found.append([names.get(id(p), [name]) for p, name in zip(group["params"], positions, strict=True)])
-    return found
+        defaults = [f"parameter {next(number)}" for _ in group["params"]]
+        groups.append([names.get(id(p), [default]) for p, default in zip(group["params"], defaults, strict=True)])
+    return groups
 
 
 def _saved_names(
-    groups: Sequence[Mapping[str, Any]], aliases: _Aliases, names: Names, saved_order: Sequence[str]
+    groups: Sequence[Mapping[str, Any]], group_names: _GroupNames, names: Names, saved_order: Sequence[str]
 ) -> list[list[str]]:
-    """Returns the parameters' names of each saved group; without names in it, by position where the order is the same.
+    """Returns the parameters' names of each saved group.
+
+    Of a state without names, the current ones by position.
 
     Raises:
-        ValueError: it has no names, and the order is another.
+        ValueError: the state has no names, and the order of the parameters has changed.
     """
     if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
         return [list(group["param_names"]) if group["params"] else [] for group in groups]
-    present = [[each[0] for each in group] for group in aliases]
-    trained = set(itertools.chain.from_iterable(present))
-    order = [each[0] for each in names.values() if each[0] in trained]
-    was = [name for name in saved_order if name in trained]
-    is_as_long = [len(group["params"]) for group in groups] == [len(group) for group in present]
-    if not is_as_long or (saved_order and was != order):
-        found = f"expected {', '.join(order)}, found {', '.join(was)}"
+    current = [[parameter_names[0] for parameter_names in group] for group in group_names]
+    trained = set(itertools.chain.from_iterable(current))
+    order = [parameter_names[0] for parameter_names in names.values() if parameter_names[0] in trained]
+    trained_saved_order = [name for name in saved_order if name in trained]
+    has_same_sizes = [len(group["params"]) for group in groups] == [len(group) for group in current]
+    if not has_same_sizes or (saved_order and trained_saved_order != order):
+        found = f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}"
         remedy = "resume with the model and optimizer as they were"
         raise ValueError(f"optimizer: its saved state names no parameters, and their order changed: {found}; {remedy}")
-    return present
+    return current
 
 
-def _take_parameters(
-    matched: Matched, state: Mapping[str, Any], aliases: _Aliases, saved_names: Sequence[Sequence[str]]
+def _match_parameters(
+    matched: MatchedState, state: Mapping[str, Any], group_names: _GroupNames, saved_names: Sequence[Sequence[str]]
 ) -> set[str]:
-    """Takes the state of each parameter, and finds the saved group of each group; returns the names that were taken."""
-    places: dict[str, tuple[int, int]] = {}
-    for number, (saved, own) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
-        places |= {name: (number, index) for name, index in zip(own, saved["params"], strict=True)}
-    indices = {index for _, index in places.values()}
-    taken: set[str] = set()
-    new_state = {key: value for key, value in state["state"].items() if key not in indices}
+    """Assigns each parameter its saved state, and each group its saved group.
+
+    Returns the names of matched ones.
+    """
+    locations: dict[str, tuple[int, int]] = {}  # index of the saved group, and key in the saved state, by name
+    for group_index, (saved_group, group) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
+        locations |= {name: (group_index, key) for name, key in zip(group, saved_group["params"], strict=True)}
+    saved_keys = {key for _, key in locations.values()}
+    matched_names: set[str] = set()
+    new_state = {key: value for key, value in state["state"].items() if key not in saved_keys}
     position = itertools.count()
-    for group in aliases:
-        sources = dict[int, str]()
-        for own in group:
+    for names_of_group in group_names:
+        saved_groups = set[int]()
+        for parameter_names in names_of_group:
             index = next(position)
-            name = next((each for each in own if each in places), None)
+            name = next((name for name in parameter_names if name in locations), None)
             if name is None:
-                matched.missing.append(own[0])
+                matched.missing.append(parameter_names[0])
                 continue
-            taken.add(name)
-            source, saved_index = places[name]
-            sources[source] = name
-            if saved_index in state["state"]:
-                new_state[index] = state["state"][saved_index]
-        if len(sources) > 1 or sources.keys() & set(matched.order):
-            raise ValueError(_tell_regrouped(aliases, saved_names))
-        matched.order.append(next(iter(sources), None))
+            matched_names.add(name)
+            group_index, saved_key = locations[name]
+            saved_groups.add(group_index)
+            if saved_key in state["state"]:
+                new_state[index] = state["state"][saved_key]
+        if len(saved_groups) > 1 or saved_groups & set(matched.order):
+            raise ValueError(_describe_regrouping(group_names, saved_names))
+        matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
-    return taken
+    return matched_names
 
 
-def _tell_regrouped(aliases: _Aliases, saved_names: Sequence[Sequence[str]]) -> str:
-    expected = " | ".join(", ".join(each[0] for each in group) for group in aliases)
+def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:
+    expected = " | ".join(", ".join(parameter_names[0] for parameter_names in group) for group in group_names)
     found = " | ".join(", ".join(group) for group in saved_names)
     remedy = "resume with the groups as they were"
     return f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; {remedy}"
 
 
-def _take_groups(matched: Matched, state: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Takes the settings of each group's saved one; an empty group takes those of an empty one."""
+def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Gives each group the settings of its saved group.
+
+    An empty group gets those of an empty saved group.
+    """
     unused = [i for i, group in enumerate(state["param_groups"]) if i not in matched.order and not group["params"]]
-    number = itertools.count()
+    key = itertools.count()
     for position, group in enumerate(optimizer.param_groups):
         if matched.order[position] is None and not group["params"] and unused:
             matched.order[position] = unused.pop(0)
@@ -215,5 +244,5 @@ def _take_groups(matched: Matched, state: Mapping[str, Any], optimizer: Optimize
             settings["param_names"] = list(group["param_names"])
         else:
             settings.pop("param_names", None)
-        settings["params"] = [next(number) for _ in group["params"]]
+        settings["params"] = [next(key) for _ in group["params"]]
         matched.state["param_groups"].append(settings)

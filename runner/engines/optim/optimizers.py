@@ -1,4 +1,4 @@
-"""Optimizers that torch has only in parts, and a library's that are to be kept as torch's own are."""
+"""Optimizers: a chain of several, Muon for sharded matrices, torchao's AdamW."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from runner.utils.distributed import default_generator
-from runner.utils.serialization import is_spread
+from runner.utils.serialization import is_dtensor
 from runner.utils.utils import derive_seed
 from runner.utils.wrapper.float8 import import_torchao
 
 
 class ChainedOptimizer(Optimizer):
-    """Several optimizers over different parameters, stepped as one; their groups stand in one list."""
+    """Several optimizers over different parameters, stepped as one.
+
+    `param_groups` lists the groups of all.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = list(optimizers)
         super().__init__([{"params": group["params"]} for o in self.optimizers for group in o.param_groups], {})
-        self._share_groups()
+        self._collect_groups()
 
-    def _share_groups(self) -> None:
+    def _collect_groups(self) -> None:
         self.param_groups = [group for o in self.optimizers for group in o.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps each optimizer; a closure runs once, before them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Steps each optimizer; a closure is called once, before that."""
+        loss = _call_closure(closure)
         for optimizer in self.optimizers:
             optimizer.step()
         return loss
@@ -44,54 +44,59 @@ class ChainedOptimizer(Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of each, in order."""
+        """Returns the state of each optimizer, in order."""
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Loads a saved state."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self._share_groups()
+        self._collect_groups()
 
 
 class Muon(torch.optim.Muon):
-    """Torch's, of matrices that are spread over the ranks: each is made whole in turn to be orthogonalized.
+    """Torch's Muon for sharded matrices.
 
-    Products of parts, which torch would add up in bf16, round to other updates than one process has.
+    Each is gathered in turn to be orthogonalized. Torch would multiply the shards and sum the products in bf16, which
+    rounds differently than one process does.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates the matrices; a closure runs once, before them."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Updates the matrices; a closure is called once, before that."""
+        loss = _call_closure(closure)
         groups = self.param_groups
         try:
             for group in groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self.param_groups = [{**group, "params": [parameter]}]
-                        self._step_whole(parameter)
+                        self._step_full(parameter)
         finally:
             self.param_groups = groups
         return loss
 
-    def _step_whole(self, parameter: Any) -> None:
-        spread, state = parameter.grad, self.state[parameter]
-        parameter.grad = _as_whole(spread)
+    def _step_full(self, parameter: Any) -> None:
+        sharded_grad, state = parameter.grad, self.state[parameter]
+        parameter.grad = _gather(sharded_grad)
         if "momentum_buffer" in state:
-            state["momentum_buffer"] = _as_whole(state["momentum_buffer"])
+            state["momentum_buffer"] = _gather(state["momentum_buffer"])
         super().step()
-        parameter.grad = spread
+        parameter.grad = sharded_grad
         state["momentum_buffer"] = state["momentum_buffer"].redistribute(placements=parameter.placements)
 
 
-def _as_whole(spread: Any) -> Any:
-    """Returns a DTensor that every rank has the whole of."""
+def _gather(sharded: Any) -> Any:
+    """Returns a DTensor that is replicated on every rank."""
     from torch.distributed.tensor import Replicate
 
-    return spread.redistribute(placements=[Replicate()] * spread.device_mesh.ndim)
+    return sharded.redistribute(placements=[Replicate()] * sharded.device_mesh.ndim)
+
+
+def _call_closure(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def muon(
@@ -104,11 +109,11 @@ def muon(
     adamw_betas: Sequence[float] = (0.9, 0.95),
     adamw_only: Sequence[str] = (),
 ) -> Optimizer:
-    """Gives matrices to torch's Muon and all else to AdamW.
+    """Returns Muon for matrices and AdamW for other parameters, stepped as one.
 
     Args:
         params: (name, parameter) pairs.
-        adamw_only: globs over names: matrices, such as embeddings and heads, that AdamW takes all the same.
+        adamw_only: globs over names of matrices, such as embeddings and heads, that AdamW updates instead.
     Source: https://kellerjordan.github.io/posts/muon
     """
     matrices: list[tuple[str, Tensor]] = []
@@ -118,8 +123,8 @@ def muon(
         (matrices if is_hidden else rest).append((name, parameter))
     optimizers: list[Optimizer] = []
     if matrices:
-        kind = Muon if any(is_spread(parameter) for _, parameter in matrices) else torch.optim.Muon
-        optimizers.append(kind(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
+        muon_class = Muon if any(is_dtensor(parameter) for _, parameter in matrices) else torch.optim.Muon
+        optimizers.append(muon_class(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
     if rest:
         first, second = adamw_betas
         optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(first, second), weight_decay=weight_decay))
@@ -127,24 +132,25 @@ def muon(
 
 
 class TorchaoAdamW(Optimizer):
-    """torchao's AdamW, which rounds bf16 weights stochastically: updates below a weight's last bit count on average.
+    """Wraps torchao's AdamW, which rounds bf16 weights stochastically.
 
-    Around it, rates are floats as in any optimizer, a state is plain tensors, and what the rounding draws is a function
-    of seed and step alone: the same after a resume, and on all ranks that hold the same weights.
+    Updates below the last bit count on average. The wrapper keeps rates as floats, as in any optimizer, and saves a
+    state of plain tensors. The random numbers of the rounding depend on seed and step alone: they are the same after a
+    resume, and on all ranks that hold the same weights.
 
     Args:
         params: parameters, or (name, parameter) pairs.
-        stochastic_rounding: of weights in bf16; any others are updated in their own precision.
+        stochastic_rounding: rounds bf16 weights stochastically; other weights are updated in their own precision.
         seed: of the rounding.
-        compile: fuses the update by torch.compile, once a shape; None does where the weights are on an accelerator.
+        compile: fuses the update with torch.compile, once a shape; None compiles if the weights are on an accelerator.
     Raises:
         ImportError: torchao is not installed.
-        ValueError: the moments can't be kept so.
+        ValueError: 8-bit moments can't be stored for sharded weights.
     Source: https://arxiv.org/abs/2010.06192
     """
 
-    _kind = "_AdamW"
-    _packed_kind: tuple[str, str] | None = None  # module and class of the moments
+    _torchao_class = "_AdamW"
+    _quantized_class: tuple[str, str] | None = None  # module and class of 8-bit moments
 
     def __init__(
         self,
@@ -158,14 +164,14 @@ class TorchaoAdamW(Optimizer):
         seed: int = 0,
         compile: bool | None = None,
     ) -> None:
-        make = getattr(import_torchao("torchao.optim"), self._kind)
-        self._packed: Any = None
-        if self._packed_kind is not None:
-            self._packed = getattr(import_torchao(self._packed_kind[0]), self._packed_kind[1])
+        make = getattr(import_torchao("torchao.optim"), self._torchao_class)
+        self._quantized: Any = None
+        if self._quantized_class is not None:
+            self._quantized = getattr(import_torchao(self._quantized_class[0]), self._quantized_class[1])
         first, second = betas
-        given = list(params)
+        param_list = list(params)
         self._inner: Optimizer = make(
-            given,
+            param_list,
             lr=lr,
             betas=(first, second),
             eps=eps,
@@ -173,12 +179,12 @@ class TorchaoAdamW(Optimizer):
             bf16_stochastic_round=stochastic_rounding,
         )
         groups = self._inner.param_groups
-        for group, each in zip(groups, given, strict=False):  # it has rounded them to float32
-            group["lr"] = each.get("lr", lr) if isinstance(each, dict) else lr
+        for group, param in zip(groups, param_list, strict=False):  # torchao has rounded the rates to float32
+            group["lr"] = param.get("lr", lr) if isinstance(param, dict) else lr
         super().__init__([{"params": group["params"]} for group in groups], self._inner.defaults)
-        self._share()
+        self._share_inner_state()
         parameters = [p for group in groups for p in group["params"]]
-        if self._packed is not None and any(map(is_spread, parameters)):
+        if self._quantized is not None and any(map(is_dtensor, parameters)):
             remedy = "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
             raise ValueError(f"{type(self).__name__} can't store moments that are spread over the ranks; {remedy}")
         self._devices = {p.device for p in parameters}
@@ -186,24 +192,24 @@ class TorchaoAdamW(Optimizer):
         self._rounds = stochastic_rounding and any(p.dtype is torch.bfloat16 for p in parameters)
         self._seed, self._num_steps = seed, 0
 
-    def _share(self) -> None:
+    def _share_inner_state(self) -> None:
         self.param_groups, self.state = self._inner.param_groups, self._inner.state
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates the parameters; a closure runs before that."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Updates the parameters; a closure is called before that."""
+        loss = _call_closure(closure)
         self._num_steps += 1
         stance = contextlib.nullcontext() if self._compiles else torch.compiler.set_stance("force_eager")
-        with self._rates_as_tensors(), self._drawing(), stance:
+        with self._rates_as_tensors(), self._seeded(), stance:
             self._inner.step()
         return loss
 
     @contextlib.contextmanager
     def _rates_as_tensors(self) -> Iterator[None]:
-        """What torchao insists on, and what schedules and live changes would not keep up."""
+        """Returns a context in which rates are tensors, as torchao requires.
+
+        Outside of it they are floats, which schedulers and commands set.
+        """
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["lr"] = torch.tensor(float(rate))
@@ -214,8 +220,11 @@ class TorchaoAdamW(Optimizer):
                 group["lr"] = rate
 
     @contextlib.contextmanager
-    def _drawing(self) -> Iterator[None]:
-        """Seeds what the rounding draws from, and leaves the generators as they were."""
+    def _seeded(self) -> Iterator[None]:
+        """Returns a context with seeded generators for the rounding.
+
+        Restores the generators afterwards.
+        """
         generators = [default_generator(device) for device in self._devices] if self._rounds else []
         states = [generator.get_state() for generator in generators]
         for generator in generators:
@@ -227,20 +236,22 @@ class TorchaoAdamW(Optimizer):
                 generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state in torch's layout; a moment of a class of torchao's is a dict of what it is made of."""
-        whole = self._inner.state_dict()
-        state = {index: {n: self._flatten(v) for n, v in values.items()} for index, values in whole["state"].items()}
-        return {**whole, "state": state, "num_steps": self._num_steps}
+        """Returns the state in torch's layout.
+
+        An 8-bit moment is a dict of the tensors that it consists of.
+        """
+        inner = self._inner.state_dict()
+        return {**inner, "state": _map_values(self._flatten, inner["state"]), "num_steps": self._num_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
-        state = {i: {n: self._unflatten(v) for n, v in values.items()} for i, values in state_dict["state"].items()}
+        """Loads a saved state."""
+        state = _map_values(self._unflatten, state_dict["state"])
         self._inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
         self._num_steps = state_dict["num_steps"]
-        self._share()
+        self._share_inner_state()
 
     def _flatten(self, value: Any) -> Any:
-        if self._packed is None or not isinstance(value, self._packed):
+        if self._quantized is None or not isinstance(value, self._quantized):
             return value
         names, context = value.__tensor_flatten__()
         return {name: getattr(value, name) for name in names} | {"context": list(context)}
@@ -249,14 +260,21 @@ class TorchaoAdamW(Optimizer):
         if not isinstance(value, Mapping):
             return value
         parts = {name: part for name, part in value.items() if name != "context"}
-        return self._packed.__tensor_unflatten__(parts, value["context"])
+        return self._quantized.__tensor_unflatten__(parts, value["context"])
+
+
+def _map_values(change: Callable[[Any], Any], state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Returns the state of each parameter with its values changed."""
+    return {index: {name: change(value) for name, value in values.items()} for index, values in state.items()}
 
 
 class TorchaoAdamW8bit(TorchaoAdamW):
-    """The same with its moments in 8 bits, blocks of 256 sharing a scale; small tensors (under 4096 elements) don't.
+    """`TorchaoAdamW` with 8-bit moments: blocks of 256 share a scale.
+
+    Tensors under 4096 elements stay unquantized.
 
     Source: https://arxiv.org/abs/2110.02861
     """
 
-    _kind = "AdamW8bit"
-    _packed_kind = ("torchao.optim.subclass_8bit", "OptimState8bit")
+    _torchao_class = "AdamW8bit"
+    _quantized_class = ("torchao.optim.subclass_8bit", "OptimState8bit")

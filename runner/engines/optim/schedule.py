@@ -1,6 +1,6 @@
-"""An engine's learning-rate schedule: stepped, changed live, and replayed by a resume with other settings.
+"""The learning-rate schedule of an engine.
 
-Must not import a config.
+It steps a scheduler, and replays it on resume if its settings changed.
 """
 
 from __future__ import annotations
@@ -18,37 +18,39 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from runner.engines.optim.hyperparameters import (
     base_lrs,
-    describe,
     has_unseen_settings,
-    pick,
+    plain_values,
+    reorder,
     set_base_lr,
     set_base_lrs,
-    walk,
+    walk_schedulers,
 )
+from runner.engines.optim.optimizer_state import chained_optimizers
 from runner.utils.utils import one_line
 
-_OWNED = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}  # keys of a group
-_CYCLED = {"momentum", "betas"}  # with cycle_momentum
+# Keys of an optimizer group that schedulers set; the second ones only with cycle_momentum.
+_SCHEDULED_KEYS = {"lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum"}
+_CYCLED_KEYS = {"momentum", "betas"}
 _Group = dict[str, Any]
-_NUM_LOOKS = 64
-_MOST_SIMULATED = 100_000  # steps, of some 5 us
+_NUM_PROBES = 64
+_MAX_SIMULATED = 100_000  # steps; each takes about 5 us
 
 
 class LRSchedule:
-    """Steps a scheduler, and records what a resume with other settings needs to replay it.
+    """Steps a scheduler, and records events to replay it with changed settings.
 
-    The rates follow from the scheduler's settings, the number of steps, and events: base rates that were set live, and
-    metrics. Most of torch's schedulers compute a rate from the one before, so the rates of other settings are those
-    that a new scheduler has after the same steps and events, to the bit.
+    Learning rates depend on the scheduler's settings, the number of steps, and events: base rates set by a command, and
+    metrics. Most of torch's schedulers compute a rate from the previous one. So after a change of settings, the rates
+    are those of a new scheduler after the same steps and events, bit for bit.
 
     Args:
-        metric: the number of an evaluation that the scheduler steps with, in place of each update.
+        metric: name of the evaluation metric that the scheduler is stepped with; None steps it after each update.
     """
 
     def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
         self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
         self._is_stepped = scheduler is not None and metric is None
-        self._has_own_state = scheduler is not None and not all(map(_has_torchs_state, walk(scheduler)))
+        self._has_own_state = scheduler is not None and not all(map(_has_torch_state, walk_schedulers(scheduler)))
         self._count = 0
         self._events: list[dict[str, Any]] = []
         for group in self._groups if scheduler is not None else ():  # ReduceLROnPlateau sets no base rate itself
@@ -59,14 +61,16 @@ class LRSchedule:
         return [] if self._optimizer is None else self._optimizer.param_groups
 
     def step(self) -> None:
-        """Moves the rates on after an update."""
+        """Steps the scheduler after an update."""
         self._count += 1
         if self._is_stepped:
             assert self._scheduler is not None
             self._scheduler.step()
 
     def observe(self, numbers: Mapping[str, float]) -> None:
-        """Steps a scheduler that needs a metric with that of an evaluation; a second one at a step is ignored.
+        """Steps a scheduler that depends on a metric.
+
+        A second evaluation at the same step is ignored.
 
         Raises:
             ValueError: the evaluation has no such metric.
@@ -79,7 +83,10 @@ class LRSchedule:
             self._apply({"count": self._count, "metric": float(numbers[self.metric])})
 
     def set_lr(self, lr: float) -> None:
-        """Makes `lr` the base rate of the first group, scaling the others alike; the schedule goes on from it."""
+        """Sets the base rate of the first group and scales the other groups.
+
+        The schedule continues.
+        """
         assert self._optimizer is not None
         set_base_lrs(self._optimizer, self._scheduler, lr)
         self._events.append({"count": self._count, "base_lrs": base_lrs(self._optimizer)})
@@ -99,23 +106,25 @@ class LRSchedule:
         return {"count": self._count, "events": [dict(event) for event in self._events]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` gave; the scheduler has taken back its own state."""
+        """Loads a saved state; the scheduler has loaded its own state already."""
         self._count, self._events = state["count"], [dict(event) for event in state["events"]]
 
-    def is_replayed(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-        """Says whether a resume replays the schedule: its settings differ, or hold functions that may.
+    def needs_replay(self, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+        """Returns whether a resume replays the schedule.
+
+        True if its settings changed, or if it has functions that may have changed.
 
         Raises:
-            ValueError: they differ, and the scheduler keeps a state of its own, which can't be replayed.
+            ValueError: the settings changed, and the scheduler has a state of its own, which can't be replayed.
         """
         if self._scheduler is None:
-            return bool(now["base_lrs"] != before["base_lrs"])
+            return bool(configured["base_lrs"] != saved["base_lrs"])
         if not self._has_own_state:
-            is_changed = any(now[part] != before[part] for part in ("base_lrs", "groups", "scheduler"))
+            is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
-        if now["scheduler"] != before["scheduler"]:
+        if configured["scheduler"] != saved["scheduler"]:
             kind = type(self._scheduler).__name__
-            changes = _tell_changes(before["scheduler"]["own"], now["scheduler"]["own"]) or "its parts"
+            changes = _describe_changes(saved["scheduler"]["own"], configured["scheduler"]["own"]) or "its parts"
             remedy = "leave them as they were, or choose another schedule"
             raise ValueError(
                 f"scheduler: {kind} keeps a state of its own, and its settings changed: {changes}; {remedy}"
@@ -126,14 +135,14 @@ class LRSchedule:
         """Repeats the steps and events of a saved schedule with a scheduler just built.
 
         Returns:
-            What the schedule then owns of each group; see `restore`.
+            For each group the values that the scheduler has set, for `restore_values`.
         Raises:
-            ValueError: the scheduler refuses so many steps.
+            ValueError: the scheduler refuses that number of steps.
         """
-        before = [describe(group, set()) for group in self._groups]
+        before = [plain_values(group, set()) for group in self._groups]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a step before the optimizer's
+                warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
                 for event in state["events"]:
                     self._advance(event["count"])
                     self._apply(event)
@@ -142,33 +151,36 @@ class LRSchedule:
             kind, count = type(self._scheduler).__name__, state["count"]
             found = f"{kind} can't go on after step {count} with these settings: {error}"
             raise ValueError(f"scheduler: {found}; choose others") from error
-        return [self._owned_of(group, old) for group, old in zip(self._groups, before, strict=True)]
+        return [self._scheduled_values(group, old) for group, old in zip(self._groups, before, strict=True)]
 
     def _advance(self, count: int) -> None:
         scheduler, num_steps = self._scheduler, count - self._count
-        if num_steps > 1 and type(scheduler) is LambdaLR:  # its rates are functions of the step alone
+        # The rates of a LambdaLR are functions of the step alone: all steps but the last can be skipped.
+        if num_steps > 1 and type(scheduler) is LambdaLR:
             scheduler.last_epoch += num_steps - 1
             scheduler._step_count += num_steps - 1
             self._count += num_steps - 1
         while self._count < count:
             self.step()
 
-    def _owned_of(self, group: _Group, before: _Group) -> _Group:
-        is_cycled = any(getattr(each, "cycle_momentum", False) for each in walk(self._scheduler))
-        moved = {key for key, value in describe(group, set()).items() if before.get(key) != value}
-        owned = _OWNED | moved | (_CYCLED if is_cycled else set())
-        return {key: _copy(value) for key, value in group.items() if key in owned}
+    def _scheduled_values(self, group: _Group, before: _Group) -> _Group:
+        """Returns values that the scheduler sets, or that have changed since `before`."""
+        is_cycled = any(getattr(part, "cycle_momentum", False) for part in walk_schedulers(self._scheduler))
+        changed_keys = {key for key, value in plain_values(group, set()).items() if before.get(key) != value}
+        keys = _SCHEDULED_KEYS | changed_keys | (_CYCLED_KEYS if is_cycled else set())
+        return {key: _copy(value) for key, value in group.items() if key in keys}
 
-    def restore(self, owned: Sequence[_Group]) -> None:
-        """Sets what a replayed schedule owns of each group, after the optimizer has taken back its state."""
-        for group, values in zip(self._groups, owned, strict=True):
-            for key in group.keys() & (_OWNED - values.keys()):  # of another schedule
+    def restore_values(self, scheduled_values: Sequence[_Group]) -> None:
+        """Sets the values that `replay` returned; the optimizer's state is loaded already."""
+        for group, values in zip(self._groups, scheduled_values, strict=True):
+            for key in group.keys() & (_SCHEDULED_KEYS - values.keys()):  # left by another scheduler
                 del group[key]
             group.update(values)
 
-    def take_base_lrs(self, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-        """Sets base rates that the config has changed, under a schedule that is not replayed."""
-        changed = [new if new != old else None for new, old in zip(now["base_lrs"], before["base_lrs"], strict=True)]
+    def apply_base_lrs(self, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+        """Sets base rates that the config has changed, if the schedule is not replayed."""
+        pairs = zip(configured["base_lrs"], saved["base_lrs"], strict=True)
+        changed = [new if new != old else None for new, old in pairs]
         if any(lr is not None for lr in changed):
             self._apply({"count": self._count, "base_lrs": changed})
 
@@ -177,84 +189,90 @@ def check_optimizer_step(optimizer: Any) -> None:
     """Checks that an optimizer's step needs no argument.
 
     Raises:
-        ValueError: naming what it needs.
+        ValueError: naming the argument.
     """
-    for each in getattr(optimizer, "optimizers", None) or [optimizer]:
-        if needed := _needed_by(each):
-            found = f"{type(each).__name__}.step needs {', '.join(needed)}, which computes a step's loss again"
+    for part in chained_optimizers(optimizer):
+        if needed := _required_arguments(part):
+            found = f"{type(part).__name__}.step needs {', '.join(needed)}, which computes a step's loss again"
             raise ValueError(f"{found}; expected a step without arguments: choose another optimizer")
 
 
 def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
-    """Checks that a scheduler's step needs no argument, or a metric that is named.
+    """Checks that a scheduler's step requires no argument but a configured metric.
 
     Raises:
-        ValueError: naming what it needs, and the key that gives it.
+        ValueError: naming the argument, and the key that sets the metric.
     """
-    needed, kind = _needed_by(scheduler), type(scheduler).__name__
+    needed, kind = _required_arguments(scheduler), type(scheduler).__name__
     if len(needed) == 1 and metric is None:
         raise ValueError(
             f"{kind}.step needs {needed[0]}: name a number of the evaluations, +scheduler.metric=eval/loss"
         )
-    for each in walk(scheduler):
-        if unmet := _needed_by(each)[1 if each is scheduler and metric is not None else 0 :]:
-            found = f"{type(each).__name__}.step needs {', '.join(unmet)}"
+    for part in walk_schedulers(scheduler):
+        num_given = 1 if part is scheduler and metric is not None else 0
+        if missing := _required_arguments(part)[num_given:]:
+            found = f"{type(part).__name__}.step needs {', '.join(missing)}"
             raise ValueError(f"{found}; expected a step without arguments, or with a metric: choose another schedule")
     if metric is not None and not needed:
         kind = "a constant rate" if scheduler is None else kind
         raise ValueError(f"expected no metric, found metric={metric}, which {kind} doesn't take; leave it out")
 
 
-def _needed_by(part: Any) -> list[str]:
-    """Returns the arguments without which a part can't be stepped."""
+def _required_arguments(part: Any) -> list[str]:
+    """Returns the required arguments of an optimizer's or scheduler's step."""
     if isinstance(part, torch.optim.LBFGS):  # a subclass may give it a default, which fails in the first step
         return ["closure"]
     try:
         parameters = list(inspect.signature(type(part).step).parameters.values())[1:]
     except (AttributeError, TypeError, ValueError):  # no step, or a built-in one
         return []
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [each.name for each in parameters if each.default is inspect.Parameter.empty and each.kind not in kinds]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
 
 
-def find_fall(scheduler: Any, num_steps: int) -> int | None:
-    """Returns a step by which a rate has fallen within a run, or None as far as is known before the run.
+def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
+    """Returns a step by which a learning rate has decreased within a run.
 
-    Rates that are functions of the step are computed at some of the steps. Any other scheduler makes the first 100,000
-    steps on an optimizer without weights. A metric that it needs never improves.
+    None if none does, as far as is known. Rates that are functions of the step are computed at some of the steps. Any
+    other scheduler makes the first 100,000 steps on an optimizer without weights; a metric that it depends on never
+    improves.
     """
     if type(scheduler) is LambdaLR:
-        steps = [max(num_steps - 1, 0) * number // _NUM_LOOKS for number in range(_NUM_LOOKS + 1)]
+        steps = [max(num_steps - 1, 0) * number // _NUM_PROBES for number in range(_NUM_PROBES + 1)]
         rates = ([function(step) for function in scheduler.lr_lambdas] for step in steps)
-        return _first_fall(zip(steps, rates, strict=True))
+        return _first_decrease(zip(steps, rates, strict=True))
     if scheduler is None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a step before the optimizer's
-            return _first_fall(_simulate(scheduler, min(num_steps, _MOST_SIMULATED)))
-    except Exception:  # of another's own methods: it can't be copied, or needs more than rates
+            warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
+            return _first_decrease(_simulate(scheduler, min(num_steps, _MAX_SIMULATED)))
+    except Exception:  # from a user's own scheduler: it can't be copied, or needs more than rates
         return None
 
 
 def _simulate(scheduler: Any, num_steps: int) -> Iterator[tuple[int, list[float]]]:
-    """Yields each step and its rates, of a copy of a scheduler over an optimizer without weights."""
+    """Yields each step and its rates, of a copy of a scheduler without weights."""
     optimizer = scheduler.optimizer
+    # `deepcopy` replaces the objects with these ids by their substitutes.
     memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty(0)) for g in optimizer.param_groups for p in g["params"]}
     simulated = torch.optim.SGD([{"params": [nn.Parameter(torch.empty(0))]} for _ in optimizer.param_groups])
     simulated.defaults = dict(optimizer.defaults)
-    for own, group in zip(simulated.param_groups, optimizer.param_groups, strict=True):
-        own.update({key: _copy(value) for key, value in group.items() if key != "params"})
+    for simulated_group, group in zip(simulated.param_groups, optimizer.param_groups, strict=True):
+        simulated_group.update({key: _copy(value) for key, value in group.items() if key != "params"})
     memo[id(optimizer)] = simulated
     copied = copy.deepcopy(scheduler, memo)
-    metric = [0.0] * len(_needed_by(scheduler))
+    arguments = [0.0] * len(_required_arguments(scheduler))
     for step in range(num_steps):
         yield step, [float(group["lr"]) for group in simulated.param_groups]
-        copied.step(*metric)
+        copied.step(*arguments)
 
 
-def _first_fall(rates: Iterable[tuple[int, list[float]]]) -> int | None:
-    """Returns the first step where a rate lies below one before by more than rounding."""
+def _first_decrease(rates: Iterable[tuple[int, list[float]]]) -> int | None:
+    """Returns the first step with a rate below an earlier rate of its group.
+
+    Differences by rounding are ignored.
+    """
     highest: list[float] = []
     for step, values in rates:
         if any(value < before * (1 - 1e-6) for value, before in zip(values, highest, strict=False)):
@@ -264,47 +282,50 @@ def _first_fall(rates: Iterable[tuple[int, list[float]]]) -> int | None:
 
 
 def reorder_events(
-    state: Mapping[str, Any], order: Sequence[int | None], now: Mapping[str, Any], before: Mapping[str, Any]
+    state: Mapping[str, Any], order: Sequence[int | None], configured: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns a saved schedule with its rates in the present order of the groups.
+    """Returns a saved schedule with its rates in the order of the current groups.
 
-    A rate that was set live counts no more where the config has changed the base rate since.
+    A rate that a command has set is dropped if the config has changed the base rate since.
 
     Args:
-        now: the settings as configured.
-        before: those of the saved state, in the present order.
+        order: for each current group the index of the saved group, or None.
+        configured: the hyperparameters as configured now.
+        saved: those of the saved state, in the current order.
     """
-    is_kept = [new == old for new, old in zip(now["base_lrs"], before["base_lrs"], strict=True)]
+    is_unchanged = [new == old for new, old in zip(configured["base_lrs"], saved["base_lrs"], strict=True)]
     events = []
     for event in state["events"]:
         if "base_lrs" in event:
-            lrs = pick(event["base_lrs"], order, [None] * len(order))
-            event = {**event, "base_lrs": [lr if kept else None for lr, kept in zip(lrs, is_kept, strict=True)]}
+            lrs = reorder(event["base_lrs"], order, [None] * len(order))
+            event = {**event, "base_lrs": [lr if kept else None for lr, kept in zip(lrs, is_unchanged, strict=True)]}
         events.append(event)
     return {**state, "events": events}
 
 
-def recall(state: Mapping[str, Any], groups: Sequence[_Group]) -> dict[str, Any]:
-    """Returns the steps and events of an engine's saved state, of which an older one says less.
+def saved_history(state: Mapping[str, Any], groups: Sequence[_Group]) -> dict[str, Any]:
+    """Returns the steps and events of an engine's saved state.
+
+    Those of an older version are derived from its rates.
 
     Args:
-        groups: of the saved optimizer.
+        groups: those of the saved optimizer.
     """
     if "schedule" in state:
         return dict(state["schedule"])
     count = (state["scheduler"] or {}).get("last_epoch", state["counters"]["steps"])
-    base = [float(group["initial_lr"] if "initial_lr" in group else group["lr"]) for group in groups]
-    is_live = base != state["configured"]["base_lrs"]
-    return {"count": count, "events": [{"count": count, "base_lrs": base}] if is_live else []}
+    lrs = [float(group["initial_lr"] if "initial_lr" in group else group["lr"]) for group in groups]
+    was_set_by_command = lrs != state["configured"]["base_lrs"]
+    return {"count": count, "events": [{"count": count, "base_lrs": lrs}] if was_set_by_command else []}
 
 
-def _has_torchs_state(scheduler: Any) -> bool:
-    """Says whether a scheduler's state is all of its attributes, as torch keeps it."""
+def _has_torch_state(scheduler: Any) -> bool:
+    """Returns whether a scheduler's state is all of its attributes, as in torch."""
     load = getattr(type(scheduler), "load_state_dict", None)
     return getattr(load, "__module__", "").startswith("torch.")
 
 
-def _tell_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = [key for key in now if before.get(key) != now[key]]
     return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in keys)
 

@@ -1,1 +1,1 @@
-"""Built-in models and data of speech: a codec, its codes, and a GPT over them."""
+"""Built-in models and data for speech: a codec, its codes, and a GPT over them."""

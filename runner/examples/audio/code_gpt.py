@@ -1,4 +1,4 @@
-"""Owns a small GPT over several streams of audio codes, and a report that lets it be heard; imports torch."""
+"""A small GPT over several streams of audio codes, and a report with audio that it generates."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from runner.utils.pattern import PatternProvider
 
 
 class CodeGPT(nn.Module):
-    """A decoder-only transformer over codes of K codebooks, laid out by a pattern: a step sees those before it.
+    """A decoder-only transformer over the codes of K codebooks, interleaved by a pattern.
 
-    A step's input is the sum of one embedding a codebook; each codebook has a head of its own. Both are one module for
-    all codebooks, so that the blocks are the only list of modules.
+    A step's input is the sum of one embedding per codebook, and each codebook has its own head. All embeddings are one
+    module, and so are all heads, so that the blocks are the only list of modules.
 
     Args:
-        pattern: how the codebooks are interleaved.
+        pattern: the interleaving of the codebooks.
         card: entries of a codebook.
-        width: size of the residual stream; a multiple of 2 x heads.
+        width: size of the residual stream; a multiple of 2 * `heads`.
         depth: number of blocks.
-        heads: of attention.
-        dropout: share of the input and of each branch that training drops, 0 to 1.
+        heads: attention heads.
+        dropout: dropout probability of the input and of each branch, 0 to 1.
 
     Raises:
-        ValueError: `width` does not split into `heads` of even size, or there is no pattern.
+        ValueError: `width` is not a multiple of 2 * `heads`, or `pattern` is not a PatternProvider.
     """
 
     first: Tensor
@@ -48,99 +48,99 @@ class CodeGPT(nn.Module):
             raise ValueError(f"CodeGPT: width is a multiple of 2 * heads, here {2 * heads}, not {width}")
         if not isinstance(pattern, PatternProvider):
             raise ValueError(f"CodeGPT: pattern is {pattern!r}; choose one, as in pattern=delayed")
-        self.pattern, self.card, self.heads = pattern, card, heads
+        self.pattern = pattern
+        self.card = card
+        self.heads = heads
         num_codebooks = pattern.num_codebooks
-        self.embedding = nn.Embedding(num_codebooks * (card + 1), width)  # the last one of each stands for no code
+        self.embedding = nn.Embedding(num_codebooks * (card + 1), width)  # one more per codebook: no code
         self.register_buffer("first", torch.arange(num_codebooks)[:, None] * (card + 1), persistent=False)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, num_codebooks * card, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.1 * num_codebooks**-0.5)
-        nn.init.normal_(self.head.weight, std=0.02)  # an untrained model is close to uniform
+        nn.init.normal_(self.head.weight, std=0.02)  # an untrained model predicts nearly uniformly
 
     def forward(self, codes: Tensor, lengths: Sequence[int]) -> dict[str, Tensor | int]:
-        """The loss of predicting each code from what its pattern lays before it.
+        """Returns the loss of predicting each code from the steps before it in the pattern.
 
-        A piece is laid out by its own length, and what fills up the batch comes after it: its loss is the one it has
-        alone.
+        Each piece is interleaved by its own length, with the padding after it, so its loss does not depend on the
+        other pieces of the batch.
 
         Args:
-            codes: int64 [batch, codebooks, frames], the shorter ones filled up with anything.
-            lengths: frames of each.
+            codes: int64 [batch, codebooks, frames], shorter pieces padded with any value.
+            lengths: number of frames of each piece.
         Returns:
-            `loss` in nats a code, the mean over codebooks and pieces; `loss_1` to `loss_K`, that of each codebook;
-            `tokens`, the number of codes; `weight`, the number of pieces, since each counts alike.
+            `loss` in nats per code, the mean over codebooks and pieces; `loss_1` to `loss_K`, the loss of each
+            codebook; `tokens`, the number of codes; `weight`, the number of pieces, which are weighted equally.
         Raises:
-            ValueError: the codes are of another number of codebooks, or the lengths not one for each piece.
+            ValueError: the number of codebooks differs from the pattern's, or there isn't one length per piece.
         """
         num_codebooks, expected = codes.shape[1], self.pattern.num_codebooks
         if num_codebooks != expected:
             raise ValueError(f"CodeGPT: its pattern is of {expected} codebooks, the codes of {num_codebooks}")
         if len(lengths) != len(codes) or not all(0 < length <= codes.shape[2] for length in lengths):
-            given = f"lengths {list(lengths)} for codes {list(codes.shape)}"
-            raise ValueError(f"CodeGPT: expected a length from 1 to {codes.shape[2]} for each piece, found {given}")
+            found = f"lengths {list(lengths)} for codes {list(codes.shape)}"
+            raise ValueError(f"CodeGPT: expected a length from 1 to {codes.shape[2]} for each piece, found {found}")
         codes = codes.long()
         rows_of = {length: [row for row, other in enumerate(lengths) if other == length] for length in lengths}
         groups = [(self.pattern(length), rows) for length, rows in rows_of.items()]
-        most = max(pattern.num_steps for pattern, _ in groups)
-        sequence = codes.new_full((len(codes), num_codebooks, most), self.card)
+        max_steps = max(pattern.num_steps for pattern, _ in groups)
+        sequence = codes.new_full((len(codes), num_codebooks, max_steps), self.card)
         for pattern, rows in groups:
             sequence[rows, :, : pattern.num_steps], _ = pattern.build(codes[rows, :, : pattern.timesteps], self.card)
         logits = self.logits(sequence[..., :-1])
-        found = []
+        losses = []
         for pattern, rows in groups:
-            scores, _ = pattern.revert_logits(logits[rows][..., : pattern.num_steps - 1])
+            predicted, _ = pattern.revert_logits(logits[rows][..., : pattern.num_steps - 1])
             targets = codes[rows, :, : pattern.timesteps]
-            found.append(F.cross_entropy(scores, targets, reduction="none").mean(2))
-        each = torch.cat(found).mean(0)
-        own = {f"loss_{number}": loss.detach() for number, loss in enumerate(each, 1)}
-        return {"loss": each.mean(), **own, "tokens": num_codebooks * sum(lengths), "weight": len(codes)}
+            losses.append(F.cross_entropy(predicted, targets, reduction="none").mean(2))
+        codebook_losses = torch.cat(losses).mean(0)
+        named = {f"loss_{number}": loss.detach() for number, loss in enumerate(codebook_losses, 1)}
+        return {"loss": codebook_losses.mean(), **named, "tokens": num_codebooks * sum(lengths), "weight": len(codes)}
 
     def logits(self, sequence: Tensor) -> Tensor:
-        """Scores of the codes of the step after each: int64 [batch, K, steps] to float32 [batch, card, K, steps]."""
+        """Returns the logits of each step's next step: int64 [batch, K, steps] to float32 [batch, card, K, steps]."""
         num_codebooks, steps = sequence.shape[1:]
         stream = self.dropout(self.embedding(sequence + self.first).sum(1))
-        cosine, sine = (each.to(stream.device) for each in rotary_table(steps, stream.shape[-1] // self.heads))
+        cosine, sine = (table.to(stream.device) for table in rotary_table(steps, stream.shape[-1] // self.heads))
         for block in self.blocks:
             stream = block(stream, cosine, sine)
-        scores = self.head(self.norm(stream)).float()
-        return scores.unflatten(-1, (num_codebooks, self.card)).permute(0, 3, 2, 1)
+        logits = self.head(self.norm(stream)).float()
+        return logits.unflatten(-1, (num_codebooks, self.card)).permute(0, 3, 2, 1)
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, timesteps: int, temperature: float = 1.0, seed: int = 0) -> Tensor:
-        """The codes [codebooks, timesteps] that begin with `prompt` [codebooks, frames]; call it in eval mode.
+        """Generates codes [codebooks, timesteps] that begin with `prompt` [codebooks, frames]. Expects eval mode.
 
-        The same seed gives the same codes; torch's global generators are neither read nor moved. Temperature 0 takes
-        the likeliest.
+        The same seed gives the same codes. torch's global generators are not used. Temperature 0 takes the most likely
+        code.
         """
         generator = torch.Generator().manual_seed(seed)
         pattern = self.pattern(timesteps)
         sequence, missing = pattern.build_prefix(prompt[None], self.card, self.card)
         for step in range(pattern.first_step(prompt.shape[1]), pattern.num_steps):
-            scores = self.logits(sequence[..., :step])[
-                0, :, :, -1
-            ].T.cpu()  # drawn there: a seed means the same anywhere
+            # Sampled on the CPU, so that a seed gives the same codes on every device.
+            logits = self.logits(sequence[..., :step])[0, :, :, -1].T.cpu()
             if temperature > 0:
-                drawn = torch.multinomial((scores / temperature).softmax(1), 1, generator=generator)[:, 0]
+                sampled = torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)[:, 0]
             else:
-                drawn = scores.argmax(1)
-            sequence[0, :, step] = torch.where(missing[:, step], drawn.to(sequence.device), sequence[0, :, step])
+                sampled = logits.argmax(1)
+            sequence[0, :, step] = torch.where(missing[:, step], sampled.to(sequence.device), sequence[0, :, step])
         return pattern.revert(sequence, self.card)[0][0]
 
 
 class Continuation:
-    """A report with three sounds: a piece of speech, its round trip through the codec, and how the model goes on.
+    """A report with three sounds: a piece of speech, the same decoded from its codes, and the model's continuation.
 
-    The prompt is the beginning of the piece; what follows is the model's own. The same seed at each evaluation, so that
-    they compare.
+    The prompt is the beginning of the piece. The seed is the same at each evaluation, so that results are comparable.
 
     Args:
-        index: which of the pieces long enough; they are counted from the shortest.
-        prompt_s: seconds of speech that the model is given.
-        continued_s: seconds that it adds.
-        temperature: 0 takes the likeliest code; 1 draws from the model's own distribution.
-        seed: of the sampling.
+        index: index of the piece, among those that are long enough, from the shortest.
+        prompt_s: seconds of speech in the prompt.
+        continued_s: seconds that the model generates.
+        temperature: 0 takes the most likely code; 1 samples from the model's distribution.
+        seed: seed of the sampling.
     """
 
     def __init__(
@@ -151,33 +151,37 @@ class Continuation:
         temperature: float = 0.9,
         seed: int = 0,
     ) -> None:
-        self.index, self.prompt_s, self.continued_s = index, prompt_s, continued_s
-        self.temperature, self.seed = temperature, seed
+        self.index = index
+        self.prompt_s = prompt_s
+        self.continued_s = continued_s
+        self.temperature = temperature
+        self.seed = seed
 
     def __call__(self, module: CodeGPT, dataset: object) -> dict[str, Audio]:
-        """`original`, `round_trip` and `continuation`; the dataset has `codes`, `wave(index)` and `codec`.
+        """Returns `original`, `round_trip` and `continuation`; the dataset has `codec`, `lengths` and `wave(index)`.
 
         Raises:
             ValueError: the dataset has no piece that is long enough.
         """
-        codec, lengths = dataset.codec, dataset.lengths  # type: ignore[attr-defined]
-        num_frames, num_added = (max(1, round(s * codec.frame_rate)) for s in (self.prompt_s, self.continued_s))
-        fitting = [index for index, length in enumerate(lengths.tolist()) if length >= num_frames + num_added]
-        if not fitting:
-            longest = max(lengths.tolist()) / codec.frame_rate
-            asked = self.prompt_s + self.continued_s
+        codec, lengths = dataset.codec, dataset.lengths.tolist()  # type: ignore[attr-defined]
+        prompt_length = max(1, round(self.prompt_s * codec.frame_rate))
+        total_length = prompt_length + max(1, round(self.continued_s * codec.frame_rate))
+        long_enough = [index for index, length in enumerate(lengths) if length >= total_length]
+        if not long_enough:
+            longest_s = max(lengths) / codec.frame_rate
+            total_s = self.prompt_s + self.continued_s
             raise ValueError(
-                f"Continuation: no piece is {asked:g} s long, the longest {longest:.2f}; set prompt_s lower"
+                f"Continuation: no piece is {total_s:g} s long, the longest {longest_s:.2f}; set prompt_s lower"
             )
-        index = fitting[self.index % len(fitting)]
+        index = long_enough[self.index % len(long_enough)]
         codes = dataset[index]["codes"]  # type: ignore[index]
-        device = module.head.weight.device
-        own = module.generate(codes[:, :num_frames].to(device), num_frames + num_added, self.temperature, self.seed)
+        prompt = codes[:, :prompt_length].to(module.head.weight.device)
+        generated = module.generate(prompt, total_length, self.temperature, self.seed)
         rate = int(codec.sample_rate)
         return {
             "original": Audio(dataset.wave(index), rate),  # type: ignore[attr-defined]
             "round_trip": Audio(_decode(codec, codes), rate),
-            "continuation": Audio(_decode(codec, own.cpu()), rate),
+            "continuation": Audio(_decode(codec, generated.cpu()), rate),
         }
 
 

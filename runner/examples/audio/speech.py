@@ -1,6 +1,6 @@
-"""Owns speech as waves: sentences of Python's own documentation that espeak-ng speaks, or a folder of audio files.
+"""A dataset of speech: sentences of Python's documentation synthesized by espeak-ng, or a folder of audio files.
 
-Imports torch and the standard library only; soundfile, an extra, where a folder is read.
+soundfile, an extra, is imported only to read a folder.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ SPLITS = ("train", "validation")
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 VOICES = ("en-us", "en-gb", "en-us+f2", "en-gb+f4", "en-us+m3", "en-gb-scotland+m7")
 WORDS_PER_MINUTE = (140, 150, 160, 170)
-# Of espeak-ng's 0 to 200: its own 100 leaves no room for a decoder to overshoot.
+# 0 to 200. espeak-ng's default of 100 leaves a decoder no room to overshoot.
 AMPLITUDE = 60
 SENTENCE = re.compile(r"[A-Z][A-Za-z ,;:'-]{38,118}[.?!]")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where speech comes from and how it is cut; each sentence or file is in one split, by its own name.
+    """The source of speech, and the lengths of its pieces. The name of a sentence or file determines its split.
 
     Args:
-        path: a folder of .wav, .flac, .ogg or .mp3 files, also in folders within it; None: espeak-ng speaks.
+        path: a folder of .wav, .flac, .ogg or .mp3 files, searched at any depth; None: espeak-ng.
         validation_fraction: share of the sentences or files that is for validation, 0 to 1.
-        shortest_s: what is shorter, in seconds, is left out.
-        longest_s: what is longer, in seconds, is cut into pieces as long as this.
-        sample_rate: samples a second of the waves.
+        shortest_s: shorter pieces, in seconds, are left out.
+        longest_s: longer speech, in seconds, is cut into pieces of this length.
+        sample_rate: samples per second of the waves.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: an argument is out of range.
     """
 
     path: str | None = None
@@ -63,18 +63,18 @@ class Source:
             raise ValueError(f"speech: sample_rate is at least 1, not {self.sample_rate}")
 
     def names(self) -> list[str]:
-        """All sentences, or the files' paths below the folder, in an order that looks random and never changes.
+        """Returns all sentences, or the files' paths below the folder, in a pseudo-random order that never changes.
 
         Raises:
-            FileNotFoundError: there are none, or nothing that could speak.
+            FileNotFoundError: there are none, or espeak-ng is not installed.
         """
         if self.path is None:
             find_espeak()
-        found = list_sentences() if self.path is None else list_files(Path(self.path).expanduser())
-        return sorted(found, key=lambda name: (_drawn("order", name), name))
+        names = list_sentences() if self.path is None else list_files(Path(self.path).expanduser())
+        return sorted(names, key=lambda name: (_hash("order", name), name))
 
     def key(self) -> list[Any]:
-        """All that decides the waves, as plain values: equal keys, equal waves."""
+        """Returns the plain values that determine the waves: equal keys give equal waves."""
         settings = asdict(self)
         if self.path is None:
             version = subprocess.run([find_espeak(), "--version"], capture_output=True, check=True).stdout
@@ -87,7 +87,8 @@ class Source:
     def waves(self, name: str) -> Iterator[Tensor]:
         """Yields the pieces of a sentence or file, float32 [samples] at `sample_rate` each."""
         pieces = self._speak(name) if self.path is None else self._read(Path(self.path).expanduser() / name)
-        shortest, longest = (round(seconds * self.sample_rate) for seconds in (self.shortest_s, self.longest_s))
+        shortest = round(self.shortest_s * self.sample_rate)
+        longest = round(self.longest_s * self.sample_rate)
         return (piece[:longest] for piece in pieces if len(piece) >= shortest)
 
     def _speak(self, sentence: str) -> Iterator[Tensor]:
@@ -98,7 +99,7 @@ class Source:
         soundfile = require_soundfile()
         try:
             with soundfile.SoundFile(path) as file:
-                # Piece by piece: a recording of hours is neither held nor resampled whole.
+                # In blocks, because a recording can last for hours.
                 for block in file.blocks(round(self.longest_s * file.samplerate), dtype="float32", always_2d=True):
                     yield resample(torch.from_numpy(block).mean(1), file.samplerate, self.sample_rate)
         except soundfile.LibsndfileError as error:
@@ -106,17 +107,20 @@ class Source:
 
 
 class Speech(Dataset[dict[str, Tensor]]):
-    """Speech of one split, shortest first, as 16-bit samples: `names` says of what sentence or file each is.
+    """The pieces of speech of one split, shortest first, stored as 16-bit samples.
 
     Args:
         split: "train" or "validation".
-        source: where it comes from; None: espeak-ng, with the defaults of `Source`.
-        minutes: of audio, at least, where the source has as much; None: all.
+        source: the source of speech; None: espeak-ng, with the defaults of `Source`.
+        minutes: minimum of audio to read, if the source has as much; None: all.
+    Attributes:
+        names: the sentence or file of each piece.
+        samples: int16 [samples] of each piece.
 
     Raises:
         ValueError: an argument is out of range, or the split is empty.
         FileNotFoundError: espeak-ng is not installed, or the folder has no audio files.
-        ImportError: a folder is to be read, and soundfile is not installed.
+        ImportError: the source is a folder, and soundfile is not installed.
     """
 
     def __init__(self, split: str = "train", source: Source | None = None, minutes: float | None = 5.0) -> None:
@@ -125,23 +129,25 @@ class Speech(Dataset[dict[str, Tensor]]):
         if minutes is not None and not minutes > 0:
             raise ValueError(f"Speech: minutes is above 0, or None for all, not {minutes}")
         source = source or Source()
-        every = source.names()
-        chosen = [name for name in every if in_validation(name, source.validation_fraction) == (split == "validation")]
-        wanted = math.inf if minutes is None else 60 * minutes * source.sample_rate
+        names = source.names()
+        is_validation = split == "validation"
+        in_split = [name for name in names if in_validation(name, source.validation_fraction) == is_validation]
+        max_samples = math.inf if minutes is None else 60 * minutes * source.sample_rate
         pieces: list[tuple[str, Tensor]] = []
-        total = 0
-        for name, wave in ((each, wave) for each in chosen for wave in source.waves(each)):
+        num_samples = 0
+        named_waves = ((name, wave) for name in in_split for wave in source.waves(name))
+        for name, wave in named_waves:
             pieces.append((name, to_pcm(wave)))
-            total += len(wave)
-            if total >= wanted:
+            num_samples += len(wave)
+            if num_samples >= max_samples:
                 break
         if not pieces:
-            what = "sentences" if source.path is None else "files"
+            kind = "sentences" if source.path is None else "files"
             raise ValueError(
-                f"Speech: the {split} split has {len(chosen)} of {len(every)} {what} and no piece of "
+                f"Speech: the {split} split has {len(in_split)} of {len(names)} {kind} and no piece of "
                 f"{source.shortest_s:g} s or more; change validation_fraction or shortest_s, or give it more audio"
             )
-        # Neighbours are as long as each other: a batch of neighbours is hardly padded.
+        # Sorted by length, so that a batch of neighbours needs little padding.
         pieces.sort(key=lambda piece: len(piece[1]))
         self.sample_rate = source.sample_rate
         self.names = [name for name, _ in pieces]
@@ -151,26 +157,26 @@ class Speech(Dataset[dict[str, Tensor]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One piece: `wave`, float32 [samples] from -1 to 1."""
+        """Returns one piece: `wave`, float32 [samples] from -1 to 1."""
         return {"wave": from_pcm(self.samples[index])}
 
 
 def in_validation(name: str, fraction: float) -> bool:
-    """Says whether a sentence or file is for validation: by its name alone, the same everywhere."""
-    return _drawn("split", name) < fraction * 2**32
+    """Returns whether a sentence or file is for validation, by its name: True for `fraction` of all names."""
+    return _hash("split", name) < fraction * 2**32
 
 
-def _drawn(purpose: str, name: str) -> int:
-    """Returns an integer of 32 bits, well spread even for names that are alike."""
+def _hash(purpose: str, name: str) -> int:
+    """Returns a 32-bit hash of a name, the same on every machine and independent for each purpose."""
     digest = hashlib.blake2s(f"{purpose} {name}".encode(errors="surrogateescape"), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
 def list_sentences() -> list[str]:
-    """Sentences of 40 to 120 letters, without code or digits, of the language reference that Python ships with.
+    """Returns sentences of 40 to 120 letters, without code or digits, of Python's installed language reference.
 
     Raises:
-        FileNotFoundError: this Python comes without its documentation.
+        FileNotFoundError: this Python is installed without its documentation.
     """
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -184,78 +190,81 @@ def list_sentences() -> list[str]:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Paths, relative to `folder`, of the audio files in it and below.
+    """Returns the paths of the audio files below `folder`, relative to it.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    if not found:
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
         raise FileNotFoundError(f"speech: no {', '.join(SUFFIXES)} file under {folder}; set path to where they are")
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def find_espeak() -> str:
-    """Path of espeak-ng.
+    """Returns the path of espeak-ng.
 
     Raises:
         FileNotFoundError: it is not installed.
     """
-    found = shutil.which("espeak-ng")
-    if found is None:
+    path = shutil.which("espeak-ng")
+    if path is None:
         raise FileNotFoundError(
             "speech: espeak-ng, which speaks the default data, is not installed; "
             "apt-get install espeak-ng (Debian), or set path to a folder of audio files"
         )
-    return found
+    return path
 
 
 def speak(sentence: str) -> tuple[Tensor, int]:
-    """`sentence`, float32 [samples], and its sample rate; voice and speed vary with the sentence, by nothing else.
+    """Synthesizes a sentence with espeak-ng: float32 [samples], and the sample rate.
+
+    The sentence determines voice and speed.
 
     Raises:
         OSError: espeak-ng failed.
     """
-    draw = _drawn("voice", sentence)
-    voice = VOICES[draw % len(VOICES)]
-    speed = WORDS_PER_MINUTE[draw // len(VOICES) % len(WORDS_PER_MINUTE)]
+    number = _hash("voice", sentence)
+    voice = VOICES[number % len(VOICES)]
+    speed = WORDS_PER_MINUTE[number // len(VOICES) % len(WORDS_PER_MINUTE)]
     command = [find_espeak(), "--stdout", "--stdin", "-v", voice, "-s", str(speed), "-a", str(AMPLITUDE)]
-    spoken = subprocess.run(command, input=sentence.encode(), capture_output=True)
-    if spoken.returncode or not spoken.stdout:
-        raise OSError(f"speech: {' '.join(command)} failed: {spoken.stderr.decode(errors='replace').strip()}")
-    return read_wav(io.BytesIO(spoken.stdout))
+    done = subprocess.run(command, input=sentence.encode(), capture_output=True)
+    if done.returncode or not done.stdout:
+        raise OSError(f"speech: {' '.join(command)} failed: {done.stderr.decode(errors='replace').strip()}")
+    return read_wav(io.BytesIO(done.stdout))
 
 
 def resample(wave: Tensor, rate: int, new_rate: int) -> Tensor:
-    """`wave`, float [samples] at `rate`, at `new_rate`: its spectrum, cut above what both rates hold, without a delay.
+    """Resamples `wave` with a Fourier transform, without delay or aliasing.
 
-    float32 [ceil(samples * new_rate / rate)].
+    float [samples] to float32 [ceil(samples * new_rate / rate)].
     """
     if rate == new_rate or not len(wave):
         return wave.float()
     down, up = rate // math.gcd(rate, new_rate), new_rate // math.gcd(rate, new_rate)
-    # Whole blocks make the ratio of the lengths exact, an even number of them both even; one more is silence between
-    # the end and the beginning, which are neighbours to a Fourier transform.
+    # The signal is padded to blocks of `down` samples, so that the ratio of the lengths is exact, and to an even number
+    # of blocks, so that both lengths are even. At least one block is silence: to a Fourier transform, the end of the
+    # signal is next to its beginning.
     num_blocks = 2 * (len(wave) // (2 * down) + 2)
     spectrum = torch.fft.rfft(wave.double(), n=num_blocks * down)
-    kept = min(num_blocks * down, num_blocks * up) // 2 + 1
-    # The last 2% of the band fade: a sharp edge would ring.
-    fade = kept // 50
-    spectrum = spectrum[:kept]
-    spectrum[kept - fade :] *= torch.linspace(1, 0, fade, dtype=torch.float64)
+    num_bins = min(num_blocks * down, num_blocks * up) // 2 + 1
+    # The last 2% of the band fade out, because a sharp edge would ring.
+    fade = num_bins // 50
+    spectrum = spectrum[:num_bins]
+    spectrum[num_bins - fade :] *= torch.linspace(1, 0, fade, dtype=torch.float64)
     resampled = torch.fft.irfft(spectrum, n=num_blocks * up) * (up / down)
     return resampled[: -(-len(wave) * up // down)].float()
 
 
 def require_soundfile() -> Any:
-    """The soundfile package.
+    """Imports and returns the soundfile package.
 
     Raises:
-        ImportError: it is not installed; the message says how to.
+        ImportError: it is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module("soundfile")
-    except (ImportError, OSError) as error:  # OSError: the package is there, libsndfile is not
+    except (ImportError, OSError) as error:  # OSError: libsndfile is missing
         raise ImportError(
             'speech: a folder of audio files needs soundfile; pip install "exact-runner[audio]"'
         ) from error

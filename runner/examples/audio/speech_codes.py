@@ -1,6 +1,6 @@
-"""Owns speech as codes: a codec is fitted to the training speech, and both splits are encoded, once, for all who ask.
+"""A dataset of speech as the codes of a codec, which is fitted to the training split.
 
-Imports torch, the standard library and the runner's own file formats.
+The codec and the codes are cached in memory and on disk, so that all processes and runs share them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from runner.examples.audio.audio_codec import MelCodec, from_pcm
 from runner.examples.audio.speech import SPLITS, Source, Speech
 from runner.utils import io
 
-# Part of every key: raise it when the same settings give other waves or codes than before.
+# Part of every cache key: increase it when the same settings give other waves or codes than before.
 FORMAT = 1
-_MOST_HELD = 2
+_MAX_NUM_CACHED = 2  # in memory
 
 
 class Codec(Protocol):
-    """What turns audio into codes and back.
+    """Converts audio to codes and back.
 
-    One that also has `fit(waves)` is fitted to the training speech first. One that also has `key`, a string that
-    with the audio decides its codes, is shared by the datasets of a process and its work kept on disk; with `fit`, its
-    `state_dict` too.
+    A codec that has `fit(waves)` is fitted to the training speech first. A codec that has `key`, a string that together
+    with the audio determines its codes, is shared by the datasets of a process, and its codes (and its `state_dict`, if
+    it has `fit`) are cached on disk.
     """
 
     num_codebooks: int
@@ -42,15 +42,21 @@ class Codec(Protocol):
     frame_rate: float
 
     def encode(self, wave: Tensor) -> Tensor:
-        """float32 [batch, samples] to int64 [batch, codebooks, frames]."""
+        """Encodes float32 [batch, samples] to int64 [batch, codebooks, frames]."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """int64 [batch, codebooks, frames] to float32 [batch, samples]."""
+        """Decodes int64 [batch, codebooks, frames] to float32 [batch, samples]."""
 
 
 @dataclass
-class Encoded:
-    """A codec and, by split, the pieces of speech: names, int16 [samples] each, int64 [codebooks, frames] each."""
+class EncodedSpeech:
+    """A codec, and the pieces of speech by split.
+
+    Attributes:
+        names: the sentence or file of each piece.
+        samples: int16 [samples] of each piece.
+        codes: int64 [codebooks, frames] of each piece.
+    """
 
     codec: Codec
     names: dict[str, list[str]]
@@ -59,7 +65,7 @@ class Encoded:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the codes of the training speech, and what the codec was fitted to: the same for both splits."""
+        """A hash of the training codes and the codec's state, the same for both splits."""
         state = self.codec.state_dict() if hasattr(self.codec, "fit") else {}  # type: ignore[attr-defined]
         digest = hashlib.sha256()
         for tensor in (*state.values(), *self.codes["train"]):
@@ -68,26 +74,28 @@ class Encoded:
 
 
 class SpeechCodes(Dataset[dict[str, Tensor]]):
-    """Speech of one split as a codec's codes, shortest first; `lengths`, int64 [pieces], counts the frames of each.
+    """Speech of one split as a codec's codes, shortest first.
 
-    The work is done once: the second split of the same settings in a process finds it in memory, and another process
-    on disk, so that a run that resumes and the ranks of a run have the same codes bit for bit.
+    The speech is encoded once. The other split of the same settings in the process takes it from memory, and other
+    processes from disk, so a resumed run and all ranks of a run have the same codes bit for bit.
 
     Args:
         split: "train" or "validation".
-        path: a folder of audio files; None: sentences that espeak-ng speaks.
-        minutes: of training speech, where there is as much; None: all.
-        validation_minutes: of validation speech, where there is as much; None: all.
+        path: a folder of audio files; None: sentences synthesized by espeak-ng.
+        minutes: minutes of training speech, if the source has as much; None: all.
+        validation_minutes: minutes of validation speech, if the source has as much; None: all.
         validation_fraction: share of the sentences or files that is for validation, 0 to 1.
-        shortest_s: what is shorter, in seconds, is left out.
-        longest_s: what is longer, in seconds, is cut into pieces as long as this.
-        codec: what encodes; None: `MelCodec()`.
+        shortest_s: shorter pieces, in seconds, are left out.
+        longest_s: longer speech, in seconds, is cut into pieces of this length.
+        codec: the codec; None: `MelCodec()`.
         cache: keeps waves, codes and codec in the user's cache folder: $XDG_CACHE_HOME/runner, or ~/.cache/runner.
+    Attributes:
+        lengths: int64 [pieces], the number of frames of each piece.
 
     Raises:
         ValueError: an argument is out of range, or a split is empty.
         FileNotFoundError: espeak-ng is not installed, or the folder has no audio files.
-        ImportError: a folder is to be read, and soundfile is not installed.
+        ImportError: the source is a folder, and soundfile is not installed.
     """
 
     def __init__(
@@ -119,64 +127,70 @@ class SpeechCodes(Dataset[dict[str, Tensor]]):
         return len(self.codes)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One piece: `codes`, int64 [codebooks, frames]."""
+        """Returns one piece: `codes`, int64 [codebooks, frames]."""
         return {"codes": self.codes[index].clone()}
 
     def wave(self, index: int) -> Tensor:
-        """What the piece sounded like before it was encoded: float32 [samples] from -1 to 1."""
+        """Returns the audio of a piece before it was encoded: float32 [samples] from -1 to 1."""
         return from_pcm(self.samples[index])
 
 
 class Pad:
-    """Makes a batch of pieces of any lengths: a collate."""
+    """A collate function that pads pieces of any lengths to one batch."""
 
     def __call__(self, samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor | list[int]]:
-        """Returns `codes`, int64 [batch, codebooks, most frames], and `lengths`, a list of ints.
+        """Returns `codes`, int64 [batch, codebooks, longest frames], and `lengths`, a list of ints.
 
-        The codes of a piece end with its length; what follows is 0, which is also a code.
+        The padding is 0, which is also a valid code, so `lengths` is needed to ignore it.
         """
         codes = [sample["codes"] for sample in samples]
-        padded = torch.nn.utils.rnn.pad_sequence([each.T for each in codes], batch_first=True)
-        return {"codes": padded.transpose(1, 2).contiguous(), "lengths": [each.shape[1] for each in codes]}
+        padded = torch.nn.utils.rnn.pad_sequence([piece.T for piece in codes], batch_first=True)
+        return {"codes": padded.transpose(1, 2).contiguous(), "lengths": [piece.shape[1] for piece in codes]}
 
 
-_held: dict[str, Encoded] = {}
+_cached: dict[str, EncodedSpeech] = {}
 
 
-def find_encoded(source: Source, minutes: dict[str, float | None], codec: Any, cache: bool) -> Encoded:
-    """Speech and its codes, from memory, from the cache, or made now; `codec` is not fitted where another was."""
-    own_key = getattr(codec, "key", None)
-    if own_key is None:
+def find_encoded(source: Source, minutes: dict[str, float | None], codec: Any, cache: bool) -> EncodedSpeech:
+    """Returns speech and its codes from memory or disk, or encodes it.
+
+    `codec` is fitted only when the speech is encoded: from memory comes another codec that was fitted to it.
+    """
+    codec_key = getattr(codec, "key", None)
+    if codec_key is None:
         return encode_speech(source, minutes, codec)
-    settings = json.dumps([FORMAT, source.key(), minutes, own_key], sort_keys=True)
+    settings = json.dumps([FORMAT, source.key(), minutes, codec_key], sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:32]
-    if key not in _held:
+    if key not in _cached:
         path = cache_folder() / f"speech_{key}.safetensors" if cache else None
-        found = encode_speech(source, minutes, codec) if path is None else _find_on_disk(path, source, minutes, codec)
-        while len(_held) >= _MOST_HELD:  # a sweep in one process goes through many settings
-            del _held[next(iter(_held))]
-        _held[key] = found
-    return _held[key]
+        encoded = (
+            encode_speech(source, minutes, codec) if path is None else _load_or_encode(path, source, minutes, codec)
+        )
+        while len(_cached) >= _MAX_NUM_CACHED:  # a sweep in one process uses many settings
+            del _cached[next(iter(_cached))]
+        _cached[key] = encoded
+    return _cached[key]
 
 
 def cache_folder() -> Path:
-    """Where what is made once is kept. No config says so: one that came out of a file would choose where to write."""
+    """Returns the user's cache folder. No config sets it, because an untrusted one could choose where to write."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runner"
 
 
-def encode_speech(source: Source, minutes: dict[str, float | None], codec: Any) -> Encoded:
-    """Speech of both splits, and its codes by `codec`, which is fitted to the training speech if it can be."""
+def encode_speech(source: Source, minutes: dict[str, float | None], codec: Any) -> EncodedSpeech:
+    """Encodes the speech of both splits; fits `codec` to the training speech first, if it has `fit`."""
     speech = {split: Speech(split, source, minutes[split]) for split in SPLITS}
+    names = {split: speech[split].names for split in SPLITS}
+    samples = {split: speech[split].samples for split in SPLITS}
     if hasattr(codec, "fit"):
-        codec.fit([sample["wave"] for sample in map(speech["train"].__getitem__, range(len(speech["train"])))])
-    codes = {split: [_encode(codec, from_pcm(s)) for s in speech[split].samples] for split in SPLITS}
-    names, samples = ({s: getattr(speech[s], what) for s in SPLITS} for what in ("names", "samples"))
-    return Encoded(codec, names, samples, codes)
+        codec.fit([from_pcm(piece) for piece in samples["train"]])
+    codes = {split: [_encode(codec, from_pcm(piece)) for piece in samples[split]] for split in SPLITS}
+    return EncodedSpeech(codec, names, samples, codes)
 
 
 @torch.no_grad()
 def _encode(codec: Codec, wave: Tensor) -> Tensor:
-    # Each alone: what it is batched with must not reach its codes.
+    # Encoded alone, so that the codes of a piece do not depend on other pieces.
     codes = codec.encode(wave[None])
     if codes.ndim != 3 or codes.shape[:2] != (1, codec.num_codebooks) or codes.is_floating_point():
         raise ValueError(
@@ -186,31 +200,32 @@ def _encode(codec: Codec, wave: Tensor) -> Tensor:
     return codes[0].long().cpu().contiguous()
 
 
-def _find_on_disk(path: Path, source: Source, minutes: dict[str, float | None], codec: Any) -> Encoded:
-    """What lies at `path`, or is made now and put there; processes that want the same wait for the first."""
+def _load_or_encode(path: Path, source: Source, minutes: dict[str, float | None], codec: Any) -> EncodedSpeech:
+    """Loads the cache file at `path`, or encodes the speech and writes it. Other processes wait for the first."""
     with _locked(path):
-        with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):  # not there, or broken: made again
+        with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):  # missing or damaged: encoded again
             return _load(path, codec)
         encoded = encode_speech(source, minutes, codec)
         parts = {"names": encoded.names, "samples": encoded.samples, "codes": encoded.codes}
-        fitted = codec.state_dict() if hasattr(codec, "fit") else {}
-        state = {name: tensor.cpu() for name, tensor in fitted.items()}
-        with suppress(OSError):  # a disk that is full or read-only costs the next process time, and this one nothing
+        state_dict = codec.state_dict() if hasattr(codec, "fit") else {}
+        state = {name: tensor.cpu() for name, tensor in state_dict.items()}
+        with suppress(OSError):  # the disk is full or read-only: the next process encodes again
             io.save({**parts, "codec": state}, path)
         return encoded
 
 
-def _load(path: Path, codec: Any) -> Encoded:
+def _load(path: Path, codec: Any) -> EncodedSpeech:
     stored = io.load(path)
-    state, parts = stored["codec"], {name: stored[name] for name in ("names", "samples", "codes")}
+    parts = {name: stored[name] for name in ("names", "samples", "codes")}
+    state = stored["codec"]
     if hasattr(codec, "fit"):
         codec.load_state_dict(state)
-    return Encoded(cast(Codec, codec), **parts)
+    return EncodedSpeech(cast(Codec, codec), **parts)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """No other process is in such a block for the same path, where its file system has locks."""
+    """Holds a lock on a path within the block, so that one process at a time encodes, if the file system has locks."""
     file = None
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Devices and processes: start-up, ranks, and collectives that are no-ops on one process."""
+"""Process groups and devices: start-up, ranks, and collectives that are no-ops on one process."""
 
 from runner.utils.distributed.devices import default_generator, move, pick_device, preserve_rng_state, seed_all
 from runner.utils.distributed.process_group import (
@@ -7,8 +7,8 @@ from runner.utils.distributed.process_group import (
     RankLostError,
     Rendezvous,
     all_gather_object,
-    connect,
     count_collectives,
+    create_store,
     init_process_group,
     is_connection_error,
     is_distributed,
@@ -17,7 +17,7 @@ from runner.utils.distributed.process_group import (
     rank,
     run_on_all_ranks,
     run_on_rank_zero,
-    wait_for,
+    wait_for_keys,
     world_size,
 )
 
@@ -27,8 +27,8 @@ __all__ = [
     "RankLostError",
     "Rendezvous",
     "all_gather_object",
-    "connect",
     "count_collectives",
+    "create_store",
     "default_generator",
     "init_process_group",
     "is_connection_error",
@@ -42,6 +42,6 @@ __all__ = [
     "run_on_all_ranks",
     "run_on_rank_zero",
     "seed_all",
-    "wait_for",
+    "wait_for_keys",
     "world_size",
 ]

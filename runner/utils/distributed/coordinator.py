@@ -1,7 +1,7 @@
-"""How the ranks of a run decide the same at the same step, without a collective that training would not make.
+"""Makes all ranks act on an event at the same step, without an extra collective in an undisturbed step.
 
-A rank that has something to say raises a flag; the flag rides on what the ranks exchange anyway, and only where it
-arrives do they all meet. Imports `distributed` of its siblings.
+A rank with a pending message sets a flag that is reduced together with the gradients. Only when the flag arrives do the
+ranks run an all-gather to exchange their messages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Message(NamedTuple):
-    """What a rank said."""
+    """A message that a rank posted."""
 
     rank: int
     topic: str
@@ -31,160 +31,166 @@ class Message(NamedTuple):
 
 
 class Coordinator:
-    """What this rank has to say, and what all have said, in one order.
+    """The messages that this rank posts, and those of all ranks in one order.
 
-    On one process there is nobody to wait for: what was said is heard at once.
+    On one process `poll` returns a message as soon as it is posted.
 
     Args:
-        store: where a rank that leaves in the midst of a step says why.
-        is_late: what arrives on an accelerator is read a step later, when it has been there for long, instead of
-            holding the step until the device is done. A step can then not be undone for it.
+        store: the store in which a rank that aborts in the middle of a step leaves its reason.
+        delays_flags: a flag that arrives on an accelerator is read one step later, when its copy is long done, so that
+            reading it does not wait for the device. A step can then not be discarded because of a message.
+    Attributes:
+        is_sharded: each rank has a shard of the model, so any use of the model is a collective.
+        has_aborted: this rank has aborted: its process must end so that its connections are closed.
+        is_disconnected: this rank or another one has aborted: nothing more can be exchanged.
+        deferred_error: an error of this rank that the other ranks do not know yet.
     """
 
-    def __init__(self, store: dist.Store | None = None, is_late: bool = False) -> None:
-        self.is_late = is_late
+    def __init__(self, store: dist.Store | None = None, delays_flags: bool = False) -> None:
+        self.delays_flags = delays_flags
+        self.is_sharded = False
+        self.has_aborted = False
+        self.is_disconnected = False
+        self.deferred_error: BaseException | None = None
         self._store = store
-        self._is_many = distributed.is_distributed()
-        self._words: deque[tuple[str, Any]] = deque()
-        self._arrived: list[tuple[Tensor, Any]] = []
-        self.is_spread = False  # each rank has a part of the model: any use of it is an exchange
-        self._lost: RankLostError | None = None  # nobody has left word of why
-        self.has_aborted = False  # this rank, so that its process is to end and its connections with it
-        self.is_alone = False  # a rank has left, this one or another: nothing more can be exchanged
+        self._is_distributed = distributed.is_distributed()
+        self._outbox: deque[tuple[str, Any]] = deque()
+        self._flags: list[tuple[Tensor, Any]] = []  # each with the CUDA event of its copy, or None
+        self._lost_error: RankLostError | None = None  # raised when a rank was lost without a reason
         self._num_failures = 0
-        self.deferred_error: BaseException | None = None  # of this rank alone, until the others know
 
     def post(self, topic: str, content: Any = None) -> None:
-        """Has something to say at the next occasion; a signal handler or another thread may call it."""
-        self._words.append((topic, content))
+        """Queues a message for the next exchange; safe to call from a signal handler or another thread."""
+        self._outbox.append((topic, content))
 
     def num_unsent(self) -> int:
-        """Returns how much this rank has to say that the others have not heard."""
-        return len(self._words)
+        """Returns the number of this rank's messages that the other ranks have not received."""
+        return len(self._outbox)
 
     @property
     def has_messages(self) -> bool:
-        """Whether this rank's flag is up."""
-        return bool(self._words)
+        """True if this rank has messages to send: the flag to reduce."""
+        return bool(self._outbox)
 
     def receive_flag(self, flag: Tensor) -> None:
-        """Takes what an exchange brought: above 0 where a rank's flag was up. The tensor must not change."""
-        if self.is_late and flag.is_cuda:
+        """Keeps the reduced flag of a step, above 0 if any rank has messages. The tensor must not change later."""
+        if self.delays_flags and flag.is_cuda:
             flag = flag.detach().to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._arrived.append((flag, event))
+            self._flags.append((flag, event))
         else:
-            self._arrived.append((flag.detach().clone() if self.is_late else flag.detach(), None))
+            self._flags.append((flag.detach().clone() if self.delays_flags else flag.detach(), None))
 
     def poll(self) -> list[Message]:
-        """Returns what all ranks said, where a flag was up in a step's exchange; else, at no cost, nothing."""
-        if not self._is_many:
-            return self.exchange() if self._words else []
-        num_unread = 1 if self.is_late else 0
-        is_called = False
-        while len(self._arrived) > num_unread:
-            flag, event = self._arrived.pop(0)
+        """Returns the messages of all ranks if the flag of a step was set; otherwise an empty list, at no cost."""
+        if not self._is_distributed:
+            return self.exchange() if self._outbox else []
+        num_unread = 1 if self.delays_flags else 0
+        is_set = False
+        while len(self._flags) > num_unread:
+            flag, event = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
-            is_called |= bool(flag.any())
-        return self.exchange() if is_called else []
+            is_set |= bool(flag.any())
+        return self.exchange() if is_set else []
 
     def exchange(self) -> list[Message]:
-        """Returns what all ranks have said so far; all ranks are here, and their flags are down."""
-        own = []
-        while self._words:
-            own.append(self._words.popleft())
-        self._arrived.clear()
-        said = distributed.all_gather_object(own)
-        return [Message(rank, topic, content) for rank, words in enumerate(said) for topic, content in words]
+        """Returns the messages of all ranks so far and clears the flags; every rank must call it."""
+        sent = []
+        while self._outbox:  # not `list(...)` and `clear`: a signal handler may post in between
+            sent.append(self._outbox.popleft())
+        self._flags.clear()
+        received = distributed.all_gather_object(sent)
+        return [Message(rank, topic, content) for rank, messages in enumerate(received) for topic, content in messages]
 
     def defer_error(self, work: Callable[[], None]) -> None:
-        """Does what may fail on this rank alone: on several ranks that is kept for the next time that all meet."""
-        if not self._is_many:
+        """Runs work that may fail on this rank alone; with several ranks, its error waits for the next exchange."""
+        if not self._is_distributed:
             work()
             return
         try:
             work()
         except BaseException as error:
-            if is_signal(error) or isinstance(error, (RankLostError, RankError, InterruptedError)):  # all know
+            # These are known to every rank.
+            if is_signal(error) or isinstance(error, (RankLostError, RankError, InterruptedError)):
                 raise
             self.deferred_error = self.deferred_error or error
 
     def run_on_all_ranks(self, work: Callable[[], T]) -> list[T]:
-        """Returns what `work` gave on every rank, by rank; all ranks call it.
+        """Returns the results of `work` on all ranks, by rank; every rank must call it.
 
         Raises:
-            RankError: it failed on one of them, or something before it did.
-            LeftError: it failed here, where the others may wait in the midst of it.
+            RankError: `work` failed on a rank, or a rank had a deferred error.
+            RankAbortError: `work` failed on this rank while the others may wait for it in a collective.
         """
 
-        def untroubled() -> T:
-            trouble, self.deferred_error = self.deferred_error, None
-            if trouble is not None:
-                raise trouble
-            if not (self.is_spread and self._is_many):
+        def run() -> T:
+            deferred, self.deferred_error = self.deferred_error, None
+            if deferred is not None:
+                raise deferred
+            if not (self.is_sharded and self._is_distributed):
                 return work()
             try:
                 return work()
             except BaseException as error:
                 if is_signal(error) or isinstance(error, RankLostError):
                     raise
-                if self.fails_everywhere():
+                if self.all_ranks_fail():
                     raise
-                raise self.abort(describe(error), is_told=False) from error
+                raise self.abort(describe(error), is_expected=False) from error
 
-        return distributed.run_on_all_ranks(untroubled)
+        return distributed.run_on_all_ranks(run)
 
-    def abort(self, reason: str, is_told: bool) -> RankAbortError:
-        """Leaves word of why this rank goes in the midst of what all do, and returns what is to be raised.
+    def abort(self, reason: str, is_expected: bool) -> RankAbortError:
+        """Leaves this rank's reason in the store and returns the error to raise, in the middle of a collective step.
 
-        Nothing more is to be exchanged then: the others find their connections closed, and read it.
+        Nothing more may be exchanged afterwards. The other ranks find their connections closed and read the reason.
         """
-        self.has_aborted = self.is_alone = True
-        if self._store is not None and self._is_many:
-            word = f"rank {distributed.rank()}: {reason}".encode("utf-8", "backslashreplace").decode()
-            with contextlib.suppress(RuntimeError):  # the store has gone before
-                first = self._store.compare_set(_LEFT, "", word).decode(errors="replace")
-                if first != word and first.partition(": ")[2] == reason:  # that rank tells it
-                    return RankAbortError(first, is_told=True)
-        return RankAbortError(reason, is_told)
+        self.has_aborted = self.is_disconnected = True
+        if self._store is not None and self._is_distributed:
+            text = f"rank {distributed.rank()}: {reason}".encode("utf-8", "backslashreplace").decode()
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                first = self._store.compare_set(_ABORT_KEY, "", text).decode(errors="replace")
+                if first != text and first.partition(": ")[2] == reason:  # another rank reports the same reason
+                    return RankAbortError(first, is_expected=True)
+        return RankAbortError(reason, is_expected)
 
-    def fails_everywhere(self) -> bool:
-        """Says whether all ranks fail at once, after the same collectives, so that none waits for another in one.
+    def all_ranks_fail(self) -> bool:
+        """Returns whether all ranks fail after the same collectives, so that none waits for another one.
 
-        A rank that fails calls it where the others can't be told. It learns of them through the store, not by a
-        collective, and waits for them no longer than a moment.
+        A rank that fails calls it where it can't notify the others. It asks the store, not a collective, and waits for
+        the other ranks for two seconds at most.
         """
-        if self._store is None or not self._is_many:
+        if self._store is None or not self._is_distributed:
             return False
         self._num_failures += 1
         keys = [f"failed/{self._num_failures}/{rank}" for rank in range(distributed.world_size())]
         try:
             self._store.set(keys[distributed.rank()], str(distributed.count_collectives()))
-            if not distributed.wait_for(self._store, keys, _PATIENCE_S):
+            if not distributed.wait_for_keys(self._store, keys, _ABORT_TIMEOUT_S):
                 return False
             return len({self._store.get(key) for key in keys}) == 1
-        except RuntimeError:  # the store has gone
+        except RuntimeError:  # the store is gone
             return False
 
     def abort_reason(self, error: BaseException) -> str | None:
-        """Returns why another rank has left, if `error` may come of that.
+        """Returns another rank's reason to abort if `error` may be its consequence, otherwise None.
 
         Raises:
-            LostError: it comes of that, and nobody has left word.
+            RankLostError: `error` is a lost connection, and no rank has left a reason.
         """
-        if not self._is_many or not is_connection_error(error):
+        if not self._is_distributed or not is_connection_error(error):
             return None
-        if error is self._lost:
+        if error is self._lost_error:
             raise error
-        with contextlib.suppress(RuntimeError):  # the store has gone too
-            if self._store is not None and distributed.wait_for(self._store, [_LEFT], _PATIENCE_S):
-                self.is_alone = True
-                return self._store.get(_LEFT).decode(errors="replace")
-        self._lost = RankLostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
-        raise self._lost from error
+        with contextlib.suppress(RuntimeError):  # the store is gone too
+            if self._store is not None and distributed.wait_for_keys(self._store, [_ABORT_KEY], _ABORT_TIMEOUT_S):
+                self.is_disconnected = True
+                return self._store.get(_ABORT_KEY).decode(errors="replace")
+        self._lost_error = RankLostError(f"another rank is gone, or does not answer ({str(error).splitlines()[0]})")
+        raise self._lost_error from error
 
 
-_LEFT = "left"
-_PATIENCE_S = 2.0  # for a rank that closes its connections to have left word before, or for all to fail
+_ABORT_KEY = "left"
+_ABORT_TIMEOUT_S = 2.0  # enough for the rank that closes its connections to write its reason before, or for all to fail

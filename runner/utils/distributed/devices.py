@@ -1,4 +1,4 @@
-"""Devices: picked by name, their random generators, and batches moved to them."""
+"""Devices: selection by name, random generators, and the transfer of batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _CPU = torch.device("cpu")
 
 
 def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
-    """Returns the device of that name; `auto` is the accelerator where there is one, else the CPU.
+    """Returns the device with a name; `auto` is the accelerator if there is one, otherwise the CPU.
 
     Args:
-        local_rank: of several processes on one machine each gets the accelerator of its number.
+        name: auto, cpu, cuda, cuda:1, mps or another name of torch.
+        local_rank: the rank of this process on its machine: for auto and cuda it selects the accelerator's index.
     Raises:
-        ValueError: a name torch doesn't know, or a device this machine lacks.
+        ValueError: the name is unknown to torch, or this machine lacks the device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if local_rank is not None and name in ("auto", "cuda") and accelerator is not None:
@@ -38,7 +39,7 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """Returns the global generator of a device; seeding it costs 1 us, where `torch.manual_seed` costs 80."""
+    """Returns the global generator of a device. Seeding it takes 1 us; `torch.manual_seed` takes 80 us."""
     if device.type == "cuda":
         torch.cuda.init()
         return torch.cuda.default_generators[device.index or 0]
@@ -48,9 +49,9 @@ def default_generator(device: torch.device) -> torch.Generator:
 
 
 def seed_all(seed: int, device: torch.device) -> None:
-    """Seeds every global generator that a forward may draw from: the device's and the CPU's, Python's and NumPy's.
+    """Seeds the global generators of the device, the CPU, Python and NumPy.
 
-    It takes 6 us; `torch.manual_seed` alone takes 80 and more, since it visits every device.
+    It takes 6 us; `torch.manual_seed` alone takes 80 us or more, since it seeds every device.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -61,20 +62,22 @@ def seed_all(seed: int, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def preserve_rng_state(device: torch.device = _CPU) -> Iterator[None]:
-    """Leaves the global generators of a program as they were before a block that seeds them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    states = [(each, each.get_state()) for each in (torch.default_generator, default_generator(device))]
+    """Restores the global generators of `device`, CPU, Python and NumPy after a block."""
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    generators = (torch.default_generator, default_generator(device))
+    torch_states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for generator, state in states:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for generator, state in zip(generators, torch_states, strict=True):
             generator.set_state(state)
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Returns a nest of mappings, tuples and lists with its tensors on the device; on the CPU, the batch itself."""
+    """Returns nested mappings, tuples and lists with their tensors on the device; for the CPU, the batch itself."""
     if device.type == "cpu":
         return batch
     if isinstance(batch, Tensor):

@@ -1,4 +1,4 @@
-"""What memory a run has used and what is left, and whether an error says that there was too little of it."""
+"""Memory of a device or process: peak use, free memory, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -18,63 +18,67 @@ _CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 
 
 def peak_gb(device: torch.device) -> float:
-    """Returns the peak so far: the device's own, or on the CPU the process's resident set, in 1e9 bytes."""
+    """Returns the peak of allocated device memory, or for the CPU of the resident set, in units of 1e9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _PEAK_UNIT_BYTES / 1e9
 
 
-class Peak:
-    """The peak so far, looked up at most twice a second: a kernel may take 10 us to tell it."""
+class PeakMemory:
+    """The peak memory use, read at most twice a second: the system call may take 10 us."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._gb, self._next_look = 0.0, -math.inf
+        self._gb = 0.0
+        self._next_read_s = -math.inf
 
     def read_gb(self) -> float:
-        """Returns `peak_gb` of at most half a second ago."""
+        """Returns `peak_gb`, at most half a second old."""
         now = time.perf_counter()
-        if now >= self._next_look:
-            self._gb, self._next_look = peak_gb(self._device), now + 0.5
+        if now >= self._next_read_s:
+            self._gb, self._next_read_s = peak_gb(self._device), now + 0.5
         return self._gb
 
 
-def mib(num_bytes: float) -> str:
-    """Returns a number of bytes in 2^20 bytes."""
+def format_mib(num_bytes: float) -> str:
+    """Returns a number of bytes in units of 2^20 bytes, as text."""
     return f"{num_bytes / 2**20:.2f} MiB"
 
 
-def place_of(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Returns where a tensor's numbers lie and their bytes; None for one that has no memory of its own to tell of."""
+def memory_range(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Returns the address and size in bytes of a tensor's memory; None for a tensor without a storage."""
     try:
         return tensor.untyped_storage().data_ptr(), tensor.nbytes
-    except (RuntimeError, NotImplementedError):  # sparse, nested, or of a transform of functions
+    except (RuntimeError, NotImplementedError):  # sparse, nested, or a functorch wrapper
         return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Says whether an error is of a device's or the machine's memory having run out."""
+    """Returns whether an error means that the device or the machine ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _CPU_MESSAGES)
 
 
-def describe(device: torch.device) -> str:
-    """Says what is used and what is free, in 1e9 bytes."""
+def describe_memory(device: torch.device) -> str:
+    """Returns a sentence on used and free memory, in units of 1e9 bytes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        used, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         return (
             f"on {device} {free / 1e9:.2f} of {total / 1e9:.2f} GB are free; this process uses {used / 1e9:.2f} GB, "
-            f"holds {held / 1e9:.2f} GB, and had {peak_gb(device):.2f} GB in use at its peak"
+            f"holds {reserved / 1e9:.2f} GB, and had {peak_gb(device):.2f} GB in use at its peak"
         )
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"this process had {peak_gb(device):.2f} GB at its peak; the machine has {total / 1e9:.2f} GB"
 
 
 @contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """What was built so far stays to the end: the garbage collector, off until here, does not look through it."""
+def freeze_gc() -> Iterator[None]:
+    """Exempts all present objects from garbage collection during a block, and enables the collector.
+
+    The collector must be disabled before. The objects of the set-up live as long as the run, so it need not scan them.
+    """
     gc.freeze()
     gc.enable()
     try:

@@ -1,4 +1,4 @@
-"""The processes of a run: start-up, ranks, and collectives that are no-ops on one process."""
+"""The process group: start-up, ranks, and collectives that are no-ops on one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Rendezvous(Protocol):
-    """A process's number among those of its run, and where they meet."""
+    """A process's rank, and the address or file at which the ranks rendezvous."""
 
     @property
     def rank(self) -> int: ...
@@ -37,41 +37,46 @@ class Rendezvous(Protocol):
 
     @property
     def has_external_store(self) -> bool:
-        """Says whether another process listens at the address."""
+        """True if another process than rank zero hosts the store at the address."""
 
     @property
     def store_file(self) -> str:
-        """Returns the file in which they meet instead of at the address; or nothing."""
+        """The file of a `FileStore`, used in place of the address; empty for none."""
 
 
-def connect(place: Rendezvous, timeout_s: float) -> dist.Store:
-    """Returns the store in which the processes of a run leave messages for each other.
+def create_store(rendezvous: Rendezvous, timeout_s: float) -> dist.Store:
+    """Returns the store through which the processes of a run find each other and leave messages.
 
     A `FileStore` has no port, and is as private as its folder. A `TCPStore` listens on all interfaces, whatever its
     address: anyone who reaches its port can read and write it.
 
     Raises:
-        RuntimeError: nobody answers there within the time.
+        RuntimeError: nobody hosts the store within `timeout_s` seconds.
     """
     timeout = timedelta(seconds=timeout_s)
-    if place.store_file:
-        store = dist.FileStore(place.store_file, -1)  # -1: no process removes the file when it closes the store
+    if rendezvous.store_file:
+        store = dist.FileStore(rendezvous.store_file, -1)  # -1: no process removes the file when it closes the store
         store.set_timeout(timeout)
         return store
-    is_host = place.rank == 0 and not place.has_external_store
     return dist.TCPStore(
-        place.address, place.port, place.world_size, is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        rendezvous.address,
+        rendezvous.port,
+        rendezvous.world_size,
+        is_master=rendezvous.rank == 0 and not rendezvous.has_external_store,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
     )
 
 
-def wait_for(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
-    """Says whether a store of any kind has all of the keys within the time.
+def wait_for_keys(store: dist.Store, keys: list[str], timeout_s: float) -> bool:
+    """Waits until a store has all of the keys; returns whether it has them within `timeout_s` seconds.
 
-    Unlike `store.wait`, it hears signals meanwhile, and the kinds of stores do not differ in what they raise.
+    Unlike `store.wait`, it lets signal handlers run meanwhile and behaves alike for every kind of store.
     """
     began = time.monotonic()
     while not (has_all := store.check(keys)) and (waited_s := time.monotonic() - began) < timeout_s:
-        # Many ranks that wait for long shall not keep the store busy.
+        # Poll less often the longer it takes: many waiting ranks must not keep the store busy.
         time.sleep(min(max(waited_s / 100, _POLL_S), _MAX_POLL_S))
     return has_all
 
@@ -80,28 +85,32 @@ _POLL_S, _MAX_POLL_S = 0.01, 0.1
 
 
 @contextlib.contextmanager
-def init_process_group(place: Rendezvous, store: dist.Store | None, backend: str, timeout_s: float) -> Iterator[None]:
-    """Makes the ranks one group for the length of a block; with one rank, nothing.
+def init_process_group(
+    rendezvous: Rendezvous, store: dist.Store | None, backend: str, timeout_s: float
+) -> Iterator[None]:
+    """Initializes the default process group for the length of a block; does nothing for a single rank.
 
     Args:
-        store: of this group alone: a `PrefixStore` where several groups follow each other.
-        backend: gloo, nccl (with gloo for what lies on the CPU), or what torch knows else.
-        timeout_s: how long a rank waits for the others in a collective before it raises.
+        store: a store for this group alone: a `PrefixStore` if several groups follow each other.
+        backend: gloo, nccl (with gloo for CPU tensors), or another backend of torch.
+        timeout_s: seconds that a rank waits for the others in a collective before it raises.
     """
-    if place.world_size == 1:
+    if rendezvous.world_size == 1:
         yield
         return
     backends = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
     timeout = timedelta(seconds=timeout_s)
-    if store is not None:  # what follows waits for the others without hearing a signal
-        store.set(f"here/{place.rank}", "")
-        wait_for(store, [f"here/{number}" for number in range(place.world_size)], timeout_s)
-    dist.init_process_group(backends, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    if store is not None:
+        # Wait for the other ranks here: torch's own wait below does not let signal handlers run.
+        store.set(f"here/{rendezvous.rank}", "")
+        wait_for_keys(store, [f"here/{number}" for number in range(rendezvous.world_size)], timeout_s)
+    dist.init_process_group(
+        backends, store=store, rank=rendezvous.rank, world_size=rendezvous.world_size, timeout=timeout
+    )
     global _control_group, _local_rank
-    _local_rank = place.local_rank
-    _control_group = dist.new_group(
-        backend="gloo", timeout=timeout
-    )  # what goes through `gather` never meets a gradient
+    _local_rank = rendezvous.local_rank
+    # A group of its own, so that gathered objects never mix with gradients.
+    _control_group = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield
     finally:
@@ -114,65 +123,77 @@ _local_rank: int | None = None
 
 
 def is_distributed() -> bool:
-    """Says whether there is more than one rank."""
+    """Returns whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
-    """Returns the number of ranks: 1 where there is no group."""
+    """Returns the number of ranks; 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def rank() -> int:
-    """Returns this process's rank: 0 where there is no group."""
+    """Returns the rank of this process; 0 without a process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def local_rank() -> int | None:
-    """Returns this process's number among the ranks of its machine: None where there is no group."""
+    """Returns the rank of this process on its machine; None without a process group."""
     return _local_rank
 
 
 def count_collectives() -> list[int]:
-    """Returns how many collectives of the group of all ranks this one has begun, by kind of device."""
+    """Returns the number of collectives that this rank has begun in the default group, by type of device."""
     group: Any = dist.group.WORLD
     backends = [group._get_backend(device) for device in sorted(group._device_types, key=str)]
     return [backend._get_sequence_number_for_group() for backend in backends]
 
 
 def is_rank_zero() -> bool:
-    """Says whether this is the rank that writes what is written once."""
+    """Returns whether this is rank zero, the rank that writes shared files."""
     return rank() == 0
 
 
 class RankLostError(RuntimeError):
-    """Another rank is gone, or does not answer: nothing more can be agreed with it."""
+    """Another rank is gone or does not answer: no collective with it is possible any more."""
 
 
 class RankAbortError(RankLostError):
-    """This rank goes in the midst of what all do, and has left word of why: its message. The cause is what it was."""
+    """This rank aborts in the middle of a collective step; the message is the reason that it left in the store.
 
-    def __init__(self, message: str, is_told: bool) -> None:
+    Attributes:
+        is_expected: False for a bug in the program, which is reported with its traceback.
+    """
+
+    def __init__(self, message: str, is_expected: bool) -> None:
         super().__init__(message)
-        self.is_expected = is_told
+        self.is_expected = is_expected
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Says whether an error is of ranks that don't reach each other."""
+    """Returns whether an error comes from a lost connection between ranks."""
     if isinstance(error, (RankLostError, dist.DistBackendError, dist.DistNetworkError)):
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OF_CONNECTIONS)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _CONNECTION_MESSAGES)
 
 
-_OF_CONNECTIONS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "Timed out waiting")
+_CONNECTION_MESSAGES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "gloo",
+    "Timed out waiting",
+)
 
 
 def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Returns every rank's value, by rank, on every rank. Values are sent as `message.encode` takes them.
+    """Returns the values of all ranks, by rank. Unlike torch's function, it sends JSON and no pickle.
 
+    Args:
+        value: plain values, as `message.encode` accepts them.
     Raises:
-        TypeError, ValueError: this rank's value can't be sent.
-        LostError: a rank is gone, or does not answer within the group's time.
+        TypeError, ValueError: this rank's value can't be encoded.
+        RankLostError: a rank is gone, or does not answer within the group's timeout.
         RankError: a rank has sent something else than a message.
     """
     if not is_distributed():
@@ -181,10 +202,12 @@ def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> lis
 
 
 def _gather_encoded(data: bytes, group: dist.ProcessGroup | None) -> list[Any]:
-    fitting = _gather_bytes(len(data).to_bytes(8, "little") + data[:_AT_ONCE], _AT_ONCE + 8, group)
-    sizes = [int.from_bytes(part[:8], "little") for part in fitting]
-    fits = max(sizes) <= _AT_ONCE
-    parts = [part[8:] for part in fitting] if fits else _gather_bytes(data, max(sizes), group)
+    # The first collective brings the sizes and short messages; only long ones need a second.
+    prefix = len(data).to_bytes(8, "little") + data[:_SINGLE_GATHER_BYTES]
+    prefixes = _gather_bytes(prefix, 8 + _SINGLE_GATHER_BYTES, group)
+    sizes = [int.from_bytes(part[:8], "little") for part in prefixes]
+    is_short = max(sizes) <= _SINGLE_GATHER_BYTES
+    parts = [part[8:] for part in prefixes] if is_short else _gather_bytes(data, max(sizes), group)
     return [_decode(number, part[:size]) for number, (part, size) in enumerate(zip(parts, sizes, strict=True))]
 
 
@@ -195,29 +218,29 @@ def _decode(number: int, data: bytes) -> Any:
         raise RankError(f"rank {number} has sent something else than a message: {error}") from error
 
 
-_AT_ONCE = 4088  # bytes for which one collective is enough
+_SINGLE_GATHER_BYTES = 4088  # the longest message that the first collective brings whole
 
 
 def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> list[bytes]:
-    own = torch.zeros(size, dtype=torch.uint8)
-    own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    local = torch.zeros(size, dtype=torch.uint8)
+    local[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     parts = [torch.empty(size, dtype=torch.uint8) for _ in range(dist.get_world_size(group))]
     try:
-        dist.all_gather(parts, own, group=group)
+        dist.all_gather(parts, local, group=group)
     except RuntimeError as error:
         raise RankLostError(str(error).splitlines()[0]) from error
     return [part.numpy().tobytes() for part in parts]
 
 
 class RankError(RuntimeError):
-    """What failed on one rank, raised on every rank: the message says where and what; its cause, what failed here."""
+    """A failure of one rank, raised on every rank with the failed rank's number; the cause is this rank's own error."""
 
 
 def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Returns what `work` gave on every rank, by rank; all ranks call it.
+    """Returns the results of `work` on all ranks, by rank; every rank must call it.
 
     Raises:
-        RankError: it failed on one of them; on one process the error itself.
+        RankError: `work` failed on a rank. On one process, or if it failed alike on all ranks, the error itself.
     """
     if not is_distributed():
         return [work()]
@@ -230,25 +253,25 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
             raise
         cause, failure = error, _describe_to_ranks(error)
         data = message.encode((None, failure))
-    found = _gather_encoded(data, group or _control_group)
-    if cause is not None and all(other == failure for _, other in found):
-        raise cause  # of all, and the same
-    for number, (_, other) in enumerate(found):
+    results = _gather_encoded(data, group or _control_group)
+    if cause is not None and all(other == failure for _, other in results):
+        raise cause
+    for number, (_, other) in enumerate(results):
         if other is not None:
             raise RankError(f"rank {number}: {other}") from cause
-    return [value for value, _ in found]
+    return [value for value, _ in results]
 
 
 def _describe_to_ranks(error: BaseException) -> str:
-    """Returns an error's type and message; the message of one of the runner's own types is complete without it."""
+    """Returns an error's type and message, or the message alone for a type of this package."""
     is_own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     return message_of(error) if is_own else describe(error)
 
 
 def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Returns on every rank what `work` gave on the leader, which alone calls it.
+    """Returns on every rank the result of `work` on rank zero, the only rank that runs it.
 
     Raises:
-        RankError: it failed there; on one process the error itself.
+        RankError: `work` failed. On one process, the error itself.
     """
     return run_on_all_ranks(lambda: work() if is_rank_zero() else None, group)[0]  # type: ignore[return-value]

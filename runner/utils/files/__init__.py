@@ -1,15 +1,15 @@
-"""Files that are replaced whole, files that only grow, files that one process holds, and files read within bounds."""
+"""Files: atomic replacement, appending, locking, and bounded reading."""
 
 from runner.utils.files.files import (
     AppendFile,
-    EagerFile,
     UnreadableError,
+    WritebackFile,
     atomic_path,
     check_regular,
-    find_files,
-    held,
     iterate_lines,
-    make_folder,
+    list_tree,
+    lock_file,
+    make_folder_below,
     make_folders,
     open_regular,
     read_bounded,
@@ -19,14 +19,14 @@ from runner.utils.files.files import (
 
 __all__ = [
     "AppendFile",
-    "EagerFile",
     "UnreadableError",
+    "WritebackFile",
     "atomic_path",
     "check_regular",
-    "find_files",
-    "held",
     "iterate_lines",
-    "make_folder",
+    "list_tree",
+    "lock_file",
+    "make_folder_below",
     "make_folders",
     "open_regular",
     "read_bounded",

@@ -1,11 +1,11 @@
-"""Every operation of a run on its files that makes, opens, replaces, removes or synchronizes one: one function each.
+"""File operations of a run: one function for each kind that creates, opens, renames, removes or flushes a file.
 
-A test that replaces these functions sees the operations in their order, and builds from them what a loss of power could
-have left; each also raises an audit event, `runner.disk`, before it begins. Call them through the module. What is not
-synchronized may be lost, and names may change in any order.
+Call them through the module: a test that replaces them records the operations and simulates a loss of power. Each also
+raises the audit event `runner.disk` before it begins. Data that is not flushed may be lost, and names may reach the
+disk in any order.
 
-While `confine` is open for a folder, no operation below that folder follows a link out of it: each is done relative to
-a handle of the folder, one component of the path at a time, so a link that is put there meanwhile is not followed.
+Inside a `confine` block, no operation below the folder follows a link out of it. Operations run relative to a handle of
+the folder, one component of the path at a time, so a link that is created meanwhile is not followed either.
 
 Source: T. S. Pillai et al., All File Systems Are Not Created Equal (ALICE), OSDI 2014, and J. Mohan et al., Finding
 Crash-Consistency Bugs with Bounded Black-Box Crash Testing (CrashMonkey), OSDI 2018, for what may be lost;
@@ -25,108 +25,108 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_GUARDS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # opening a pipe that nobody reads would block
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_SAFE_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # opening a pipe that nobody reads would block
 _IS_LINK = "a link, which is not followed"
 _IS_IRREGULAR = "no regular file"
 
 
 def create(path: Path, mode: str) -> BinaryIO:
-    """Opens a new file, or an emptied one, to write to: "xb", "wb", or one of these with a "+"."""
+    """Opens a new or truncated file for writing; `mode` is "xb", "wb", "x+b" or "w+b"."""
     sys.audit("runner.disk", "create", path)
     return cast(BinaryIO, open(path, mode, opener=_open))
 
 
 def open_append(path: Path) -> int:
-    """Opens a file to append to, which is made where it is not there; returns its descriptor."""
+    """Opens a file for appending, creating it if needed; returns its descriptor."""
     sys.audit("runner.disk", "open_append", path)
     return _open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC)
 
 
 def open_unsynced(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a file that need not survive a loss of power, a lock or a log; returns its descriptor."""
+    """Opens a file that need not survive a loss of power, such as a lock or log; returns its descriptor."""
     sys.audit("runner.disk", "open_unsynced", path)
     return _open(path, flags | os.O_CLOEXEC, mode)
 
 
 def open_read(path: Path) -> BinaryIO:
-    """Opens a file to read."""
+    """Opens a file for reading."""
     return cast(BinaryIO, open(path, "rb", opener=_open))
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder in one that is there."""
+    """Creates a folder in an existing one."""
     sys.audit("runner.disk", "make_folder", path)
-    with _entry(path) as (name, where):
+    with _parent_handle(path) as (name, where):
         os.mkdir(name, **where)
 
 
 def rename(old: Path, new: Path) -> None:
-    """Renames a file or folder, in place of a file or link that has the name."""
+    """Renames a file or folder, replacing a file or link of the new name."""
     sys.audit("runner.disk", "rename", old, new)
-    with _entry(old) as (source, source_where), _entry(new) as (target, target_where):
-        places = {"src_dir_fd": source_where.get("dir_fd"), "dst_dir_fd": target_where.get("dir_fd")}
-        os.replace(source, target, **{key: folder for key, folder in places.items() if folder is not None})
+    with _parent_handle(old) as (source, source_where), _parent_handle(new) as (target, target_where):
+        os.replace(source, target, src_dir_fd=source_where.get("dir_fd"), dst_dir_fd=target_where.get("dir_fd"))
 
 
 def unlink(path: Path) -> None:
     """Removes a file or link."""
     sys.audit("runner.disk", "unlink", path)
-    with _entry(path) as (name, where):
+    with _parent_handle(path) as (name, where):
         os.unlink(name, **where)
 
 
 def remove_folder(path: Path) -> None:
     """Removes an empty folder."""
     sys.audit("runner.disk", "remove_folder", path)
-    with _entry(path) as (name, where):
+    with _parent_handle(path) as (name, where):
         os.rmdir(name, **where)
 
 
 def sync_file(path: Path, descriptor: int | None = None) -> None:
-    """Makes the content of a file survive a loss of power, by a descriptor where it is open; not its name."""
+    """Flushes the content of a file to disk, through its descriptor if it is open; not its name."""
     sys.audit("runner.disk", "sync_file", path)
     if descriptor is not None:
         os.fsync(descriptor)
         return
-    opened = _open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = _open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in a folder survive a loss of power."""
+    """Flushes the names in a folder to disk."""
     sys.audit("runner.disk", "sync_folder", path)
-    with _folder(path) as descriptor:
+    with _folder_handle(path) as descriptor:
         os.fsync(descriptor)
 
 
 def list_folder(path: Path) -> list[tuple[str, bool]]:
-    """Returns the names in a folder in order, each with a flag for a folder; a link is no folder, nor is `path` one."""
+    """Returns the sorted names in a folder, each with True for a folder. A link counts as no folder, as does `path`."""
     if is_confined(path):
-        with _folder(path) as folder:
-            own = os.open(".", _FOLDER, dir_fd=folder)  # with a position that no other thread moves
+        with _folder_handle(path) as folder:
+            # Opened anew: threads that share a handle would share its position in the listing.
+            descriptor = os.open(".", _FOLDER_FLAGS, dir_fd=folder)
     else:
-        own = os.open(path, _FOLDER | os.O_NOFOLLOW)
+        descriptor = os.open(path, _FOLDER_FLAGS | os.O_NOFOLLOW)
     try:
-        with os.scandir(own) as entries:
+        with os.scandir(descriptor) as entries:
             return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
     finally:
-        os.close(own)
+        os.close(descriptor)
 
 
 def is_folder(path: Path) -> bool:
-    """Says whether there is a folder.
+    """Returns whether a path is a folder.
 
     Raises:
-        OSError: it, or a folder on the way to it, is a link that is not followed.
+        OSError: the path is confined, and it or one of its parents is a link.
     """
     if not is_confined(path):
         return os.path.isdir(path)
     try:
-        with _folder(path):
+        with _folder_handle(path):
             return True
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -134,17 +134,17 @@ def is_folder(path: Path) -> bool:
 
 @contextmanager
 def confine(root: Path, links: Mapping[str, str] = {}) -> Iterator[None]:
-    """Keeps the operations of this process below a folder from following a link, for the length of a block.
+    """Keeps the operations of this process below a folder from following links, during a block.
 
-    It holds for every thread and for paths that begin, as they are written, with the folder's own path or its real
-    one. A link on the way is an OSError (ELOOP) that names the link, and a file to be opened that is a link, a pipe or
-    a device is one as well. A link that is replaced, renamed or removed itself is not followed anyway. Once another
-    folder has the path, operations fail as where the folder was deleted.
+    It applies to every thread, and to paths that begin literally with the folder's path or its real path. A link among
+    the parents is an OSError (ELOOP) with the link's path. Opening a link, pipe or device is an OSError as well.
+    Replacing, renaming and removing a link never follow it. If another folder takes the path, operations fail as if the
+    folder had been deleted.
 
     Args:
-        root: links on the way to the folder itself are followed once, now, unless another confined folder holds it.
-        links: the folder that a link below `root` leads to, by the link's path relative to `root`: such a link is
-            followed as long as it leads there.
+        root: the folder; links in its own path are followed once, now, unless another confined folder contains it.
+        links: permitted links: by path relative to `root`, the target folder. They are followed as long as they lead
+            there.
     Raises:
         OSError: the folder can't be opened.
     """
@@ -156,11 +156,11 @@ def confine(root: Path, links: Mapping[str, str] = {}) -> Iterator[None]:
         yield
     finally:
         with _lock:
-            _roots = tuple(each for each in _roots if each is not added)
+            _roots = tuple(entry for entry in _roots if entry is not added)
 
 
 def is_confined(path: Path) -> bool:
-    """Says whether a path is that of a confined folder, or below one."""
+    """Returns whether a path is a confined folder or below one."""
     return _find_root(path) is not None
 
 
@@ -172,17 +172,17 @@ class _Root:
         self._path = os.path.abspath(root)
         self.prefixes = {os.path.join(path, "") for path in (self._path, os.path.realpath(self._path))}
         self._links = dict(links)
-        with _folder(root) as descriptor:
+        with _folder_handle(root) as descriptor:
             self._descriptor = os.dup(descriptor)
 
     def __del__(self) -> None:
-        # Not at the end of `confine`: the number would be another file's while a thread still uses it.
+        # Not at the end of `confine`: a thread may still use the descriptor, whose number a new file could get.
         if self._descriptor >= 0:
             os.close(self._descriptor)
 
     @contextmanager
     def enter(self, names: Sequence[str]) -> Iterator[int]:
-        """Yields the descriptor of a folder below, by the names that lead to it."""
+        """Yields the descriptor of a subfolder, given the names on its path."""
         self._check_path()
         folder = self._descriptor
         try:
@@ -197,58 +197,61 @@ class _Root:
                 os.close(folder)
 
     def _check_path(self) -> None:
-        """Raises FileNotFoundError where the path is not the folder's any more: what is read by it is another's."""
+        """Raises FileNotFoundError if another folder has taken the path."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
                 return
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path)
 
-    def _open_below(self, folder: int, name: str, place: str) -> int:
-        path = os.path.join(self._path, place)
+    def _open_below(self, folder: int, name: str, relative: str) -> int:
+        path = os.path.join(self._path, relative)
         try:
-            return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+            return os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=folder)
         except OSError as error:
             if (target := _read_link(folder, name)) is None:
                 raise OSError(error.errno, error.strerror, path) from None
-        wanted = self._links.get(place)
-        if wanted is None or os.path.realpath(os.path.join(os.path.dirname(path), target)) != wanted:
+        permitted = self._links.get(relative)
+        if permitted is None or os.path.realpath(os.path.join(os.path.dirname(path), target)) != permitted:
             raise OSError(errno.ELOOP, _IS_LINK, path)
-        return os.open(wanted, _FOLDER | os.O_NOFOLLOW)
+        return os.open(permitted, _FOLDER_FLAGS | os.O_NOFOLLOW)
 
 
 def _read_link(folder: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=folder)
-    except OSError:  # it is none
+    except OSError:  # no link
         return None
 
 
-_roots: tuple[_Root, ...] = ()  # replaced whole: a thread or a signal handler looks through it without the lock
+_roots: tuple[_Root, ...] = ()  # replaced as a whole: threads and signal handlers read it without the lock
 _lock = threading.Lock()
 
 
 def _find_root(path: str | Path) -> tuple[_Root, list[str]] | None:
-    """Returns the innermost confined folder that holds a path, the last to be confined first, and the names below."""
+    """Returns the innermost confined folder of a path, and the path's names below it; None if it is not confined.
+
+    Of equal folders the one confined last is returned.
+    """
     roots = _roots
     if not roots:
         return None
     text = os.path.join(os.path.abspath(path), "")
-    found = [(prefix, root) for root in reversed(roots) for prefix in root.prefixes if text.startswith(prefix)]
-    if not found:
+    containing = [(prefix, root) for root in reversed(roots) for prefix in root.prefixes if text.startswith(prefix)]
+    if not containing:
         return None
-    prefix, root = max(found, key=lambda pair: len(pair[0]))
+    prefix, root = max(containing, key=lambda pair: len(pair[0]))
     return root, text[len(prefix) :].split(os.sep)[:-1]
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[int]:
+def _folder_handle(path: Path) -> Iterator[int]:
     """Yields the descriptor of a folder."""
-    if found := _find_root(path):
-        root, names = found
+    if confined := _find_root(path):
+        root, names = confined
         with root.enter(names) as descriptor:
             yield descriptor
         return
-    descriptor = os.open(path, _FOLDER)
+    descriptor = os.open(path, _FOLDER_FLAGS)
     try:
         yield descriptor
     finally:
@@ -256,13 +259,13 @@ def _folder(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _entry(path: str | Path) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yields a name and the folder that has it, as an argument of os; without that folder, the name is the path."""
-    found = _find_root(path)
-    if found is None or not found[1]:
+def _parent_handle(path: str | Path) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yields a path's name and `{"dir_fd": handle of its parent}`; for an unconfined path, the path and {}."""
+    confined = _find_root(path)
+    if confined is None or not confined[1]:  # the confined folder itself has no parent below it
         yield os.fspath(path), {}
         return
-    root, names = found
+    root, names = confined
     with root.enter(names[:-1]) as folder:
         try:
             yield names[-1], {"dir_fd": folder}
@@ -274,22 +277,22 @@ def _entry(path: str | Path) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _open(path: str | Path, flags: int, mode: int = 0o666) -> int:
-    with _entry(path) as (name, where):
+    with _parent_handle(path) as (name, where):
         if not where:
             return os.open(name, flags, mode)
         try:
-            descriptor = os.open(name, (flags & ~os.O_TRUNC) | _GUARDS, mode, **where)
+            descriptor = os.open(name, (flags & ~os.O_TRUNC) | _SAFE_FLAGS, mode, **where)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
-            raise OSError(errno.EINVAL, _IS_IRREGULAR, os.fspath(path)) from None  # a pipe or socket
+            raise OSError(errno.EINVAL, _IS_IRREGULAR, os.fspath(path)) from None  # ENXIO: a pipe or socket
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, _IS_IRREGULAR, os.fspath(path))
     if status.st_nlink > 1 and flags & (os.O_APPEND | os.O_TRUNC):
         os.close(descriptor)
-        _separate(Path(path))
+        _break_hard_links(Path(path))
         return _open(path, flags, mode)
     if flags & os.O_TRUNC:
         os.ftruncate(descriptor, 0)
@@ -297,15 +300,15 @@ def _open(path: str | Path, flags: int, mode: int = 0o666) -> int:
     return descriptor
 
 
-def _separate(path: Path) -> None:
-    """Makes a file that has other names, hard links, one of its own: what is written to it changes no other."""
+def _break_hard_links(path: Path) -> None:
+    """Replaces a file that has several hard links by a copy, so that writing to it changes no other file."""
     copied = path.with_name(f".{path.name}.{os.getpid()}.copied")
     with suppress(FileNotFoundError):
         unlink(copied)
-    with open_read(path) as source, create(copied, "xb") as goal:
+    with open_read(path) as source, create(copied, "xb") as target:
         while chunk := source.read(1 << 20):
-            goal.write(chunk)
-        goal.flush()
-        os.fsync(goal.fileno())
+            target.write(chunk)
+        target.flush()
+        os.fsync(target.fileno())
     rename(copied, path)
     sync_folder(path.parent)

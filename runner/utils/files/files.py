@@ -1,6 +1,6 @@
-"""Files that are replaced whole, files that only grow, files that one process holds, and files read within bounds.
+"""Files: atomic replacement, appending, locking, and bounded reading, on POSIX systems.
 
-Owns the order of writing, flushing and renaming, by the operations of `disk`. It runs on POSIX systems.
+Each function writes, flushes and renames in an order that survives a loss of power, by the operations of `disk`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any, BinaryIO, cast
 
 from runner.utils.files import disk
 
-_EAGER_BYTES = 8 << 20
-_MOST_LEVELS = 64  # of folders in folders
-_MOST_SKIPPED_BYTES = 256 << 20
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
+_WRITEBACK_BYTES = 8 << 20
+_MAX_DEPTH = 64  # levels of nested folders
+_MAX_SKIPPED_BYTES = 256 << 20
+_SYNC_FILE_RANGE_WRITE = 2  # of <fcntl.h>: start the writeback without waiting for it
 _begin_writeback = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _begin_writeback is not None:
     _begin_writeback.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 class UnreadableError(OSError):
-    """A path that is no regular file, or a file that is larger than its reader takes; `strerror` says which."""
+    """A path that is no regular file, or a file larger than its limit; `strerror` is the reason."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         super().__init__(errno.EINVAL, reason, os.fspath(path))
@@ -39,56 +39,60 @@ class UnreadableError(OSError):
 
 
 class AppendFile:
-    """A file that only grows, without a buffer of its own: what was appended is visible to every reader.
+    """A file opened for appending, unbuffered: appended data is visible to every reader at once.
 
     Raises:
-        OSError: naming the file, from each method, when the disk refuses or the file was deleted meanwhile.
+        OSError: from each method, with the file's path: the disk refuses, or the file was deleted meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _naming(path):
+        with _with_path(path):
             self._fd = disk.open_append(path)
             disk.sync_folder(path.parent)
 
     def append(self, data: bytes) -> None:
-        """All of `data` is in the file; on an error a first part of it may be."""
-        with _naming(self.path):
+        """Appends all of `data`; after an error, the file may end with a part of it."""
+        with _with_path(self.path):
             if not os.fstat(self._fd).st_nlink:
                 raise FileNotFoundError(2, "it was deleted while it was written to")
-            _write_all(self._fd, data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
 
     def sync(self) -> None:
-        """What was appended survives a loss of power."""
-        with _naming(self.path):
+        """Flushes the appended data to disk."""
+        with _with_path(self.path):
             disk.sync_file(self.path, self._fd)
 
     def close(self) -> None:
-        """The file takes no more; closing again does nothing."""
+        """Closes the file; closing it again does nothing."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
 
-class EagerFile:
-    """A file open for writing whose content the kernel begins to put on disk while more is written.
+class WritebackFile:
+    """A wrapper of a file open for writing that starts the kernel's writeback every 8 MiB.
 
-    So the flush at the end has less to wait for: a third of the time for a gigabyte. Where the kernel has no such
-    call, it is the file itself.
+    The flush at the end then takes a third of the time for 1 GB. Without `sync_file_range`, which only Linux has, it
+    writes to the file and no more.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._begun = 0
+        self._writeback_end = 0
 
     def write(self, data: Any) -> int:
-        """Writes all of `data`."""
+        """Writes all of `data` and returns its size in bytes."""
         count = self._file.write(data)
         end = self._file.tell()
-        if _begin_writeback is not None and end - self._begun >= _EAGER_BYTES:
+        if _begin_writeback is not None and end - self._writeback_end >= _WRITEBACK_BYTES:
             self._file.flush()
-            _begin_writeback(self._file.fileno(), self._begun, end - self._begun, _WRITE)
-            self._begun = end
+            _begin_writeback(
+                self._file.fileno(), self._writeback_end, end - self._writeback_end, _SYNC_FILE_RANGE_WRITE
+            )
+            self._writeback_end = end
         return count
 
     def __getattr__(self, name: str) -> Any:
@@ -97,11 +101,11 @@ class EagerFile:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which takes its place, flushed to disk, when the block ends well.
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed to `path`.
 
-    Links are followed, but below a folder to which `disk.confine` holds: there a link at `path` is replaced itself.
-    Where the block raises, the old file stays and the new one goes. The folder must exist: a writer that made it would
-    bring back one that was deleted while the program ran.
+    If the block raises, the old file stays and the temporary one is removed. A link at `path` is followed, except below
+    a folder confined by `disk.confine`, where it is replaced. The folder must exist: creating it here would bring back
+    a run folder that was deleted while the program ran.
     """
     final = Path(path) if disk.is_confined(Path(path)) else Path(os.path.realpath(path))
     temporary = final.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -117,21 +121,21 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """The file holds exactly `chunks`; a reader sees the old content or the new, never a part.
+    """Replaces the content of a file with `chunks`; a reader sees the old content or the new, never a part.
 
     Raises:
-        OSError: naming the file, when its folder is gone or it can't be written; the old content then stays.
+        OSError: with the file's path: its folder is gone or it can't be written; the old content stays.
     """
-    with _naming(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
+    with _with_path(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
         file.writelines(chunks)
 
 
 def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Returns the content of a regular file of at most `max_bytes`; returns or raises at once.
+    """Returns the content of a regular file of at most `max_bytes`, without blocking.
 
     Raises:
-        UnreadableError: it is a link, FIFO, device, socket or folder, or is larger.
-        OSError: it is not there, or the disk refuses.
+        UnreadableError: the path is a link, FIFO, device, socket or folder, or the file is larger.
+        OSError: the file does not exist, or the disk refuses.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -141,19 +145,19 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 
 def open_regular(path: str | os.PathLike[str], *, follows_link: bool = False) -> BinaryIO:
-    """Opens a regular file to read; opening a FIFO would wait for its writer, and opening a device acts on it.
+    """Opens a regular file for reading. Opening a FIFO would block, and opening a device may act on it.
 
     Args:
-        follows_link: of the last name; links to the folders above it are always followed.
+        follows_link: whether `path` may be a link; links among its parent folders are always followed.
     Raises:
-        UnreadableError: it is a link, FIFO, device, socket or folder.
-        OSError: it is not there, or the disk refuses.
+        UnreadableError: the path is a link, FIFO, device, socket or folder.
+        OSError: the file does not exist, or the disk refuses.
     """
     check_regular(path, follows_link=follows_link)
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     descriptor = os.open(path, flags if follows_link else flags | os.O_NOFOLLOW)
     try:
-        _check_mode(path, os.fstat(descriptor).st_mode)  # another file may have taken its place
+        _check_mode(path, os.fstat(descriptor).st_mode)  # it may have been replaced since the first check
         return cast(BinaryIO, os.fdopen(descriptor, "rb"))
     except BaseException:
         os.close(descriptor)
@@ -161,11 +165,11 @@ def open_regular(path: str | os.PathLike[str], *, follows_link: bool = False) ->
 
 
 def check_regular(path: str | os.PathLike[str], *, follows_link: bool = False) -> None:
-    """Checks that a path is a regular file, for a reader that opens it by its name.
+    """Checks that a path is a regular file, for a library that opens it by its name.
 
     Raises:
-        UnreadableError: it is a link, FIFO, device, socket or folder.
-        OSError: it is not there, or the disk refuses.
+        UnreadableError: the path is a link, FIFO, device, socket or folder.
+        OSError: the file does not exist, or the disk refuses.
     """
     _check_mode(path, os.stat(path, follow_symlinks=follows_link).st_mode)
 
@@ -186,33 +190,35 @@ _KINDS = {
 
 
 def iterate_lines(file: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
-    """Yields the lines of a file with their ends, and None for each that is longer than `max_bytes`.
+    """Yields the lines of a file with their line ends, and None for each line longer than `max_bytes`.
 
-    After 256 MB of such lines it yields no more: a file of holes can be of any size.
+    It stops after 256 MiB of such lines: a sparse file can have any size.
     """
     num_skipped = 0
     while line := file.readline(max_bytes + 1):
         if len(line) <= max_bytes:
             yield line
             continue
-        while num_skipped < _MOST_SKIPPED_BYTES and not line.endswith(b"\n") and (line := file.readline(max_bytes)):
+        while num_skipped < _MAX_SKIPPED_BYTES and not line.endswith(b"\n") and (line := file.readline(max_bytes)):
             num_skipped += len(line)
         yield None
-        if num_skipped >= _MOST_SKIPPED_BYTES:
+        if num_skipped >= _MAX_SKIPPED_BYTES:
             return
 
 
-def make_folder(folder: Path, run: Path) -> None:
-    """Makes a folder below a run's folder, and those between, but never the run's: once deleted, it stays deleted.
+def make_folder_below(folder: Path, run: Path) -> None:
+    """Creates a folder below a run's folder, with its parents, but never the run's folder itself.
+
+    A run's folder that was deleted stays deleted.
 
     Raises:
         FileNotFoundError: the run's folder does not exist.
-        OSError: the folder is not below the run's.
+        OSError: `folder` is not below `run`.
     """
     if not Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(run)):
         raise OSError(errno.EINVAL, "not a place in the run's folder", str(folder))
     if folder.parent != run:
-        make_folder(folder.parent, run)
+        make_folder_below(folder.parent, run)
     try:
         disk.make_folder(folder)
     except FileNotFoundError:
@@ -225,10 +231,10 @@ def make_folder(folder: Path, run: Path) -> None:
 
 
 def make_folders(folder: Path, exist_ok: bool = True) -> None:
-    """Makes a folder and those above it, their names flushed to disk.
+    """Creates a folder and its parents, and flushes their names to disk.
 
     Raises:
-        FileExistsError: it is there, where it is not to be, or is a file.
+        FileExistsError: the folder exists and `exist_ok` is False, or the path is a file.
     """
     if folder.is_dir():
         if not exist_ok:
@@ -237,30 +243,30 @@ def make_folders(folder: Path, exist_ok: bool = True) -> None:
     make_folders(folder.parent)
     try:
         disk.make_folder(folder)
-    except FileExistsError:  # by another process, a moment ago
+    except FileExistsError:  # another process has just created it
         if not exist_ok or not folder.is_dir():
             raise
     disk.sync_folder(folder.parent)
 
 
 def remove_tree(folder: Path) -> None:
-    """Removes a folder with all that is in it, as far as the disk lets it; no link is followed."""
+    """Removes a folder with its content, as far as the disk permits; follows no link."""
     with suppress(OSError):
-        files, folders = find_files(folder)
+        files, folders = list_tree(folder)
         for file in files:
             disk.unlink(file)
-        for each in reversed(folders):
-            disk.remove_folder(each)
+        for subfolder in reversed(folders):
+            disk.remove_folder(subfolder)
 
 
-def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Returns what is below a folder but for folders, and the folders: itself, then those in it, outermost first.
+def list_tree(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Returns the files and the folders of a tree: `folder` first, then its subfolders, outermost first.
 
-    No link is followed, and no folder entered that is over 64 levels down.
+    Links count as files and are not followed. Folders more than 64 levels down are not entered.
     """
     files, folders = list[Path](), [folder]
-    for parent in folders:  # it grows
-        if len(parent.parts) - len(folder.parts) > _MOST_LEVELS:
+    for parent in folders:  # the list grows meanwhile
+        if len(parent.parts) - len(folder.parts) > _MAX_DEPTH:
             continue
         for name, is_folder in disk.list_folder(parent):
             (folders if is_folder else files).append(parent / name)
@@ -268,36 +274,31 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """This process alone holds the file, which is made where it is not there, for the length of a block.
+def lock_file(path: Path) -> Iterator[None]:
+    """Locks a file for this process during a block; the file is created if it does not exist.
 
-    The hold ends with the process, however that ends, and forked children have no part in it.
+    The lock ends with the process, even if that is killed. Forked children do not inherit it.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process has locked the file.
     """
-    with _naming(path):
+    with _with_path(path):
         fd = disk.open_unsynced(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with _naming(path):
+        with _with_path(path):
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(fd)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _with_path(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError that lacks it."""
     try:
         yield
     except OSError as error:
         is_named = error.filename is not None and Path(error.filename).name == path.name
-        if is_named or error.errno == errno.ELOOP:  # which names a link on the way
+        if is_named or error.errno == errno.ELOOP:  # the latter has the path of a link among the parents
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,6 +1,6 @@
-"""Encodes plain values as JSON, and decodes them to equal values of the same types.
+"""Messages between the processes of a run: plain values encoded as JSON.
 
-The processes of a run send such messages to each other. Unlike a pickle, a message executes nothing when it is decoded.
+Decoding gives equal values of the same types and, unlike unpickling, executes nothing.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
-# Keys of the objects that stand for what JSON lacks, or writes at length.
+# Keys of JSON objects that encode the types that JSON lacks. Lists of floats are encoded as bytes, which is shorter.
 _TUPLE, _BYTES, _PATH, _ITEMS, _FLOATS = "_tuple_", "_bytes_", "_path_", "_items_", "_floats_"
 _MARKS = frozenset((_TUPLE, _BYTES, _PATH, _ITEMS, _FLOATS))
 _SCALARS = frozenset((bool, int, float, str, type(None)))
 
 
 def encode(value: Any) -> bytes:
-    """Returns a nest of None, bools, numbers, texts, bytes, paths, lists, tuples and dicts as a message.
+    """Encodes nested dicts, lists and tuples of None, bool, int, float, str, bytes and Path.
 
-    A number of NumPy and a tensor with one element become Python's; a named tuple becomes a tuple.
+    A NumPy scalar or a tensor with one element becomes a Python number; a named tuple becomes a tuple.
 
     Raises:
-        TypeError: something in it is of another type.
-        ValueError: it is nested too deeply, or a number has thousands of digits.
+        TypeError: the value contains another type.
+        ValueError: the value is nested too deeply, or an integer has thousands of digits.
     """
     try:
         text = _ENCODER.encode(_mark(value))
     except RecursionError:
         raise ValueError("the message is nested too deeply") from None
-    # A lone surrogate is a character of Python's that JSON's own escapes could join to its neighbour.
+    # Escaped as JSON, two lone surrogates in a row would be decoded as one character.
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -61,7 +61,7 @@ def _mark(value: Any) -> Any:
 def _to_python(value: Any) -> Any:
     try:
         return value.item()
-    except (AttributeError, ValueError, RuntimeError):  # it has none, or many elements
+    except (AttributeError, ValueError, RuntimeError):  # not a scalar, or several elements
         return value
 
 
@@ -73,10 +73,10 @@ def _mark_list(values: list[Any]) -> Any:
 
 
 def decode(data: bytes) -> Any:
-    """Returns the value of which `encode` made a message.
+    """Decodes a message of `encode`.
 
     Raises:
-        ValueError: `encode` did not make it.
+        ValueError: `encode` did not write the message.
     """
     try:
         return _DECODER.decode(data.decode("utf-8", "surrogatepass"))
@@ -87,7 +87,7 @@ def decode(data: bytes) -> Any:
 
 
 def _unmark(value: dict[str, Any]) -> Any:
-    """Returns what an object of JSON stands for; its children have been unmarked."""
+    """Returns the value that a JSON object encodes; its children are already decoded."""
     if len(value) != 1 or _MARKS.isdisjoint(value):
         return value
     ((mark, content),) = value.items()

@@ -1,7 +1,4 @@
-"""JSON of unknown origin, parsed within bounds: what is no such JSON raises ValueError, and nothing else.
-
-Imports the standard library alone.
-"""
+"""A strict JSON parser for files of unknown origin: any fault is a ValueError."""
 
 from __future__ import annotations
 
@@ -13,37 +10,40 @@ _MAX_SHOWN = 60
 
 
 def parse_json(content: bytes | str, max_depth: int = MAX_DEPTH) -> Any:
-    """Returns the value of a JSON text in UTF-8. NaN and infinities are read as Python writes them.
+    """Returns the value of a JSON text in UTF-8. It accepts NaN and infinities as Python writes them.
 
     Raises:
-        ValueError: it is not JSON, holds a key twice in one object, or is nested deeper than `max_depth`.
+        ValueError: the text is not JSON, has a key twice in one object, or is nested deeper than `max_depth`.
     """
     try:
         text = content.decode() if isinstance(content, bytes) else content
         value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError(f"nested over {max_depth} deep") from None
-    # So few brackets can't be nested deeper; counting them is fast.
+    # Counting brackets is fast, and fewer than `max_depth` can't be nested deeper.
     if text.count("[") + text.count("{") > max_depth:
         _check_depth(value, max_depth)
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         seen = set[str]()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"the key {key[:_MAX_SHOWN]!r} is twice in one object")
             seen.add(key)
-    return found
+    return value
 
 
 def _check_depth(value: Any, max_depth: int) -> None:
-    level, depth = [value], 0
-    while containers := [each for each in level if isinstance(each, (dict, list))]:
+    level = [value]
+    depth = 0
+    while containers := [item for item in level if isinstance(item, (dict, list))]:
         depth += 1
         if depth > max_depth:
             raise ValueError(f"nested over {max_depth} deep")
-        level = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+        level = []
+        for container in containers:
+            level += container.values() if isinstance(container, dict) else container

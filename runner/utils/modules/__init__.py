@@ -1,1 +1,1 @@
-"""Modules of a model: found by name, kept frozen, loaded, and the random generators that they hold."""
+"""Modules of a model: selection by name, frozen modules, loading of weights, and random generators."""

@@ -1,6 +1,6 @@
-"""Frozen modules that stay in evaluation mode while the rest of a module trains. Imports torch only.
+"""Frozen modules that stay in eval mode while the rest of a model trains.
 
-In training mode the statistics of a frozen normalization would go on changing, and its dropout would drop.
+In training mode a frozen normalization would keep updating its statistics, and frozen dropout would be active.
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from torch import nn
 
 
 class FrozenModules:
-    """The submodules of a module whose parameters are all frozen, and that stay in evaluation mode.
+    """The submodules of a module that stay in eval mode because all of their parameters are frozen.
 
-    A submodule without parameters of its own is not frozen. One that an adapter makes trainable is not any more.
+    A submodule without parameters does not count as frozen, nor does one that an adapter has made trainable.
 
     Attributes:
-        built: those that were frozen and in evaluation mode when this was made; each with what stood in it in training
-            mode, which stays in that.
-        chosen: those that `choose` has taken in.
+        built: the submodules that were frozen and in eval mode at construction, by name; each with those of its own
+            submodules that were in training mode, which stay in it.
+        chosen: the submodules added by `choose`, by name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self.built = {
-            name: [inner for inner, each in part.named_modules() if each.training]
+            name: [inner for inner, submodule in part.named_modules() if submodule.training]
             for name, part in module.named_modules()
             if name and not part.training and _is_frozen(part)
         }
         self.chosen: list[str] = []
 
     def choose(self, names: Iterable[str]) -> None:
-        """Takes in the submodules all of whose parameters have these names."""
+        """Adds each submodule whose parameters all are among these names."""
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         frozen = {id(parameters[name]) for name in names}
         for name, part in self._module.named_modules():
-            own = {id(parameter) for parameter in part.parameters()}
-            if name and own and own <= frozen:
+            parameter_ids = {id(parameter) for parameter in part.parameters()}
+            if name and parameter_ids and parameter_ids <= frozen:
                 self.chosen.append(name)
 
     def find(self, names: Iterable[str]) -> dict[str, nn.Module]:
-        """Returns the outermost submodules of those names that are there, and wholly frozen, still."""
+        """Returns the outermost submodules of these names that still exist and are frozen."""
         parts = dict(self._module.named_modules(remove_duplicate=False))
-        found: dict[str, nn.Module] = {}
+        outermost: dict[str, nn.Module] = {}
         for name in names:
-            is_within = any(name.startswith(outer + ".") for outer in found)
+            is_within = any(name.startswith(outer + ".") for outer in outermost)
             if not is_within and name in parts and _is_frozen(parts[name]):
-                found[name] = parts[name]
-        return found
+                outermost[name] = parts[name]
+        return outermost
 
     def put_into_eval(self) -> None:
-        """Puts them into evaluation mode, after the module was put into training mode."""
+        """Sets the frozen submodules to eval mode, after the module was set to training mode."""
         for name, part in self.find(self.built).items():
             part.eval()
             for inner in self.built[name]:

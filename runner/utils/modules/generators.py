@@ -1,7 +1,7 @@
-"""Random generators that objects hold, at any depth: found once, then reseeded all at once.
+"""Search for the random generators that objects refer to, at any depth, to reseed them together.
 
-A dataset with a generator of its own draws alike in each loader worker, and begins again where a run goes on, unless
-the generator is reseeded for each sample. A module's begins again too, unless it is reseeded for each forward.
+A dataset's own generator would give the same numbers in each loader worker and restart when a run is resumed, so it is
+reseeded for each sample. Likewise a module's generator is reseeded for each forward.
 """
 
 from __future__ import annotations
@@ -23,41 +23,44 @@ from torch import nn
 
 from runner.utils.utils import derive_seed
 
-_MOST_OBJECTS = 20_000
-_MOST_ITEMS = 1000
-_MOST_WATCHED = 32
-_Place = tuple[dict[Any, Any], Any, Any]  # a table, its key, and what stood there
+_MAX_OBJECTS = 20_000
+_MAX_ITEMS = 1000
+_MAX_WATCHED = 32
+_Reference = tuple[dict[Any, Any], Any, Any]  # a dict, a key of it, and the value at the time of the search
 
 
 class Unsearched:
-    """An object of this package that only refers to what other objects hold; no generator is looked for in it."""
+    """Base of classes of this package that only refer to objects of others: they are not searched."""
 
     __slots__ = ()
 
 
 _PLAIN = (str, bytes, bytearray, int, float, complex, types.NoneType, np.ndarray, np.generic, torch.Tensor, Unsearched)
-_NAMING = (str, bytes, int, float, types.NoneType)  # keys whose repr is the same in every process
+_STABLE_KEYS = (str, bytes, int, float, types.NoneType)  # types of keys whose repr is the same in every process
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-_BARE = {*_CONTAINERS, OrderedDict, defaultdict}  # that hold nothing beside their items
+_BARE = {*_CONTAINERS, OrderedDict, defaultdict}  # containers without attributes
 _SIMPLE = {str, bytes, int, float, bool, types.NoneType}
-_HOOKS = "_is_full_backward_hook"  # None in every module; it never holds an object
+_HOOKS = "_is_full_backward_hook"  # an attribute that is None in every module and never an object
 _TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 _GLOBAL = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
 _Generator = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
 
-class HeldGenerators:
-    """The generators of torch, NumPy and `random` that objects hold, the global ones aside.
+class ObjectGenerators:
+    """The generators of torch, NumPy and `random` that objects refer to, except the global ones.
 
-    Searched are attributes, items, arguments of partials, and what functions and methods refer to by a closure, a
-    default or a global name: some 20,000 objects at most beside modules, and of each container the first 1,000 items. A
-    function of an installed package is not searched for globals. A generator that is made later is not found:
-    `is_replaced` and `may_have_more` tell when to search again.
+    The search follows attributes, items, arguments of partials, and the closures, defaults and globals of functions and
+    methods; globals only of the user's own modules, not of installed packages. It is limited to 20,000 objects, not
+    counting modules, and to the first 1,000 items of each container. Generators created later are not found:
+    `is_replaced` and `may_have_more` report that a new search is needed.
 
+    Args:
+        roots: the objects to search, by the name with which their paths begin.
     Attributes:
-        paths: where each generator is that `seed` reseeds.
-        unseeded: where each generator is that can't be reseeded, such as a `SystemRandom`, or may be past the limit.
+        paths: paths of the generators that `seed` reseeds.
         sources: the generators at `paths`.
+        unseeded: paths of generators that can't be reseeded, such as a `SystemRandom`, and of containers with
+            generators that have more items than are searched.
     """
 
     def __init__(self, **roots: Any) -> None:
@@ -65,18 +68,18 @@ class HeldGenerators:
         self.unseeded: list[str] = []
         self.sources: list[Any] = []
         self._reseeds: list[tuple[Callable[[int], Any], int]] = []
-        self._links = list[_Place]()
-        self._tables = list[dict[Any, Any]]()  # of attributes
+        self._path_references = list[_Reference]()
+        self._namespaces = list[dict[Any, Any]]()
         long_containers: list[str] = []
         known = set(_GLOBAL)
         parents: dict[int, Any] = {}
-        blanks = list[_Place]()
-        for path, held in _walk(roots, long_containers, parents):
-            if len(blanks) < _MOST_WATCHED:
-                blanks += _find_blanks(held, self._tables)
-            if not isinstance(held, _Generator):
+        none_references = list[_Reference]()
+        for path, obj in _walk(roots, long_containers, parents):
+            if len(none_references) < _MAX_WATCHED:
+                none_references += _find_none_references(obj, self._namespaces)
+            if not isinstance(obj, _Generator):
                 continue
-            source = held.bit_generator if isinstance(held, np.random.Generator) else held
+            source = obj.bit_generator if isinstance(obj, np.random.Generator) else obj
             if id(source) in known:
                 continue
             known.add(id(source))
@@ -87,93 +90,98 @@ class HeldGenerators:
                 self.paths.append(path)
                 self.sources.append(source)
                 self._reseeds.append((reseed, zlib.crc32(path.encode())))
-                self._links += _find_links(held, parents)
-        self._links, self._blanks = self._links[:_MOST_WATCHED], blanks[:_MOST_WATCHED]
-        self._sizes = list(map(len, self._tables))
-        found = [*self.paths, *self.unseeded]
+                self._path_references += _find_path_references(obj, parents)
+        self._path_references, self._none_references = (
+            self._path_references[:_MAX_WATCHED],
+            none_references[:_MAX_WATCHED],
+        )
+        self._sizes = list(map(len, self._namespaces))
+        all_paths = [*self.paths, *self.unseeded]
         self.unseeded += [
-            f"{container}[{_MOST_ITEMS}:]"
+            f"{container}[{_MAX_ITEMS}:]"
             for container in long_containers
-            if any(path.startswith(f"{container}[") for path in found)
+            if any(path.startswith(f"{container}[") for path in all_paths)
         ]
 
     def is_replaced(self) -> bool:
-        """Says whether another object stands where a generator, or what holds it, stood; of attributes and items."""
-        for table, key, value in self._links:  # noqa: SIM110  # called for each sample: a loop is twice as fast
-            if table.get(key) is not value:
+        """Returns whether a generator, or an object on the path to it, was replaced in an attribute or item."""
+        for namespace, key, value in self._path_references:  # noqa: SIM110  # called for each sample: a loop is twice as fast
+            if namespace.get(key) is not value:
                 return True
         return False
 
     def may_have_more(self) -> bool:
-        """Says whether an attribute was added, or set that was None: a generator may have been made since."""
-        if list(map(len, self._tables)) != self._sizes:
+        """Returns whether an attribute was added, or set that was None: it may be a new generator."""
+        if list(map(len, self._namespaces)) != self._sizes:
             return True
-        for table, key, value in self._blanks:  # noqa: SIM110
-            if table.get(key) is not value:
+        for namespace, key, value in self._none_references:  # noqa: SIM110
+            if namespace.get(key) is not value:
                 return True
         return False
 
-    def find_new(self, absent: Any) -> list[_Place]:
-        """Returns the places of attributes that were added or set, each with None, or else `absent` if it was added."""
+    def find_new(self, absent: Any) -> list[_Reference]:
+        """Returns references to attributes that were added or set since, with the value before: `absent` or None."""
         added = [
-            (table, key, absent)
-            for table, size in zip(self._tables, self._sizes, strict=True)
-            for key in list(table)[size:]
+            (namespace, key, absent)
+            for namespace, size in zip(self._namespaces, self._sizes, strict=True)
+            for key in list(namespace)[size:]
         ]
-        return added + [place for place in self._blanks if place[0].get(place[1]) is not None]
+        return added + [reference for reference in self._none_references if reference[0].get(reference[1]) is not None]
 
     def seed(self, seed: int) -> None:
-        """Reseeds each generator from a seed and its own path."""
+        """Reseeds each generator from a seed and its path."""
         for reseed, salt in self._reseeds:
             reseed(derive_seed(seed, salt))
 
 
-def _find_links(held: Any, parents: dict[int, Any]) -> list[_Place]:
-    """Returns the places that lead from the roots to an object, as far as they are attributes, items or globals."""
-    links = []
-    while (parent := parents.get(id(held))) is not None:
-        table = _table_of(parent)
-        links += [(table, key, value) for key, value in itertools.islice(table.items(), _MOST_ITEMS) if value is held]
-        held = parent
-    return links
+def _find_path_references(obj: Any, parents: dict[int, Any]) -> list[_Reference]:
+    """Returns the references on the path from a root to an object: attributes, items of dicts, and globals."""
+    references = []
+    while (parent := parents.get(id(obj))) is not None:
+        namespace = _namespace_of(parent)
+        references += [
+            (namespace, key, value) for key, value in itertools.islice(namespace.items(), _MAX_ITEMS) if value is obj
+        ]
+        obj = parent
+    return references
 
 
-def _find_blanks(held: Any, tables: list[dict[Any, Any]]) -> list[_Place]:
-    """Returns the places of an object that hold None; notes the table of its attributes."""
-    if isinstance(held, (dict, type, types.ModuleType)):
+def _find_none_references(obj: Any, namespaces: list[dict[Any, Any]]) -> list[_Reference]:
+    """Returns the attributes of an object that are None; adds its namespace to `namespaces`."""
+    if isinstance(obj, (dict, type, types.ModuleType)):
         return []
-    table = _table_of(held)
-    if isinstance(held, types.FunctionType):
-        names = _names(held.__code__) if _is_own(str(held.__module__)) else []
-        return [(table, name, None) for name in names if table.get(name, held) is None]
-    if table and len(tables) < _MOST_WATCHED:
-        tables.append(table)
-    items = itertools.islice(table.items(), _MOST_ITEMS)
-    return [(table, key, None) for key, value in items if value is None and key != _HOOKS]
+    namespace = _namespace_of(obj)
+    if isinstance(obj, types.FunctionType):
+        names = _names_used(obj.__code__) if _is_user_module(str(obj.__module__)) else []
+        return [(namespace, name, None) for name in names if namespace.get(name, obj) is None]
+    if namespace and len(namespaces) < _MAX_WATCHED:
+        namespaces.append(namespace)
+    items = itertools.islice(namespace.items(), _MAX_ITEMS)
+    return [(namespace, key, None) for key, value in items if value is None and key != _HOOKS]
 
 
-def _table_of(held: Any) -> dict[Any, Any]:
-    """Returns where an object has its items, globals or attributes by name; empty where it has no such."""
-    if isinstance(held, types.FunctionType):
-        return held.__globals__
-    if isinstance(held, dict):
-        return held
+def _namespace_of(obj: Any) -> dict[Any, Any]:
+    """Returns a dict itself, the globals of a function, or the `__dict__` of another object; empty if it has none."""
+    if isinstance(obj, types.FunctionType):
+        return obj.__globals__
+    if isinstance(obj, dict):
+        return obj
     try:
-        table = object.__getattribute__(held, "__dict__")
+        namespace = object.__getattribute__(obj, "__dict__")
     except AttributeError:
         return {}
-    return table if isinstance(table, dict) else {}
+    return namespace if isinstance(namespace, dict) else {}
 
 
 def _find_reseed(source: Any) -> Callable[[int], Any] | None:
-    """Returns a function that seeds a generator, or None if no seed decides what it draws."""
+    """Returns the function that seeds a generator; None if it can't be seeded."""
     if isinstance(source, torch.Generator):
         return source.manual_seed
     if isinstance(source, random.Random):
         return None if isinstance(source, random.SystemRandom) else source.seed
     is_legacy = isinstance(source, np.random.RandomState)
     bits = source._bit_generator if is_legacy else source
-    if type(bits) is np.random.PCG64:  # the default one: built anew it takes 19 us, so 1 us
+    if type(bits) is np.random.PCG64:  # the default: setting its state takes 1 us, a new one 19 us
         return functools.partial(_reseed_pcg64, bits)
     if is_legacy and type(bits) is np.random.MT19937:
         return lambda seed: source.seed(seed & 0xFFFFFFFF)
@@ -190,7 +198,7 @@ def _reseed_pcg64(bits: Any, seed: int) -> None:
 
 
 def _reseed_bits(source: Any, seed: int) -> None:
-    """Seeds a bit generator, or a RandomState around one that keeps half of a pair of normal numbers."""
+    """Seeds a bit generator, or a RandomState, which may also keep a spare normal number."""
     if isinstance(source, np.random.RandomState):
         source.set_state({**type(source._bit_generator)(seed).state, "has_gauss": 0, "gauss": 0.0})
     else:
@@ -198,132 +206,134 @@ def _reseed_bits(source: Any, seed: int) -> None:
 
 
 def _walk(roots: dict[str, Any], long_containers: list[str], parents: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields what roots hold with its path, the nearest first, each object once.
+    """Yields the objects that roots refer to with their paths, breadth first, each object once.
 
-    Notes containers that are cut short, and by the id of each object what holds it.
+    Adds the paths of containers that are not searched completely to `long_containers`, and the parent of each object by
+    the object's id to `parents`.
     """
     queue: deque[tuple[str, Any]] = deque()
-    seen: dict[int, Any] = {}  # holds the objects, so that no id comes again
-    num_left, children = _MOST_OBJECTS, iter(roots.items())
-    held: Any = None
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that ids are unique
+    num_left, children = _MAX_OBJECTS, iter(roots.items())
+    obj: Any = None
     while True:
         for path, child in children:
-            if id(child) in seen or isinstance(child, _PLAIN) or _has_nothing(child):
+            if id(child) in seen or isinstance(child, _PLAIN) or _is_plain(child):
                 continue
-            if not isinstance(child, nn.Module):  # a model may have any number
+            if not isinstance(child, nn.Module):  # modules are not limited
                 if not num_left:
                     continue
                 num_left -= 1
             seen[id(child)] = child
-            if held is not None:
-                parents[id(child)] = held
+            if obj is not None:
+                parents[id(child)] = obj
             queue.append((path, child))
         if not queue:
             return
-        path, held = queue.popleft()
-        yield path, held
-        if isinstance(held, _CONTAINERS) and len(held) > _MOST_ITEMS:
+        path, obj = queue.popleft()
+        yield path, obj
+        if isinstance(obj, _CONTAINERS) and len(obj) > _MAX_ITEMS:
             long_containers.append(path)
-        children = iter(()) if isinstance(held, _Generator) else _children(path, held)
+        children = iter(()) if isinstance(obj, _Generator) else _children(path, obj)
 
 
-def _has_nothing(value: Any) -> bool:
-    """Says at once of most attributes of a module that they hold no object."""
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value surely refers to no object to search; true for most attributes of a module."""
     kind = type(value)
     if kind in _SIMPLE or (kind in _BARE and not value):
         return True
     return kind is tuple and len(value) < 9 and _SIMPLE.issuperset(map(type, value))
 
 
-def _children(path: str, held: Any) -> Iterator[tuple[str, Any]]:
-    """Yields what an object holds with its path; calls nothing of the object's own."""
-    if isinstance(held, dict):
-        for number, (key, item) in enumerate(itertools.islice(dict.items(held), _MOST_ITEMS)):
-            yield f"{path}[{key!r}]" if isinstance(key, _NAMING) else f"{path}[#{number}]", item
-    elif isinstance(held, (list, tuple, set, frozenset, deque)):
-        yield from ((f"{path}[{i}]", item) for i, item in enumerate(itertools.islice(held, _MOST_ITEMS)))
-    elif isinstance(held, functools.partial):
-        yield from ((f"{path}.{name}", getattr(held, name)) for name in ("func", "args", "keywords"))
-    elif isinstance(held, types.MethodType):
-        yield from ((path, held.__self__), (path, held.__func__))
-    elif isinstance(held, types.BuiltinMethodType):
-        yield path, held.__self__
-    elif isinstance(held, types.FunctionType):
-        yield from _of_function(path, held)
-    elif isinstance(held, type):
-        yield from _of_class(held)
-    if isinstance(held, (type, types.ModuleType, types.FunctionType)):
+def _children(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the objects that an object refers to with their paths; calls none of its methods."""
+    if isinstance(obj, dict):
+        for number, (key, item) in enumerate(itertools.islice(dict.items(obj), _MAX_ITEMS)):
+            yield f"{path}[{key!r}]" if isinstance(key, _STABLE_KEYS) else f"{path}[#{number}]", item
+    elif isinstance(obj, (list, tuple, set, frozenset, deque)):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(itertools.islice(obj, _MAX_ITEMS)))
+    elif isinstance(obj, functools.partial):
+        yield from ((f"{path}.{name}", getattr(obj, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(obj, types.MethodType):
+        yield from ((path, obj.__self__), (path, obj.__func__))
+    elif isinstance(obj, types.BuiltinMethodType):
+        yield path, obj.__self__
+    elif isinstance(obj, types.FunctionType):
+        yield from _function_references(path, obj)
+    elif isinstance(obj, type):
+        yield from _class_members(obj)
+    if isinstance(obj, (type, types.ModuleType, types.FunctionType)):
         return
-    yield from ((f"{path}.{name}", value) for name, value in _attributes(held))
-    yield path, type(held)
+    yield from ((f"{path}.{name}", value) for name, value in _attributes(obj))
+    yield path, type(obj)
 
 
-def _attributes(held: Any) -> Iterator[tuple[str, Any]]:
-    """Yields an instance's attributes, those in slots too; of a module its parts by their names, and no parameters."""
+def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
+    """Yields an instance's attributes, including slots; for a module its submodules, and no parameters or buffers."""
     attributes: dict[str, Any] = {}
     with contextlib.suppress(AttributeError):
-        attributes.update(object.__getattribute__(held, "__dict__"))
-    if isinstance(held, nn.Module):
+        attributes.update(object.__getattribute__(obj, "__dict__"))
+    if isinstance(obj, nn.Module):
         for name in _TENSORS:
             attributes.pop(name, None)
         yield from (attributes.pop("_modules", None) or {}).items()
-        attributes = {name: value for name, value in attributes.items() if not _has_nothing(value)}
-    elif isinstance(held, torch.optim.Optimizer):
+        attributes = {name: value for name, value in attributes.items() if not _is_plain(value)}
+    elif isinstance(obj, torch.optim.Optimizer):
         attributes.pop("state", None)
         attributes.pop("param_groups", None)
     yield from attributes.items()
-    for name, slot in _slots(type(held)):
+    for name, slot in _slots(type(obj)):
         try:
-            yield name, slot.__get__(held)
+            yield name, slot.__get__(obj)
         except AttributeError:
-            continue  # it holds nothing
+            continue  # an empty slot
 
 
 def _slots(kind: type) -> list[tuple[str, Any]]:
-    members = [item for each in kind.__mro__ if "__slots__" in vars(each) for item in vars(each).items()]
+    classes = [base for base in kind.__mro__ if "__slots__" in vars(base)]
+    members = [item for base in classes for item in vars(base).items()]
     return [(name, member) for name, member in members if isinstance(member, types.MemberDescriptorType)]
 
 
 @functools.cache
-def _is_own(module: str) -> bool:
-    """Says whether a module is neither Python's nor an installed one: whose globals are the user's."""
+def _is_user_module(module: str) -> bool:
+    """Returns whether a Python module is the user's: neither of the standard library nor an installed package."""
     root = module.partition(".")[0]
-    found = sys.modules.get(root)
-    paths = [getattr(found, "__file__", None) or "", *getattr(found, "__path__", [])]
+    package = sys.modules.get(root)
+    paths = [getattr(package, "__file__", None) or "", *getattr(package, "__path__", [])]
     is_installed = any("site-packages" in path or "dist-packages" in path for path in paths)
     return not is_installed and root not in sys.stdlib_module_names
 
 
-def _of_class(kind: type) -> Iterator[tuple[str, Any]]:
-    for each in kind.__mro__:
-        if _is_own(str(each.__module__)):
-            for name, member in vars(each).items():
+def _class_members(kind: type) -> Iterator[tuple[str, Any]]:
+    for base in kind.__mro__:
+        if _is_user_module(str(base.__module__)):
+            for name, member in vars(base).items():
                 function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-                yield f"{each.__qualname__}.{name}", function
+                yield f"{base.__qualname__}.{name}", function
 
 
-def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Yields what a function refers to: its closure, defaults, and globals by the names that its code uses."""
+def _function_references(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields the closure and defaults of a function, and the globals that its code uses by name."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield f"{path}.{name}", cell.cell_contents
         except ValueError:
-            continue  # not bound yet
-    yield from ((path, each) for each in function.__defaults__ or ())
-    yield from ((f"{path}.{name}", each) for name, each in (function.__kwdefaults__ or {}).items())
-    names = _names(function.__code__) if _is_own(str(function.__module__)) else []
+            continue  # an unbound cell
+    yield from ((path, default) for default in function.__defaults__ or ())
+    yield from ((f"{path}.{name}", default) for name, default in (function.__kwdefaults__ or {}).items())
+    names = _names_used(function.__code__) if _is_user_module(str(function.__module__)) else []
     for name in names:
-        held = function.__globals__.get(name)
-        if not isinstance(held, types.ModuleType):
-            yield f"{function.__module__}.{name}", held
-        elif _is_own(held.__name__):
-            yield from ((f"{held.__name__}.{each}", vars(held).get(each)) for each in names)
+        obj = function.__globals__.get(name)
+        if not isinstance(obj, types.ModuleType):
+            yield f"{function.__module__}.{name}", obj
+        elif _is_user_module(obj.__name__):
+            yield from ((f"{obj.__name__}.{used}", vars(obj).get(used)) for used in names)
 
 
-def _names(code: types.CodeType) -> list[str]:
-    """Returns the names that a function's code uses, and that of functions inside of it."""
+def _names_used(code: types.CodeType) -> list[str]:
+    """Returns the names that a function's code and its inner functions use."""
     names = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names += _names(constant)
+            names += _names_used(constant)
     return names

@@ -1,138 +1,141 @@
-"""Which modules of a model a change may reach: globs and their mistakes, children that are read and never called.
-
-Must not import a model library.
-"""
+"""Selection of modules: blocks, globs over module names, and modules that torch reads without calling them."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from runner.utils.utils import list_nearest
+
 
 def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
-    """Returns a module's blocks by name, for each glob; none stands in another.
+    """Returns the blocks of a module by name, for each glob; no block is inside of another.
 
     Args:
-        globs: over names of modules, segment by segment: layers.* matches layers.1 and not layers.1.norm. None is one
-            glob, "": every outermost ModuleList or Sequential of two or more children of one class gives its children.
+        globs: globs over module names, matched segment by segment: layers.* matches layers.1 but not layers.1.norm.
+            None selects, under the key "", the children of every outermost ModuleList or Sequential with two or more
+            children of one class.
     Raises:
-        ValueError: a glob that matches no module, with the blocks there would be without one.
+        ValueError: a glob matches no module; the message lists the blocks for None.
     """
     if globs is None:
-        return {"": dict(_listed_blocks(module, ""))}
-    found: dict[str, dict[str, nn.Module]] = {}
+        return {"": dict(_find_listed_blocks(module, ""))}
+    blocks: dict[str, dict[str, nn.Module]] = {}
     taken: list[str] = []
     for glob in globs:
-        matched = {name: each for name, each in module.named_modules() if name and matches(name, glob)}
+        matched = {name: block for name, block in module.named_modules() if name and matches_glob(name, glob)}
         if not matched:
-            there_are = ", ".join(name for name, _ in _listed_blocks(module, "")) or "none that stand in a list"
-            raise ValueError(f"blocks: {glob!r} matches no module; blocks are: {there_are}")
-        found[glob] = {name: each for name, each in matched.items() if not _is_within(name, taken)}
-        taken += found[glob]
-    return found
+            listed = ", ".join(name for name, _ in _find_listed_blocks(module, "")) or "none that stand in a list"
+            raise ValueError(f"blocks: {glob!r} matches no module; blocks are: {listed}")
+        blocks[glob] = {name: block for name, block in matched.items() if not _is_within(name, taken)}
+        taken += blocks[glob]
+    return blocks
 
 
-def _listed_blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _find_listed_blocks(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     children = list(module.named_children())
     is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1
     if is_list and len({type(child) for _, child in children}) == 1:
         yield from ((prefix + name, child) for name, child in children)
         return
     for name, child in children:
-        yield from _listed_blocks(child, f"{prefix}{name}.")
+        yield from _find_listed_blocks(child, f"{prefix}{name}.")
 
 
-def matches(name: str, glob: str) -> bool:
-    """Says whether a glob fits a module's name, segment by segment: layers.? fits layers.1 and not layers.10."""
+def matches_glob(name: str, glob: str) -> bool:
+    """Returns whether a glob matches a module name, segment by segment: layers.? matches layers.1, not layers.10."""
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatch.fnmatchcase, names, globs))
 
 
 def _is_within(name: str, outer: Sequence[str]) -> bool:
-    return any(name == each or name.startswith(each + ".") for each in outer)
+    return any(name == outer_name or name.startswith(outer_name + ".") for outer_name in outer)
 
 
-_READ = {"MultiheadAttention": "out_proj", "LinearCrossEntropyLoss": "linear"}  # of torch.nn: a class, and its child
-_FUSED = (
+# Classes of torch.nn, each with the child whose weight it reads without calling it.
+_READ_WITHOUT_CALL = {"MultiheadAttention": "out_proj", "LinearCrossEntropyLoss": "linear"}
+# Classes of torch.nn with a fast path: the attribute that disables it, and its value.
+_FAST_PATHS = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
 )
 
 
-def split_idle(idle: Iterable[str], called: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Returns names of modules that were not called: those of which none alike was, and the others.
+def split_uncalled(uncalled: Iterable[str], called: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Splits the names of uncalled modules: those without a similar called module, and the others.
 
-    Alike are names that differ in numbers alone: a layer that is skipped at random has others beside it that were not.
+    Names are similar if they differ only in numbers: a layer that is skipped at random has siblings that were called.
     """
-    alike = {_unnumbered(name) for name in called}
-    names = list(idle)
-    return [name for name in names if _unnumbered(name) not in alike], [n for n in names if _unnumbered(n) in alike]
+    called_forms = {_without_numbers(name) for name in called}
+    without_similar: list[str] = []
+    with_similar: list[str] = []
+    for name in uncalled:
+        (with_similar if _without_numbers(name) in called_forms else without_similar).append(name)
+    return without_similar, with_similar
 
 
-def _unnumbered(name: str) -> tuple[str, ...]:
+def _without_numbers(name: str) -> tuple[str, ...]:
     return tuple("*" if part.isdigit() else part for part in name.split("."))
 
 
 def name_modules(module: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
-    """Returns each module, by its id, with every name that it has."""
+    """Returns each module with all of its names, by the module's id."""
     named: dict[int, tuple[nn.Module, list[str]]] = {}
-    for name, each in module.named_modules(remove_duplicate=False):
-        named.setdefault(id(each), (each, []))[1].append(name)
+    for name, submodule in module.named_modules(remove_duplicate=False):
+        named.setdefault(id(submodule), (submodule, []))[1].append(name)
     return named
 
 
-def fits(names: Iterable[str], globs: Sequence[str]) -> bool:
-    """Says whether a glob fits one of the names that a module has."""
-    return any(matches(name, glob) for name in names for glob in globs)
+def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
+    """Returns whether one of the globs matches one of a module's names."""
+    return any(matches_glob(name, glob) for name in names for glob in globs)
 
 
 def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
-    """Checks that every glob fits a module.
+    """Checks that every glob matches a module.
 
+    Args:
+        where: the argument's name, for the message.
     Raises:
-        ValueError: one string for a list; a glob that fits no module, with the names nearest to it.
+        ValueError: `globs` is a string, or a glob matches no module; the message lists similar names.
     """
     if isinstance(globs, str):
         raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
     names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for glob in globs:
-        if not fits(names, [glob]):
-            raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_near(glob, names)}")
-
-
-def list_near(wanted: str, choices: Iterable[str], limit: int = 8) -> str:
-    """Lists a few choices, the nearest ones first."""
-    distinct = list(dict.fromkeys(each for each in choices if each))
-    listed = sorted(distinct, key=lambda each: -difflib.SequenceMatcher(None, wanted, each).ratio())[:limit]
-    more = f" and {len(distinct) - len(listed)} more" if len(distinct) > len(listed) else ""
-    return (", ".join(listed) or "none") + more
+        if not matches_any(names, [glob]):
+            raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_nearest(glob, names)}")
 
 
 def find_uncalled(module: nn.Module) -> dict[int, str]:
-    """Returns why a change to them would be without effect, by the id of modules that torch reads and never calls."""
-    found = {}
+    """Returns the modules whose weights torch reads without calling them: by id, the reason a change has no effect."""
+    reasons = {}
     for parent in module.modules():
-        for kind, name in _READ.items():
+        for kind, name in _READ_WITHOUT_CALL.items():
             reader = getattr(nn, kind, None)
             if reader and isinstance(parent, reader) and type(parent).forward is reader.forward:
-                found[id(parent._modules[name])] = f"{kind} reads its weight and does not call it"
-    return found
+                reasons[id(parent._modules[name])] = f"{kind} reads its weight and does not call it"
+    return reasons
 
 
-def call_within_fused(module: nn.Module, changed: Collection[int]) -> list[tuple[nn.Module, str, Any]]:
-    """Has torch's encoder layers call the modules changed within them; returns the attributes set, as they were.
+def disable_fast_path(module: nn.Module, changed: Collection[int]) -> list[tuple[nn.Module, str, Any]]:
+    """Disables the fast path of torch's encoder layers that contain a changed module.
 
-    In eval mode an encoder layer is one fused operation that reads the weights of its children: what a changed child
-    does would be left out of evaluation without a word.
+    In eval mode an encoder layer is one fused operation that reads the weights of its children, so the forward of a
+    changed child would be silently skipped.
+
+    Args:
+        changed: ids of the changed modules.
+    Returns:
+        The attributes that were set, as (module, name, value before).
     """
     before: list[tuple[nn.Module, str, Any]] = []
-    for each in module.modules():
-        for kind, name, off in _FUSED:
-            if isinstance(each, kind) and any(id(part) in changed for part in each.modules() if part is not each):
-                before.append((each, name, getattr(each, name)))
-                setattr(each, name, off)
+    for layer in module.modules():
+        for kind, name, off in _FAST_PATHS:
+            if isinstance(layer, kind) and any(id(part) in changed for part in layer.modules() if part is not layer):
+                before.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, off)
     return before

@@ -1,4 +1,4 @@
-"""Loading of saved weights into a module, also into tensors whose elements share memory. Imports torch only."""
+"""Loading of weights into a module, including expanded tensors, whose elements share memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
-    """Loads a state into a module as its `load_state_dict` does, which refuses a tensor that was expanded.
+    """Loads a state dict into a module like `load_state_dict`, which alone refuses expanded tensors.
 
+    Args:
+        strict: requires exactly the names of the module.
     Raises:
-        RuntimeError: names or shapes that are not those of the module.
+        RuntimeError: names or shapes do not fit the module.
     """
-    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # expanded tensors, each replaced by a copy meanwhile
     for owner in module.modules():
-        held: list[dict[str, Any]] = [owner._parameters, owner._buffers]
-        for tensors in held:
+        tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+        for tensors in tables:
             for name, tensor in tensors.items():
                 if tensor is not None and may_overlap(tensor):
                     replaced.append((tensors, name, tensor))
@@ -33,10 +35,10 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], strict: bool = Tru
 
 
 def may_overlap(tensor: Tensor) -> bool:
-    """Says whether two elements of a dense tensor may lie at the same address, as in one that was expanded."""
+    """Returns whether two elements of a dense tensor may share an address, as in an expanded tensor."""
     if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
         return False
-    last = 0  # the largest offset within the dimensions looked at
+    last = 0  # the largest offset within the dimensions so far
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= last:
             return True
@@ -46,7 +48,7 @@ def may_overlap(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """Copies elements of the same shape; where several of the target are one in memory, they are to be equal."""
+    """Copies `source` to `target`, of equal shape; elements that share an address must get equal values."""
     if not may_overlap(target):
         target.copy_(source)
         return

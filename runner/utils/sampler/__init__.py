@@ -1,4 +1,4 @@
-"""Samplers: which index, or which batch of indices, comes next. Imports no torch."""
+"""Samplers: the order of indices, or of batches of indices. Imports no torch."""
 
 from runner.utils.sampler.samplers import (
     BatchedOrderedSampler,

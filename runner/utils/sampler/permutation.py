@@ -1,7 +1,4 @@
-"""A keyed permutation of 0..length, computed block by block: what stands at a position, without a list of all.
-
-Imports NumPy and `utils`.
-"""
+"""A keyed permutation of range(length), computed block by block, without a list of all positions."""
 
 from typing import Any
 
@@ -15,17 +12,21 @@ _LARGEST_SORTED = 1024
 
 
 def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list[int]:
-    """Returns what stands at positions start ... start + count - 1 of a permutation of range(length).
+    """Returns positions start ... start + count - 1 of a permutation of range(length).
 
-    A Feistel network over the next power of two; what falls outside range(length) goes through again until it
-    falls inside, which keeps the map one-to-one.
+    The permutation is a Feistel network over the next power of two. An image outside range(length) passes through it
+    again until it is inside, which keeps the map one-to-one.
+
+    Args:
+        length: 0 to 2**62.
+        seed, epoch: select the permutation.
 
     Source: cycle-walking, Black and Rogaway 2002, https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf
     """
     key = derive_seed(seed, epoch)
     if length <= _LARGEST_SORTED:
         # A network of a few bits prefers some orders; sorting by a hash does not.
-        order: list[int] = spread(0, length, key).argsort(kind="stable")[start : start + count].tolist()
+        order: list[int] = random_bits(0, length, key).argsort(kind="stable")[start : start + count].tolist()
         return order
     num_bits = (length - 1).bit_length()
     keys = [derive_seed(key, i) for i in range(_NUM_ROUNDS)]
@@ -35,12 +36,12 @@ def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list
         walked = _feistel(images[outside], num_bits, keys)
         images[outside] = walked
         outside = outside[walked >= length]
-    shuffled: list[int] = images.tolist()
-    return shuffled
+    values: list[int] = images.tolist()
+    return values
 
 
-def spread(start: int, count: int, key: int) -> NDArray[Any]:
-    """Returns 64 random bits for each of start ... start + count - 1."""
+def random_bits(start: int, count: int, key: int) -> NDArray[Any]:
+    """Returns 64 random bits for each of start ... start + count - 1, uint64 [count]."""
     return _hash(_hash(np.arange(start, start + count, dtype=np.uint64), key), derive_seed(key))
 
 

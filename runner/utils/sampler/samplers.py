@@ -1,12 +1,11 @@
-"""Samplers: which index, or which batch of indices, comes next.
+"""Samplers: the order of samples as a pure function of (settings, seed, epoch, position), and the position in it.
 
-Owns the order of samples, a pure function of (settings, seed, epoch, position), and the position in it.
-Shuffles are keyed permutations, computed block by block. Must not import torch.
+Shuffles are keyed permutations, computed block by block.
 
-`iter(sampler)` yields the rest of the epoch, the next `iter` the next epoch. An item counts once handed out:
-the state saved after k items resumes with item k + 1, after the last with the first of the next epoch. A
-live iterator follows its sampler: it goes on from a state loaded within its epoch and ends with the epoch. A
-loader that prefetches runs ahead of training; `Batches` keeps the position of what was delivered.
+`iter(sampler)` yields the rest of the epoch; the next `iter` yields the next epoch. A state saved after k items resumes
+with item k + 1, and after the last item with the first of the next epoch. A live iterator follows its sampler: it
+continues from a state loaded within its epoch and ends with the epoch. A loader that prefetches runs ahead of training,
+so `Batches` keeps the position of the last delivered batch.
 """
 
 import itertools
@@ -21,7 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from runner.utils.sampler.permutation import shuffled, spread
+from runner.utils.sampler.permutation import random_bits, shuffled
 from runner.utils.utils import checked_choice, checked_int, derive_seed
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ _LARGEST_LENGTH = 2**62
 
 
 class _EpochSampler(ABC, Generic[T]):
-    """Hands out endless epochs of `length` items; a subclass says which item stands at which position."""
+    """Yields endless epochs of `length` items; a subclass computes the items at given positions."""
 
     def __init__(self, length: int, settings: dict[str, Setting]) -> None:
         self._length = length
@@ -46,7 +45,7 @@ class _EpochSampler(ABC, Generic[T]):
         """Returns the items at positions start ... start + count - 1 of an epoch."""
 
     def __len__(self) -> int:
-        """Returns the number of items in an epoch, whatever the position."""
+        """Returns the number of items in an epoch, independent of the position."""
         return self._length
 
     def __iter__(self) -> Iterator[T]:
@@ -65,15 +64,15 @@ class _EpochSampler(ABC, Generic[T]):
                 block_size = min(4 * block_size, _LARGEST_BLOCK)
 
     def state_dict(self) -> dict[str, Setting]:
-        """Returns a snapshot of the position and of the settings it belongs to, as plain values."""
+        """Returns the position and the settings it belongs to, as plain values."""
         epoch, position = divmod(self._num_taken, max(1, self._length))
         return {"epoch": epoch, "position": position, "sampler": type(self).__name__, **self._settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Moves to a saved position; a state that is refused moves nothing.
+        """Moves to a saved position; a refused state leaves the position as it is.
 
         Raises:
-            TypeError, ValueError: it is of another sampler, length, seed or setting, or is no position.
+            TypeError, ValueError: the state has another sampler, length, seed or setting, or no valid position.
         """
         where = f"{type(self).__name__}.load_state_dict"
         expected = self.state_dict()
@@ -89,7 +88,11 @@ class _EpochSampler(ABC, Generic[T]):
 
 
 class OrderedSampler(_EpochSampler[int]):
-    """Yields 0, 1, ... length - 1, in every epoch."""
+    """Yields 0, 1, ... length - 1 in every epoch.
+
+    Raises:
+        TypeError, ValueError: `length` is no integer from 0 to 2**62.
+    """
 
     def __init__(self, length: int) -> None:
         length = checked_int("OrderedSampler: length", length, 0, _LARGEST_LENGTH)
@@ -100,7 +103,11 @@ class OrderedSampler(_EpochSampler[int]):
 
 
 class RandomSampler(_EpochSampler[int]):
-    """Yields range(length) in a new order each epoch, or with `replacement` `length` independent draws."""
+    """Yields range(length) in a new order each epoch; with `replacement`, `length` independent draws.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, or `length` is not from 0 to 2**62.
+    """
 
     def __init__(self, length: int, seed: int = 0, replacement: bool = False) -> None:
         length = checked_int("RandomSampler: length", length, 0, _LARGEST_LENGTH)
@@ -111,65 +118,75 @@ class RandomSampler(_EpochSampler[int]):
     def _items(self, epoch: int, start: int, count: int) -> list[int]:
         if not self._replacement:
             return shuffled(self._length, self._seed, epoch, start, count)
-        hashes = spread(start, count, derive_seed(self._seed, epoch))
+        hashes = random_bits(start, count, derive_seed(self._seed, epoch))
         drawn: list[int] = (hashes % self._length).tolist()
         return drawn
 
 
 class PoolSampler(_EpochSampler[T]):
-    """Draws without replacement from a bag of any values, refilled in a new order when it is empty.
+    """Draws without replacement from a pool of values, refilled in a new order when it is empty.
 
-    The values are a sequence (a list is copied, another sequence is kept and must not change), or an int for
-    range(int). `sample()` and iteration draw from the same bag; iteration ends when the bag is empty. A saved
-    state knows how many values the bag has, not which.
+    `sample()` and iteration draw from the same pool; iteration ends when the pool is empty. A saved state contains the
+    number of values, not the values.
+
+    Args:
+        values_or_length: a sequence of values (a list is copied, any other sequence must not change), or an int for
+            range(int).
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, or a length is not from 0 to 2**62.
     """
 
     def __init__(self, values_or_length: Sequence[T] | int, seed: int = 0) -> None:
         values: Any = values_or_length
-        is_bag = hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
+        is_sequence = hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
         name = "PoolSampler: values, unless a sequence,"
-        length = len(values) if is_bag else checked_int(name, values, 0, _LARGEST_LENGTH)
-        self._values = tuple(values) if isinstance(values, list) else values if is_bag else None
+        length = len(values) if is_sequence else checked_int(name, values, 0, _LARGEST_LENGTH)
+        self._values = tuple(values) if isinstance(values, list) else values if is_sequence else None
         self._seed = checked_int("PoolSampler: seed", seed)
         self._drawn: list[T] = []
-        self._drawn_from = 0
+        self._drawn_start = 0
         super().__init__(length, {"length": length, "seed": self._seed})
 
     def sample(self) -> T:
-        """Returns the next value of the bag; an empty bag is refilled first.
+        """Returns the next value of the pool; an empty pool is refilled first.
 
         Raises:
-            IndexError: the bag was built without values.
+            IndexError: the pool was built without values.
         """
         if not self._length:
             raise IndexError("PoolSampler.sample: expected a bag with values, found one built without any.")
-        offset = self._num_taken - self._drawn_from
+        offset = self._num_taken - self._drawn_start
         if not 0 <= offset < len(self._drawn):
             epoch, position = divmod(self._num_taken, self._length)
             count = min(max(_FIRST_BLOCK, 4 * len(self._drawn)), _LARGEST_BLOCK, self._length - position)
-            self._drawn, self._drawn_from, offset = self._items(epoch, position, count), self._num_taken, 0
+            self._drawn = self._items(epoch, position, count)
+            self._drawn_start = self._num_taken
+            offset = 0
         self._num_taken += 1
         return self._drawn[offset]
 
     def _items(self, epoch: int, start: int, count: int) -> list[T]:
-        # Salted: a sweep over samplers of one seed is to compare different orders.
+        # Salted, so that a sweep over samplers with the same seed compares different orders.
         drawn: Any = shuffled(self._length, derive_seed(self._seed, 1), epoch, start, count)
         return drawn if self._values is None else [self._values[i] for i in drawn]
 
 
 class BatchedOrderedSampler(_EpochSampler[list[int]]):
-    """Yields batches of neighbouring indices, as long as the limits allow, for DataLoader's `batch_sampler`.
+    """Yields batches of consecutive indices, as large as the limits allow, for DataLoader's `batch_sampler`.
 
-    `lengths` is a list, array or CPU tensor `[num_items]` of numbers >= 0, taken as float64. A batch closes
-    before the item that would take it over `max_size` items or over `max_cost`, in the unit of the lengths:
-    its longest x its number of items ("padded"), or their sum ("sum"). An item longer than `max_cost` is an
-    error, or with oversized="single" a batch of its own. `shuffle` puts whole batches in a new order each
-    epoch. `drop_last` drops a last batch that is not full: one with fewer than `max_size` items, and a cost
-    that leaves room for an item as long as its longest ("padded"), or of any length above 0 ("sum").
-
+    Args:
+        lengths: lengths of the items, numbers >= 0 `[num_items]` as a list, array or CPU tensor; used as float64.
+        max_size: the most items in a batch.
+        max_cost: the highest cost of a batch, in the unit of the lengths.
+        cost: the cost of a batch: its longest length x its number of items ("padded"), or the sum of its lengths
+            ("sum").
+        shuffle: yields whole batches in a new order each epoch.
+        drop_last: drops the last batch unless it is full. A batch is full at `max_size` items, or if its cost leaves no
+            room for an item as long as its longest ("padded") or of any length above 0 ("sum").
+        oversized: the reaction to an item longer than `max_cost`: an error, or a batch of its own ("single").
+        seed: seed of the shuffle.
     Raises:
-        TypeError, ValueError: an argument is not what it should be, or an item is longer than `max_cost`.
-
+        TypeError, ValueError: an argument has the wrong type or is out of range, or an item is longer than `max_cost`.
     Warns:
         UserWarning: `drop_last` dropped the only batch.
     """
@@ -200,7 +217,7 @@ class BatchedOrderedSampler(_EpochSampler[list[int]]):
             raise ValueError(f"{where}: expected max_size, max_cost or both, found neither.")
         budget = math.inf if max_cost is None else float(max_cost)
         vector = _checked_lengths(lengths, budget if oversized == "error" else math.inf)
-        starts, is_last_full = _pack(vector, max_size, budget, cost)
+        starts, is_last_full = _find_batch_starts(vector, max_size, budget, cost)
         if is_last_full or not drop_last:
             starts.append(len(vector))
         elif len(starts) == 1:
@@ -219,9 +236,9 @@ class BatchedOrderedSampler(_EpochSampler[list[int]]):
         return (list(range(start, end)) for start, end in spans)
 
 
-def _pack(lengths: NDArray[Any], size: int | None, budget: float, cost: str) -> tuple["array[int]", bool]:
-    """Returns where each batch starts, and whether the last is full."""
-    # One more than there are items: without a max_size, a batch that holds them all is not full for it.
+def _find_batch_starts(lengths: NDArray[Any], size: int | None, budget: float, cost: str) -> tuple["array[int]", bool]:
+    """Returns the first index of each batch, and whether the last batch is full."""
+    # Without max_size: one more than there are items, so that a batch of all items is not full by its size.
     max_size = min(size or math.inf, len(lengths) + 1)
     padded, summed = (budget, math.inf) if cost == "padded" else (math.inf, budget)
     starts = array("q")
@@ -229,22 +246,22 @@ def _pack(lengths: NDArray[Any], size: int | None, budget: float, cost: str) -> 
     total = 0.0
     for base in range(0, len(lengths), _CHUNK):
         chunk = lengths[base : base + _CHUNK]
-        rooms = _rooms(chunk, max_size, padded).tolist()
-        for i, own_room, length in zip(itertools.count(base), rooms, chunk.tolist(), strict=False):
+        rooms = _max_counts(chunk, max_size, padded).tolist()
+        for i, item_room, length in zip(itertools.count(base), rooms, chunk.tolist(), strict=False):
             total += length
-            if own_room < room:
-                room, end = own_room, start + own_room
+            if item_room < room:  # the longest item so far decides
+                room, end = item_room, start + item_room
             if i >= end or total > summed:
                 starts.append(i)
-                start, room, end, total = i, own_room, i + own_room, length
+                start, room, end, total = i, item_room, i + item_room, length
     return starts, len(lengths) >= end or total >= summed
 
 
-def _rooms(lengths: NDArray[Any], max_size: float, budget: float) -> NDArray[np.int64]:
-    """Returns how many items of each length a batch may hold, at least 1, `[count]`."""
+def _max_counts(lengths: NDArray[Any], max_size: float, budget: float) -> NDArray[np.int64]:
+    """Returns the most items of each length that a batch may have, at least 1, int64 [count]."""
     with np.errstate(divide="ignore", over="ignore"):
         rooms = np.where(lengths > 0, budget / lengths, np.inf).clip(1, max_size).astype(np.int64)
-    # The quotient is rounded and may be off by one: the products decide.
+    # The quotient is rounded and may be off by one, so correct it by the products.
     rooms += (rooms + 1) * lengths <= budget
     rooms -= rooms * lengths > budget
     return rooms.clip(1, int(max_size))
@@ -252,10 +269,10 @@ def _rooms(lengths: NDArray[Any], max_size: float, budget: float) -> NDArray[np.
 
 def _checked_lengths(lengths: Any, longest: float) -> NDArray[np.float64]:
     where = "BatchedOrderedSampler: lengths"
-    found = np.asarray(lengths)
-    if found.ndim != 1 or found.dtype.kind not in "iuf":
-        raise TypeError(f"{where}: expected a vector of numbers, found {found.ndim} axes of {found.dtype}.")
-    vector = found.astype(np.float64)
+    vector = np.asarray(lengths)
+    if vector.ndim != 1 or vector.dtype.kind not in "iuf":
+        raise TypeError(f"{where}: expected a vector of numbers, found {vector.ndim} axes of {vector.dtype}.")
+    vector = vector.astype(np.float64)
     is_bad = ~((vector >= 0) & (vector <= longest) & np.isfinite(vector))
     if is_bad.any():
         first = int(is_bad.argmax())

@@ -1,4 +1,4 @@
-"""A nest of plain values and tensors taken apart into JSON and named tensors, and put together again."""
+"""Serialization of nested plain values and tensors: JSON plus named tensors, and back."""
 
 from runner.utils.serialization.flatten import (
     SFT_DTYPES,
@@ -6,16 +6,16 @@ from runner.utils.serialization.flatten import (
     FlattenedState,
     HostSnapshot,
     KeyPath,
-    as_stored,
-    compact,
-    dtype_of,
-    is_spread,
-    name_of,
-    name_of_layout,
-    restore_raw,
-    text_of,
-    unpack,
-    where,
+    dtype_name,
+    format_key,
+    format_path,
+    is_dtensor,
+    layout_name,
+    parse_dtype,
+    restore_dtypes,
+    to_contiguous,
+    to_storable,
+    unflatten,
 )
 
 __all__ = [
@@ -24,14 +24,14 @@ __all__ = [
     "FlattenedState",
     "HostSnapshot",
     "KeyPath",
-    "as_stored",
-    "compact",
-    "dtype_of",
-    "is_spread",
-    "name_of",
-    "name_of_layout",
-    "restore_raw",
-    "text_of",
-    "unpack",
-    "where",
+    "dtype_name",
+    "format_key",
+    "format_path",
+    "is_dtensor",
+    "layout_name",
+    "parse_dtype",
+    "restore_dtypes",
+    "to_contiguous",
+    "to_storable",
+    "unflatten",
 ]

@@ -1,7 +1,6 @@
-"""Values made of dense tensors and a few plain facts: sparse, quantized and nested tensors, storages, NumPy arrays.
+"""Sparse, quantized and nested tensors, storages and NumPy arrays as dense tensors plus plain facts, and back.
 
-`split` takes one apart and `join` puts it together again. `join` believes nothing: what does not fit raises before
-memory is read or reserved for it. Imports torch and NumPy.
+`compose` does not trust its arguments: it raises before it reads or allocates memory for facts that do not fit.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ _MAX_DTYPE_LENGTH = 100_000
 _SCHEMES = {torch.per_tensor_affine: "per_tensor", torch.per_channel_affine: "per_channel"}
 
 
-def split(value: Any) -> Parts | None:
-    """Takes a value apart without copying its content; returns None for one that is not made of dense tensors."""
+def decompose(value: Any) -> Parts | None:
+    """Returns the parts of a value without copying their content; None for a value that has no such parts."""
     if type(value) is np.ndarray:
         return _split_array(value)
     if isinstance(value, (torch.UntypedStorage, torch.TypedStorage)):
@@ -70,7 +69,7 @@ def _split_array(value: np.ndarray) -> Parts | None:
         return None
     flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     if not flat.flags.writeable:
-        flat = flat.copy()  # torch has no tensor that can't be written to
+        flat = flat.copy()  # torch has no read-only tensors
     return "ndarray", {"bytes": torch.from_numpy(flat)}, {"dtype": dtype, "shape": [*value.shape]}
 
 
@@ -82,31 +81,34 @@ def _split_storage(value: Any) -> Parts:
     return "storage", {"bytes": content}, facts
 
 
-def join(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None) -> Any:
-    """Puts together what `split` has taken apart.
+def compose(
+    kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None
+) -> Any:
+    """Returns the value that `decompose` has taken apart.
 
     Args:
-        copies: by address, the arrays and storages joined before; what is made of the same bytes shares their memory.
-
+        copies: the arrays and storages composed before, by address: values of the same bytes share their memory.
     Raises:
-        KeyError, RuntimeError, TypeError, ValueError: parts and facts that do not fit each other.
+        KeyError, RuntimeError, TypeError, ValueError: parts and facts do not fit each other.
     """
     copies = {} if copies is None else copies
     if kind == "ndarray":
         return _join_array(parts["bytes"], facts, copies)
     if kind == "storage":
-        place = parts["bytes"].data_ptr()
-        if not isinstance(copies.get(place), torch.UntypedStorage):
-            copies[place] = parts["bytes"].clone().untyped_storage()
-        untyped = copies[place]
+        address = parts["bytes"].data_ptr()
+        if not isinstance(copies.get(address), torch.UntypedStorage):
+            copies[address] = parts["bytes"].clone().untyped_storage()
+        untyped = copies[address]
         if "dtype" not in facts:
             return untyped
-        return torch.TypedStorage(wrap_storage=untyped, dtype=of_torch(facts["dtype"], torch.dtype), _internal=True)
+        return torch.TypedStorage(
+            wrap_storage=untyped, dtype=torch_attribute(facts["dtype"], torch.dtype), _internal=True
+        )
     if kind == "meta":
-        dtype = of_torch(facts["dtype"], torch.dtype)
+        dtype = torch_attribute(facts["dtype"], torch.dtype)
         return torch.empty_strided(facts["shape"], facts["stride"], dtype=dtype, device="meta")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls nested, compressed and quantized tensors prototypes
+        warnings.simplefilter("ignore")  # torch warns that nested, compressed and quantized tensors are prototypes
         return _join_tensor(kind, parts, facts)
 
 
@@ -127,55 +129,57 @@ def _join_tensor(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any
     if kind == "per_channel":
         values, scales, zero_points, axis = parts["values"], parts["scales"], parts["zero_points"], facts["axis"]
         expected = values.shape[axis : axis + 1]
-        if axis < 0 or not scales.shape == zero_points.shape == expected:  # torch itself does not look
+        if axis < 0 or not scales.shape == zero_points.shape == expected:  # torch does not check this
             raise ValueError(f"axis {axis} of {[*values.shape]} has not {[*scales.shape]} scales")
         return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)
     raise ValueError(f"{kind!r} is no kind of value")
 
 
 def _join_array(content: Tensor, facts: Mapping[str, Any], copies: dict[int, Any]) -> np.ndarray:
-    dtype, shape = _numpy_dtype_of(facts["dtype"]), facts["shape"]
+    dtype, shape = _parse_numpy_dtype(facts["dtype"]), facts["shape"]
     if math.prod(shape) * dtype.itemsize != content.nbytes:
         raise ValueError(f"{content.nbytes} bytes are no array of {dtype} and shape {shape}")
-    place = content.data_ptr()
-    if place and isinstance(copies.get(place), np.ndarray):
-        shared: np.ndarray = copies[place].view(dtype).reshape(shape)
+    address = content.data_ptr()
+    if address and isinstance(copies.get(address), np.ndarray):
+        shared: np.ndarray = copies[address].view(dtype).reshape(shape)
         return shared
     array = np.empty(shape, dtype)
     flat = array.reshape(-1).view(np.uint8)
     flat[:] = content.cpu().numpy()
-    copies[place] = flat
+    copies[address] = flat
     return array
 
 
 def describe_scalar(value: np.generic) -> dict[str, str] | None:
-    """Returns a NumPy scalar as plain values, or None for one that `scalar_of` would change."""
+    """Returns a NumPy scalar as plain values; None if `parse_scalar` would change it."""
     if isinstance(value, (np.str_, np.bytes_)) and not value.dtype.itemsize:
         return {"dtype": repr(value.dtype.kind), "bytes": ""}
     dtype = _describe_dtype(value.dtype)
     if dtype is None:
         return None
-    if np.zeros(1, _numpy_dtype_of(dtype)).dtype.type is not type(value):  # one of two integer types of one size
+    if np.zeros(1, _parse_numpy_dtype(dtype)).dtype.type is not type(
+        value
+    ):  # one of two integer types of the same size
         dtype = repr(value.dtype.char)
     return {"dtype": dtype, "bytes": base64.b64encode(value.tobytes()).decode()}
 
 
-def scalar_of(facts: Mapping[str, str]) -> Any:
-    """Returns the NumPy scalar that `describe_scalar` has described."""
+def parse_scalar(facts: Mapping[str, str]) -> Any:
+    """Returns the NumPy scalar of a description by `describe_scalar`."""
     if not facts["bytes"]:
         return {"'U'": np.str_, "'S'": np.bytes_}[facts["dtype"]]()
-    return np.frombuffer(base64.b64decode(facts["bytes"]), _numpy_dtype_of(facts["dtype"]))[0]
+    return np.frombuffer(base64.b64decode(facts["bytes"]), _parse_numpy_dtype(facts["dtype"]))[0]
 
 
 def _describe_dtype(dtype: np.dtype) -> str | None:
-    """Returns a dtype as the header of a .npy file has it; None for objects, and what such a header would change."""
+    """Returns a dtype as in the header of a .npy file; None for objects and for dtypes that the header would change."""
     if dtype.hasobject or not dtype.itemsize:
         return None
     text = repr(np.lib.format.dtype_to_descr(dtype))
-    return text if _numpy_dtype_of(text) == dtype else None
+    return text if _parse_numpy_dtype(text) == dtype else None
 
 
-def _numpy_dtype_of(text: str) -> np.dtype:
+def _parse_numpy_dtype(text: str) -> np.dtype:
     if len(text) > _MAX_DTYPE_LENGTH:
         raise ValueError(f"the text of a dtype has {len(text):,} characters, {_MAX_DTYPE_LENGTH:,} at most are read")
     dtype = np.lib.format.descr_to_dtype(ast.literal_eval(text))
@@ -184,9 +188,9 @@ def _numpy_dtype_of(text: str) -> np.dtype:
     return dtype
 
 
-def of_torch(name: str, kind: type) -> Any:
-    """Returns what torch has under a name, if it is of a kind."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, kind):
+def torch_attribute(name: str, kind: type) -> Any:
+    """Returns torch's attribute of a name, such as a dtype, after checking its type."""
+    value = getattr(torch, name, None)
+    if not isinstance(value, kind):
         raise ValueError(f"torch has no {kind.__name__} {name!r}")
-    return found
+    return value

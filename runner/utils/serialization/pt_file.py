@@ -1,7 +1,7 @@
-"""Checks a `.pt` file before torch reads it, and the value after: neither may take more memory than the file has bytes.
+"""Checks of a `.pt` file before torch reads it and of the value afterwards, to bound the memory by the file's size.
 
-Torch's `weights_only` reader runs no code, but it inflates compressed members, and a few bytes of its pickle may ask
-for any amount of memory. Imports torch and the standard library.
+Torch's `weights_only` reader runs no code. But it inflates compressed members, and a few bytes of the pickle can
+allocate any amount of memory.
 
 Source: the layout of the end of a zip archive, APPNOTE 4.3.14 to 4.3.16,
 https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
@@ -19,27 +19,27 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-_END = struct.Struct("<4s4H2LH")  # signature, 2 disks, 2 counts, size and place of the directory, length of a comment
+_END = struct.Struct("<4s4H2LH")  # signature, 2 disks, 2 counts, size and offset of the directory, length of a comment
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR = struct.Struct("<4sLQL")
-_END_NAME, _END_64_NAME, _LOCATOR_NAME = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+_END_SIGNATURE, _END_64_SIGNATURE, _LOCATOR_SIGNATURE = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _MAX_MEMBERS = 1_000_000
 _MAX_DEPTH = 200
 _SPARE_BYTES = 64 << 20
-_MOST_SHARED = 16  # times that the bytes of a file, or its values, may be referred to
+_MAX_SHARED = 16  # average number of references to each byte of the file, or to each container
 _SPARE_VALUES = 1_000_000
 _NUM_LEGACY_PICKLES = 5
-_BYTES = ("bytes",)  # stands for what a call of `_codecs.encode` returns
+_BYTES = ("bytes",)  # stands for the result of a call of `_codecs.encode`
 _TEXT_CODECS = ("latin1", "latin-1")
 
 
 def check_archive(file: BinaryIO) -> None:
     """Checks that reading the members of a `.pt` file takes no more memory than the file has bytes.
 
-    Torch wrote another format before 1.6, a few pickles one after the other; of it the pickles are checked.
+    In the format of torch before 1.6, a few pickles one after the other, the pickles are checked.
 
     Raises:
-        ValueError: what of it is not as torch writes it.
+        ValueError: the file is not as torch writes it.
         OSError: the disk refuses.
     """
     size = file.seek(0, os.SEEK_END)
@@ -47,41 +47,45 @@ def check_archive(file: BinaryIO) -> None:
     is_zip = file.read(4) == b"PK\x03\x04"
     file.seek(0)
     if not is_zip:
-        _check_pickles(file, _NUM_LEGACY_PICKLES)
+        for _ in range(_NUM_LEGACY_PICKLES):
+            _check_calls(pickletools.genops(file))
         return
     _check_directory(file, size)
     with zipfile.ZipFile(file) as archive:
         _check_members(archive.infolist(), size)
         for name in archive.namelist():
-            if name.endswith("data.pkl") and _has_calls(content := archive.read(name)):
+            content = archive.read(name) if name.endswith("data.pkl") else b""
+            if b"bytearray" in content or b"_codecs" in content:
                 _check_calls(pickletools.genops(content))
 
 
 def _check_directory(file: BinaryIO, size: int) -> None:
-    """Checks that every reader of the archive finds the same directory, and that it is not too long.
+    """Checks that every zip reader finds the same directory in the archive, and that it is not too long.
 
     Raises:
-        ValueError: naming the fault.
+        ValueError: the directory is ambiguous or too long.
     """
-    end = _read(file, _END, size - _END.size)
-    if end is None or end[0] != _END_NAME or end[7]:
+    end = _read_struct(file, _END, size - _END.size)
+    if end is None or end[0] != _END_SIGNATURE or end[7]:
         raise ValueError("its archive does not end as torch ends it")
-    count, length, place, after = end[4], end[5], end[6], size - _END.size
-    locator = _read(file, _LOCATOR, after - _LOCATOR.size)
-    if locator is not None and locator[0] == _LOCATOR_NAME:
-        after = locator[2]
-        end_64 = _read(file, _END_64, after)
-        if end_64 is None or end_64[0] != _END_64_NAME or after + _END_64.size != size - _END.size - _LOCATOR.size:
+    count, length, offset = end[4:7]
+    directory_end = size - _END.size
+    locator = _read_struct(file, _LOCATOR, directory_end - _LOCATOR.size)
+    if locator is not None and locator[0] == _LOCATOR_SIGNATURE:
+        directory_end = locator[2]
+        end_64 = _read_struct(file, _END_64, directory_end)
+        end_64_end = size - _END.size - _LOCATOR.size
+        if end_64 is None or end_64[0] != _END_64_SIGNATURE or directory_end + _END_64.size != end_64_end:
             raise ValueError("its archive does not end as torch ends it")
-        count, length, place = end_64[7], end_64[8], end_64[9]
-    if place + length != after or count > _MAX_MEMBERS:
+        count, length, offset = end_64[7:10]
+    if offset + length != directory_end or count > _MAX_MEMBERS:
         raise ValueError(f"the directory of its archive, of {count:,} members, is not where it should be")
 
 
-def _read(file: BinaryIO, layout: struct.Struct, place: int) -> tuple[Any, ...] | None:
-    if place < 0:
+def _read_struct(file: BinaryIO, layout: struct.Struct, offset: int) -> tuple[Any, ...] | None:
+    if offset < 0:
         return None
-    file.seek(place)
+    file.seek(offset)
     content = file.read(layout.size)
     return layout.unpack(content) if len(content) == layout.size else None
 
@@ -98,19 +102,10 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
         raise ValueError(f"its members have {total:,} bytes, the file has {size:,}")
 
 
-def _check_pickles(file: BinaryIO, count: int) -> None:
-    for _ in range(count):
-        _check_calls(pickletools.genops(file))
-
-
-def _has_calls(content: bytes) -> bool:
-    return b"bytearray" in content or b"_codecs" in content
-
-
 def _check_calls(operations: Iterator[tuple[Any, Any, int | None]]) -> None:
-    """Checks the calls in a pickle whose cost is not that of their arguments' length: `bytearray(10**12)`, and codecs.
+    """Checks calls in a pickle that may allocate more than the length of their arguments: `bytearray(10**12)`, codecs.
 
-    Follows the pickle with names and texts in the place of their values, and None for all other values.
+    It interprets the pickle with names and texts on the stack, and None in place of any other value.
 
     Raises:
         ValueError: such a call has other arguments than Python's pickle of a bytes or bytearray.
@@ -145,7 +140,7 @@ def _check_calls(operations: Iterator[tuple[Any, Any, int | None]]) -> None:
 
 
 def _apply(operation: Any, stack: list[Any], mark: object) -> None:
-    """Applies another operation to the stack: all that it leaves there is None, but for marks."""
+    """Applies any other operation to the stack: it pushes None for each result, except for marks."""
     before, after = operation.stack_before, operation.stack_after
     if operation.name == "MARK":
         stack.append(mark)
@@ -166,35 +161,36 @@ def _check_call(function: Any, arguments: Any) -> None:
     content, codec = None, None
     if isinstance(arguments, tuple) and len(arguments) == 3 and arguments[0] == "tuple":
         _, content, codec = arguments
-    is_text = isinstance(content, tuple) and content[0] == "text" and codec in [("text", each) for each in _TEXT_CODECS]
+    is_text = isinstance(content, tuple) and content[0] == "text" and codec in [("text", name) for name in _TEXT_CODECS]
     if not is_text and not (is_bytearray and arguments == ("tuple", _BYTES)):
         raise ValueError(f"its pickle calls {function.replace(' ', '.')} with other arguments than Python writes")
 
 
 def check_value(value: Any, size: int) -> None:
-    """Checks that what torch has read of a file refers to its bytes and values a few times at most.
+    """Checks that a value read from a file refers to each of the file's bytes and containers a few times at most.
 
-    A pickle may hold a container that holds itself, or one container a million times; and a tensor of one element may
-    say that its shape is a million by a million.
+    A pickle may contain a container that contains itself, or one container a million times. A tensor with one element
+    may have the shape [1_000_000, 1_000_000].
 
     Args:
-        size: of the file, in bytes.
+        size: size of the file in bytes.
     Raises:
-        ValueError: naming the fault.
+        ValueError: the value is larger than the file permits, or contains itself.
     """
-    walk = _Walk(size)
-    num_values = walk.count(value, 0)
-    if num_values > _MOST_SHARED * len(walk.known) + _SPARE_VALUES:
-        raise ValueError(f"its {len(walk.known):,} containers are nested to {num_values:,} values")
+    counter = _ValueCounter(size)
+    num_values = counter.count(value, 0)
+    if num_values > _MAX_SHARED * len(counter.num_values) + _SPARE_VALUES:
+        raise ValueError(f"its {len(counter.num_values):,} containers are nested to {num_values:,} values")
 
 
-class _Walk:
-    """Counts the values of a nest, each time that they are referred to, and the bytes of its tensors."""
+class _ValueCounter:
+    """Counts nested values, once for each reference to them, and the bytes of their tensors."""
 
     def __init__(self, size: int) -> None:
-        self.known: dict[int, int] = {}  # by container: the number of values in it
-        self._open: set[int] = set()
-        self._size, self._num_bytes = size, 0
+        self.num_values: dict[int, int] = {}  # by the id of a container
+        self._ancestors: set[int] = set()
+        self._size = size
+        self._num_bytes = 0
 
     def count(self, value: Any, depth: int) -> int:
         if isinstance(value, Tensor):
@@ -209,15 +205,15 @@ class _Walk:
             children = list(value)
         else:
             return 1
-        if id(value) in self._open:
+        if id(value) in self._ancestors:
             raise ValueError("it holds a container that holds itself")
         if depth > _MAX_DEPTH:
             raise ValueError(f"it is nested over {_MAX_DEPTH} deep")
-        if id(value) not in self.known:
-            self._open.add(id(value))
-            self.known[id(value)] = 1 + sum([self.count(child, depth + 1) for child in children])
-            self._open.discard(id(value))
-        return self.known[id(value)]
+        if id(value) not in self.num_values:
+            self._ancestors.add(id(value))
+            self.num_values[id(value)] = 1 + sum([self.count(child, depth + 1) for child in children])
+            self._ancestors.discard(id(value))
+        return self.num_values[id(value)]
 
     def _count_bytes(self, tensor: Tensor) -> None:
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
@@ -226,5 +222,5 @@ class _Walk:
 
     def _add(self, num_bytes: int, num_stored: int) -> None:
         self._num_bytes += num_bytes
-        if num_stored > self._size or self._num_bytes > _MOST_SHARED * self._size + _SPARE_BYTES:
+        if num_stored > self._size or self._num_bytes > _MAX_SHARED * self._size + _SPARE_BYTES:
             raise ValueError(f"its tensors have more bytes than the file, which has {self._size:,}")

@@ -1,7 +1,7 @@
-"""The structure of weights files: described without tensor data, compared, and written again with other values.
+"""Describes the structure of weights files without their data, and writes placeholder files of that structure.
 
-A description may be a stranger's: `check` accepts only what `write` can write within bounds. Nothing here runs what is
-in a file. Importing it imports torch.
+A description may be untrusted: `check_description` accepts only those that `write_placeholder` can write within bounds.
+No function here executes the content of a file.
 """
 
 from __future__ import annotations
@@ -25,90 +25,91 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from runner.utils.files import disk
-from runner.utils.serialization import SFT_DTYPES, FlattenedState, dtype_of, name_of, unpack
+from runner.utils.serialization import SFT_DTYPES, FlattenedState, dtype_name, parse_dtype, unflatten
 
-METADATA_KEY = "weights"  # an export's: what its own run recorded, which would nest at each warm start
+METADATA_KEY = "weights"  # an export's own record, left out of descriptions: it would nest with each run
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
-_SMALL_NUMEL = 64  # a tensor up to this size is recorded with its values: a count, a mean of each channel
+_SMALL_NUMEL = (
+    64  # elements of a tensor that is recorded with its values, such as a counter or the mean of each channel
+)
 _MAX_TEXT_BYTES = 1 << 20  # of a folder's small files in all
 _MAX_NUM_FILES = 200
 _MAX_NUM_ENTRIES = 2000  # of a folder that is searched
-_SIZE_FACTOR, _SIZE_FLOOR = 16, 256 << 20  # how much larger than a run's weights a stand-in may be, in bytes
+_SIZE_FACTOR, _SIZE_FLOOR = 16, 256 << 20  # bytes of placeholders: times a run's weights, and a minimum
 _SAMPLED_BYTES = 1 << 20
-_TEXTS = (".json", ".txt", ".yaml", ".yml")
-_OLD_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+_TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".yml")
+_PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _SFT, _PT, _NPY, _TEXT = "safetensors", "pt", "npy", "text"
 _ARRAY = "array"  # the name of the only tensor of a .npy file
 _DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
-_MOST_OBJECTS = 20_000
-_MOST_ITEMS = 1000
-_DERIVED = ("_orig", "_g", "_v")  # torch computes `weight` of these parameters anew in each forward
+_MAX_NUM_OBJECTS = 20_000
+_MAX_NUM_ITEMS = 1000
+# Suffixes of parameters from which torch computes the attribute without the suffix in each forward.
+_DERIVED_SUFFIXES = ("_orig", "_g", "_v")
 
 
-def describe(text: str) -> dict[str, Any] | None:
-    """Returns the structure of the weights file, or of the folder of weights files, at a path; None for no such."""
+def describe_weights_files(text: str) -> dict[str, Any] | None:
+    """Returns the structure of the weights file, or the folder of weights files, at a path; None if there is none."""
     try:
         path = Path(text).expanduser()
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
-            found = _describe_file(path)
-            return None if found is None else {"is_folder": False, "files": {path.name: found}}
+            description = _describe_file(path)
+            return None if description is None else {"is_folder": False, "files": {path.name: description}}
         return _describe_folder(path) if stat.S_ISDIR(mode) else None
-    except Exception:  # one that can't be read without running what is in it, or not at all
+    except Exception:  # a file that can't be read, or not without executing its content
         return None
 
 
 def _describe_folder(folder: Path) -> dict[str, Any] | None:
-    files: dict[str, Any] = {}
-    texts, left = dict[str, Any](), _MAX_TEXT_BYTES
-    for path in islice(sorted(_files_in(folder)), _MAX_NUM_ENTRIES):
+    files = dict[str, Any]()
+    texts = dict[str, Any]()
+    num_bytes_left = _MAX_TEXT_BYTES
+    for path in islice(sorted(_list_files(folder)), _MAX_NUM_ENTRIES):
         name = str(path.relative_to(folder))
-        if path.suffix in _TEXTS:
-            if path.stat().st_size <= left:
+        if path.suffix in _TEXT_SUFFIXES:
+            if path.stat().st_size <= num_bytes_left:
                 content = path.read_bytes()
-                left -= len(content)
+                num_bytes_left -= len(content)
                 texts[name] = {"kind": _TEXT, "text": content.decode()}
-        elif (found := _describe_file(path)) is not None:
-            files[name] = found
+        elif (description := _describe_file(path)) is not None:
+            files[name] = description
     return {"is_folder": True, "files": dict(islice((texts | files).items(), _MAX_NUM_FILES))} if files else None
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
-    """Yields the regular files of a folder and of the folders in it, hidden ones left out."""
+def _list_files(folder: Path) -> Iterator[Path]:
+    """Yields the regular files of a folder and of its subfolders, except hidden ones."""
     with os.scandir(folder) as entries:
-        found = [Path(each.path) for each in islice(entries, _MAX_NUM_ENTRIES) if not each.name.startswith(".")]
-    for path in found:
+        paths = [Path(entry.path) for entry in islice(entries, _MAX_NUM_ENTRIES) if not entry.name.startswith(".")]
+    for path in paths:
         if path.is_file():
             yield path
         elif path.is_dir():
             with os.scandir(path) as inner:
-                yield from (Path(each.path) for each in islice(inner, _MAX_NUM_ENTRIES) if each.is_file())
+                yield from (Path(entry.path) for entry in islice(inner, _MAX_NUM_ENTRIES) if entry.is_file())
 
 
 def _describe_file(path: Path) -> dict[str, Any] | None:
     kind = _kind_of(path)
     if kind == _SFT:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: _describe_slice(file, name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _describe_sft_tensor(file, name) for name in file.keys()}  # noqa: SIM118
             metadata = {key: text for key, text in (file.metadata() or {}).items() if key != METADATA_KEY}
-            return {"kind": _SFT, **_identify(path), "tensors": tensors, "metadata": metadata}
+            return {"kind": _SFT, **_size_and_digest(path), "tensors": tensors, "metadata": metadata}
     if kind == _PT:
         is_mapped = zipfile.is_zipfile(path)
-        packed = FlattenedState(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
-        tensors = {name: _describe_tensor(each.dtype, [*each.shape], each) for name, each in packed.tensors.items()}
-        return {"kind": _PT, **_identify(path), "tensors": tensors, "document": packed.document}
+        state = FlattenedState(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
+        tensors = {name: _describe_tensor(value.dtype, [*value.shape], value) for name, value in state.tensors.items()}
+        return {"kind": _PT, **_size_and_digest(path), "tensors": tensors, "document": state.document}
     if kind == _NPY:
         array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        return {
-            "kind": _NPY,
-            **_identify(path),
-            "tensors": {_ARRAY: _describe_tensor(array.dtype, [*array.shape], array)},
-        }
+        tensors = {_ARRAY: _describe_tensor(array.dtype, [*array.shape], array)}
+        return {"kind": _NPY, **_size_and_digest(path), "tensors": tensors}
     return None
 
 
 def _kind_of(path: Path) -> str | None:
-    """Returns which kind of weights file a regular file is by its first bytes; None for another."""
+    """Returns the kind of a weights file by its first bytes, or None for any other file."""
     with path.open("rb") as file:
         start = file.read(16)
     if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES and start[8:9] == b"{":
@@ -118,10 +119,10 @@ def _kind_of(path: Path) -> str | None:
     if start.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(path) as archive:
             return _PT if any(name.endswith("/data.pkl") for name in archive.namelist()) else None
-    return _PT if start.startswith(b"\x80\x02") and path.suffix in _OLD_PICKLES else None
+    return _PT if start.startswith(b"\x80\x02") and path.suffix in _PICKLE_SUFFIXES else None
 
 
-def _describe_slice(file: Any, name: str) -> list[Any]:
+def _describe_sft_tensor(file: Any, name: str) -> list[Any]:
     piece = file.get_slice(name)
     shape = piece.get_shape()
     is_small = math.prod(shape) <= _SMALL_NUMEL
@@ -129,9 +130,9 @@ def _describe_slice(file: Any, name: str) -> list[Any]:
 
 
 def _describe_tensor(dtype: torch.dtype, shape: list[int], tensor: Tensor | None) -> list[Any]:
-    """Returns dtype and shape, and the bytes of a small tensor in hexadecimal."""
+    """Returns dtype and shape, and for a small tensor its bytes in hexadecimal."""
     is_small = tensor is not None and math.prod(shape) <= _SMALL_NUMEL
-    return [name_of(dtype), shape, *([_bytes_of(tensor).hex()] if tensor is not None and is_small else [])]
+    return [dtype_name(dtype), shape, *([_bytes_of(tensor).hex()] if tensor is not None and is_small else [])]
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -140,8 +141,8 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return flat
 
 
-def _identify(path: Path) -> dict[str, Any]:
-    """Returns a file's size, and the digest of its first and last MiB."""
+def _size_and_digest(path: Path) -> dict[str, Any]:
+    """Returns a file's size in bytes, and the SHA-256 digest of its first and last MiB."""
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = sha256(file.read(_SAMPLED_BYTES))
@@ -150,160 +151,163 @@ def _identify(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def is_same(text: str, entry: Mapping[str, Any]) -> bool:
-    """Says whether what lies at a path is what was described there; by size, first and last bytes."""
+def matches_description(text: str, entry: Mapping[str, Any]) -> bool:
+    """Returns whether the file or folder at a path matches its description, by size and first and last MiB."""
     try:
-        for name, found in entry["files"].items():
+        for name, description in entry["files"].items():
             path = Path(text, name) if entry["is_folder"] else Path(text)
             path = path.expanduser()
             if not stat.S_ISREG(path.stat().st_mode):
                 return False
-            if found["kind"] == _TEXT:
-                if path.stat().st_size > _MAX_TEXT_BYTES or path.read_bytes() != found["text"].encode():
+            if description["kind"] == _TEXT:
+                if path.stat().st_size > _MAX_TEXT_BYTES or path.read_bytes() != description["text"].encode():
                     return False
-            elif _identify(path) != {key: found[key] for key in ("bytes", "sha256")}:
+            elif _size_and_digest(path) != {key: description[key] for key in ("bytes", "sha256")}:
                 return False
-    except (OSError, ValueError, RuntimeError):  # also of a name that the disk can't have, or a home of nobody
+    except (OSError, ValueError, RuntimeError):  # also a name that no disk can have, or ~USER of an unknown user
         return False
     return True
 
 
-def check(entry: Any) -> None:
-    """Checks that a description is one that `describe` could have made.
+def check_description(entry: Any) -> None:
+    """Checks that `describe_weights_files` could have returned a description.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: it is not.
+        ValueError, TypeError, KeyError, AttributeError: the description is invalid.
     """
     is_folder, files = entry["is_folder"], entry["files"]
     if type(is_folder) is not bool or type(entry["path"]) is not str or not 0 < len(files) <= _MAX_NUM_FILES:
         raise ValueError("not the description of a file or folder")
     if not is_folder and len(files) != 1:
         raise ValueError("several files in the place of one")
-    for name, found in files.items():
+    for name, description in files.items():
         parts = name.split("/")
-        if (
-            "\0" in name
-            or len(parts) > 2
-            or any(part in ("", "..") or part.startswith(".") or len(part) > 255 for part in parts)
-        ):
+        is_hidden_or_invalid = any(part == "" or part.startswith(".") or len(part) > 255 for part in parts)
+        if "\0" in name or len(parts) > 2 or is_hidden_or_invalid:
             raise ValueError(f"{name!r}: no file of it")
-        if found["kind"] == _TEXT:
-            if not is_folder or Path(name).suffix not in _TEXTS or type(found["text"]) is not str:
+        if description["kind"] == _TEXT:
+            if not is_folder or Path(name).suffix not in _TEXT_SUFFIXES or type(description["text"]) is not str:
                 raise ValueError(f"{name!r}: no text")
             continue
-        if found["kind"] not in (_SFT, _PT, _NPY):
+        if description["kind"] not in (_SFT, _PT, _NPY):
             raise ValueError(f"{name!r}: no weights")
-        for place, (dtype, shape, *values) in found["tensors"].items():
-            _check_tensor(place, dtype, shape, values)
-        if found["kind"] == _SFT and not all(type(text) is str for text in found["metadata"].values()):
+        for tensor_name, (dtype, shape, *values) in description["tensors"].items():
+            _check_tensor(tensor_name, dtype, shape, values)
+        if description["kind"] == _SFT and not all(type(text) is str for text in description["metadata"].values()):
             raise ValueError(f"{name!r}: no metadata")
 
 
-def _check_tensor(place: str, dtype: Any, shape: Any, values: list[Any]) -> None:
+def _check_tensor(name: str, dtype: Any, shape: Any, values: list[Any]) -> None:
     is_shape = type(shape) is list and len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
     if type(dtype) is not str or not is_shape or len(values) > 1:
-        raise ValueError(f"{place!r}: no tensor")
-    expected = math.prod(shape) * dtype_of(dtype).itemsize
+        raise ValueError(f"{name!r}: no tensor")
+    expected = math.prod(shape) * parse_dtype(dtype).itemsize
     if values and (math.prod(shape) > _SMALL_NUMEL or len(bytes.fromhex(values[0])) != expected):
-        raise ValueError(f"{place!r}: values of another size")
+        raise ValueError(f"{name!r}: values of another size")
 
 
-def write(
-    folder: Path, text: str, entry: Mapping[str, Any] | None, own: Mapping[str, Any], *, fills_with_ones: bool = False
+def write_placeholder(
+    folder: Path, text: str, entry: Mapping[str, Any] | None, saved: Mapping[str, Any], *, fills_with_ones: bool = False
 ) -> Path:
-    """Writes a stand-in for the file or folder at a path; returns its path, with the same name.
+    """Writes a placeholder for the file or folder at the path `text`; returns its path, which has the same name.
 
     Args:
-        folder: empty.
-        entry: the description; None stands for the run's own weights in the format that the suffix says.
-        own: the run's own weights, for tensors of the same name and shape.
-        fills_with_ones: all values are ones but those recorded; else own weights, or zeros.
+        folder: an empty folder.
+        text: the path of the missing file or folder.
+        entry: the description; None: the file holds the run's saved weights, in the format of its suffix.
+        saved: the run's saved weights, used for tensors of the same name and shape.
+        fills_with_ones: True: values that are not recorded are ones; False: saved weights, else zeros.
     Raises:
-        ValueError: the description can't be followed.
-        OSError: the disk refused.
+        ValueError: the description is inconsistent.
+        OSError: the file can't be written.
     """
-    tensors = {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
     name = Path(text).name
     path = folder / (name if name not in ("", "..") else "weights")
     if entry is None:
-        _write_own(path, tensors, fills_with_ones=fills_with_ones)
+        _write_saved(path, tensors, fills_with_ones=fills_with_ones)
         return path
-    for inner, found in entry["files"].items():
+    for inner, description in entry["files"].items():
         target = path / inner if entry["is_folder"] else path
         for parent in (path, target.parent) if entry["is_folder"] else ():
             if not parent.is_dir():
                 disk.make_folder(parent)
-        if found["kind"] == _TEXT:
+        if description["kind"] == _TEXT:
             with disk.create(target, "xb") as file:
-                file.write(found["text"].encode())
+                file.write(description["text"].encode())
         else:
-            values = _Values(found["tensors"], tensors, fills_with_ones=fills_with_ones)
-            _write_file(target, found, values)
+            values = _TensorValues(description["tensors"], tensors, fills_with_ones=fills_with_ones)
+            _write_file(target, description, values)
     return path
 
 
-def count_bytes(entry: Mapping[str, Any] | None, own: Mapping[str, Any]) -> int:
-    """Returns how large the tensors of a stand-in are; the arguments are those of `write`."""
+def count_bytes(entry: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> int:
+    """Returns the size in bytes of a placeholder's tensors; the arguments are those of `write_placeholder`."""
     if entry is None:
-        return sum(value.nbytes for value in own.values() if isinstance(value, Tensor))
-    described = [found["tensors"].values() for found in entry["files"].values() if found["kind"] != _TEXT]
-    return sum(math.prod(shape) * dtype_of(dtype).itemsize for tensors in described for dtype, shape, *_ in tensors)
+        return sum(value.nbytes for value in saved.values() if isinstance(value, Tensor))
+    files = [description for description in entry["files"].values() if description["kind"] != _TEXT]
+    tensors = [tensor for description in files for tensor in description["tensors"].values()]
+    return sum(math.prod(shape) * parse_dtype(dtype).itemsize for dtype, shape, *_ in tensors)
 
 
-def most_bytes(weights: Mapping[str, Any]) -> int:
-    """Returns how large all stand-ins of a run with these saved parts may be together."""
+def max_placeholder_bytes(weights: Mapping[str, Any]) -> int:
+    """Returns the maximum size in bytes of all placeholders together, for a run with these saved parts."""
     parts = [part for part in weights.values() if isinstance(part, Mapping)]
     return max(_SIZE_FACTOR * sum(count_bytes(None, part) for part in parts), _SIZE_FLOOR)
 
 
-class _Values:
-    """The values of a stand-in's tensors: those recorded, a run's own, or a fill."""
+class _TensorValues:
+    """The values of a placeholder's tensors: recorded values, saved weights, or a fill value."""
 
-    def __init__(self, described: Mapping[str, list[Any]], own: Mapping[str, Tensor], *, fills_with_ones: bool) -> None:
-        self._described, self._own, self._fills_with_ones = described, own, fills_with_ones
+    def __init__(
+        self, described: Mapping[str, list[Any]], saved: Mapping[str, Tensor], *, fills_with_ones: bool
+    ) -> None:
+        self._described = described
+        self._saved = saved
+        self._fills_with_ones = fills_with_ones
 
     def find(self, name: str) -> Tensor | None:
-        """Returns a tensor's values; None stands for zeros."""
+        """Returns a tensor's values; None means zeros."""
         dtype, shape, *recorded = self._described[name]
         if recorded and math.prod(shape):
             flat = torch.frombuffer(bytearray(bytes.fromhex(recorded[0])), dtype=torch.uint8)
-            return flat.view(dtype_of(dtype)).reshape(shape)
+            return flat.view(parse_dtype(dtype)).reshape(shape)
         if self._fills_with_ones:
-            return torch.ones(shape, dtype=torch.float32).to(dtype_of(dtype))
+            return torch.ones(shape, dtype=torch.float32).to(parse_dtype(dtype))
         suffix = name
-        while True:
-            own = self._own.get(suffix)
-            if own is not None and [*own.shape] == shape:
-                return own.detach().to(dtype_of(dtype))
+        while True:  # the file may name a tensor with a prefix that the model does not have
+            saved = self._saved.get(suffix)
+            if saved is not None and [*saved.shape] == shape:
+                return saved.detach().to(parse_dtype(dtype))
             if "." not in suffix:
                 return None
             suffix = suffix.partition(".")[2]
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, *_ = self._described[name]
-        found = self.find(name)
-        # Cloned, as two names of one tensor would be tied in the file.
-        return torch.zeros(shape, dtype=dtype_of(dtype)) if found is None else found.clone()
+        values = self.find(name)
+        # Cloned, because torch.save would store two names of one tensor as tied.
+        return torch.zeros(shape, dtype=parse_dtype(dtype)) if values is None else values.clone()
 
 
-def _write_file(path: Path, found: Mapping[str, Any], values: _Values) -> None:
-    if found["kind"] == _SFT:
-        described = {name: (dtype_of(dtype), shape) for name, (dtype, shape, *_) in found["tensors"].items()}
-        _write_sft(path, described, found["metadata"], values.find)
+def _write_file(path: Path, description: Mapping[str, Any], values: _TensorValues) -> None:
+    if description["kind"] == _SFT:
+        described = {name: (parse_dtype(dtype), shape) for name, (dtype, shape, *_) in description["tensors"].items()}
+        _write_sft(path, described, description["metadata"], values.find)
         return
-    if found["kind"] == _NPY:
+    if description["kind"] == _NPY:
         with disk.create(path, "xb") as file:
             np.save(file, values[_ARRAY].numpy(), allow_pickle=False)
         return
     try:
-        value = unpack(found["document"], {name: values[name] for name in found["tensors"]})
+        value = unflatten(description["document"], {name: values[name] for name in description["tensors"]})
     except Exception as error:
         raise ValueError(f"{path.name}: its recorded structure does not fit its tensors ({error!r})") from error
     torch.save(value, path)
 
 
-def _write_own(path: Path, tensors: Mapping[str, Tensor], *, fills_with_ones: bool) -> None:
-    values = {n: torch.ones_like(t) for n, t in tensors.items()} if fills_with_ones else dict(tensors)
+def _write_saved(path: Path, tensors: Mapping[str, Tensor], *, fills_with_ones: bool) -> None:
+    values = {name: torch.ones_like(value) if fills_with_ones else value for name, value in tensors.items()}
     if path.suffix in (".safetensors", ".sft"):
         described = {name: (tensor.dtype, [*tensor.shape]) for name, tensor in values.items()}
         _write_sft(path, described, {"format": "pt"}, values.__getitem__)
@@ -317,7 +321,7 @@ def _write_sft(
     metadata: Mapping[str, str],
     find: Callable[[str], Tensor | None],
 ) -> None:
-    """Writes a SafeTensors file; zeros are holes, which take no room on most disks."""
+    """Writes a SafeTensors file; tensors of zeros become holes, which use no space in most file systems."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in sorted(described, key=lambda name: -described[name][0].itemsize):  # keeps every tensor aligned
@@ -337,24 +341,24 @@ def _write_sft(
 
 
 def find_unsaved(module: nn.Module) -> dict[str, str]:
-    """Returns digests of the values that a module holds and that its state does not, by where they are.
+    """Returns digests of the values in a module that its state dict does not hold, by their dotted paths.
 
-    Searched are attributes and items, modules that are not registered too.
+    Attributes and items are searched at any depth, also in modules that are not registered.
     """
-    known = set[int]()
-    with contextlib.suppress(Exception):  # of the module's own methods
-        saved = module.state_dict(keep_vars=True)
+    saved_ids = set[int]()
+    with contextlib.suppress(Exception):  # raised by the module's own methods
+        state = module.state_dict(keep_vars=True)
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        known = {id(value) for value in saved.values()} | {id(value) for name, value in named if name in saved}
-    digests = ((place, _digest(held)) for place, held in _walk(module) if id(held) not in known)
-    return {place: digest for place, digest in digests if digest is not None}
+        saved_ids = {id(value) for value in state.values()} | {id(value) for name, value in named if name in state}
+    digests = ((path, _digest(value)) for path, value in _walk(module) if id(value) not in saved_ids)
+    return {path: digest for path, digest in digests if digest is not None}
 
 
 def _digest(value: Any) -> str | None:
-    """Returns a digest of a number's or a dense array's value; None of anything else."""
+    """Returns a digest of a float or a dense array, or None for any other value."""
     if isinstance(value, float):
         return value.hex()
-    with contextlib.suppress(Exception):  # of a kind of tensor without plain bytes
+    with contextlib.suppress(Exception):  # a tensor subclass without plain bytes
         if isinstance(value, Tensor):
             return sha256(_bytes_of(value)).hexdigest()
         if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
@@ -363,32 +367,32 @@ def _digest(value: Any) -> str | None:
 
 
 def _walk(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields what a module holds at any depth with its place, each object once."""
+    """Yields the dotted path and value of each object in a module at any depth, breadth first, each object once."""
     queue: list[tuple[str, Any]] = [("", root)]
-    seen: dict[int, Any] = {}  # holds the objects, so that no id comes again
-    for place, held in queue:
-        yield place, held
-        for name, child in _children(held):
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is used twice
+    for path, holder in queue:
+        yield path, holder
+        for name, child in _children(holder):
+            child_path = f"{path}.{name}".lstrip(".")
             if isinstance(child, float):
-                yield f"{place}.{name}".lstrip("."), child
-            elif id(child) not in seen and len(seen) < _MOST_OBJECTS:
+                yield child_path, child
+            elif id(child) not in seen and len(seen) < _MAX_NUM_OBJECTS:
                 seen[id(child)] = child
-                queue.append((f"{place}.{name}".lstrip("."), child))
+                queue.append((child_path, child))
 
 
-def _children(held: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(held, nn.Module):
-        tables = {**held._parameters, **held._buffers}
-        yield from held._modules.items()
-        yield from held._parameters.items()
-        yield from held._buffers.items()
+def _children(holder: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(holder, nn.Module):
+        tensors = {**holder._parameters, **holder._buffers}
+        yield from holder._modules.items()
+        yield from tensors.items()
         skipped = {"_parameters", "_buffers", "_modules"}
-        for name, value in vars(held).items():
-            if name not in skipped and not any(name + suffix in tables for suffix in _DERIVED):
+        for name, value in vars(holder).items():
+            if name not in skipped and not any(name + suffix in tensors for suffix in _DERIVED_SUFFIXES):
                 yield name, value
-    elif isinstance(held, Mapping):
-        yield from islice(held.items(), _MOST_ITEMS)
-    elif isinstance(held, (list, tuple, set, frozenset)):
-        yield from islice(enumerate(held), _MOST_ITEMS)
-    elif not isinstance(held, (type, Tensor, np.ndarray)) and hasattr(held, "__dict__") and not callable(held):
-        yield from islice(vars(held).items(), _MOST_ITEMS)
+    elif isinstance(holder, Mapping):
+        yield from islice(holder.items(), _MAX_NUM_ITEMS)
+    elif isinstance(holder, (list, tuple, set, frozenset)):
+        yield from islice(enumerate(holder), _MAX_NUM_ITEMS)
+    elif not isinstance(holder, (type, Tensor, np.ndarray)) and hasattr(holder, "__dict__") and not callable(holder):
+        yield from islice(vars(holder).items(), _MAX_NUM_ITEMS)

@@ -1,12 +1,7 @@
-"""The training loop: batches through every engine, and at step boundaries metrics, commands and what is due."""
+"""The training loop: batches through every engine, and metrics, commands and actions at step boundaries."""
 
-from runner.utils.train.loop import (
-    CommandSource,
-    Loop,
-    LoopCommand,
-    ProgressDisplay,
-    Stop,
-)
+from runner.utils.train.loop import Loop, Stop
+from runner.utils.train.protocols import CommandSource, LoopCommand, ProgressDisplay
 
 __all__ = [
     "CommandSource",

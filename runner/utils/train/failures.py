@@ -1,7 +1,4 @@
-"""What goes wrong in a step without being a mistake in the program, and what is to become of the step then.
-
-Imports `memory` and `open_files` of its siblings.
-"""
+"""Failures of a step that are no bug in the program, and the policy for them."""
 
 from __future__ import annotations
 
@@ -19,44 +16,54 @@ _DEAD_WORKER = "DataLoader worker (pid"
 
 
 class TrainingStopped(Exception):
-    """Training can't go on; the message says why. With `is_whole`, the state is that of the last step done."""
+    """An error that ends training; the message is the reason.
 
-    def __init__(self, message: str, is_whole: bool = True) -> None:
+    Attributes:
+        is_complete: the state of all engines is that after the last completed step, so it can be saved.
+    """
+
+    def __init__(self, message: str, is_complete: bool = True) -> None:
         super().__init__(message)
-        self.is_complete = is_whole
+        self.is_complete = is_complete
 
 
 class SetupError(TrainingStopped):
-    """A mistake in the config that was found before the first step."""
+    """A mistake in the config that is found before the first step."""
 
 
 class StepAborted(Exception):
-    """A step was not made, and the loop is stopping anyway."""
+    """A step failed while the loop was stopping anyway."""
 
 
 class RemoteFailure(Exception):
-    """What one rank can't do, as all ranks know it. `is_told`: it is no mistake in the program.
+    """A failure on one rank, as seen by every rank.
 
-    `is_early`: it is a mistake that was found before the first step.
+    Attributes:
+        is_expected: False for a bug, which is re-raised with its traceback.
+        is_oom: the rank ran out of memory.
+        is_early: a mistake in the config that was found before the first step.
     """
 
-    def __init__(self, rank: int, reason: str, is_told: bool, is_oom: bool, is_early: bool = False) -> None:
+    def __init__(self, rank: int, reason: str, is_expected: bool, is_oom: bool, is_early: bool = False) -> None:
         super().__init__(reason)
-        self.rank, self.reason, self.is_expected, self.is_oom = rank, reason, is_told, is_oom
+        self.rank = rank
+        self.reason = reason
+        self.is_expected = is_expected
+        self.is_oom = is_oom
         self.is_early = is_early
 
     def describe(self) -> str:
-        """Says on which rank it was, and what."""
+        """Returns the rank and the reason."""
         return f"rank {self.rank}: {self.reason}"
 
 
 @dataclass(frozen=True)
 class FailurePolicy:
-    """What becomes of a step that went wrong.
+    """The reaction to a failed step.
 
     Args:
-        on_oom: out of memory ends the loop (stop), or the step is left out (skip).
-        max_skips: steps that may be left out, for that or for what is not finite, before the loop ends.
+        on_oom: the reaction to running out of memory: end the loop (stop) or skip the step (skip).
+        max_skips: number of steps that may be skipped before the loop ends, including those with non-finite values.
     """
 
     on_oom: str = "stop"
@@ -64,14 +71,16 @@ class FailurePolicy:
 
 
 def describe_failure(error: BaseException, when: str, device: torch.device) -> str | None:
-    """Returns what a person should know of an error that is no mistake in the program; None for any other."""
+    """Returns a message with the remedy for an error that is no bug in the program; None for any other error."""
     if memory.is_out_of_memory(error):
-        first = (str(error).splitlines() or [""])[0]
+        first_line = (str(error).splitlines() or [""])[0]
         remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
-        return f"Out of memory {when}: {memory.describe(device)}; {remedy} ({type(error).__name__}: {first})"
+        return (
+            f"Out of memory {when}: {memory.describe_memory(device)}; {remedy} ({type(error).__name__}: {first_line})"
+        )
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
-        found = (str(error).splitlines() or [""])[-1]
-        return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {found})"
+        last_line = (str(error).splitlines() or [""])[-1]
+        return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {last_line})"
     if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
         return f"A loader worker died {when}: {error}"
     return None
@@ -79,7 +88,11 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
 
 @contextlib.contextmanager
 def disk_errors_as(what: str, as_error: type[Exception]) -> Iterator[None]:
-    """What the disk refuses is raised as `as_error`, with the remedy."""
+    """Raises an OSError of the block as `as_error`, with a remedy.
+
+    Args:
+        what: the noun of the message: "<what> can't be written".
+    """
     try:
         yield
     except OSError as error:

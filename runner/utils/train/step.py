@@ -1,16 +1,13 @@
-"""One step: its batches through every engine, and what becomes of a step that goes wrong, on all ranks alike.
+"""One step: its batches through every engine, and the recovery from a failed step, alike on all ranks.
 
-A step that can't be made is discarded whole: afterwards all is as it was before its first micro-step. What it drives it
-knows by Protocols: it must not import engines.
+A failed step is discarded: engines and batches return to their state before its first micro-step.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from runner.utils import distributed
 from runner.utils.distributed import RankError, RankLostError
@@ -24,48 +21,23 @@ from runner.utils.train.failures import (
     TrainingStopped,
     describe_failure,
 )
+from runner.utils.train.protocols import BatchStream, EngineGroup
 from runner.utils.utils import add_note, derive_seed, describe, is_signal
 
 
-class EngineGroup(Protocol):
-    """What is trained: one engine or several."""
-
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def is_updating(self) -> bool: ...
-    @property
-    def can_shadow(self) -> bool: ...
-    def seed(self, seed: int, shared: tuple[int, ...], /) -> None: ...
-    def micro_step(self, batch: Any, weight: float, /) -> None: ...
-    def step(self, hear: Callable[[], Mapping[str, str]], /) -> Mapping[str, str]: ...
-    def shadow_step(self) -> None: ...
-    def discard(self) -> None: ...
-    def is_stopped_by(self, faults: Mapping[str, str], /) -> bool: ...
-    def find_late_faults(self, is_alone: bool = False) -> Mapping[str, str]: ...
-    def take_metrics(self) -> dict[str, float]: ...
-
-
-class BatchStream(Protocol):
-    """An endless iterator of batches that knows how many samples it has given, and goes back to a position."""
-
-    weight: float
-
-    @property
-    def num_samples_total(self) -> int: ...
-    def __next__(self) -> Any: ...
-    def position(self) -> Any: ...
-    def seek(self, position: Any, /) -> None: ...
-
-
 class StepRunner:
-    """Makes steps, one at a time, and counts those left out.
+    """Runs steps, one at a time, and counts the skipped ones.
 
     Args:
-        hear: called with what ranks have said of anything but a step.
-        warn: called with what a person should know of a step that was left out.
+        accumulate: micro-steps per step.
+        seed: seed of the run, from which each micro-step's seed is derived.
+        policy: the reaction to failed steps.
+        on_message: called with each message of a rank that is not about a step.
+        warn: called with a message about a skipped step.
+    Attributes:
+        num_skipped: the number of steps skipped so far.
+        stop_reason: set when too many steps were skipped: the loop must end at the next boundary.
+        is_complete: the engines' state is that between two steps, so it can be saved.
     """
 
     def __init__(
@@ -77,30 +49,37 @@ class StepRunner:
         accumulate: int,
         seed: int,
         policy: FailurePolicy,
-        hear: Callable[[Message], None],
+        on_message: Callable[[Message], None],
         warn: Callable[[str], None],
     ) -> None:
-        self._engines, self._batches, self.coordinator = engines, batches, coordinator
-        self._accumulate, self._seeds, self._policy = accumulate, (seed, distributed.rank()), policy
-        self._hear_other, self._warn = hear, warn
-        self._weighted: dict[str, set[int]] = {}  # ranks on which an engine's losses have a weight
+        self.coordinator = coordinator
         self.num_skipped = 0
-        self.too_many: str | None = None  # why the loop is to end at the next boundary
-        self.is_whole = True  # what is trained stands between two steps
+        self.stop_reason: str | None = None
+        self.is_complete = True
+        self._engines = engines
+        self._batches = batches
+        self._accumulate = accumulate
+        self._seed = seed
+        self._rank = distributed.rank()
+        self._policy = policy
+        self._on_message = on_message
+        self._warn = warn
+        self._weighted_ranks: dict[str, set[int]] = {}  # by engine: the ranks on which its losses have a weight
 
     def run(self, step: int, is_stopping: Callable[[], bool]) -> None:
-        """Makes the step after `step` steps.
+        """Runs the step that follows `step` completed steps, or skips it.
 
         Raises:
-            Halt: it can't be made, and is not to be left out; or some of it was done.
-            LostError: another rank is gone.
+            TrainingStopped: the step failed and must not be skipped, or it failed during its update.
+            StepAborted: the step failed while the loop was stopping.
+            RankLostError: another rank is gone.
         """
         position, first_sample = self._batches.position(), self._batches.num_samples_total
-        seed, rank = self._seeds
         try:
             for micro_step in range(self._accumulate):
                 batch = next(self._batches)
-                self._engines.seed(derive_seed(seed, step, micro_step, rank), (seed, step, micro_step))
+                own_seed = derive_seed(self._seed, step, micro_step, self._rank)
+                self._engines.seed(own_seed, (self._seed, step, micro_step))
                 self._engines.micro_step(batch, self._batches.weight)
             faults = self._engines.step(self._poll_messages)
         except BaseException as error:
@@ -108,28 +87,28 @@ class StepRunner:
                 raise
             faults = self._recover(error, step, position, is_stopping)
         if faults:
-            self._leave_out(faults, step, position, first_sample)
+            self._skip_step(faults, step, position, first_sample)
 
     def _poll_messages(self) -> dict[str, str]:
-        """Returns the faults that ranks have found in their share of the step.
+        """Returns the faults (non-finite values) that ranks have found in the step, by engine.
 
         Raises:
-            Elsewhere: one of them can't make it.
+            RemoteFailure: a rank has failed in the step.
         """
-        words = self.coordinator.poll()
+        messages = self.coordinator.poll()
         faults: dict[str, str] = {}
-        for word in words:
-            if word.topic == "fault":
-                name, fault = word.content
-                faults.setdefault(name, f"on rank {word.rank} {fault}")
-            elif word.topic == "weighted":
-                self._weighted.setdefault(word.content, set()).add(word.rank)
-            elif word.topic != "error":
-                self._hear_other(word)
-        for word in words:
-            if word.topic == "error":
-                raise RemoteFailure(word.rank, *word.content)
-        for name, ranks in self._weighted.items():
+        for message in messages:
+            if message.topic == "fault":
+                name, fault = message.content
+                faults.setdefault(name, f"on rank {message.rank} {fault}")
+            elif message.topic == "weighted":
+                self._weighted_ranks.setdefault(message.content, set()).add(message.rank)
+            elif message.topic != "error":
+                self._on_message(message)
+        for message in messages:  # after all others are handled
+            if message.topic == "error":
+                raise RemoteFailure(message.rank, *message.content)
+        for name, ranks in self._weighted_ranks.items():
             if len(ranks) < distributed.world_size():
                 found = f"{name}: the forward returned a weight on some ranks and not on others"
                 raise TrainingStopped(f"{found}; return it on all or on none: the losses would not count alike")
@@ -138,102 +117,107 @@ class StepRunner:
     def _recover(
         self, error: BaseException, step: int, position: Any, is_stopping: Callable[[], bool]
     ) -> dict[str, str]:
-        """Discards the step; returns why it is left out.
+        """Discards a failed step and returns the reason to skip it.
 
         Raises:
-            BaseException: the error itself, where it is a mistake in the program of this rank.
+            TrainingStopped, StepAborted, RankLostError: the step must not be skipped.
+            BaseException: the error itself if it is a bug on this rank.
         """
-        device = self._engines.device
-        reason, is_oom = describe_failure(error, f"in step {step + 1}", device), is_out_of_memory(error)
+        reason = describe_failure(error, f"in step {step + 1}", self._engines.device)
+        is_oom = is_out_of_memory(error)
         if not isinstance(error, RemoteFailure) and self._engines.is_updating:
-            raise self._leave_update(error, reason)
-        if isinstance(error, TrainingStopped) and not error.is_complete:  # by which another error may be told
-            self.is_whole = False
-        shared: RemoteFailure | None = None
+            raise self._abort_update(error, reason)
+        if isinstance(error, TrainingStopped) and not error.is_complete:
+            self.is_complete = False
+        failure: RemoteFailure | None = None
         if distributed.is_distributed():
             try:
-                shared = self.share(error, reason, is_oom)
+                failure = self.share_failure(error, reason, is_oom)
             except BaseException:
-                if self.coordinator.is_alone and not self.coordinator.is_spread:
-                    with contextlib.suppress(Exception):  # `is_whole` tells it
+                if self.coordinator.is_disconnected and not self.coordinator.is_sharded:
+                    with contextlib.suppress(Exception):  # then `is_complete` is False
                         self._discard(position)
                 raise
-            reason, is_oom = shared.describe(), shared.is_oom
+            reason, is_oom = failure.describe(), failure.is_oom
         self._discard(position)
-        if shared is not None and not shared.is_expected and shared.rank != distributed.rank():
-            raise TrainingStopped(shared.describe())
-        if reason is None or (shared is not None and not shared.is_expected):
+        if failure is not None and not failure.is_expected and failure.rank != distributed.rank():
+            raise TrainingStopped(failure.describe())
+        if reason is None or (failure is not None and not failure.is_expected):
             raise error
-        if is_stopping():  # the signal that asked for it may have ended a worker too
+        if is_stopping():
+            # The signal that stops the loop may have ended a loader worker too: no failure of its own.
             raise StepAborted(reason) from error
-        if shared is not None and shared.is_early:
-            raise SetupError(reason, is_whole=False) from error
+        if failure is not None and failure.is_early:
+            raise SetupError(reason, is_complete=False) from error
         if self._policy.on_oom == "stop" or not is_oom:
             raise TrainingStopped(reason) from error
         try:
-            for _ in range(self._accumulate):
+            for _ in range(self._accumulate):  # skip the step's batches
                 next(self._batches)
         except BaseException:
             self._batches.seek(position)
             raise
         return {"": reason}
 
-    def _leave_update(self, error: BaseException, reason: str | None) -> BaseException:
-        """Returns what an error in the midst of an update is to be raised as: the state is no step's."""
-        self.is_whole = False
+    def _abort_update(self, error: BaseException, reason: str | None) -> BaseException:
+        """Returns the error to raise for a failure during an update, whose state belongs to no step."""
+        self.is_complete = False
         remedy = "Its update was under way: go on from the last checkpoint"
         if reason is None:
             add_note(error, remedy)
         message = describe(error) if reason is None else f"{reason}. {remedy}"
         if distributed.is_distributed():
-            left = self.coordinator.abort(message, is_told=reason is not None)
-            left.__cause__ = error
-            return left
+            abort = self.coordinator.abort(message, is_expected=reason is not None)
+            abort.__cause__ = error
+            return abort
         if reason is None:
             return error
-        halt = TrainingStopped(message, is_whole=False)
-        halt.__cause__ = error
-        return halt
+        stopped = TrainingStopped(message, is_complete=False)
+        stopped.__cause__ = error
+        return stopped
 
-    def share(self, error: BaseException, reason: str | None = None, is_oom: bool = False) -> RemoteFailure:
-        """Tells the other ranks, in their next exchange, of what this one can't do; returns what all know then.
+    def share_failure(self, error: BaseException, reason: str | None = None, is_oom: bool = False) -> RemoteFailure:
+        """Shares this rank's failure with all ranks in their next exchange; returns the failure that all ranks see.
+
+        If several ranks fail in a step, all see the failure of the same one.
 
         Raises:
-            LostError, Halt: they are not there any more, or can't be told but by this rank's leaving.
+            RankLostError, TrainingStopped: the others are gone, or this rank must abort to notify them.
         """
         if isinstance(error, RemoteFailure):
             return error
         if isinstance(error, (RankError, RankLostError)):
             raise error
-        left = self.coordinator.abort_reason(error)
-        if left is not None:
-            raise TrainingStopped(left, is_whole=False) from error
+        abort_reason = self.coordinator.abort_reason(error)
+        if abort_reason is not None:
+            raise TrainingStopped(abort_reason, is_complete=False) from error
         message = reason or (str(error) if isinstance(error, TrainingStopped) else describe(error))
-        is_told, is_early = reason is not None or isinstance(error, TrainingStopped), isinstance(error, SetupError)
-        # Heard a step later, it would come after the update of a step that lacks this rank's share.
-        if not self._engines.can_shadow or self.coordinator.is_late:
-            if self.coordinator.fails_everywhere():
-                return RemoteFailure(distributed.rank(), message, is_told, False, is_early)  # no further step is made
-            raise self.coordinator.abort(message, is_told) from error
-        self.coordinator.post("error", (message, is_told, is_oom, is_early))
+        is_expected = reason is not None or isinstance(error, TrainingStopped)
+        is_early = isinstance(error, SetupError)
+        # A delayed flag would arrive after the update of a step that lacks this rank's gradients.
+        if not self._engines.can_shadow or self.coordinator.delays_flags:
+            if self.coordinator.all_ranks_fail():
+                return RemoteFailure(self._rank, message, is_expected, is_oom=False, is_early=is_early)  # never skipped
+            raise self.coordinator.abort(message, is_expected) from error
+        self.coordinator.post("error", (message, is_expected, is_oom, is_early))
         self._engines.shadow_step()
         try:
             self._poll_messages()
-        except RemoteFailure as elsewhere:
-            return elsewhere
-        raise AssertionError("a word was said and not heard")
+        except RemoteFailure as failure:
+            return failure
+        raise AssertionError("an error was posted and not received")
 
     def _discard(self, position: Any) -> None:
         try:
             self._engines.discard()
         except Exception as error:  # such as an accelerator that has failed for good
-            self.is_whole = False
+            self.is_complete = False
             add_note(error, "The step can't be discarded, and nothing is saved: go on from the last checkpoint")
             raise
         self._batches.seek(position)
 
-    def _leave_out(self, faults: Mapping[str, str], step: int, position: Any, first_sample: int) -> None:
-        """Ends the loop with a step that is not to be left out, or counts it."""
+    def _skip_step(self, faults: Mapping[str, str], step: int, position: Any, first_sample: int) -> None:
+        """Counts a faulty step as skipped, or discards it and raises if an engine must stop at its fault."""
         samples = f"samples {first_sample} to {self._batches.num_samples_total - 1} of the stream"
         message = f"Step {step + 1} ({samples}) went wrong. {describe_faults(faults)}"
         if self._engines.is_stopped_by(faults):
@@ -243,9 +227,9 @@ class StepRunner:
         most = self._policy.max_skips
         self._warn(f"{message}. It is left out, as number {self.num_skipped} of at most {most}")
         if self.num_skipped > most:
-            self.too_many = f"More steps went wrong than the {most} that may be left out"
+            self.stop_reason = f"More steps went wrong than the {most} that may be left out"
 
 
 def describe_faults(faults: Mapping[str, str]) -> str:
-    """Returns what went wrong, by engine, as one text."""
+    """Returns faults by engine as one text."""
     return "; ".join(f"{name}: {fault}" if name else fault for name, fault in faults.items())

@@ -1,4 +1,4 @@
-"""What the clock says of steps: since the last look, and since the loop began. Imports the standard library alone."""
+"""Throughput: seconds per step, samples and tokens per second."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import time
 
 
 class Throughput:
-    """Times steps; what is done between them, told by `pause`, does not count in `look`."""
+    """Measures the time of steps; time reported to `pause` does not count in `measure`."""
 
     def __init__(self) -> None:
         self.begin(0, 0, 0)
 
     def begin(self, step: int, samples: int, tokens: int) -> None:
-        """The loop begins, so many steps, samples and tokens being done."""
-        self._started, self._first_step = time.perf_counter(), step
+        """Starts the clock, with the totals of a resumed run."""
+        self._started = time.perf_counter()
+        self._first_step = step
         self._restart(self._started, step, samples, tokens)
 
     def _restart(self, now: float, step: int, samples: int, tokens: int) -> None:
@@ -21,24 +22,24 @@ class Throughput:
         self._paused_s = 0.0
 
     def pause(self, seconds: float) -> None:
-        """So much time went into something else than training."""
+        """Excludes seconds that were not spent on training."""
         self._paused_s += seconds
 
     def measure(self, step: int, samples: int, tokens: int) -> dict[str, float]:
-        """Returns seconds a step, samples and tokens a second since the last look."""
+        """Returns seconds per step, samples and tokens per second since the last call."""
         now = time.perf_counter()
-        then, first_step, first_samples, first_tokens = self._last
-        seconds = max(now - then - self._paused_s, 1e-9)
-        found = {
-            "step_time_s": seconds / max(step - first_step, 1),
-            "samples_per_s": (samples - first_samples) / seconds,
+        last_time, last_step, last_samples, last_tokens = self._last
+        seconds = max(now - last_time - self._paused_s, 1e-9)
+        rates = {
+            "step_time_s": seconds / max(step - last_step, 1),
+            "samples_per_s": (samples - last_samples) / seconds,
         }
         if tokens:
-            found["tokens_per_s"] = (tokens - first_tokens) / seconds
+            rates["tokens_per_s"] = (tokens - last_tokens) / seconds
         self._restart(now, step, samples, tokens)
-        return found
+        return rates
 
     def overall(self, step: int) -> tuple[float, float]:
-        """Returns seconds since the loop began, and seconds a step since then."""
+        """Returns the seconds since `begin`, and the seconds per step since then."""
         elapsed_s = time.perf_counter() - self._started
         return elapsed_s, elapsed_s / max(step - self._first_step, 1)

@@ -1,7 +1,7 @@
-"""Ends a recomputation early where that is safe. Imports torch and siblings only.
+"""Ends a recomputation early where that is safe.
 
-Torch's checkpoint ends it when the last tensor is handed to autograd to keep. An operation may do that before its
-kernel fills the tensor, as `rrelu` does with its noise: the gradients would be made of memory that was never written.
+Torch's checkpoint ends a recomputation when the last tensor is passed to autograd's pack hook. An operation may pass a
+tensor before its kernel fills it, as `rrelu` does with its noise: backward would then read uninitialized memory.
 """
 
 from __future__ import annotations
@@ -13,43 +13,51 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
-from runner.utils.distributed.memory import place_of
+from runner.utils.distributed.memory import memory_range
 from runner.utils.unsloth.flat_call import FlatCall
 
 _autograd: Any = torch._C._autograd
-_find_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
-_push_hooks: Any = getattr(
-    _autograd, "_push_saved_tensors_default_hooks", None
-)  # `saved_tensors_hooks` takes 2 us more
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+# 2 us faster than `saved_tensors_hooks`.
+_push_hooks: Any = getattr(_autograd, "_push_saved_tensors_default_hooks", None)
 _pop_hooks: Any = getattr(_autograd, "_pop_saved_tensors_default_hooks", None)
 _sequence_number: Any = getattr(_autograd, "_get_sequence_nr", None)
 _Stop: Any = getattr(checkpoint, "_StopRecomputationError", None)
-# Else a recomputation must not end early.
-IS_KNOWN = None not in (_find_hooks, _push_hooks, _pop_hooks, _sequence_number, _Stop)
+# False in a release of torch without these private names; a recomputation must then not end early.
+IS_KNOWN = None not in (_top_hooks, _push_hooks, _pop_hooks, _sequence_number, _Stop)
+
+
+def current_hooks() -> tuple[Any, Any] | None:
+    """Returns the innermost pack and unpack hooks of saved tensors.
+
+    None if there are none or torch hides them.
+    """
+    hooks = _top_hooks(False) if _top_hooks is not None else None
+    return None if hooks is None else hooks[:2]
 
 
 def stop_safely(call: FlatCall) -> Callable[[], object] | None:
-    """Passes checkpoint's early stop of a recomputation on only if all kept tensors are filled by then.
+    """Delays checkpoint's early stop until every saved tensor is filled.
 
-    An operation fills no tensor that autograd tracks, nor a parameter, without telling autograd; one that fills an
-    input was refused in the forward. Any other tensor is filled for certain once a later operation begins, which has
-    another sequence number.
+    Tensors that autograd tracks, and parameters, are filled when they are saved. An operation that fills an input in
+    place was refused in the forward. Any other tensor may be filled by the same operation after it was saved: it is
+    certainly filled once a later operation begins, which has another sequence number.
 
     Args:
-        call: that is recomputed; it begins after this.
+        call: the call that is recomputed; it begins after this function returns.
     Returns:
-        What ends it; None where there is nothing to end.
+        A function that removes the hooks; None if no hooks were added.
     """
-    hooks = _find_hooks(False) if IS_KNOWN else None
+    hooks = current_hooks() if IS_KNOWN else None
     if hooks is None:
         return None
-    pack, unpack = hooks[:2]
-    unproven = -1  # the sequence number of the last operation that kept a tensor which it may yet fill
+    pack, unpack = hooks
+    unproven = -1  # sequence number of the last operation that saved a tensor which it may fill later
     is_complete = False
 
-    def keep(tensor: Tensor) -> Any:
+    def save(tensor: Tensor) -> Any:
         nonlocal unproven, is_complete
-        if is_complete:  # what autograd is to keep of the rest of the forward is not asked for
+        if is_complete:  # the rest of the forward is not needed
             return tensor
         if not tensor.requires_grad and not _is_input(tensor, call.tensors) and not _is_parameter(tensor):
             unproven = _sequence_number()
@@ -61,16 +69,15 @@ def stop_safely(call: FlatCall) -> Callable[[], object] | None:
             is_complete = True
             return tensor
 
-    _push_hooks(keep, unpack)
+    _push_hooks(save, unpack)
     return _pop_hooks
 
 
 def _is_input(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
-    for each in inputs:
-        if tensor is each:
-            return True
-    found = place_of(tensor)  # of a view too
-    return found is not None and any(found[0] == (place_of(each) or (None,))[0] for each in inputs)
+    if any(tensor is other for other in inputs):
+        return True
+    found = memory_range(tensor)  # a view has the address of its base
+    return found is not None and any(found[0] == (memory_range(other) or (None,))[0] for other in inputs)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""A call of any function, with whatever arguments, as a function of its tensors alone. Imports torch, one sibling."""
+"""Represents a call with any arguments as a function of its tensors alone.
+
+Torch's checkpoint needs such a function.
+"""
 
 from __future__ import annotations
 
@@ -15,44 +18,45 @@ _LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype)
 
 
 class FlatCall:
-    """One call of a function: `tensors` are what it was given, in nests and keywords too, until it has run.
+    """One call of a function, as a callable of the tensors among its arguments.
 
-    A tensor that was given several times is one of them, for a function may ask whether two of its arguments are the
-    same.
+    `tensors` lists the tensors, also those in nests and keywords, until the call has run. A tensor that occurs several
+    times is listed once, since a function may test whether two of its arguments are the same.
 
-    Called with as many tensors it runs, the first time with the very arguments that were given, so that what the
-    function puts into a list of its caller's is there; later with copies of these nests. An error of the first time is
-    kept, not raised: what runs it is left whole.
+    The first call with these tensors uses the original arguments, so that the function can append to a list of its
+    caller. Later calls (recomputations) use copies of the nests. An error of the first call is stored in `error`
+    instead of raised, because torch's checkpoint does not clean up after an error.
     """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._function = function
-        self._given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (args, kwargs)
+        self._arguments: tuple[tuple[Any, ...], Mapping[str, Any]] | None = (args, kwargs)
         self.error: BaseException | None = None
         leaves = [*args, *kwargs.values()]
-        names: list[str] | None = list(kwargs)
-        places = _places(leaves)
-        if len(places) < len(leaves) and not all(isinstance(leaf, _LEAVES) for leaf in leaves):
+        keywords: list[str] | None = list(kwargs)
+        indices = _tensor_indices(leaves)
+        if len(indices) < len(leaves) and not all(isinstance(leaf, _LEAVES) for leaf in leaves):
             leaves, self._spec = tree_flatten((args, kwargs))
-            places, names = _places(leaves), None
-        tensors = [leaves[place] for place in places]
-        for place in places:
-            leaves[place] = None  # it is for others to keep them
-        self._repeats: Sequence[tuple[int, int]] = ()  # places, and those of the same tensors before
+            indices, keywords = _tensor_indices(leaves), None
+        tensors = [leaves[index] for index in indices]
+        for index in indices:
+            leaves[index] = None  # checkpoint decides which tensors are kept
+        self._duplicates: Sequence[tuple[int, int]] = ()  # index of a repeated tensor, and of its first occurrence
         if len(tensors) > 1 and len(set(map(id, tensors))) < len(tensors):
-            tensors, places = self._take_repeats(tensors, places)
+            tensors, indices = self._remove_duplicates(tensors, indices)
         self.tensors: Sequence[Tensor] = tensors
-        self._leaves, self._places = leaves, places
-        self._names = names  # of the last leaves, where these are no nests
+        self._leaves, self._indices = leaves, indices
+        self._keywords = keywords  # of the last leaves; None if the arguments were flattened
 
     @property
     def generators(self) -> list[Generator]:
         """The random generators among the arguments."""
-        return [] if self._names is not None else find_generators(self._leaves)
+        return [] if self._keywords is not None else find_generators(self._leaves)
 
     def __call__(self, *tensors: Tensor) -> Any:
-        if self._given is not None:
-            (args, kwargs), self._given, self.tensors = self._given, None, ()
+        if self._arguments is not None:
+            args, kwargs = self._arguments
+            self._arguments, self.tensors = None, ()
             try:
                 return self._function(*args, **kwargs)
             except BaseException as error:
@@ -60,32 +64,36 @@ class FlatCall:
                 return None
         self.tensors = tensors
         try:
-            return self._run_again(tensors)
+            return self._recompute(tensors)
         finally:
             self.tensors = ()
 
-    def _take_repeats(self, tensors: list[Tensor], places: list[int]) -> tuple[list[Tensor], list[int]]:
-        """Returns each tensor and its first place once; notes its other places."""
-        first: dict[int, int] = {}
-        for tensor, place in zip(tensors, places, strict=True):
-            first.setdefault(id(tensor), place)
-        named = list(zip(tensors, places, strict=True))
-        self._repeats = [(place, first[id(tensor)]) for tensor, place in named if first[id(tensor)] != place]
-        kept = [(tensor, place) for tensor, place in named if first[id(tensor)] == place]
-        return [tensor for tensor, _ in kept], [place for _, place in kept]
+    def _remove_duplicates(self, tensors: list[Tensor], indices: list[int]) -> tuple[list[Tensor], list[int]]:
+        """Returns each tensor once, with its first index.
 
-    def _run_again(self, tensors: Sequence[Tensor]) -> Any:
+        Stores the other indices in `_duplicates`.
+        """
+        first_index: dict[int, int] = {}
+        for tensor, index in zip(tensors, indices, strict=True):
+            first_index.setdefault(id(tensor), index)
+        by_index = dict(zip(indices, tensors, strict=True))
+        firsts = {index: first_index[id(tensor)] for index, tensor in by_index.items()}
+        self._duplicates = [(index, first) for index, first in firsts.items() if index != first]
+        unique = [index for index, first in firsts.items() if index == first]
+        return [by_index[index] for index in unique], unique
+
+    def _recompute(self, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)
-        for index, tensor in zip(self._places, tensors, strict=False):
+        for index, tensor in zip(self._indices, tensors, strict=False):
             leaves[index] = tensor
-        for index, source in self._repeats:
-            leaves[index] = leaves[source]
-        if self._names is None:
+        for index, first in self._duplicates:
+            leaves[index] = leaves[first]
+        if self._keywords is None:
             args, kwargs = tree_unflatten(leaves, self._spec)
             return self._function(*args, **kwargs)
-        num_args = len(leaves) - len(self._names)
-        return self._function(*leaves[:num_args], **dict(zip(self._names, leaves[num_args:], strict=True)))
+        num_args = len(leaves) - len(self._keywords)
+        return self._function(*leaves[:num_args], **dict(zip(self._keywords, leaves[num_args:], strict=True)))
 
 
-def _places(leaves: Sequence[Any]) -> list[int]:
-    return [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+def _tensor_indices(leaves: Sequence[Any]) -> list[int]:
+    return [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

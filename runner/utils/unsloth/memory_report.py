@@ -1,6 +1,6 @@
-"""What the memory of a step is made of: what lies there anyway, what blocks keep, and what the rest of a forward does.
+"""Reports the memory of a training step by purpose.
 
-Imports torch and siblings only.
+Purposes are parameters, gradients, optimizer, block inputs and the rest.
 """
 
 from __future__ import annotations
@@ -13,32 +13,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from runner.utils.distributed.memory import mib, place_of
-from runner.utils.unsloth import UnslothReport
+from runner.utils.distributed.memory import format_mib, memory_range
+from runner.utils.unsloth.blocks import UnslothReport
 
 
 class MemoryReport:
-    """The bytes of one step by what they are for, on this process.
+    """Measures the bytes of one training step on this rank, by purpose.
+
+    Use `forward` as a context around the first forward, call `gradients` after its backward and `optimizer` after the
+    update, then `describe`.
 
     Args:
-        recomputed: the blocks that are recomputed, which keep their inputs alone.
+        recomputed: the blocks that are recomputed in backward, which keep only their inputs.
     """
 
     def __init__(self, module: nn.Module, recomputed: UnslothReport) -> None:
         self._module, self._recomputed = module, recomputed
-        self._kept: dict[int, tuple[int, str]] = {}
+        self._saved: dict[int, tuple[int, str]] = {}  # bytes, and shape with dtype, by memory address
         self._gradient_bytes = self._optimizer_bytes = 0
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Looks at what autograd is given to keep in a forward, beside the insides of the blocks."""
+        """Returns a context that records tensors saved outside of recomputed blocks."""
 
         def pack(tensor: Tensor) -> Tensor:
-            found = place_of(tensor)
+            found = memory_range(tensor)
             if found is not None and not (tensor.is_leaf and tensor.requires_grad):
                 shape = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                self._kept.setdefault(found[0], (found[1], shape))
-            return tensor.detach()  # an output that held itself would never be freed
+                self._saved.setdefault(found[0], (found[1], shape))
+            return tensor.detach()  # avoids a reference cycle of an output with its own graph
 
         try:
             with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -47,31 +50,31 @@ class MemoryReport:
             self._recomputed.stop_counting()
 
     def gradients(self) -> None:
-        """Looks at the gradients, once they are all there."""
+        """Records the bytes of the gradients; call it after the last backward of the step."""
         self._gradient_bytes = _bytes(p.grad for p in self._module.parameters() if p.grad is not None)
 
     def optimizer(self, optimizer: Any) -> None:
-        """Looks at an optimizer's state, after its first step."""
+        """Records the bytes of an optimizer's state; call it after the first update."""
         parts = getattr(optimizer, "optimizers", [optimizer])
-        self._optimizer_bytes = _bytes(
-            each for part in parts for state in part.state.values() for each in state.values()
-        )
+        states = [state for part in parts for state in part.state.values()]
+        self._optimizer_bytes = _bytes(value for state in states for value in state.values())
 
     def describe(self) -> str:
-        """Returns one line, and a second where the loss, and no block, sets the peak."""
-        inputs = set[int]().union(*(block.input_places for block in self._recomputed.blocks.values()))
-        rest = [found for place, found in self._kept.items() if place not in inputs]
-        rest_bytes, (largest_bytes, largest) = sum(num_bytes for num_bytes, _ in rest), max(rest, default=(0, "none"))
+        """Returns one line, and a second if the loss uses more memory than the blocks."""
         blocks = self._recomputed.blocks.values()
-        in_a_block = max((block.spared_bytes // max(block.calls, 1) for block in blocks), default=0)
+        input_addresses = set[int]().union(*(block.input_addresses for block in blocks))
+        rest = [saved for address, saved in self._saved.items() if address not in input_addresses]
+        rest_bytes = sum(num_bytes for num_bytes, _ in rest)
+        largest_bytes, largest = max(rest, default=(0, "none"))
+        block_bytes = max((block.spared_bytes // max(block.calls, 1) for block in blocks), default=0)
         parts = {
             "parameters": _bytes(self._module.parameters()), "gradients": self._gradient_bytes,
             "optimizer": self._optimizer_bytes, "block inputs": self._recomputed.input_bytes,
-            "the block that is recomputed": in_a_block,
+            "the block that is recomputed": block_bytes,
         }  # fmt: skip
-        listed = ", ".join(f"{name} {mib(num_bytes)}" for name, num_bytes in parts.items())
-        line = f"Memory of a step: {listed}, the rest and the loss {mib(rest_bytes)} (largest: {largest})"
-        if rest_bytes + largest_bytes <= in_a_block + self._recomputed.input_bytes:
+        listed = ", ".join(f"{name} {format_mib(num_bytes)}" for name, num_bytes in parts.items())
+        line = f"Memory of a step: {listed}, the rest and the loss {format_mib(rest_bytes)} (largest: {largest})"
+        if rest_bytes + largest_bytes <= block_bytes + self._recomputed.input_bytes:
             return line
         return (
             f"{line}\nThe loss sets the peak, and no block does: what it keeps, with the gradient of the largest, is "
@@ -79,7 +82,40 @@ class MemoryReport:
         )
 
 
+class StepReport:
+    """Observes recomputed blocks in the first step of training: their calls, and the memory of the step."""
+
+    def __init__(self, module: nn.Module, blocks: UnslothReport) -> None:
+        self.blocks = blocks
+        self._memory = MemoryReport(module, blocks)
+
+    def forward(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context of the first forward; calls are counted from here on, without an evaluation's."""
+        self.blocks.forget_calls()
+        return self._memory.forward()
+
+    def check(self, is_last: bool) -> list[str]:
+        """Checks that every block was called; returns those that still may be.
+
+        Raises:
+            ValueError: naming the blocks that were not called.
+        """
+        return self.blocks.check(is_last)
+
+    def gradients(self) -> None:
+        """Measures the gradients."""
+        self._memory.gradients()
+
+    def describe(self, optimizer: Any) -> str:
+        """Returns the blocks' table and the memory of the step, after the optimizer's first step."""
+        self._memory.optimizer(optimizer)
+        return f"{self.blocks.describe()}\n{self._memory.describe()}"
+
+
 def _bytes(tensors: Iterable[Any]) -> int:
-    """Returns the bytes that this process holds of tensors; other values count for nothing."""
-    own = [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
-    return sum(each.nbytes for each in own if isinstance(each, torch.Tensor))
+    """Returns the bytes of tensors, of a DTensor those of this rank.
+
+    Other values are ignored.
+    """
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return sum(tensor.nbytes for tensor in local if isinstance(tensor, torch.Tensor))

@@ -1,10 +1,8 @@
-"""Tensors that autograd keeps, moved off a device until they are needed again.
+"""Offloads saved tensors to pinned host memory, and prefetches them for backward.
 
-An `Offloader` decides what is moved, when it is brought back, and how long each copy of it must live. How a device does
-it, it knows by the Protocol `Transport`. Imports torch only.
-
-Two rules keep it right (they were broken elsewhere: https://github.com/pytorch/torchtune/pull/1867): a source is held
-until its copy has ended, whoever else lets go of it; and what is brought back is waited for before it is used.
+Two rules prevent wrong gradients (both were broken in https://github.com/pytorch/torchtune/pull/1867). A source on the
+device is kept until its copy is done, even if nobody else references it. A tensor that was copied back is used only
+after the copy is done.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,91 +21,150 @@ from runner.utils.unsloth.pinned_memory import PinnedBuffer, PinnedBufferPool
 from runner.utils.unsloth.streams import Transport
 
 
-class Handle:
-    """A tensor on the device, on the host, or both. Autograd holds it; with it go its copies."""
+class _Prefetched(NamedTuple):
+    """A tensor on the device whose copy from the host is queued.
+
+    Attributes:
+        arrived: event of the end of the copy.
+        stream: the compute stream that owns the tensor's memory.
+    """
+
+    tensor: Tensor
+    arrived: Any
+    stream: Any
+
+
+class OffloadedTensor:
+    """A saved tensor on the device, on the host, or on both.
+
+    Autograd holds this object instead of the tensor.
+
+    Attributes:
+        source: the tensor itself, until its copy to the host is done.
+        source_ref: weak reference to the tensor, to find changes in place.
+        ready: event after which the source has its values.
+        buffer: pinned memory of the copy on the host; None if the tensor was not offloaded.
+        prefetched: set if the tensor was copied back and `unpack` has not returned it yet.
+        restored: weak reference to the tensor that `unpack` returned, the event of its arrival, and its stream.
+        was_unpacked: backward has used this tensor already; it is not prefetched again.
+        previous: the tensor packed before this one, which backward needs next.
+    """
 
     def __init__(self, source: Tensor, transport: Transport, timer: TransferTimer | None) -> None:
         self._transport = transport
         self.source: Tensor | None = source
-        self.origin = weakref.ref(source)
+        self.source_ref = weakref.ref(source)
         self.version = source._version
         self.shape, self.stride, self.dtype, self.num_bytes = source.shape, source.stride(), source.dtype, source.nbytes
-        self.ready, self.timer = transport.mark(), timer
+        self.ready = transport.record_event()
+        self.stream = transport.current_stream()
+        self.timer = timer
         self.buffer: PinnedBuffer | None = None
         self.is_changed = False
-        self.stream = transport.current()
-        self.is_used = False
-        self.coming: tuple[Tensor, Any, Any] | None = None  # brought ahead of need, not asked for yet; its stream
-        self.brought: tuple[weakref.ref[Tensor], Any, Any] | None = None  # and the event of its arrival; its stream
-        self.before: weakref.ref[Handle] | None = None
+        self.was_unpacked = False
+        self.prefetched: _Prefetched | None = None
+        self.restored: tuple[weakref.ref[Tensor], Any, Any] | None = None
+        self.previous: weakref.ref[OffloadedTensor] | None = None
 
     def release_source(self) -> None:
-        """Gives the device's memory back: the copy on the host is whole."""
+        """Drops the source on the device; call it when the copy on the host is complete."""
         if self.source is not None:
             self.is_changed |= self.source._version != self.version
             self.source = None
 
     def __del__(self) -> None:
-        if getattr(self, "coming", None) is not None:  # nobody asked for it: its memory is computing's again
-            self._transport.wait(*self.coming[1:])  # type: ignore[index]
+        # A prefetched tensor that was never used: computation may reuse its memory only after the copy into it.
+        prefetched: _Prefetched | None = getattr(self, "prefetched", None)
+        if prefetched is not None:
+            self._transport.wait_event(prefetched.arrived, prefetched.stream)
 
 
 class TransferTimer:
-    """What one block's inputs took to move, and, where that is to be found out, whether it hides behind the block."""
+    """Times the copies of a block's inputs, to decide whether offloading pays.
 
-    _ENOUGH, _MOST = 3, 10  # calls
+    Copies to the host run beside the block's forward. If they take longer than that, they delay the device.
+
+    Args:
+        is_auto: measures the first calls and then decides; otherwise inputs are always offloaded.
+
+    Attributes:
+        stalls: number of inputs that backward needed before their prefetch had begun.
+    """
+
+    _MIN_CALLS, _MAX_CALLS = 3, 10
 
     def __init__(self, transport: Transport, is_auto: bool) -> None:
         self._transport, self.is_measuring = transport, is_auto
         self.is_worth_it = True
-        self.moved_bytes = self.stalls = 0  # stalls: inputs that backward asked for before they were on their way
-        self._calls: list[tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]] = []  # spans of forward and of copies
+        self.moved_bytes = self.stalls = 0
+        # Of each call: the spans (begin and end event) of its forward, and those of its copies.
+        self._calls: list[tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]] = []
 
-    def begin(self) -> Any:
-        """Returns what `end` is to be given after a forward of the block; its inputs are on their way already."""
+    def start(self) -> Any:
+        """Begins a forward of the block; returns an event for `stop`.
+
+        Copies of its inputs are queued later.
+        """
         if not self.is_measuring:
             return None
         self._decide()
         self._calls.append(([], []))
-        return self._transport.mark()
+        return self._transport.record_event()
 
-    def end(self, begun: Any) -> None:
-        """Takes the time of a forward."""
-        if begun is not None and self._calls:
-            self._calls[-1][0].append((begun, self._transport.mark()))
+    def stop(self, started: Any) -> None:
+        """Ends a forward of the block."""
+        if started is not None and self._calls:
+            self._calls[-1][0].append((started, self._transport.record_event()))
 
-    def moved(self, num_bytes: int, begin: Any, end: Any) -> None:
+    def add_copy(self, num_bytes: int, begin: Any, end: Any) -> None:
         """Counts a copy to the host, between two events."""
         self.moved_bytes += num_bytes
         if self._calls:
             self._calls[-1][1].append((begin, end))
 
     def _decide(self) -> None:
-        """Leaves the inputs alone from now on, where copying takes longer than the forward that it hides behind."""
-        ended = [call for call in self._calls if all(call) and all(map(self._has_passed, (*call[0], *call[1])))]
-        if len(ended) > self._ENOUGH:  # the first one loads kernels
-            forward_s, copy_s = (min(self._seconds(call[part]) for call in ended[1:]) for part in (0, 1))
+        """Ends the measurement after enough calls.
+
+        Offloading pays if copies are not slower than the forward.
+        """
+        complete = [call for call in self._calls if all(call) and all(map(self._is_done, (*call[0], *call[1])))]
+        if len(complete) > self._MIN_CALLS:
+            measured = complete[1:]  # the first call also loads kernels
+            forward_s = min(self._seconds(forwards) for forwards, _ in measured)
+            copy_s = min(self._seconds(copies) for _, copies in measured)
             self.is_worth_it = copy_s <= forward_s
-        if len(ended) > self._ENOUGH or len(self._calls) > self._MOST:  # or nothing of it is ever moved
+        # After too many calls without a copy, no input of the block is ever offloaded.
+        if len(complete) > self._MIN_CALLS or len(self._calls) > self._MAX_CALLS:
             self.is_measuring, self._calls = False, []
 
-    def _has_passed(self, span: tuple[Any, Any]) -> bool:
+    def _is_done(self, span: tuple[Any, Any]) -> bool:
         return self._transport.is_done(span[1])
 
     def _seconds(self, spans: list[tuple[Any, Any]]) -> float:
-        return sum(self._transport.seconds(begin, end) for begin, end in spans)
+        return sum(self._transport.elapsed_s(begin, end) for begin, end in spans)
+
+
+class _Copy(NamedTuple):
+    """A copy to the host that is not done yet; it keeps the source alive."""
+
+    end: Any
+    stream: Any
+    source: Tensor
+    handle: weakref.ref[OffloadedTensor]
 
 
 class Offloader:
-    """Moves saved tensors of one device to the host and back: `pack` and `unpack` are a pair of saved-tensor hooks.
+    """Offloads saved tensors of one device.
+
+    `pack` and `unpack` are a pair of `saved_tensors_hooks`.
 
     Args:
-        is_auto: finds out for which blocks it is worth it.
-        min_bytes: of a tensor that is moved.
-        keep_last: so many, the newest, stay on the device.
-        in_flight: so many copies may be under way before computing waits for the oldest.
-        prefetch: so many are brought back ahead of need.
-        host_limit: bytes of host memory.
+        is_auto: decides for each block whether offloading pays; see `TransferTimer`.
+        min_bytes: smaller tensors stay on the device.
+        keep_last: number of newest tensors that stay on the device, since backward needs them first.
+        in_flight: number of copies that may be pending before the compute stream waits for the oldest.
+        prefetch: number of tensors that are copied back ahead of need.
+        host_limit: bytes of pinned host memory; None is no limit.
     """
 
     def __init__(
@@ -123,44 +180,44 @@ class Offloader:
     ) -> None:
         self.transport, self.is_auto = transport, is_auto
         self.min_bytes, self.keep_last, self.in_flight, self.prefetch = min_bytes, keep_last, in_flight, prefetch
-        self.memory = PinnedBufferPool(transport, host_limit)
-        self._kept: deque[weakref.ref[Handle]] = deque()
-        self._under_way: deque[tuple[Any, Any, Tensor, weakref.ref[Handle]]] = (
-            deque()
-        )  # end, stream, source, its handle
-        self._by_tensor: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
-        self._newest: weakref.ref[Handle] | None = None
-        self._lock = threading.RLock()  # backward has a thread of its own
+        self.pool = PinnedBufferPool(transport, host_limit)
+        self._newest: deque[weakref.ref[OffloadedTensor]] = deque()  # not offloaded yet
+        self._copies: deque[_Copy] = deque()
+        self._by_tensor_id: weakref.WeakValueDictionary[int, OffloadedTensor] = weakref.WeakValueDictionary()
+        self._last_packed: weakref.ref[OffloadedTensor] | None = None
+        self._lock = threading.RLock()  # backward runs in a thread of its own
         self._has_warned = False
-        self._stream = transport.current()
-        self._is_on_one_stream = True  # every block ran on the stream that was current here
+        self._stream = transport.current_stream()
+        self._has_one_stream = True  # every block ran on `_stream`
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, RuntimeError):  # it was never made whole; the device is gone
-            for under_way in self._under_way:  # its source and buffer are freed now
-                self.transport.finish(under_way[0])
+        with contextlib.suppress(AttributeError, RuntimeError):  # construction failed, or the device is gone
+            for copy in self._copies:  # its source and buffer are freed now
+                self.transport.synchronize(copy.end)
 
     def timer(self) -> TransferTimer:
-        """Returns what is to be given to `pack` with the inputs of one block."""
+        """Returns a timer for one block, to be passed to `pack` with the block's inputs."""
         return TransferTimer(self.transport, self.is_auto)
 
     def pack(self, tensor: Tensor, timer: TransferTimer | None = None) -> Any:
-        """Returns what autograd is to keep in place of a tensor."""
+        """Returns the object that autograd saves instead of a tensor."""
         if not self._is_eligible(tensor):
             return tensor, tensor._version
         with self._lock:
-            self._settle()
-            handle = self._by_tensor.get(id(tensor))
-            if handle is not None and handle.origin() is tensor and handle.version == tensor._version:
-                return handle  # the input of several blocks
-            handle = Handle(tensor, self.transport, timer)
-            self._is_on_one_stream = self._is_on_one_stream and handle.stream == self._stream
-            self._by_tensor[id(tensor)] = handle
-            handle.before, self._newest = self._newest, weakref.ref(handle)
-            self._kept.append(self._newest)
-            while len(self._kept) > self.keep_last:
-                if (oldest := self._kept.popleft()()) is not None and oldest.source is not None:
-                    self._send(oldest)
+            self._release_copied()
+            handle = self._by_tensor_id.get(id(tensor))
+            # The same tensor is the input of several blocks; an id alone could be that of a freed tensor.
+            if handle is not None and handle.source_ref() is tensor and handle.version == tensor._version:
+                return handle
+            handle = OffloadedTensor(tensor, self.transport, timer)
+            self._has_one_stream = self._has_one_stream and handle.stream == self._stream
+            self._by_tensor_id[id(tensor)] = handle
+            handle.previous, self._last_packed = self._last_packed, weakref.ref(handle)
+            self._newest.append(self._last_packed)
+            while len(self._newest) > self.keep_last:
+                oldest = self._newest.popleft()()
+                if oldest is not None and oldest.source is not None:
+                    self._offload(oldest)
             return handle
 
     def _is_eligible(self, tensor: Tensor) -> bool:
@@ -175,31 +232,34 @@ class Offloader:
             and not self.transport.is_capturing()
         )
 
-    def _send(self, handle: Handle) -> None:
-        lease = self.memory.lease(handle.num_bytes)
-        if lease is None:
+    def _offload(self, handle: OffloadedTensor) -> None:
+        buffer = self.pool.acquire(handle.num_bytes)
+        if buffer is None:
             self._warn()
             return
         assert handle.source is not None
-        begin, end = self.transport.send(handle.source, _shaped(lease, handle), [handle.ready, *lease.last])
-        lease.last[:] = [end]
-        if not self._is_on_one_stream:  # the source may be of another stream than the one that waits for its copy
-            self.transport.keep(handle.source)
-        handle.buffer = lease
+        after = [handle.ready, *buffer.pending_events]
+        begin, end = self.transport.copy_to_host(handle.source, _view_as(buffer, handle), after)
+        buffer.pending_events[:] = [end]
+        # With several compute streams, the stream that owns the source may not be the one that waits for the copy.
+        if not self._has_one_stream:
+            self.transport.record_copy_stream(handle.source)
+        handle.buffer = buffer
         if handle.timer is not None:
-            handle.timer.moved(handle.num_bytes, begin, end)
-        self._under_way.append((end, handle.stream, handle.source, weakref.ref(handle)))
-        while len(self._under_way) > self.in_flight:
-            self.transport.wait(*self._under_way[0][:2])  # what is computed next may have the memory
-            self._end_oldest()
+            handle.timer.add_copy(handle.num_bytes, begin, end)
+        self._copies.append(_Copy(end, handle.stream, handle.source, weakref.ref(handle)))
+        while len(self._copies) > self.in_flight:
+            # Later computation may reuse the source's memory: it has to wait for the copy.
+            self.transport.wait_event(self._copies[0].end, self._copies[0].stream)
+            self._release_oldest()
 
-    def _settle(self) -> None:
-        """Lets go of what was moved by now."""
-        while self._under_way and self.transport.is_done(self._under_way[0][0]):
-            self._end_oldest()
+    def _release_copied(self) -> None:
+        """Drops the sources whose copies are done."""
+        while self._copies and self.transport.is_done(self._copies[0].end):
+            self._release_oldest()
 
-    def _end_oldest(self) -> None:
-        if (handle := self._under_way.popleft()[3]()) is not None:
+    def _release_oldest(self) -> None:
+        if (handle := self._copies.popleft().handle()) is not None:
             handle.release_source()
 
     def unpack(self, packed: Any) -> Tensor:
@@ -213,69 +273,82 @@ class Offloader:
             _check_unchanged(tensor._version == version, tensor.shape)
             return tensor
         with self._lock:
-            self._settle()
-            found = self._find(packed)
-            self._prefetch(packed)
-            return found
+            self._release_copied()
+            tensor = self._restore(packed)
+            self._prefetch_before(packed)
+            return tensor
 
-    def _find(self, handle: Handle) -> Tensor:
-        origin = handle.origin()
-        is_unchanged = not handle.is_changed and (origin is None or origin._version == handle.version)
+    def _restore(self, handle: OffloadedTensor) -> Tensor:
+        """Returns the tensor on the device.
+
+        The current compute stream waits for its arrival.
+        """
+        source = handle.source_ref()
+        is_unchanged = not handle.is_changed and (source is None or source._version == handle.version)
         _check_unchanged(is_unchanged, handle.shape)
         if handle.source is not None:
             return handle.source
-        handle.is_used = True
-        if handle.brought is not None and (found := handle.brought[0]()) is not None:
-            self.transport.wait(handle.brought[1], self.transport.current())
-            self.transport.record_stream(found, handle.brought[2])
-            return found
-        if handle.coming is None:
+        handle.was_unpacked = True
+        if handle.restored is not None and (tensor := handle.restored[0]()) is not None:
+            return self._use(_Prefetched(tensor, *handle.restored[1:]))
+        if handle.prefetched is None:
             if handle.timer is not None:
                 handle.timer.stalls += 1
-            handle.coming = self._bring(handle)
-        (target, event, stream), handle.coming = handle.coming, None
-        self.transport.wait(event, self.transport.current())
-        self.transport.record_stream(target, stream)
-        handle.brought = weakref.ref(target), event, stream
-        return target
+            handle.prefetched = self._prefetch(handle)
+        prefetched, handle.prefetched = handle.prefetched, None
+        handle.restored = weakref.ref(prefetched.tensor), prefetched.arrived, prefetched.stream
+        return self._use(prefetched)
 
-    def _bring(self, handle: Handle) -> tuple[Tensor, Any, Any]:
+    def _use(self, prefetched: _Prefetched) -> Tensor:
+        self.transport.wait_event(prefetched.arrived, self.transport.current_stream())
+        self.transport.record_stream(prefetched.tensor, prefetched.stream)
+        return prefetched.tensor
+
+    def _prefetch(self, handle: OffloadedTensor) -> _Prefetched:
         assert handle.buffer is not None
         target = torch.empty_strided(handle.shape, handle.stride, dtype=handle.dtype, device=self.transport.device)
-        after = [self.transport.mark(), *handle.buffer.last]  # the memory may have been in use until now
-        event = self.transport.bring(_shaped(handle.buffer, handle), target, after)
-        handle.buffer.last[1:] = [event]
-        return target, event, self.transport.current()
+        # The event after which the target's memory is no longer used by earlier computation.
+        after = [self.transport.record_event(), *handle.buffer.pending_events]
+        arrived = self.transport.copy_to_device(_view_as(handle.buffer, handle), target, after)
+        handle.buffer.pending_events[1:] = [arrived]
+        return _Prefetched(target, arrived, self.transport.current_stream())
 
-    def _prefetch(self, handle: Handle) -> None:
-        """Begins to bring back what was packed before; a guess, for backward goes from the last to the first."""
+    def _prefetch_before(self, handle: OffloadedTensor) -> None:
+        """Prefetches the tensors packed before this one.
+
+        It is a guess: backward usually runs in reverse order.
+        """
         for _ in range(self.prefetch):
-            before = None if handle.before is None else handle.before()
-            if before is None:
+            previous = None if handle.previous is None else handle.previous()
+            if previous is None:
                 return
-            is_there = before.source is not None or before.coming is not None or before.buffer is None
-            if not is_there and not before.is_used and (before.brought is None or before.brought[0]() is None):
-                before.coming = self._bring(before)
-            handle = before
+            is_on_device = previous.source is not None or previous.prefetched is not None or previous.buffer is None
+            is_restored = previous.restored is not None and previous.restored[0]() is not None
+            if not is_on_device and not is_restored and not previous.was_unpacked:
+                previous.prefetched = self._prefetch(previous)
+            handle = previous
 
     def _warn(self) -> None:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"unsloth: host_limit, or what the host can lock, is reached at {self.memory.held_bytes} bytes: what "
+                f"unsloth: host_limit, or what the host can lock, is reached at {self.pool.held_bytes} bytes: what "
                 f"is more stays on the device; raise host_limit, or take a smaller batch",
                 stacklevel=2,
             )
 
 
-def _shaped(lease: PinnedBuffer, handle: Handle) -> Tensor:
-    """Returns a buffer as a tensor of the handle's shape and strides."""
-    flat = lease.buffer[: handle.num_bytes].view(handle.dtype)
+def _view_as(pinned: PinnedBuffer, handle: OffloadedTensor) -> Tensor:
+    """Returns a buffer as a tensor with the handle's dtype, shape and strides."""
+    flat = pinned.buffer[: handle.num_bytes].view(handle.dtype)
     return flat.as_strided(handle.shape, handle.stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Says whether a tensor's numbers fill its memory, each once: then a copy of its strides is one of its bytes."""
+    """Returns whether a tensor fills its memory without gaps or overlaps.
+
+    A copy with the same strides then has the same number of bytes.
+    """
     if tensor.is_contiguous():
         return True
     expected = 1

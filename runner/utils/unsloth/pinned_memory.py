@@ -1,6 +1,6 @@
-"""Memory of the host that a device copies to by itself: allocating it stops the device, so it is used again.
+"""A pool of pinned host buffers.
 
-Imports torch only.
+Allocating pinned memory synchronizes the device, so buffers are reused.
 """
 
 from __future__ import annotations
@@ -16,74 +16,86 @@ from runner.utils.unsloth.streams import Transport
 
 
 class PinnedBuffer:
-    """A buffer of the host for as long as somebody holds this; then another may have it."""
+    """A buffer acquired from a pool.
+
+    It returns to the pool when this object is garbage-collected.
+
+    Attributes:
+        buffer: uint8, page-locked.
+        pending_events: events of the last copies from or to the buffer; a copy into it must wait for them.
+    """
 
     def __init__(self, pool: PinnedBufferPool, buffer: Tensor) -> None:
         self.buffer = buffer
-        self.last: list[Any] = []  # what must have passed before it is written again
-        weakref.finalize(self, pool.take_back, buffer, self.last)
+        self.pending_events: list[Any] = []
+        weakref.finalize(self, pool.release, buffer, self.pending_events)
 
 
 class PinnedBufferPool:
-    """Buffers on the host, used again by tensors of about their size; allocating one stops the device.
+    """Pinned host buffers, reused for tensors of about the same size.
 
     Args:
-        limit: bytes in all; None is no limit.
+        limit_bytes: of all buffers together; None is no limit.
     """
 
-    def __init__(self, transport: Transport, limit: int | None) -> None:
-        self._transport, self._limit = transport, limit
-        self._free: list[tuple[Tensor, list[Any]]] = []
+    def __init__(self, transport: Transport, limit_bytes: int | None) -> None:
+        self._transport, self._limit_bytes = transport, limit_bytes
+        self._free: list[tuple[Tensor, list[Any]]] = []  # buffer, pending events
         self.held_bytes = self.peak_bytes = 0
-        self._lock = threading.RLock()  # a lease may end in any thread, and while another is made
+        # A garbage collection may release a buffer in any thread, and in the middle of `acquire`: hence reentrant.
+        self._lock = threading.RLock()
 
     def __del__(self) -> None:
         with contextlib.suppress(RuntimeError):  # the device is gone
-            for _, last in self._free:  # a copy may still read or write what is freed now
-                for event in last:
-                    self._transport.finish(event)
+            for _, pending_events in self._free:  # a copy may still read or write the memory that is freed now
+                for event in pending_events:
+                    self._transport.synchronize(event)
 
-    def lease(self, num_bytes: int) -> PinnedBuffer | None:
-        """Returns a buffer of that size or up to an eighth more, or None where the limit or the host leaves none."""
-        size = _rounded(num_bytes)
+    def acquire(self, num_bytes: int) -> PinnedBuffer | None:
+        """Returns a buffer of that size or up to an eighth more.
+
+        None if the limit, or the memory that the host can lock, is reached.
+        """
+        size = _round_up(num_bytes)
         with self._lock:
-            for index, (buffer, last) in enumerate(self._free):
+            for index, (buffer, pending_events) in enumerate(self._free):
                 if size <= buffer.numel() <= size + size // 8:
                     del self._free[index]
-                    lease = PinnedBuffer(self, buffer)
-                    lease.last += last
-                    return lease
-            self._make_room(size)
-            if self._limit is not None and self.held_bytes + size > self._limit:
+                    reused = PinnedBuffer(self, buffer)
+                    reused.pending_events += pending_events
+                    return reused
+            self._free_unused(size)
+            if self._limit_bytes is not None and self.held_bytes + size > self._limit_bytes:
                 return None
             try:
                 buffer = self._transport.allocate(size)
-            except RuntimeError:  # the host has no more that can be locked: as beyond the limit
+            except RuntimeError:  # the host can't lock more memory: the same as a limit
                 return None
             self.held_bytes += size
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         return PinnedBuffer(self, buffer)
 
-    def _make_room(self, size: int) -> None:
-        """Gives up buffers that fit nothing, the oldest first: over the limit, or once they are half of all."""
-        idle = sum(buffer.numel() for buffer, _ in self._free)
+    def _free_unused(self, size: int) -> None:
+        """Frees unused buffers while over the limit, or while more than half is unused."""
+        unused_bytes = sum(buffer.numel() for buffer, _ in self._free)
         kept = []
-        for buffer, last in self._free:
-            is_over = self._limit is not None and self.held_bytes + size > self._limit
-            if (is_over or idle > self.held_bytes / 2) and all(map(self._transport.is_done, last)):
-                self.held_bytes -= buffer.numel()
-                idle -= buffer.numel()
+        for buffer, pending_events in self._free:
+            is_over_limit = self._limit_bytes is not None and self.held_bytes + size > self._limit_bytes
+            is_wanted = not is_over_limit and unused_bytes <= self.held_bytes / 2
+            if is_wanted or not all(map(self._transport.is_done, pending_events)):
+                kept.append((buffer, pending_events))
             else:
-                kept.append((buffer, last))
+                self.held_bytes -= buffer.numel()
+                unused_bytes -= buffer.numel()
         self._free = kept
 
-    def take_back(self, buffer: Tensor, last: list[Any]) -> None:
-        """Has a buffer again, to be written once these events have passed."""
+    def release(self, buffer: Tensor, pending_events: list[Any]) -> None:
+        """Returns a buffer to the pool; a copy into it must wait for the events."""
         with self._lock:
-            self._free.append((buffer, last))
+            self._free.append((buffer, pending_events))
 
 
-def _rounded(num_bytes: int) -> int:
-    """Returns a size up to an eighth larger, of which there are few."""
-    step = max(1 << max(num_bytes.bit_length() - 4, 0), 512)
-    return -(-num_bytes // step) * step
+def _round_up(num_bytes: int) -> int:
+    """Returns a size up to an eighth larger, so that there are few distinct sizes."""
+    granularity = max(1 << max(num_bytes.bit_length() - 4, 0), 512)
+    return -(-num_bytes // granularity) * granularity

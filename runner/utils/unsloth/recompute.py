@@ -1,7 +1,8 @@
-"""Any module, recomputed in the backward pass: between forward and backward it keeps only its inputs.
+"""Recomputes a module in the backward pass.
 
-Torch's checkpoint does it; this hands it every tensor of any call by position, and keeps the module what it is for all
-others: its names, its repr, its copies and pickles. Imports torch only.
+Between forward and backward it keeps only its inputs. Torch's checkpoint does the recomputation. This module passes it
+every tensor of any call by position, and leaves the module unchanged for all other code: its names, its repr, its
+copies and pickles.
 """
 
 from __future__ import annotations
@@ -20,47 +21,64 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from runner.utils.distributed.memory import place_of
+from runner.utils.distributed.memory import memory_range
 from runner.utils.modules.generators import Unsearched
 from runner.utils.unsloth.comparison import is_close, sums_of, tensors_of, tolerance_of
-from runner.utils.unsloth.early_stop import IS_KNOWN
+from runner.utils.unsloth.early_stop import IS_KNOWN, current_hooks
 from runner.utils.unsloth.flat_call import FlatCall
 from runner.utils.unsloth.offload import Offloader
 from runner.utils.unsloth.replay import ForwardState, ReplayForwardState
 
-_STATE, _OWN = "_recompute", "_recompute_own_forward"
-_NOTHING = contextlib.nullcontext()
+# Keys in the `__dict__` of a wrapped module; the second is present if the module had a `forward` there.
+_BLOCK_KEY, _ORIGINAL_FORWARD_KEY = "_recompute", "_recompute_own_forward"
+_NULL_CONTEXT = contextlib.nullcontext()
 
 
 class RecomputedBlock(Unsearched):
-    """What is known of a wrapped block; it stands in the block's own `__dict__` and is copied with it."""
+    """State of a wrapped block, stored in its own `__dict__` and copied with it.
 
-    def __init__(self, module: nn.Module, name: str, engine: Offloader | None) -> None:
-        self.name, self.engine = name, engine
-        self.surroundings = ForwardState(module, name)
+    Attributes:
+        forward_state: the state that the block's forward depends on; it is restored for a recomputation.
+        calls: number of forwards.
+        input_bytes: bytes of inputs that the block keeps for backward, in its first step.
+        input_addresses: memory addresses of these inputs.
+        spared_bytes: bytes of activations that autograd would have kept, in the first step.
+        is_counting: true during the first step, in which bytes are counted.
+        is_verified: true once a recomputation has returned the same output as its forward.
+        timer: decides whether the inputs are offloaded; None without an offloader.
+        is_active: false in a block that was loaded from a pickle, whose forward is that of its class.
+    """
+
+    def __init__(self, module: nn.Module, name: str, offloader: Offloader | None) -> None:
+        self.name, self.offloader = name, offloader
+        self.forward_state = ForwardState(module, name)
         self.calls = self.input_bytes = self.spared_bytes = 0
-        self.input_places: set[int] = set()  # in memory, likewise
-        self.is_counting = True  # what its forward would have kept; in its first step only
-        self.is_proven = False  # a recomputation has given the output of its forward
-        self.timer = engine.timer() if engine is not None else None
-        self.is_here = True
+        self.input_addresses: set[int] = set()
+        self.is_counting = True
+        self.is_verified = False
+        self.timer = offloader.timer() if offloader is not None else None
+        self.is_active = True
         first = next(module.parameters(), None)
         self._anchor = None if first is None or first.device.type == "cpu" else first
         self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "engine": None, "timer": None, "is_here": False}  # a pickle has the class's own forward
+        return {**vars(self), "offloader": None, "timer": None, "is_active": False}
 
     def anchored(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns tensors with one of the block's device among them: checkpoint keeps that device's generator."""
+        """Adds a tensor of the block's device if there is none.
+
+        Checkpoint then saves the RNG state of that device.
+        """
         if self._anchor is None or any(tensor.device == self._anchor.device for tensor in tensors):
             return tensors
         return [*tensors, self._anchor]
 
     def is_captured(self) -> bool:
-        """Returns whether a CUDA graph is being captured; the block is then run as it is, with one warning.
+        """Returns whether a CUDA graph is being captured.
 
-        A recomputation restores the state of the CUDA generator, which is impossible during a capture.
+        The block is then run as it is, with one warning. A recomputation restores the state of the CUDA generator,
+        which is impossible during a capture.
         """
         is_on_cuda = self._anchor is not None and self._anchor.device.type == "cuda"
         if not is_on_cuda or not torch.cuda.is_current_stream_capturing():
@@ -75,55 +93,53 @@ class RecomputedBlock(Unsearched):
         return True
 
     def count_inputs(self, tensors: Sequence[Tensor]) -> None:
-        """Counts what a forward is given and has to keep."""
+        """Counts the bytes of a forward's inputs that are kept for backward."""
         for tensor in tensors:
-            if tensor.requires_grad and not tensor.is_leaf and (found := place_of(tensor)) is not None:
-                self.input_places.add(found[0])
+            if tensor.requires_grad and not tensor.is_leaf and (found := memory_range(tensor)) is not None:
+                self.input_addresses.add(found[0])
                 self.input_bytes += found[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RecomputedBlock:
         copied = RecomputedBlock.__new__(RecomputedBlock)
         memo[id(self)] = copied
         for key, value in vars(self).items():
-            vars(copied)[key] = value if key in ("engine", "timer") else copy.deepcopy(value, memo)
+            vars(copied)[key] = value if key in ("offloader", "timer") else copy.deepcopy(value, memo)
         return copied
 
     def context(self) -> Any:
-        """Returns what a forward runs in."""
-        is_watched = self.is_counting or (self.timer is not None and self.timer.is_measuring)
-        return _Watched(self) if is_watched else _NOTHING
+        """Returns the context that a forward runs in."""
+        is_observed = self.is_counting or (self.timer is not None and self.timer.is_measuring)
+        return _ForwardObserver(self) if is_observed else _NULL_CONTEXT
 
 
-class _Watched:
-    """A forward whose time is taken, or of which is counted what it hands to autograd to keep.
+class _ForwardObserver:
+    """A context that times a forward and counts the bytes that checkpointing saves.
 
-    It is torch's checkpoint that it is handed to, whose hooks are called, and which keeps none of it.
+    In a checkpointed forward, autograd passes each tensor to the hooks of torch's checkpoint, which keep none. The
+    observer puts a counting hook in front of these.
     """
 
     def __init__(self, block: RecomputedBlock) -> None:
-        self._block, self._seen = block, dict[int, StorageWeakRef]()
+        self._block = block
+        self._storages = dict[int, StorageWeakRef]()  # by address
         self._hooks: Any = None
-        self._begun: Any = None
+        self._started: Any = None
 
     def __enter__(self) -> None:
         if self._block.timer is not None:
-            self._begun = self._block.timer.begin()
-        if self._block.is_counting:
-            self._count()
-
-    def _count(self) -> None:
-        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        hooks = top(False) if top is not None else None
-        if hooks is None:  # another torch: nothing is counted
+            self._started = self._block.timer.start()
+        hooks = current_hooks() if self._block.is_counting else None
+        if hooks is None:
             return
-        pack, unpack = hooks[:2]
+        pack, unpack = hooks
 
         def count(tensor: Tensor) -> Any:
-            found = place_of(tensor)
-            if found is not None and not (tensor.is_leaf and tensor.requires_grad):  # a parameter is there anyway
-                place, num_bytes = found
-                if place not in self._seen or self._seen[place].expired():  # checkpoint frees it: another may lie there
-                    self._seen[place] = StorageWeakRef(tensor.untyped_storage())
+            found = memory_range(tensor)
+            if found is not None and not (tensor.is_leaf and tensor.requires_grad):  # a parameter is kept anyway
+                address, num_bytes = found
+                # Checkpoint frees the storage, so another may be at its address.
+                if address not in self._storages or self._storages[address].expired():
+                    self._storages[address] = StorageWeakRef(tensor.untyped_storage())
                     self._block.spared_bytes += num_bytes
             return pack(tensor)
 
@@ -133,29 +149,31 @@ class _Watched:
     def __exit__(self, *error: object) -> None:
         if self._hooks is not None:
             self._hooks.__exit__(*error)
-            self._hooks = None  # it holds this
+            self._hooks = None  # breaks a reference cycle
         if self._block.timer is not None:
-            self._block.timer.end(self._begun)
+            self._block.timer.stop(self._started)
 
 
-class _Checked:
-    """A function whose recomputation is to give the output of its forward; used until one of its block has done so.
+class _VerifiedCall:
+    """A call whose recomputation must return the same output as its forward.
+
+    Used until one recomputation of the block is verified.
 
     Args:
-        module: whose block it is.
+        module: the block's module.
     """
 
-    def __init__(self, function: FlatCall, block: RecomputedBlock, module: nn.Module) -> None:
-        self._function, self._block = function, block
-        self._tensors = (*function.tensors, *module.parameters())
-        self._sums: list[Tensor] | None = None
+    def __init__(self, call: FlatCall, block: RecomputedBlock, module: nn.Module) -> None:
+        self._call, self._block = call, block
+        self._tensors = (*call.tensors, *module.parameters())
+        self._sums: list[Tensor] | None = None  # of the output of the forward
         self._tolerance = 0.0
         self.is_comparable = True
 
     def __call__(self, *tensors: Tensor) -> Any:
-        output = self._function(*tensors)
+        output = self._call(*tensors)
         if self._sums is None:
-            # A block that nothing is differentiated through is never recomputed.
+            # A block without gradients is never recomputed.
             has_gradient = any(tensor.requires_grad for tensor in tensors_of(output))
             self._sums = sums_of(output) if has_gradient else []
             self._tolerance, self._tensors = tolerance_of([*self._tensors, *tensors_of(output)]), ()
@@ -164,45 +182,48 @@ class _Checked:
         return output
 
     def _compare(self, output: Any) -> None:
-        for sums, others in zip(self._sums or (), sums_of(output), strict=False):
-            if not is_close(sums, others, self._tolerance):
+        for forward_sums, sums in zip(self._sums or (), sums_of(output), strict=False):
+            if not is_close(forward_sums, sums, self._tolerance):
                 raise RuntimeError(
                     f"{self._block.name}: recomputing it gave another output than its forward, and its gradients would "
                     "be wrong: it depends on something that is not replayed, such as a random generator out of its "
                     "reach or a count of its calls in a list; keep the generator in an attribute and the count in a "
                     "buffer, or leave the block out with exclude"
                 )
-        self._block.is_proven = True
+        self._block.is_verified = True
 
 
-def wrap(module: nn.Module, engine: Offloader | None = None, name: str = "block") -> None:
-    """Has a module keep only its inputs, and recompute the rest in the backward pass; what is wrapped stays as it is.
+def wrap(module: nn.Module, offloader: Offloader | None = None, name: str = "block") -> None:
+    """Wraps a module so that it keeps only its inputs and is recomputed in backward.
+
+    A module that is wrapped already stays as it is.
 
     Args:
-        engine: moves the inputs away meanwhile; None leaves them where they are.
-        name: what a message calls it.
+        offloader: moves the inputs to the host between forward and backward; None keeps them on the device.
+        name: used in messages.
     Raises:
         ValueError: the module is compiled as a whole, or draws random numbers that can't be replayed.
     """
-    known = module.__dict__.get(_STATE)
-    if known is not None and known.is_here:
+    block = module.__dict__.get(_BLOCK_KEY)
+    if block is not None and block.is_active:
         return
     if is_compiled(module):
         raise ValueError(
             f"{name}: it is compiled with its call, and recomputation would stand inside: compile its forward"
         )
     _refuse_cudnn_dropout(module, name)
-    own = module.__dict__.get("forward")
-    if own is not None:
-        module.__dict__[_OWN] = own
-    module.__dict__[_STATE] = RecomputedBlock(module, name, engine)
-    module.__dict__["forward"] = types.MethodType(_wrapping(type(module).forward if own is None else own), module)
+    original = module.__dict__.get("forward")
+    if original is not None:
+        module.__dict__[_ORIGINAL_FORWARD_KEY] = original
+    module.__dict__[_BLOCK_KEY] = RecomputedBlock(module, name, offloader)
+    forward = _make_forward(type(module).forward if original is None else original)
+    module.__dict__["forward"] = types.MethodType(forward, module)
 
 
 def _refuse_cudnn_dropout(module: nn.Module, name: str) -> None:
-    """Checks that no dropout between the layers of an RNN is drawn by cuDNN.
+    """Checks that cuDNN does not draw the dropout between the layers of an RNN.
 
-    cuDNN keeps a random state of its own on the device: a recomputation would drop other elements than the forward.
+    cuDNN keeps its own random state on the device: a recomputation would drop other elements than the forward.
     """
     for key, part in module.named_modules():
         if not isinstance(part, nn.RNNBase) or not part.dropout or part.num_layers == 1:
@@ -217,74 +238,83 @@ def _refuse_cudnn_dropout(module: nn.Module, name: str) -> None:
 
 
 def unwrap(module: nn.Module) -> None:
-    """Makes a wrapped module what it was; another is left alone."""
-    if not is_wrapped(module):  # or its user has put another forward over it
+    """Removes the wrapper of a module.
+
+    Does nothing if there is none, or if another `forward` was set over it.
+    """
+    if not is_wrapped(module):
         return
-    del module.__dict__[_STATE]
+    del module.__dict__[_BLOCK_KEY]
     del module.__dict__["forward"]
-    if (own := module.__dict__.pop(_OWN, None)) is not None:
-        module.__dict__["forward"] = own
+    if (original := module.__dict__.pop(_ORIGINAL_FORWARD_KEY, None)) is not None:
+        module.__dict__["forward"] = original
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Says whether a module is recomputed in the backward pass."""
-    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), _STATE)
+    """Returns whether a module is recomputed in the backward pass."""
+    return hasattr(getattr(module.__dict__.get("forward"), "__func__", None), _BLOCK_KEY)
 
 
-def _wrapping(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a method with the signature of another.
+def _make_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a method that recomputes the original in backward.
 
-    One that is a function and bound, so that a copy of its module runs with the copy's weights; and without the other's
-    `__dict__`, where torch.compile leaves its marks.
+    It is a function to be bound to the module, so that a copy of the module runs with the copy's weights. It does not
+    copy the original's `__dict__`, where torch.compile stores its marks.
     """
 
-    @functools.wraps(own, updated=())
+    @functools.wraps(original, updated=())
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, args, kwargs)
+        return _recomputed_forward(self, args, kwargs)
 
-    forward.__name__ = "forward"  # by which a pickle finds the class's own
-    setattr(forward, _STATE, True)
+    forward.__name__ = "forward"  # a pickle refers to the method of the class by this name
+    setattr(forward, _BLOCK_KEY, True)
     return forward
 
 
-def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    own = module.__dict__.get(_OWN) or types.MethodType(type(module).forward, module)
-    block: RecomputedBlock = module.__dict__[_STATE]
+def _recomputed_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    original = module.__dict__.get(_ORIGINAL_FORWARD_KEY) or types.MethodType(type(module).forward, module)
+    block: RecomputedBlock = module.__dict__[_BLOCK_KEY]
     block.calls += 1
     if not torch.is_grad_enabled():
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     if torch.compiler.is_compiling():
         _refuse_compiler()
     if block.is_captured():
-        return own(*args, **kwargs)
-    call = FlatCall(own, args, kwargs)
+        return original(*args, **kwargs)
+    call = FlatCall(original, args, kwargs)
     tensors = block.anchored(call.tensors)
     if block.is_counting:
         block.count_inputs(tensors)
-    before, versions = block.surroundings.versions(), [tensor._version for tensor in tensors]
-    is_checked = block.is_counting or not block.is_proven
-    replay = ReplayForwardState(block.surroundings, call, is_checked)
-    function = _Checked(call, block, module) if is_checked else call
-    recomputed = functools.partial(
+    buffer_versions = block.forward_state.buffer_versions()
+    input_versions = [tensor._version for tensor in tensors]
+    is_verifying = block.is_counting or not block.is_verified
+    replay = ReplayForwardState(block.forward_state, call, is_verifying)
+    function = _VerifiedCall(call, block, module) if is_verifying else call
+    run_checkpoint = functools.partial(
         checkpoint, function, *tensors, use_reentrant=False, context_fn=lambda: (block.context(), replay),
-        early_stop=IS_KNOWN and not is_checked,
+        early_stop=IS_KNOWN and not is_verifying,
     )  # fmt: skip
-    engine, timer = block.engine, block.timer
-    if engine is None or timer is None or not timer.is_worth_it:
-        output = recomputed()
-    else:  # torch's checkpoint hands the inputs to the outer hooks, and nothing else
-        with saved_tensors_hooks(functools.partial(engine.pack, timer=timer), engine.unpack):
-            output = recomputed()
+    offloader, timer = block.offloader, block.timer
+    if offloader is None or timer is None or not timer.is_worth_it:
+        output = run_checkpoint()
+    else:  # torch's checkpoint passes its inputs, and no other tensor, to hooks outside of it
+        with saved_tensors_hooks(functools.partial(offloader.pack, timer=timer), offloader.unpack):
+            output = run_checkpoint()
     if call.error is not None:
-        error, call.error = call.error, None  # the graph holds the call: with its error it would keep all frames alive
+        # The graph holds the call: an error kept in it would keep all frames of its traceback alive.
+        error, call.error = call.error, None
         try:
             raise error
         finally:
             del error
     replay.end_forward()
-    if before and block.surroundings.look(before) and isinstance(function, _Checked):
+    if (
+        buffer_versions
+        and block.forward_state.find_changed_buffers(buffer_versions)
+        and isinstance(function, _VerifiedCall)
+    ):
         function.is_comparable = False
-    if versions != [tensor._version for tensor in tensors]:
+    if input_versions != [tensor._version for tensor in tensors]:
         raise RuntimeError(
             f"{block.name}: its forward has modified an input by an inplace operation, and recomputing it needs the "
             "input as it was; have it change a copy (inplace=False), or leave the block out with exclude"
@@ -305,11 +335,11 @@ def _refuse_compiler() -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Says whether a module's call, hooks and all, is compiled."""
+    """Returns whether a module's `__call__`, with its hooks, is compiled."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def block_of(module: nn.Module) -> RecomputedBlock:
-    """Returns what is known of a wrapped module."""
-    block: RecomputedBlock = module.__dict__[_STATE]
+    """Returns the state of a wrapped module."""
+    block: RecomputedBlock = module.__dict__[_BLOCK_KEY]
     return block

@@ -1,8 +1,8 @@
-"""What the recomputation of a block finds as its forward found it, and what it must leave as it is.
+"""Saves the state a block's forward depends on; restores it for recomputation.
 
-Torch's checkpoint replays torch's default generators and autocast. This adds the attention backend, the generators of
-Python's `random` and of NumPy, generators that the block or what it refers to holds, buffers, and counts in plain
-attributes: a second forward on the same batch must not count in them. Imports torch and siblings only.
+Torch's checkpoint restores torch's default generators and autocast. This module adds the attention backend, the global
+generators of Python's `random` and of NumPy, generators that the block or an object that it refers to holds, buffers,
+and counts in plain attributes, which a second forward on the same batch must not raise again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from runner.utils.distributed.memory import place_of
-from runner.utils.modules.generators import HeldGenerators, Unsearched
+from runner.utils.distributed.memory import memory_range
+from runner.utils.modules.generators import ObjectGenerators, Unsearched
 from runner.utils.unsloth.early_stop import stop_safely
 from runner.utils.unsloth.flat_call import FlatCall
 from runner.utils.unsloth.rng_state import (
@@ -38,9 +38,9 @@ _ENABLE = (
 
 _ABSENT: Any = type("_Absent", (), {})()
 _SIMPLE = {int, float, bool, str, type(None), type(_ABSENT)}
-_Attribute = tuple[dict[str, Any], str, Any]  # a table of attributes, the name of one, and its value
+_Attribute = tuple[dict[str, Any], str, Any]  # the `__dict__` of an object, an attribute's name, and its value
 _PARAMETRIZE = "constrain it with torch.nn.utils.parametrize, or after the optimizer's step"
-_MOST_SEARCHES = 8  # that find no other generators than the one before
+_MAX_SEARCHES = 8  # that find the same generators as the previous one
 
 
 def _attention_backends() -> tuple[bool, bool, bool, bool]:
@@ -54,159 +54,165 @@ def _set_attention_backends(enabled: Iterable[bool]) -> None:
 
 
 class ReplayForwardState:
-    """The state that one forward of a block began with; entered around each of its recomputations, however many.
+    """The state in which one forward began, as a context for its recomputations.
 
-    A context that is a generator function could be entered once, and a graph that is retained is recomputed each time.
+    It saves the state when it is created. `__enter__` restores it, and `__exit__` undoes that. A graph that is retained
+    is recomputed several times, so the context can be entered several times.
+
+    Args:
+        forward_state: the parts of the block that its forward depends on.
+        call: the forward.
+        is_verifying: also finds attributes that the forward changes, and parameters whose data it replaces.
     """
 
     __slots__ = (
-        "_attributes", "_backends", "_before", "_call", "_generators", "_global_states", "_modes", "_parameters",
-        "_places", "_surroundings", "_undone", "_values", "_versions",
+        "_addresses", "_attributes", "_attributes_before", "_backends", "_buffers", "_call", "_forward_state",
+        "_generators", "_global_states", "_modes", "_parameters", "_undo_stacks", "_versions",
     )  # fmt: skip
 
-    def __init__(self, surroundings: ForwardState, call: FlatCall, is_checked: bool = False) -> None:
-        self._surroundings, self._call = surroundings, call
+    def __init__(self, forward_state: ForwardState, call: FlatCall, is_verifying: bool = False) -> None:
+        self._forward_state, self._call = forward_state, call
         self._backends = _attention_backends()
         self._global_states: Any = get_global_states()
-        generators = surroundings.find_generators() + call.generators
-        self._generators = [(each, get_state(each)) for each in generators]
-        self._values = [
-            (owner, name, held.clone())
-            for owner, name in surroundings.changing
-            if (held := owner._buffers[name]) is not None
-        ]
-        self._before = surroundings.attributes() if is_checked else None
-        self._attributes = surroundings.counts() if surroundings.counting and not is_checked else []
-        self._parameters = surroundings.parameters()
+        generators = forward_state.find_generators() + call.generators
+        self._generators = [(generator, get_state(generator)) for generator in generators]
+        self._buffers = [(owner, name, buffer.clone()) for owner, name, buffer in forward_state.changing_buffers()]
+        self._attributes_before = forward_state.attributes() if is_verifying else None
+        has_counts = bool(forward_state.counting) and not is_verifying
+        self._attributes = forward_state.counts() if has_counts else []
+        self._parameters = forward_state.parameters()
         self._versions = _versions(self._parameters)
-        self._places = [None if each is None else place_of(each) for each in self._parameters] if is_checked else None
+        self._addresses = [None if p is None else memory_range(p) for p in self._parameters] if is_verifying else None
         self._modes: list[bool] = []
-        self._undone: list[list[Callable[[], object]]] = []  # at the end of each that is under way
+        self._undo_stacks: list[list[Callable[[], object]]] = []  # one for each recomputation that has not ended
 
     def end_forward(self) -> None:
-        """Notes what the forward has left, when it has ended.
+        """Completes the saved state after the forward has ended.
 
         Raises:
             RuntimeError: the forward has changed a parameter, and a recomputation would change it again.
         """
-        if self._global_states == get_global_states():  # it has drawn from neither
+        if self._global_states == get_global_states():  # the forward has drawn no number from them
             self._global_states = None
-        self._modes = self._surroundings.modes()
-        if self._before is not None:
-            self._attributes, self._before = self._surroundings.look_at_attributes(self._before), None
-        self._attributes += self._surroundings.find_new()
-        if self._versions != _versions(self._parameters) or self._places is not None:
+        self._modes = self._forward_state.modes()
+        if self._attributes_before is not None:
+            self._attributes = self._forward_state.find_changed_attributes(self._attributes_before)
+            self._attributes_before = None
+        self._attributes += self._forward_state.find_new_attributes()
+        if self._versions != _versions(self._parameters) or self._addresses is not None:
             self._check_parameters()
 
     def _check_parameters(self) -> None:
-        places = [None] * len(self._parameters) if self._places is None else self._places
-        named = zip(self._surroundings.parameter_names, self._parameters, self._versions, places, strict=True)
-        for (owner, name), parameter, version, place in named:
+        addresses = [None] * len(self._parameters) if self._addresses is None else self._addresses
+        rows = zip(self._forward_state.parameter_names, self._parameters, self._versions, addresses, strict=True)
+        for (owner, name), parameter, version, address in rows:
             if parameter is None:
                 continue
             if parameter._version != version and not _renormalizes(owner):
-                # A table is looked up with `max_norm` by a function, which torch doesn't tell from other changes.
+                # A functional lookup with `max_norm` can't be told from other changes.
                 table = "use torch.nn.Embedding(max_norm=...) where a lookup with max_norm does it, "
                 remedy = f"{table if parameter.ndim == 2 else ''}make it a buffer where it is not trained"
                 self._refuse_change(owner, name, "by an inplace operation", remedy)
-            if place is not None and place != place_of(parameter):  # an assignment to `data` makes no new version
+            # An assignment to `data` does not raise the version.
+            if address is not None and address != memory_range(parameter):
                 self._refuse_change(owner, name, "by an assignment to its data", _PARAMETRIZE)
 
     def _refuse_change(self, owner: nn.Module, name: str, by: str, remedy: str) -> NoReturn:
         raise RuntimeError(
-            f"{self._surroundings.name}: its forward has modified the parameter {name!r} of {type(owner).__name__} "
+            f"{self._forward_state.name}: its forward has modified the parameter {name!r} of {type(owner).__name__} "
             f"{by}, and recomputing it would do so again; {remedy}, or leave the block out with exclude"
         )
 
     def __enter__(self) -> None:
         self._check_modes()
-        self._undone.append([])
+        self._undo_stacks.append([])
         try:
-            self._restore(self._undone[-1])
+            self._restore(self._undo_stacks[-1])
         except BaseException:
             self.__exit__()
             raise
 
-    def _restore(self, undone: list[Callable[[], object]]) -> None:
-        """Makes all as the forward found it; what is to be undone in reverse order is added to a list."""
+    def _restore(self, undo_stack: list[Callable[[], object]]) -> None:
+        """Restores the saved state; appends functions that undo it in reverse order."""
         backends = _attention_backends()
         if backends != self._backends:
-            undone.append(partial(_set_attention_backends, backends))
+            undo_stack.append(partial(_set_attention_backends, backends))
             _set_attention_backends(self._backends)
         if self._global_states is not None:
-            undone.append(partial(set_global_states, get_global_states()))
+            undo_stack.append(partial(set_global_states, get_global_states()))
             set_global_states(self._global_states)
         for generator, state in self._generators:
-            undone.append(partial(set_state, generator, get_state(generator)))
+            undo_stack.append(partial(set_state, generator, get_state(generator)))
             set_state(generator, state)
         for table, key, value in self._attributes:
-            undone.append(partial(_put, table, key, table.get(key, _ABSENT)))
-            _put(table, key, value)
-        self._replace_buffers(undone)
-        self._replace_parameters(undone)
-        for part in self._surroundings.renormalizing:  # the forward has renormalized the rows already, in place
-            undone.append(partial(setattr, part, "max_norm", part.max_norm))
+            undo_stack.append(partial(_set_attribute, table, key, table.get(key, _ABSENT)))
+            _set_attribute(table, key, value)
+        self._replace_buffers(undo_stack)
+        self._replace_parameters(undo_stack)
+        for part in self._forward_state.renormalizing:  # the forward has renormalized the rows in place already
+            undo_stack.append(partial(setattr, part, "max_norm", part.max_norm))
             part.max_norm = None
-        if (end := stop_safely(self._call)) is not None:
-            undone.append(end)
+        if (remove_hooks := stop_safely(self._call)) is not None:
+            undo_stack.append(remove_hooks)
 
     def _check_modes(self) -> None:
-        if self._modes == self._surroundings.modes():
+        if self._modes == self._forward_state.modes():
             return
-        for (name, part), mode in zip(self._surroundings.parts, self._modes, strict=True):
+        for (name, part), mode in zip(self._forward_state.parts, self._modes, strict=True):
             if part.training is not mode:
                 which = f"its {type(part).__name__} {name}" if name else f"the {type(part).__name__}"
                 raise RuntimeError(
-                    f"{self._surroundings.name}: {which} was put into {'training' if part.training else 'evaluation'} "
+                    f"{self._forward_state.name}: {which} was put into {'training' if part.training else 'evaluation'} "
                     "mode between its forward and its backward, which recomputes the forward; call backward first"
                 )
 
-    def _replace_parameters(self, undone: list[Callable[[], object]]) -> None:
-        """Has the parameters of the forward stand in where there are others by now."""
+    def _replace_parameters(self, undo_stack: list[Callable[[], object]]) -> None:
+        """Puts back the parameters of the forward where others were assigned since."""
         if self._versions != _versions(self._parameters):
             self._refuse_later_change()
-        present = self._surroundings.parameters()
-        if all(map(operator.is_, present, self._parameters)):
+        current = self._forward_state.parameters()
+        if all(map(operator.is_, current, self._parameters)):
             return
-        named = zip(self._surroundings.parameter_names, self._parameters, present, strict=True)
-        for (owner, name), parameter, other in named:
+        rows = zip(self._forward_state.parameter_names, self._parameters, current, strict=True)
+        for (owner, name), parameter, other in rows:
             if parameter is not None and parameter is not other:
-                undone.append(partial(owner._parameters.__setitem__, name, owner._parameters[name]))
+                undo_stack.append(partial(owner._parameters.__setitem__, name, owner._parameters[name]))
                 owner._parameters[name] = parameter
 
     def _refuse_later_change(self) -> None:
-        named = zip(self._surroundings.parameter_names, self._parameters, self._versions, strict=True)
-        for (owner, name), parameter, version in named:
+        rows = zip(self._forward_state.parameter_names, self._parameters, self._versions, strict=True)
+        for (owner, name), parameter, version in rows:
             if parameter is not None and parameter._version != version and not _renormalizes(owner):
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                    f"{name} of {type(owner).__name__} in {self._surroundings.name}, which is recomputed in "
+                    f"{name} of {type(owner).__name__} in {self._forward_state.name}, which is recomputed in "
                     "backward, was changed after its forward; call backward before the optimizer's step"
                 )
 
-    def _replace_buffers(self, undone: list[Callable[[], object]]) -> None:
-        """Has copies stand in for buffers: a copy back would count as a change to autograd."""
-        if not self._surroundings.norms and not self._surroundings.changing:
+    def _replace_buffers(self, undo_stack: list[Callable[[], object]]) -> None:
+        """Replaces buffers by copies for the recomputation.
+
+        Autograd would count a copy back as a change in place.
+        """
+        if not self._forward_state.norms and not self._forward_state.buffers_that_change:
             return
-        norms = [(norm, name, held) for norm in self._surroundings.norms if norm.training for name, held in _held(norm)]
-        now = [
-            (owner, name, held)
-            for owner, name in self._surroundings.changing
-            if (held := owner._buffers[name]) is not None
-        ]
-        for owner, name, value in (*norms, *now, *self._values):  # the last one counts: the value before the forward
-            undone.append(partial(owner._buffers.__setitem__, name, owner._buffers[name]))
+        training_norms = [norm for norm in self._forward_state.norms if norm.training]
+        statistics = [(norm, name, buffer) for norm in training_norms for name, buffer in _buffers_of(norm)]
+        current = self._forward_state.changing_buffers()
+        # If a buffer occurs twice, the last value counts: the one before the forward.
+        for owner, name, value in (*statistics, *current, *self._buffers):
+            undo_stack.append(partial(owner._buffers.__setitem__, name, owner._buffers[name]))
             owner._buffers[name] = value.clone()
 
     def __exit__(self, *error: object) -> None:
-        for undo in reversed(self._undone.pop()):
+        for undo in reversed(self._undo_stacks.pop()):
             undo()
 
 
 def _renormalizes(part: nn.Module) -> bool:
-    """Says whether a module is an embedding whose forward shortens rows of its weight in place.
+    """Returns whether a module is an embedding that renormalizes its weight in place.
 
-    An attribute called `max_norm` means something else in any other module.
+    In any other module an attribute `max_norm` means something else.
     """
     return isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None
 
@@ -215,22 +221,30 @@ def _versions(tensors: list[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor._version for tensor in tensors]
 
 
-def _put(table: dict[str, Any], key: str, value: Any) -> None:
+def _set_attribute(table: dict[str, Any], key: str, value: Any) -> None:
     if value is _ABSENT:
         table.pop(key, None)
     else:
         table[key] = value
 
 
-def _held(owner: nn.Module) -> list[tuple[str, Tensor]]:
+def _buffers_of(owner: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in owner._buffers.items() if buffer is not None]
 
 
 class ForwardState(Unsearched):
     """The parts of a block that its forward depends on or may change.
 
-    These are modes, statistics, other buffers, counts in plain attributes, and generators, those too that are held by
-    what the block refers to.
+    These are training modes, running statistics, other buffers, counts in plain attributes, and random generators, also
+    those of objects that the block refers to. `ReplayForwardState` saves and restores them for one forward.
+
+    Attributes:
+        parts: the block's submodules with their names, itself included.
+        renormalizing: embeddings that renormalize rows of their weight in place.
+        parameter_names: the owner and name of each parameter.
+        norms: submodules with running statistics.
+        buffers_that_change: the owner and name of each buffer that a forward was found to change.
+        counting: the owner and name of each plain attribute that a forward was found to change.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -239,88 +253,110 @@ class ForwardState(Unsearched):
         self.renormalizing = [part for part in parts if _renormalizes(part)]
         self.parameter_names = [(part, key) for part in parts for key in part._parameters]
         self.norms = [part for part in parts if isinstance(part, _NormBase)]
-        self._held: HeldGenerators | None = None
-        self._searches_left = _MOST_SEARCHES
-        self._buffers = [(part, key) for part in parts if not isinstance(part, _NormBase) for key, _ in _held(part)]
-        self.changing: list[tuple[nn.Module, str]] = []
+        self._held: ObjectGenerators | None = None
+        self._searches_left = _MAX_SEARCHES
+        others = [part for part in parts if not isinstance(part, _NormBase)]
+        self._buffer_names = [(part, key) for part in others for key, _ in _buffers_of(part)]
+        self.buffers_that_change: list[tuple[nn.Module, str]] = []
         self.counting: list[tuple[nn.Module, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_held": None}  # a copy holds other generators
 
     def find_generators(self) -> list[Any]:
-        """Returns the generators, looked for again where one was put in the place of another or may have been made."""
+        """Returns the held generators.
+
+        Searches again if one was replaced, or if new ones may have been made.
+        """
         held = self._held
         if held is not None and not held.is_replaced() and not (self._searches_left and held.may_have_more()):
             return held.sources
-        self._held = HeldGenerators(block=self.parts[0][1])
+        self._held = ObjectGenerators(block=self.parts[0][1])
         if held is not None and list(map(id, held.sources)) == list(map(id, self._held.sources)):
-            self._searches_left -= 1  # an attribute may be None again and again
+            self._searches_left -= 1  # an attribute that is None in every forward would cause a search each time
         return self._held.sources
 
-    def find_new(self) -> list[_Attribute]:
-        """Returns attributes that a forward has made, such as a generator, and what they were before it."""
+    def find_new_attributes(self) -> list[_Attribute]:
+        """Returns attributes that the forward has made, with their values before it."""
         held = self._held
         if held is None or not self._searches_left or not held.may_have_more():
             return []
         return held.find_new(_ABSENT)
 
     def parameters(self) -> list[Tensor | None]:
-        """Returns the parameters as they are, in the order of `parameter_names`."""
+        """Returns the current parameters, in the order of `parameter_names`."""
         return [part._parameters.get(name) for part, name in self.parameter_names]
 
     def attributes(self) -> list[dict[str, Any]]:
-        """Returns the attributes of each part as they are."""
+        """Returns a copy of the `__dict__` of each part."""
         return [dict(vars(part)) for _, part in self.parts]
 
-    def look_at_attributes(self, before: list[dict[str, Any]]) -> list[_Attribute]:
-        """Finds the plain attributes that a forward has changed, such as a count of its calls.
+    def find_changed_attributes(self, before: list[dict[str, Any]]) -> list[_Attribute]:
+        """Finds plain attributes that a forward has changed, such as a count of calls.
+
+        Adds them to `counting`.
 
         Returns:
-            What they were before it.
+            The attributes with their values before the forward.
         """
-        found = []
+        changed = []
         for (_, part), old in zip(self.parts, before, strict=True):
             now = vars(part)
             for key in {**old, **now}:
                 value = old.get(key, _ABSENT)
                 if value is now.get(key, _ABSENT) or type(value) not in _SIMPLE or key == "training":
                     continue
-                found.append((now, key, value))
+                changed.append((now, key, value))
                 if not any(part is owner and key == name for owner, name in self.counting):
                     self.counting.append((part, key))
-        return found
+        return changed
 
     def counts(self) -> list[_Attribute]:
-        """Returns the attributes that forwards have changed so far, as they are; tensors would be kept alive."""
-        found = [(vars(part), key, vars(part).get(key, _ABSENT)) for part, key in self.counting]
-        return [(table, key, value) for table, key, value in found if type(value) in _SIMPLE]
+        """Returns the attributes in `counting` with their current values, without tensors.
+
+        These would stay alive.
+        """
+        attributes = [(vars(part), key, vars(part).get(key, _ABSENT)) for part, key in self.counting]
+        return [(table, key, value) for table, key, value in attributes if type(value) in _SIMPLE]
 
     def modes(self) -> list[bool]:
         """Returns for each part whether it is in training mode."""
         return [part.training for _, part in self.parts]
 
-    def versions(self) -> list[tuple[Tensor | None, int]]:
-        """Returns buffers, and how often each was changed so far; running statistics are looked after anyway."""
-        if not self._buffers:
-            return []
-        found = [part._buffers.get(key) for part, key in self._buffers]
-        return [(held, 0 if held is None else held._version) for held in found]
+    def changing_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Returns owner, name and current value of each of `buffers_that_change`."""
+        buffers = [(owner, name, owner._buffers[name]) for owner, name in self.buffers_that_change]
+        return [(owner, name, buffer) for owner, name, buffer in buffers if buffer is not None]
 
-    def look(self, before: list[tuple[Tensor | None, int]]) -> bool:
-        """Finds the buffers that a forward has changed; warns of each once, and keeps their values from then on.
+    def buffer_versions(self) -> list[tuple[Tensor | None, int]]:
+        """Returns each buffer with its version.
 
-        Returns:
-            Whether there is one that was not known of.
+        Without running statistics, which are always restored.
         """
-        num_known = len(self.changing)
-        for (part, key), (was, version), (now, newer) in zip(self._buffers, before, self.versions(), strict=True):
-            is_changed = was is not now or version != newer
-            if is_changed and not any(part is owner and key == name for owner, name in self.changing):
-                self.changing.append((part, key))
+        if not self._buffer_names:
+            return []
+        buffers = [part._buffers.get(key) for part, key in self._buffer_names]
+        return [(buffer, 0 if buffer is None else buffer._version) for buffer in buffers]
+
+    def find_changed_buffers(self, before: list[tuple[Tensor | None, int]]) -> bool:
+        """Finds buffers that a forward has changed.
+
+        Adds them to `buffers_that_change` with one warning each.
+
+        Args:
+            before: the result of `buffer_versions` before the forward.
+        Returns:
+            True if a buffer was added.
+        """
+        num_known = len(self.buffers_that_change)
+        rows = zip(self._buffer_names, before, self.buffer_versions(), strict=True)
+        for (part, key), (old, old_version), (buffer, version) in rows:
+            is_changed = old is not buffer or old_version != version
+            if is_changed and not any(part is owner and key == name for owner, name in self.buffers_that_change):
+                self.buffers_that_change.append((part, key))
                 warnings.warn(
                     f"{self.name}: its forward changes the buffer {key!r} of {type(part).__name__}. Recomputing it "
                     "leaves the buffer alone, but in this first step has found its later value",
                     stacklevel=2,
                 )
-        return len(self.changing) > num_known
+        return len(self.buffers_that_change) > num_known

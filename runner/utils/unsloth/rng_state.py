@@ -1,8 +1,10 @@
-"""States of random generators: of those that an object holds, and of the global ones of Python's `random` and of NumPy.
+"""Gets and sets the state of random generators.
 
-The official way to read a global state makes 625 integers of it (15 and 45 us). Where CPython and NumPy lay it out as
-expected, it is read as 2500 bytes from memory, and only where its first or last 20 have changed: any draw moves the
-position in the key or makes another key. It is only ever written in the official way.
+They are a user's generators, and the global ones of Python and NumPy.
+
+The official functions convert a global state to 625 integers (15 us in Python, 45 us in NumPy). If CPython and NumPy
+store it in the expected layout, it is read as 2500 bytes from memory, and only if the first or last 20 bytes have
+changed: each draw moves the position in the key or makes another key. It is only written by the official functions.
 """
 
 from __future__ import annotations
@@ -23,30 +25,30 @@ Generator = torch.Generator | random.Random | np.random.Generator | np.random.Ra
 _METHODS = (types.MethodType, types.BuiltinMethodType)
 _WORDS = struct.Struct("=625I")  # the state of a Mersenne twister: a key of 624 words, and a position in it
 _STAMP_SIZE = 20  # bytes: the position, and four words of the key
-_NORMAL = struct.Struct("@id")  # whether the second number of a pair of normal ones is left, and that number
+_NORMAL = struct.Struct("@id")  # has_gauss and gauss: normal numbers are drawn in pairs, and the second is kept
 
 
 def find_generators(values: Iterable[Any]) -> list[Generator]:
-    """Returns the generators among values, in their lists, tuples and dicts, and those that methods are bound to.
+    """Returns the generators in nests of lists, tuples and dicts.
 
-    Global generators are left out.
+    A bound method counts as its object. Global generators are left out.
     """
     seen = {id(torch.default_generator), id(_python_generator()), id(_numpy_generator())}
-    found: list[Generator] = []
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
+    generators: list[Generator] = []
+    pending = list(values)
+    while pending:
+        value = pending.pop()
         if isinstance(value, _METHODS):
             value = value.__self__
         if id(value) in seen:
             continue
         if isinstance(value, Generator):
             seen.add(id(value))
-            found.append(value)
+            generators.append(value)
         elif isinstance(value, (list, tuple, dict)):
             seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-    return found
+            pending += value.values() if isinstance(value, dict) else value
+    return generators
 
 
 def get_state(generator: Generator) -> Any:
@@ -75,9 +77,9 @@ def set_state(generator: Generator, state: Any) -> None:
 
 
 def get_global_states() -> tuple[Any, Any]:
-    """Returns the states of the global generators of Python's `random` and of NumPy; any draw makes it unequal.
+    """Returns the states of the global generators of Python's `random` and of NumPy.
 
-    The same objects are returned until then.
+    The result compares unequal after any draw; until then, the same objects are returned.
     """
     return _python_state().get(), _numpy_state(_bit_generator()).get()
 
@@ -98,16 +100,16 @@ def _numpy_generator() -> np.random.RandomState:
     return generator
 
 
-_bit_generator = np.random.mtrand.get_bit_generator  # the one that is in NumPy's global generator
+_bit_generator = np.random.mtrand.get_bit_generator  # returns that of NumPy's global generator
 
 
 class _PythonState:
-    """Reads and writes Python's global generator."""
+    """Reads and writes the state of Python's global generator."""
 
     def __init__(self) -> None:
         self._generator: Any = _python_generator()
         self._raw: Any = None  # the position, then the key
-        self._latest: tuple[Any, Any] = (None, None)  # the stamp and state read last
+        self._latest: tuple[Any, Any] = (None, None)  # stamp and state of the last read
         base = type(self._generator).__base__
         if base is not None and base.__basicsize__ >= object.__basicsize__ + _WORDS.size:
             address = id(self._generator) + object.__basicsize__
@@ -139,17 +141,17 @@ def _rotated(raw: bytes) -> tuple[int, ...]:
 
 
 class _NumpyState:
-    """Reads and writes NumPy's global generator.
+    """Reads and writes the state of NumPy's global generator.
 
     Args:
-        bits: its bit generator; held, so that its memory stays where it is.
+        bits: its bit generator; the reference keeps the memory that is read alive.
     """
 
     def __init__(self, bits: Any) -> None:
         self._generator, self._bits = _numpy_generator(), bits
         self._raw: Any = None  # the key, then the position
-        self._latest: tuple[Any, Any] = (None, None)  # the stamp and state read last
-        offset = _find_normal()
+        self._latest: tuple[Any, Any] = (None, None)  # stamp and state of the last read
+        offset = _find_normal_offset()
         if offset is not None and isinstance(bits, np.random.MT19937):
             address = bits.ctypes.state_address
             raw = _bytes_at(address, _WORDS.size)
@@ -176,10 +178,11 @@ class _NumpyState:
         self._generator.set_state(("MT19937", words[:-1], int(words[-1]), has_normal, normal))
 
 
-def _find_normal() -> int | None:
-    """Returns the offset of the left normal number in a RandomState; None where it is not found for certain.
+def _find_normal_offset() -> int | None:
+    """Returns the offset of the kept normal number in a RandomState.
 
-    NumPy has no cheap way to read that number, so it is searched for in a generator of known content.
+    None if it is not found for certain. NumPy has no cheap function that reads that number, so its offset is searched
+    in a generator of known content.
     """
     probe, number = np.random.RandomState(0), 0.12345678901234567
     state: Any = probe.get_state()
@@ -190,4 +193,4 @@ def _find_normal() -> int | None:
 
 
 _python_state = functools.cache(_PythonState)
-_numpy_state = functools.lru_cache(1)(_NumpyState)  # another bit generator may be put in
+_numpy_state = functools.lru_cache(1)(_NumpyState)  # a user may set another bit generator

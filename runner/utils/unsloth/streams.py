@@ -1,4 +1,4 @@
-"""Copies between an accelerator and the host, on streams of their own beside its computing. Imports torch only."""
+"""Copies between an accelerator and host memory on streams beside computation."""
 
 from __future__ import annotations
 
@@ -10,82 +10,91 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_PAGE, _PORTABLE = 4096, 1
+_PAGE_BYTES = 4096
+_CUDA_HOST_REGISTER_PORTABLE = 1
 
 
 class Transport(Protocol):
-    """What a device can do: it computes in order, and copies beside that, each copy waiting for what it is told to."""
+    """The operations of a device that an `Offloader` needs.
+
+    It has a compute stream, copies beside it, and events. An event is done when the device has completed all work
+    that was queued on its stream before. Streams and events are opaque to the caller.
+    """
 
     device: torch.device
 
-    def mark(self) -> Any:
-        """Returns an event: what computing was asked to do so far."""
+    def record_event(self) -> Any:
+        """Returns an event at the current end of the compute stream."""
 
-    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
-        """Copies to the host once the events have passed; returns the events of its begin and end."""
+    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        """Queues a copy to the host that begins after the events.
 
-    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
-        """Copies to the device once the events have passed; returns the event of its end."""
+        Returns events of its begin and end.
+        """
 
-    def current(self) -> Any:
-        """Returns the stream that computing is asked of now: memory belongs to the one that it was allocated on."""
+    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        """Queues a copy to the device that begins after the events.
 
-    def wait(self, event: Any, stream: Any) -> None:
-        """Has a stream wait for an event; the program does not."""
+        Returns the event of its end.
+        """
+
+    def current_stream(self) -> Any:
+        """Returns the current compute stream, which owns the memory that is allocated now."""
+
+    def wait_event(self, event: Any, stream: Any) -> None:
+        """Queues a wait for an event on a stream, without blocking the host."""
 
     def record_stream(self, tensor: Tensor, owner: Any) -> None:
-        """Has what computing is asked of now use a tensor that was allocated on another stream, perhaps."""
+        """Tells the allocator that the current stream uses a tensor of stream `owner`."""
 
-    def keep(self, source: Tensor) -> None:
-        """Keeps a source's memory from being used again, on whichever stream, before its copy to the host is done."""
+    def record_copy_stream(self, source: Tensor) -> None:
+        """Tells the allocator to keep a source's memory until its copy is done."""
 
-    def finish(self, event: Any) -> None:
-        """Waits for an event in the program itself."""
+    def synchronize(self, event: Any) -> None:
+        """Blocks the host until an event is done."""
 
     def is_done(self, event: Any) -> bool:
-        """Says whether an event has passed."""
+        """Returns whether an event is done."""
 
-    def seconds(self, begin: Any, end: Any) -> float:
-        """Returns the time between two events that have passed."""
+    def elapsed_s(self, begin: Any, end: Any) -> float:
+        """Returns the seconds between two events that are done."""
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Returns memory of the host, uint8 [num_bytes], that the device can copy to by itself."""
+        """Returns pinned host memory, uint8 [num_bytes]."""
 
     def is_capturing(self) -> bool:
-        """Says whether a graph of the device's work is being recorded, in which nothing may be moved."""
+        """Returns whether a CUDA graph is being captured: nothing may be moved then."""
 
 
 class CopyStreams:
-    """The `Transport` of an accelerator: two streams, one a direction, and events.
+    """The `Transport` of an accelerator, with one copy stream for each direction.
 
-    Computing is whatever stream is current when it is asked for, not the one that was when this was made.
+    The compute stream is the stream that is current at each call, not the one at construction.
 
     Args:
-        is_timed: events tell the time, too, and cost a little more.
+        is_timed: events also record the time, which costs a little more.
     """
 
     def __init__(self, device: torch.device, is_timed: bool = False) -> None:
         self.device = device
         self._module = torch.get_device_module(device)
-        self._out, self._back = self._module.Stream(device), self._module.Stream(device)
+        self._to_host_stream = self._module.Stream(device)
+        self._to_device_stream = self._module.Stream(device)
         self._is_timed = is_timed
 
-    def mark(self) -> Any:
-        """Returns an event of the current stream."""
-        return self._record(self.current())
+    def record_event(self) -> Any:
+        return self._record(self.current_stream())
 
     def _record(self, stream: Any) -> Any:
         event = self._module.Event(enable_timing=self._is_timed)
         event.record(stream)
         return event
 
-    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
-        """Copies to the host once the events have passed; returns the events of its begin and end."""
-        return self._copy(self._out, source, buffer, after)
+    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        return self._copy(self._to_host_stream, source, buffer, after)
 
-    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
-        """Copies to the device once the events have passed; returns the event of its end."""
-        return self._copy(self._back, buffer, target, after)[1]
+    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        return self._copy(self._to_device_stream, buffer, target, after)[1]
 
     def _copy(self, stream: Any, source: Tensor, target: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
         for event in after:
@@ -95,59 +104,61 @@ class CopyStreams:
             target.copy_(source, non_blocking=True)
         return begin, self._record(stream)
 
-    def current(self) -> Any:
-        """Returns the current stream."""
+    def current_stream(self) -> Any:
+        """Returns the current compute stream."""
         return self._module.current_stream(self.device)
 
-    def wait(self, event: Any, stream: Any) -> None:
-        """Has a stream wait for an event."""
+    def wait_event(self, event: Any, stream: Any) -> None:
         stream.wait_event(event)
 
     def record_stream(self, tensor: Tensor, owner: Any) -> None:
-        """Tells the allocator of another stream than the tensor's own, if it is another."""
-        if (current := self.current()) != owner:
+        """Tells the allocator that the current stream uses a tensor, unless it is `owner`."""
+        if (current := self.current_stream()) != owner:
             tensor.record_stream(current)
 
-    def keep(self, source: Tensor) -> None:
-        """Tells the allocator that the copy stream reads the source; its memory is then free only when that is done.
+    def record_copy_stream(self, source: Tensor) -> None:
+        """Tells the allocator that the copy stream reads a source.
 
-        Not for every copy: the program is ahead of the device, and meanwhile each such source would need its memory.
+        Avoid it where the compute stream waits for the copy anyway: the host runs ahead of the device, and until the
+        copies are done, the allocator would keep the memory of all these sources.
         """
-        source.record_stream(self._out)
+        source.record_stream(self._to_host_stream)
 
-    def finish(self, event: Any) -> None:
-        """Waits for an event in the program itself."""
+    def synchronize(self, event: Any) -> None:
         event.synchronize()
 
     def is_done(self, event: Any) -> bool:
-        """Says whether an event has passed."""
         return bool(event.query())
 
-    def seconds(self, begin: Any, end: Any) -> float:
-        """Returns the time between two events that have passed."""
+    def elapsed_s(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1e3
 
     def allocate(self, num_bytes: int) -> Tensor:
-        """Returns page-locked memory of the host, uint8 [num_bytes]; torch's own is rounded up to a power of two."""
+        """Returns pinned host memory, uint8 [num_bytes].
+
+        Torch's own allocator for pinned memory rounds up to a power of two.
+        """
         if self.device.type == "cuda":
-            size = -(-num_bytes // _PAGE) * _PAGE  # whole pages: others may be locked through another buffer already
-            raw = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu")
-            start = -raw.data_ptr() % _PAGE
+            # Whole pages: a page can be registered only once, so two buffers must not share one.
+            size = -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
+            raw = torch.empty(size + _PAGE_BYTES, dtype=torch.uint8, device="cpu")
+            start = -raw.data_ptr() % _PAGE_BYTES
             buffer = raw[start : start + size]
             runtime: Any = torch.cuda.cudart()
-            if int(runtime.cudaHostRegister(buffer.data_ptr(), size, _PORTABLE)) == 0:
+            if int(runtime.cudaHostRegister(buffer.data_ptr(), size, _CUDA_HOST_REGISTER_PORTABLE)) == 0:
                 weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
                 return buffer
-            with contextlib.suppress(RuntimeError):  # the next call is told of it, whatever it is
+            # The failure stays pending, and the next CUDA call would raise it: clear it here.
+            with contextlib.suppress(RuntimeError):
                 torch.zeros((), device=self.device)
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def is_capturing(self) -> bool:
-        """Says whether a graph of the device's work is being recorded."""
-        asked = getattr(self._module, "is_current_stream_capturing", None)
-        return asked is not None and bool(asked())
+        """Returns whether a CUDA graph is being captured."""
+        is_current_stream_capturing = getattr(self._module, "is_current_stream_capturing", None)
+        return is_current_stream_capturing is not None and bool(is_current_stream_capturing())
 
 
 def has_streams(device: torch.device) -> bool:
-    """Says whether copies to and from a device can go on beside its computing."""
+    """Returns whether a device can copy to and from the host beside its computation."""
     return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")

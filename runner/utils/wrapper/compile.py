@@ -1,4 +1,4 @@
-"""Modules compiled by torch: each block's forward, or the whole call. Loads the compiler once it is asked for."""
+"""Compiles a module by torch: each block's forward, or the module's call. Loads the compiler only when called."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import find_blocks
-
-SCOPES = ("blocks", "whole")
+from runner.utils.wrapper.optimization import check_choice
+from runner.utils.wrapper.settings import SCOPES
 
 
 def compile_module(
@@ -24,13 +24,13 @@ def compile_module(
     dynamic: bool | None = None,
     memory_budget: float | None = None,
 ) -> tuple[list[str], Callable[[], None]]:
-    """Has torch compile a module, in place, at its first call; names stay the user's own.
+    """Has torch compile a module, in place, at its first call; names in the module stay the same.
 
     Args:
-        scope: blocks compiles each block's forward, and one program serves all of a class; whole the module's call.
-        memory_budget: what may be kept for backward, as a share of what would be: 0 recomputes all, 1 nothing.
+        scope: blocks compiles each block's forward, one program for all blocks of a class; whole the module's call.
+        memory_budget: share of the activations that is kept for backward: 0 recomputes all, 1 none.
     Returns:
-        The names of what is compiled ("" is the module), and what makes it as it was.
+        The names of the compiled modules ("" is the module itself), and a function that undoes it.
     Raises:
         ValueError: an unknown scope, backend or mode; a module without blocks.
     """
@@ -48,19 +48,19 @@ def compile_module(
         )
     programs: dict[Any, Any] = {}
     before = [(block, block.__dict__.get("forward")) for block in blocks.values()]
-    for block, instead in before:
-        own = type(block).forward if instead is None else instead
-        if own not in programs:
-            compiled = torch.compile(own, **settings)
-            programs[own] = compiled if memory_budget is None else _budgeted(compiled, memory_budget)
-        program = programs[own]  # bound to the block: a copy of it computes with its own weights
-        block.__dict__["forward"] = types.MethodType(program, block) if instead is None else program
-    return list(blocks), functools.partial(_give_back, before)
+    for block, instance_forward in before:
+        forward = type(block).forward if instance_forward is None else instance_forward
+        if forward not in programs:
+            compiled = torch.compile(forward, **settings)
+            programs[forward] = compiled if memory_budget is None else _budgeted(compiled, memory_budget)
+        program = programs[forward]
+        # Bound to the block, so that a copy of the block computes with the copy's weights.
+        block.__dict__["forward"] = types.MethodType(program, block) if instance_forward is None else program
+    return list(blocks), functools.partial(_restore, before)
 
 
 def _check(scope: str, backend: str, mode: str | None) -> None:
-    if scope not in SCOPES:
-        raise ValueError(f"compile: scope={scope!r}: expected one of {', '.join(SCOPES)}")
+    check_choice("scope", scope, SCOPES)
     from torch._dynamo.backends.registry import list_backends
 
     known = list_backends(None)
@@ -72,18 +72,18 @@ def _check(scope: str, backend: str, mode: str | None) -> None:
 
 
 def _budgeted(compiled: Any, budget: float) -> Any:
-    """Returns a compiled function that is compiled with a budget, which torch takes from a setting of its own."""
+    """Returns a compiled function that sets torch's global memory budget while it is compiled."""
     import torch._functorch.config as config
 
     @functools.wraps(compiled, updated=())
     def run(*args: Any, **kwargs: Any) -> Any:
-        with config.patch(activation_memory_budget=budget):  # what is compiled already does not read it
+        with config.patch(activation_memory_budget=budget):  # read at the first call, which compiles
             return compiled(*args, **kwargs)
 
     return run
 
 
-def _give_back(before: Iterable[tuple[nn.Module, Any]]) -> None:
+def _restore(before: Iterable[tuple[nn.Module, Any]]) -> None:
     for block, forward in before:
         del block.__dict__["forward"]
         if forward is not None:

@@ -1,6 +1,6 @@
-"""A module too large for one device, spread over several and the CPU for training: a plan by bytes, and its doing.
+"""Distribution of a module's blocks over several devices and the CPU, by a plan in bytes.
 
-A plan is arithmetic: no device is touched before `spread`. Must not import a model library.
+`plan` is arithmetic; only `spread` uses a device.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from runner.utils.modules.selection import find_blocks
 _SIZES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\+?\d+)?)\s*([kmgt]?b)?\s*", re.IGNORECASE)
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
-_OF_PARENT = (nn.ParameterList, nn.ParameterDict)
+_HELD_BY_PARENT = (nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True)
-class DeviceMap:
-    """Which device each unit of a module lies on; as a string, a line for each device.
+class DevicePlan:
+    """The device of each unit of a module; as a string, a line for each device.
 
     Attributes:
-        devices: by unit, in the order of the module; "" is what the module itself holds.
+        devices: by unit, in the order of the module; "" stands for the module's own parameters.
         unit_bytes: by unit, tied weights counted where they come first.
-        budgets: bytes by device, in order of preference; infinite for whatever is left.
+        budgets: bytes by device, in order of preference; infinite without a limit.
     """
 
     devices: dict[str, str]
@@ -42,9 +42,9 @@ class DeviceMap:
     def __str__(self) -> str:
         lines = []
         for device, budget in self.budgets.items():
-            names = [name for name, its in self.devices.items() if its == device]
-            used = _say_bytes(sum(self.unit_bytes[name] for name in names))
-            lines.append(f"{device}: {_shorten(names) or 'nothing'}; {used} of {_say_bytes(budget)}")
+            names = [name for name, device_of_unit in self.devices.items() if device_of_unit == device]
+            used = _format_bytes(sum(self.unit_bytes[name] for name in names))
+            lines.append(f"{device}: {_join_names(names) or 'nothing'}; {used} of {_format_bytes(budget)}")
         return "\n".join(lines)
 
 
@@ -55,18 +55,18 @@ class _Unit:
     tensors: tuple[Tensor, ...]
 
 
-def plan(module: nn.Module, budgets: Mapping[str, float | str | None], *, bytes_factor: float = 1.0) -> DeviceMap:
-    """Returns where a module's units go: each device is filled, in order, until the next unit does not fit.
+def plan(module: nn.Module, budgets: Mapping[str, float | str | None], *, bytes_factor: float = 1.0) -> DevicePlan:
+    """Returns the device of each unit: devices are filled in order, each until the next unit does not fit.
 
-    A unit is a block of `find_blocks`; or an outermost child that holds no block; or what a module around these holds
-    itself, in its place before its children. Units that share a weight go to one device, at the first one's turn.
+    A unit is a block of `find_blocks`; an outermost child that contains no block; or the own parameters of a module
+    around these, before its children. Units that share a weight go to one device, at the first unit's turn.
 
     Args:
         budgets: by device (cuda:0, cpu), in order of preference: bytes, a size such as 8GB (8e9 bytes) or 500MB, or
-            None for whatever is left.
-        bytes_factor: bytes to reckon for a byte of parameters and buffers: 4 for weights, gradients, two Adam states.
+            None for no limit.
+        bytes_factor: bytes needed for a byte of parameters and buffers: 4 for weights, gradients, two Adam states.
     Raises:
-        ValueError: a device or budget that isn't one; too little in all, with what is needed and what did not fit.
+        ValueError: a device or budget that isn't one; too few bytes in all, naming the units that did not fit.
     """
     units, sizes = _units(module), _read_budgets(budgets)
     unit_bytes = _count_bytes(units, bytes_factor)
@@ -80,20 +80,20 @@ def plan(module: nn.Module, budgets: Mapping[str, float | str | None], *, bytes_
             try:
                 device = next(devices)
             except StopIteration:
-                raise ValueError(_explain(bundle, needed, unit_bytes, sizes)) from None
+                raise ValueError(_describe_shortage(bundle, needed, unit_bytes, sizes)) from None
             left = sizes[device]
         left -= needed
         chosen |= {unit.name: device for unit in bundle}
-    return DeviceMap({unit.name: chosen[unit.name] for unit in units}, unit_bytes, sizes)
+    return DevicePlan({unit.name: chosen[unit.name] for unit in units}, unit_bytes, sizes)
 
 
-def _explain(
+def _describe_shortage(
     bundle: Sequence[_Unit], needed: float, unit_bytes: Mapping[str, float], sizes: Mapping[str, float]
 ) -> str:
-    names = _shorten([unit.name for unit in bundle]) + (", tied," if len(bundle) > 1 else "")
-    there_are = ", ".join(f"{device} {_say_bytes(size)}" for device, size in sizes.items())
-    total = _say_bytes(sum(unit_bytes.values()))
-    return f"budgets: {total} needed in all, there are {there_are}; {names} of {_say_bytes(needed)} did not fit"
+    names = _join_names([unit.name for unit in bundle]) + (", tied," if len(bundle) > 1 else "")
+    there_are = ", ".join(f"{device} {_format_bytes(size)}" for device, size in sizes.items())
+    total = _format_bytes(sum(unit_bytes.values()))
+    return f"budgets: {total} needed in all, there are {there_are}; {names} of {_format_bytes(needed)} did not fit"
 
 
 def _units(module: nn.Module) -> list[_Unit]:
@@ -103,7 +103,7 @@ def _units(module: nn.Module) -> list[_Unit]:
 def _split(module: nn.Module, name: str, blocks: Mapping[str, nn.Module]) -> Iterator[_Unit]:
     children = dict(module.named_children())
     own = [module.parameters(recurse=False), module.buffers(recurse=False)]
-    own += [child.parameters() for child in children.values() if isinstance(child, _OF_PARENT)]
+    own += [child.parameters() for child in children.values() if isinstance(child, _HELD_BY_PARENT)]
     if tensors := tuple(tensor for part in own for tensor in part):
         yield _Unit(name, module, tensors)
     for key, child in children.items():
@@ -111,7 +111,7 @@ def _split(module: nn.Module, name: str, blocks: Mapping[str, nn.Module]) -> Ite
         holds_blocks = path not in blocks and any(block.startswith(path + ".") for block in blocks)
         if holds_blocks or (path not in blocks and isinstance(child, _NEVER_CALLED)):
             yield from _split(child, path, blocks)
-        elif not isinstance(child, _OF_PARENT):
+        elif not isinstance(child, _HELD_BY_PARENT):
             yield _Unit(path, child, (*child.parameters(), *child.buffers()))
 
 
@@ -166,15 +166,15 @@ def _read_bytes(device: str, amount: float | str | None) -> float:
     raise ValueError(f"budgets: {device}: {amount!r}: expected {expected}")
 
 
-def _say_bytes(amount: float) -> str:
+def _format_bytes(amount: float) -> str:
     if amount == math.inf:
         return "whatever is left"
     unit = next((unit for unit, size in reversed(_SIZES.items()) if amount >= size), "B")
     return f"{amount / _SIZES[unit]:.4g} {unit}"
 
 
-def _shorten(names: Sequence[str]) -> str:
-    """Returns names in a row, layers.0, layers.1 and layers.2 as layers.0..layers.2."""
+def _join_names(names: Sequence[str]) -> str:
+    """Returns names as one text, layers.0, layers.1 and layers.2 as layers.0..layers.2."""
     runs: list[list[str]] = []
     for name in names:
         if runs and _follows(runs[-1][-1], name):
@@ -191,61 +191,63 @@ def _follows(name: str, after: str) -> bool:
 
 
 class Spread:
-    """A module whose units lie on the devices of a plan, until `undo`."""
+    """A module whose units are on the devices of a plan, until `undo`."""
 
     def __init__(self) -> None:
         self._hooks: list[RemovableHandle] = []
-        self._homes: dict[int, tuple[Tensor, torch.device]] = {}
+        self._devices_before: dict[int, tuple[Tensor, torch.device]] = {}
 
-    def _take(self, unit: _Unit, device: torch.device) -> None:
+    def move(self, unit: _Unit, device: torch.device) -> None:
+        """Moves a unit's tensors to a device, and its inputs before each call."""
         for tensor in unit.tensors:
-            self._homes.setdefault(id(tensor), (tensor, tensor.device))
+            self._devices_before.setdefault(id(tensor), (tensor, tensor.device))
             _put(tensor, device)
         hook = functools.partial(_move_inputs, device)
         self._hooks.append(unit.module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def undo(self) -> None:
-        """Takes the hooks away and moves all, as it is by now, to where it was."""
+        """Removes the hooks and moves every tensor, with its present value, to its previous device."""
         for hook in self._hooks:
             hook.remove()
-        for tensor, device in self._homes.values():
+        for tensor, device in self._devices_before.values():
             _put(tensor, device)
-        self._hooks, self._homes = [], {}
+        self._hooks.clear()
+        self._devices_before.clear()
 
 
-def spread(module: nn.Module, device_map: DeviceMap) -> Spread:
-    """Moves each unit's weights to its device, in place, and has its inputs follow: before the optimizer is made.
+def spread(module: nn.Module, device_map: DevicePlan) -> Spread:
+    """Moves each unit's weights to its device in place, and its inputs before each call; call it before the optimizer.
 
-    Parameters stay the objects they are, tied ones tied. Before a unit runs, the tensors in its arguments (nests of
-    dicts, lists and tuples) are moved; gradients flow back. What the forward around the units does itself is left to
-    it: its output is where the last unit put it, and what it adds to that, such as a residual or targets, or a
-    parameter that it uses directly (which lies where the first units are), must be on that device.
+    Parameters stay the same objects, tied ones tied. Before a unit runs, the tensors in its arguments (nests of dicts,
+    lists and tuples) are moved; gradients flow back. The forward around the units is not changed: its output is on the
+    device of the last unit, and what it adds to that, such as a residual, targets or a parameter that it uses directly
+    (on the device of the first units), must be on that device.
 
     Raises:
-        ValueError: a plan that is not of this module's units, or a device that is not there.
+        ValueError: a plan of another module's units, or a device that this machine does not have.
     """
     units = _units(module)
     if differing := sorted({unit.name for unit in units} ^ device_map.devices.keys()):
-        raise ValueError(f"the plan is of another module: {_shorten(differing)} only in one of the two")
+        raise ValueError(f"the plan is of another module: {_join_names(differing)} only in one of the two")
     for name in dict.fromkeys(device_map.devices.values()):
-        _check_there(torch.device(name))
-    made = Spread()
+        _check_device(torch.device(name))
+    moved = Spread()
     try:
         for unit in units:
-            made._take(unit, torch.device(device_map.devices[unit.name]))
+            moved.move(unit, torch.device(device_map.devices[unit.name]))
     except BaseException:  # a device may be full
-        made.undo()
+        moved.undo()
         raise
-    return made
+    return moved
 
 
-def _check_there(device: torch.device) -> None:
+def _check_device(device: torch.device) -> None:
     if device.type in ("cpu", "meta"):
         return
-    there = torch.get_device_module(device).device_count() if torch.accelerator.is_available() else 0
-    if torch.accelerator.current_accelerator() != torch.device(device.type) or (device.index or 0) >= there:
+    count = torch.get_device_module(device).device_count() if torch.accelerator.is_available() else 0
+    if torch.accelerator.current_accelerator() != torch.device(device.type) or (device.index or 0) >= count:
         raise ValueError(
-            f"device_map: there is no device {device} here; this machine has {there or 'none but the CPU'}"
+            f"device_map: there is no device {device} here; this machine has {count or 'none but the CPU'}"
         )
 
 
@@ -258,7 +260,7 @@ def _put(tensor: Tensor, device: torch.device) -> None:
     moved = tensor.detach().to(device)
     try:
         tensor.data = moved
-    except RuntimeError:  # a device whose tensors are of another make, such as meta
+    except RuntimeError:  # tensors of another implementation, as on the device meta
         moved = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
         torch.utils.swap_tensors(tensor, moved)
     if grad is not None:
@@ -270,14 +272,14 @@ def _move_inputs(device: torch.device, module: nn.Module, args: Any, kwargs: Any
 
 
 def _move(node: Any, device: torch.device) -> Any:
-    """Returns a nest with its tensors on a device; itself where they are there already."""
+    """Returns a nest with its tensors on a device; the nest itself where they are on it already."""
     if isinstance(node, Tensor):
         return node if node.device == device else node.to(device)
     if isinstance(node, dict):
         moved = {key: _move(value, device) for key, value in node.items()}
         if all(moved[key] is value for key, value in node.items()):
             return node
-        other = copy.copy(node)  # whatever kind of dict it is
+        other = copy.copy(node)  # of the same class
         for key, value in moved.items():
             other[key] = value
         return other
@@ -287,9 +289,3 @@ def _move(node: Any, device: torch.device) -> Any:
             return node
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
     return node
-
-
-def unreached(module: nn.Module) -> list[str]:
-    """Returns the names of the trainable parameters that a backward gave no gradient, or one without values."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return [name for name, p in trained if p.grad is None or p.grad.is_meta]

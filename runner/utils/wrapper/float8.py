@@ -1,4 +1,4 @@
-"""Linears that multiply in 8-bit floats, by torchao, which is imported when it is needed."""
+"""Linear layers that multiply in 8-bit floats, by torchao, which is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -6,31 +6,42 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from runner.utils.modules.selection import matches
+from runner.utils.modules.selection import disable_fast_path, matches_glob
+from runner.utils.wrapper.optimization import check_choice
+from runner.utils.wrapper.settings import RECIPES
 
-RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-_MULTIPLE = 16  # of both dimensions of a weight: what the matrix units take
+_MULTIPLE = 16  # of both dimensions of a weight, for the matrix units
 _CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """Names of the Linears of a module.
+    """The converted Linears of a module, and undo.
 
     Args:
-        names: those that multiply in fp8 now.
-        skipped: those that were meant and can't, with the reason.
+        names: of the Linears that multiply in fp8 now.
+        skipped: the Linears that were chosen and can't, by name, with the reason.
     """
 
     names: list[str]
     skipped: dict[str, str]
+    _module: nn.Module = field(repr=False)
+    _before: dict[str, nn.Linear] = field(repr=False)
+    _fused: list[tuple[nn.Module, str, Any]] = field(repr=False)
+
+    def undo(self) -> None:
+        """Puts the Linears back, in the mode of the modules that replaced them."""
+        for owner, name, value in reversed(self._fused):
+            setattr(owner, name, value)
+        for name, linear in self._before.items():
+            _put(self._module, name, linear.train(self._module.get_submodule(name).training))
 
 
 def to_float8(
@@ -43,13 +54,13 @@ def to_float8(
 ) -> Converted:
     """Makes Linears of a module, in place, multiply in fp8; weights stay the same parameters under the same names.
 
-    Forward and both products of backward round their operands to fp8, scaled by what these hold at that moment; what
-    comes out has the precision of what went in. Compile the module afterwards: without, it is slower than it was.
+    Forward and both products of backward round their operands to fp8, scaled by their present values; the output has
+    the precision of the input. Compile the module afterwards: without that it is slower than before.
 
     Args:
         include: globs over names of Linears, segment by segment: layers.*.up has layers.1.up and not layers.1.mlp.up.
-            None is all. Only `nn.Linear` itself is meant, no class made of it.
-        exclude: globs of those that stay as they are, such as a head.
+            None is all. Subclasses of `nn.Linear` are not converted.
+        exclude: globs over names of Linears that are not converted, such as a head.
         recipe: tensorwise: one scale a tensor, the fastest; rowwise: one a row, more accurate; rowwise_with_gw_hp: as
             rowwise, and the gradient of the weight in full precision.
         emulate: rounds the same and multiplies in fp32, on any device.
@@ -58,37 +69,23 @@ def to_float8(
         ValueError: an unknown recipe, a glob that matches no Linear, a module that is itself a Linear, or weights on a
             device without fp8.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"float8: recipe={recipe!r}: expected one of {', '.join(RECIPES)}")
+    check_choice("recipe", recipe, RECIPES)
     float8 = import_torchao("torchao.float8")
-    linears = dict(_find(module, nn.Linear))
+    linears = dict(_find_linears(module))
     chosen = _choose(linears, include, exclude)
     skipped = {name: reason for name in chosen if (reason := _find_obstacle(linears[name]))}
     names = [name for name in chosen if name not in skipped]
     if not emulate:
         _check_devices({linears[name].weight.device for name in names})
     settings = dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
-    made: dict[nn.Linear, nn.Module] = {}  # one that stands in two places stays one
+    made: dict[nn.Linear, nn.Module] = {}  # a layer with two names stays one object
     for name in names:
         linear = linears[name]
         if linear not in made:
             made[linear] = float8.convert_to_float8_training(linear, config=settings).train(linear.training)
         _put(module, name, made[linear])
-    return Converted(names, skipped)
-
-
-def from_float8(module: nn.Module) -> list[str]:
-    """Makes every Linear that `to_float8` changed an `nn.Linear` again, in place; returns their names."""
-    kind = import_torchao("torchao.float8.float8_linear").Float8Linear
-    found = dict(_find(module, kind))
-    made: dict[nn.Module, nn.Linear] = {}
-    for name, converted in found.items():
-        if converted not in made:
-            made[converted] = linear = nn.Linear(converted.in_features, converted.out_features, device="meta")
-            linear.weight, linear.bias = converted.weight, converted.bias
-            linear.train(converted.training)
-        _put(module, name, made[converted])
-    return list(found)
+    fused = disable_fast_path(module, {id(converted) for converted in made.values()})
+    return Converted(names, skipped, module, {name: linears[name] for name in names}, fused)
 
 
 def import_torchao(name: str) -> ModuleType:
@@ -99,7 +96,8 @@ def import_torchao(name: str) -> ModuleType:
     """
     loggers = [logging.getLogger(each) for each in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:  # it warns of each binary for other hardware, and is warned of what it is to change itself
+    # torchao warns of each binary for other hardware, and torch of an API that torchao still uses.
+    for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
         return importlib.import_module(name)
@@ -112,25 +110,25 @@ def import_torchao(name: str) -> ModuleType:
             logger.setLevel(level)
 
 
-def _find(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    """Yields the modules of exactly that class under each of their names."""
-    for name, each in module.named_modules(remove_duplicate=False):
-        if type(each) is kind:
+def _find_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yields the modules of exactly the class nn.Linear under each of their names."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        if type(part) is nn.Linear:
             if not name:
                 raise ValueError("float8: the module is itself a Linear, which can't be replaced in place; wrap it")
-            yield name, each
+            yield name, part
 
 
 def _choose(linears: Mapping[str, nn.Linear], include: Sequence[str] | None, exclude: Sequence[str]) -> list[str]:
     for glob in (*(include or ()), *exclude):
-        if not any(matches(name, glob) for name in linears):
+        if not any(matches_glob(name, glob) for name in linears):
             raise ValueError(f"float8: {glob!r} matches no Linear; there are: {', '.join(linears) or 'none'}")
-    is_meant = {
-        name: include is None or any(matches(name, glob) for glob in include)
-        for name in linears
-        if not any(matches(name, glob) for glob in exclude)
-    }
-    return [name for name, is_so in is_meant.items() if is_so]
+    chosen = []
+    for name in linears:
+        is_included = include is None or any(matches_glob(name, glob) for glob in include)
+        if is_included and not any(matches_glob(name, glob) for glob in exclude):
+            chosen.append(name)
+    return chosen
 
 
 def _find_obstacle(linear: nn.Linear) -> str | None:
@@ -155,5 +153,5 @@ def _check_devices(devices: set[torch.device]) -> None:
 
 
 def _put(module: nn.Module, name: str, child: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    module.get_submodule(parent)._modules[own] = child
+    parent, _, key = name.rpartition(".")
+    module.get_submodule(parent)._modules[key] = child

@@ -1,7 +1,4 @@
-"""Modules replaced by rule: in the model given alone, with the weights it has, until undone.
-
-Must not import a model library.
-"""
+"""Replaces modules of a model by rules; the new modules keep the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from runner.utils.modules.selection import call_within_fused, check_globs, find_uncalled, fits, list_near, name_modules
+from runner.utils.modules.selection import (
+    check_globs,
+    disable_fast_path,
+    find_uncalled,
+    matches_any,
+    name_modules,
+)
+from runner.utils.utils import list_nearest
 from runner.utils.wrapper.transfer import ModuleSwap, transfer_state
 
 _REMEDY = "give it in arguments, or make is a converter"
@@ -21,16 +25,16 @@ _REMEDY = "give it in arguments, or make is a converter"
 
 @dataclass(frozen=True)
 class Rule:
-    """What is replaced, and by what. Globs are over names of modules, segment by segment.
+    """A class of modules and its replacement. Globs are over names of modules, segment by segment.
 
-    A module that stands at several names is one: include needs to fit one of them, exclude none.
+    A module with several names is one: include must match one of them, exclude none.
     """
 
     match: type[nn.Module]
-    make: Callable[..., nn.Module]  # a class, or what is called with the old module and returns the new one
+    make: Callable[..., nn.Module]  # a class, or a converter: called with the old module, returns the new one
     include: Sequence[str] | None = None  # None: everywhere
     exclude: Sequence[str] = ()
-    subclasses: bool = False  # a subclass may be used in another way than its parent: it is left alone by default
+    subclasses: bool = False  # also replace subclasses, which may be used in another way than their parent
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further keywords for make
 
     def __post_init__(self) -> None:
@@ -42,7 +46,7 @@ class Rule:
 
 @dataclass
 class Replaced:
-    """What was replaced, and the way back."""
+    """The replaced modules, and undo."""
 
     replaced: list[dict[str, str]] = field(default_factory=list)  # for each rule: "Old -> New" by name
     skipped: list[dict[str, str]] = field(default_factory=list)  # for each rule: why not, by name
@@ -51,7 +55,7 @@ class Replaced:
     _settings: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Puts every old module back, with its tensors as they are now and in the mode of what stood for it."""
+        """Puts every old module back, with its present tensors and in the mode of its replacement."""
         for owner, name, value in reversed(self._settings):
             setattr(owner, name, value)
         for adoption, slots in reversed(self._swaps):
@@ -65,16 +69,16 @@ class Replaced:
 def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
     """Replaces modules within a module, rule by rule; each rule sees the result of those before.
 
-    A new module holds the very parameters and buffers of the old one, is in its mode and calls its hooks. A class is
-    called with the attributes of the old module that bear the names of its arguments, on the meta device: no memory
-    and no random number is spent. A class with a from_module is a converter, by that. What a converter returns
-    keeps the tensors that the old module has no like of: of that name, kind, shape and class. Where one module that a
-    rule fits stands within another, the outer one is replaced. On an error nothing is.
+    A new module has the parameters and buffers of the old one, its mode and its hooks. A class is called with the
+    attributes of the old module that have the names of its arguments, on the meta device: it takes no memory and no
+    random number. A class with a method from_module is a converter. The result of a converter keeps tensors without a
+    match in the old module by name, kind, shape and class. Of two matching modules, one inside the other, the outer one
+    is replaced. On an error nothing is.
 
     Raises:
-        ValueError: a glob or a rule that fits nothing; the module itself, which nothing here holds; an argument that
-            can't be told; tensors that are not in both; hooks on a child that is gone; an old module that an attribute
-            would still hold.
+        ValueError: a glob or a rule that matches nothing; the module itself, which has no parent; an argument that the
+            old module lacks; tensors that are not in both; hooks on a child that is gone; an old module that an
+            attribute would still refer to.
     """
     report = Replaced()
     try:
@@ -84,7 +88,7 @@ def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
     except BaseException:
         report.undo()
         raise
-    report._settings += call_within_fused(module, {id(adoption.new) for adoption, _ in report._swaps})
+    report._settings += disable_fast_path(module, {id(adoption.new) for adoption, _ in report._swaps})
     return report
 
 
@@ -113,7 +117,7 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
 
 
 def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn.Module, list[str]]], dict[str, str]]:
-    """Returns the modules to replace with their names, and why others that match are not."""
+    """Returns the modules to replace with their names, and the reasons why other matches are not."""
     for globs in (rule.include or (), rule.exclude):
         check_globs(where, module, globs)
     uncalled = find_uncalled(module)
@@ -121,7 +125,7 @@ def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn
     skipped: dict[str, str] = {}
     outer: set[str] = set()
     for key, (each, names) in name_modules(module).items():
-        if not isinstance(each, rule.match) or (rule.include is not None and not fits(names, rule.include)):
+        if not isinstance(each, rule.match) or (rule.include is not None and not matches_any(names, rule.include)):
             continue
         why = uncalled.get(key) or _find_reason(each, names, rule, outer)
         if why:
@@ -132,14 +136,14 @@ def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn
             found[key] = each, names
             outer.update(names)
     if not found:
-        raise ValueError(f"{where}: fits no module; {_list_what_there_is(module, rule, skipped)}")
+        raise ValueError(f"{where}: fits no module; {_describe_candidates(module, rule, skipped)}")
     return found, skipped
 
 
 def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Collection[str]) -> str | None:
     if type(module) is not rule.match and not rule.subclasses:
         return f"{type(module).__name__} is a subclass of {rule.match.__name__}"
-    glob = next((glob for glob in rule.exclude if fits(names, [glob])), None)
+    glob = next((glob for glob in rule.exclude if matches_any(names, [glob])), None)
     if glob is not None:
         return f"{glob!r} excludes it"
     parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
@@ -147,17 +151,17 @@ def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Col
     return None if within is None else f"it stands within {within}, which is replaced"
 
 
-def _list_what_there_is(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
+def _describe_candidates(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
     if skipped:
-        return "skipped: " + list_near("", (f"{name}, as {why}" for name, why in skipped.items()))
+        return "skipped: " + list_nearest("", (f"{name}, as {why}" for name, why in skipped.items()))
     own = [name for name, each in module.named_modules() if isinstance(each, rule.match)]
     if own:
-        return f"modules of that class are: {list_near((rule.include or [''])[0], own)}"
-    return f"classes are: {list_near(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
+        return f"modules of that class are: {list_nearest((rule.include or [''])[0], own)}"
+    return f"classes are: {list_nearest(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
 
 
 def _find_held(module: nn.Module) -> dict[int, str]:
-    """Returns, by a module's id, the plain attribute that holds it too: what is called by it would stay what it was."""
+    """Returns plain attributes that refer to a module, by its id: a call through one would run the old module."""
     held = {}
     for name, parent in module.named_modules():
         for attribute, value in vars(parent).items():
@@ -172,7 +176,7 @@ def _find_held(module: nn.Module) -> dict[int, str]:
 
 
 def _make(old: nn.Module, rule: Rule, where: str) -> tuple[nn.Module, bool]:
-    """Returns the new module, and whether it was built as a class with tensors yet to come."""
+    """Returns the new module, and True if it is built of a class, without tensors yet."""
     if isinstance(rule.make, type) and not hasattr(rule.make, "from_module"):
         return _build(rule.make, old, rule.arguments, where), True
     try:
@@ -189,15 +193,16 @@ def _make(old: nn.Module, rule: Rule, where: str) -> tuple[nn.Module, bool]:
 
 
 def _build(kind: type[nn.Module], old: nn.Module, given: Mapping[str, Any], where: str) -> nn.Module:
-    arguments, untold = dict(given), []
+    arguments = dict(given)
+    missing = []
     for name, parameter in _read_signature(kind).items():
-        value = given[name] if name in given else _tell(old, parameter)
+        value = given[name] if name in given else _read_argument(old, parameter)
         if value is not parameter.empty:
             arguments[name] = value
         elif parameter.default is parameter.empty:
-            untold.append(name)
-    if untold:
-        raise ValueError(f"{where}: a {type(old).__name__} does not tell the argument {', '.join(untold)}; {_REMEDY}")
+            missing.append(name)
+    if missing:
+        raise ValueError(f"{where}: a {type(old).__name__} does not tell the argument {', '.join(missing)}; {_REMEDY}")
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             return kind(**arguments)
@@ -206,7 +211,7 @@ def _build(kind: type[nn.Module], old: nn.Module, given: Mapping[str, Any], wher
 
 
 def _read_signature(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
-    """Returns the arguments of a class, with those that it hands on to its parents as further keywords."""
+    """Returns the parameters of a class, with those that it passes on to its parents as further keywords."""
     found: dict[str, inspect.Parameter] = {}
     for each in kind.__mro__:
         if each is nn.Module or "__init__" not in vars(each):
@@ -219,10 +224,10 @@ def _read_signature(kind: type[nn.Module]) -> dict[str, inspect.Parameter]:
     return found
 
 
-def _tell(old: nn.Module, parameter: inspect.Parameter) -> Any:
-    """Returns an argument as an old module tells it, or empty."""
+def _read_argument(old: nn.Module, parameter: inspect.Parameter) -> Any:
+    """Returns an argument read from an attribute of the old module, or empty."""
     name = parameter.name
-    if name in ("device", "dtype") or hasattr(nn.Module, name):  # where weights come from is settled; a method is none
+    if name in ("device", "dtype") or hasattr(nn.Module, name):  # weights are transferred; a method is no setting
         return parameter.empty
     if name in old._parameters:
         is_flag = name == "bias" or isinstance(parameter.default, bool)

@@ -1,7 +1,4 @@
-"""What a new module takes over from the one whose place it takes: tensors, mode, hooks.
-
-Must not import a model library.
-"""
+"""Transfer of tensors, mode and hooks from a module to the one that replaces it."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ _HOOKS: dict[str, tuple[str, ...]] = {  # each kind, and what else is kept by a 
 
 @dataclass
 class ModuleSwap:
-    """What a new module has of an old one, and the way back."""
+    """The tensors that a new module shares with the old one, and undo."""
 
     old: nn.Module
     new: nn.Module
     keys: list[_Key]
-    left_out: list[str]  # tensors of the old module that are nowhere in the new one
+    left_out: list[str]  # names of tensors of the old module that the new one lacks
 
     def restore(self) -> None:
-        """Gives the old module its tensors as they are now, and the mode of the new one."""
+        """Gives the old module the present tensors and the mode of the new one."""
         now = _find_tensors(self.new)
         for key in self.keys:
             if key in now:
@@ -42,24 +39,25 @@ class ModuleSwap:
 
 
 def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> ModuleSwap:
-    """Gives a new module an old one's tensors, those that fit by name, kind, shape and class; its mode; its hooks.
+    """Gives a new module the tensors of an old one that match by name, kind, shape and class, its mode and its hooks.
 
-    A tensor of the old module that the new one holds already stays where it is. The old module is left as it is.
+    A tensor that the new module shares already stays where it is. The old module is not changed.
 
     Args:
-        is_strict: whether either having a tensor that the other has no like of is an error; else the new one keeps what
-            it has.
+        is_strict: a tensor without a match in the other module is an error; else the new module keeps its own.
     Raises:
-        ValueError: tensors that do not fit, each with its name; a child with hooks that the new module has no like of.
+        ValueError: tensors that do not match, by name; a child with hooks that the new module lacks.
     """
-    theirs, own = _find_tensors(old), _find_tensors(new)
-    held, known = {id(each) for each in own.values()}, {id(each) for each in theirs.values()}
+    old_tensors = _find_tensors(old)
+    new_tensors = _find_tensors(new)
+    ids_in_new = {id(tensor) for tensor in new_tensors.values()}
+    ids_in_old = {id(tensor) for tensor in old_tensors.values()}
     keys, problems = [], []
-    for key, tensor in own.items():
-        before = theirs.get(key)
-        if id(tensor) in known:
+    for key, tensor in new_tensors.items():
+        before = old_tensors.get(key)
+        if id(tensor) in ids_in_old:
             continue
-        if before is not None and id(before) not in held:
+        if before is not None and id(before) not in ids_in_new:
             problem = _compare(tensor, before, is_strict=is_strict)
             if problem is None:
                 keys.append(key)
@@ -68,26 +66,26 @@ def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: boo
             problem = "has no like in the old module" if tensor.is_meta else ""
         if problem:
             problems.append(f"{' '.join(key)} {problem}")
-    lost = [key for key, each in theirs.items() if id(each) not in held and key not in keys]
+    lost = [key for key, tensor in old_tensors.items() if id(tensor) not in ids_in_new and key not in keys]
     if is_strict:
-        problems += [f"{' '.join(key)} would be lost" for key in lost if key not in own]
+        problems += [f"{' '.join(key)} would be lost" for key in lost if key not in new_tensors]
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}; fit it by arguments, or make is a converter")
     for key in keys:
-        _put(new, key, theirs[key])
+        _put(new, key, old_tensors[key])
     _carry_mode(old, new)
     _carry_hooks(old, new, where)
     return ModuleSwap(old, new, keys, [name for _, name in lost])
 
 
 def _compare(new: Tensor, old: Tensor, *, is_strict: bool) -> str | None:
-    """Returns None where the old tensor may stand for the new one, else what is wrong, or "" where nothing is."""
+    """Returns None where the old tensor replaces the new one, "" where the new one stays, else the mistake."""
     if new.shape != old.shape:
         return f"is {list(new.shape)} and was {list(old.shape)}" if is_strict or new.is_meta else ""
     if is_strict or new.is_meta:
         return None
     if type(new) is not type(old):
-        return ""  # such as a quantized tensor, which says the shape and dtype that it stands for
+        return ""  # as of a quantized tensor, which reports the shape and dtype of the original
     return None if new.dtype == old.dtype else f"is {new.dtype} and was {old.dtype}: name it otherwise, or cast it"
 
 
@@ -99,7 +97,8 @@ def _find_tensors(module: nn.Module) -> dict[_Key, Tensor]:
 
 def _put(module: nn.Module, key: _Key, tensor: Tensor) -> None:
     owner, _, name = key[1].rpartition(".")
-    setattr(module.get_submodule(owner), name, tensor)  # and not into its dict: a recurrent module keeps a list of them
+    # By setattr, and not in the dict of tensors: a recurrent module keeps a list of them beside it.
+    setattr(module.get_submodule(owner), name, tensor)
 
 
 def _carry_mode(old: nn.Module, new: nn.Module) -> None:
@@ -130,7 +129,7 @@ def _carry_hooks_of_one(old: nn.Module, new: nn.Module) -> None:
             continue
         if not own and all(carried.get(key) is hook for key, hook in hooks.items()):
             for each in (kind, *sides):
-                setattr(new, each, getattr(old, each))  # the very dict: the handle its user has still removes a hook
+                setattr(new, each, getattr(old, each))  # the same dict: the user's handle still removes a hook
             continue
         own.update(carried)
         for side in sides:
@@ -140,10 +139,10 @@ def _carry_hooks_of_one(old: nn.Module, new: nn.Module) -> None:
 
 
 def _is_of(hook: Any, module: nn.Module) -> bool:
-    """Says whether a hook is a method of the module, which its own class registered: another class has its own."""
+    """Returns True if a hook is a method of the module, which its class registers: another class has its own."""
     return getattr(getattr(hook, "hook", hook), "__self__", None) is module
 
 
 def _bind(hook: Any, module: nn.Module) -> Any:
-    """Returns a hook that is called with the module it stands on, where torch keeps that module with the hook."""
+    """Returns a hook that is called with the new module, where torch keeps the module with the hook."""
     return type(hook)(hook.hook, module) if getattr(hook, "with_module", False) else hook

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from runner.config import checks
 from runner.config.composition import expansion
-from runner.config.composition.expansion import check_expansion, check_plain
+from runner.config.composition.expansion import check_expansion, check_resolved_size
 from runner.config.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_what_expands_to_too_much_is_refused_by_its_key(name):
+def test_a_large_expansion_is_rejected_with_its_key(name):
     with pytest.raises(
         ConfigError, match=r"^[\w.]+: its interpolations expand to .* values and .* characters; expected"
     ):
@@ -42,7 +42,7 @@ def test_what_expands_to_too_much_is_refused_by_its_key(name):
 
 
 @pytest.mark.parametrize(
-    ("plain", "told"),
+    ("plain", "message"),
     [
         ({"a": "${a}"}, "a: its interpolation leads back to itself"),
         ({"a": "${b}", "b": "${a}"}, r"leads back to itself \(a -> b -> a\)"),
@@ -58,12 +58,12 @@ def test_what_expands_to_too_much_is_refused_by_its_key(name):
         ({"a": ["${b}" + "x" * 9000] * 20, "b": 1}, "texts with interpolations have"),
     ],
 )
-def test_what_nests_too_deep_or_takes_long_to_parse_is_refused(plain, told):
-    with pytest.raises(ConfigError, match=told):
+def test_deep_nesting_and_slow_texts_are_rejected(plain, message):
+    with pytest.raises(ConfigError, match=message):
         check_expansion(plain)
 
 
-def test_what_a_deep_nest_holds_is_refused_at_once():
+def test_a_deeply_nested_value_is_rejected_fast():
     nest = "x"
     for _ in range(100_000):
         nest = [nest]
@@ -82,14 +82,14 @@ def test_what_a_deep_nest_holds_is_refused_at_once():
         {f"a{i}": f"${{a{i + 1}}}" for i in range(50)} | {"a50": 1},
     ],
 )
-def test_what_a_user_writes_is_resolved_as_ever(plain):
+def test_ordinary_interpolations_are_accepted(plain):
     cfg = OmegaConf.create(plain)
     resolved = {str(k): v for k, v in OmegaConf.to_container(cfg, resolve=True).items()}
     assert {key: value for key, value in checks.to_plain(cfg).items() if key in resolved} == resolved
     check_expansion(plain, is_strict=True)
 
 
-def test_a_key_that_a_resolver_tells_is_refused_where_all_is_to_be_known(monkeypatch):
+def test_a_key_from_a_resolver_is_rejected_if_strict(monkeypatch):
     plain = {"a": "${b.${now:%S}}", "b": tenfold("${{b.a{}}}")}
     with pytest.raises(ConfigError, match="a: expected an interpolation whose key other keys tell"):
         check_expansion({**plain, "b": {"c": 1}}, is_strict=True)
@@ -98,7 +98,7 @@ def test_a_key_that_a_resolver_tells_is_refused_where_all_is_to_be_known(monkeyp
     check_expansion({"a": "${b.${hydra:job.x}}", "b": {"c": 1}}, {"job": {"x": "c"}}, is_strict=True)
 
 
-def test_what_hydra_tells_is_counted():
+def test_values_of_hydra_are_counted():
     hydra = {"x": {"a": "y" * 600_000, "b": ["${hydra:x.a}", "${hydra:x.a}"]}}
     check_expansion({"a": 1}, hydra)
     with pytest.raises(ConfigError, match=r"hydra\.x\.b: its interpolations expand to"):
@@ -106,11 +106,11 @@ def test_what_hydra_tells_is_counted():
 
 
 def test_a_resolved_config_has_a_bounded_size():
-    check_plain({"a": ["${b}", 1, None, b"x"]})
-    for plain, told in [
+    check_resolved_size({"a": ["${b}", 1, None, b"x"]})
+    for plain, message in [
         ({"a": [0] * (expansion.MAX_VALUES + 1)}, "values"),
         ({"a": "x" * (expansion.MAX_CHARACTERS + 1)}, "characters"),
         ({"a": "${" * 10_000}, "a: has 20,000 characters"),
     ]:
-        with pytest.raises(ConfigError, match=told):
-            check_plain(plain)
+        with pytest.raises(ConfigError, match=message):
+            check_resolved_size(plain)

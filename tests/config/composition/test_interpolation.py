@@ -15,12 +15,12 @@ from ranks import Ranks
 
 from runner import evaluate, export
 from runner.config.composition.interpolation import (
+    calls_other_resolvers,
     escape,
-    fix_values,
+    mask_other_resolvers,
+    pin_unstable_values,
     quote_nested,
-    reads_elsewhere,
-    told_by_hydra,
-    without_elsewhere,
+    use_hydra_config,
 )
 from runner.config.run_folder import read_overrides
 from runner.utils import io
@@ -31,26 +31,26 @@ import os
 from own import Data, Model, report
 
 
-def note(role, arguments):
+def record_arguments(role, arguments):
     with open(os.environ["OWN_LOG"], "a") as file:
         print(role, repr(arguments), file=file)
 
 
-class Told(Model):
+class Recording(Model):
     def __init__(self, **arguments):
         super().__init__()
-        note("model", arguments)
+        record_arguments("model", arguments)
 
 
-class ToldData(Data):
+class RecordingData(Data):
     def __init__(self, length=50, **arguments):
         super().__init__(length)
-        note(f"data {length}", arguments)
+        record_arguments(f"data {length}", arguments)
 
 
 class Collate:
     def __init__(self, **arguments):
-        note("collate", arguments)
+        record_arguments("collate", arguments)
 
     def __call__(self, samples):
         from torch.utils.data import default_collate
@@ -60,7 +60,7 @@ class Collate:
 
 class Report:
     def __init__(self, **arguments):
-        note("report", arguments)
+        record_arguments("report", arguments)
 
     def __call__(self, module, dataset):
         return {}
@@ -79,14 +79,14 @@ class Linear(__import__("torch").nn.Linear):
 
 
 def convert(module, **arguments):
-    note("rule", arguments)
+    record_arguments("rule", arguments)
     return Linear(module.in_features, module.out_features)
 """
 TOLD = r"""
 # @package _global_
 defaults: [base]
 model:
-  _target_: told.Told
+  _target_: recording.Recording
   text: '\${user} says \\\${x} and π\${名}'
   name: '\${name} is not ${name}'
   list: ['\${a}', {deep: '\${b}', 3: ['\\\${oc.env:HOME}']}]
@@ -97,16 +97,16 @@ model:
   anchored: *shared
   taken: ${model.text}
   taken_list: ${model.list}
-  part: {_target_: told.Part, t: '\${q}', k: {0: x}}
-  parts: [{_target_: told.Part, _recursive_: false, inner: {_target_: told.Part, t: '\${q}'}}]
+  part: {_target_: recording.Part, t: '\${q}', k: {0: x}}
+  parts: [{_target_: recording.Part, _recursive_: false, inner: {_target_: recording.Part, t: '\${q}'}}]
   choice: ${hydra:runtime.choices.optimizer}
 data:
-  train: {_target_: told.ToldData, pattern: '^\${[a-z]+}$', weights: {0: 1, 1: 2}}
-  eval: {_target_: told.ToldData, pattern: '\${x', weights: {0: 1, 1: 2}}
-  collate: {_target_: told.Collate, t: '\${q}', k: {0: x}}
-report: {_target_: told.Report, t: '\${q}', k: {0: x}}
+  train: {_target_: recording.RecordingData, pattern: '^\${[a-z]+}$', weights: {0: 1, 1: 2}}
+  eval: {_target_: recording.RecordingData, pattern: '\${x', weights: {0: 1, 1: 2}}
+  collate: {_target_: recording.Collate, t: '\${q}', k: {0: x}}
+report: {_target_: recording.Report, t: '\${q}', k: {0: x}}
 optimizations:
-  replace: [{match: torch.nn.Linear, with: told.convert, arguments: {t: '\${q}', k: {0: x}}}]
+  replace: [{match: torch.nn.Linear, with: recording.convert, arguments: {t: '\${q}', k: {0: x}}}]
 trainer: {steps: 1, eval_at_start: false}
 """
 ARGUMENTS = {
@@ -151,9 +151,9 @@ def test_an_escaped_value_resolves_to_itself(value):
         ("${hydra:runtime.output_dir} ${a.${b}}", False),
     ],
 )
-def test_a_text_reads_elsewhere_if_omegaconf_would_call_a_resolver_for_it(text, expected):
-    assert reads_elsewhere(text) == expected
-    assert without_elsewhere({"a": [text, 1]}) == {"a": ["???" if expected else text, 1]}
+def test_calls_other_resolvers_agrees_with_omegaconf(text, expected):
+    assert calls_other_resolvers(text) == expected
+    assert mask_other_resolvers({"a": [text, 1]}) == {"a": ["???" if expected else text, 1]}
 
 
 @pytest.mark.parametrize(
@@ -176,17 +176,17 @@ def test_an_interpolation_inside_another_one_needs_no_quotes(override, expected)
     assert OverridesParser.create().parse_override(quote_nested(override)).value() == expected
 
 
-def test_what_needs_no_quotes_is_left_alone_and_a_sweep_is_quoted_by_element():
+def test_only_interpolations_with_braces_are_quoted_and_each_element_of_a_sweep():
     for argument in ("--config-dir=${a.${b}}", "a=${b},${c}", "a={b:{c:1}}", "a", r"a=\${b}"):
         assert quote_nested(argument) == argument
     assert quote_nested("a=${b.${c}},3") == 'a="${b.${c}}",3'
 
 
-def test_hydras_own_config_is_told_for_a_while_with_the_runs_folder(tmp_path):
+def test_use_hydra_config_replaces_hydras_section_within_the_block(tmp_path):
     setup_globals()  # Hydra's resolver
     before = HydraConfig.instance().cfg
     cfg = OmegaConf.create({"name": "x", "a": "${hydra:job.name}", "b": "${hydra:runtime.output_dir}"})
-    with told_by_hydra(cfg, lambda: {"job": {"name": "${name}-1"}}, tmp_path):
+    with use_hydra_config(cfg, lambda: {"job": {"name": "${name}-1"}}, tmp_path):
         assert OmegaConf.to_container(cfg, resolve=True) == {"name": "x", "a": "x-1", "b": str(tmp_path)}
     assert HydraConfig.instance().cfg is before
 
@@ -225,11 +225,11 @@ def count():
         ("12:30 ${size}", False),
     ],
 )
-def test_a_text_that_may_resolve_to_another_value_later_is_fixed_and_no_other(count, text, is_fixed):
+def test_only_texts_that_may_resolve_to_another_value_later_are_pinned(count, text, is_fixed):
     texts = {"a": {"b": [text, {"k.l": text}], 3: text}, "taken": "${a.b.0}", "size": 3, "format": "%f"}
     cfg = OmegaConf.create(texts)
     OmegaConf.set_readonly(cfg, True)
-    fix_values(cfg)
+    pin_unstable_values(cfg)
     found = OmegaConf.to_container(cfg, resolve=False)
     assert found.keys() == texts.keys()
     if not is_fixed:
@@ -240,12 +240,12 @@ def test_a_text_that_may_resolve_to_another_value_later_is_fixed_and_no_other(co
     assert values["taken"] == values["a"]["b"][0]
     assert OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg)), resolve=True) == values
     other = OmegaConf.create(texts)
-    fix_values(other, found)
+    pin_unstable_values(other, found)
     assert OmegaConf.to_container(other, resolve=False) == found
 
 
-class Told(Project):
-    """A project whose objects note the arguments that they are given."""
+class Recording(Project):
+    """A project whose objects record their arguments."""
 
     def run_ranks(self, *overrides):
         """Runs on two ranks."""
@@ -255,46 +255,46 @@ class Told(Project):
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
-    project = Told(tmp_path)
-    monkeypatch.setenv("OWN_LOG", str(project.folder / "noted.txt"))
-    (project.folder / "told.py").write_text(LOGGING)
+def recording(tmp_path, monkeypatch):
+    project = Recording(tmp_path)
+    monkeypatch.setenv("OWN_LOG", str(project.folder / "recorded.txt"))
+    (project.folder / "recording.py").write_text(LOGGING)
     experiments = project.folder / "conf" / "experiment"
     (experiments / "mine.yaml").rename(experiments / "base.yaml")
     (experiments / "mine.yaml").write_text(TOLD)
     yield project
-    for name in ("own", "told"):
+    for name in ("own", "recording"):
         sys.modules.pop(name, None)
 
 
-def noted(project):
-    """The arguments that were noted since the last time, each line once."""
-    path = project.folder / "noted.txt"
+def read_recorded(project):
+    """Returns the arguments recorded since the last call, each line once."""
+    path = project.folder / "recorded.txt"
     lines = set(path.read_text().splitlines())
     path.unlink()
     return lines
 
 
 def evaluated(project, place):
-    """The arguments noted in the evaluation of a saved model, in this process."""
-    for name in ("own", "told"):
+    """Evaluates a saved model in this process; returns the recorded arguments."""
+    for name in ("own", "recording"):
         sys.modules.pop(name, None)
-    evaluate.main([place, "--allow-targets", "own,told"])
-    return noted(project)
+    evaluate.main([place, "--allow-targets", "own,recording"])
+    return read_recorded(project)
 
 
 @pytest.mark.slow
-def test_texts_and_keys_reach_the_objects_as_they_are_wherever_they_are_built(told, monkeypatch, capsys):
-    monkeypatch.chdir(told.folder)
-    monkeypatch.syspath_prepend(told.folder)
-    told.run("hydra.run.dir=run", "trainer.export_every=1")
-    first = noted(told)
+def test_texts_and_keys_reach_every_object_unchanged(recording, monkeypatch, capsys):
+    monkeypatch.chdir(recording.folder)
+    monkeypatch.syspath_prepend(recording.folder)
+    recording.run("hydra.run.dir=run", "trainer.export_every=1")
+    first = read_recorded(recording)
     (model,) = [line for line in first if line.startswith("model ")]
     arguments = eval(model.removeprefix("model "), {"Part": lambda given: ("Part", given), "inf": float("inf")})
     assert {key: arguments[key] for key in ARGUMENTS} == ARGUMENTS
     assert [type(key) for key in arguments["bools"]] == [bool, bool]
     assert arguments["part"] == ("Part", {"t": "${q}", "k": {0: "x"}})
-    assert arguments["parts"] == [("Part", {"inner": {"_target_": "told.Part", "t": "${q}"}})]
+    assert arguments["parts"] == [("Part", {"inner": {"_target_": "recording.Part", "t": "${q}"}})]
     assert arguments["choice"] == CHOICE
     others = {
         "data 50 {'pattern': '^${[a-z]+}$', 'weights': {0: 1, 1: 2}}",
@@ -303,64 +303,68 @@ def test_texts_and_keys_reach_the_objects_as_they_are_wherever_they_are_built(to
     }
     assert first == {model} | others
     for steps in (2, 3):
-        told.run("resume=run", f"trainer.steps={steps}", "allow_targets=[own,told]")
-        assert noted(told) == first
+        recording.run("resume=run", f"trainer.steps={steps}", "allow_targets=[own,recording]")
+        assert read_recorded(recording) == first
     in_training = {"data 50 {'pattern': '^${[a-z]+}$', 'weights': {0: 1, 1: 2}}"}
-    assert evaluated(told, "run") == first - in_training
-    export.main(["run", "--output", "later", "--allow-targets", "own,told"])
-    noted(told)
-    assert io.read_metadata(told.folder / "later/model.safetensors") == io.read_metadata(
-        told.folder / "run/exports/model.safetensors"
+    assert evaluated(recording, "run") == first - in_training
+    export.main(["run", "--output", "later", "--allow-targets", "own,recording"])
+    read_recorded(recording)
+    assert io.read_metadata(recording.folder / "later/model.safetensors") == io.read_metadata(
+        recording.folder / "run/exports/model.safetensors"
     )
-    assert evaluated(told, "later/model.safetensors") == first - in_training
-    told.run_ranks("hydra.run.dir=two")
-    assert noted(told) == first
+    assert evaluated(recording, "later/model.safetensors") == first - in_training
+    recording.run_ranks("hydra.run.dir=two")
+    assert read_recorded(recording) == first
 
 
 @pytest.mark.slow
-def test_hydras_values_stay_those_of_the_start_and_the_folder_is_where_the_run_lies(told, monkeypatch):
-    monkeypatch.chdir(told.folder)
-    monkeypatch.syspath_prepend(told.folder)
+def test_hydra_values_stay_those_of_the_start_but_the_output_dir_is_current(recording, monkeypatch):
+    monkeypatch.chdir(recording.folder)
+    monkeypatch.syspath_prepend(recording.folder)
     where, number = "+model.where=${hydra:runtime.output_dir}", "+model.number=${hydra:job.num}"
     sweep = ["hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}"]
-    told.run("-m", where, number, "seed=1,2", *sweep)
-    first, second = (line for line in sorted(noted(told)) if line.startswith("model "))
-    assert f"'where': '{told.folder}/sweep/0', 'number': 0" in first
-    assert f"'where': '{told.folder}/sweep/1', 'number': 1" in second
-    (told.folder / "sweep" / "1").rename(told.folder / "moved")
-    moved = second.replace(f"{told.folder}/sweep/1", f"{told.folder}/moved")
+    recording.run("-m", where, number, "seed=1,2", *sweep)
+    first, second = (line for line in sorted(read_recorded(recording)) if line.startswith("model "))
+    assert f"'where': '{recording.folder}/sweep/0', 'number': 0" in first
+    assert f"'where': '{recording.folder}/sweep/1', 'number': 1" in second
+    (recording.folder / "sweep" / "1").rename(recording.folder / "moved")
+    moved = second.replace(f"{recording.folder}/sweep/1", f"{recording.folder}/moved")
     for steps in (2, 3):
-        told.run("resume=moved", f"trainer.steps={steps}", "allow_targets=[own,told]")
-        assert moved in noted(told)
-    assert moved in evaluated(told, "moved")
-    told.run_ranks(where, "hydra.run.dir=two")
-    assert {f"'where': '{told.folder}/two'" in line for line in noted(told) if line.startswith("model ")} == {True}
+        recording.run("resume=moved", f"trainer.steps={steps}", "allow_targets=[own,recording]")
+        assert moved in read_recorded(recording)
+    assert moved in evaluated(recording, "moved")
+    recording.run_ranks(where, "hydra.run.dir=two")
+    assert {
+        f"'where': '{recording.folder}/two'" in line for line in read_recorded(recording) if line.startswith("model ")
+    } == {True}
 
 
 @pytest.mark.slow
-def test_the_moment_is_that_of_the_start_on_each_rank_in_each_job_and_on_resume(told, monkeypatch):
-    monkeypatch.chdir(told.folder)
-    monkeypatch.syspath_prepend(told.folder)
+def test_now_is_the_start_on_all_ranks_in_all_jobs_and_on_resume(recording, monkeypatch):
+    monkeypatch.chdir(recording.folder)
+    monkeypatch.syspath_prepend(recording.folder)
     moment = ["+model.moment='${now:%f}'", "+model.sweep='${hydra:sweep.dir}-${now:%f}'"]
-    told.run(*moment, "hydra.run.dir=run")
-    (model,) = [line for line in noted(told) if line.startswith("model ")]
+    recording.run(*moment, "hydra.run.dir=run")
+    (model,) = [line for line in read_recorded(recording) if line.startswith("model ")]
     for steps in (2, 3):
-        told.run("resume=run", f"trainer.steps={steps}", "allow_targets=[own,told]")
-        assert model in noted(told)
-    assert model in evaluated(told, "run")
-    assert set(moment) < set(read_overrides(told.folder / "run"))
-    assert "model.moment: " in told.run("resume=run", *moment, "allow_targets=[own,told]", status=2)
+        recording.run("resume=run", f"trainer.steps={steps}", "allow_targets=[own,recording]")
+        assert model in read_recorded(recording)
+    assert model in evaluated(recording, "run")
+    assert set(moment) < set(read_overrides(recording.folder / "run"))
+    assert "model.moment: " in recording.run("resume=run", *moment, "allow_targets=[own,recording]", status=2)
     sweep = ["-m", *moment, "seed=1,2", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${hydra.job.num}"]
-    told.run(*sweep)
-    jobs = [line.partition("'moment': ")[2] for line in noted(told) if line.startswith("model ")]
+    recording.run(*sweep)
+    jobs = [line.partition("'moment': ")[2] for line in read_recorded(recording) if line.startswith("model ")]
     assert len(set(jobs)) == 1
-    told.run(*sweep)  # as where a scheduler starts its jobs again
-    assert {line.partition("'moment': ")[2] for line in noted(told) if line.startswith("model ")} == set(jobs)
-    told.run_ranks(*moment, "hydra.run.dir=two")
-    assert len([line for line in noted(told) if line.startswith("model ")]) == 1
+    recording.run(*sweep)  # as where a scheduler starts its jobs again
+    assert {line.partition("'moment': ")[2] for line in read_recorded(recording) if line.startswith("model ")} == set(
+        jobs
+    )
+    recording.run_ranks(*moment, "hydra.run.dir=two")
+    assert len([line for line in read_recorded(recording) if line.startswith("model ")]) == 1
 
 
-def test_numbers_of_the_environment_are_numbers_by_decode_and_a_text_is_told(project, monkeypatch):
+def test_oc_decode_makes_an_environment_variable_a_number_and_a_text_is_reported(project, monkeypatch):
     monkeypatch.setenv("WIDTH", "24")
     project.run("hydra.run.dir=run", "+model.width=${oc.decode:${oc.env:WIDTH}}", "trainer.steps=1")
     assert io.load(project.folder / "run/checkpoints/step_00000001/model.safetensors")["second.weight"].shape == (1, 24)
@@ -370,16 +374,16 @@ def test_numbers_of_the_environment_are_numbers_by_decode_and_a_text_is_told(pro
     assert printed.count("\n") == 1
 
 
-def test_an_exports_texts_are_no_interpolations_whoever_wrote_it(told, monkeypatch, capsys):
-    monkeypatch.chdir(told.folder)
-    monkeypatch.syspath_prepend(told.folder)
+def test_texts_of_an_export_are_not_interpolated(recording, monkeypatch, capsys):
+    monkeypatch.chdir(recording.folder)
+    monkeypatch.syspath_prepend(recording.folder)
     monkeypatch.setenv("SECRET", "s3cr3t")
-    told.run("hydra.run.dir=run", "trainer.export_every=1")
-    noted(told)
-    path = told.folder / "run" / "exports" / "model.safetensors"
+    recording.run("hydra.run.dir=run", "trainer.export_every=1")
+    read_recorded(recording)
+    path = recording.folder / "run" / "exports" / "model.safetensors"
     facts = io.read_metadata(path)
     facts["config"] = facts["config"].replace("${user} says", "${oc.env:SECRET} says")
     io.save(io.load(path), path, facts)
-    (model,) = [line for line in evaluated(told, str(path)) if line.startswith("model ")]
+    (model,) = [line for line in evaluated(recording, str(path)) if line.startswith("model ")]
     assert "'${oc.env:SECRET} says" in model
     assert "s3cr3t" not in model

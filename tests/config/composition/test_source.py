@@ -67,23 +67,23 @@ def experiment(tmp_path, monkeypatch):
         (BASED + "trainer: null\n", "own.yaml: trainer=null: expected a mapping of steps, accumulate,"),
         (BASED + "model: []\n", "own.yaml: model=[]: expected a mapping with _target_, found a list"),
         (BASED + "modle: {width: 3}\n", "In 'experiment/own': modle: no such key; did you mean model?"),
-        (BASED + "optimizations: {compile: {scope: off}}\n", "scope=false: expected one of off, blocks, whole; YAML"),
+        (BASED + "trainer: {on_oom: off}\n", "on_oom=false: expected one of stop, skip; YAML"),
         (BASED + "trainer: {steps: 1e1}\n", "trainer.steps=10.0: expected a whole number; write 10"),
         (BASED + 'trainer: {precision: "a\\nb\\u001b[31m"}\n', "trainer.precision=a\\nb\\x1b[31m: expected one of"),
     ],
 )
-def test_a_mistake_in_a_file_is_one_line_that_says_where_and_what_to_do(experiment, content, expected):
+def test_a_mistake_in_a_file_is_one_line_with_location_and_remedy(experiment, content, expected):
     message = experiment(content)
     assert expected in message
     assert "\n" not in message
 
 
-def test_two_files_that_include_each_other_are_told(experiment):
+def test_two_files_that_include_each_other_are_reported(experiment):
     message = experiment(HEADER + "defaults: [other]\n", other=HEADER + "defaults: [own]\n")
     assert message.startswith("defaults: two configs include each other")
 
 
 @pytest.mark.parametrize("content", [BASED + "name: marked\n", BASED.replace("\n", "\r\n") + "name: marked\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
-def test_byte_order_marks_and_carriage_returns_make_no_difference(experiment, mark, content):
+def test_byte_order_marks_and_carriage_returns_are_ignored(experiment, mark, content):
     assert experiment(mark + content.encode()).name == "marked"

@@ -13,7 +13,7 @@ OWN = "import importlib\nfrom torch.nn import Linear\n\n\ndef mine():\n    retur
 
 
 @pytest.fixture
-def stranger(tmp_path, monkeypatch):
+def hostile_folder(tmp_path, monkeypatch):
     """A folder with a module `evil` that leaves a canary when it is imported, and `own`, which is the user's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -49,7 +49,7 @@ def refused(node, *prefixes, own=()):
         "runner.utils.sampler.PoolSampler",
     ],
 )
-def test_what_the_runner_and_torch_bring_is_allowed(stranger, target):
+def test_what_the_runner_and_torch_bring_is_allowed(hostile_folder, target):
     assert refused({"_target_": target}) == ""
 
 
@@ -87,7 +87,7 @@ def test_every_target_of_the_runners_own_choices_is_allowed():
     ],
     ids=str,
 )
-def test_all_else_is_refused_with_key_target_file_and_reason_and_not_imported(stranger, target, reason):
+def test_all_else_is_refused_with_key_target_file_and_reason_and_not_imported(hostile_folder, target, reason):
     message = refused({"_target_": target})
     assert message.startswith("file.yaml: ")
     assert f"model._target_={target}: " in message
@@ -103,31 +103,33 @@ def test_all_else_is_refused_with_key_target_file_and_reason_and_not_imported(st
         {"": {" ": {"_target_": "evil.Evil", "_partial_": True}}},
     ],
 )  # fmt: skip
-def test_a_target_is_found_at_any_depth(stranger, node):
+def test_a_target_is_found_at_any_depth(hostile_folder, node):
     assert "_target_=evil.Evil: its module is not on the allow-list" in refused(node)
 
 
-def test_all_that_is_refused_is_told_at_once_with_the_remedy(stranger):
+def test_all_that_is_refused_is_reported_at_once_with_the_remedy(hostile_folder):
     message = refused([{"_target_": "evil.Evil"}, {"_target_": "other.Thing"}, {"_target_": "os.system"}])
     assert message.count("_target_=") == 3
     assert message.endswith("allow_targets=[evil,other]")  # no remedy opens the standard library
 
 
 @pytest.mark.parametrize(("prefix", "is_allowed"), [("own", True), ("own.mine", True), ("ow", False), ("owner", False)])
-def test_a_prefix_allows_a_module_and_what_is_under_it(stranger, prefix, is_allowed):
+def test_a_prefix_allows_a_module_and_what_is_under_it(hostile_folder, prefix, is_allowed):
     assert (refused({"_target_": "own.mine"}, prefix) == "") == is_allowed
 
 
-def test_what_a_trusted_module_has_from_elsewhere_is_judged_by_where_it_is_from(stranger):
+def test_what_a_trusted_module_has_from_elsewhere_is_judged_by_where_it_is_from(hostile_folder):
     assert "goes through the module importlib" in refused({"_target_": "own.importlib.import_module"}, "own")
     assert refused({"_target_": "own.Linear"}, "own") == ""
-    (stranger / "own.py").write_text("from os import system\nfrom functools import partial\nlater = partial(system)\n")
+    (hostile_folder / "own.py").write_text(
+        "from os import system\nfrom functools import partial\nlater = partial(system)\n"
+    )
     sys.modules.pop("own", None)
     assert "is defined in posix" in refused({"_target_": "own.system"}, "own")
     assert "is defined in functools" in refused({"_target_": "own.later"}, "own")
 
 
-def test_what_the_users_own_config_names_letter_for_letter_is_allowed(stranger):
+def test_what_the_users_own_config_names_letter_for_letter_is_allowed(hostile_folder):
     own = [{"data": [{"_target_": "own.mine"}, {"_target_": "hydra.utils.get_method", "path": "own.mine"}]}]
     assert refused({"_target_": "own.mine", "a": 1}, own=own) == ""
     assert "not on the allow-list" in refused({"_target_": "own.mine2"}, own=own)
@@ -162,7 +164,7 @@ def test_an_interpolation_that_reads_the_machine_is_refused(text, is_refused):
     allowlist.check_interpolations(nested, Allowlist("file.yaml", (), [nested]))
 
 
-def test_a_librarys_function_is_the_users_own_only_with_the_users_own_arguments(stranger):
+def test_a_librarys_function_is_the_users_own_only_with_the_users_own_arguments(hostile_folder):
     loaded = {"_target_": "torch.load", "f": "good.pt", "weights_only": False}
     own = {"data": {"train": {"_target_": "own.mine", "table": loaded}}}
     assert refused(loaded, own=[own]) == ""

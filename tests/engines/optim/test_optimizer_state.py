@@ -1,4 +1,4 @@
-"""The state of an optimizer, taken back by parameter names after the model or the groups came in another order."""
+"""The state of an optimizer is loaded by parameter names after the model or the groups were reordered."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
-from runner.engines.optim.group_values import check_values, values_of
+from runner.engines.optim.group_values import check_group_values, group_values
 from runner.engines.optim.optimizers import TorchaoAdamW8bit, muon
 from runner.engines.optim.schedulers import warmup_cosine
 from runner.engines.strategies import DDP, Strategy
@@ -19,7 +19,7 @@ ORDERS = ["a b head", "b a head", "head a b"]
 
 
 class Net(nn.Module):
-    """Layers that are called in one order and registered in another."""
+    """A model whose layers are registered in another order than they are called."""
 
     def __init__(self, order="a b head", tied=False):
         super().__init__()
@@ -212,7 +212,7 @@ def test_moments_follow_their_parameters_on_ranks(strategy, make_optimizer):
 
 
 class Counting(torch.optim.SGD):
-    """Keeps a number and a generator beside its state, as some published optimizers do."""
+    """An optimizer with a number and a generator as attributes, as some published optimizers have."""
 
     def __init__(self, params, lr, floor=0.0):
         super().__init__(params, lr=lr)
@@ -249,17 +249,17 @@ def test_numbers_and_generators_beside_the_state_go_on_and_settings_are_those_of
 )  # fmt: skip
 def test_a_value_of_another_kind_than_the_group_was_built_with_is_told(key, value):
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))])
-    built = values_of(optimizer)
-    check_values(optimizer, built)
+    built = group_values(optimizer)
+    check_group_values(optimizer, built)
     optimizer.param_groups[0][key] = value
     with pytest.raises(TypeError, match=f"group 0: {key}: expected .*, found "):
-        check_values(optimizer, built)
+        check_group_values(optimizer, built)
 
 
 def test_values_that_a_schedule_or_compiling_changes_are_taken():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], weight_decay=0)
-    built = values_of(optimizer)
+    built = group_values(optimizer)
     optimizer.param_groups[0] |= {"lr": torch.tensor(1.0), "betas": [0.5, 0.5], "weight_decay": 0.1, "added": "text"}
     optimizer.param_groups[0]["capturable"] = True  # on an accelerator; here it would fail
-    check_values(optimizer, built)
+    check_group_values(optimizer, built)
     assert optimizer.param_groups[0]["capturable"] is False

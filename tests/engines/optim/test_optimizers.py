@@ -75,7 +75,7 @@ def test_a_model_of_vectors_alone_gets_adamw():
 
 
 class Wide(nn.Module):
-    """First and last have moments that are kept in 8 bits (4096 elements), the biases have not."""
+    """The first and last weights have 8-bit moments (4096 elements); the biases do not."""
 
     def __init__(self, dtype):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Schedules that a resume finds with other settings, against a run that was started with these settings."""
+"""Schedules resumed with changed settings, against a run that was started with these settings."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as torchs
 from runner.engines import Engine
 from runner.engines.optim import schedulers
 from runner.engines.optim.optimizers import ChainedOptimizer
-from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_fall
+from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_lr_decrease
 
 SCHEDULES = {  # how each is made of an optimizer and settings, and two values of each setting
     "none": (lambda o: None, {}),
@@ -90,7 +90,7 @@ def make(name, kind=torch.optim.SGD, lr=0.5, metric=None, **chosen):
 
 
 def step(engine, count, events=None):
-    """Makes steps; returns what the schedule made of each group before each of them."""
+    """Runs steps; returns the scheduled values of each group before each step."""
     found = []
     for _ in range(count):
         for action in (events or {}).get(engine.steps, ()):
@@ -184,7 +184,7 @@ def test_a_schedule_that_ends_before_the_steps_made_is_refused_by_name():
 
 
 class Secretive(torchs.LRScheduler):
-    """Rates that follow from a draw, which only its own state tells."""
+    """A scheduler whose rates depend on random numbers, which only its own state contains."""
 
     def __init__(self, optimizer, gamma=0.5):
         self.gamma, self.drawn = gamma, 1.0
@@ -229,7 +229,7 @@ VALUES = [5.0, 4.0, 4.5, 4.5, float("nan"), 4.5, 6.0, 3.0, 3.5, 3.5, 3.5, 3.5]
 
 
 def observe(engine, values):
-    """Makes a step before each value; returns the rates after it."""
+    """Steps the scheduler before each value; returns the rates after it."""
     found = []
     for value in values:
         step(engine, 1)
@@ -344,10 +344,10 @@ def test_falling_rates_are_known_before_the_run(name):
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     scheduler = make(optimizer)
     before = copy.deepcopy((optimizer.state_dict(), None if scheduler is None else scheduler.state_dict()))
-    assert find_fall(scheduler, 100) == fall
+    assert find_lr_decrease(scheduler, 100) == fall
     assert (optimizer.state_dict(), None if scheduler is None else scheduler.state_dict()) == before
 
 
 def test_a_schedule_of_functions_is_looked_at_over_a_run_of_any_length():
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    assert find_fall(schedulers.noam(optimizer, warmup_steps=9 * 10**8), 10**9) > 9 * 10**8
+    assert find_lr_decrease(schedulers.noam(optimizer, warmup_steps=9 * 10**8), 10**9) > 9 * 10**8

@@ -77,7 +77,7 @@ def test_codes_and_waves_have_the_shapes_that_the_docstrings_say(codec: MelCodec
     assert codec.frame_rate == 50
 
 
-def test_a_batch_has_the_codes_and_the_sound_of_each_alone(codec: MelCodec) -> None:
+def test_codes_and_sound_do_not_depend_on_the_batch(codec: MelCodec) -> None:
     waves = torch.stack([voice(1.0, seed) for seed in (50, 51, 52)])
     codes = codec.encode(waves)
     decoded = codec.decode(codes)
@@ -101,13 +101,13 @@ def test_the_same_audio_gives_the_same_codebooks_and_moves_no_generator(codec: M
 def test_each_further_codebook_brings_unseen_audio_nearer(codec: MelCodec) -> None:
     vectors = codec.vectors(voice(3.0, 50)[None])
     codes = codec.encode(voice(3.0, 50))[None]
-    errors = [float((codec.look_up(codes[:, :count]) - vectors).square().mean()) for count in (1, 2, 3, 4)]
+    errors = [float((codec.dequantize(codes[:, :count]) - vectors).square().mean()) for count in (1, 2, 3, 4)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 0.6 * errors[0]
     assert errors[0] < 0.5 * float((codec.mean - vectors).square().mean())
 
 
-def test_codes_are_the_nearest_entries_to_what_is_left(codec: MelCodec) -> None:
+def test_codes_are_the_nearest_entries_to_the_residual(codec: MelCodec) -> None:
     wave = voice(1.0, 50)
     left = codec.vectors(wave[None])[0] - codec.mean
     for codebook, codes in zip(codec.codebooks, codec.encode(wave), strict=True):
@@ -116,9 +116,9 @@ def test_codes_are_the_nearest_entries_to_what_is_left(codec: MelCodec) -> None:
         left = left - codebook[codes]
 
 
-def test_a_wave_that_is_decoded_has_the_spectrum_that_was_asked_for(codec: MelCodec) -> None:
+def test_a_decoded_wave_has_the_requested_spectrum(codec: MelCodec) -> None:
     wave = voice(3.0, 50)
-    unquantized = codec.find_wave(codec.vectors(wave[None]))[0]
+    unquantized = codec.reconstruct(codec.vectors(wave[None]))[0]
     assert spectral_error_db(codec, wave, unquantized) < 3.5
     noise = torch.randn(len(wave), generator=torch.Generator().manual_seed(0)) * wave.std()
     decoded = codec.decode(codec.encode(wave))
@@ -128,13 +128,13 @@ def test_a_wave_that_is_decoded_has_the_spectrum_that_was_asked_for(codec: MelCo
 
 def test_silence_stays_silent(codec: MelCodec) -> None:
     silence = torch.zeros(1, 6400)
-    assert codec.find_wave(codec.vectors(silence)).abs().max() < 1e-4
+    assert codec.reconstruct(codec.vectors(silence)).abs().max() < 1e-4
 
 
 def test_any_codes_are_decoded_to_something_finite(codec: MelCodec) -> None:
     codes = torch.randint(codec.card, (4, 4, 100), generator=torch.Generator().manual_seed(0))
     assert codec.decode(codes).isfinite().all()
-    assert codec.find_wave(torch.full((1, 10, 160), 100.0)).isfinite().all()
+    assert codec.reconstruct(torch.full((1, 10, 160), 100.0)).isfinite().all()
 
 
 def test_codes_of_the_first_codebooks_alone_are_decoded(codec: MelCodec) -> None:
@@ -164,7 +164,7 @@ def test_a_setting_below_1_is_refused(name: str) -> None:
         MelCodec(**{name: 0})
 
 
-def test_what_cannot_be_encoded_or_decoded_is_told(codec: MelCodec) -> None:
+def test_invalid_waves_and_codes_are_reported(codec: MelCodec) -> None:
     with pytest.raises(ValueError, match=r"fit\(waves\) or load_state_dict comes before encode"):
         MelCodec().encode(torch.zeros(320))
     for shape in ((0,), (2, 0), (1, 1, 320)):
@@ -209,7 +209,7 @@ def test_a_wav_gives_back_the_samples_that_were_written(tmp_path: Path) -> None:
         assert (file.getnchannels(), file.getsampwidth(), file.getnframes()) == (1, 2, len(samples))
 
 
-def test_what_is_too_loud_is_clipped_and_never_wraps(tmp_path: Path) -> None:
+def test_samples_beyond_full_scale_are_clipped_and_never_wrap(tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", torch.tensor([1.0, 1.5, -1.0, -1.5, math.inf, -math.inf, math.nan, 0.25]))
     assert to_pcm(read_wav(tmp_path / "a.wav")[0]).tolist() == [*(32767, 32767, -32768, -32768, 32767, -32768, 0, 8192)]
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from audio_overrides import SMALL_AUDIO_CODES
 from conftest import Project, read_numbers
 from tensorboard.compat.proto.event_pb2 import Event
 
@@ -14,18 +15,11 @@ from runner.examples.audio.audio_codec import read_wav, write_wav
 from runner.run import evaluation, saved_model
 from runner.tracking.event_file import find_event_files, read_records
 
-SMALL = [
-    "experiment=audio_codes", "data.train.path=speech", "data.train.cache=false", "data.train.shortest_s=0.3",
-    "data.train.longest_s=0.8", "data.train.codec.num_codebooks=3", "data.train.codec.card=8", "model.width=16",
-    "model.depth=2", "model.heads=2", "sampler.max_cost=120", "trainer.steps=4", "trainer.save_every=2",
-    "trainer.eval_every=4", "trainer.log_every=1", "report.prompt_s=0.1", "report.continued_s=0.2",
-    "data.train.validation_fraction=0.4", "distributed.device=cpu",
-]  # fmt: skip
 PATTERNS = ["parallel", "delayed", "unrolled", "coarse_first", "musiclm", "vall_e"]
 
 
 class AudioCodes(Project):
-    command = property(lambda self: [sys.executable, "-m", "runner", *SMALL])
+    command = property(lambda self: [sys.executable, "-m", "runner", *SMALL_AUDIO_CODES])
     loaded = ("runner.examples.audio.speech_codes", "soundfile")
 
 
@@ -55,7 +49,7 @@ def test_every_pattern_trains_and_each_codebook_has_its_loss(project, pattern):
     assert abs(first["eval/loss"] - np.log(8)) < 0.1
 
 
-def test_it_resumes_exactly_evaluates_alike_and_can_be_heard(project):
+def test_it_resumes_exactly_evaluates_to_the_same_loss_and_writes_sounds(project):
     printed = project.run("hydra.run.dir=run")
     folder = project.folder / "run"
     shutil.copytree(folder, project.folder / "again")
@@ -87,7 +81,7 @@ def test_it_resumes_exactly_evaluates_alike_and_can_be_heard(project):
     assert sounds["eval/original"].content_type == "audio/wav"
 
 
-def test_data_that_changed_since_is_refused_or_told(project, capsys):
+def test_changed_data_is_rejected_or_reported(project, capsys):
     project.run("hydra.run.dir=run", "trainer.export_every=4")
     write_wav(project.folder / "speech" / "00.wav", torch.randn(16000) * 0.1)
     printed = project.run("resume=run", "trainer.steps=6", status=2)
@@ -98,12 +92,12 @@ def test_data_that_changed_since_is_refused_or_told(project, capsys):
     assert "not what the run" in project.run("resume=run", "trainer.steps=6", "resume_allow_changes=true")
 
 
-def test_a_pattern_that_no_model_takes_is_told(project):
+def test_a_pattern_that_the_model_does_not_accept_is_reported(project):
     given = ["pattern={_target_:runner.utils.pattern.Parallel,num_codebooks:2}", "model.pattern=null"]
     assert "pattern: nothing takes it" in project.run(*given, "hydra.run.dir=run", status=2)
 
 
-def test_a_folder_without_audio_is_told(project):
+def test_a_folder_without_audio_is_reported(project):
     (project.folder / "empty").mkdir()
     assert "data.train: " in project.run("data.train.path=empty", "hydra.run.dir=run", status=2)
     assert not (project.folder / "run").exists()

@@ -27,7 +27,7 @@ def drawn(batch, pattern, timesteps, seed=1):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_a_code_is_predicted_from_earlier_steps_alone(pattern):
+def test_a_code_is_predicted_from_earlier_steps_only(pattern):
     model, codes, timesteps = made(pattern), drawn(1, pattern, 5), 5
     layout = pattern(timesteps)
 
@@ -46,7 +46,7 @@ def test_a_code_is_predicted_from_earlier_steps_alone(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_the_loss_of_a_piece_is_that_it_has_alone(pattern):
+def test_the_loss_of_a_piece_does_not_depend_on_the_batch(pattern):
     model = made(pattern)
     pieces = [drawn(1, pattern, timesteps, seed=timesteps) for timesteps in (4, 7, 2)]
     alone = [model(piece, [piece.shape[2]]) for piece in pieces]
@@ -60,7 +60,7 @@ def test_the_loss_of_a_piece_is_that_it_has_alone(pattern):
     assert found["weight"] == 3  # each piece counts alike
 
 
-def test_untrained_it_guesses_uniformly():
+def test_an_untrained_model_predicts_nearly_uniformly():
     torch.manual_seed(0)
     model = CodeGPT(Delayed(4), card=512, width=32, depth=1, heads=2)
     found = model(torch.randint(512, (2, 4, 20)), [20, 20])
@@ -68,7 +68,7 @@ def test_untrained_it_guesses_uniformly():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_what_is_generated_begins_with_the_prompt_and_follows_the_scores(pattern):
+def test_generated_codes_begin_with_the_prompt_and_follow_the_logits(pattern):
     model, prompt = made(pattern), drawn(1, pattern, 3)[0]
     state = torch.get_rng_state()
     codes = model.generate(prompt, 6, temperature=0)
@@ -103,7 +103,7 @@ class Pieces:
         return torch.full((int(self.lengths[index]) * 10,), 0.1 * index)
 
 
-def test_the_report_lets_a_piece_be_heard_thrice():
+def test_the_report_has_three_sounds_of_a_piece():
     shown = Continuation(prompt_s=0.4, continued_s=0.6)(made(Delayed(3)), Pieces(3, 9, 12, 20))
     assert {name: (type(each), each.num_samples, each.sample_rate) for name, each in shown.items()} == {
         "original": (Audio, 120, 100),
@@ -113,11 +113,11 @@ def test_the_report_lets_a_piece_be_heard_thrice():
     assert torch.equal(shown["continuation"].wave[:40], shown["round_trip"].wave[:40])
 
 
-def test_without_a_piece_that_is_long_enough_it_says_so():
+def test_a_dataset_without_a_piece_that_is_long_enough_is_reported():
     with pytest.raises(ValueError, match=r"no piece is 1 s long, the longest 0.90; set prompt_s lower"):
         Continuation(prompt_s=0.4, continued_s=0.6)(made(Delayed(3)), Pieces(3, 9))
 
 
-def test_a_width_that_does_not_split_is_refused():
+def test_a_width_that_is_no_multiple_of_the_heads_is_rejected():
     with pytest.raises(ValueError, match="width is a multiple of 2"):
         CodeGPT(Parallel(2), width=10, heads=4)

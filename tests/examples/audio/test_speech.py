@@ -84,7 +84,7 @@ def test_an_espeak_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pat
         Speech("train")
 
 
-def test_a_python_without_its_documentation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_its_documentation_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(FileNotFoundError, match=r"no pydoc_data\.topics.*set path"):
         list_sentences()
@@ -119,7 +119,7 @@ def test_a_names_split_never_changes() -> None:
     assert all(in_validation(name, 1.0) for name in names)
 
 
-def test_a_key_tells_a_file_that_changed(folder: Path) -> None:
+def test_the_key_changes_with_a_file(folder: Path) -> None:
     before = Source(str(folder)).key()
     assert Source(str(folder)).key() == before
     assert Source(str(folder), longest_s=2.0).key() != before
@@ -139,7 +139,7 @@ def test_several_channels_are_averaged(folder: Path) -> None:
     assert (dataset[0]["wave"] - expected).abs().max() < 1e-4
 
 
-def test_a_folder_that_gives_nothing_says_why(folder: Path) -> None:
+def test_a_folder_without_usable_audio_is_reported(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no \.flac, \.mp3, \.ogg, \.wav file under .*nowhere"):
         Speech("train", Source(str(folder / "nowhere")))
     with pytest.raises(ValueError, match="validation split has 0 of 9 files and no piece of 1 s or more"):
@@ -171,7 +171,7 @@ def test_resampling_keeps_a_tone_in_place(rate: int, new_rate: int) -> None:
         assert (resampled - expected)[500:-500].abs().max() < 2e-3
 
 
-def test_resampling_leaves_nothing_above_the_new_rate_to_fold_down() -> None:
+def test_resampling_does_not_alias() -> None:
     above = resample(tone(9500.0, 1.0, 44100), 44100, 16000)
     assert above[500:-500].abs().max() < 2e-3
 

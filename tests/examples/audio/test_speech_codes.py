@@ -33,8 +33,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech_codes, "_held", {})
+def empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech_codes, "_cached", {})
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def test_both_splits_of_a_process_share_one_codec_fitted_on_training_speech(fold
     assert not set(train.names) & set(validation.names)
 
 
-def test_the_same_settings_give_the_same_codes_made_anew(folder: Path) -> None:
+def test_the_same_settings_give_the_same_codes_when_encoded_again(folder: Path) -> None:
     first = small(folder)
-    speech_codes._held.clear()
+    speech_codes._cached.clear()
     assert equal(small(folder), first)
 
 
@@ -102,7 +102,7 @@ def test_other_settings_are_kept_apart(folder: Path) -> None:
     assert other.codec is not first.codec
     assert not equal(first, other)
     small(folder, codec=MelCodec(1, 16, num_steps=2))
-    assert len(speech_codes._held) == 2
+    assert len(speech_codes._cached) == 2
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def test_a_cache_gives_the_codes_the_waves_and_the_codec_without_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = small(folder, cache=True)
-    speech_codes._held.clear()
+    speech_codes._cached.clear()
     monkeypatch.setattr(speech_codes, "encode_speech", lambda *_: pytest.fail("made again"))
     again = small(folder, cache=True)
     assert equal(first, again)
@@ -123,23 +123,23 @@ def test_a_cache_gives_the_codes_the_waves_and_the_codec_without_work(
     assert len(small(folder, "validation", cache=True)) > 0
 
 
-def test_a_cache_that_is_broken_or_of_other_audio_is_made_again(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_outdated_cache_is_made_again(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "runner"
     first = small(folder, cache=True)
     (file,) = cache.glob("*.safetensors")
     whole = file.read_bytes()
     for spoil in (lambda: file.write_bytes(whole[: len(whole) // 2]), lambda: io.save({"other": 1}, file)):
         spoil()
-        speech_codes._held.clear()
+        speech_codes._cached.clear()
         assert equal(small(folder, cache=True), first)
         assert len(file.read_bytes()) == len(whole)
     write_wav(folder / "9.wav", torch.zeros(20000))
-    speech_codes._held.clear()
+    speech_codes._cached.clear()
     small(folder, cache=True)
     assert len(list(cache.glob("*.safetensors"))) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_obstacle(
+def test_a_cache_that_cannot_be_written_is_ignored(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("no folder")
@@ -156,7 +156,7 @@ def _make(folder: Path, cache: Path, answers: Any) -> None:
     answers.put((len(made), [sample["codes"].tolist() for sample in dataset]))
 
 
-def test_processes_that_start_together_make_it_once_and_agree(folder: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_encode_once_and_agree(folder: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     processes = [context.Process(target=_make, args=(folder, tmp_path / "cache", answers)) for _ in range(2)]
@@ -189,7 +189,7 @@ def test_codes_of_a_wrong_shape_name_the_codec(folder: Path) -> None:
         small(folder, codec=codec)
 
 
-def test_pad_fills_the_shorter_pieces_up() -> None:
+def test_pad_fills_shorter_pieces() -> None:
     samples = [{"codes": torch.arange(1, 2 * length + 1).view(2, length)} for length in (3, 5, 1)]
     batch = Pad()(samples)
     assert batch["lengths"] == [3, 5, 1]
@@ -237,7 +237,7 @@ def test_generated_speech_is_near_the_original_after_a_round_trip() -> None:
     errors, heard = [], []
     for index in range(len(dataset)):
         vectors, codes = codec.vectors(dataset.wave(index)[None]), dataset[index]["codes"]
-        errors.append([(codec.look_up(codes[None, :count]) - vectors).square().mean() for count in (1, 2, 3, 4)])
+        errors.append([(codec.dequantize(codes[None, :count]) - vectors).square().mean() for count in (1, 2, 3, 4)])
         heard.append((codec.vectors(codec.decode(codes)[None]) - vectors).square().mean())
     decibels = torch.tensor(errors).mean(0).sqrt() * 20 / math.log(10)
     assert (decibels.diff() < 0).all()

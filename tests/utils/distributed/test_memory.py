@@ -7,7 +7,7 @@ from runner.utils.train.failures import describe_failure
 CPU = torch.device("cpu")
 
 
-def test_running_out_of_memory_is_known_by_what_the_allocators_say():
+def test_out_of_memory_errors_of_every_allocator_are_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert memory.is_out_of_memory(caught.value)
@@ -16,11 +16,11 @@ def test_running_out_of_memory_is_known_by_what_the_allocators_say():
     assert not memory.is_out_of_memory(RuntimeError("size mismatch"))
 
 
-def test_a_peak_is_looked_up_at_most_twice_a_second(monkeypatch):
+def test_the_peak_is_read_at_most_twice_a_second(monkeypatch):
     now, asked = [10.0], []
     monkeypatch.setattr("runner.utils.distributed.memory.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(memory, "peak_gb", lambda device: asked.append(now[0]) or now[0])
-    peak = memory.Peak(CPU)
+    peak = memory.PeakMemory(CPU)
     found = []
     for now[0] in (10.0, 10.3, 10.6, 10.7, 12.0):
         found.append(peak.read_gb())
@@ -28,12 +28,12 @@ def test_a_peak_is_looked_up_at_most_twice_a_second(monkeypatch):
     assert asked == [10.0, 10.6, 12.0]
 
 
-def test_what_is_used_is_told_in_gigabytes():
+def test_memory_use_is_reported_in_gigabytes():
     assert 0.05 < memory.peak_gb(CPU) < 1000
-    assert "GB at its peak; the machine has" in memory.describe(CPU)
+    assert "GB at its peak; the machine has" in memory.describe_memory(CPU)
 
 
-def test_an_error_is_explained_only_where_it_is_no_mistake_in_the_program():
+def test_only_failures_that_are_no_bug_are_described():
     assert describe_failure(MemoryError("no room"), "in step 3", CPU).startswith(
         "Out of memory in step 3: this process had "
     )

@@ -1,64 +1,52 @@
+"""Stores and collectives, on real gloo processes."""
+
 import contextlib
+import os
+import pickle
 import signal
 import threading
-from collections import namedtuple
+import time
 
 import pytest
-import torch
 import torch.distributed as dist
+from ranks import run_ranks
 
+from runner.config.errors import ConfigError
 from runner.launch.environment import ProcessEnvironment
-from runner.utils.distributed import connect, default_generator, move, pick_device, wait_for
-
-
-def test_auto_takes_an_accelerator_where_there_is_one():
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert pick_device("auto") == found
-    assert pick_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_an_error_that_names_it(name):
-    with pytest.raises(ValueError, match=f"device='{name}'.*expected"):
-        pick_device(name)
-
-
-def test_the_cpu_generator_decides_what_is_drawn():
-    default_generator(torch.device("cpu")).manual_seed(5)
-    first = torch.rand(3)
-    torch.manual_seed(5)
-    assert torch.equal(first, torch.rand(3))
-
-
-def test_moving_keeps_the_shape_of_a_nest():
-    Pair = namedtuple("Pair", "a b")
-    batch = {"x": [torch.ones(2), "text"], "pair": Pair(torch.zeros(1), 3)}
-    moved = move(batch, torch.device("meta"))
-    assert moved["x"][0].device.type == moved["pair"].a.device.type == "meta"
-    assert (moved["x"][1], moved["pair"].b, type(moved["pair"])) == ("text", 3, Pair)
-    assert move(batch, torch.device("cpu")) is batch
+from runner.utils import distributed
+from runner.utils.distributed import (
+    RankError,
+    RankLostError,
+    all_gather_object,
+    create_store,
+    is_rank_zero,
+    process_group,
+    run_on_all_ranks,
+    run_on_rank_zero,
+    wait_for_keys,
+)
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_ranks_meet_in_a_file_or_at_an_address_and_wait_alike(tmp_path, is_file):
+def test_stores_in_a_file_and_at_an_address_wait_alike(tmp_path, is_file):
     if is_file:
         place = ProcessEnvironment(has_external_store=True, store_file=str(tmp_path / "store"))
     else:
         host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = ProcessEnvironment(has_external_store=True, port=host.port)
-    first, second = connect(place, 10.0), connect(place, 10.0)
+    first, second = create_store(place, 10.0), create_store(place, 10.0)
     assert isinstance(first, dist.FileStore if is_file else dist.TCPStore)
-    assert not wait_for(first, ["a", "b"], 0.05)
+    assert not wait_for_keys(first, ["a", "b"], 0.05)
     second.set("a", "")
-    assert not wait_for(first, ["a", "b"], 0.05)
+    assert not wait_for_keys(first, ["a", "b"], 0.05)
     late = threading.Timer(0.05, second.set, ("b", "1"))
     late.start()
-    assert wait_for(first, ["a", "b"], 10.0)
+    assert wait_for_keys(first, ["a", "b"], 10.0)
     late.join()
     with pytest.raises(InterruptedError), interrupted(0.05):
-        wait_for(first, ["c"], 60.0)
+        wait_for_keys(first, ["c"], 60.0)
     del first, second
-    assert (tmp_path / "store").exists() is is_file  # for a rank that comes again
+    assert (tmp_path / "store").exists() is is_file  # a file stays, for a rank that is restarted
 
 
 @contextlib.contextmanager
@@ -74,12 +62,121 @@ def interrupted(after_s):
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_generator_decides_what_is_drawn_there():
-    device = torch.device("cuda")
-    default_generator(device).manual_seed(5)
-    first = torch.rand(3, device=device)
-    torch.manual_seed(5)
-    assert torch.equal(first, torch.rand(3, device=device))
-    assert move({"x": torch.ones(1)}, device)["x"].is_cuda
+def test_on_one_process_collectives_are_no_ops():
+    assert all_gather_object({"a": 1}) == [{"a": 1}]
+    assert run_on_all_ranks(lambda: 3) == [3]
+    assert run_on_rank_zero(lambda: 4) == 4
+    assert (distributed.world_size(), distributed.rank(), is_rank_zero(), distributed.is_distributed()) == (
+        1,
+        0,
+        True,
+        False,
+    )
+    with pytest.raises(ZeroDivisionError):
+        run_on_all_ranks(lambda: 1 / 0)
+
+
+def _collect():
+    rank = distributed.rank()
+    values = ["x" * size * (rank + 1) for size in (0, 10, 1000, 3000, 100_000)]
+    found = [all_gather_object(value) for value in values]
+    assert found == [
+        [value[: len(value) // (rank + 1)] * (r + 1) for r in range(dist.get_world_size())] for value in values
+    ]
+    return run_on_rank_zero(lambda: f"of {rank}"), run_on_all_ranks(lambda: rank), distributed.world_size()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_all_gather_object_returns_values_of_any_size_by_rank(count):
+    assert run_ranks(count, _collect) == [("of 0", list(range(count)), count)] * count
+
+
+def _fail(which):
+    def work():
+        if distributed.rank() in which:
+            raise ValueError(f"mistake {distributed.rank() if len(which) < 3 else ''}")
+
+    try:
+        run_on_all_ranks(work)
+    except Exception as error:
+        return type(error), str(error), type(error.__cause__)
+    return None
+
+
+def test_a_failure_of_one_rank_is_raised_on_all_and_a_common_one_unchanged():
+    nothing = type(None)
+    assert run_ranks(3, _fail, [1]) == [
+        (RankError, "rank 1: ValueError: mistake 1", nothing),
+        (RankError, "rank 1: ValueError: mistake 1", ValueError),
+        (RankError, "rank 1: ValueError: mistake 1", nothing),
+    ]
+    assert run_ranks(3, _fail, [0, 1, 2]) == [(ValueError, "mistake ", nothing)] * 3
+
+
+def _make_mistake():
+    def work():
+        if distributed.rank() == 1:
+            raise ConfigError("seed=-1: expected 0 or more")
+
+    try:
+        run_on_all_ranks(lambda: run_on_all_ranks(work))
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_config_error_of_one_rank_is_reported_without_its_type():
+    assert set(run_ranks(2, _make_mistake)) == {"rank 1: seed=-1: expected 0 or more"}
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def _send_a_pickle(canary):
+    try:
+        if distributed.rank() == 1:
+            process_group._gather_encoded(pickle.dumps(Canary(canary)), process_group._control_group)
+        else:
+            all_gather_object("word")
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_pickle_from_another_rank_is_reported_and_not_executed(tmp_path):
+    (told,) = set(run_ranks(2, _send_a_pickle, str(tmp_path / "canary")))
+    assert told.startswith("rank 1 has sent something else than a message: ")
+    assert not (tmp_path / "canary").exists()
+
+
+def _return_what_cannot_be_sent():
+    try:
+        run_on_all_ranks(lambda: {1} if distributed.rank() == 1 else 0)
+    except RankError as error:
+        return str(error)
+    return None
+
+
+def test_a_value_that_cannot_be_sent_is_reported_on_all_ranks():
+    told = "rank 1: TypeError: a message can't hold a builtins.set"
+    assert run_ranks(2, _return_what_cannot_be_sent) == [told, told]
+
+
+def _lose():
+    all_gather_object(0)
+    if distributed.rank() == 1:
+        os._exit(7)
+    began = time.monotonic()
+    with pytest.raises(RankLostError):
+        all_gather_object(1)
+    return time.monotonic() - began
+
+
+def test_a_lost_rank_is_an_error_without_a_timeout():
+    with pytest.raises(AssertionError, match="rank 1 has no result"):
+        run_ranks(2, _lose, timeout_s=15)

@@ -13,12 +13,21 @@ import pytest
 from flips import flipped
 
 from runner.utils import io
-from runner.utils.files import AppendFile, disk, find_files, held, make_folder, make_folders, remove_tree, replace_file
+from runner.utils.files import (
+    AppendFile,
+    disk,
+    list_tree,
+    lock_file,
+    make_folder_below,
+    make_folders,
+    remove_tree,
+    replace_file,
+)
 from runner.utils.files.disk import confine
 
 
 class Folders:
-    """A confined folder `run`, with a folder in it, and a folder `decoy` beside it that nothing may change."""
+    """A confined folder `run` with a subfolder, and a folder `decoy` beside it that must not change."""
 
     def __init__(self, parent: Path) -> None:
         self.run, self.decoy = parent / "run", parent / "decoy"
@@ -28,7 +37,7 @@ class Folders:
         (self.run / "inner" / "file").write_text("the run's")
 
     def seen(self) -> dict[str, tuple[int, int, str | None]]:
-        """What of the decoy an operation could change."""
+        """The state of the decoy that an operation could change."""
         found = {}
         for path in [self.decoy, *sorted(self.decoy.rglob("*"))]:
             status, content = path.lstat(), path.read_text() if path.is_file() else None
@@ -44,7 +53,7 @@ def folders(tmp_path: Path) -> Iterator[Folders]:
 
 
 def hold(path: Path) -> None:
-    with held(path):
+    with lock_file(path):
         pass
 
 
@@ -77,7 +86,7 @@ WRITES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("target", ["../decoy", "absolute", "inner"])
-def test_a_link_on_the_way_is_refused_by_its_name_and_nothing_is_done(
+def test_a_link_among_the_parents_is_refused_with_its_name(
     folders: Folders, write: Callable[[Path], object], target: str
 ) -> None:
     (folders.run / "way").symlink_to(folders.decoy if target == "absolute" else target)
@@ -91,7 +100,7 @@ def test_a_link_on_the_way_is_refused_by_its_name_and_nothing_is_done(
 
 
 @pytest.mark.parametrize("name", ["create", "append", "hold", "sync file", "read"])
-def test_a_file_that_is_opened_is_no_link(folders: Folders, name: str) -> None:
+def test_opening_a_link_is_refused(folders: Folders, name: str) -> None:
     (folders.run / "file").symlink_to(folders.decoy / "file")
     (folders.run / "none").symlink_to(folders.decoy / "none")
     before = folders.seen()
@@ -103,14 +112,14 @@ def test_a_file_that_is_opened_is_no_link(folders: Folders, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["create", "append", "hold", "sync file", "read"])
-def test_a_file_that_is_opened_is_no_pipe_and_opening_one_does_not_wait(folders: Folders, name: str) -> None:
+def test_opening_a_pipe_is_refused_without_blocking(folders: Folders, name: str) -> None:
     os.mkfifo(folders.run / "pipe")
     with pytest.raises(OSError, match="no regular file") as caught:
         WRITES[name](folders.run / "pipe")
     assert caught.value.filename == str(folders.run / "pipe")
 
 
-def test_what_was_opened_blocks_as_any_file_does(folders: Folders) -> None:
+def test_an_opened_file_is_in_blocking_mode(folders: Folders) -> None:
     descriptor = disk.open_append(folders.run / "file")
     assert os.get_blocking(descriptor)
     assert not os.get_inheritable(descriptor)
@@ -118,7 +127,7 @@ def test_what_was_opened_blocks_as_any_file_does(folders: Folders) -> None:
 
 
 @pytest.mark.parametrize("target", ["file", "deep", "none"])
-def test_a_link_that_has_the_name_is_replaced_or_removed_itself(folders: Folders, target: str) -> None:
+def test_a_link_itself_is_replaced_or_removed(folders: Folders, target: str) -> None:
     before = folders.seen()
     for name in ("replaced.json", "removed"):
         (folders.run / name).symlink_to(folders.decoy / target)
@@ -130,7 +139,7 @@ def test_a_link_that_has_the_name_is_replaced_or_removed_itself(folders: Folders
     assert folders.seen() == before
 
 
-def test_a_tree_is_removed_with_its_links_and_without_what_they_lead_to(folders: Folders) -> None:
+def test_a_tree_is_removed_with_its_links_but_not_their_targets(folders: Folders) -> None:
     before = folders.seen()
     (folders.run / "inner" / "link").symlink_to(folders.decoy)
     (folders.run / "tree").symlink_to(folders.decoy)
@@ -140,7 +149,7 @@ def test_a_tree_is_removed_with_its_links_and_without_what_they_lead_to(folders:
     assert folders.seen() == before
 
 
-def test_a_tree_that_is_a_link_is_left_where_nothing_is_confined(tmp_path: Path) -> None:
+def test_a_link_to_a_tree_is_not_removed(tmp_path: Path) -> None:
     made = Folders(tmp_path)
     before = made.seen()
     (made.run / "tree").symlink_to(made.decoy)
@@ -148,7 +157,7 @@ def test_a_tree_that_is_a_link_is_left_where_nothing_is_confined(tmp_path: Path)
     assert made.seen() == before
 
 
-def test_a_tree_of_very_many_levels_is_left_without_an_error(folders: Folders) -> None:
+def test_a_very_deep_tree_is_left_without_an_error(folders: Folders) -> None:
     deep = str(folders.run / "inner")
     for _ in range(100):
         deep += "/a"
@@ -158,21 +167,21 @@ def test_a_tree_of_very_many_levels_is_left_without_an_error(folders: Folders) -
 
 
 @pytest.mark.parametrize("name", ["../decoy/new", "inner/../../decoy/new", "/absolute"])
-def test_a_folder_that_would_not_be_in_the_runs_is_not_made(folders: Folders, name: str) -> None:
+def test_a_folder_outside_of_the_run_is_not_created(folders: Folders, name: str) -> None:
     before = folders.seen()
     with pytest.raises(OSError, match="not a place in the run's folder"):
-        make_folder(folders.run / name, folders.run)
+        make_folder_below(folders.run / name, folders.run)
     assert folders.seen() == before
 
 
-def test_a_folder_that_is_a_link_is_not_taken_for_one_that_was_made(folders: Folders) -> None:
+def test_a_link_is_not_accepted_as_an_existing_folder(folders: Folders) -> None:
     (folders.run / "audio").symlink_to(folders.decoy)
     with pytest.raises(OSError, match="a link, which is not followed"):
-        make_folder(folders.run / "audio", folders.run)
+        make_folder_below(folders.run / "audio", folders.run)
 
 
 def test_every_operation_works_below_the_folder_as_it_does_elsewhere(folders: Folders, tmp_path: Path) -> None:
-    make_folder(folders.run / "one" / "two", folders.run)
+    make_folder_below(folders.run / "one" / "two", folders.run)
     replace_file(folders.run / "one" / "two" / "a", [b"a"])
     with disk.create(folders.run / "one" / "b", "xb") as file:
         file.write(b"b")
@@ -186,7 +195,7 @@ def test_every_operation_works_below_the_folder_as_it_does_elsewhere(folders: Fo
     assert disk.list_folder(folders.run) == [("inner", True), ("one", True), ("three", True)]
     assert disk.list_folder(folders.run) == disk.list_folder(folders.run)
     assert (folders.run / "three" / "b").read_bytes() == b"bmore"
-    assert find_files(folders.run)[0] == [
+    assert list_tree(folders.run)[0] == [
         folders.run / "inner" / "file", folders.run / "three" / "a", folders.run / "three" / "b",
     ]  # fmt: skip
     with pytest.raises(FileExistsError) as caught:
@@ -225,7 +234,7 @@ def test_a_recorded_link_is_followed_as_long_as_it_leads_where_it_was_recorded_t
     (made.run / "checkpoints").symlink_to("../storage")
     before = made.seen()
     with confine(made.run, {"checkpoints": str(storage)}):
-        make_folder(made.run / "checkpoints", made.run)
+        make_folder_below(made.run / "checkpoints", made.run)
         replace_file(made.run / "checkpoints" / "deep" / "a", [b"a"])
         assert (storage / "deep" / "a").read_bytes() == b"a"
         (storage / "way").symlink_to(made.decoy)
@@ -247,7 +256,7 @@ def test_a_recorded_link_is_followed_as_long_as_it_leads_where_it_was_recorded_t
     assert made.seen() == before
 
 
-def test_nothing_of_one_folder_is_left_to_the_next_or_to_another_program(tmp_path: Path) -> None:
+def test_no_descriptor_of_a_confined_folder_remains(tmp_path: Path) -> None:
     made = Folders(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
@@ -265,7 +274,7 @@ def test_nothing_of_one_folder_is_left_to_the_next_or_to_another_program(tmp_pat
     assert len(os.listdir("/proc/self/fd")) == num_open
 
 
-def test_a_folder_confined_inside_another_is_reached_as_all_that_lies_there(tmp_path: Path) -> None:
+def test_a_folder_can_be_confined_inside_another(tmp_path: Path) -> None:
     made = Folders(tmp_path)
     (made.run / "way").symlink_to(made.decoy)
     with confine(made.run):
@@ -333,13 +342,13 @@ with confine(Path(sys.argv[1])):
     assert not (made.decoy / "a").exists()
 
 
-def test_a_folder_that_becomes_a_link_at_any_moment_lets_no_write_out(folders: Folders) -> None:
+def test_no_write_escapes_a_folder_that_becomes_a_link_at_any_moment(folders: Folders) -> None:
     before = folders.seen()
     inner = folders.run / "inner"
     writes: list[Callable[[], object]] = [
         lambda: replace_file(inner / "file", [b"new"]),
         lambda: append(inner / "file"),
-        lambda: make_folder(inner / "deep", folders.run),
+        lambda: make_folder_below(inner / "deep", folders.run),
         lambda: replace_file(inner / "deep" / "file", [b"new"]),
         lambda: disk.rename(inner / "deep", inner / "renamed"),
         lambda: remove_tree(inner / "renamed"),
@@ -348,7 +357,7 @@ def test_a_folder_that_becomes_a_link_at_any_moment_lets_no_write_out(folders: F
     ]
     num_done, num_refused = Counter[int](), Counter[int]()
     with flipped(folders.run, folders.decoy, "inner"):
-        while min(num_done.total(), num_refused.total()) < 300:
+        while min(num_done.total(), num_refused.total()) < 300 or len(num_done) < len(writes):
             for number, write in enumerate(writes):
                 try:
                     write()

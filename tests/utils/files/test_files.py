@@ -1,4 +1,4 @@
-"""`runner.utils.files`: whole writes, and errors that name the file."""
+"""`runner.utils.files`: atomic writes, and errors that name the file."""
 
 import io
 import os
@@ -17,9 +17,9 @@ from runner.utils.files import (
     AppendFile,
     UnreadableError,
     check_regular,
-    held,
     iterate_lines,
-    make_folder,
+    lock_file,
+    make_folder_below,
     open_regular,
     read_bounded,
     replace_file,
@@ -66,11 +66,11 @@ def test_an_error_names_the_file(tmp_path: Path) -> None:
 def test_a_folder_is_made_below_a_runs_folder_that_exists_and_never_that_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match="the run's folder was deleted"):
-        make_folder(run / "audio" / "loud", run)
+        make_folder_below(run / "audio" / "loud", run)
     assert not run.exists()
     run.mkdir()
     for _ in range(2):
-        make_folder(run / "audio" / "loud", run)
+        make_folder_below(run / "audio" / "loud", run)
     assert (run / "audio" / "loud").is_dir()
 
 
@@ -84,11 +84,11 @@ def test_appending_to_a_deleted_file_is_an_error(tmp_path: Path) -> None:
     file.close()
 
 
-def test_a_held_file_is_refused_to_another_process_until_the_first_has_gone(tmp_path: Path) -> None:
+def test_a_locked_file_is_refused_to_another_process_until_the_first_ends(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    script = "import sys, pathlib, runner.utils.files as f\nwith f.held(pathlib.Path(sys.argv[1])): print('held')"
+    script = "import sys, pathlib, runner.utils.files as f\nwith f.lock_file(pathlib.Path(sys.argv[1])): print('held')"
     other = [sys.executable, "-c", script, str(path)]
-    with held(path):
+    with lock_file(path):
         done = subprocess.run(other, capture_output=True, text=True)
         assert "BlockingIOError" in done.stderr
     assert subprocess.run(other, capture_output=True, text=True).stdout == "held\n"
@@ -110,14 +110,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_regular_file_is_refused_at_once_by_its_kind(tmp_path: Path, kind: str) -> None:
+def test_an_irregular_file_is_refused_at_once_with_its_kind(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_bytes(b"content")
     path = tmp_path / "x"
     if kind == "a device":
         path = tmp_path / "dev" / "zero"
         path.parent.mkdir()
     elif kind == "a socket":
-        path = Path(tempfile.mkdtemp(dir="/tmp")) / "s"  # the path of one is short
+        path = Path(tempfile.mkdtemp(dir="/tmp")) / "s"  # the path of a socket must be short
     KINDS[kind](path)
     for read in (lambda path: read_bounded(path, 100), check_regular, open_regular):
         with pytest.raises(UnreadableError) as raised:
@@ -142,7 +142,7 @@ def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=12).map(lambda line: line.replace(b"\n", b".") + b"\n")), st.integers(1, 15))
-def test_lines_are_whole_or_none_where_they_are_too_long(lines: list[bytes], most: int) -> None:
+def test_lines_are_complete_or_none_if_too_long(lines: list[bytes], most: int) -> None:
     expected = [line if len(line) <= most else None for line in lines]
     assert list(iterate_lines(io.BytesIO(b"".join(lines)), most)) == expected
     assert list(iterate_lines(io.BytesIO(b"".join(lines) + b"x"), most)) == [*expected, b"x"]

@@ -24,7 +24,7 @@ def nests(children):
 
 
 def exactly(value):
-    """Returns a text that is the same for values that are equal, of equal types, NaN and the sign of 0 included."""
+    """Returns a text that is equal for values of equal type and content, including NaN and the sign of 0."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{exactly(key)}:{exactly(child)}" for key, child in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -34,7 +34,7 @@ def exactly(value):
 
 @settings(max_examples=50)
 @given(st.recursive(SCALARS | PATHS | st.lists(st.floats()), nests))
-def test_a_message_is_read_as_the_value_that_was_sent(value):
+def test_decoding_a_message_gives_the_value(value):
     assert exactly(message.decode(message.encode(value))) == exactly(value)
 
 
@@ -46,12 +46,12 @@ def test_numbers_of_numpy_and_torch_and_named_tuples_arrive_as_pythons():
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, [ValueError("mistake")], {"a": np.zeros(2)}, torch.ones(2)])
-def test_what_a_message_cannot_hold_is_refused_by_name(value):
+def test_unsupported_types_are_refused_by_name(value):
     with pytest.raises(TypeError, match="a message can't hold a "):
         message.encode(value)
 
 
-def test_values_that_are_nested_without_an_end_are_refused():
+def test_values_that_contain_themselves_are_refused():
     endless = []
     endless.append(endless)
     with pytest.raises(ValueError, match="nested too deeply"):

@@ -10,7 +10,12 @@ import torch
 from conftest import read_metrics
 
 from runner.checkpoint import checkpoints
-from runner.utils.files.open_files import Reserve, end_worker_without_files, is_out_of_files, separate_offsets
+from runner.utils.files.open_files import (
+    DescriptorReserve,
+    exit_worker_at_file_limit,
+    is_out_of_files,
+    unshare_file_offsets,
+)
 from runner.utils.train.failures import TrainingStopped, describe_failure
 
 
@@ -60,7 +65,7 @@ def num_open():
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts the descriptors that Linux lists")
 def test_a_reserve_gives_its_files_back_and_a_full_process_can_hold_none():
-    before, reserve = num_open(), Reserve()
+    before, reserve = num_open(), DescriptorReserve()
     reserve.open()
     assert num_open() >= before + 8
     reserve.close()
@@ -69,7 +74,7 @@ def test_a_reserve_gives_its_files_back_and_a_full_process_can_hold_none():
 
 
 def leak_all_files(connection):
-    end_worker_without_files(0)
+    exit_worker_at_file_limit(0)
     connection.send(get_temp_dir())
     resource.setrlimit(resource.RLIMIT_NOFILE, (60, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with contextlib.suppress(OSError):
@@ -89,7 +94,7 @@ def test_a_worker_without_files_removes_its_temporary_folder_at_its_end(capfd):
 
 
 def read_on(files, connection):
-    separate_offsets()
+    unshare_file_offsets()
     connection.send([file.read(2) for file in files.values()])
     files["appended"].write(b"child")
     connection.recv()

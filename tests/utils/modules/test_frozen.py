@@ -1,4 +1,4 @@
-"""`runner.utils.modules.frozen`: frozen modules stay in evaluation mode, statistics too, while the rest trains."""
+"""`runner.utils.modules.frozen`: frozen modules stay in eval mode and keep their statistics while the rest trains."""
 
 import copy
 
@@ -7,16 +7,16 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
+from runner.config import optimizations
 from runner.engines import Engine
 from runner.engines.ema import EMA
 from runner.engines.fsdp import FSDP
 from runner.engines.strategies import DDP, Strategy
 from runner.utils.wrapper import optimize
-from runner.utils.wrapper.replace import Rule
 
 
 class Norm(nn.BatchNorm1d):
-    """Replaces a BatchNorm."""
+    """A replacement of BatchNorm."""
 
 
 class Block(nn.Module):
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """A backbone that is or is not frozen when it is built, and a head."""
+    """A backbone, frozen at construction or not, and a head."""
 
     def __init__(self, freezes=False, in_eval=False):
         super().__init__()
@@ -43,9 +43,15 @@ class Net(nn.Module):
         return self.head(self.backbone(x)).square().mean()
 
 
+def optimized(module, **switches):
+    """Applies optimizations as a config switches them on."""
+    nodes, _ = optimizations.of_engine({"optimizations": switches}, "")
+    return optimize(module, {name: optimizations.make_built_in(node) for name, node in nodes.items()})
+
+
 def engine_of(module, strategy=None, averages=False, **settings):
-    """Returns an engine of a module that was changed so, as `build` makes it."""
-    changes = optimize(module, **settings)
+    """Returns an engine of a module with these optimizations, as `build` makes it."""
+    changes = optimized(module, **settings)
     strategy = strategy or Strategy()
     strategy.shard(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -55,7 +61,7 @@ def engine_of(module, strategy=None, averages=False, **settings):
 
 
 def trained(engine):
-    """Takes three steps with an evaluation between them; returns the first norm's statistics and the numbers of it."""
+    """Runs three steps with evaluations between; returns the running mean and batch count of the first norm."""
     for _ in range(3):
         engine.micro_step(torch.randn(4, 8))
         engine.step()
@@ -89,12 +95,12 @@ FURTHER = {
     "averaged": {"averages": True},
     "compiled": {"compile": {"scope": "blocks", "backend": "eager"}},
     "compiled as a whole": {"compile": {"scope": "whole", "backend": "eager"}},
-    "recomputed": {"checkpointing": {}},
-    "replaced": {"replace": [Rule(nn.BatchNorm1d, Norm)]},
+    "recomputed": {"checkpointing": True},
+    "replaced": {"replace": [{"match": "torch.nn.BatchNorm1d", "with": f"{__name__}.Norm"}]},
 }
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
 @pytest.mark.parametrize("further", FURTHER)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_of_frozen_modules_stay_and_others_move(case, further):
@@ -127,7 +133,7 @@ def test_a_module_that_was_loaded_in_evaluation_mode_is_trained_in_training_mode
     assert all(modes(module).values())
 
 
-def test_a_frozen_module_drops_nothing():
+def test_dropout_in_a_frozen_module_is_inactive():
     module = Net(freezes=True, in_eval=True)
     twin = copy.deepcopy(module).eval()
     engine = engine_of(module)
@@ -136,7 +142,7 @@ def test_a_frozen_module_drops_nothing():
     assert not torch.equal(engine.module.head(x), twin.head(x))
 
 
-def test_the_modes_hold_after_a_resume():
+def test_modes_are_the_same_after_a_resume():
     engine = engine_of(Net(), freeze=["backbone.*"])
     before = modes(engine.module)
     engine.load_state_dict(engine.state_dict())
@@ -145,7 +151,7 @@ def test_the_modes_hold_after_a_resume():
 
 
 @pytest.mark.parametrize("settings", [{"freeze": ["backbone.*"]}, {}])
-def test_what_has_adapters_is_not_frozen_any_more(settings):
+def test_a_module_with_adapters_is_not_frozen(settings):
     module = Net(freezes=not settings, in_eval=not settings)
     engine = engine_of(module, **settings, lora={"rank": 2, "include": ["backbone.0.linear"]})
     found = modes(engine.module)
@@ -156,12 +162,12 @@ def test_what_has_adapters_is_not_frozen_any_more(settings):
     assert not found["backbone.1"]
 
 
-def test_what_adapters_alone_have_frozen_runs_as_in_training():
+def test_modules_frozen_only_by_adapters_stay_in_training_mode():
     engine = engine_of(Net(in_eval=True), lora={"rank": 2, "include": ["head.0"]})
     assert all(modes(engine.module).values())
 
 
-def test_what_stood_in_training_mode_within_a_frozen_module_stays_in_it():
+def test_submodules_of_a_frozen_module_stay_in_training_mode():
     module = Net(freezes=True, in_eval=True)
     module.backbone[1].dropout.train()
     found = modes(engine_of(module).module)
@@ -169,7 +175,7 @@ def test_what_stood_in_training_mode_within_a_frozen_module_stays_in_it():
 
 
 class Overriding(Net):
-    """Puts one part into evaluation mode whenever the rest is put into training mode."""
+    """A module that sets one part to eval mode whenever the rest is set to training mode."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -179,13 +185,13 @@ class Overriding(Net):
 
 
 class Always(nn.Sequential):
-    """Never leaves training mode, such as one that samples in evaluations too."""
+    """A module that never leaves training mode, such as one that also samples in evaluations."""
 
     def train(self, mode=True):
         return super().train(True)
 
 
-def test_a_train_method_of_the_users_own_is_called_and_respected():
+def test_a_users_own_train_method_is_called_and_respected():
     engine = engine_of(Overriding())
     assert [name for name, training in modes(engine.module).items() if not training] == ["backbone.0.norm"]
     with engine.evaluating():
@@ -202,15 +208,15 @@ def test_a_train_method_of_the_users_own_is_called_and_respected():
 def test_the_table_lists_both():
     module = Net()
     module.backbone[0].eval().requires_grad_(False)
-    table = optimize(module, freeze=["backbone.1.*"]).table()
+    table = optimized(module, freeze=["backbone.1.*"]).table()
     rows = [line for line in table if line.startswith("evaluation mode")]
     assert [row.split(":")[1].split("(")[0].strip() for row in rows] == ["backbone.0", "backbone.1"]
     assert "when built" in rows[0]
     assert "freeze_mode=train" in rows[1]
-    assert not optimize(Net(freezes=True)).table()
+    assert not optimized(Net(freezes=True)).table()
 
 
-def test_what_is_frozen_in_part_by_name_and_in_part_by_the_model_stays_in_training_mode_there():
+def test_a_partly_frozen_module_stays_in_training_mode():
     module = Net()
     module.backbone[0].requires_grad_(False)
     found = modes(engine_of(module, freeze=["backbone.1.*"]).module)
@@ -219,7 +225,7 @@ def test_what_is_frozen_in_part_by_name_and_in_part_by_the_model_stays_in_traini
     assert not found["backbone.1"]
 
 
-def test_a_part_that_is_made_trainable_later_is_trained():
+def test_a_submodule_made_trainable_later_is_trained():
     engine = engine_of(Net(freezes=True, in_eval=True))
     engine.module.backbone.requires_grad_(True)
     engine.train()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Subset
 
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 
 KINDS = {
     "torch": (torch.Generator, lambda held: torch.rand(3, generator=held).tolist()),
@@ -27,10 +27,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_generator_draws_is_a_function_of_the_seed(kind):
+def test_numbers_of_a_generator_are_a_function_of_the_seed(kind):
     make, draw = KINDS[kind]
     generator = make()
-    held = HeldGenerators(data=types.SimpleNamespace(own=generator))
+    held = ObjectGenerators(data=types.SimpleNamespace(own=generator))
     assert (held.paths, held.unseeded) == (["data.own"], [])
     drawn = {}
     for seed in (1, 2, 2**62, 1, 2):
@@ -109,10 +109,10 @@ class AttributeOfOne(Attribute):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("is_deep", [False, True])
-def test_a_generator_is_found_wherever_an_object_holds_it(place, is_deep):
+def test_a_generator_is_found_anywhere_in_an_object(place, is_deep):
     own = np.random.default_rng(0)
     held = PLACES[place](own)
-    found = HeldGenerators(
+    found = ObjectGenerators(
         data=Subset(ConcatDataset([[held], AttributeOfOne([Slots(held)])]), [0]) if is_deep else held
     )
     assert len(found.paths) == 1, found.paths
@@ -125,19 +125,19 @@ def test_a_generator_is_found_wherever_an_object_holds_it(place, is_deep):
 def test_a_generator_in_two_places_is_seeded_once_and_a_cycle_ends():
     own, rest = np.random.default_rng(0), []
     rest += [rest, {"own": own, "rest": rest}, np.random.Generator(own.bit_generator)]
-    assert len(HeldGenerators(data=rest).paths) == 1
+    assert len(ObjectGenerators(data=rest).paths) == 1
 
 
-def test_the_global_generators_are_nobodys_own():
+def test_global_generators_are_not_found():
     held = [torch.default_generator, random._inst, np.random.mtrand._rand, np.random.rand, random.random, random]
-    found = HeldGenerators(data=held)
+    found = ObjectGenerators(data=held)
     assert found.paths == found.unseeded == []
 
 
 def test_two_generators_of_a_dataset_draw_different_numbers_and_a_third_changes_neither():
     def drawn(count):
         own = [np.random.default_rng(0) for _ in range(count)]
-        HeldGenerators(data=own).seed(5)
+        ObjectGenerators(data=own).seed(5)
         return [each.random() for each in own]
 
     assert drawn(3)[:2] == drawn(2)
@@ -150,17 +150,17 @@ class OwnBits(np.random.PCG64):
 
 
 @pytest.mark.parametrize("held", [random.SystemRandom(), np.random.Generator(OwnBits())])
-def test_a_generator_that_no_seed_decides_is_named(held):
-    found = HeldGenerators(data=Subset(Attribute(held), [0]))
+def test_a_generator_that_cannot_be_seeded_is_listed(held):
+    found = ObjectGenerators(data=Subset(Attribute(held), [0]))
     assert (found.paths, found.unseeded) == ([], ["data.dataset.own"])
     found.seed(1)
 
 
-def test_a_long_container_of_generators_is_named_as_not_searched_to_its_end():
+def test_a_long_container_of_generators_is_listed_as_partly_searched():
     files = [(f"{i}.png", i) for i in range(1500)]
     many = [random.Random(i) for i in range(1001)]
-    assert HeldGenerators(data=Attribute(files)).unseeded == []
-    assert HeldGenerators(data=Attribute(many)).unseeded == ["data.own[1000:]"]
+    assert ObjectGenerators(data=Attribute(files)).unseeded == []
+    assert ObjectGenerators(data=Attribute(many)).unseeded == ["data.own[1000:]"]
 
 
 class Surprising:
@@ -181,8 +181,8 @@ class LazySlots(Surprising):
     __slots__ = ()
 
 
-def test_looking_for_generators_calls_nothing_of_an_object():
-    assert HeldGenerators(data=[Surprising(), Lazy(a=1), LazySlots(), Slots.__new__(Slots)]).paths == []
+def test_the_search_for_generators_calls_no_method_of_an_object():
+    assert ObjectGenerators(data=[Surprising(), Lazy(a=1), LazySlots(), Slots.__new__(Slots)]).paths == []
 
 
 @given(
@@ -190,6 +190,6 @@ def test_looking_for_generators_calls_nothing_of_an_object():
         st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
     )
 )
-def test_any_nest_of_plain_values_holds_none(nest):
-    found = HeldGenerators(data=nest)
+def test_plain_values_contain_no_generator(nest):
+    found = ObjectGenerators(data=nest)
     assert found.paths == found.unseeded == []

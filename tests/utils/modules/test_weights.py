@@ -1,4 +1,4 @@
-"""`runner.utils.modules.weights`: a module takes back its weights whatever lies at one address."""
+"""`runner.utils.modules.weights`: weights are loaded even if elements share an address."""
 
 import copy
 
@@ -25,7 +25,7 @@ class Odd(nn.Module):
         self.register_buffer("none", None)
 
 
-def test_tensors_that_were_expanded_or_overlap_are_loaded_in_place():
+def test_expanded_and_overlapping_tensors_are_loaded_in_place():
     saved, module = Odd(3.0).state_dict(), Odd(1.0)
     before = dict(module.named_buffers()) | {"frozen": module.frozen}
     strides = {name: tensor.stride() for name, tensor in before.items()}
@@ -38,7 +38,7 @@ def test_tensors_that_were_expanded_or_overlap_are_loaded_in_place():
     assert module.right[1] == 7.0  # they share memory as before
 
 
-def test_weights_that_do_not_fit_leave_the_module_its_tensors():
+def test_weights_that_do_not_fit_leave_the_module_unchanged():
     module = Odd(1.0)
     before = dict(module.named_buffers())
     saved = Odd(3.0).state_dict()
@@ -50,7 +50,7 @@ def test_weights_that_do_not_fit_leave_the_module_its_tensors():
         load_weights(module, saved | {"left": torch.ones(4), "wide": torch.ones(2)})
 
 
-def test_a_step_that_is_discarded_gives_expanded_buffers_back():
+def test_a_discarded_step_restores_expanded_buffers():
     module = Odd(1.0)
     expected, kept = copy.deepcopy(module.state_dict()), BufferSnapshot(module)
     module.wide.data[0] += 1.0
@@ -66,7 +66,7 @@ def test_a_step_that_is_discarded_gives_expanded_buffers_back():
     strides=st.lists(st.integers(0, 5), min_size=3, max_size=3),
     offset=st.integers(0, 2),
 )
-def test_any_view_takes_what_a_view_of_its_kind_held(shape, strides, offset):
+def test_values_are_copied_between_views_of_any_strides(shape, strides, offset):
     view = (shape, strides[: len(shape)], offset)
     source, target = torch.arange(40.0).as_strided(*view), torch.zeros(40).as_strided(*view)
     copy_into(target, source.clone())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Subset
 
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
-from runner.utils.sampler.batches import Batches, EvaluationData
+from runner.utils.sampler.batches import Batches, EvaluationData, rank_slice
 
 
 def lengths(length):
@@ -29,7 +29,7 @@ SAMPLERS = {
 
 
 class Noisy:
-    """Each sample is its index and what the three global generators give at that moment."""
+    """A dataset whose samples are the index and a number of each of the three global generators."""
 
     def __init__(self, length):
         self.length = length
@@ -70,7 +70,7 @@ def assert_resumes(kind, length, cut, workers_before, workers_after):
 @pytest.mark.parametrize("kind", SAMPLERS)
 @settings(max_examples=40, deadline=None)
 @given(length=st.integers(1, 30), cut=st.integers(0, 25))
-def test_a_stream_cut_anywhere_yields_exactly_the_rest(kind, length, cut):
+def test_a_stream_resumed_anywhere_yields_exactly_the_rest(kind, length, cut):
     assert_resumes(kind, length, cut, 0, 0)
 
 
@@ -83,11 +83,11 @@ def test_a_stream_cut_anywhere_yields_exactly_the_rest(kind, length, cut):
     cut=st.integers(0, 12),
     workers=st.sampled_from([(1, 1), (3, 3), (0, 3), (3, 0), (1, 3)]),
 )
-def test_a_stream_cut_anywhere_yields_exactly_the_rest_with_any_workers(kind, length, cut, workers):
+def test_a_stream_resumed_anywhere_yields_exactly_the_rest_with_workers(kind, length, cut, workers):
     assert_resumes(kind, length, cut, *workers)
 
 
-def test_what_a_worker_prefetched_does_not_count():
+def test_prefetched_batches_do_not_move_the_position():
     batches = make("random", num_workers=1, prefetch_factor=8)
     take(batches, 2)
     state = batches.state_dict()
@@ -106,12 +106,12 @@ def test_a_dataset_smaller_than_a_batch_fills_it():
     assert [len(batch) for batch in take(make("pool", 3), 4)] == [4] * 4
 
 
-def test_an_empty_sampler_is_an_error_and_no_endless_loop():
+def test_an_empty_sampler_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         next(Batches([], OrderedSampler(0), 2))
 
 
-def test_what_a_sample_draws_does_not_depend_on_the_batch_size():
+def test_random_numbers_of_a_sample_do_not_depend_on_the_batch_size():
     def samples(size):
         batches = Batches(Noisy(12), RandomSampler(12, seed=1), size, seed=7, collate=as_lists)
         return [sample for batch in take(batches, 24 // size) for sample in batch]
@@ -136,7 +136,7 @@ class Whole(Noisy):
         return [self[index] for index in indices]
 
 
-def test_a_dataset_that_fetches_many_is_called_once_a_batch_without_seeding():
+def test_getitems_is_called_once_per_batch_without_seeding():
     dataset = Whole(8)
     batches = Batches(dataset, OrderedSampler(8), 4, collate=as_lists, seed_samples=False)
     assert [sample[0] for sample in next(batches)] == [0, 1, 2, 3]
@@ -144,7 +144,7 @@ def test_a_dataset_that_fetches_many_is_called_once_a_batch_without_seeding():
 
 
 class Holding(Noisy):
-    """Draws from generators of its own too, one of which is made with the first sample."""
+    """A dataset that also draws from generators of its own, one created with the first sample."""
 
     def __init__(self, length):
         super().__init__(length)
@@ -182,21 +182,21 @@ WRAPPED = {
 }
 
 
-def samples_of(kind, size, count, cut=None, num_ranks=1, num_workers=0):
-    """The samples of `count` batches in order, as ranks share them; with `cut` the stream is begun anew and resumed."""
+def samples_of(kind, size, count, cut=None, world_size=1, num_workers=0):
+    """Returns the samples of `count` batches over all ranks in order; at batch `cut` the streams are resumed."""
 
     def make(rank):
-        settings = {"rank": rank, "num_ranks": num_ranks, "num_workers": num_workers}
+        settings = {"rank": rank, "world_size": world_size, "num_workers": num_workers}
         return Batches(WRAPPED[kind](9), RandomSampler(9, seed=1), size, seed=7, collate=as_lists, **settings)
 
-    streams = [make(rank) for rank in range(num_ranks)]
+    streams = [make(rank) for rank in range(world_size)]
     samples = []
     for number in range(count):
         if number == cut:
             states = [each.state_dict() for each in streams]
             for each in streams:
                 each.close()
-            streams = [make(rank) for rank in range(num_ranks)]
+            streams = [make(rank) for rank in range(world_size)]
             for each, state in zip(streams, states, strict=True):
                 each.load_state_dict(state)
         samples += [sample for each in streams for sample in next(each)]
@@ -207,19 +207,19 @@ def samples_of(kind, size, count, cut=None, num_ranks=1, num_workers=0):
 
 @pytest.mark.parametrize("kind", WRAPPED)
 @settings(max_examples=15, deadline=None)
-@given(size=st.sampled_from([2, 3, 4, 6, 12]), num_ranks=st.integers(1, 2), cut=st.integers(1, 4))
-def test_what_a_sample_draws_depends_on_neither_batches_nor_ranks_nor_a_cut(kind, size, num_ranks, cut):
+@given(size=st.sampled_from([2, 3, 4, 6, 12]), world_size=st.integers(1, 2), cut=st.integers(1, 4))
+def test_random_numbers_of_a_sample_depend_on_neither_batches_nor_ranks_nor_resuming(kind, size, world_size, cut):
     expected = samples_of(kind, 1, 24)
     assert all(len({sample[i] for sample in expected}) == 24 for i in range(1, 8))
-    assert samples_of(kind, size, 24 // size, cut, num_ranks) == expected
+    assert samples_of(kind, size, 24 // size, cut, world_size) == expected
 
 
 @pytest.mark.parametrize("kind", ["bare", "subset of one that fetches many"])
-def test_what_a_sample_draws_does_not_depend_on_the_workers(kind):
+def test_random_numbers_of_a_sample_do_not_depend_on_workers(kind):
     assert samples_of(kind, 3, 5, cut=2, num_workers=2) == samples_of(kind, 3, 5)
 
 
-def test_what_collate_draws_by_a_generator_of_its_own_is_the_same_after_a_cut():
+def test_a_generator_of_collate_gives_the_same_numbers_after_a_resume():
     def make():
         return Batches(Noisy(9), RandomSampler(9, seed=1), 4, seed=7, collate=jitter)
 
@@ -232,17 +232,17 @@ def test_what_collate_draws_by_a_generator_of_its_own_is_the_same_after_a_cut():
     assert len({sample[-1] for batch in before + after for sample in batch}) == 16
 
 
-def test_each_evaluation_draws_the_same_by_own_generators_whatever_was_drawn_before():
+def test_a_datasets_own_generator_gives_the_same_numbers_in_each_evaluation():
     data = Holding(9)
     passes = [list(EvaluationData(data, size, 0, as_lists, 5)) for size in (4, 4, 2)]
     assert passes[0] == passes[1]
     assert [s for _, batch, _ in passes[0] for s in batch] == [s for _, batch, _ in passes[2] for s in batch]
 
 
-def test_workers_of_two_ranks_do_not_draw_the_same_without_seeding():
+def test_workers_of_two_ranks_draw_different_numbers_without_seeding():
     def first(rank):
         batches = Batches(
-            Noisy(8), OrderedSampler(8), 4, collate=as_lists, seed_samples=False, num_workers=1, rank=rank, num_ranks=2
+            Noisy(8), OrderedSampler(8), 4, collate=as_lists, seed_samples=False, num_workers=1, rank=rank, world_size=2
         )
         try:
             return {value for sample in next(batches) for value in sample[1:]}
@@ -274,7 +274,7 @@ def test_an_error_in_the_dataset_leaves_the_position():
     assert [sample[0] for sample in next(batches)] == [4, 5, 6, 7]
 
 
-def test_closing_twice_is_as_closing_once_and_the_stream_goes_on():
+def test_a_stream_continues_after_closing_it_twice():
     batches = make("ordered", 12, num_workers=1)
     next(batches)
     batches.close()
@@ -289,13 +289,13 @@ def test_torch_collates_by_default():
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_data_of_another_length_begins_with_the_next_epoch_while_the_ordinal_goes_on(kind):
+def test_data_of_another_length_starts_the_next_epoch_and_keeps_the_ordinal(kind):
     before, after = make(kind, 11), make(kind, 17)
     take(before, 2)
     state = before.state_dict()
     with pytest.raises(ValueError, match="17"):
         after.load_state_dict(state)
-    after.start_epoch_after(state)
+    after.start_next_epoch(state)
     moved = after.state_dict()
     assert (moved["sampler"]["epoch"], moved["sampler"]["position"]) == (1, 0)
     assert (after.num_samples_total, moved["ordinal"]) == (before.num_samples_total, state["ordinal"])
@@ -305,16 +305,16 @@ def test_data_of_another_length_begins_with_the_next_epoch_while_the_ordinal_goe
     assert indices == list(np.concatenate([np.atleast_1d(item) for item in expected]))[: len(indices)]
 
 
-def test_an_epoch_of_which_nothing_was_taken_is_not_left_out():
+def test_an_epoch_that_has_not_begun_is_not_skipped():
     before, after = make("random", 12), make("random", 8)
     take(before, 3)
-    after.start_epoch_after(before.state_dict())
+    after.start_next_epoch(before.state_dict())
     assert after.epoch == before.epoch == 1
 
 
-def test_a_sampler_without_an_epoch_has_no_next_one():
+def test_a_sampler_without_an_epoch_cannot_start_the_next_one():
     with pytest.raises(ValueError, match="has no epoch to start at"):
-        Batches(Noisy(3), Bare(), 1).start_epoch_after({"sampler": {}, "ordinal": 0})
+        Batches(Noisy(3), Bare(), 1).start_next_epoch({"sampler": {}, "ordinal": 0})
 
 
 class Bare:
@@ -326,3 +326,54 @@ class Bare:
 
     def load_state_dict(self, state):
         pass
+
+
+@given(length=st.integers(1, 200), ranks=st.integers(1, 9))
+def test_rank_slices_cover_a_batch_in_order_and_differ_by_one_at_most(length, ranks):
+    slices = [rank_slice(length, rank, ranks) for rank in range(ranks)]
+    assert [index for start, end in slices for index in range(start, end)] == list(range(length))
+    assert max(end - start for start, end in slices) - min(end - start for start, end in slices) <= 1
+
+
+class Indices:
+    lengths = torch.arange(37) % 5 + 1
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, index):
+        return index
+
+
+def rank_streams(count, make_sampler, batch_size):
+    shared = {"collate": list, "world_size": count}
+    return [Batches(Indices(), make_sampler(), batch_size, rank=rank, **shared) for rank in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+@pytest.mark.parametrize("is_batched", [False, True])
+def test_slices_of_all_ranks_are_the_global_batches_and_weights_give_their_mean(count, is_batched):
+    def make_sampler():
+        return (
+            BatchedOrderedSampler(Indices.lengths, max_cost=9, shuffle=True) if is_batched else PoolSampler(37, seed=3)
+        )
+
+    size = None if is_batched else 6
+    (alone,) = rank_streams(1, make_sampler, size)
+    ranks = rank_streams(count, make_sampler, size)
+    for _ in range(20):
+        expected, found = next(alone), [next(each) for each in ranks]
+        counted = [batch for batch, each in zip(found, ranks, strict=True) if each.weight]
+        assert [index for batch in counted for index in batch] == expected
+        mean = sum(each.weight * sum(batch) / len(batch) for batch, each in zip(found, ranks, strict=True)) / count
+        assert mean == pytest.approx(sum(expected) / len(expected))
+        assert all(len(batch) > 0 for batch in found)  # every rank runs every step
+        assert {str(each.state_dict()) for each in ranks} == {str(alone.state_dict())}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_ranks_split_the_batches_of_an_evaluation_and_take_equally_many(count):
+    passes = [list(EvaluationData(Indices(), 10, 0, list, None, rank, count)) for rank in range(count)]
+    assert len({len(each) for each in passes}) == 1
+    counted = sorted((number, batch) for each in passes for number, batch, size in each if size)
+    assert counted == [(number, list(range(number * 10, min(number * 10 + 10, 37)))) for number in range(4)]

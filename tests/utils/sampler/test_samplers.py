@@ -1,4 +1,4 @@
-"""The samplers: what comes next is a pure function of settings, seed, epoch and position."""
+"""The samplers: the order is a pure function of settings, seed, epoch and position."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ any_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
 def take(sampler: Any, count: int) -> list[Any]:
-    """Takes items across epochs, leaving each `iter` as soon as it has what it needs."""
+    """Takes items across epochs, and abandons each iterator as soon as it has enough."""
     taken: list[Any] = []
     while len(taken) < count:
         taken += itertools.islice(iter(sampler), count - len(taken))
@@ -72,7 +72,7 @@ def test_a_block_boundary_does_not_show_in_the_order(make: Callable[..., Any]) -
 
 
 @any_maker
-def test_an_item_counts_the_moment_it_is_handed_out(make: Callable[..., Any]) -> None:
+def test_an_item_counts_once_it_is_yielded(make: Callable[..., Any]) -> None:
     sampler, resumed = make(20, 0), make(20, 0)
     items = iter(sampler)
     next(items)
@@ -120,10 +120,10 @@ def test_state_is_a_small_snapshot_of_plain_values(make: Callable[..., Any]) -> 
 
 
 @any_maker
-def test_an_iterator_left_early_is_gone_on_from_by_the_next(make: Callable[..., Any]) -> None:
+def test_the_next_iterator_continues_an_abandoned_one(make: Callable[..., Any]) -> None:
     sampler, whole = make(50, 1), list(make(50, 1))
     head = [item for item, _ in zip(sampler, range(3), strict=False)]
-    # zip had taken a fourth before it saw the end of its second argument.
+    # zip takes a fourth item before it sees the end of its second argument.
     assert head == whole[:3]
     assert list(sampler) == whole[4:]
 
@@ -310,7 +310,7 @@ class TestPool:
 
 
 def naive_batches(lengths: list[float], max_size: int | None, max_cost: float | None, cost: str) -> list[list[int]]:
-    """The specification, word for word: close before the item that would break a limit."""
+    """The specification taken literally: a batch ends before the item that would exceed a limit."""
     batches: list[list[int]] = []
     for i, length in enumerate(lengths):
         if batches:

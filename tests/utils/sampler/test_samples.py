@@ -1,4 +1,4 @@
-"""`runner.utils.sampler.samples`: generators made or replaced after the first sample are seeded, or warned of."""
+"""`runner.utils.sampler.samples`: generators created after the first sample are seeded, or warned of."""
 
 import threading
 import warnings
@@ -9,13 +9,13 @@ import pytest
 
 from runner.utils.sampler import OrderedSampler
 from runner.utils.sampler.batches import Batches
-from runner.utils.sampler.samples import Samples, is_same
+from runner.utils.sampler.samples import SampleFetcher, is_same
 
 MADE = None
 
 
 class Source:
-    """A dataset whose samples are draws of a generator that it makes in a way of its own."""
+    """A dataset whose samples are numbers of a generator, created in a given way."""
 
     def __init__(self):
         self.generator, self.calls = None, 0
@@ -79,15 +79,15 @@ class OwnSeed(Source):
 
 
 def fetch(dataset, draws):
-    samples = Samples(dataset, 7)
+    samples = SampleFetcher(dataset, 7)
     found = {}
     for first, last in draws:
         found |= dict(zip(range(first, last), samples[first, list(range(first, last))], strict=True))
-    return found, samples.take_notes()
+    return found, samples.pop_notes()
 
 
 @pytest.mark.parametrize("make", [LazyOnce, Added, Global, Fresh, OwnSeed])
-def test_a_generator_made_or_replaced_by_any_sample_is_seeded_for_that_one_and_all_later(make):
+def test_a_generator_created_by_a_sample_is_seeded_from_that_sample_on(make):
     global MADE
     MADE = None
     whole, notes = fetch(make(), [(0, 24)])
@@ -98,7 +98,7 @@ def test_a_generator_made_or_replaced_by_any_sample_is_seeded_for_that_one_and_a
     assert len(set(whole.values())) >= 8
 
 
-def test_a_generator_found_later_where_none_is_looked_for_is_named():
+def test_a_generator_found_by_a_later_full_search_is_warned_of():
     class Hidden(Source):
         def __init__(self):
             super().__init__()
@@ -113,7 +113,7 @@ def test_a_generator_found_later_where_none_is_looked_for_is_named():
     assert notes[0].startswith("dataset.kept[0]: found after 4 samples")
 
 
-def test_a_generator_that_each_sample_replaces_by_one_without_a_seed_is_named_once():
+def test_a_generator_replaced_in_each_sample_is_warned_of_once():
     class Entropy(Source):
         def prepare(self, index):
             self.generator = np.random.default_rng()
@@ -123,14 +123,14 @@ def test_a_generator_that_each_sample_replaces_by_one_without_a_seed_is_named_on
     assert "replaced in each sample" in notes[0]
 
 
-def test_a_dataset_that_sets_attributes_of_its_own_in_each_sample_is_searched_a_few_times_only():
+def test_a_dataset_that_sets_attributes_in_each_sample_is_searched_a_few_times():
     class Growing(Source):
         def prepare(self, index):
             setattr(self, f"cache_{self.calls}", index)
 
-    samples, searches = Samples(Growing(), 7), []
-    find = samples._find
-    samples._find = lambda: searches.append(1) or find()
+    samples, searches = SampleFetcher(Growing(), 7), []
+    find = samples._find_generators
+    samples._find_generators = lambda: searches.append(1) or find()
     for number in range(200):
         samples[number, [number % 24]]
     assert len(searches) < 20
@@ -149,7 +149,7 @@ class Entropy(Fixed):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("make", "warned"), [(Entropy, 1), (Fixed, 0)])
-def test_a_dataset_that_draws_from_what_no_seed_decides_is_warned_of_once(make, warned, num_workers):
+def test_a_dataset_that_cannot_be_seeded_is_warned_of_once(make, warned, num_workers):
     dataset = make()
     batches = Batches(dataset, OrderedSampler(24), 2, seed=3, num_workers=num_workers, collate=list)
     with warnings.catch_warnings(record=True) as caught:
@@ -164,14 +164,14 @@ def test_a_dataset_that_draws_from_what_no_seed_decides_is_warned_of_once(make, 
         assert dataset.calls == 2 * 3 + 1  # the first is fetched twice
 
 
-def test_without_seeding_nothing_is_compared():
+def test_without_seeding_samples_are_not_compared():
     dataset = Entropy()
     next(Batches(dataset, OrderedSampler(24), 2, seed_samples=False, collate=list))
     assert dataset.calls == 2
 
 
 class Reused(Fixed):
-    """A dataset that returns one array each time, which holds the number of its calls."""
+    """A dataset that always returns the same array, which contains the number of calls."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +184,7 @@ class Reused(Fixed):
 
 
 class Once(Fixed):
-    """A dataset that gives each sample once."""
+    """A dataset that returns each sample only once."""
 
     def __getitem__(self, index):
         if self.calls:
@@ -193,27 +193,27 @@ class Once(Fixed):
 
 
 class Uncopied(Fixed):
-    """A dataset whose samples hold what can't be copied."""
+    """A dataset whose samples can't be copied."""
 
     def __getitem__(self, index):
         return {**super().__getitem__(index), "lock": threading.Lock()}
 
 
-def test_a_first_sample_is_what_its_first_fetch_gave_however_the_second_goes():
-    samples = Samples(Reused(), 3, is_repeated=True)
+def test_the_first_sample_is_that_of_its_first_fetch():
+    samples = SampleFetcher(Reused(), 3, is_repeated=True)
     (first,) = samples[0, [0]]
     assert first.tolist() == [1.0, 1.0, 1.0]
-    (note,) = samples.take_notes()
+    (note,) = samples.pop_notes()
     assert "expected the same sample" in note
     for kind in (Once, Uncopied):
-        samples = Samples(kind(), 3, is_repeated=True)
+        samples = SampleFetcher(kind(), 3, is_repeated=True)
         (first,) = samples[0, [7]]
         assert first["x"].tolist() == [7, 7, 7]
-        assert samples.take_notes() == []
+        assert samples.pop_notes() == []
 
 
 class Stored(Fixed):
-    """A dataset that reads from a file it has opened once."""
+    """A dataset that reads from a file opened once."""
 
     def __init__(self, path):
         super().__init__()
@@ -227,7 +227,7 @@ class Stored(Fixed):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
-def test_no_process_moves_the_position_in_a_file_that_another_reads(tmp_path, num_workers):
+def test_no_process_moves_the_offset_of_a_file_that_another_reads(tmp_path, num_workers):
     dataset = Stored(tmp_path / "samples.zip")
     for _ in range(5):
         batches = Batches(dataset, OrderedSampler(24), 2, num_workers=num_workers, collate=list)
@@ -249,5 +249,5 @@ def test_no_process_moves_the_position_in_a_file_that_another_reads(tmp_path, nu
         (object(), object(), True),
     ],
 )
-def test_samples_are_compared_by_what_they_hold(one, other, same):
+def test_samples_are_compared_by_content(one, other, same):
     assert is_same(one, other) is same

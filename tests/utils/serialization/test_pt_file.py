@@ -1,4 +1,4 @@
-"""`runner.utils.serialization.pt_file`: a `.pt` file that would take more memory than its size is refused."""
+"""`runner.utils.serialization.pt_file`: a `.pt` file that would need more memory than its size is refused."""
 
 import io as bytes_io
 import struct
@@ -16,7 +16,7 @@ class Shared:
 
 
 def rewrite(path, value, **settings):
-    """Stores what torch stores of a value with other settings of the archive."""
+    """Writes torch's `.pt` file of a value again, with other settings of the archive."""
     buffer = bytes_io.BytesIO()
     torch.save(value, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as archive:
@@ -56,7 +56,7 @@ def itself():
     ],
     ids=["stride 0", "one tensor", "views", "shared", "deep", "itself"],
 )
-def test_a_value_that_refers_to_its_bytes_again_and_again_is_refused(tmp_path, value, told):
+def test_a_value_with_many_references_to_its_bytes_is_refused(tmp_path, value, told):
     torch.save(value, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=rf"x\.pt: not read, ValueError: .*{told}"):
         io.load(tmp_path / "x.pt")
@@ -74,7 +74,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_pickle_that_asks_for_memory_is_refused(tmp_path, name):
+def test_a_pickle_that_allocates_memory_is_refused(tmp_path, name):
     put_pickle(tmp_path / "x.pt", b"\x80\x02" + CALLS[name])
     with pytest.raises(ValueError, match=r"x\.pt: not read, ValueError: its (pickle|tensors)"):
         io.load(tmp_path / "x.pt")
@@ -90,7 +90,7 @@ def test_a_member_that_is_compressed_is_refused(tmp_path):
 
 
 def test_members_that_share_bytes_are_refused(tmp_path):
-    """Each entry of the directory is made that of the first member, under another name."""
+    """Every entry of the directory points to the first member, under another name."""
     rewrite(tmp_path / "x.pt", {"a": torch.zeros(10)})
     with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
         first = next(info for info in archive.infolist() if info.filename.endswith("data.pkl"))
@@ -137,14 +137,14 @@ def test_an_archive_that_readers_may_read_differently_is_refused(tmp_path, chang
     ],
     ids=["bytes", "ties", "expanded", "nests", "words"],
 )
-def test_what_programs_store_is_read(tmp_path, value):
+def test_files_of_common_programs_are_read(tmp_path, value):
     for is_zip in (True, False):
         torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
         assert str(io.load(tmp_path / "x.pt")) == str(value)
 
 
 def test_arrays_of_the_same_bytes_share_them(tmp_path):
-    """A structure may name a tensor any number of times: copies of it would be of any size."""
+    """A structure may name a tensor any number of times, so copies would need any amount of memory."""
     array = torch.arange(4).numpy()
     io.save([array, array[:], array.reshape(2, 2)], tmp_path / "x.sft")
     first, second, third = io.load(tmp_path / "x.sft")

@@ -1,4 +1,4 @@
-"""`runner.utils.files.strict_json`: what is no JSON within bounds raises ValueError, and nothing else."""
+"""`runner.utils.files.strict_json`: any invalid or deep JSON raises ValueError, and nothing else."""
 
 import json
 
@@ -25,12 +25,12 @@ def test_json_is_read_as_python_reads_it(value):
      '{"a": 1, "a": 2}', '[{"b": 1, "c": 2, "b": 3}]', "nan", "\x00", '"\n"'],
     ids=lambda text: str(text[:8]),
 )  # fmt: skip
-def test_what_is_no_json_within_bounds_is_a_value_error(text):
+def test_invalid_or_deep_json_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"\w"):
         parse_json(text)
 
 
-def test_the_depth_is_that_of_the_deepest_place():
+def test_the_depth_is_that_of_the_deepest_value():
     deep = "[" * 100 + "]" * 100
     parse_json(f"[{','.join(['[]'] * 500)}]")
     parse_json(deep)

@@ -10,7 +10,7 @@ from runner.utils.train.loop import Action
 
 
 class Counting:
-    """Stands where engines do: it notes what the loop does and draws one random number a micro-step."""
+    """An EngineGroup that records the calls of the loop and draws one random number per micro-step."""
 
     device = torch.device("cpu")
     tokens = 0
@@ -28,7 +28,7 @@ class Counting:
         self.batches.append(batch)
         self.drawn.append(torch.rand(()).item())
 
-    def step(self, hear=dict):
+    def step(self, poll_faults=dict):
         self.num_steps += 1
         return self.faults.pop(self.num_steps, {})
 
@@ -63,7 +63,7 @@ class Numbers:
 
 
 class Typed:
-    """An inbox with commands by the step at which they are due."""
+    """A CommandSource with commands by the step at which they are due."""
 
     def __init__(self, **by_step):
         self.by_step = {int(key[1:]): value for key, value in by_step.items()}
@@ -75,6 +75,8 @@ class Typed:
 def make_loop(steps=10, **settings):
     done, logged = [], []
     every = settings.pop("every", {})
+    actions = {name: lambda loop, _, name=name: loop.request_action(name) for name in every}
+    settings["commands"] = actions | settings.get("commands", {})
     loop = Loop(
         Counting(),
         Numbers(),
@@ -86,25 +88,25 @@ def make_loop(steps=10, **settings):
     return loop, done, logged
 
 
-def test_each_step_takes_its_micro_steps():
+def test_each_step_runs_its_micro_steps():
     loop, _, _ = make_loop(steps=3, accumulate=4)
     assert loop.run() == "finished"
     assert loop.engines.batches == list(range(1, 13))
 
 
-def test_actions_are_done_every_so_many_steps_and_at_the_end_in_order():
+def test_actions_run_at_their_interval_and_at_the_end_in_order():
     loop, done, _ = make_loop(steps=7, every={"eval": 3, "save": 2, "export": 0})
     loop.run()
     assert done == [("save", 2), ("eval", 3), ("save", 4), ("eval", 6), ("save", 6), ("eval", 7), ("save", 7)]
 
 
-def test_the_last_boundary_does_an_action_once():
+def test_the_last_boundary_runs_an_action_once():
     loop, done, _ = make_loop(steps=4, every={"save": 2})
     loop.run()
     assert done == [("save", 2), ("save", 4)]
 
 
-def test_metrics_are_logged_every_so_many_steps_and_at_the_end():
+def test_metrics_are_logged_at_their_interval_and_at_the_end():
     loop, _, logged = make_loop(steps=7, log_every=3)
     loop.run()
     assert [step for step, _ in logged] == [3, 6, 7]
@@ -118,7 +120,7 @@ def test_log_every_zero_logs_nothing():
     assert logged == []
 
 
-def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank(monkeypatch):
+def test_random_numbers_are_a_function_of_seed_step_micro_step_and_rank(monkeypatch):
     def drawn(**settings):
         loop, _, _ = make_loop(**({"steps": 4, "accumulate": 2} | settings))
         loop.run()
@@ -126,7 +128,7 @@ def test_what_is_drawn_is_a_function_of_seed_step_micro_step_and_rank(monkeypatc
 
     first = drawn(seed=1)
     assert len(set(first)) == 8
-    torch.rand(17)  # what others have drawn does not matter
+    torch.rand(17)  # numbers drawn elsewhere do not matter
     assert drawn(seed=1) == first
     assert not set(drawn(seed=2)) & set(first)
     monkeypatch.setattr("runner.utils.distributed.rank", lambda: 1)
@@ -142,7 +144,7 @@ def test_a_step_can_be_replayed_alone():
     assert later.engines.drawn == loop.engines.drawn[4:]
 
 
-def test_actions_between_steps_do_not_change_what_steps_draw():
+def test_actions_between_steps_do_not_change_the_random_numbers_of_steps():
     plain, _, _ = make_loop(steps=5)
     plain.run()
     busy, _, _ = make_loop(steps=5)
@@ -151,35 +153,35 @@ def test_actions_between_steps_do_not_change_what_steps_draw():
     assert busy.engines.drawn == plain.engines.drawn
 
 
-def test_commands_are_executed_at_their_boundary_and_unknown_to_actions_go_to_commands():
-    told = []
-    inbox = Typed(_2=[("save", None), ("lr", 0.5)])
+def test_handlers_of_commands_are_called_with_the_loop_at_their_boundary():
+    called = []
+    queue = Typed(_2=[("save", None), ("lr", 0.5)])
     loop, done, _ = make_loop(
-        steps=3, every={"save": 0}, inbox=inbox, commands={"lr": lambda lr: told.append((loop.step, lr))}
+        steps=3, every={"save": 0}, queue=queue, commands={"lr": lambda loop, lr: called.append((loop.step, lr))}
     )
     loop.run()
     assert done == [("save", 2)]
-    assert told == [(2, 0.5)]
+    assert called == [(2, 0.5)]
 
 
-def test_a_typed_action_is_not_repeated_at_the_same_boundary():
-    loop, done, _ = make_loop(steps=4, every={"save": 2}, inbox=Typed(_2=[("save", None)]))
+def test_a_typed_action_that_is_also_due_runs_once():
+    loop, done, _ = make_loop(steps=4, every={"save": 2}, queue=Typed(_2=[("save", None)]))
     loop.run()
     assert done == [("save", 2), ("save", 4)]
 
 
 def test_stop_saves_once_and_returns_its_reason():
-    def end(_):
+    def end(loop, _):
         raise Stop("quit")
 
     loop, done, _ = make_loop(
-        steps=9, every={"eval": 2, "save": 5}, inbox=Typed(_4=[("quit", None)]), commands={"quit": end}
+        steps=9, every={"eval": 2, "save": 5}, queue=Typed(_4=[("quit", None)]), commands={"quit": end}
     )
     assert loop.run() == "quit"
     assert (loop.step, done) == (4, [("eval", 2), ("save", 4)])
 
 
-def test_a_stop_asked_for_from_outside_ends_at_the_next_boundary():
+def test_a_stop_request_ends_the_loop_at_the_next_boundary():
     loop, done, _ = make_loop(steps=9, every={"save": 0})
     loop.engines.micro_step = lambda batch, weight: loop.stop("interrupted") if batch == 3 else None
     assert loop.run() == "interrupted"
@@ -208,7 +210,7 @@ def test_the_time_of_actions_does_not_count_as_training(monkeypatch):
 
 
 def out_of_memory(at, times=1):
-    """A micro-step that runs out of memory at its `at`-th call."""
+    """Makes the `at`-th micro-step run out of memory."""
     calls = []
 
     def micro_step(batch, weight):
@@ -229,7 +231,7 @@ def test_a_step_out_of_memory_is_discarded_saved_before_and_ends_the_loop():
     assert [step for step, _ in logged] == [1, 2]
 
 
-def test_a_step_out_of_memory_can_be_left_out_with_its_batches():
+def test_a_step_out_of_memory_can_be_skipped_with_its_batches():
     warned = []
     loop, _, _ = make_loop(steps=4, accumulate=2, policy=FailurePolicy(on_oom="skip"), warn=warned.append)
     loop.engines.micro_step, calls = out_of_memory(at=3)
@@ -254,7 +256,7 @@ def test_memory_that_runs_out_in_an_update_ends_the_loop_without_a_save():
 
 
 class Own(BaseException):
-    """An error that no `except Exception` takes."""
+    """An error that `except Exception` does not catch."""
 
 
 @pytest.mark.parametrize(
@@ -263,10 +265,10 @@ class Own(BaseException):
     ids=repr,
 )
 @pytest.mark.parametrize("where", ["micro_step", "next", "step", "eval", "log", "due", "save"])
-def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, where):
-    loop, done, _ = make_loop(steps=9, accumulate=2, log_every=3, every={"eval": 3, "save": 0}, inbox=Typed())
+def test_any_error_is_raised_unchanged_after_saving_the_last_complete_step(error, where):
+    loop, done, _ = make_loop(steps=9, accumulate=2, log_every=3, every={"eval": 3, "save": 0}, queue=Typed())
     raised_at = {"micro_step": 7, "next": 7, "step": 4, "eval": 1, "log": 1, "due": 3, "save": 1}[where]
-    owners = {"next": (Numbers, "__next__"), "log": (loop, "_write"), "due": (loop._queue, "due")}
+    owners = {"next": (Numbers, "__next__"), "log": (loop, "_log_values"), "due": (loop._queue, "due")}
     owner, name = owners.get(where, (loop.engines, where))
     actions, calls = loop.schedule.actions, []
 
@@ -288,7 +290,7 @@ def test_any_error_is_raised_as_it_is_with_the_last_whole_step_saved(error, wher
             loop.run()
     assert caught.value is error
     assert (loop.step, loop.batches.num_samples_total) == (3, 6)
-    assert [name for name, _ in done].count("save") == 1  # a save that failed is tried once more
+    assert [name for name, _ in done].count("save") == 1  # a failed save is retried once
     assert loop.engines.num_discarded == (where in ("micro_step", "next", "step"))
 
 
@@ -322,7 +324,7 @@ def test_an_error_in_an_update_is_raised_with_a_note_and_nothing_is_saved():
     assert done == []
 
 
-def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_the_error():
+def test_a_failing_save_after_an_error_is_reported_and_does_not_hide_the_error():
     warned = []
     loop, _, _ = make_loop(steps=4, every={"save": 0}, warn=warned.append)
     loop.schedule.actions["save"] = Action(lambda: {}["no such part"], 0)
@@ -333,7 +335,7 @@ def test_a_save_that_an_error_asks_for_and_that_fails_is_told_and_does_not_hide_
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])
-def test_a_save_that_failed_is_tried_once_more_at_the_end(num_failures):
+def test_a_failed_save_is_retried_once_at_the_end(num_failures):
     warned, saved, errors = [], [], [OSError("busy")] * num_failures
 
     def save():
@@ -347,10 +349,10 @@ def test_a_save_that_failed_is_tried_once_more_at_the_end(num_failures):
     with pytest.raises(OSError, match="busy"):
         loop.run()
     assert saved == [0] * (num_failures == 1)
-    assert warned == []  # the error itself tells it
+    assert warned == []  # the error itself is raised
 
 
-def test_a_step_that_can_not_be_discarded_is_not_saved():
+def test_a_step_that_cannot_be_discarded_is_not_saved():
     loop, done, _ = make_loop(steps=4, every={"save": 0})
 
     def refuse():
@@ -367,7 +369,7 @@ def test_a_step_that_can_not_be_discarded_is_not_saved():
     assert done == []
 
 
-def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it_was():
+def test_batches_that_fail_while_a_step_is_skipped_leave_the_position():
     loop, done, _ = make_loop(steps=4, every={"save": 0}, policy=FailurePolicy(on_oom="skip"))
     loop.engines.micro_step, _ = out_of_memory(at=3)
     given = loop.batches.__class__.__next__
@@ -385,7 +387,7 @@ def test_batches_that_fail_after_a_step_was_left_out_leave_the_position_where_it
 
 
 @pytest.mark.parametrize("stops", [True, False])
-def test_what_is_not_finite_stops_or_is_counted(stops):
+def test_a_nonfinite_step_stops_the_loop_or_is_counted(stops):
     warned = []
     loop, done, logged = make_loop(steps=5, log_every=1, every={"save": 0}, warn=warned.append)
     loop.engines.faults, loop.engines.stops = {3: {"model": "its loss is nan"}}, stops
@@ -403,7 +405,7 @@ def test_what_is_not_finite_stops_or_is_counted(stops):
         assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
 
 
-def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
+def test_the_limit_on_skipped_steps_ends_the_loop_at_a_boundary():
     loop, done, logged = make_loop(
         steps=9, log_every=1, every={"eval": 1, "save": 0}, policy=FailurePolicy(max_skips=1)
     )
@@ -416,7 +418,7 @@ def test_the_limit_on_steps_left_out_ends_the_loop_at_a_whole_boundary():
 
 
 @pytest.mark.parametrize("when", ["log", "save"])
-def test_what_went_wrong_unseen_is_told_before_it_is_logged_or_saved(when):
+def test_late_faults_are_raised_before_a_log_or_save(when):
     loop, done, logged = make_loop(steps=3, log_every=3 if when == "log" else 0, every={"save": 3})
     loop.engines.late_faults = {"model": "in its step 1 the loss was not finite"}
     with pytest.raises(TrainingStopped, match=r"Up to step 3 something went wrong. model: in its step 1"):
@@ -424,7 +426,7 @@ def test_what_went_wrong_unseen_is_told_before_it_is_logged_or_saved(when):
     assert (done, logged) == ([], [])
 
 
-def test_an_action_that_was_cut_is_owed_and_done_by_who_goes_on():
+def test_an_interrupted_action_stays_pending_and_runs_after_a_resume():
     loop, done, _ = make_loop(steps=4, every={"eval": 2, "export": 2, "save": 0})
 
     def cut():
@@ -442,15 +444,15 @@ def test_an_action_that_was_cut_is_owed_and_done_by_who_goes_on():
     assert done == [("eval", 2), ("export", 2), ("eval", 4), ("export", 4)]
 
 
-def test_what_is_due_is_done_before_the_save_whatever_was_typed_first():
+def test_due_actions_run_before_the_save_in_any_order_of_commands():
     loop, done, _ = make_loop(
-        steps=2, every={"eval": 2, "save": 0}, inbox=Typed(_1=[("save", None), ("eval", None)], _2=[("save", None)])
+        steps=2, every={"eval": 2, "save": 0}, queue=Typed(_1=[("save", None), ("eval", None)], _2=[("save", None)])
     )
     loop.run()
     assert done == [("eval", 1), ("save", 1), ("eval", 2), ("save", 2)]
 
 
-def test_a_worker_that_dies_ends_the_loop_named_unless_it_is_stopping_anyway():
+def test_a_dead_worker_is_reported_unless_the_loop_is_stopping():
     for is_stopping in (False, True):
         loop, done, _ = make_loop(steps=5, every={"save": 0})
 

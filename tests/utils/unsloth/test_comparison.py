@@ -1,4 +1,4 @@
-"""`runner.utils.unsloth.comparison`: sums by which two outputs are told apart, and rounding is not."""
+"""`runner.utils.unsloth.comparison`: sums that distinguish two outputs, but not rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`runner.utils.unsloth.offload`: in any order, and however late copies are, tensors come back as they were."""
+"""`runner.utils.unsloth.offload`: tensors are restored unchanged in any order, however late copies are done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.lazy_device import LazyDevice
 
 
 def computed(num: int = 4, *, size: int = 32) -> Tensor:
-    """Returns a tensor that a forward may have made: no leaf, and wants a gradient."""
+    """Returns a tensor like one of a forward: not a leaf, with `requires_grad`."""
     return torch.full((size,), float(num)).requires_grad_() * 1
 
 
@@ -58,7 +58,7 @@ def test_any_order_brings_back_what_was_packed(
         assert offloader.unpack(alive[chosen]).eq(chosen).all()
     alive.clear()
     assert not device.mistakes
-    assert host_limit is None or offloader.memory.peak_bytes <= host_limit
+    assert host_limit is None or offloader.pool.peak_bytes <= host_limit
 
 
 def test_the_newest_stay_and_the_others_give_their_memory_back() -> None:
@@ -66,7 +66,7 @@ def test_the_newest_stay_and_the_others_give_their_memory_back() -> None:
     handles = [offloader.pack(computed(number)) for number in range(6)]
     is_there = [handle.source is not None for handle in handles]
     assert is_there == [False, False, False, True, True, True]  # one on its way, two that stay
-    assert offloader.memory.held_bytes == 4 * 512
+    assert offloader.pool.held_bytes == 4 * 512
 
 
 def test_what_comes_next_is_brought_ahead() -> None:
@@ -91,25 +91,25 @@ def test_as_many_inputs_are_brought_ahead_as_is_asked_for(prefetch: int) -> None
 
 
 class Noting(LazyDevice):
-    """Notes what each copy waits for."""
+    """Records the events that each copy waits for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.copies: list[tuple[str, Any, Sequence[Any]]] = []  # direction, its end, what it waits for
 
-    def send(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[None, Any]:
-        begin, end = super().send(source, buffer, after)
+    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[None, Any]:
+        begin, end = super().copy_to_host(source, buffer, after)
         self.copies.append(("out", end, list(after)))
         return begin, end
 
-    def bring(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
-        end = super().bring(buffer, target, after)
+    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        end = super().copy_to_device(buffer, target, after)
         self.copies.append(("back", end, list(after)))
         return end
 
 
 def test_a_copy_waits_for_the_last_one_of_its_host_buffer() -> None:
-    """Its source may be older than that copy, so that what was computed before says nothing of it."""
+    """The source may be older than that copy, so waiting for earlier computation is not enough."""
     device = Noting()
     offloader = Offloader(device, min_bytes=0, keep_last=1, in_flight=1, prefetch=0)
     first, second, third = (offloader.pack(computed(number)) for number in range(3))
@@ -174,7 +174,7 @@ def test_buffers_of_other_sizes_are_given_up() -> None:
     offloader = Offloader(LazyDevice(), min_bytes=0, keep_last=0, in_flight=1)
     for size in range(1000, 60000, 1000):  # as batches of another length each
         offloader.pack(computed(size=size))
-    assert offloader.memory.held_bytes < 4 * 4 * 60000
+    assert offloader.pool.held_bytes < 4 * 4 * 60000
 
 
 def test_beyond_the_limit_inputs_stay_and_it_is_said_once() -> None:
@@ -211,13 +211,13 @@ def test_two_backward_passes_over_one_graph_through_the_hooks() -> None:
 
 
 class Clock(LazyDevice):
-    """Says how long forwards and copies take."""
+    """Returns fixed durations for forwards and copies."""
 
     def __init__(self, forward_s: float, copy_s: float) -> None:
         super().__init__()
         self.forward_s, self.copy_s = forward_s, copy_s
 
-    def seconds(self, begin: Any, end: Any) -> float:
+    def elapsed_s(self, begin: Any, end: Any) -> float:
         return self.copy_s if begin == "copy" else self.forward_s
 
 
@@ -229,11 +229,11 @@ def test_auto_leaves_alone_what_takes_longer_to_move_than_it_hides(
     device = Clock(forward_s=1.5e-3, copy_s=1e-3)
     timer = TransferTimer(device, is_auto)
     for _ in range(5):
-        begun = timer.begin()
+        begun = timer.start()
         for _ in range(copies):
-            timer.moved(10, "copy", device.mark())
-        timer.end(begun)
-    timer.begin()
+            timer.add_copy(10, "copy", device.record_event())
+        timer.stop(begun)
+    timer.start()
     assert timer.is_worth_it is (is_worth_it or not is_auto)
     assert not timer.is_measuring
     assert timer.moved_bytes == 50 * copies
@@ -242,7 +242,7 @@ def test_auto_leaves_alone_what_takes_longer_to_move_than_it_hides(
 def test_a_block_of_which_nothing_is_moved_is_not_measured_for_ever() -> None:
     timer = TransferTimer(Clock(1.0, 1.0), is_auto=True)
     for _ in range(20):
-        timer.end(timer.begin())
+        timer.stop(timer.start())
     assert timer.is_worth_it
     assert not timer.is_measuring
 
@@ -252,20 +252,20 @@ def test_buffers_are_given_up_in_whatever_order_their_copies_end() -> None:
         def is_done(self, event: Any) -> bool:
             return event != "busy"
 
-        def finish(self, event: Any) -> None:
+        def synchronize(self, event: Any) -> None:
             assert event == "busy"
 
-    memory = PinnedBufferPool(Stubborn(), limit=3000)
+    memory = PinnedBufferPool(Stubborn(), limit_bytes=3000)
     for size, last in ((600, []), (1200, ["busy"]), (900, [])):
-        memory.take_back(torch.empty(size, dtype=torch.uint8), last)
+        memory.release(torch.empty(size, dtype=torch.uint8), last)
     memory.held_bytes = 2700
-    lease = memory.lease(1500)
+    lease = memory.acquire(1500)
     assert lease is not None
     assert [buffer.numel() for buffer, _ in memory._free] == [1200]
 
 
 class SeveralStreams(LazyDevice):
-    """Computing on one stream or another; what is lent between them is noted."""
+    """Computes on one of several streams; records tensors that are used on another stream than their own."""
 
     stream = "first"
 
@@ -274,11 +274,11 @@ class SeveralStreams(LazyDevice):
         self.lent: list[tuple[str, str]] = []
         self.waiting: list[str] = []
 
-    def wait(self, event: Any, stream: str) -> None:
+    def wait_event(self, event: Any, stream: str) -> None:
         self.waiting.append(stream)
-        super().wait(event, stream)
+        super().wait_event(event, stream)
 
-    def current(self) -> str:
+    def current_stream(self) -> str:
         return self.stream
 
     def record_stream(self, tensor: Tensor, owner: str) -> None:
@@ -286,7 +286,7 @@ class SeveralStreams(LazyDevice):
 
 
 def test_sources_are_kept_by_the_allocator_once_blocks_run_on_several_streams() -> None:
-    """The stream that waits for a copy need not be the one whose memory the source is."""
+    """The stream that waits for a copy may not be the stream that owns the source's memory."""
     device = SeveralStreams()
     offloader = Offloader(device, min_bytes=0, keep_last=0, in_flight=1)
     packed = [offloader.pack(computed(number)) for number in range(3)]

@@ -1,4 +1,4 @@
-"""`runner.utils.unsloth.recompute`: a block that is recomputed finds all that its forward depended on, or is named."""
+"""`runner.utils.unsloth.recompute`: a recomputation has the state of the forward, or an error names the block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runner.utils import unsloth
-from runner.utils.modules.generators import HeldGenerators
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.unsloth.recompute import block_of, wrap
 from tests.block_cases import WIDTH, Mlp, Model, assert_equal, learned, noise, total
 
@@ -25,7 +25,7 @@ OUTSIDE = np.random.default_rng(0)  # of no module
 
 
 def recomputed(model: Model, is_first: bool = False) -> Model:
-    """Returns a copy whose blocks are recomputed, as in a run's first step or later."""
+    """Returns a copy with recomputed blocks, as in the first step of a run or in a later one."""
     model = copy.deepcopy(model)
     report = unsloth.apply(model, ["blocks.*"])
     if not is_first:
@@ -34,14 +34,14 @@ def recomputed(model: Model, is_first: bool = False) -> Model:
 
 
 def skip_checks(report: unsloth.UnslothReport) -> None:
-    """Has blocks run as in a later step than their first."""
+    """Makes blocks behave as in a later step than their first."""
     report.stop_counting()
     for block in report.blocks.values():
-        block.is_proven = True
+        block.is_verified = True
 
 
 def outcome(model: Model, given: Tensor) -> list[Tensor]:
-    """Returns what a pass learns, and what Python and NumPy draw after it."""
+    """Returns the results of a training pass, and the numbers that Python and NumPy draw after it."""
     random.seed(0)
     np.random.seed(0)
     found = learned(model, given)
@@ -50,7 +50,7 @@ def outcome(model: Model, given: Tensor) -> list[Tensor]:
 
 
 class Drawing(Mlp):
-    """Scales its output by numbers that it draws outside of torch."""
+    """A block that scales its output by random numbers drawn outside of torch."""
 
     def __init__(self, draw: Callable[[], float], num_draws: int = 1) -> None:
         super().__init__(0.2)
@@ -62,7 +62,7 @@ class Drawing(Mlp):
 
 
 class Holding(Mlp):
-    """Draws from a generator of its own."""
+    """A block that draws from its own generator."""
 
     def __init__(self, held: Any, draw: Callable[[Any], float]) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_a_block_that_begins_to_draw_later_and_a_graph_that_is_retained() -> Non
 
 
 class Listing(Mlp):
-    """Counts its calls in a list, which is not looked into."""
+    """A block that counts its calls in a list, where changes are not found."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Holder:
 
 
 class Augmented(Mlp):
-    """Changes signs, which a plain object draws, once it is told to."""
+    """A block that changes signs, drawn by a plain object, once this is enabled."""
 
     def __init__(self, noise: Any) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ REACHED: dict[str, Callable[[], Any]] = {
 def compare_steps(
     make: Callable[[], Model], change: Callable[[Model, int], object] = lambda *_: None, steps: int = 4
 ) -> Model:
-    """Checks that each step of a recomputed model gives what that of the untouched one gives; returns the former."""
+    """Checks that a recomputed model equals the unwrapped one in each step; returns the recomputed one."""
     given, outcomes = noise().requires_grad_(), []
     state = OUTSIDE.bit_generator.state
     for is_recomputed in (False, True):
@@ -246,7 +246,7 @@ def test_a_generator_that_is_replaced_between_steps() -> None:
 
 
 class Lazy(Mlp):
-    """Makes its generator in the first forward that needs one."""
+    """A block that makes its generator in the first forward that needs it."""
 
     def __init__(self, is_declared: bool) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ def test_a_generator_that_a_forward_makes_is_made_alike_when_it_is_recomputed(fi
 
 
 class Counting(Mlp):
-    """Counts its calls in plain attributes."""
+    """A block that counts its calls in plain attributes."""
 
     num_calls = 0
 
@@ -311,13 +311,13 @@ def test_an_attribute_that_is_set_and_cleared_again_and_again_ends_the_search_fo
 ) -> None:
     num_searches = 0
 
-    class Spy(HeldGenerators):
+    class Spy(ObjectGenerators):
         def __init__(self, **roots: Any) -> None:
             nonlocal num_searches
             num_searches += 1
             super().__init__(**roots)
 
-    monkeypatch.setattr("runner.utils.unsloth.replay.HeldGenerators", Spy)
+    monkeypatch.setattr("runner.utils.unsloth.replay.ObjectGenerators", Spy)
     block = Augmented(Holder(np.random.default_rng(3)))
     block.mask = None
     wrap(block)
@@ -340,7 +340,7 @@ def test_a_copy_of_a_block_replays_its_own_generator() -> None:
 
 
 class Attending(nn.Module):
-    """Hands one tensor three times to a block inside, which computes otherwise if these are three tensors."""
+    """Passes one tensor three times to an inner block, which computes something else for three different tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,18 +399,18 @@ def test_a_block_is_checked_in_its_own_first_step_and_in_no_later_one() -> None:
     for _ in range(3):  # in which one block is skipped
         total(model(noise())).backward()
         report.stop_counting()
-    assert [block.is_proven for block in report.blocks.values()] == [True, False, True]
+    assert [block.is_verified for block in report.blocks.values()] == [True, False, True]
     model.call = lambda block, x: block(x)
     SCALES += [1.0, 2.0]
     with pytest.raises(RuntimeError, match=r"blocks\.1: recomputing it gave another output"):
         total(model(noise())).backward()
     SCALES += [1.0, 1.0]
     total(model(noise())).backward()
-    assert report.blocks["blocks.1"].is_proven
+    assert report.blocks["blocks.1"].is_verified
 
 
 class Rrelu(Mlp):
-    """Ends in an operation that fills what it keeps only after it has handed it to autograd."""
+    """Ends in an operation that fills a tensor only after autograd has saved it."""
 
     def __init__(self, inplace: bool = False, then: Callable[[Tensor], Tensor] = lambda x: x) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ def test_a_recomputation_ends_only_when_the_kept_noise_is_filled(
 
 
 class Counted(nn.Module):
-    """Counts how often the last operation of its block runs; it keeps nothing."""
+    """Counts the runs of the last operation of its block, which saves nothing."""
 
     def __init__(self, own: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -451,13 +451,13 @@ def test_a_recomputation_ends_before_the_last_linear_is_computed_again(is_frozen
     block = Counted(lambda x: x + 1)
     block.linear.weight.requires_grad_(not is_frozen)
     wrap(block)
-    block_of(block).is_counting, block_of(block).is_proven = False, True
+    block_of(block).is_counting, block_of(block).is_verified = False, True
     block(noise().requires_grad_()).sum().backward()
     assert block.num_runs == 1
 
 
 class Masked(Counted):
-    """Ends in an operation that keeps a tensor which was given, and is not trained."""
+    """Ends in an operation that saves an input that is not trained."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = torch.tanh(x) * self.own(mask)
@@ -473,7 +473,7 @@ def test_an_input_is_known_to_be_filled_and_a_tensor_made_meanwhile_is_not(
 ) -> None:
     block = Masked(view)
     wrap(block)
-    block_of(block).is_counting, block_of(block).is_proven = False, True
+    block_of(block).is_counting, block_of(block).is_verified = False, True
     for keywords in ({}, {"mask": torch.rand(3, WIDTH)}):
         given = [noise(3, WIDTH).requires_grad_(), *([] if keywords else [torch.rand(3, WIDTH)])]
         block.num_runs = 0
@@ -543,7 +543,7 @@ def test_a_forward_that_changes_a_parameter_in_place_is_refused_by_name() -> Non
 
 
 class Limited(Mlp):
-    """Shortens long rows of its output, and calls the limit as an embedding does."""
+    """Renormalizes rows of its output; its attribute for the limit has the name that an embedding uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ def test_an_attribute_called_max_norm_of_another_module_is_left_alone(is_first: 
 
 
 class Constrained(nn.Linear):
-    """Shortens the rows of its weight in each forward, as in EEGNet."""
+    """Renormalizes the rows of its weight in each forward, as in EEGNet."""
 
     def __init__(self) -> None:
         super().__init__(WIDTH, WIDTH)
@@ -582,7 +582,7 @@ def test_a_forward_that_puts_other_values_into_a_parameter_is_refused_by_name() 
 
 
 class Lookup(nn.Module):
-    """Shortens the rows of its table by a function, so that no module says so."""
+    """Renormalizes the rows of its table by a function, which no module attribute shows."""
 
     def __init__(self) -> None:
         super().__init__()

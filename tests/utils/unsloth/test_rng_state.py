@@ -24,7 +24,7 @@ DRAWS = {
 
 @pytest.fixture(autouse=True)
 def global_generators():
-    """Gives both global generators back as they were."""
+    """Restores both global generators after the test."""
     python, numpy = random.getstate(), np.random.get_state()
     yield
     random.setstate(python)

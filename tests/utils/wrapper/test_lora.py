@@ -263,11 +263,11 @@ def test_weights_drawn_anew_make_the_adapter_neutral_again() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, r"rank: expected an integer >= 1, found 0"),
-        ({"rank": 1.5}, r"rank: expected an integer >= 1, found 1.5"),
-        ({"alpha": 0}, r"alpha: expected a finite number > 0, or None for rank, found 0"),
-        ({"dropout": 1.0}, r"dropout: expected 0 <= dropout < 1, found 1.0"),
-        ({"dropout": float("nan")}, r"dropout: expected 0 <= dropout < 1, found nan"),
+        ({"rank": 0}, "rank=0: expected a whole number, 1 or more"),
+        ({"rank": 1.5}, "rank=1.5: expected a whole number, 1 or more"),
+        ({"alpha": 0}, "alpha=0: expected a finite number above 0, or null for the rank"),
+        ({"dropout": 1.0}, "dropout=1.0: expected at least 0 and less than 1"),
+        ({"dropout": float("nan")}, "dropout=nan: expected at least 0 and less than 1"),
         ({"include": ["layers.*"]}, r"'layers.\*' matches no module; there are: layer.0"),
         ({"include": "head"}, r"expected a list of globs, found the string 'head'"),
         ({"exclude": ["tail"]}, r"'tail' matches no module"),

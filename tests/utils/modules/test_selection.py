@@ -1,12 +1,12 @@
-"""`runner.utils.modules.selection`: which modules are blocks, and what a glob fits."""
+"""`runner.utils.modules.selection`: globs over module names."""
 
 import pytest
 
-from runner.utils.modules.selection import matches
+from runner.utils.modules.selection import matches_glob
 
 
 @pytest.mark.parametrize(
-    ("name", "glob", "fits"),
+    ("name", "glob", "is_match"),
     [
         ("layers.1", "layers.1", True),
         ("layers.10", "layers.1", False),
@@ -16,5 +16,5 @@ from runner.utils.modules.selection import matches
         ("Layers.1", "layers.*", False),
     ],
 )
-def test_a_glob_fits_whole_segments(name: str, glob: str, fits: bool) -> None:
-    assert matches(name, glob) is fits
+def test_a_glob_matches_whole_segments(name: str, glob: str, is_match: bool) -> None:
+    assert matches_glob(name, glob) is is_match

@@ -1,7 +1,7 @@
 """Blocks that keep only their inputs between forward and backward, in host memory, and are recomputed in backward.
 
-For any module: whatever its arguments and outputs are, and whatever stands in it. The technique is Unsloth's
-(https://unsloth.ai/blog/long-context): `recompute` recomputes, `offload` moves. Must not import a model library.
+Works for any module, arguments and outputs. The technique is Unsloth's (https://unsloth.ai/blog/long-context):
+`recompute` recomputes, `offload` moves the inputs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from runner.utils.distributed.memory import mib
-from runner.utils.modules.selection import find_blocks, matches, split_idle
+from runner.utils.distributed.memory import format_mib
+from runner.utils.modules.selection import find_blocks, matches_glob, split_uncalled
 from runner.utils.unsloth.offload import Offloader
 from runner.utils.unsloth.recompute import RecomputedBlock, block_of, is_compiled, is_wrapped, unwrap, wrap
+from runner.utils.unsloth.settings import check_settings
 from runner.utils.unsloth.streams import CopyStreams, has_streams
 
-__all__ = ["OFFLOADS", "RecomputedBlock", "UnslothReport", "apply", "is_wrapped", "unwrap", "wrap"]
-OFFLOADS = ("auto", "always", "never")
+__all__ = ["RecomputedBlock", "UnslothReport", "apply", "is_wrapped", "unwrap", "wrap"]
 
 
 @dataclass
 class UnslothReport:
-    """Which blocks were wrapped, and, after a step, what each of them did."""
+    """The blocks that were wrapped and, after a step, their calls and bytes."""
 
     modules: dict[str, nn.Module]
     offload: str
@@ -33,55 +33,55 @@ class UnslothReport:
 
     @property
     def blocks(self) -> dict[str, RecomputedBlock]:
-        """What is known of each block, by name."""
+        """The state of each block, by name."""
         return {name: block_of(module) for name, module in self.modules.items() if is_wrapped(module)}
 
     @property
     def input_bytes(self) -> int:
-        """What the blocks were given to keep, in bytes."""
+        """The bytes of the inputs that the blocks keep."""
         return sum(block.input_bytes for block in self.blocks.values())
 
     @property
     def spared_bytes(self) -> int:
-        """What autograd would have kept of the blocks' insides, in bytes."""
+        """The bytes inside the blocks that autograd would have kept."""
         return sum(block.spared_bytes for block in self.blocks.values())
 
     def forget_calls(self) -> None:
-        """Begins to count calls anew."""
+        """Resets the count of calls."""
         for block in self.blocks.values():
             block.calls = 0
 
     def stop_counting(self) -> None:
-        """Ends the counting of bytes, after a first forward."""
+        """Stops counting bytes, after a first forward."""
         for block in self.blocks.values():
             block.is_counting = False
 
     def check(self, is_last: bool = True) -> list[str]:
-        """Checks, after a step, that every block was called by now; returns what was not, and still may be.
+        """Checks, after a step, that every block was called; returns those that still may be.
 
         Args:
             is_last: no block is waited for; else one is whose neighbours were called, for it may be skipped at random.
         Raises:
-            ValueError: naming the blocks that were not.
+            ValueError: naming the blocks that were not called.
         """
         self.stop_counting()
         called = [name for name, block in self.blocks.items() if block.calls]
-        hopeless, waiting = split_idle([name for name, block in self.blocks.items() if not block.calls], called)
+        hopeless, waiting = split_uncalled([name for name, block in self.blocks.items() if not block.calls], called)
         if wrong := [*hopeless, *waiting] if is_last else hopeless:
             remedy = "leave them out with exclude, or name what is called with include"
             raise ValueError(f"blocks never called so far: {', '.join(wrong)}; {remedy}")
         return waiting
 
     def describe(self) -> str:
-        """Returns the blocks' calls, bytes and stalls so far, a line each, and their sums."""
+        """Returns a table of the blocks' calls, bytes and stalls so far, with their sums."""
         rows = [("block", "calls", "inputs", "moved", "stalls", "not kept")]
         totals = [0] * 5
         for name, block in self.blocks.items():
             moved, stalls = (block.timer.moved_bytes, block.timer.stalls) if block.timer is not None else (0, 0)
-            own = [block.calls, block.input_bytes, moved, stalls, block.spared_bytes]
-            totals = [total + each for total, each in zip(totals, own, strict=True)]
+            numbers = [block.calls, block.input_bytes, moved, stalls, block.spared_bytes]
+            totals = [total + number for total, number in zip(totals, numbers, strict=True)]
             is_left = block.timer is not None and not block.timer.is_worth_it
-            rows.append(_row(name, own, " (left alone: moving costs more than it hides)" if is_left else ""))
+            rows.append(_row(name, numbers, " (left alone: moving costs more than it hides)" if is_left else ""))
         rows.append(_row("all", totals))
         widths = [max(len(row[column]) for row in rows) for column in range(6)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -94,7 +94,7 @@ class UnslothReport:
 
 def _row(name: str, numbers: Sequence[int], remark: str = "") -> tuple[str, str, str, str, str, str]:
     calls, inputs, moved, stalls, spared = numbers
-    return name, str(calls), mib(inputs), mib(moved), str(stalls), mib(spared) + remark
+    return name, str(calls), format_mib(inputs), format_mib(moved), str(stalls), format_mib(spared) + remark
 
 
 def apply(
@@ -118,19 +118,19 @@ def apply(
         exclude: globs over the names of those that are left out.
         offload: always moves the blocks' inputs to host memory, auto those for which it pays, never none. Without an
             accelerator there is nowhere to move them to, and blocks are recomputed all the same.
-        every: wraps the first of so many blocks.
-        min_bytes: of a tensor that is moved.
-        keep_last: so many inputs, the newest, stay on the device: they are needed first.
-        in_flight: so many copies may be under way before computing waits for the oldest.
-        prefetch: so many inputs are brought back ahead of need.
-        host_limit: bytes of host memory; what goes beyond stays on the device.
+        every: wraps the first of this many blocks.
+        min_bytes: least bytes of a tensor that is moved.
+        keep_last: number of the newest inputs that stay on the device: they are needed first.
+        in_flight: number of copies that may be under way before computing waits for the oldest.
+        prefetch: number of inputs that are brought back ahead of need.
+        host_limit: bytes of host memory; inputs beyond it stay on the device.
     Raises:
-        ValueError: a glob that matches nothing, or no block is found, with what there is; an unknown `offload`; a
+        ValueError: a glob that matches nothing, or no block is found, with the names there are; an unknown `offload`; a
             number out of range.
     """
-    _check_settings(
-        offload, every=(every, 1), in_flight=(in_flight, 1), keep_last=(keep_last, 0), prefetch=(prefetch, 0),
-        min_bytes=(min_bytes, 0), host_limit=(host_limit or 0, 0),
+    check_settings(
+        offload, every=every, in_flight=in_flight, keep_last=keep_last, prefetch=prefetch, min_bytes=min_bytes,
+        host_limit=host_limit,
     )  # fmt: skip
     modules = _choose(model, include, exclude, every)
     engines: dict[torch.device, Offloader] = {}
@@ -145,14 +145,6 @@ def apply(
     return UnslothReport(modules, offload, list(engines.values()))
 
 
-def _check_settings(offload: str, **numbers: tuple[int, int]) -> None:
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload={offload!r}: expected one of {', '.join(OFFLOADS)}")
-    wrong = [f"{key}={value}: expected {least} or more" for key, (value, least) in numbers.items() if value < least]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-
-
 def _choose(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], every: int
 ) -> dict[str, nn.Module]:
@@ -161,9 +153,9 @@ def _choose(
         raise ValueError("the model is compiled as a whole, and recomputed blocks break its graph: compile its blocks")
     found = {name: block for blocks in find_blocks(model, include).values() for name, block in blocks.items()}
     for glob in exclude:
-        if not any(matches(name, glob) for name in found):
+        if not any(matches_glob(name, glob) for name in found):
             raise ValueError(f"exclude: {glob!r} matches none of the blocks: {', '.join(found) or 'there are none'}")
-    chosen = {name: block for name, block in found.items() if not any(matches(name, glob) for glob in exclude)}
+    chosen = {name: block for name, block in found.items() if not any(matches_glob(name, glob) for glob in exclude)}
     if not chosen:
         there_are = ", ".join(dict(model.named_modules())).lstrip(", ")
         what = "no ModuleList or Sequential holds two or more modules of one class" if not found else "all are excluded"

@@ -335,7 +335,7 @@ def test_globs_choose_and_leave_out() -> None:
         ({"include": ["layers.*"]}, r"'layers.\*' matches no module; blocks are: blocks.0, blocks.1"),
         ({"exclude": ["block.*"]}, r"exclude: 'block.\*' matches none of the blocks: blocks.0, blocks.1"),
         ({"exclude": ["blocks.*"]}, "no block is found: all are excluded"),
-        ({"offload": "sometimes"}, "offload='sometimes': expected one of auto, always, never"),
+        ({"offload": "sometimes"}, "offload=sometimes: expected one of auto, always, never"),
         ({"in_flight": 0}, "in_flight=0: expected 1 or more"),
         ({"every": 0, "keep_last": -1}, "every=0: expected 1 or more; keep_last=-1: expected 0 or more"),
     ],

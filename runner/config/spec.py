@@ -1,0 +1,103 @@
+"""The specification of an experiment: a checked config that is parsed once, for launch, the workers and build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import EnumMeta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from runner.config import optimizations
+from runner.config.schema import CheckpointConfig, DataConfig, DistributedConfig, TrackingConfig, TrainerConfig
+
+Node = dict[str, Any] | None  # a `_target_` with its arguments
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One engine: the nodes of its parts and its optimizations, with the defaults from the top level of the config.
+
+    `prefix` is that of its keys in messages: `engines.NAME.`, or nothing in a config without `engines`.
+    """
+
+    name: str
+    prefix: str
+    model: Node
+    optimizer: Node
+    scheduler: Node
+    feeder: Node
+    ema: Node
+    optimizations: dict[str, dict[str, Any]]  # those that are enabled, by name
+
+
+@dataclass(frozen=True)
+class ExperimentSpec:
+    """A resolved config: typed sections, and plain nodes for what is built by `_target_`.
+
+    `plain` is the same config as JSON can hold it. Processes exchange it, and exports store it.
+    """
+
+    name: str
+    seed: int
+    resume: str | None
+    resume_allow_changes: bool
+    data: DataConfig
+    sampler: Node
+    report: Node
+    distributed: DistributedConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    plain: dict[str, Any]
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> ExperimentSpec:
+        """Returns the specification of a resolved config, as `checks.to_plain` returns it.
+
+        Raises:
+            KeyError, TypeError, AttributeError: it is no checked config, such as one of another version.
+        """
+        return cls(
+            name=plain["name"],
+            seed=plain["seed"],
+            resume=plain["resume"],
+            resume_allow_changes=plain["resume_allow_changes"],
+            data=_read_section(DataConfig, plain["data"]),
+            sampler=plain["sampler"],
+            report=plain["report"],
+            distributed=_read_section(DistributedConfig, plain["distributed"]),
+            trainer=_read_section(TrainerConfig, plain["trainer"]),
+            checkpoint=_read_section(CheckpointConfig, plain["checkpoint"]),
+            tracking=_read_section(TrackingConfig, plain["tracking"]),
+            plain=plain,
+        )
+
+    @cached_property
+    def engines(self) -> dict[str, EngineSpec]:
+        """The engines in the order of the config; one named `model` if it has no `engines`.
+
+        They are read when they are first used: a launcher and its checks don't need them.
+        """
+        shared = {key: self.plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
+        engines = {}
+        for name, values in (self.plain["engines"] or {"model": {}}).items():
+            parts = {key: values.get(key, default) for key, default in shared.items()}
+            prefix = f"engines.{name}." if self.plain["engines"] else ""
+            nodes, ema = optimizations.of_engine(self.plain, name)
+            engines[name] = EngineSpec(name, prefix, **parts, ema=ema, optimizations=nodes)
+        return engines
+
+    def resumed_from(self, folder: Path) -> ExperimentSpec:
+        """Returns the specification of the same experiment that resumes the run in a folder."""
+        resume = str(folder)
+        return replace(self, resume=resume, plain={**self.plain, "resume": resume})
+
+
+def _read_section(section: type[Section], values: Mapping[str, Any]) -> Section:
+    """Returns a section of a resolved config as its dataclass."""
+    hints = get_type_hints(section)
+    enums = {key: hint for key, hint in hints.items() if isinstance(hint, EnumMeta)}
+    return section(**{key: enums[key][value] if key in enums else value for key, value in values.items()})

@@ -1,0 +1,22 @@
+"""The allowed values of the settings of recomputed blocks; without torch, so that a config is checked early."""
+
+from __future__ import annotations
+
+OFFLOADS = ("auto", "always", "never")
+_LEAST = {"every": 1, "in_flight": 1, "keep_last": 0, "prefetch": 0, "min_bytes": 0, "host_limit": 0}
+
+
+def check_settings(offload: str = "auto", **numbers: int | None) -> None:
+    """Checks the settings of `unsloth.apply`; None for a number means no limit.
+
+    Raises:
+        ValueError: an unknown `offload`, or numbers out of range.
+    """
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload={offload}: expected one of {', '.join(OFFLOADS)}")
+    wrong = []
+    for name, value in numbers.items():
+        if value is not None and value < _LEAST[name]:
+            wrong.append(f"{name}={value}: expected {_LEAST[name]} or more")
+    if wrong:
+        raise ValueError("; ".join(wrong))
