@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from runner.utils.wrapper.optimization import check_fraction
+from runner.utils.utils import check_fraction
 
 _COARSE = (torch.bfloat16, torch.float16)  # a small step of an average would be rounded away
 

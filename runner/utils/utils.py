@@ -5,7 +5,7 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 _MASK = 2**64 - 1
@@ -131,6 +131,26 @@ def checked_choice(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {choices}, found {value!r}.")
     return value
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Checks a share of a whole, such as a dropout or a decay.
+
+    Raises:
+        ValueError: it isn't at least 0 and less than 1.
+    """
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value}: expected at least 0 and less than 1")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Checks a text that has a few allowed values.
+
+    Raises:
+        ValueError: it has another value.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value}: expected one of {', '.join(choices)}")
 
 
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from runner.utils.utils import check_choice
+
 OFFLOADS = ("auto", "always", "never")
 _LEAST = {"every": 1, "in_flight": 1, "keep_last": 0, "prefetch": 0, "min_bytes": 0, "host_limit": 0}
 
@@ -12,8 +14,7 @@ def check_settings(offload: str = "auto", **numbers: int | None) -> None:
     Raises:
         ValueError: an unknown `offload`, or numbers out of range.
     """
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload={offload}: expected one of {', '.join(OFFLOADS)}")
+    check_choice("offload", offload, OFFLOADS)
     wrong = []
     for name, value in numbers.items():
         if value is not None and value < _LEAST[name]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import find_blocks
-from runner.utils.wrapper.optimization import check_choice
+from runner.utils.utils import check_choice
 from runner.utils.wrapper.settings import SCOPES
 
 

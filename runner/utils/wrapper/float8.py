@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import disable_fast_path, matches_glob
-from runner.utils.wrapper.optimization import check_choice
+from runner.utils.utils import check_choice
 from runner.utils.wrapper.settings import RECIPES
 
 _MULTIPLE = 16  # of both dimensions of a weight, for the matrix units

@@ -144,23 +144,3 @@ def make_row(label: str, names: Iterable[str], remark: str = "") -> tuple[str, s
 def shorten(names: Sequence[str], most: int = 3) -> str:
     """Returns some of the names, where there are many the first and the last."""
     return ", ".join(names) if len(names) <= most else f"{', '.join(names[: most - 1])} ... {names[-1]}"
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Checks a share of a whole, such as a dropout or a decay.
-
-    Raises:
-        ValueError: it isn't at least 0 and less than 1.
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value}: expected at least 0 and less than 1")
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Checks a text that has a few allowed values.
-
-    Raises:
-        ValueError: it has another value.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value}: expected one of {', '.join(choices)}")

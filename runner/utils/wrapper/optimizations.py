@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from runner.utils.unsloth.settings import check_settings
-from runner.utils.utils import suggest
+from runner.utils.utils import check_choice, suggest
 from runner.utils.wrapper.optimization import (
     Applied,
     Context,
     Optimization,
     Purpose,
     Stage,
-    check_choice,
     make_row,
 )
 from runner.utils.wrapper.settings import RECIPES, SCOPES, check_lora

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from runner.utils.wrapper.optimization import check_fraction
+from runner.utils.utils import check_fraction
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 SCOPES = ("blocks", "whole")
