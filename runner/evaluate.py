@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def start_installed() -> None:
-    """Runs the installed command, which imports only what the user allows from the current directory."""
+    """Runs the installed command, which imports only allowed modules from the current directory."""
     import_path.defer_current_directory()
     main()
 

@@ -1,1 +1,1 @@
-"""The config of a run: its schema, its checks, what it names, and the run folder that keeps it. Imports no torch."""
+"""The config of a run: schema, checks, `_target_` paths and the run folder that stores it. Imports no torch."""

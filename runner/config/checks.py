@@ -160,7 +160,7 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
 def _absent_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys and sections without a default that a `~` has deleted."""
     mistakes = []
-    for key in (field.name for field in fields(Config)):
+    for key in _field_names(Config):
         if key not in cfg and key not in _DEFAULTS and not OmegaConf.is_missing(cfg, key):
             mistakes.append(f"{key}: it is deleted, and has no default; leave ~{key} out")
     for section, kind in _SECTIONS.items():
@@ -172,9 +172,15 @@ def _absent_keys(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
+def _field_names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
 def _unknown_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys that a `+` has added to the runner's own sections."""
-    known = {"": [f.name for f in fields(Config)]} | {k: [f.name for f in fields(t)] for k, t in _SECTIONS.items()}
+    known = {"": _field_names(Config)}
+    for section, kind in _SECTIONS.items():
+        known[section] = _field_names(kind)
     known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
     mistakes = []
     for section, keys in known.items():

@@ -31,9 +31,9 @@ _BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from")
 
 
 def replace_nodes(saved: Nest, defaults: Nest, composed: Nest, paths: Sequence[KeyPath]) -> Nest:
-    """Returns a run's config with the nodes of chosen groups in place of its own.
+    """Returns a run's config with the nodes of newly chosen groups.
 
-    A choice without a node of its own, such as an experiment, sets what it changes of the defaults.
+    A choice without a node of its own, such as an experiment, sets the keys in which it differs from the defaults.
 
     Args:
         saved: the run's config.

@@ -328,7 +328,7 @@ def _choices_of(typed: DictConfig, choices: list[Override]) -> dict[str, Any]:
 
 
 def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Override]) -> Allowlist:
-    """Returns what a run's config may name; for an untrusted run, also what this command line names itself."""
+    """Returns the allow-list for a run's config; an untrusted run may also name the targets of this command line."""
     source = resumption.run / ".hydra" / "config.yaml"
     if resumption.origin is not None:
         return Allowlist(source, is_signed=True)

@@ -40,7 +40,7 @@ class CommandSyntax:
 
 
 class CommandError(ValueError):
-    """An invalid line: its message has what was typed, the nearest command and the remedy."""
+    """An invalid line; the message quotes it and names the nearest command and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +274,7 @@ def _without_comment(line: str) -> str:
 
 
 def quote_typed(text: str) -> str:
-    """Returns what was typed in quotes, shortened, with its control characters escaped."""
+    """Returns typed text in quotes, shortened, with its control characters escaped."""
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 

@@ -178,9 +178,8 @@ COMMANDS: Mapping[str, CommandSpec] = {
     "help": CommandSpec("help", "show this list", None, _answer_help),
 }
 _AT_STEP = ("COMMAND@STEP", "do it when that step is done: eval@20, lr 1e-4@50, quit@40")
-HELP = "\n".join(
-    f"{form:<24}{meaning}" for form, meaning in [*((spec.form, spec.help) for spec in COMMANDS.values()), _AT_STEP]
-)
+_HELP_ROWS = [*((spec.form, spec.help) for spec in COMMANDS.values()), _AT_STEP]
+HELP = "\n".join(f"{form:<24}{meaning}" for form, meaning in _HELP_ROWS)
 
 
 def describe_time(step: int, total_steps: int, seconds_per_step: float, elapsed_s: float, to: int | None = None) -> str:

@@ -23,7 +23,7 @@ def redirect_closed_streams() -> None:
 
 
 class _Terminal(io.FileIO):
-    """Writes to a terminal; drops what is written after it was closed, which its SIGHUP may follow later."""
+    """Writes to a terminal; discards output after the terminal was closed, even before its SIGHUP arrives."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -55,7 +55,7 @@ def escape_unencodable() -> None:
 
 
 def survive_closed_terminal() -> None:
-    """Makes `sys.stdout` and `sys.stderr` accept what is printed after their terminal was closed."""
+    """Makes `sys.stdout` and `sys.stderr` accept output after their terminal was closed."""
     open_missing()
     escape_unencodable()
     for name in ("stdout", "stderr"):

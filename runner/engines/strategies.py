@@ -182,7 +182,7 @@ class Strategy:
         """Completes the exchanges of a step, before the ranks decide whether to update."""
 
     def reset_step(self) -> None:
-        """Clears what a step has stored in this object."""
+        """Clears the values that a step has stored in this object."""
         self.weight = None
 
     def shadow_step(self) -> None:

@@ -1,1 +1,1 @@
-"""Tools that know no config, no engine and no model; any other program may import them: see README.md beside."""
+"""Tools that any other program may import, without a config, an engine or a model: see README.md."""

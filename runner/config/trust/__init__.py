@@ -1,1 +1,1 @@
-"""Untrusted configs: what they may name, where modules are imported from, and signatures of the user's own runs."""
+"""Untrusted configs: the allow-list, the import path, and the signatures of a user's own runs."""
