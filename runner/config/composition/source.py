@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
@@ -52,6 +53,14 @@ class FileConfigSource(file_config_source.FileConfigSource):
         return ConfigResult(
             config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
         )
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Lists the configs and groups of a folder, at the top level without `optimization/`.
+
+        `optimizations.NAME=true` takes the values from there; `optimization=NAME` is no choice.
+        """
+        names = super().list(config_path, results_filter)
+        return names if config_path else [name for name in names if name != "optimization"]
 
 
 def _display_path(path: str) -> str:

@@ -2,6 +2,8 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 
 from runner.config import checks, errors
 
@@ -87,3 +89,15 @@ def test_two_files_that_include_each_other_are_reported(experiment):
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
 def test_byte_order_marks_and_carriage_returns_are_ignored(experiment, mark, content):
     assert experiment(mark + content.encode()).name == "marked"
+
+
+def test_each_listed_group_is_one_that_a_command_line_can_choose():
+    with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = [group for group in loader.get_group_options("", ObjectType.GROUP) if group != "hydra"]
+        assert "optimizations" in groups
+        defaults = compose("config", return_hydra_config=True).hydra.runtime.choices
+        for group in groups:
+            choice = loader.get_group_options(group)[0]
+            prefix = "" if group in defaults else "+"
+            compose("config", [f"{prefix}{group}={choice}"])
