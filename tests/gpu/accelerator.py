@@ -81,7 +81,7 @@ class Accelerator:
         offloader = self.offloader(**settings)
         for name, block in model.blocks.named_children():  # type: ignore[union-attr]
             unsloth.wrap(block, offloader, f"blocks.{name}")
-        return offloader.transport
+        return offloader.streams
 
     def delay_computing(self) -> None:
         """Delays the next work on the device, if computing is late."""

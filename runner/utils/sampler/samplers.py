@@ -119,8 +119,7 @@ class RandomSampler(_EpochSampler[int]):
         if not self._replacement:
             return shuffled(self._length, self._seed, epoch, start, count)
         hashes = random_bits(start, count, derive_seed(self._seed, epoch))
-        drawn: list[int] = (hashes % self._length).tolist()
-        return drawn
+        return (hashes % self._length).tolist()
 
 
 class PoolSampler(_EpochSampler[T]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,6 @@ class SampleFetcher(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
         self._collate = collate
-        self._generators: ObjectGenerators | None = None  # made where it is used: a worker has its own copies
         self._num_fetched = 0
         self._num_fruitless = 0
         self._is_watched = True  # looks for new generators after each sample
@@ -54,8 +54,6 @@ class SampleFetcher(Dataset[Any]):
                 return self._fetch_unseeded(first, indices)
             self.current = first, indices
             return fetch_all(indices)
-        if self._generators is None:
-            self._generators = self._find_generators()
         return [self._fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
 
     def pop_notes(self) -> list[str]:
@@ -70,12 +68,16 @@ class SampleFetcher(Dataset[Any]):
             samples.append(self._dataset[index])
         return samples
 
+    @functools.cached_property
+    def _generators(self) -> ObjectGenerators:
+        """The generators found last, first where they are used: a worker has its own copies of them."""
+        return self._find_generators()
+
     def _find_generators(self) -> ObjectGenerators:
         return ObjectGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
         sample = self._fetch_seeded(ordinal, index)
-        assert self._generators is not None
         self._num_fetched += 1
         # A new generator may escape the cheap checks, so everything is searched after 1, 2, 4, 8, ... samples.
         is_due = not self._num_fetched & (self._num_fetched - 1)
@@ -104,13 +106,11 @@ class SampleFetcher(Dataset[Any]):
         return sample
 
     def _may_have_more(self) -> bool:
-        assert self._generators is not None
         return self._num_fruitless < _MAX_FRUITLESS and self._generators.may_have_more()
 
     def _search_generators(self, sample: Any, ordinal: int, index: Any) -> Any:
         """Searches for generators again; returns the sample, fetched again if there are new ones."""
         before = self._generators
-        assert before is not None
         is_changed = before.is_replaced() or before.may_have_more()
         self._generators = self._find_generators()
         known = {id(source) for source in before.sources}
@@ -140,7 +140,6 @@ class SampleFetcher(Dataset[Any]):
 
     def _fetch_seeded(self, ordinal: int, index: Any) -> Any:
         assert self._seed is not None
-        assert self._generators is not None
         self.current = ordinal, index
         seed = derive_seed(self._seed, ordinal)
         seed_all(seed, _CPU)

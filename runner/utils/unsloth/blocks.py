@@ -46,11 +46,6 @@ class UnslothReport:
         """The bytes inside the blocks that autograd would have kept."""
         return sum(block.spared_bytes for block in self.blocks.values())
 
-    def forget_calls(self) -> None:
-        """Resets the count of calls."""
-        for block in self.blocks.values():
-            block.calls = 0
-
     def stop_counting(self) -> None:
         """Stops counting bytes, after a first forward."""
         for block in self.blocks.values():
@@ -135,7 +130,8 @@ def apply(
     modules = _choose(model, include, exclude, every)
     engines: dict[torch.device, Offloader] = {}
     for name, module in modules.items():
-        device = _device_of(module, model)
+        tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         if has_streams(device) and offload != "never" and device not in engines:
             engines[device] = Offloader(
                 CopyStreams(device, is_timed=offload == "auto"), is_auto=offload == "auto", min_bytes=min_bytes,
@@ -163,8 +159,3 @@ def _choose(
     if compiled := [name for name, block in chosen.items() if is_compiled(block)]:
         raise ValueError(f"{compiled[0]}: it is compiled with its call; compile its forward, which is then recomputed")
     return {name: block for index, (name, block) in enumerate(chosen.items()) if index % every == 0}
-
-
-def _device_of(block: nn.Module, model: nn.Module) -> torch.device:
-    tensors = itertools.chain(block.parameters(), block.buffers(), model.parameters())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -15,9 +15,10 @@ def check_settings(offload: str = "auto", **numbers: int | None) -> None:
         ValueError: an unknown `offload`, or numbers out of range.
     """
     check_choice("offload", offload, OFFLOADS)
-    wrong = []
-    for name, value in numbers.items():
-        if value is not None and value < _LEAST[name]:
-            wrong.append(f"{name}={value}: expected {_LEAST[name]} or more")
+    wrong = [
+        f"{name}={value}: expected {_LEAST[name]} or more"
+        for name, value in numbers.items()
+        if value is not None and value < _LEAST[name]
+    ]
     if wrong:
         raise ValueError("; ".join(wrong))
