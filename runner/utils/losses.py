@@ -1,7 +1,5 @@
 """Fused losses that need less memory than their unfused form."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -186,8 +186,7 @@ class Batches:
     def close(self) -> None:
         """Shuts down the workers and drops prefetched batches; `next` continues after the last delivered batch."""
         stream, self._stream = self._stream, None
-        shut_down = getattr(stream, "_shutdown_workers", None)
-        if shut_down is not None:
+        if (shut_down := getattr(stream, "_shutdown_workers", None)) is not None:
             shut_down()
             kill_workers(stream)  # torch only asks workers to exit: kill those that hang
         self._planned.clear()
@@ -202,19 +201,20 @@ class Batches:
         if not self._num_workers and not self._pin_memory:
             return (self._fetcher[plan] for plan in plans)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank))
-        loader = DataLoader(
-            self._fetcher,
-            batch_size=None,
-            sampler=plans,
-            num_workers=self._num_workers,
-            collate_fn=_identity,
-            pin_memory=self._pin_memory,
-            # By default the loader draws the base seed of its workers from the global generator.
-            generator=generator,
-            prefetch_factor=self._prefetch_factor if self._num_workers else None,
-            worker_init_fn=start_worker,
+        return iter(
+            DataLoader(
+                self._fetcher,
+                batch_size=None,
+                sampler=plans,
+                num_workers=self._num_workers,
+                collate_fn=_identity,
+                pin_memory=self._pin_memory,
+                # By default the loader draws the base seed of its workers from the global generator.
+                generator=generator,
+                prefetch_factor=self._prefetch_factor if self._num_workers else None,
+                worker_init_fn=start_worker,
+            )
         )
-        return iter(loader)
 
     def _plan_batches(self) -> Iterator[tuple[int, list[Any]]]:
         """Yields (ordinal of the first sample, indices) of each batch; adds the position after it to `_planned`."""
@@ -230,7 +230,6 @@ class Batches:
             yield (first + start, batch[start:end]) if start < end else (first, batch[:1])
 
     def _indices(self) -> Iterator[Any]:
-        """Yields the items of the sampler, epoch after epoch."""
         num_empty = 0
         # A sampler that was saved at the end of an epoch may begin with one empty pass.
         while num_empty < 2:
@@ -421,14 +420,8 @@ def kill_workers(stream: Any) -> None:
         worker.kill()
 
 
-def die_with_parent() -> None:
-    """Makes the kernel kill this process when its parent dies for any reason; does nothing except on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-
-
 def start_worker(worker: int) -> None:
-    """Prepares a loader worker: signals, file offsets of its own, and the limit on open files.
+    """Prepares a loader worker: signals, its end with its parent, file offsets of its own, the limit on open files.
 
     The worker ignores the signals that a terminal or scheduler sends to all processes of a run, and the first SIGTERM.
     The second SIGTERM, which the loader sends to a worker that hangs, ends it.
@@ -440,7 +433,9 @@ def start_worker(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, end_at_the_next)
-    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too.
-    die_with_parent()
+    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too: the
+    # kernel kills the worker then.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
     unshare_file_offsets()
     exit_worker_at_file_limit(worker)

@@ -1,7 +1,5 @@
 """Fetches samples of a dataset, each with all random generators seeded for it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -48,25 +46,17 @@ class SampleFetcher(Dataset[Any]):
 
     def __getitem__(self, plan: tuple[int, list[Any]]) -> Any:
         first, indices = plan
-        if self._seed is None:
-            fetch_all = getattr(self._dataset, "__getitems__", None)
-            if fetch_all is None:
-                return self._fetch_unseeded(first, indices)
+        fetch_all = getattr(self._dataset, "__getitems__", None) if self._seed is None else None
+        if fetch_all is not None:
             self.current = first, indices
             return fetch_all(indices)
-        return [self._fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
+        fetch = self._fetch_once if self._seed is None else self._fetch
+        return [fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
 
     def pop_notes(self) -> list[str]:
         """Returns the warnings about samples since the last call."""
         notes, self._notes = self._notes, []
         return notes
-
-    def _fetch_unseeded(self, first: int, indices: list[Any]) -> list[Any]:
-        samples = []
-        for ordinal, index in enumerate(indices, first):
-            self.current = ordinal, index
-            samples.append(self._dataset[index])
-        return samples
 
     @functools.cached_property
     def _generators(self) -> ObjectGenerators:
@@ -77,7 +67,7 @@ class SampleFetcher(Dataset[Any]):
         return ObjectGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
-        sample = self._fetch_seeded(ordinal, index)
+        sample = self._fetch_once(ordinal, index)
         self._num_fetched += 1
         # A new generator may escape the cheap checks, so everything is searched after 1, 2, 4, 8, ... samples.
         is_due = not self._num_fetched & (self._num_fetched - 1)
@@ -94,7 +84,7 @@ class SampleFetcher(Dataset[Any]):
         """
         with contextlib.suppress(Exception):  # a sample that can't be copied or fetched twice is not compared
             kept = copy.deepcopy(sample)  # the dataset may return the same array each time and write to it
-            again = self._fetch_seeded(ordinal, index)
+            again = self._fetch_once(ordinal, index)
             if not is_same(kept, again):
                 self._notes.append(
                     f"data.train ({self.dataset_name}): expected the same sample for the same index and seed, found "
@@ -131,19 +121,19 @@ class SampleFetcher(Dataset[Any]):
             self._notes += [
                 f"{path}: found after {self._num_fetched} samples; {effect}; {remedy}" for path in new_paths
             ]
-        again = self._fetch_seeded(ordinal, index)
+        again = self._fetch_once(ordinal, index)
         if self._generators.is_replaced():  # each sample creates its own, which only its own seed can determine
             if self._is_watched and not is_same(sample, again):
                 self._notes += [f"{path}: replaced in each sample, so that it can't be seeded" for path in new_paths]
             self._is_watched = False
         return again
 
-    def _fetch_seeded(self, ordinal: int, index: Any) -> Any:
-        assert self._seed is not None
+    def _fetch_once(self, ordinal: int, index: Any) -> Any:
         self.current = ordinal, index
-        seed = derive_seed(self._seed, ordinal)
-        seed_all(seed, _CPU)
-        self._generators.seed(seed)
+        if self._seed is not None:
+            seed = derive_seed(self._seed, ordinal)
+            seed_all(seed, _CPU)
+            self._generators.seed(seed)
         return self._dataset[index]
 
 

@@ -4,8 +4,6 @@ Works for any module, arguments and outputs. The technique is Unsloth's (https:/
 `recompute` recomputes, `offload` moves the inputs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,7 +80,6 @@ class UnslothReport:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def undo(self) -> None:
-        """Makes every block what it was."""
         for module in self.modules.values():
             unwrap(module)
 
@@ -144,7 +141,6 @@ def apply(
 def _choose(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], every: int
 ) -> dict[str, nn.Module]:
-    """Returns the blocks by name, in the order of the model."""
     if is_compiled(model):
         raise ValueError("the model is compiled as a whole, and recomputed blocks break its graph: compile its blocks")
     found = {name: block for blocks in find_blocks(model, include).values() for name, block in blocks.items()}

@@ -4,8 +4,6 @@ The sum of absolute values detects a change of magnitude. Sums with random weigh
 their signs or their positions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -114,7 +112,6 @@ def is_close(sums: Tensor, others: Tensor, tolerance: float) -> bool:
         return size == other_size or (math.isnan(size) and math.isnan(other_size))
     if abs(size - other_size) > rtol * abs(other_size) or not math.isfinite(other_size):
         return False
-    if not math.isfinite(norm):  # the sum of squares overflows
-        return True
     pairs = zip(projections, other_projections, strict=True)
-    return all(abs(one - other) <= tolerance * norm for one, other in pairs)
+    # The norm is not finite if the sum of squares overflows.
+    return not math.isfinite(norm) or all(abs(one - other) <= tolerance * norm for one, other in pairs)

@@ -3,8 +3,6 @@
 Torch's checkpoint needs such a function.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +48,6 @@ class FlatCall:
 
     @property
     def generators(self) -> list[Generator]:
-        """The random generators among the arguments."""
         return [] if self._keywords is not None else find_generators(self._leaves)
 
     def __call__(self, *tensors: Tensor) -> Any:

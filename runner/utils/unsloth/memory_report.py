@@ -3,13 +3,10 @@
 Purposes are parameters, gradients, optimizer, block inputs and the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -99,4 +96,4 @@ def _bytes(tensors: Iterable[Any]) -> int:
     Other values are ignored.
     """
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    return sum(tensor.nbytes for tensor in local if isinstance(tensor, torch.Tensor))
+    return sum(tensor.nbytes for tensor in local if isinstance(tensor, Tensor))

@@ -50,6 +50,8 @@ class OffloadedTensor:
         previous: the tensor packed before this one, which backward needs next.
     """
 
+    prefetched: _Prefetched | None = None
+
     def __init__(self, source: Tensor, streams: CopyStreams, timer: TransferTimer | None) -> None:
         self._streams = streams
         self.timer = timer
@@ -61,15 +63,13 @@ class OffloadedTensor:
         self.stream = streams.current_stream()
         self.buffer: PinnedBuffer | None = None
         self.is_changed = self.was_unpacked = False
-        self.prefetched: _Prefetched | None = None
         self.restored: tuple[weakref.ref[Tensor], Any, Any] | None = None
         self.previous: weakref.ref[OffloadedTensor] | None = None
 
     def __del__(self) -> None:
         # A prefetched tensor that was never used: computation may reuse its memory only after the copy into it.
-        prefetched: _Prefetched | None = getattr(self, "prefetched", None)
-        if prefetched is not None:
-            self._streams.wait_event(prefetched.arrived, prefetched.stream)
+        if self.prefetched is not None:
+            self._streams.wait_event(self.prefetched.arrived, self.prefetched.stream)
 
 
 class TransferTimer:
@@ -105,7 +105,6 @@ class TransferTimer:
         return self._streams.record_event()
 
     def stop(self, started: Any) -> None:
-        """Ends a forward of the block."""
         if started is not None and self._calls:
             self._calls[-1][0].append((started, self._streams.record_event()))
 

@@ -91,7 +91,6 @@ class RecomputedBlock(Unsearched):
         return True
 
     def count_inputs(self, tensors: Sequence[Tensor]) -> None:
-        """Counts the bytes of a forward's inputs that are kept for backward."""
         for tensor in tensors:
             if tensor.requires_grad and not tensor.is_leaf and (found := memory_range(tensor)) is not None:
                 self.input_addresses.add(found[0])
@@ -105,7 +104,6 @@ class RecomputedBlock(Unsearched):
         return copied
 
     def context(self) -> contextlib.AbstractContextManager[None]:
-        """Returns the context that a forward runs in."""
         is_observed = self.is_counting or (self.timer is not None and self.timer.is_measuring)
         return self._observe() if is_observed else _NULL_CONTEXT
 

@@ -278,7 +278,6 @@ class ForwardState(Unsearched):
         return [part._parameters.get(name) for part, name in self.parameter_names]
 
     def attributes(self) -> list[dict[str, Any]]:
-        """Returns a copy of the `__dict__` of each part."""
         return [dict(vars(part)) for _, part in self.parts]
 
     def find_changed_attributes(self, before: list[dict[str, Any]]) -> list[_Attribute]:
@@ -309,7 +308,6 @@ class ForwardState(Unsearched):
         return [(table, key, value) for table, key, value in attributes if type(value) in _SIMPLE]
 
     def modes(self) -> list[bool]:
-        """Returns for each part whether it is in training mode."""
         return [part.training for _, part in self.parts]
 
     def changing_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:

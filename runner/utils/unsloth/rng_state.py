@@ -7,8 +7,6 @@ store it in the expected layout, it is read as 2500 bytes from memory, and only 
 changed: each draw moves the position in the key or makes another key. It is only written by the official functions.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import pickle
@@ -95,8 +93,6 @@ def set_global_states(states: tuple[Any, Any]) -> None:
 
 
 class _PythonState:
-    """Reads and writes the state of Python's global generator."""
-
     def __init__(self) -> None:
         self._generator: Any = _PYTHON
         self._raw: Any = None  # the position, then the key

@@ -1,7 +1,5 @@
 """The allowed values of the settings of recomputed blocks; without torch, so that a config is checked early."""
 
-from __future__ import annotations
-
 from runner.utils.utils import check_choice
 
 OFFLOADS = ("auto", "always", "never")

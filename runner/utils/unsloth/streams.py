@@ -1,7 +1,5 @@
 """Copies between an accelerator and host memory on streams beside computation."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Sequence
