@@ -201,20 +201,19 @@ class Batches:
         if not self._num_workers and not self._pin_memory:
             return (self._fetcher[plan] for plan in plans)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank))
-        return iter(
-            DataLoader(
-                self._fetcher,
-                batch_size=None,
-                sampler=plans,
-                num_workers=self._num_workers,
-                collate_fn=_identity,
-                pin_memory=self._pin_memory,
-                # By default the loader draws the base seed of its workers from the global generator.
-                generator=generator,
-                prefetch_factor=self._prefetch_factor if self._num_workers else None,
-                worker_init_fn=start_worker,
-            )
+        loader = DataLoader(
+            self._fetcher,
+            batch_size=None,
+            sampler=plans,
+            num_workers=self._num_workers,
+            collate_fn=_identity,
+            pin_memory=self._pin_memory,
+            # By default the loader draws the base seed of its workers from the global generator.
+            generator=generator,
+            prefetch_factor=self._prefetch_factor if self._num_workers else None,
+            worker_init_fn=start_worker,
         )
+        return iter(loader)
 
     def _plan_batches(self) -> Iterator[tuple[int, list[Any]]]:
         """Yields (ordinal of the first sample, indices) of each batch; adds the position after it to `_planned`."""

@@ -37,8 +37,8 @@ def tensors_of(output: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tens
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
-    return is_dense and (tensor.is_floating_point() or tensor.is_complex())
+    is_strided = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    return is_strided and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _sums(tensor: Tensor) -> Tensor:

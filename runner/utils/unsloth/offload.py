@@ -50,19 +50,20 @@ class OffloadedTensor:
         previous: the tensor packed before this one, which backward needs next.
     """
 
-    prefetched: _Prefetched | None = None
+    prefetched: _Prefetched | None = None  # of the class: `__del__` also runs where construction failed
 
     def __init__(self, source: Tensor, streams: CopyStreams, timer: TransferTimer | None) -> None:
         self._streams = streams
-        self.timer = timer
         self.source: Tensor | None = source
         self.source_ref = weakref.ref(source)
         self.version = source._version
         self.shape, self.stride, self.dtype, self.num_bytes = source.shape, source.stride(), source.dtype, source.nbytes
         self.ready = streams.record_event()
         self.stream = streams.current_stream()
+        self.timer = timer
         self.buffer: PinnedBuffer | None = None
-        self.is_changed = self.was_unpacked = False
+        self.is_changed = False
+        self.was_unpacked = False
         self.restored: tuple[weakref.ref[Tensor], Any, Any] | None = None
         self.previous: weakref.ref[OffloadedTensor] | None = None
 

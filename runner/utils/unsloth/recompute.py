@@ -54,11 +54,13 @@ class RecomputedBlock(Unsearched):
         self.forward_state = ForwardState(module, name)
         self.calls = self.input_bytes = self.spared_bytes = 0
         self.input_addresses: set[int] = set()
-        self.is_counting = self.is_active = True
-        self.is_verified = self._has_warned = False
+        self.is_counting = True
+        self.is_verified = False
         self.timer = offloader.timer() if offloader is not None else None
+        self.is_active = True
         first = next(module.parameters(), None)
         self._anchor = None if first is None or first.device.type == "cpu" else first
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "offloader": None, "timer": None, "is_active": False}
