@@ -50,7 +50,7 @@ class Region:
 
 
 class LazyDevice:
-    """A `Transport` that computes on the host, and whose copies are done only when they are waited for.
+    """Stands in for `CopyStreams`: computes on the host, and its copies are done only when they are waited for.
 
     These are counted as mistakes: a source that is freed before its copy is done, a target freed before its own, a copy
     that does not wait for computing. What is read before it has arrived is NaN.

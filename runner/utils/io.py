@@ -175,9 +175,11 @@ def _pt_writer(state: FlattenedState, metadata: Mapping[str, str]) -> Callable[[
         plain = to_contiguous(tensor)  # torch.save ties tensors that share a storage: a second one is cloned
         tensors[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
         storages.add(plain.untyped_storage().data_ptr())
-    stored = unflatten(state.document, tensors) if state.is_picklable else None
-    if not state.is_picklable:
-        stored = {STRUCTURE: json.dumps(state.document), "tensors": tensors}
+    stored = (
+        unflatten(state.document, tensors)
+        if state.is_picklable
+        else {STRUCTURE: json.dumps(state.document), "tensors": tensors}
+    )
 
     def write(stream: BinaryIO) -> None:
         try:

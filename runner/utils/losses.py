@@ -1,7 +1,5 @@
 """Fused losses that need less memory than their unfused form."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -83,8 +81,8 @@ class _HeadLoss(torch.autograd.Function):
         ignore_index: int,
         is_grad_enabled: bool,
     ) -> Tensor:
-        inputs = (hidden, weight, bias)
-        x, w, b = _autocast(*inputs)
+        x, w = _autocast(hidden), _autocast(weight)
+        b = None if bias is None else _autocast(bias)
         exact = torch.promote_types(x.dtype, torch.float32)
         needs_grad = [is_grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
         grad_x = torch.empty_like(hidden) if needs_grad[0] else None
@@ -104,7 +102,7 @@ class _HeadLoss(torch.autograd.Function):
                 _add_product(grad_w, grad_logits.T, x[part])
             if grad_b is not None:
                 grad_b += logits.sum(0)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.save_for_backward(grad_x, grad_w, grad_b)
         return total
 
@@ -119,19 +117,11 @@ class _HeadLoss(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns the operands as autocast would cast them for a linear layer: all but fp64."""
-    device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    x, w, b = (
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-        for tensor in (hidden, weight, bias)
-    )
-    assert x is not None
-    assert w is not None
-    return x, w, b
+def _autocast(tensor: Tensor) -> Tensor:
+    """Returns an operand of a linear layer as autocast would cast it: all but fp64."""
+    device = tensor.device.type
+    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if is_enabled and tensor.dtype != torch.float64 else tensor
 
 
 def _sum_losses(logits: Tensor, targets: Tensor, ignore_index: int, needs_grad: bool) -> Tensor:

@@ -107,8 +107,7 @@ class Pattern:
     def steps_of(self, t: int) -> list[int]:
         """Returns the sequence steps that contain timestep t, each once, ascending."""
         t = checked_int("Pattern.steps_of: t", t, 0, self.timesteps - 1)
-        steps: list[int] = np.unique(self.steps[:, t]).tolist()
-        return steps
+        return np.unique(self.steps[:, t]).tolist()
 
     def first_step(self, t: int) -> int:
         """Returns the first step that contains timestep t, where generation after t timesteps begins; S for t = T."""
@@ -344,7 +343,7 @@ class Delayed(PatternProvider):
         return timesteps + max(self.delays)
 
     def _steps(self, times: Steps) -> Steps:
-        return 1 + times + _column(self.delays)
+        return 1 + times + np.array(self.delays, np.int64)[:, None]
 
 
 @dataclass(frozen=True, init=False)
@@ -443,7 +442,8 @@ class CoarseFirst(PatternProvider):
         return 2 * timesteps + max(self.delays) if self.delays else timesteps
 
     def _steps(self, times: Steps) -> Steps:
-        return np.concatenate([1 + times[None], 1 + len(times) + times + _column(self.delays)])
+        delays = np.array(self.delays, np.int64)[:, None]
+        return np.concatenate([1 + times[None], 1 + len(times) + times + delays])
 
 
 @dataclass(frozen=True, init=False)
@@ -483,10 +483,6 @@ class MusicLM(PatternProvider):
         firsts = codebooks - codebooks % self.group_by
         sizes = np.minimum(self.group_by, self.num_codebooks - firsts)
         return 1 + len(times) * firsts + times * sizes + codebooks - firsts
-
-
-def _column(values: tuple[int, ...]) -> Steps:
-    return np.array(values, np.int64)[:, None]
 
 
 def _checked_integers(name: str, values: Any, count: int) -> tuple[int, ...]:

@@ -208,7 +208,7 @@ class Row:
         peak = self.memory.peak() - before
         self.model.zero_grad(set_to_none=False)
         # Our buffers are page-locked by us, or by torch if that failed: never both.
-        registered = sum(engine.memory.peak_bytes for engine in self.report.engines) if self.report else 0
+        registered = sum(engine.pool.peak_bytes for engine in self.report.engines) if self.report else 0
         host = max(registered, self.memory.locked() - self.locked_before)
         moved = sum(timer.is_worth_it and timer.moved_bytes > 0 for timer in self._timers())
         return {"kept": kept, "peak": peak, "host": host, "moved": moved}

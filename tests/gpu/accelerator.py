@@ -41,13 +41,13 @@ class CountingStreams(CopyStreams):
     def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
         """Copies to the host."""
         self.num_sent += 1
-        self._delay(self._out)
+        self._delay(self._to_host_stream)
         return super().copy_to_host(source, buffer, after)
 
     def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
         """Copies to the device."""
         self.num_brought += 1
-        self._delay(self._back)
+        self._delay(self._to_device_stream)
         return super().copy_to_device(buffer, target, after)
 
     def _delay(self, stream: Any) -> None:
@@ -81,7 +81,7 @@ class Accelerator:
         offloader = self.offloader(**settings)
         for name, block in model.blocks.named_children():  # type: ignore[union-attr]
             unsloth.wrap(block, offloader, f"blocks.{name}")
-        return offloader.transport
+        return offloader.streams
 
     def delay_computing(self) -> None:
         """Delays the next work on the device, if computing is late."""

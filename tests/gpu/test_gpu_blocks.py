@@ -177,12 +177,12 @@ def test_overwriting_finds_a_source_that_is_freed_before_its_copy_is_done(accele
         def _offload(self, handle: Any) -> None:
             super()._offload(handle)
             self._copies.clear()
-            handle.release_source()
+            handle.source = None
 
     accelerator.delay_cycles = LONG_DELAY_CYCLES
     model, given = large_model()
     twin, same = large_model()
-    transport = accelerator.offloader().transport
+    transport = accelerator.offloader().streams
     careless = Careless(transport, min_bytes=0, keep_last=0, in_flight=1)
     for name, block in model.blocks.named_children():
         unsloth.wrap(block, careless, name)

@@ -64,6 +64,7 @@ class Batches:
         prefetch_factor: batches prefetched by each worker.
         rank, world_size: this rank and the number of ranks.
     Attributes:
+        num_samples: number of samples in the batch delivered last, over all ranks; 0 before the first.
         weight: weight of this rank's slice of the batch delivered last; 1 if all slices are equally large.
     Raises:
         TypeError, ValueError: an argument has the wrong type or is out of range.
@@ -100,13 +101,8 @@ class Batches:
         self._stream: Iterator[Any] | None = None
         self._planned: deque[tuple[tuple[Mapping[str, Any], int], float]] = deque()
         self._delivered: tuple[Mapping[str, Any], int] = (sampler.state_dict(), 0)
-        self._num_samples = 0
+        self.num_samples = 0
         self.weight = 1.0
-
-    @property
-    def num_samples(self) -> int:
-        """The number of samples in the batch delivered last, over all ranks; 0 before the first."""
-        return self._num_samples
 
     @property
     def num_samples_total(self) -> int:
@@ -125,18 +121,15 @@ class Batches:
         try:
             if self._stream is None:
                 self._stream = self._start()
-            batch = unwrap_batch(next(self._stream))
+            batch = _next_batch(self._stream)
         except BaseException as error:
-            worker_error = _find_dead_worker(self._stream, error)
             if is_signal(error):
                 self.kill_workers()
             self.close()
-            if worker_error is not None:
-                raise worker_error from error
             raise
         num_delivered = self._delivered[1]
         self._delivered, self.weight = self._planned.popleft()
-        self._num_samples = self._delivered[1] - num_delivered
+        self.num_samples = self._delivered[1] - num_delivered
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -156,7 +149,7 @@ class Batches:
         self.close()
         self._sampler.load_state_dict(state["sampler"])
         self._delivered = (self._sampler.state_dict(), ordinal)
-        self._num_samples = 0
+        self.num_samples = 0
 
     def position(self) -> tuple[Mapping[str, Any], int]:
         """Returns the position of the last delivered batch, for `seek`; a cheap reference, not a copy."""
@@ -168,7 +161,7 @@ class Batches:
             self.close()
             self._delivered = position
             self._sampler.load_state_dict(position[0])
-            self._num_samples = 0
+            self.num_samples = 0
 
     def start_next_epoch(self, state: Mapping[str, Any]) -> None:
         """Moves to the next epoch that a saved position has not begun; the count of samples continues.
@@ -193,8 +186,7 @@ class Batches:
     def close(self) -> None:
         """Shuts down the workers and drops prefetched batches; `next` continues after the last delivered batch."""
         stream, self._stream = self._stream, None
-        shut_down = getattr(stream, "_shutdown_workers", None)
-        if shut_down is not None:
+        if (shut_down := getattr(stream, "_shutdown_workers", None)) is not None:
             shut_down()
             kill_workers(stream)  # torch only asks workers to exit: kill those that hang
         self._planned.clear()
@@ -209,7 +201,7 @@ class Batches:
         if not self._num_workers and not self._pin_memory:
             return (self._fetcher[plan] for plan in plans)
         generator = torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank))
-        loader: DataLoader[Any] = DataLoader(
+        loader = DataLoader(
             self._fetcher,
             batch_size=None,
             sampler=plans,
@@ -237,7 +229,6 @@ class Batches:
             yield (first + start, batch[start:end]) if start < end else (first, batch[:1])
 
     def _indices(self) -> Iterator[Any]:
-        """Yields the items of the sampler, epoch after epoch."""
         num_empty = 0
         # A sampler that was saved at the end of an epoch may begin with one empty pass.
         while num_empty < 2:
@@ -367,7 +358,7 @@ class EvaluationData:
         ]
         numbers = range(self.rank, -(-len(plans) // self.world_size) * self.world_size, self.world_size)
         rank_plans = [plans[min(number, len(plans) - 1)] for number in numbers]
-        loader: DataLoader[Any] = DataLoader(
+        loader = DataLoader(
             BatchFetcher(SampleFetcher(self.dataset, self.seed, self.collate), self.collate),
             batch_size=None,
             sampler=rank_plans,
@@ -428,23 +419,11 @@ def kill_workers(stream: Any) -> None:
         worker.kill()
 
 
-def die_with_parent() -> None:
-    """Makes the kernel kill this process when its parent dies for any reason; does nothing except on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-
-
 def start_worker(worker: int) -> None:
-    """Prepares a loader worker: signals, file offsets of its own, and the limit on open files."""
-    ignore_run_signals(worker)
-    unshare_file_offsets()
-    exit_worker_at_file_limit(worker)
+    """Prepares a loader worker: signals, its end with its parent, file offsets of its own, the limit on open files.
 
-
-def ignore_run_signals(worker: int) -> None:
-    """Makes a loader worker ignore the signals that a terminal or scheduler sends to all processes of a run.
-
-    It ignores the first SIGTERM. The second, which the loader sends to a worker that hangs, ends it.
+    The worker ignores the signals that a terminal or scheduler sends to all processes of a run, and the first SIGTERM.
+    The second SIGTERM, which the loader sends to a worker that hangs, ends it.
     """
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -453,5 +432,9 @@ def ignore_run_signals(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, end_at_the_next)
-    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too.
-    die_with_parent()
+    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too: the
+    # kernel kills the worker then.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    unshare_file_offsets()
+    exit_worker_at_file_limit(worker)

@@ -26,8 +26,7 @@ def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list
     key = derive_seed(seed, epoch)
     if length <= _LARGEST_SORTED:
         # A network of a few bits prefers some orders; sorting by a hash does not.
-        order: list[int] = random_bits(0, length, key).argsort(kind="stable")[start : start + count].tolist()
-        return order
+        return random_bits(0, length, key).argsort(kind="stable")[start : start + count].tolist()
     num_bits = (length - 1).bit_length()
     keys = [derive_seed(key, i) for i in range(_NUM_ROUNDS)]
     images = _feistel(np.arange(start, start + count, dtype=np.uint64), num_bits, keys)
@@ -36,8 +35,7 @@ def shuffled(length: int, seed: int, epoch: int, start: int, count: int) -> list
         walked = _feistel(images[outside], num_bits, keys)
         images[outside] = walked
         outside = outside[walked >= length]
-    values: list[int] = images.tolist()
-    return values
+    return images.tolist()
 
 
 def random_bits(start: int, count: int, key: int) -> NDArray[Any]:

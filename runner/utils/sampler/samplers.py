@@ -119,8 +119,7 @@ class RandomSampler(_EpochSampler[int]):
         if not self._replacement:
             return shuffled(self._length, self._seed, epoch, start, count)
         hashes = random_bits(start, count, derive_seed(self._seed, epoch))
-        drawn: list[int] = (hashes % self._length).tolist()
-        return drawn
+        return (hashes % self._length).tolist()
 
 
 class PoolSampler(_EpochSampler[T]):
@@ -228,10 +227,11 @@ class BatchedOrderedSampler(_EpochSampler[list[int]]):
         super().__init__(len(starts) - 1, settings)
 
     def _items(self, epoch: int, start: int, count: int) -> Iterator[list[int]]:
-        if self._key is None:
-            order = np.arange(start, start + count)
-        else:
-            order = np.array(shuffled(self._length, self._key, epoch, start, count))
+        order = (
+            np.arange(start, start + count)
+            if self._key is None
+            else np.array(shuffled(self._length, self._key, epoch, start, count))
+        )
         spans = zip(self._bounds[order].tolist(), self._bounds[order + 1].tolist(), strict=True)
         return (list(range(start, end)) for start, end in spans)
 

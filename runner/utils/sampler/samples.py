@@ -1,9 +1,8 @@
 """Fetches samples of a dataset, each with all random generators seeded for it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ class SampleFetcher(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
         self._collate = collate
-        self._generators: ObjectGenerators | None = None  # made where it is used: a worker has its own copies
         self._num_fetched = 0
         self._num_fruitless = 0
         self._is_watched = True  # looks for new generators after each sample
@@ -48,34 +46,28 @@ class SampleFetcher(Dataset[Any]):
 
     def __getitem__(self, plan: tuple[int, list[Any]]) -> Any:
         first, indices = plan
-        if self._seed is None:
-            fetch_all = getattr(self._dataset, "__getitems__", None)
-            if fetch_all is None:
-                return self._fetch_unseeded(first, indices)
+        fetch_all = getattr(self._dataset, "__getitems__", None) if self._seed is None else None
+        if fetch_all is not None:
             self.current = first, indices
             return fetch_all(indices)
-        if self._generators is None:
-            self._generators = self._find_generators()
-        return [self._fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
+        fetch = self._fetch_once if self._seed is None else self._fetch
+        return [fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
 
     def pop_notes(self) -> list[str]:
         """Returns the warnings about samples since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
-    def _fetch_unseeded(self, first: int, indices: list[Any]) -> list[Any]:
-        samples = []
-        for ordinal, index in enumerate(indices, first):
-            self.current = ordinal, index
-            samples.append(self._dataset[index])
-        return samples
+    @functools.cached_property
+    def _generators(self) -> ObjectGenerators:
+        """The generators found last, first where they are used: a worker has its own copies of them."""
+        return self._find_generators()
 
     def _find_generators(self) -> ObjectGenerators:
         return ObjectGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
-        sample = self._fetch_seeded(ordinal, index)
-        assert self._generators is not None
+        sample = self._fetch_once(ordinal, index)
         self._num_fetched += 1
         # A new generator may escape the cheap checks, so everything is searched after 1, 2, 4, 8, ... samples.
         is_due = not self._num_fetched & (self._num_fetched - 1)
@@ -92,7 +84,7 @@ class SampleFetcher(Dataset[Any]):
         """
         with contextlib.suppress(Exception):  # a sample that can't be copied or fetched twice is not compared
             kept = copy.deepcopy(sample)  # the dataset may return the same array each time and write to it
-            again = self._fetch_seeded(ordinal, index)
+            again = self._fetch_once(ordinal, index)
             if not is_same(kept, again):
                 self._notes.append(
                     f"data.train ({self.dataset_name}): expected the same sample for the same index and seed, found "
@@ -104,13 +96,11 @@ class SampleFetcher(Dataset[Any]):
         return sample
 
     def _may_have_more(self) -> bool:
-        assert self._generators is not None
         return self._num_fruitless < _MAX_FRUITLESS and self._generators.may_have_more()
 
     def _search_generators(self, sample: Any, ordinal: int, index: Any) -> Any:
         """Searches for generators again; returns the sample, fetched again if there are new ones."""
         before = self._generators
-        assert before is not None
         is_changed = before.is_replaced() or before.may_have_more()
         self._generators = self._find_generators()
         known = {id(source) for source in before.sources}
@@ -131,20 +121,19 @@ class SampleFetcher(Dataset[Any]):
             self._notes += [
                 f"{path}: found after {self._num_fetched} samples; {effect}; {remedy}" for path in new_paths
             ]
-        again = self._fetch_seeded(ordinal, index)
+        again = self._fetch_once(ordinal, index)
         if self._generators.is_replaced():  # each sample creates its own, which only its own seed can determine
             if self._is_watched and not is_same(sample, again):
                 self._notes += [f"{path}: replaced in each sample, so that it can't be seeded" for path in new_paths]
             self._is_watched = False
         return again
 
-    def _fetch_seeded(self, ordinal: int, index: Any) -> Any:
-        assert self._seed is not None
-        assert self._generators is not None
+    def _fetch_once(self, ordinal: int, index: Any) -> Any:
         self.current = ordinal, index
-        seed = derive_seed(self._seed, ordinal)
-        seed_all(seed, _CPU)
-        self._generators.seed(seed)
+        if self._seed is not None:
+            seed = derive_seed(self._seed, ordinal)
+            seed_all(seed, _CPU)
+            self._generators.seed(seed)
         return self._dataset[index]
 
 

@@ -4,8 +4,6 @@ Works for any module, arguments and outputs. The technique is Unsloth's (https:/
 `recompute` recomputes, `offload` moves the inputs.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,11 +44,6 @@ class UnslothReport:
         """The bytes inside the blocks that autograd would have kept."""
         return sum(block.spared_bytes for block in self.blocks.values())
 
-    def forget_calls(self) -> None:
-        """Resets the count of calls."""
-        for block in self.blocks.values():
-            block.calls = 0
-
     def stop_counting(self) -> None:
         """Stops counting bytes, after a first forward."""
         for block in self.blocks.values():
@@ -87,7 +80,6 @@ class UnslothReport:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def undo(self) -> None:
-        """Makes every block what it was."""
         for module in self.modules.values():
             unwrap(module)
 
@@ -135,7 +127,8 @@ def apply(
     modules = _choose(model, include, exclude, every)
     engines: dict[torch.device, Offloader] = {}
     for name, module in modules.items():
-        device = _device_of(module, model)
+        tensors = itertools.chain(module.parameters(), module.buffers(), model.parameters())
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         if has_streams(device) and offload != "never" and device not in engines:
             engines[device] = Offloader(
                 CopyStreams(device, is_timed=offload == "auto"), is_auto=offload == "auto", min_bytes=min_bytes,
@@ -148,7 +141,6 @@ def apply(
 def _choose(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], every: int
 ) -> dict[str, nn.Module]:
-    """Returns the blocks by name, in the order of the model."""
     if is_compiled(model):
         raise ValueError("the model is compiled as a whole, and recomputed blocks break its graph: compile its blocks")
     found = {name: block for blocks in find_blocks(model, include).values() for name, block in blocks.items()}
@@ -163,8 +155,3 @@ def _choose(
     if compiled := [name for name, block in chosen.items() if is_compiled(block)]:
         raise ValueError(f"{compiled[0]}: it is compiled with its call; compile its forward, which is then recomputed")
     return {name: block for index, (name, block) in enumerate(chosen.items()) if index % every == 0}
-
-
-def _device_of(block: nn.Module, model: nn.Module) -> torch.device:
-    tensors = itertools.chain(block.parameters(), block.buffers(), model.parameters())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))

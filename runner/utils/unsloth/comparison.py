@@ -4,12 +4,10 @@ The sum of absolute values detects a change of magnitude. Sums with random weigh
 their signs or their positions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +37,8 @@ def tensors_of(output: Any, seen: frozenset[int] = frozenset()) -> Iterator[Tens
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    return tensor.is_floating_point() or tensor.is_complex()
+    is_strided = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    return is_strided and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _sums(tensor: Tensor) -> Tensor:
@@ -85,17 +82,15 @@ def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     return weights.to(device, dtype)
 
 
-def tolerance_of(tensors: Iterable[Tensor]) -> float:
+def tolerance_of(tensors: Sequence[Tensor]) -> float:
     """Returns the largest relative difference of projections that rounding can cause.
 
     It is relative to the 2-norm. A kernel that adds in a varying order rounds each element differently. The error is
     that of the coarsest dtype among the tensors and of autocast. Dtypes with fewer bits than bfloat16 are computed in
     more bits.
     """
-    devices, dtypes = set[str](), set[torch.dtype]()
-    for tensor in tensors:
-        devices.add(tensor.device.type)
-        dtypes.add(tensor.dtype)
+    devices = {tensor.device.type for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in tensors}
     supported = [device for device in devices if torch.amp.is_autocast_available(device)]
     dtypes |= {torch.get_autocast_dtype(device) for device in supported if torch.is_autocast_enabled(device)}
     inexact = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
@@ -117,7 +112,6 @@ def is_close(sums: Tensor, others: Tensor, tolerance: float) -> bool:
         return size == other_size or (math.isnan(size) and math.isnan(other_size))
     if abs(size - other_size) > rtol * abs(other_size) or not math.isfinite(other_size):
         return False
-    if not math.isfinite(norm):  # the sum of squares overflows
-        return True
     pairs = zip(projections, other_projections, strict=True)
-    return all(abs(one - other) <= tolerance * norm for one, other in pairs)
+    # The norm is not finite if the sum of squares overflows.
+    return not math.isfinite(norm) or all(abs(one - other) <= tolerance * norm for one, other in pairs)

@@ -4,8 +4,6 @@ Torch's checkpoint ends a recomputation when the last tensor is passed to autogr
 tensor before its kernel fills it, as `rrelu` does with its noise: backward would then read uninitialized memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Torch's checkpoint needs such a function.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +48,6 @@ class FlatCall:
 
     @property
     def generators(self) -> list[Generator]:
-        """The random generators among the arguments."""
         return [] if self._keywords is not None else find_generators(self._leaves)
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -76,11 +73,10 @@ class FlatCall:
         first_index: dict[int, int] = {}
         for tensor, index in zip(tensors, indices, strict=True):
             first_index.setdefault(id(tensor), index)
-        by_index = dict(zip(indices, tensors, strict=True))
-        firsts = {index: first_index[id(tensor)] for index, tensor in by_index.items()}
-        self._duplicates = [(index, first) for index, first in firsts.items() if index != first]
-        unique = [index for index, first in firsts.items() if index == first]
-        return [by_index[index] for index in unique], unique
+        firsts = [first_index[id(tensor)] for tensor in tensors]
+        self._duplicates = [(index, first) for index, first in zip(indices, firsts, strict=True) if index != first]
+        by_id = {id(tensor): tensor for tensor in tensors}  # in the order of the first occurrences
+        return list(by_id.values()), list(first_index.values())
 
     def _recompute(self, tensors: Sequence[Tensor]) -> Any:
         leaves = list(self._leaves)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from runner.utils.unsloth.pinned_memory import PinnedBuffer, PinnedBufferPool
-from runner.utils.unsloth.streams import Transport
+from runner.utils.unsloth.streams import CopyStreams
 
 
 class _Prefetched(NamedTuple):
@@ -50,33 +50,27 @@ class OffloadedTensor:
         previous: the tensor packed before this one, which backward needs next.
     """
 
-    def __init__(self, source: Tensor, transport: Transport, timer: TransferTimer | None) -> None:
-        self._transport = transport
+    prefetched: _Prefetched | None = None  # of the class: `__del__` also runs where construction failed
+
+    def __init__(self, source: Tensor, streams: CopyStreams, timer: TransferTimer | None) -> None:
+        self._streams = streams
         self.source: Tensor | None = source
         self.source_ref = weakref.ref(source)
         self.version = source._version
         self.shape, self.stride, self.dtype, self.num_bytes = source.shape, source.stride(), source.dtype, source.nbytes
-        self.ready = transport.record_event()
-        self.stream = transport.current_stream()
+        self.ready = streams.record_event()
+        self.stream = streams.current_stream()
         self.timer = timer
         self.buffer: PinnedBuffer | None = None
         self.is_changed = False
         self.was_unpacked = False
-        self.prefetched: _Prefetched | None = None
         self.restored: tuple[weakref.ref[Tensor], Any, Any] | None = None
         self.previous: weakref.ref[OffloadedTensor] | None = None
 
-    def release_source(self) -> None:
-        """Drops the source on the device; call it when the copy on the host is complete."""
-        if self.source is not None:
-            self.is_changed |= self.source._version != self.version
-            self.source = None
-
     def __del__(self) -> None:
         # A prefetched tensor that was never used: computation may reuse its memory only after the copy into it.
-        prefetched: _Prefetched | None = getattr(self, "prefetched", None)
-        if prefetched is not None:
-            self._transport.wait_event(prefetched.arrived, prefetched.stream)
+        if self.prefetched is not None:
+            self._streams.wait_event(self.prefetched.arrived, self.prefetched.stream)
 
 
 class TransferTimer:
@@ -93,8 +87,8 @@ class TransferTimer:
 
     _MIN_CALLS, _MAX_CALLS = 3, 10
 
-    def __init__(self, transport: Transport, is_auto: bool) -> None:
-        self._transport, self.is_measuring = transport, is_auto
+    def __init__(self, streams: CopyStreams, is_auto: bool) -> None:
+        self._streams, self.is_measuring = streams, is_auto
         self.is_worth_it = True
         self.moved_bytes = self.stalls = 0
         # Of each call: the spans (begin and end event) of its forward, and those of its copies.
@@ -109,12 +103,11 @@ class TransferTimer:
             return None
         self._decide()
         self._calls.append(([], []))
-        return self._transport.record_event()
+        return self._streams.record_event()
 
     def stop(self, started: Any) -> None:
-        """Ends a forward of the block."""
         if started is not None and self._calls:
-            self._calls[-1][0].append((started, self._transport.record_event()))
+            self._calls[-1][0].append((started, self._streams.record_event()))
 
     def add_copy(self, num_bytes: int, begin: Any, end: Any) -> None:
         """Counts a copy to the host, between two events."""
@@ -138,10 +131,10 @@ class TransferTimer:
             self.is_measuring, self._calls = False, []
 
     def _is_done(self, span: tuple[Any, Any]) -> bool:
-        return self._transport.is_done(span[1])
+        return self._streams.is_done(span[1])
 
     def _seconds(self, spans: list[tuple[Any, Any]]) -> float:
-        return sum(self._transport.elapsed_s(begin, end) for begin, end in spans)
+        return sum(self._streams.elapsed_s(begin, end) for begin, end in spans)
 
 
 class _Copy(NamedTuple):
@@ -169,7 +162,7 @@ class Offloader:
 
     def __init__(
         self,
-        transport: Transport,
+        streams: CopyStreams,
         *,
         is_auto: bool = False,
         min_bytes: int = 1 << 20,
@@ -178,26 +171,26 @@ class Offloader:
         prefetch: int = 1,
         host_limit: int | None = None,
     ) -> None:
-        self.transport, self.is_auto = transport, is_auto
+        self.streams, self.is_auto = streams, is_auto
         self.min_bytes, self.keep_last, self.in_flight, self.prefetch = min_bytes, keep_last, in_flight, prefetch
-        self.pool = PinnedBufferPool(transport, host_limit)
+        self.pool = PinnedBufferPool(streams, host_limit)
         self._newest: deque[weakref.ref[OffloadedTensor]] = deque()  # not offloaded yet
         self._copies: deque[_Copy] = deque()
         self._by_tensor_id: weakref.WeakValueDictionary[int, OffloadedTensor] = weakref.WeakValueDictionary()
         self._last_packed: weakref.ref[OffloadedTensor] | None = None
         self._lock = threading.RLock()  # backward runs in a thread of its own
         self._has_warned = False
-        self._stream = transport.current_stream()
+        self._stream = streams.current_stream()
         self._has_one_stream = True  # every block ran on `_stream`
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, RuntimeError):  # construction failed, or the device is gone
             for copy in self._copies:  # its source and buffer are freed now
-                self.transport.synchronize(copy.end)
+                self.streams.synchronize(copy.end)
 
     def timer(self) -> TransferTimer:
         """Returns a timer for one block, to be passed to `pack` with the block's inputs."""
-        return TransferTimer(self.transport, self.is_auto)
+        return TransferTimer(self.streams, self.is_auto)
 
     def pack(self, tensor: Tensor, timer: TransferTimer | None = None) -> Any:
         """Returns the object that autograd saves instead of a tensor."""
@@ -209,7 +202,7 @@ class Offloader:
             # The same tensor is the input of several blocks; an id alone could be that of a freed tensor.
             if handle is not None and handle.source_ref() is tensor and handle.version == tensor._version:
                 return handle
-            handle = OffloadedTensor(tensor, self.transport, timer)
+            handle = OffloadedTensor(tensor, self.streams, timer)
             self._has_one_stream = self._has_one_stream and handle.stream == self._stream
             self._by_tensor_id[id(tensor)] = handle
             handle.previous, self._last_packed = self._last_packed, weakref.ref(handle)
@@ -225,11 +218,11 @@ class Offloader:
             type(tensor) is Tensor
             and tensor.requires_grad
             and not tensor.is_leaf
-            and tensor.device == self.transport.device
+            and tensor.device == self.streams.device
             and tensor.layout is torch.strided
             and tensor.nbytes >= max(self.min_bytes, 1)
             and _is_dense(tensor)
-            and not self.transport.is_capturing()
+            and not self.streams.is_capturing()
         )
 
     def _offload(self, handle: OffloadedTensor) -> None:
@@ -239,28 +232,30 @@ class Offloader:
             return
         assert handle.source is not None
         after = [handle.ready, *buffer.pending_events]
-        begin, end = self.transport.copy_to_host(handle.source, _view_as(buffer, handle), after)
+        begin, end = self.streams.copy_to_host(handle.source, _view_as(buffer, handle), after)
         buffer.pending_events[:] = [end]
         # With several compute streams, the stream that owns the source may not be the one that waits for the copy.
         if not self._has_one_stream:
-            self.transport.record_copy_stream(handle.source)
+            self.streams.record_copy_stream(handle.source)
         handle.buffer = buffer
         if handle.timer is not None:
             handle.timer.add_copy(handle.num_bytes, begin, end)
         self._copies.append(_Copy(end, handle.stream, handle.source, weakref.ref(handle)))
         while len(self._copies) > self.in_flight:
             # Later computation may reuse the source's memory: it has to wait for the copy.
-            self.transport.wait_event(self._copies[0].end, self._copies[0].stream)
+            self.streams.wait_event(self._copies[0].end, self._copies[0].stream)
             self._release_oldest()
 
     def _release_copied(self) -> None:
-        """Drops the sources whose copies are done."""
-        while self._copies and self.transport.is_done(self._copies[0].end):
+        while self._copies and self.streams.is_done(self._copies[0].end):
             self._release_oldest()
 
     def _release_oldest(self) -> None:
-        if (handle := self._copies.popleft().handle()) is not None:
-            handle.release_source()
+        """Drops the source on the device of the oldest copy, which is complete or waited for."""
+        handle = self._copies.popleft().handle()
+        if handle is not None and handle.source is not None:
+            handle.is_changed |= handle.source._version != handle.version
+            handle.source = None
 
     def unpack(self, packed: Any) -> Tensor:
         """Returns the tensor that was packed.
@@ -300,18 +295,18 @@ class Offloader:
         return self._use(prefetched)
 
     def _use(self, prefetched: _Prefetched) -> Tensor:
-        self.transport.wait_event(prefetched.arrived, self.transport.current_stream())
-        self.transport.record_stream(prefetched.tensor, prefetched.stream)
+        self.streams.wait_event(prefetched.arrived, self.streams.current_stream())
+        self.streams.record_stream(prefetched.tensor, prefetched.stream)
         return prefetched.tensor
 
     def _prefetch(self, handle: OffloadedTensor) -> _Prefetched:
         assert handle.buffer is not None
-        target = torch.empty_strided(handle.shape, handle.stride, dtype=handle.dtype, device=self.transport.device)
+        target = torch.empty_strided(handle.shape, handle.stride, dtype=handle.dtype, device=self.streams.device)
         # The event after which the target's memory is no longer used by earlier computation.
-        after = [self.transport.record_event(), *handle.buffer.pending_events]
-        arrived = self.transport.copy_to_device(_view_as(handle.buffer, handle), target, after)
+        after = [self.streams.record_event(), *handle.buffer.pending_events]
+        arrived = self.streams.copy_to_device(_view_as(handle.buffer, handle), target, after)
         handle.buffer.pending_events[1:] = [arrived]
-        return _Prefetched(target, arrived, self.transport.current_stream())
+        return _Prefetched(target, arrived, self.streams.current_stream())
 
     def _prefetch_before(self, handle: OffloadedTensor) -> None:
         """Prefetches the tensors packed before this one.
@@ -339,9 +334,7 @@ class Offloader:
 
 
 def _view_as(pinned: PinnedBuffer, handle: OffloadedTensor) -> Tensor:
-    """Returns a buffer as a tensor with the handle's dtype, shape and strides."""
-    flat = pinned.buffer[: handle.num_bytes].view(handle.dtype)
-    return flat.as_strided(handle.shape, handle.stride)
+    return pinned.buffer[: handle.num_bytes].view(handle.dtype).as_strided(handle.shape, handle.stride)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from runner.utils.unsloth.streams import Transport
+from runner.utils.unsloth.streams import CopyStreams
 
 
 class PinnedBuffer:
@@ -38,8 +38,8 @@ class PinnedBufferPool:
         limit_bytes: of all buffers together; None is no limit.
     """
 
-    def __init__(self, transport: Transport, limit_bytes: int | None) -> None:
-        self._transport, self._limit_bytes = transport, limit_bytes
+    def __init__(self, streams: CopyStreams, limit_bytes: int | None) -> None:
+        self._streams, self._limit_bytes = streams, limit_bytes
         self._free: list[tuple[Tensor, list[Any]]] = []  # buffer, pending events
         self.held_bytes = self.peak_bytes = 0
         # A garbage collection may release a buffer in any thread, and in the middle of `acquire`: hence reentrant.
@@ -49,7 +49,7 @@ class PinnedBufferPool:
         with contextlib.suppress(RuntimeError):  # the device is gone
             for _, pending_events in self._free:  # a copy may still read or write the memory that is freed now
                 for event in pending_events:
-                    self._transport.synchronize(event)
+                    self._streams.synchronize(event)
 
     def acquire(self, num_bytes: int) -> PinnedBuffer | None:
         """Returns a buffer of that size or up to an eighth more.
@@ -68,7 +68,7 @@ class PinnedBufferPool:
             if self._limit_bytes is not None and self.held_bytes + size > self._limit_bytes:
                 return None
             try:
-                buffer = self._transport.allocate(size)
+                buffer = self._streams.allocate(size)
             except RuntimeError:  # the host can't lock more memory: the same as a limit
                 return None
             self.held_bytes += size
@@ -82,7 +82,7 @@ class PinnedBufferPool:
         for buffer, pending_events in self._free:
             is_over_limit = self._limit_bytes is not None and self.held_bytes + size > self._limit_bytes
             is_wanted = not is_over_limit and unused_bytes <= self.held_bytes / 2
-            if is_wanted or not all(map(self._transport.is_done, pending_events)):
+            if is_wanted or not all(map(self._streams.is_done, pending_events)):
                 kept.append((buffer, pending_events))
             else:
                 self.held_bytes -= buffer.numel()

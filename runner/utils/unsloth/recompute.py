@@ -12,7 +12,7 @@ import copy
 import functools
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,6 @@ class RecomputedBlock(Unsearched):
         return True
 
     def count_inputs(self, tensors: Sequence[Tensor]) -> None:
-        """Counts the bytes of a forward's inputs that are kept for backward."""
         for tensor in tensors:
             if tensor.requires_grad and not tensor.is_leaf and (found := memory_range(tensor)) is not None:
                 self.input_addresses.add(found[0])
@@ -106,52 +105,41 @@ class RecomputedBlock(Unsearched):
             vars(copied)[key] = value if key in ("offloader", "timer") else copy.deepcopy(value, memo)
         return copied
 
-    def context(self) -> Any:
-        """Returns the context that a forward runs in."""
+    def context(self) -> contextlib.AbstractContextManager[None]:
         is_observed = self.is_counting or (self.timer is not None and self.timer.is_measuring)
-        return _ForwardObserver(self) if is_observed else _NULL_CONTEXT
+        return self._observe() if is_observed else _NULL_CONTEXT
 
+    @contextlib.contextmanager
+    def _observe(self) -> Iterator[None]:
+        """Times a forward and counts the bytes that checkpointing saves.
 
-class _ForwardObserver:
-    """A context that times a forward and counts the bytes that checkpointing saves.
+        In a checkpointed forward, autograd passes each tensor to the hooks of torch's checkpoint, which keep none. A
+        counting hook is put in front of these.
+        """
+        started = None if self.timer is None else self.timer.start()
+        hooks = current_hooks() if self.is_counting else None
+        try:
+            with _NULL_CONTEXT if hooks is None else saved_tensors_hooks(self._counting(hooks[0]), hooks[1]):
+                yield
+        finally:
+            if self.timer is not None:
+                self.timer.stop(started)
 
-    In a checkpointed forward, autograd passes each tensor to the hooks of torch's checkpoint, which keep none. The
-    observer puts a counting hook in front of these.
-    """
-
-    def __init__(self, block: RecomputedBlock) -> None:
-        self._block = block
-        self._storages = dict[int, StorageWeakRef]()  # by address
-        self._hooks: Any = None
-        self._started: Any = None
-
-    def __enter__(self) -> None:
-        if self._block.timer is not None:
-            self._started = self._block.timer.start()
-        hooks = current_hooks() if self._block.is_counting else None
-        if hooks is None:
-            return
-        pack, unpack = hooks
+    def _counting(self, pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """Returns a pack hook that also adds the bytes of each tensor's memory to `spared_bytes`, once."""
+        storages = dict[int, StorageWeakRef]()  # by address
 
         def count(tensor: Tensor) -> Any:
             found = memory_range(tensor)
             if found is not None and not (tensor.is_leaf and tensor.requires_grad):  # a parameter is kept anyway
                 address, num_bytes = found
                 # Checkpoint frees the storage, so another may be at its address.
-                if address not in self._storages or self._storages[address].expired():
-                    self._storages[address] = StorageWeakRef(tensor.untyped_storage())
-                    self._block.spared_bytes += num_bytes
+                if address not in storages or storages[address].expired():
+                    storages[address] = StorageWeakRef(tensor.untyped_storage())
+                    self.spared_bytes += num_bytes
             return pack(tensor)
 
-        self._hooks = saved_tensors_hooks(count, unpack)
-        self._hooks.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        if self._hooks is not None:
-            self._hooks.__exit__(*error)
-            self._hooks = None  # breaks a reference cycle
-        if self._block.timer is not None:
-            self._block.timer.stop(self._started)
+        return count
 
 
 class _VerifiedCall:
@@ -212,8 +200,7 @@ def wrap(module: nn.Module, offloader: Offloader | None = None, name: str = "blo
             f"{name}: it is compiled with its call, and recomputation would stand inside: compile its forward"
         )
     _refuse_cudnn_dropout(module, name)
-    original = module.__dict__.get("forward")
-    if original is not None:
+    if (original := module.__dict__.get("forward")) is not None:
         module.__dict__[_ORIGINAL_FORWARD_KEY] = original
     module.__dict__[_BLOCK_KEY] = RecomputedBlock(module, name, offloader)
     forward = _make_forward(type(module).forward if original is None else original)
@@ -226,9 +213,8 @@ def _refuse_cudnn_dropout(module: nn.Module, name: str) -> None:
     cuDNN keeps its own random state on the device: a recomputation would drop other elements than the forward.
     """
     for key, part in module.named_modules():
-        if not isinstance(part, nn.RNNBase) or not part.dropout or part.num_layers == 1:
-            continue
-        if torch.backends.cudnn.enabled and next(part.parameters()).is_cuda:
+        has_dropout = isinstance(part, nn.RNNBase) and part.dropout and part.num_layers > 1
+        if has_dropout and torch.backends.cudnn.enabled and next(part.parameters()).is_cuda:
             path = f"{name}.{key}" if key else name
             raise ValueError(
                 f"{path}: cuDNN draws the dropout of this {type(part).__name__} from a state that can't be replayed, "
@@ -308,11 +294,8 @@ def _recomputed_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[s
         finally:
             del error
     replay.end_forward()
-    if (
-        buffer_versions
-        and block.forward_state.find_changed_buffers(buffer_versions)
-        and isinstance(function, _VerifiedCall)
-    ):
+    is_changed = buffer_versions and block.forward_state.find_changed_buffers(buffer_versions)
+    if is_changed and isinstance(function, _VerifiedCall):
         function.is_comparable = False
     if input_versions != [tensor._version for tensor in tensors]:
         raise RuntimeError(
@@ -341,5 +324,4 @@ def is_compiled(module: nn.Module) -> bool:
 
 def block_of(module: nn.Module) -> RecomputedBlock:
     """Returns the state of a wrapped module."""
-    block: RecomputedBlock = module.__dict__[_BLOCK_KEY]
-    return block
+    return module.__dict__[_BLOCK_KEY]

@@ -21,12 +21,7 @@ from runner.utils.distributed.memory import memory_range
 from runner.utils.modules.generators import ObjectGenerators, Unsearched
 from runner.utils.unsloth.early_stop import stop_safely
 from runner.utils.unsloth.flat_call import FlatCall
-from runner.utils.unsloth.rng_state import (
-    get_global_states,
-    get_state,
-    set_global_states,
-    set_state,
-)
+from runner.utils.unsloth.rng_state import get_global_states, get_state, set_global_states, set_state
 
 _ENABLE = (
     torch.backends.cuda.enable_flash_sdp,
@@ -34,8 +29,6 @@ _ENABLE = (
     torch.backends.cuda.enable_math_sdp,
     torch.backends.cuda.enable_cudnn_sdp,
 )
-
-
 _ABSENT: Any = type("_Absent", (), {})()
 _SIMPLE = {int, float, bool, str, type(None), type(_ABSENT)}
 _Attribute = tuple[dict[str, Any], str, Any]  # the `__dict__` of an object, an attribute's name, and its value
@@ -78,8 +71,7 @@ class ReplayForwardState:
         self._generators = [(generator, get_state(generator)) for generator in generators]
         self._buffers = [(owner, name, buffer.clone()) for owner, name, buffer in forward_state.changing_buffers()]
         self._attributes_before = forward_state.attributes() if is_verifying else None
-        has_counts = bool(forward_state.counting) and not is_verifying
-        self._attributes = forward_state.counts() if has_counts else []
+        self._attributes = [] if is_verifying else forward_state.counts()
         self._parameters = forward_state.parameters()
         self._versions = _versions(self._parameters)
         self._addresses = [None if p is None else memory_range(p) for p in self._parameters] if is_verifying else None
@@ -279,16 +271,13 @@ class ForwardState(Unsearched):
     def find_new_attributes(self) -> list[_Attribute]:
         """Returns attributes that the forward has made, with their values before it."""
         held = self._held
-        if held is None or not self._searches_left or not held.may_have_more():
-            return []
-        return held.find_new(_ABSENT)
+        return held.find_new(_ABSENT) if held and self._searches_left and held.may_have_more() else []
 
     def parameters(self) -> list[Tensor | None]:
         """Returns the current parameters, in the order of `parameter_names`."""
         return [part._parameters.get(name) for part, name in self.parameter_names]
 
     def attributes(self) -> list[dict[str, Any]]:
-        """Returns a copy of the `__dict__` of each part."""
         return [dict(vars(part)) for _, part in self.parts]
 
     def find_changed_attributes(self, before: list[dict[str, Any]]) -> list[_Attribute]:
@@ -304,11 +293,10 @@ class ForwardState(Unsearched):
             now = vars(part)
             for key in {**old, **now}:
                 value = old.get(key, _ABSENT)
-                if value is now.get(key, _ABSENT) or type(value) not in _SIMPLE or key == "training":
-                    continue
-                changed.append((now, key, value))
-                if not any(part is owner and key == name for owner, name in self.counting):
-                    self.counting.append((part, key))
+                if value is not now.get(key, _ABSENT) and type(value) in _SIMPLE and key != "training":
+                    changed.append((now, key, value))
+                    if not any(part is owner and key == name for owner, name in self.counting):
+                        self.counting.append((part, key))
         return changed
 
     def counts(self) -> list[_Attribute]:
@@ -320,7 +308,6 @@ class ForwardState(Unsearched):
         return [(table, key, value) for table, key, value in attributes if type(value) in _SIMPLE]
 
     def modes(self) -> list[bool]:
-        """Returns for each part whether it is in training mode."""
         return [part.training for _, part in self.parts]
 
     def changing_buffers(self) -> list[tuple[nn.Module, str, Tensor]]:

@@ -7,8 +7,6 @@ store it in the expected layout, it is read as 2500 bytes from memory, and only 
 changed: each draw moves the position in the key or makes another key. It is only written by the official functions.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import pickle
@@ -22,6 +20,10 @@ import numpy as np
 import torch
 
 Generator = torch.Generator | random.Random | np.random.Generator | np.random.RandomState | np.random.BitGenerator
+# The global generators. NumPy's may be given another bit generator, which the function returns.
+_PYTHON: random.Random = random.random.__self__  # type: ignore[attr-defined]
+_NUMPY: np.random.RandomState = np.random.random.__self__  # type: ignore[attr-defined]
+_bit_generator = np.random.mtrand.get_bit_generator
 _METHODS = (types.MethodType, types.BuiltinMethodType)
 _WORDS = struct.Struct("=625I")  # the state of a Mersenne twister: a key of 624 words, and a position in it
 _STAMP_SIZE = 20  # bytes: the position, and four words of the key
@@ -33,7 +35,7 @@ def find_generators(values: Iterable[Any]) -> list[Generator]:
 
     A bound method counts as its object. Global generators are left out.
     """
-    seen = {id(torch.default_generator), id(_python_generator()), id(_numpy_generator())}
+    seen = {id(torch.default_generator), id(_PYTHON), id(_NUMPY)}
     generators: list[Generator] = []
     pending = list(values)
     while pending:
@@ -90,24 +92,9 @@ def set_global_states(states: tuple[Any, Any]) -> None:
     _numpy_state(_bit_generator()).set(states[1])
 
 
-def _python_generator() -> random.Random:
-    generator: random.Random = random.random.__self__  # type: ignore[attr-defined]
-    return generator
-
-
-def _numpy_generator() -> np.random.RandomState:
-    generator: np.random.RandomState = np.random.random.__self__  # type: ignore[attr-defined]
-    return generator
-
-
-_bit_generator = np.random.mtrand.get_bit_generator  # returns that of NumPy's global generator
-
-
 class _PythonState:
-    """Reads and writes the state of Python's global generator."""
-
     def __init__(self) -> None:
-        self._generator: Any = _python_generator()
+        self._generator: Any = _PYTHON
         self._raw: Any = None  # the position, then the key
         self._latest: tuple[Any, Any] = (None, None)  # stamp and state of the last read
         base = type(self._generator).__base__
@@ -148,7 +135,7 @@ class _NumpyState:
     """
 
     def __init__(self, bits: Any) -> None:
-        self._generator, self._bits = _numpy_generator(), bits
+        self._generator, self._bits = _NUMPY, bits
         self._raw: Any = None  # the key, then the position
         self._latest: tuple[Any, Any] = (None, None)  # stamp and state of the last read
         offset = _find_normal_offset()

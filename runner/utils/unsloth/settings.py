@@ -1,7 +1,5 @@
 """The allowed values of the settings of recomputed blocks; without torch, so that a config is checked early."""
 
-from __future__ import annotations
-
 from runner.utils.utils import check_choice
 
 OFFLOADS = ("auto", "always", "never")
@@ -15,9 +13,10 @@ def check_settings(offload: str = "auto", **numbers: int | None) -> None:
         ValueError: an unknown `offload`, or numbers out of range.
     """
     check_choice("offload", offload, OFFLOADS)
-    wrong = []
-    for name, value in numbers.items():
-        if value is not None and value < _LEAST[name]:
-            wrong.append(f"{name}={value}: expected {_LEAST[name]} or more")
+    wrong = [
+        f"{name}={value}: expected {_LEAST[name]} or more"
+        for name, value in numbers.items()
+        if value is not None and value < _LEAST[name]
+    ]
     if wrong:
         raise ValueError("; ".join(wrong))

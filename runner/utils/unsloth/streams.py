@@ -1,11 +1,9 @@
 """Copies between an accelerator and host memory on streams beside computation."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,62 +12,11 @@ _PAGE_BYTES = 4096
 _CUDA_HOST_REGISTER_PORTABLE = 1
 
 
-class Transport(Protocol):
-    """The operations of a device that an `Offloader` needs.
-
-    It has a compute stream, copies beside it, and events. An event is done when the device has completed all work
-    that was queued on its stream before. Streams and events are opaque to the caller.
-    """
-
-    device: torch.device
-
-    def record_event(self) -> Any:
-        """Returns an event at the current end of the compute stream."""
-
-    def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
-        """Queues a copy to the host that begins after the events.
-
-        Returns events of its begin and end.
-        """
-
-    def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
-        """Queues a copy to the device that begins after the events.
-
-        Returns the event of its end.
-        """
-
-    def current_stream(self) -> Any:
-        """Returns the current compute stream, which owns the memory that is allocated now."""
-
-    def wait_event(self, event: Any, stream: Any) -> None:
-        """Queues a wait for an event on a stream, without blocking the host."""
-
-    def record_stream(self, tensor: Tensor, owner: Any) -> None:
-        """Tells the allocator that the current stream uses a tensor of stream `owner`."""
-
-    def record_copy_stream(self, source: Tensor) -> None:
-        """Tells the allocator to keep a source's memory until its copy is done."""
-
-    def synchronize(self, event: Any) -> None:
-        """Blocks the host until an event is done."""
-
-    def is_done(self, event: Any) -> bool:
-        """Returns whether an event is done."""
-
-    def elapsed_s(self, begin: Any, end: Any) -> float:
-        """Returns the seconds between two events that are done."""
-
-    def allocate(self, num_bytes: int) -> Tensor:
-        """Returns pinned host memory, uint8 [num_bytes]."""
-
-    def is_capturing(self) -> bool:
-        """Returns whether a CUDA graph is being captured: nothing may be moved then."""
-
-
 class CopyStreams:
-    """The `Transport` of an accelerator, with one copy stream for each direction.
+    """The compute stream of an accelerator, events on it, and one copy stream for each direction.
 
-    The compute stream is the stream that is current at each call, not the one at construction.
+    The compute stream is the stream that is current at each call, not the one at construction. An event is done when
+    the device has completed all work that was queued on its stream before.
 
     Args:
         is_timed: events also record the time, which costs a little more.
@@ -83,6 +30,7 @@ class CopyStreams:
         self._is_timed = is_timed
 
     def record_event(self) -> Any:
+        """Returns an event at the current end of the compute stream."""
         return self._record(self.current_stream())
 
     def _record(self, stream: Any) -> Any:
@@ -91,9 +39,11 @@ class CopyStreams:
         return event
 
     def copy_to_host(self, source: Tensor, buffer: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
+        """Queues a copy to the host after events; returns the events of its begin and end."""
         return self._copy(self._to_host_stream, source, buffer, after)
 
     def copy_to_device(self, buffer: Tensor, target: Tensor, after: Sequence[Any]) -> Any:
+        """Queues a copy to the device after events; returns the event of its end."""
         return self._copy(self._to_device_stream, buffer, target, after)[1]
 
     def _copy(self, stream: Any, source: Tensor, target: Tensor, after: Sequence[Any]) -> tuple[Any, Any]:
@@ -105,10 +55,11 @@ class CopyStreams:
         return begin, self._record(stream)
 
     def current_stream(self) -> Any:
-        """Returns the current compute stream."""
+        """Returns the current compute stream, which owns the memory that is allocated now."""
         return self._module.current_stream(self.device)
 
     def wait_event(self, event: Any, stream: Any) -> None:
+        """Queues a wait for an event on a stream, without blocking the host."""
         stream.wait_event(event)
 
     def record_stream(self, tensor: Tensor, owner: Any) -> None:
@@ -125,6 +76,7 @@ class CopyStreams:
         source.record_stream(self._to_host_stream)
 
     def synchronize(self, event: Any) -> None:
+        """Blocks the host until an event is done."""
         event.synchronize()
 
     def is_done(self, event: Any) -> bool:

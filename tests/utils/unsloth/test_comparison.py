@@ -26,7 +26,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.com
 
 
 def is_same(one: Any, other: Any) -> bool:
-    tolerance = tolerance_of(tensors_of(one))
+    tolerance = tolerance_of([*tensors_of(one)])
     return all(is_close(*pair, tolerance) for pair in zip(sums_of(one), sums_of(other), strict=True))
 
 
