@@ -64,6 +64,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "feeder": None,
     "report": None,
 }
+_PATTERN_REMEDY = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
 _LARGEST_SEED = 2**63 - 1
 _AT_LEAST = {
     "seed": 0,
@@ -100,17 +101,19 @@ def check(cfg: DictConfig) -> ExperimentSpec:
     if absent := _absent_keys(cfg):
         raise ConfigError("\n".join(absent))
     check_expansion(cfg)
+    resolved = _resolve(cfg)
     unresolved = OmegaConf.to_container(cfg, resolve=False)
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved), *_range_mistakes(cfg)]
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
+    mistakes += _engine_mistakes(cfg)
     if not mistakes:
-        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(cfg)
-        mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
-    mistakes += _text_mistakes(cfg) + _engine_mistakes(cfg)
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
+        mistakes += _pattern_mistakes(resolved) + _stdin_mistakes(cfg)
+    mistakes += _text_mistakes(cfg)
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
-    return to_spec(cfg)
+    return ExperimentSpec.from_plain(optimizations.expand(resolved))
 
 
 def _range_mistakes(cfg: DictConfig) -> list[str]:
@@ -222,18 +225,10 @@ def _stdin_mistakes(cfg: DictConfig) -> list[str]:
     return [] if is_known else [f"tracking.stdin={stdin}: expected auto, true or false"]
 
 
-def _pattern_mistakes(cfg: DictConfig) -> list[str]:
-    if OmegaConf.select(cfg, "pattern") is None:
-        return []
-    remedy = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
-    try:
-        plain = to_plain(cfg)
-    except InterpolationKeyError as error:
-        if "pattern.num_codebooks" not in str(error.full_key):
-            raise
-        return [f"pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... ({remedy})"]
-    pattern = plain.pop("pattern")
-    return [] if _contains(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
+def _pattern_mistakes(resolved: dict[str, Any]) -> list[str]:
+    pattern = resolved.get("pattern")
+    is_taken = pattern is None or _contains({**resolved, "pattern": None}, pattern)
+    return [] if is_taken else [f"pattern: nothing takes it; {_PATTERN_REMEDY}"]
 
 
 def _contains(node: Any, wanted: Any) -> bool:
@@ -290,10 +285,19 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: its interpolations expand beyond the limit.
     """
     check_expansion(cfg)
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
+    return optimizations.expand(_resolve(cfg))
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except InterpolationKeyError as error:
+        if error.full_key != "pattern.num_codebooks":
+            raise
+        remedy = f"set pattern.num_codebooks=... ({_PATTERN_REMEDY})"
+        raise ConfigError(f"{error.full_key}: this data does not tell it; {remedy}") from error
     deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
-    return optimizations.expand(update_paths({str(key): value for key, value in plain.items()}) | deleted)
+    return dict(update_paths(plain)) | deleted
 
 
 def to_json(plain: Any) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-
 # Arithmetic of forward and backward; weights stay fp32.
 Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
 # Reaction to a step whose loss or gradients are not finite.

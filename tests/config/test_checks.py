@@ -44,12 +44,18 @@ def told(*overrides):
         ("name=a/b", "name='a/b': expected letters"),
         ("trainer.accumulate=5", "data.batch_size=12: expected a multiple of trainer.accumulate=5"),
         ("data.eval=null", "trainer.eval_every=100: data.eval has no dataset"),
+        ("+engines.a=3", "engines.a: expected a mapping of model, optimizer, "),
+        (
+            "pattern=delayed",
+            "pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... (a model",
+        ),
+        ("pattern=delayed pattern.num_codebooks=2", "pattern: nothing takes it; a model takes it by an argument"),
         ("trainer.steps=???", "Missing mandatory value: trainer.steps"),
         ("trainer.clip_norm=???", "trainer.clip_norm: has no value"),
     ],
 )
 def test_a_mistake_is_told_in_one_message_that_names_the_key(override, expected):
-    assert expected in told(override)
+    assert expected in told(*override.split())
 
 
 @pytest.mark.parametrize(
