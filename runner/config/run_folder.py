@@ -79,14 +79,6 @@ def _is_step(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}", name) is not None
 
 
-def is_file(path: Path) -> bool:
-    """Returns whether a path is a file, such as an export; False if it can't be read."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
 def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
     """Creates a new run's folder; returns it, and whether it was not there before.
 
@@ -386,9 +378,8 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
 
 def to_unresolved(cfg: DictConfig) -> dict[str, Any]:
     """Returns a config as plain values, with its interpolations as they are."""
-    content = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    content: Any = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+    return dict(content)
 
 
 def set_value(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
@@ -475,8 +466,6 @@ def is_crashed(record: Mapping[str, Any]) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # the process is another user's
-        pass
+    except OSError as error:  # also of a process of another user
+        return isinstance(error, ProcessLookupError)
     return False
