@@ -21,6 +21,7 @@ from runner.config import optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size
+from runner.config.diff import get_value
 from runner.config.errors import INSTANTIATED_KEYS, ConfigError, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
@@ -200,9 +201,7 @@ def _engines_of(cfg: DictConfig) -> dict[str, Any]:
 def _unbuildable(plain: Any) -> Iterator[str]:
     """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is built."""
     for key in INSTANTIATED_KEYS:
-        node = plain
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+        node = get_value(plain, key.split("."), None)
         is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
         is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # `targets` reports a list
         if not is_open and not is_several:
@@ -269,11 +268,6 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
         found = f"distributed.rdzv_endpoint={cfg.rdzv_endpoint} with nnodes={cfg.nnodes}"
         mistakes.append(f"{found}: expected host:port of one of the machines, the same on all")
     return mistakes
-
-
-def to_spec(cfg: DictConfig) -> ExperimentSpec:
-    """Returns the specification of the experiment that a checked config describes."""
-    return ExperimentSpec.from_plain(to_plain(cfg))
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:

@@ -164,10 +164,9 @@ def format_error(error: BaseException) -> str | None:
         )
     if isinstance(error, RecursionError) and _is_from_composer(error, depth=100):
         return "defaults: two configs include each other, or one includes itself; delete one of these entries"
-    is_from_composer = isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error)
-    if not is_from_composer:
-        return None
-    return _explain_hydra(str(error)) or _explain_cause(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error):
+        return _explain_hydra(str(error)) or _explain_cause(error)
+    return None
 
 
 def _is_from_composer(error: BaseException, depth: int = 1) -> bool:
@@ -219,8 +218,8 @@ def _explain_hydra(message: str) -> str | None:
     location = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
     prefix = location.group() if location else ""
     if location and re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE):
-        file = f"{shown(location.group(1))}.yaml"
-        return f'{file}: expected the first line "{HEADER}": its keys are those of the whole config'
+        expected = f'expected the first line "{HEADER}": its keys are those of the whole config'
+        return f"{shown(location.group(1))}.yaml: {expected}"
     if match := re.search(r"Could not load '([^']*)'", message):
         return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
@@ -315,8 +314,7 @@ def _describe_alternative(kind: Any) -> str:
         return "a mapping of " + ", ".join(field.name for field in dataclasses.fields(kind))
     if typing.get_origin(kind) is dict:
         return "a mapping"
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is list and inner == (str,):
+    if typing.get_origin(kind) is list and typing.get_args(kind) == (str,):
         return "a list of texts"
     return _TYPE_NAMES.get(typing.get_origin(kind) or kind, "another value")
 

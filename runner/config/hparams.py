@@ -67,19 +67,18 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Hyperparamet
     swept = dict[str, None]()
     fixed = dict[str, None]()
     constant = list[str]()
-    experiments = _split_choice(cfg.hydra.runtime.choices.get("experiment"))
-    is_experiment_swept = False
-    for key, override in _find_overrides(cfg).items():
+    overrides = _find_overrides(cfg)
+    for key, override in overrides.items():
         is_swept = override is None or override.is_sweep_override()
         (swept if is_swept else fixed).update(dict.fromkeys(_expand(key, override)))
         if not is_swept:
             constant.append(key)
-        elif key == "experiment":
-            is_experiment_swept = True
-            experiments = _list_swept_experiments(override) if override else []
     if reads_experiment:
+        is_swept = "experiment" in swept
+        choice = cfg.hydra.runtime.choices.get("experiment")
+        experiments = _list_swept_experiments(overrides["experiment"]) if is_swept else _split_choice(choice)
         names = [name for name in _find_experiment_keys(cfg, experiments) if name not in fixed]
-        (swept if is_experiment_swept else fixed).update(dict.fromkeys(names))
+        (swept if is_swept else fixed).update(dict.fromkeys(names))
     return HyperparameterKeys(list(swept), [key for key in fixed if key not in swept], constant)
 
 
@@ -129,11 +128,13 @@ def _expand(key: str, override: Override | None) -> list[str]:
     return list(dict.fromkeys(name for value in values for name, _ in flatten(value, key)))
 
 
-def _list_swept_experiments(override: Override) -> list[str]:
+def _list_swept_experiments(override: Override | None) -> list[str]:
     """Returns the experiments that a sweep chooses from, or none if the override does not list them."""
+    choices: list[str] = []
     with contextlib.suppress(HydraException, AssertionError):
-        return [choice for text in override.sweep_string_iterator() for choice in _split_choice(text)]
-    return []
+        for text in override.sweep_string_iterator() if override else ():
+            choices += _split_choice(text)
+    return choices
 
 
 def _split_choice(choice: Any) -> list[str]:

@@ -29,6 +29,7 @@ from runner.config.composition.expansion import (
     check_interpolated_text,
 )
 from runner.config.composition.interpolation import mask_other_resolvers, quote_nested, use_hydra_config
+from runner.config.diff import get_value
 from runner.config.errors import ConfigError
 from runner.config.trust import signature
 from runner.utils.files import make_folders, read_bounded
@@ -260,9 +261,7 @@ def _read_hydra(run: Path) -> Any:
 
 def read_choices(run: Path) -> dict[str, Any]:
     """Returns the choices of groups that a run was started with; a value may be anything."""
-    node = _read_hydra(run)
-    for key in ("runtime", "choices"):
-        node = node.get(key) if isinstance(node, dict) else None
+    node = get_value(_read_hydra(run), ("runtime", "choices"), {})
     return node if isinstance(node, dict) else {}
 
 

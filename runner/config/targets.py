@@ -130,8 +130,7 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
     if node.get("_convert_", "all") == "none":
         yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
     yield from find_wrong_types(key, node, target)
-    names = [name for name in node if isinstance(name, str)]
-    arguments = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
+    arguments = {name for name in node if _is_argument(name)}
     accepted = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if _SCHEDULER.search(key) and "optimizer" in accepted:
         accepted.remove("optimizer")  # passed by the runner, also to each of several nested schedulers
@@ -242,9 +241,15 @@ def is_number_text(value: Any) -> bool:
 
 
 def _needs_type_check(name: Any, value: Any) -> bool:
-    if not isinstance(name, str) or (name.startswith("_") and name.endswith("_")):
-        return False
-    return value is None or isinstance(value, (str, list)) or (isinstance(value, dict) and "_target_" not in value)
+    is_checked = (
+        value is None or isinstance(value, (str, list)) or (isinstance(value, dict) and "_target_" not in value)
+    )
+    return is_checked and _is_argument(name)
+
+
+def _is_argument(key: Any) -> bool:
+    """Returns whether a key of a node is the name of an argument, and none of Hydra's keys, such as `_target_`."""
+    return isinstance(key, str) and not (key.startswith("_") and key.endswith("_"))
 
 
 def _read_hints(target: Any) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def make_job(
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.recorded_hydra_config(resumed, cfg) if resumed else contextlib.nullcontext():
-        spec = checks.to_spec(cfg)
+        spec = ExperimentSpec.from_plain(checks.to_plain(cfg))
     return Job(
         spec,
         folder.absolute(),
