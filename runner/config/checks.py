@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
@@ -43,7 +42,6 @@ def register() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
     source.register()
     optimizations.register()
-    ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
