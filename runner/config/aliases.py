@@ -126,7 +126,7 @@ def update_paths(value: Any) -> Any:
     return updated
 
 
-def install() -> None:
+def install_aliases() -> None:
     """Makes modules importable by their earlier paths, and their attributes by their earlier names."""
     if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AliasFinder())

@@ -38,10 +38,10 @@ from runner.utils.utils import one_line, suggest
 CONF_DIR = source.CONF_DIR
 
 
-def register() -> None:
+def register_with_hydra() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
     source.register()
-    optimizations.register()
+    optimizations.expand_when_composed()
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
@@ -91,7 +91,7 @@ _MAX_JSON = 20 * MAX_CHARACTERS  # characters: an escaped one has six, and there
 _ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
 
 
-def check(cfg: DictConfig) -> ExperimentSpec:
+def check_config(cfg: DictConfig) -> ExperimentSpec:
     """Checks a composed config beyond its types; returns the specification of its experiment.
 
     Raises:

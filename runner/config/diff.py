@@ -86,7 +86,7 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield from _leaves(child, (*path, key))
 
 
-def describe(saved: Nest, wanted: Nest) -> list[str]:
+def describe_changes(saved: Nest, wanted: Nest) -> list[str]:
     """Returns the differences, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
     return list(_differences(saved, wanted).values())
 

@@ -181,7 +181,9 @@ def pass_keys_to_jobs(cfg: DictConfig) -> None:
             cfg.hydra.overrides.hydra.append(f"++{_CALLBACK_KEY}.{name}=[{texts}]")
 
 
-def select(root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool = True) -> dict[str, Value]:
+def select_hyperparameters(
+    root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool = True
+) -> dict[str, Value]:
     """Returns a run's hyperparameters, first those that its sweep varies.
 
     All jobs of a sweep have the same swept keys. A path is not a hyperparameter, but if a sweep varies a path, its
@@ -238,7 +240,7 @@ def _read_job_keys(root: DictConfig) -> HyperparameterKeys | None:
     return keys
 
 
-def merge(recorded: Any, current: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
+def merge_hyperparameters(recorded: Any, current: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
     """Returns the hyperparameters of a resumed run: the recorded ones with their current values, then new ones.
 
     Args:

@@ -52,7 +52,7 @@ _search_path: list[str] = []  # of the command line; Hydra keeps it in a copy of
 _apply_by_hydra = ConfigLoaderImpl._apply_overrides_to_config
 
 
-def register() -> None:
+def expand_when_composed() -> None:
     """Makes Hydra expand the optimizations of each config that it composes."""
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply_overrides)  # type: ignore[method-assign]
 

@@ -70,7 +70,7 @@ class Resumption:
     trust: Allowlist | None = None
 
 
-def find(arguments: list[str]) -> Resumption | None:
+def find_resumption(arguments: list[str]) -> Resumption | None:
     """Returns the run that the `resume=` of a command line names; None if there is nothing to resume.
 
     Raises:
@@ -182,7 +182,7 @@ def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
             yield from _find_runs(path, levels - 1)
 
 
-def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[str]:
+def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[str]:
     """Replaces a composed config by the run's own, with this command line's overrides applied to it.
 
     Args:
@@ -215,12 +215,14 @@ def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[s
         composed = _without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
         wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
     kept = _drop_overridden(resumption, paths)
-    run_folder.put(before, saved)
-    run_folder.put(after, wanted)
-    run_folder.put(after, _process_settings(typed, is_trusted=resumption.origin is not None))
+    run_folder.put_values(before, saved)
+    run_folder.put_values(after, wanted)
+    run_folder.put_values(after, _process_settings(typed, is_trusted=resumption.origin is not None))
     optimizations.expand_composed(before)  # the config of an earlier run has switches without `_target_`
     ConfigLoaderImpl._apply_overrides_to_config(_adapt_to_saved(values, run_overrides, after), after)
-    run_folder.put(after, {key: typed[key] for key in COMMAND_LINE_KEYS} | {"resume": str(resumption.checkpoint)})
+    run_folder.put_values(
+        after, {key: typed[key] for key in COMMAND_LINE_KEYS} | {"resume": str(resumption.checkpoint)}
+    )
 
     with run_folder.recorded_hydra_config(resumption.run, after):
         plain = checks.to_plain(after)
@@ -234,7 +236,7 @@ def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[s
         cfg.hydra.runtime.choices.update(recorded)
         cfg.hydra.runtime.choices.update({group: chosen[group] for group in map(_group_of, choices) if group in chosen})
         cfg.hydra.overrides.task = [*kept, *resumption.overrides, *cfg.hydra.overrides.task]
-    return diff.describe(_run_part(before), _run_part(after))
+    return diff.describe_changes(_run_part(before), _run_part(after))
 
 
 def _is_choice(override: Override, groups: set[str]) -> bool:

@@ -80,7 +80,7 @@ def _is_step(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}", name) is not None
 
 
-def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
+def claim_folder(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
     """Creates a new run's folder; returns it, and whether it was not there before.
 
     Args:
@@ -356,7 +356,7 @@ def _check_events(path: Path, text: str) -> None:
             raise ConfigError(f"{line}: a number of over {_MAX_DIGITS} digits")
 
 
-def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
+def put_values(cfg: DictConfig, values: Mapping[str, Any]) -> None:
     """Replaces values of a config; a section with a schema keeps its types, and the keys that are not given.
 
     Raises:
@@ -366,7 +366,7 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
         with read_write(cfg):
             for key, value in values.items():
                 if is_dataclass(OmegaConf.get_type(cfg, key)) and isinstance(value, Mapping):
-                    put(cfg[key], value)
+                    put_values(cfg[key], value)
                 else:
                     cfg[key] = value
     except Exception as error:

@@ -205,7 +205,7 @@ def make_job(
         origin=asdict(origin) if origin else {},
         is_restart=is_restart,
         is_sweep_job=is_sweep_job,
-        hparams=hparams.select(hydra_config, spec.plain, reads_experiment=resumed is None),
+        hparams=hparams.select_hyperparameters(hydra_config, spec.plain, reads_experiment=resumed is None),
     )
 
 

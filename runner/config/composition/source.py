@@ -45,10 +45,8 @@ class FileConfigSource(file_config_source.FileConfigSource):
             ConfigError: naming the file, line and column of a mistake.
         """
         if config_path == _SCHEMA:
-            header = {"package": None}
-            return ConfigResult(
-                path=_SCHEMA, provider=self.provider, config=OmegaConf.structured(Config), header=header
-            )
+            content = OmegaConf.structured(Config)
+            return ConfigResult(self.provider, _SCHEMA, content, header={"package": None})
         path = os.path.join(self.path, self._normalize_file_name(config_path))
         text = _read(path)
         header = _read_header(path, text)

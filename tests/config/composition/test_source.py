@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 
 from runner.config import checks, errors
 
-checks.register()
+checks.register_with_hydra()
 HEADER = "# @package _global_\n"
 BASED = HEADER + "defaults: [base]\n"
 BASE = HEADER + "defaults: [override /model: digits_net, override /data: digits]\nname: base\n"
