@@ -7,4 +7,4 @@ import_path.leave_out_run_folder()
 
 from runner.config import aliases  # noqa: E402
 
-aliases.install()
+aliases.install_aliases()

@@ -6,6 +6,7 @@ torch is imported only once the arguments are parsed, so that `--help` is fast.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,10 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.num_workers is not None:
         options.overrides.append(f"data.num_workers={options.num_workers}")
     with exit_on_config_error(), signals.exit_on_interrupt():
-        from runner.config import run_folder
         from runner.run import saved_model
 
-        if run_folder.is_file(options.saved):
+        if os.path.isfile(options.saved):
             if options.sign:
                 raise ConfigError(f"--sign: signs a run; {options.saved} is a file: export it anew from its run")
             saved = saved_model.open_export(options.saved, options.overrides, prefixes)

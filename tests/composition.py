@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 
 from runner.config import checks
 
-checks.register()
+checks.register_with_hydra()
 
 
 def composed(*overrides):

@@ -32,7 +32,7 @@ class Data:
 
 def small_config(steps, resume=None):
     """Returns the plain config of a run that saves, evaluates and exports every two steps."""
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         plain = checks.to_plain(compose("config"))
     plain["trainer"] |= {"steps": steps, "save_every": 2, "eval_every": 2, "export_every": 2, "log_every": 1}

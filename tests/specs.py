@@ -11,7 +11,7 @@ from runner.config.spec import ExperimentSpec
 
 @functools.cache
 def _compose():
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         return checks.to_plain(compose("config"))
 

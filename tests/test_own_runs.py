@@ -169,13 +169,13 @@ NAMES = ["it's", 'a "b"', "ü, x=y", "[a]{b}", "tail'", "a\\'b\\"]
 def test_a_path_is_read_as_it_is_typed(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name / "checkpoints").mkdir(parents=True)
-    found = resume.find([resume.quote_path(f"resume={name}")])
+    found = resume.find_resumption([resume.quote_path(f"resume={name}")])
     assert (str(found.run), str(found.checkpoint)) == (name, name)
     for argument in found.arguments:
         assert OverridesParser.create().parse_override(argument).value() == name
     quoted = "'" + name.replace("'", "\\'") + "'"
     if "\\" not in name:
-        assert str(resume.find([resume.quote_path(f"resume={quoted}")]).run) == name
+        assert str(resume.find_resumption([resume.quote_path(f"resume={quoted}")]).run) == name
 
 
 def test_a_run_folder_of_any_name_is_made_and_resumed(project):

@@ -11,7 +11,7 @@ from small_run import CONFIG_FILES, small_config
 
 from runner.checkpoint import shards
 from runner.checkpoint.checkpoints import Checkpoints, load
-from runner.config.run_folder import claim
+from runner.config.run_folder import claim_folder
 from runner.config.spec import ExperimentSpec
 from runner.launch.job import Job
 from runner.run.run import run
@@ -29,7 +29,7 @@ PLAIN = "plain/checkpoints"
 def train(recorder, steps, resume=None):
     folder = recorder.root / RUN
     if resume is None:
-        folder, _ = claim(folder, is_asked_for=True)
+        folder, _ = claim_folder(folder, is_asked_for=True)
     else:
         recorder.mark("resume", resume)
         resume = str(folder / "checkpoints" / f"step_{resume:08d}")

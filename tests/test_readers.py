@@ -225,7 +225,7 @@ def test_overrides_and_hydras_config_are_read_or_refused_in_one_message(folder, 
         with run_folder.recorded_hydra_config(folder, cfg):
             checks.to_plain(cfg)
 
-    checks.register()
+    checks.register_with_hydra()
     for each in (read, read_hydra):
         error = refusal(each, ConfigError, HydraException, OmegaConfBaseException)
         assert error is None or errors.format_error(error)

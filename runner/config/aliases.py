@@ -126,45 +126,32 @@ def update_paths(value: Any) -> Any:
     return updated
 
 
-def install() -> None:
+def install_aliases() -> None:
     """Makes modules importable by their earlier paths, and their attributes by their earlier names."""
-    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RenamedFinder())
-        sys.meta_path.append(_MovedFinder())
+    if not any(isinstance(finder, _AliasFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AliasFinder())
 
 
-class _MovedFinder(MetaPathFinder):
-    """Finds a module by its earlier path."""
+class _AliasFinder(MetaPathFinder):
+    """Finds a module by its earlier path, and a module that has attributes with earlier names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _MovedLoader()) if fullname in MOVED else None
+        if fullname in MOVED:
+            return ModuleSpec(fullname, _MovedLoader())
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in RENAMED else None
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _RenamedLoader(spec.loader.name, spec.loader.path)
+        return spec
 
 
 class _MovedLoader(Loader):
     """Loads a module from its new path, so that both paths name one module."""
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(MOVED[spec.name])
-        self._spec = module.__spec__
-        return module
-
     def exec_module(self, module: ModuleType) -> None:
-        # Importlib has replaced the module's own spec, by which it is reloaded.
-        module.__spec__ = self._spec
-
-
-class _RenamedFinder(MetaPathFinder):
-    """Finds a module that has attributes with earlier names."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in RENAMED else None
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            spec.loader = _RenamedLoader(spec.loader.name, spec.loader.path)
-        return spec
+        # Importlib returns the module that it finds in sys.modules after this call, not the empty one that it made.
+        sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 
 class _RenamedLoader(SourceFileLoader):

@@ -21,6 +21,7 @@ COUNTERS = ("steps", "micro_steps", "skipped_steps", "tokens")
 MAX_STEP = 1 << 53
 _MAX_ENTRIES = 10_000
 _ABSENT = object()
+Kind = tuple[str, Callable[[Any], bool]]  # in words, and a test of a value
 
 
 def check_content(content: Mapping[str, Any]) -> None:
@@ -29,35 +30,26 @@ def check_content(content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the file and key, the expected and the found value.
     """
-    facts = _check(content, FACTS, "the facts of a run", _is_mapping, "")
-    _check_loop(_check(facts, "loop", "an object", _is_mapping, FACTS))
-    _check_commands(_check(facts, "commands", "an object", _is_mapping, FACTS))
-    _check_best(_check(facts, "best", "an object or null", _or_none(_is_mapping), FACTS))
-    _check(facts, "fingerprint", "a text or null", _or_none(_is_text), FACTS, None)
-    numbers = _check(facts, "numbers", "an object or null", _or_none(_is_mapping), FACTS, None)
-    for kind in numbers or ():
-        _check(numbers, kind, "a number from 0 on", _is_count, f"{FACTS}: numbers")
+    facts = _check(content, FACTS, ("the facts of a run", _is_mapping), "")
+    _check_all(_check(facts, "loop", _OBJECT, FACTS), _LOOP, f"{FACTS}: loop")
+    _check_commands(_check(facts, "commands", _OBJECT, FACTS))
+    if (best := _check(facts, "best", _OBJECT_OR_NULL, FACTS)) is not None:
+        _check_all(best, _BEST, f"{FACTS}: best")
+    _check(facts, "fingerprint", ("a text or null", _is_text), FACTS, None)
+    numbers = _check(facts, "numbers", _OBJECT_OR_NULL, FACTS, None) or {}
+    _check_all(numbers, dict.fromkeys(numbers, _COUNT), f"{FACTS}: numbers")
     batches, place = (content[BATCHES], BATCHES) if BATCHES in content else (facts.get("batches"), f"{FACTS}: batches")
-    _require(batches, "an object", _is_mapping, place)
-    _check(batches, "sampler", "an object", _is_mapping, place)
-    _check(batches, "ordinal", "a number from 0 on", _is_count, place)
+    _check_all(_require(batches, _OBJECT, place), {"sampler": _OBJECT, "ordinal": _COUNT}, place)
     for name, part in content.items():
         if name.endswith(".optimizer"):
-            _check_engine(_require(part, "an object", _is_mapping, name), name)
+            _check_engine(_require(part, _OBJECT, name), name)
         elif "." not in name:
-            _require(part, "weights by name", _is_by_name, name)
-
-
-def _check_loop(loop: Mapping[str, Any]) -> None:
-    place = f"{FACTS}: loop"
-    _check(loop, "step", "a number from 0 on", _is_count, place)
-    _check(loop, "skipped", "a number from 0 on", _is_count, place)
-    _check(loop, "owed", f"a list of {', '.join(ACTIONS)}", lambda owed: _is_list_of(owed, _is_action), place)
+            _require(part, ("weights by name", _is_by_name), name)
 
 
 def _check_commands(commands: Mapping[str, Any]) -> None:
     place = f"{FACTS}: commands"
-    pending = _check(commands, "pending", "a list of commands", lambda value: _is_list_of(value, _is_text), place)
+    pending = _check(commands, "pending", ("a list of commands", _is_list_of(_is_text)), place)
     if len(pending) > 2 * MOST_PENDING:  # a run keeps fewer
         raise ValueError(f"{place}.pending: expected at most {2 * MOST_PENDING} commands, found {len(pending)}")
     for line in pending:
@@ -69,62 +61,45 @@ def _check_commands(commands: Mapping[str, Any]) -> None:
             raise ValueError(f"{place}.pending: expected commands with a step, as eval@20; found {line!r:.60}")
 
 
-def _check_best(best: Mapping[str, Any] | None) -> None:
-    if best is not None:
-        place = f"{FACTS}: best"
-        _check(best, "name", "a text", _is_text, place)
-        _check(best, "value", "a finite number", _is_finite, place)
-        _check(best, "step", "a number from 0 on", _is_count, place)
-
-
 def _check_engine(state: Mapping[str, Any], part: str) -> None:
     """Checks an engine's state, but for its weights."""
-    for name in ("optimizer", "scheduler", "scaler", "averages"):
-        _check(state, name, "an object or null", _or_none(_is_mapping), part)
-    for name, value in _check(state, "counters", "an object", _is_mapping, part).items():
+    _check_all(state, _ENGINE, part)
+    for name, value in state["counters"].items():
         if name not in COUNTERS or not _is_count(value):
             raise ValueError(f"{part}: counters: expected numbers of {', '.join(COUNTERS)}; found {name!r:.60}")
-    configured = _check(state, "configured", "an object", _is_mapping, part)
-    for name, kind, is_kind in _CONFIGURED:
-        _check(configured, name, kind, is_kind, f"{part}: configured")
-    _check(state, "lrs", "a list of numbers", lambda value: _is_list_of(value, _is_number), part)
-    _check(state, "grad_norm", "a tensor of one number, or null", _or_none(_is_scalar), part)
-    _check(state, "reference", "a number or null", _or_none(_is_number), part, None)
-    _check(state, "numbers", "a list", _or_none(_is_list), part, None)
-    _check_gathered(_check(state, "gathered", "an object", _is_mapping, part), f"{part}: gathered")
+    _check_all(state["configured"], _CONFIGURED, f"{part}: configured")
+    _check(state, "reference", ("a number or null", _is_number), part, None)
+    _check(state, "numbers", ("a list", _is_list), part, None)
+    _check_gathered(state["gathered"], f"{part}: gathered")
     if "schedule" in state:
-        _check_schedule(_check(state, "schedule", "an object", _is_mapping, part), f"{part}: schedule")
+        _check_schedule(_check(state, "schedule", _OBJECT, part), f"{part}: schedule")
 
 
 def _check_gathered(gathered: Mapping[str, Any], place: str) -> None:
     kind = "vectors of numbers by name"
     for name in ("apart", "weights"):
-        series = _check(gathered, name, kind, _is_by_name, place, {})
-        for value in series.values():
-            _require(value, kind, _or_none(_is_vector), f"{place}.{name}")
-    for value in _check(gathered, "sums", "pairs of numbers by name", _is_by_name, place).values():
+        for value in _check(gathered, name, (kind, _is_by_name), place, {}).values():
+            _require(value, (kind, _or_none(_is_vector)), f"{place}.{name}")
+    for value in _check(gathered, "sums", ("pairs of numbers by name", _is_by_name), place).values():
         if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(map(_is_number, value)):
             raise ValueError(f"{place}.sums: expected pairs of numbers by name, found {_shown(value)}")
 
 
 def _check_schedule(schedule: Mapping[str, Any], place: str) -> None:
-    _check(schedule, "count", "a number from 0 on", _is_count, place)
-    for event in _check(schedule, "events", "a list of objects", lambda value: _is_list_of(value, _is_mapping), place):
-        _check(event, "count", "a number from 0 on", _is_count, f"{place}.events")
-        _check(event, "metric", "a number", _is_number, f"{place}.events", 0.0)
-        rates = _check(event, "base_lrs", "a list of numbers", _is_list, f"{place}.events", [])
-        for rate in rates:
-            _require(rate, "numbers", _or_none(_is_number), f"{place}.events.base_lrs")
+    _check_all(schedule, {"count": _COUNT, "events": ("a list of objects", _is_list_of(_is_mapping))}, place)
+    for event in schedule["events"]:
+        _check(event, "count", _COUNT, f"{place}.events")
+        _check(event, "metric", ("a number", _is_number), f"{place}.events", 0.0)
+        for rate in _check(event, "base_lrs", ("a list of numbers", _is_list), f"{place}.events", []):
+            _require(rate, ("numbers", _or_none(_is_number)), f"{place}.events.base_lrs")
 
 
-def _check(
-    values: Mapping[str, Any],
-    key: str,
-    expected: str,
-    is_kind: Callable[[Any], bool],
-    place: str,
-    default: Any = _ABSENT,
-) -> Any:
+def _check_all(values: Mapping[str, Any], kinds: Mapping[str, Kind], place: str) -> None:
+    for key, kind in kinds.items():
+        _check(values, key, kind, place)
+
+
+def _check(values: Mapping[str, Any], key: str, kind: Kind, place: str, default: Any = _ABSENT) -> Any:
     """Returns the value of a key.
 
     Args:
@@ -136,11 +111,12 @@ def _check(
     where = f"{place}.{key}" if ": " in place else f"{place}: {key}".removeprefix(": ")
     value = values.get(key, default)
     if value is _ABSENT:
-        raise ValueError(f"{where}: expected {expected}, found nothing")
-    return value if value is default else _require(value, expected, is_kind, where)
+        raise ValueError(f"{where}: expected {kind[0]}, found nothing")
+    return value if value is default else _require(value, kind, where)
 
 
-def _require(value: Any, expected: str, is_kind: Callable[[Any], bool], where: str) -> Any:
+def _require(value: Any, kind: Kind, where: str) -> Any:
+    expected, is_kind = kind
     if not is_kind(value):
         raise ValueError(f"{where}: expected {expected}, found {_shown(value)}")
     return value
@@ -154,6 +130,10 @@ def _shown(value: Any) -> str:
 
 def _or_none(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or is_kind(value)
+
+
+def _is_list_of(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value) and len(value) <= _MAX_ENTRIES and all(map(is_kind, value))
 
 
 def _is_mapping(value: Any) -> bool:
@@ -174,10 +154,6 @@ def _is_action(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
-
-
-def _is_list_of(value: Any, is_kind: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= _MAX_ENTRIES and all(map(is_kind, value))
 
 
 def _is_count(value: Any) -> bool:
@@ -202,9 +178,34 @@ def _is_vector(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 1 and value.dtype.is_floating_point
 
 
-_CONFIGURED: list[tuple[str, str, Callable[[Any], bool]]] = [
-    ("kinds", "an object", _is_mapping),
-    ("base_lrs", "a list of numbers", lambda value: _is_list_of(value, _is_number)),
-    ("groups", "a list of objects", lambda value: _is_list_of(value, _is_by_name)),
-    ("scheduler", "an object", _is_mapping),
-]
+_COUNT: Kind = ("a number from 0 on", _is_count)
+_OBJECT: Kind = ("an object", _is_mapping)
+_OBJECT_OR_NULL: Kind = ("an object or null", _or_none(_is_mapping))
+_NUMBERS: Kind = ("a list of numbers", _is_list_of(_is_number))
+_LOOP: dict[str, Kind] = {
+    "step": _COUNT,
+    "skipped": _COUNT,
+    "owed": (f"a list of {', '.join(ACTIONS)}", _is_list_of(_is_action)),
+}
+_BEST: dict[str, Kind] = {
+    "name": ("a text", _is_text),
+    "value": ("a finite number", _is_finite),
+    "step": _COUNT,
+}
+_ENGINE: dict[str, Kind] = {
+    "optimizer": _OBJECT_OR_NULL,
+    "scheduler": _OBJECT_OR_NULL,
+    "scaler": _OBJECT_OR_NULL,
+    "averages": _OBJECT_OR_NULL,
+    "counters": _OBJECT,
+    "configured": _OBJECT,
+    "lrs": _NUMBERS,
+    "grad_norm": ("a tensor of one number, or null", _or_none(_is_scalar)),
+    "gathered": _OBJECT,
+}
+_CONFIGURED: dict[str, Kind] = {
+    "kinds": _OBJECT,
+    "base_lrs": _NUMBERS,
+    "groups": ("a list of objects", _is_list_of(_is_by_name)),
+    "scheduler": _OBJECT,
+}

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
@@ -21,6 +20,7 @@ from runner.config import optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size
+from runner.config.diff import get_value
 from runner.config.errors import INSTANTIATED_KEYS, ConfigError, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
@@ -38,11 +38,10 @@ from runner.utils.utils import one_line, suggest
 CONF_DIR = source.CONF_DIR
 
 
-def register() -> None:
+def register_with_hydra() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
     source.register()
-    optimizations.register()
-    ConfigStore.instance().store(name="schema", node=Config)
+    optimizations.expand_when_composed()
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
@@ -64,6 +63,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "feeder": None,
     "report": None,
 }
+_PATTERN_REMEDY = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
 _LARGEST_SEED = 2**63 - 1
 _AT_LEAST = {
     "seed": 0,
@@ -91,7 +91,7 @@ _MAX_JSON = 20 * MAX_CHARACTERS  # characters: an escaped one has six, and there
 _ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
 
 
-def check(cfg: DictConfig) -> ExperimentSpec:
+def check_config(cfg: DictConfig) -> ExperimentSpec:
     """Checks a composed config beyond its types; returns the specification of its experiment.
 
     Raises:
@@ -100,17 +100,19 @@ def check(cfg: DictConfig) -> ExperimentSpec:
     if absent := _absent_keys(cfg):
         raise ConfigError("\n".join(absent))
     check_expansion(cfg)
+    resolved = _resolve(cfg)
     unresolved = OmegaConf.to_container(cfg, resolve=False)
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved), *_range_mistakes(cfg)]
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
+    mistakes += _engine_mistakes(cfg)
     if not mistakes:
-        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(cfg)
-        mistakes += _pattern_mistakes(cfg) + _stdin_mistakes(cfg)
-    mistakes += _text_mistakes(cfg) + _engine_mistakes(cfg)
+        mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
+        mistakes += _pattern_mistakes(resolved) + _stdin_mistakes(cfg)
+    mistakes += _text_mistakes(cfg)
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
-    return to_spec(cfg)
+    return ExperimentSpec.from_plain(optimizations.expand(resolved))
 
 
 def _range_mistakes(cfg: DictConfig) -> list[str]:
@@ -197,9 +199,7 @@ def _engines_of(cfg: DictConfig) -> dict[str, Any]:
 def _unbuildable(plain: Any) -> Iterator[str]:
     """Yields the mistakes of keys that hold neither a mapping nor nothing, where an object is built."""
     for key in INSTANTIATED_KEYS:
-        node = plain
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+        node = get_value(plain, key.split("."), None)
         is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
         is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # `targets` reports a list
         if not is_open and not is_several:
@@ -222,18 +222,10 @@ def _stdin_mistakes(cfg: DictConfig) -> list[str]:
     return [] if is_known else [f"tracking.stdin={stdin}: expected auto, true or false"]
 
 
-def _pattern_mistakes(cfg: DictConfig) -> list[str]:
-    if OmegaConf.select(cfg, "pattern") is None:
-        return []
-    remedy = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
-    try:
-        plain = to_plain(cfg)
-    except InterpolationKeyError as error:
-        if "pattern.num_codebooks" not in str(error.full_key):
-            raise
-        return [f"pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... ({remedy})"]
-    pattern = plain.pop("pattern")
-    return [] if _contains(plain, pattern) else [f"pattern: nothing takes it; {remedy}"]
+def _pattern_mistakes(resolved: dict[str, Any]) -> list[str]:
+    pattern = resolved.get("pattern")
+    is_taken = pattern is None or _contains({**resolved, "pattern": None}, pattern)
+    return [] if is_taken else [f"pattern: nothing takes it; {_PATTERN_REMEDY}"]
 
 
 def _contains(node: Any, wanted: Any) -> bool:
@@ -276,11 +268,6 @@ def _process_mistakes(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
-def to_spec(cfg: DictConfig) -> ExperimentSpec:
-    """Returns the specification of the experiment that a checked config describes."""
-    return ExperimentSpec.from_plain(to_plain(cfg))
-
-
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """Returns the config as plain dicts and lists, interpolations resolved, enums as their names.
 
@@ -290,10 +277,19 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         ConfigError: its interpolations expand beyond the limit.
     """
     check_expansion(cfg)
-    plain = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
+    return optimizations.expand(_resolve(cfg))
+
+
+def _resolve(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except InterpolationKeyError as error:
+        if error.full_key != "pattern.num_codebooks":
+            raise
+        remedy = f"set pattern.num_codebooks=... ({_PATTERN_REMEDY})"
+        raise ConfigError(f"{error.full_key}: this data does not tell it; {remedy}") from error
     deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
-    return optimizations.expand(update_paths({str(key): value for key, value in plain.items()}) | deleted)
+    return dict(update_paths(plain)) | deleted
 
 
 def to_json(plain: Any) -> str:

@@ -42,7 +42,7 @@ def replace_nodes(saved: Nest, defaults: Nest, composed: Nest, paths: Sequence[K
         paths: of the groups' nodes.
     """
     wanted = copy.deepcopy(saved)
-    if any(_get(composed, path) is _ABSENT for path in paths):
+    if any(get_value(composed, path, _ABSENT) is _ABSENT for path in paths):
         paths = [*_changed(defaults, composed, ()), *paths]
     for path in paths:
         _copy(composed, wanted, path)
@@ -59,23 +59,22 @@ def _changed(before: Any, after: Any, path: KeyPath) -> Iterator[KeyPath]:
         yield path
 
 
-def _copy(source: Nest, goal: Nest, path: KeyPath) -> None:
+def _copy(source: Any, goal: Nest, path: Sequence[Any]) -> None:
     """Copies the value at a path; removes it if the source has none."""
-    for depth, key in enumerate(path[:-1], 1):
-        if not isinstance(goal.get(key), dict):
-            path = path[:depth]
-            break
-        goal, source = goal[key], source.get(key, {})
-    value = source.get(path[-1], _ABSENT) if isinstance(source, dict) else _ABSENT
-    if value is _ABSENT:
-        goal.pop(path[-1], None)
+    key, *rest = path
+    value = get_value(source, [key], _ABSENT)
+    if rest and isinstance(goal.get(key), dict):
+        _copy(value, goal[key], rest)
+    elif value is _ABSENT:
+        goal.pop(key, None)
     else:
-        goal[path[-1]] = copy.deepcopy(value)
+        goal[key] = copy.deepcopy(value)
 
 
-def _get(nest: Any, path: KeyPath) -> Any:
+def get_value(nest: Any, path: Sequence[Any], default: Any) -> Any:
+    """Returns the value at a path of keys; the default if there is none."""
     for key in path:
-        nest = nest.get(key, _ABSENT) if isinstance(nest, dict) else _ABSENT
+        nest = nest.get(key, default) if isinstance(nest, dict) else default
     return nest
 
 
@@ -87,13 +86,9 @@ def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield from _leaves(child, (*path, key))
 
 
-def describe(saved: Nest, wanted: Nest) -> list[str]:
+def describe_changes(saved: Nest, wanted: Nest) -> list[str]:
     """Returns the differences, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
-    return [_describe(*change) for change in _differences(saved, wanted)]
-
-
-def _describe(path: KeyPath, old: Any, new: Any) -> str:
-    return one_line(f"{'.'.join(map(str, path))}: {_show(old)} -> {_show(new)}")
+    return list(_differences(saved, wanted).values())
 
 
 def check_same_run(saved: Nest, wanted: Nest, new_run: str) -> None:
@@ -104,7 +99,7 @@ def check_same_run(saved: Nest, wanted: Nest, new_run: str) -> None:
     Raises:
         ConfigError: naming every key that makes it another run, its values, and the remedy.
     """
-    changes = [_describe(*change) for change in _differences(saved, wanted) if _is_fixed(change[0])]
+    changes = [line for path, line in _differences(saved, wanted).items() if _is_fixed(path)]
     if changes:
         head = "resume: these changes would make it another run than the one that was begun"
         begin = f"start a new run from its weights: {new_run}"
@@ -119,16 +114,19 @@ def _is_fixed(path: KeyPath) -> bool:
     return not is_free and any(path[: len(fixed)] == fixed for fixed in _IDENTITY_KEYS)
 
 
-def _differences(before: Nest, after: Nest) -> Iterator[tuple[KeyPath, Any, Any]]:
+def _differences(before: Nest, after: Nest) -> dict[KeyPath, str]:
+    """Returns a line for each path whose values differ."""
     old, new = dict(_leaves(before)), dict(_leaves(after))
-    for path in dict.fromkeys([*old, *new]):
-        values = old.get(path, _ABSENT), new.get(path, _ABSENT)
-        if not _is_same(*values):
-            yield path, *values
+    lines = {}
+    for path in old | new:
+        one, other = old.get(path, _ABSENT), new.get(path, _ABSENT)
+        if not _is_same(one, other):
+            lines[path] = one_line(f"{'.'.join(map(str, path))}: {_show(one)} -> {_show(other)}")
+    return lines
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    return one is other or repr(one) == repr(other)  # by type too: 1 is no True; and nan is nan
+    return repr(one) == repr(other)  # by type too: 1 is no True; and nan is nan
 
 
 def _show(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ from omegaconf.errors import (
 
 from runner.config.schema import Config
 from runner.control.signals import EXIT_STATUSES
-from runner.utils.utils import describe, escape_controls, one_line, suggest
+from runner.utils.utils import describe, escape_controls, find_nearest, one_line, suggest
 
 HEADER = "# @package _global_"
 _NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's message for model=null
@@ -165,10 +164,9 @@ def format_error(error: BaseException) -> str | None:
         )
     if isinstance(error, RecursionError) and _is_from_composer(error, depth=100):
         return "defaults: two configs include each other, or one includes itself; delete one of these entries"
-    is_from_composer = isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error)
-    if not is_from_composer:
-        return None
-    return _explain_hydra(str(error)) or _explain_cause(error)
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error):
+        return _explain_hydra(str(error)) or _explain_cause(error)
+    return None
 
 
 def _is_from_composer(error: BaseException, depth: int = 1) -> bool:
@@ -220,8 +218,8 @@ def _explain_hydra(message: str) -> str | None:
     location = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
     prefix = location.group() if location else ""
     if location and re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE):
-        file = f"{shown(location.group(1))}.yaml"
-        return f'{file}: expected the first line "{HEADER}": its keys are those of the whole config'
+        expected = f'expected the first line "{HEADER}": its keys are those of the whole config'
+        return f"{shown(location.group(1))}.yaml: {expected}"
     if match := re.search(r"Could not load '([^']*)'", message):
         return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
@@ -289,13 +287,13 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
 
 
 def _remedy_for(value: Any, hint: Any) -> str:
-    choices = _choices_of(hint)
+    choices = list(hint.__members__) if isinstance(hint, EnumMeta) else []
     expected = describe_type(hint)
     if isinstance(value, bool) and choices:
         return "; YAML reads off, no, on and yes as false and true: put it into quotes"
     if isinstance(value, str) and choices:
-        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-        return f"; did you mean {close[0]}?" if close else ""
+        nearest = find_nearest(value, choices)
+        return f"; did you mean {nearest}?" if nearest else ""
     if isinstance(value, float) and value.is_integer() and "whole" in expected:
         return f"; write {int(value)}"
     return ", found a text" if isinstance(value, str) and "number" in expected else ""
@@ -311,19 +309,14 @@ def _describe_alternative(kind: Any) -> str:
     if kind is type(None):
         return "null"
     if isinstance(kind, EnumMeta):
-        return "one of " + ", ".join(_choices_of(kind))
+        return "one of " + ", ".join(kind.__members__)
     if dataclasses.is_dataclass(kind):
         return "a mapping of " + ", ".join(field.name for field in dataclasses.fields(kind))
     if typing.get_origin(kind) is dict:
         return "a mapping"
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is list and inner == (str,):
+    if typing.get_origin(kind) is list and typing.get_args(kind) == (str,):
         return "a list of texts"
     return _TYPE_NAMES.get(typing.get_origin(kind) or kind, "another value")
-
-
-def _choices_of(hint: Any) -> list[str]:
-    return [str(name) for name in hint.__members__] if isinstance(hint, EnumMeta) else []
 
 
 def top_level_keys() -> list[str]:
@@ -337,9 +330,8 @@ def _type_of(key: str) -> Any:
     for name in re.split(r"[.\[]", key.replace("]", "")):
         if typing.get_origin(hint) is list and name.isdigit():
             hint = typing.get_args(hint)[0]
-            continue
-        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
-        hint = hints.get(name)
+        else:
+            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
     return hint
 
 

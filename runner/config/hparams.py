@@ -23,6 +23,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
+from runner.config.diff import get_value
+
 Value = bool | int | float | str
 
 _CALLBACK_KEY = "hydra.callbacks.run_folder"  # holds a sweep's hyperparameter keys in the config of each job
@@ -65,19 +67,18 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Hyperparamet
     swept = dict[str, None]()
     fixed = dict[str, None]()
     constant = list[str]()
-    experiments = _split_choice(cfg.hydra.runtime.choices.get("experiment"))
-    is_experiment_swept = False
-    for key, override in _find_overrides(cfg).items():
+    overrides = _find_overrides(cfg)
+    for key, override in overrides.items():
         is_swept = override is None or override.is_sweep_override()
         (swept if is_swept else fixed).update(dict.fromkeys(_expand(key, override)))
         if not is_swept:
             constant.append(key)
-        elif key == "experiment":
-            is_experiment_swept = True
-            experiments = _list_swept_experiments(override)
     if reads_experiment:
+        is_swept = "experiment" in swept
+        choice = cfg.hydra.runtime.choices.get("experiment")
+        experiments = _list_swept_experiments(overrides["experiment"]) if is_swept else _split_choice(choice)
         names = [name for name in _find_experiment_keys(cfg, experiments) if name not in fixed]
-        (swept if is_experiment_swept else fixed).update(dict.fromkeys(names))
+        (swept if is_swept else fixed).update(dict.fromkeys(names))
     return HyperparameterKeys(list(swept), [key for key in fixed if key not in swept], constant)
 
 
@@ -97,8 +98,7 @@ def _read_search_spaces(sweeper: Any) -> Iterator[tuple[str, Any]]:
     for space_key in _SEARCH_SPACE_KEYS:
         space = OmegaConf.select(sweeper, space_key, throw_on_missing=False)
         if isinstance(space, DictConfig):
-            content = OmegaConf.to_container(space, resolve=False)
-            assert isinstance(content, dict)
+            content: Any = OmegaConf.to_container(space, resolve=False)
             yield from ((str(key), value) for key, value in content.items())
         for text in space if isinstance(space, ListConfig) else ():
             yield str(text).partition("=")[0], str(text).partition("=")[2]
@@ -130,10 +130,11 @@ def _expand(key: str, override: Override | None) -> list[str]:
 
 def _list_swept_experiments(override: Override | None) -> list[str]:
     """Returns the experiments that a sweep chooses from, or none if the override does not list them."""
+    choices: list[str] = []
     with contextlib.suppress(HydraException, AssertionError):
-        if override is not None:
-            return [choice for text in override.sweep_string_iterator() for choice in _split_choice(text)]
-    return []
+        for text in override.sweep_string_iterator() if override else ():
+            choices += _split_choice(text)
+    return choices
 
 
 def _split_choice(choice: Any) -> list[str]:
@@ -149,15 +150,11 @@ def _find_experiment_keys(cfg: DictConfig, names: list[str]) -> Iterator[str]:
     for source in cfg.hydra.runtime.config_sources:
         path.append(source.provider, f"{source.schema}://{source.path}")
     repository = ConfigRepository(path)
-    pending = [f"experiment/{name}" for name in names]
-    visited = set[str]()
-    while pending:
-        file = pending.pop(0)
-        try:
-            loaded = None if file in visited else repository.load_config(file)
-        except Exception:  # a swept file with a mistake, reported by the job that chooses it
-            loaded = None
-        visited.add(file)
+    files = [f"experiment/{name}" for name in dict.fromkeys(names)]
+    for file in files:  # the list grows
+        loaded = None
+        with contextlib.suppress(Exception):  # a swept file with a mistake, reported by the job that chooses it
+            loaded = repository.load_config(file)
         if loaded is None:
             continue
         for default in loaded.defaults_list or []:
@@ -166,7 +163,8 @@ def _find_experiment_keys(cfg: DictConfig, names: list[str]) -> Iterator[str]:
                 base = default.value if isinstance(default, GroupDefault) else default.path  # type: ignore[attr-defined]
                 folder = file.rpartition("/")[0] + (f"/{group}" if group else "")
                 bases = [name for name in _split_choice(base) if name != "_self_"]
-                pending += [name[1:] if name.startswith("/") else f"{folder}/{name}" for name in bases]
+                paths = [name[1:] if name.startswith("/") else f"{folder}/{name}" for name in bases]
+                files += [path for path in paths if path not in files]
             elif not group.startswith(("hydra/", "/hydra/")):
                 yield group.lstrip("/") + (f"@{default.package}" if default.package else "")
         package = loaded.header.get("package") or "experiment"
@@ -183,7 +181,9 @@ def pass_keys_to_jobs(cfg: DictConfig) -> None:
             cfg.hydra.overrides.hydra.append(f"++{_CALLBACK_KEY}.{name}=[{texts}]")
 
 
-def select(root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool = True) -> dict[str, Value]:
+def select_hyperparameters(
+    root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool = True
+) -> dict[str, Value]:
     """Returns a run's hyperparameters, first those that its sweep varies.
 
     All jobs of a sweep have the same swept keys. A path is not a hyperparameter, but if a sweep varies a path, its
@@ -199,7 +199,11 @@ def select(root: DictConfig, plain: Mapping[str, Any], *, reads_experiment: bool
     values = dict(flatten(plain)) | _read_typed_optimizations(root)
     hyperparameters = dict[str, Value]()
     for key in filter(_is_hyperparameter, keys.swept):
-        value = _to_value(choices[key]) if key in choices else values.get(key, _to_value(_get(plain, key)))
+        value = (
+            _to_value(choices[key])
+            if key in choices
+            else values.get(key, _to_value(get_value(plain, key.split("."), _ABSENT)))
+        )
         hyperparameters[key] = PurePath(str(value)).name if _is_path(key, value) else value
     for key in filter(_is_hyperparameter, keys.fixed):
         if key in choices:
@@ -236,7 +240,7 @@ def _read_job_keys(root: DictConfig) -> HyperparameterKeys | None:
     return keys
 
 
-def merge(recorded: Any, current: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
+def merge_hyperparameters(recorded: Any, current: Mapping[str, Value], plain: Mapping[str, Any]) -> dict[str, Value]:
     """Returns the hyperparameters of a resumed run: the recorded ones with their current values, then new ones.
 
     Args:
@@ -265,14 +269,6 @@ def _is_path(key: str, value: Any) -> bool:
     with contextlib.suppress(OSError, ValueError):  # too long, or invalid as a path
         return "/" in value and Path(value).exists()
     return False
-
-
-def _get(plain: Any, key: str) -> Any:
-    for name in key.split("."):
-        if not isinstance(plain, dict) or name not in plain:
-            return _ABSENT
-        plain = plain[name]
-    return plain
 
 
 def _to_value(value: Any) -> Value:

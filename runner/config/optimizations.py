@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -29,8 +29,12 @@ from runner.utils.wrapper.optimization import Optimization, check_with_others
 
 Plain = dict[str, Any]
 
-_MODULE = f"{built_in.__name__}."
 _EMA = "runner.engines.ema.EMA"
+# The classes with the arguments of built-in targets; importing another target may load torch.
+_CLASSES: dict[str, Any] = {
+    f"{built_in.__name__}.{name}": kind for name, kind in vars(built_in).items() if is_dataclass(kind)
+}
+_CLASSES[_EMA] = EmaConfig
 _SWITCH = re.compile(r"((?:engines\.[^.]+\.)?optimizations\.[^.]+)(\..+)?")
 _LISTS = {"freeze": "patterns", "replace": "rules"}  # the argument that a list stands for
 _CHECKPOINTING = {"none": False, "full": True}
@@ -48,7 +52,7 @@ _search_path: list[str] = []  # of the command line; Hydra keeps it in a copy of
 _apply_by_hydra = ConfigLoaderImpl._apply_overrides_to_config
 
 
-def register() -> None:
+def expand_when_composed() -> None:
     """Makes Hydra expand the optimizations of each config that it composes."""
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply_overrides)  # type: ignore[method-assign]
 
@@ -82,8 +86,7 @@ def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
 def expand_composed(cfg: DictConfig) -> None:
     """Expands the shared optimizations and the EMA of a composed config in place; interpolations stay as they are."""
     if OmegaConf.is_dict(cfg.get("optimizations")):
-        raw = OmegaConf.to_container(cfg, resolve=False)
-        assert isinstance(raw, dict)
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
         switches, cfg.ema = _expand_shared(raw["optimizations"], raw.get("ema"), is_resolved=False)
         cfg.optimizations = OmegaConf.create(switches, flags={"struct": False})
 
@@ -140,9 +143,8 @@ def expand(plain: Plain) -> Plain:
 
 
 def _expand_shared(switches: Plain, ema: Any, *, is_resolved: bool) -> tuple[Plain, Plain | None]:
-    shorthand = switches.get("ema")
     expanded = _expand_switches(switches, {}, "optimizations", is_resolved=is_resolved)
-    return expanded, _expand_ema(ema, shorthand, "", is_resolved=is_resolved)
+    return expanded, _expand_ema(ema, switches.get("ema"), "", is_resolved=is_resolved)
 
 
 def _expand_engine(name: str, engine: Any, switches: Plain, ema: Plain | None) -> Any:
@@ -193,7 +195,7 @@ def _read_switch(name: str, value: Any) -> Any:
 def _is_off(name: str, values: Mapping[str, Any]) -> bool:
     """Returns True if one of the values switches an optimization off."""
     argument, off = _OFF.get(name, ("", None))
-    if argument not in values or ("_target_" in values and (off is None or _find_class(values["_target_"]) is None)):
+    if argument not in values or ("_target_" in values and (off is None or str(values["_target_"]) not in _CLASSES)):
         return False
     return values[argument] in off if isinstance(off, tuple) else bool(values[argument] == off)
 
@@ -203,8 +205,8 @@ def _fill(switch: Any, base: Any, preset: str, place: str, *, is_resolved: bool)
     if switch is False:
         return False
     values = switch if isinstance(switch, dict) else {}
-    kind = _find_class(values.get("_target_"))
     if not isinstance(base, dict):
+        kind = _CLASSES.get(str(values.get("_target_")))
         is_complete = kind is not None and all(field.name in values for field in fields(kind))
         base = {} if is_complete else _read_preset(preset) or {}
     target = values.get("_target_", base.get("_target_"))
@@ -214,16 +216,17 @@ def _fill(switch: Any, base: Any, preset: str, place: str, *, is_resolved: bool)
     if switch is not True and switch is not values:
         found = f"{place}={shown(str(switch))}"
         raise ConfigError(f"{found}: expected true, false, or a mapping of values; true takes all from conf/")
-    kind = _find_class(target)
-    layers = [values] if base.get("_target_") != target else [base, values]
+    kind = _CLASSES.get(str(target))
     merged = OmegaConf.structured(kind) if kind else OmegaConf.create({})
-    for layer in layers:
-        for key, value in layer.items():
-            if key != "_target_":
-                merged = _merge(merged, {key: value}, place, is_resolved=is_resolved)
-    content = OmegaConf.to_container(merged, resolve=is_resolved, enum_to_str=True)
-    assert isinstance(content, dict)
+    for layer in [values] if base.get("_target_") != target else [base, values]:
+        for key, value in _arguments(layer).items():
+            merged = _merge(merged, {key: value}, place, is_resolved=is_resolved)
+    content: Any = OmegaConf.to_container(merged, resolve=is_resolved, enum_to_str=True)
     return {"_target_": target, **{str(key): value for key, value in content.items()}}
+
+
+def _arguments(node: Plain) -> Plain:
+    return {key: value for key, value in node.items() if key != "_target_"}
 
 
 def _merge(node: Any, argument: Plain, place: str, *, is_resolved: bool) -> Any:
@@ -240,34 +243,20 @@ def _merge(node: Any, argument: Plain, place: str, *, is_resolved: bool) -> Any:
 
 def _expand_ema(ema: Any, shorthand: Any, place: str, *, is_resolved: bool) -> Plain | None:
     """Returns the node of an EMA, with the values of `optimizations.ema` on top; None for none."""
-    switch = _read_switch("ema", shorthand)
-    if switch is False and shorthand is not None:
-        return None
-    key = f"{place}ema" if shorthand is None else f"{place}optimizations.ema"
-    if isinstance(ema, dict) and isinstance(switch, dict):
-        switch = ema | switch
-    if shorthand is None:
-        switch = False if ema is None else ema
+    key, switch = f"{place}ema", False if ema is None else ema
+    if shorthand is not None:
+        key, switch = f"{place}optimizations.ema", _read_switch("ema", shorthand)
+        if isinstance(ema, dict) and isinstance(switch, dict):
+            switch = ema | switch
     return _fill(switch, None, "ema/default", key, is_resolved=is_resolved) or None
-
-
-def _find_class(target: Any) -> Any:
-    """Returns the class with the arguments of a built-in target; None for another, whose import may load torch."""
-    if target == _EMA:
-        return EmaConfig
-    path = str(target)
-    return getattr(built_in, path.removeprefix(_MODULE), None) if path.startswith(_MODULE) else None
 
 
 def _read_preset(path: str) -> Plain | None:
     """Returns the values of a file of conf/, or of the user's directories where Hydra composes; None for no file."""
-    if not re.fullmatch(r"\w+/\w+", path):
-        return None
-    for source in _sources():
+    for source in _sources() if re.fullmatch(r"\w+/\w+", path) else ():
         if source.is_config(path):
-            content = OmegaConf.to_container(source.load_config(path).config, resolve=False)
-            assert isinstance(content, dict)
-            return {str(key): value for key, value in content.items()}
+            content: Any = OmegaConf.to_container(source.load_config(path).config, resolve=False)
+            return dict(content)
     return None
 
 
@@ -278,15 +267,17 @@ def _list_presets() -> list[str]:
 
 def _sources() -> list[Any]:
     hydra = GlobalHydra.instance()
-    typed = [FileConfigSource("typed", place) for place in _search_path if place.startswith("file://")]
-    if hydra.is_initialized():
-        return [*typed, *hydra.config_loader().get_sources()]
-    return [*typed, FileConfigSource("runner", f"file://{CONF_DIR}")]
+    conf = [FileConfigSource("runner", f"file://{CONF_DIR}")]
+    sources = hydra.config_loader().get_sources() if hydra.is_initialized() else conf
+    return [*(FileConfigSource("typed", place) for place in _search_path if place.startswith("file://")), *sources]
 
 
-def of_engine(plain: Plain, name: str) -> tuple[Plain, Plain | None]:
-    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None."""
-    expanded = expand(plain)
+def of_engine(expanded: Plain, name: str) -> tuple[Plain, Plain | None]:
+    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None.
+
+    Args:
+        expanded: a config as `expand` returns it.
+    """
     engine = expanded["engines"].get(name) or {}
     switches = expanded["optimizations"] | engine.get("optimizations", {})
     nodes = {key: node for key, node in switches.items() if isinstance(node, dict)}
@@ -299,42 +290,34 @@ def make_built_in(node: Plain) -> Optimization | None:
     Raises:
         ValueError: a value out of its range.
     """
-    kind = _find_class(node["_target_"])
-    if kind is None:
-        return None
-    optimization: Optimization = kind(**{key: value for key, value in node.items() if key != "_target_"})
-    return optimization
+    kind: Callable[..., Optimization] | None = _CLASSES.get(str(node["_target_"]))
+    return None if kind is None else kind(**_arguments(node))
 
 
-def make(node: Plain, instantiate: Callable[[Plain], Any]) -> Any:
+def make_optimization(node: Plain, instantiate: Callable[[Plain], Any]) -> Any:
     """Returns the optimization of a node. Nothing is seeded: adapters are drawn after the model's weights."""
     return make_built_in(node) or instantiate(node)
 
 
-def find_mistakes(cfg: DictConfig) -> list[str]:
-    """Returns the mistakes of the optimizations of a composed config, of the shared ones and of each engine's own."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+def find_mistakes(plain: Plain) -> list[str]:
+    """Returns the mistakes of the optimizations of a resolved config, of the shared ones and of each engine's own."""
     engines = plain.get("engines") or {}
-    mistakes = []
+    mistakes = dict[str, None]()
     for name in ("", *engines):
-        one_engine = {**plain, "engines": {name: engines[name]} if name else {}}
         try:
-            _check_engine(one_engine, name)
+            _check_engine({**plain, "engines": {name: engines[name]} if name else {}}, name)
         except ConfigError as error:
-            mistakes.append(str(error))
-    return list(dict.fromkeys(mistakes))
+            mistakes[str(error)] = None  # once, though each engine has the shared ones
+    return list(mistakes)
 
 
 def _check_engine(plain: Plain, name: str) -> None:
     """Checks the values of the built-in optimizations of one engine, and that they may be combined."""
-    nodes, ema = of_engine(plain, name)
-    engine = plain["engines"].get(name)
-    own = engine if isinstance(engine, dict) else {}
+    nodes, ema = of_engine(expand(plain), name)
+    own = plain["engines"].get(name) or {}
     place = f"engines.{name}.optimizations" if "optimizations" in own else "optimizations"
-    optimizations: dict[str, Optimization] = {}
-    for key, node in nodes.items():
-        if (optimization := _explain(f"{place}.{key}", make_built_in, node)) is not None:
-            optimizations[key] = optimization
+    made = {key: _explain(f"{place}.{key}", make_built_in, node) for key, node in nodes.items()}
+    optimizations = {key: optimization for key, optimization in made.items() if optimization is not None}
     for key in optimizations:
         _explain(f"{place}.{key}", check_with_others, key, optimizations)
     if ema is not None and ema["_target_"] == _EMA:

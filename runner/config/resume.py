@@ -70,7 +70,7 @@ class Resumption:
     trust: Allowlist | None = None
 
 
-def find(arguments: list[str]) -> Resumption | None:
+def find_resumption(arguments: list[str]) -> Resumption | None:
     """Returns the run that the `resume=` of a command line names; None if there is nothing to resume.
 
     Raises:
@@ -111,7 +111,6 @@ def find(arguments: list[str]) -> Resumption | None:
 
 
 def _reads_sign(overrides: list[str]) -> bool:
-    """Returns the value of `sign` on a command line."""
     values = [override.partition("=")[2] for override in overrides if _key(override) == "sign"]
     if values and values[-1].lower() not in ("true", "false"):
         raise ConfigError(f"sign={shown(values[-1])}: expected true or false")
@@ -166,12 +165,12 @@ def _find_latest_run(experiment: str | None) -> Path:
     """Returns the run under outputs/ with the newest checkpoint, of an experiment if one is typed."""
     checkpoints = [path for run in _find_runs(OUTPUTS) for path in sorted(run.glob("checkpoints/step_*"))]
     times = {path.parent.parent: path.stat().st_mtime for path in checkpoints if (path / "MANIFEST.json").is_file()}
-    runs = [run for run in times if experiment is None or experiment in _overrides_or_none(run)]
-    if not runs:
-        what = f" of {experiment}" if experiment else ""
-        where = OUTPUTS.resolve()
-        raise ConfigError(f"resume=latest: no run{what} with a checkpoint under {where}; start one, or give its path")
-    return max(runs, key=lambda run: times[run])
+    for run in sorted(times, key=times.__getitem__, reverse=True):
+        with contextlib.suppress(ConfigError):  # another run's fault
+            if experiment is None or experiment in run_folder.read_overrides(run):
+                return run
+    found = f"no run{f' of {experiment}' if experiment else ''} with a checkpoint under {OUTPUTS.resolve()}"
+    raise ConfigError(f"resume=latest: {found}; start one, or give its path")
 
 
 def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
@@ -183,14 +182,7 @@ def _find_runs(folder: Path, levels: int = 4) -> Iterator[Path]:
             yield from _find_runs(path, levels - 1)
 
 
-def _overrides_or_none(run: Path) -> list[str]:
-    try:
-        return run_folder.read_overrides(run)
-    except ConfigError:  # another run's fault
-        return []
-
-
-def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[str]:
+def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[str]:
     """Replaces a composed config by the run's own, with this command line's overrides applied to it.
 
     Args:
@@ -212,7 +204,9 @@ def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[s
     new_choices = [choice for choice in choices if not _is_recorded(choice, recorded)]
     typed = _compose_typed(resumption, choices, new_choices, compose)
     resumption.trust = _make_allowlist(resumption, typed, values)
-    saved = _read_saved(resumption)
+    saved = run_folder.read_config(resumption.run)
+    allowlist.check_interpolations(saved, resumption.trust)
+    saved = {key: value for key, value in saved.items() if key not in COMMAND_LINE_KEYS}
 
     before = _without_hydra(cfg)
     after = copy.deepcopy(before)
@@ -220,25 +214,29 @@ def restore(cfg: DictConfig, resumption: Resumption, compose: Compose) -> list[s
     if paths := [_path_of(choice) for choice in new_choices if choice.key_or_group not in COMMAND_LINE_KEYS]:
         composed = _without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
         wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
-    wanted = _set_processes(wanted, typed, is_trusted=resumption.origin is not None)
     kept = _drop_overridden(resumption, paths)
-    run_folder.put(before, saved)
-    run_folder.put(after, wanted)
+    run_folder.put_values(before, saved)
+    run_folder.put_values(after, wanted)
+    run_folder.put_values(after, _process_settings(typed, is_trusted=resumption.origin is not None))
     optimizations.expand_composed(before)  # the config of an earlier run has switches without `_target_`
     ConfigLoaderImpl._apply_overrides_to_config(_adapt_to_saved(values, run_overrides, after), after)
-    run_folder.put(after, {key: typed[key] for key in COMMAND_LINE_KEYS} | {"resume": str(resumption.checkpoint)})
+    run_folder.put_values(
+        after, {key: typed[key] for key in COMMAND_LINE_KEYS} | {"resume": str(resumption.checkpoint)}
+    )
 
     with run_folder.recorded_hydra_config(resumption.run, after):
         plain = checks.to_plain(after)
         allowlist.check_paths(plain, resumption.trust)
         if not typed.resume_allow_changes:
             diff.check_same_run(checks.to_plain(before), plain, _describe_new_run(resumption, kept))
+    chosen = typed.hydra.runtime.choices
     with read_write(cfg), open_dict(cfg):
         for key in after:
             cfg[key] = after[key]
-        cfg.hydra.runtime.choices.update(recorded | _choices_of(typed, choices))
+        cfg.hydra.runtime.choices.update(recorded)
+        cfg.hydra.runtime.choices.update({group: chosen[group] for group in map(_group_of, choices) if group in chosen})
         cfg.hydra.overrides.task = [*kept, *resumption.overrides, *cfg.hydra.overrides.task]
-    return diff.describe(_run_part(before), _run_part(after))
+    return diff.describe_changes(_run_part(before), _run_part(after))
 
 
 def _is_choice(override: Override, groups: set[str]) -> bool:
@@ -262,7 +260,6 @@ def _group_of(override: Override) -> str:
 
 
 def _path_of(choice: Override) -> diff.KeyPath:
-    """Returns where the node of a choice stands in the config."""
     return tuple(re.split(r"[./]", choice.package or choice.key_or_group))
 
 
@@ -322,11 +319,6 @@ def _compose_typed(
         return compose([*resumption.search_path, *_texts(new_choices)])
 
 
-def _choices_of(typed: DictConfig, choices: list[Override]) -> dict[str, Any]:
-    composed = typed.hydra.runtime.choices
-    return {group: composed[group] for group in map(_group_of, choices) if group in composed}
-
-
 def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Override]) -> Allowlist:
     """Returns the allow-list for a run's config; an untrusted run may also name the targets of this command line."""
     source = resumption.run / ".hydra" / "config.yaml"
@@ -343,29 +335,14 @@ def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Over
     return Allowlist(source, list(typed.allow_targets), configs, resumption.reason, sign=sign)
 
 
-def _read_saved(resumption: Resumption) -> diff.Nest:
-    """Returns a run's config, unresolved, once it reads nothing that it may not."""
-    assert resumption.trust is not None
-    saved = run_folder.read_config(resumption.run)
-    allowlist.check_interpolations(saved, resumption.trust)
-    return {key: value for key, value in saved.items() if key not in COMMAND_LINE_KEYS}
-
-
-def _set_processes(config: diff.Nest, typed: DictConfig, *, is_trusted: bool) -> diff.Nest:
-    """Returns a config with this command line's settings of where processes meet.
+def _process_settings(typed: DictConfig, *, is_trusted: bool) -> dict[str, diff.Nest]:
+    """Returns this command line's settings of where processes meet.
 
     The number of processes of an untrusted run comes from the command line, too: a small file could start many.
     """
-    distributed = {key: typed.distributed[key] for key in _RENDEZVOUS_KEYS}
-    data = {}
-    if not is_trusted:
-        distributed["nproc_per_node"] = typed.distributed.nproc_per_node
-        data["num_workers"] = typed.data.num_workers
-    wanted = dict(config)
-    for section, settings in (("distributed", distributed), ("data", data)):
-        before = config.get(section)
-        wanted[section] = {**(before if isinstance(before, dict) else {}), **settings}
-    return wanted
+    keys = _RENDEZVOUS_KEYS if is_trusted else (*_RENDEZVOUS_KEYS, "nproc_per_node")
+    distributed = {key: typed.distributed[key] for key in keys}
+    return {"distributed": distributed, "data": {} if is_trusted else {"num_workers": typed.data.num_workers}}
 
 
 def _describe_new_run(resumption: Resumption, kept: list[str]) -> str:

@@ -29,6 +29,7 @@ from runner.config.composition.expansion import (
     check_interpolated_text,
 )
 from runner.config.composition.interpolation import mask_other_resolvers, quote_nested, use_hydra_config
+from runner.config.diff import get_value
 from runner.config.errors import ConfigError
 from runner.config.trust import signature
 from runner.utils.files import make_folders, read_bounded
@@ -79,15 +80,7 @@ def _is_step(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}", name) is not None
 
 
-def is_file(path: Path) -> bool:
-    """Returns whether a path is a file, such as an export; False if it can't be read."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def claim(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
+def claim_folder(wanted: Path, is_asked_for: bool, may_hold_run: bool = False) -> tuple[Path, bool]:
     """Creates a new run's folder; returns it, and whether it was not there before.
 
     Args:
@@ -268,9 +261,7 @@ def _read_hydra(run: Path) -> Any:
 
 def read_choices(run: Path) -> dict[str, Any]:
     """Returns the choices of groups that a run was started with; a value may be anything."""
-    node = _read_hydra(run)
-    for key in ("runtime", "choices"):
-        node = node.get(key) if isinstance(node, dict) else None
+    node = get_value(_read_hydra(run), ("runtime", "choices"), {})
     return node if isinstance(node, dict) else {}
 
 
@@ -365,7 +356,7 @@ def _check_events(path: Path, text: str) -> None:
             raise ConfigError(f"{line}: a number of over {_MAX_DIGITS} digits")
 
 
-def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
+def put_values(cfg: DictConfig, values: Mapping[str, Any]) -> None:
     """Replaces values of a config; a section with a schema keeps its types, and the keys that are not given.
 
     Raises:
@@ -375,7 +366,7 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
         with read_write(cfg):
             for key, value in values.items():
                 if is_dataclass(OmegaConf.get_type(cfg, key)) and isinstance(value, Mapping):
-                    put(cfg[key], value)
+                    put_values(cfg[key], value)
                 else:
                     cfg[key] = value
     except Exception as error:
@@ -386,9 +377,8 @@ def put(cfg: DictConfig, values: Mapping[str, Any]) -> None:
 
 def to_unresolved(cfg: DictConfig) -> dict[str, Any]:
     """Returns a config as plain values, with its interpolations as they are."""
-    content = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    content: Any = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+    return dict(content)
 
 
 def set_value(cfg: DictConfig, text: str, *, is_new: bool = False) -> None:
@@ -475,8 +465,6 @@ def is_crashed(record: Mapping[str, Any]) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # the process is another user's
-        pass
+    except OSError as error:  # also of a process of another user
+        return isinstance(error, ProcessLookupError)
     return False

@@ -6,47 +6,21 @@ A misspelt key or a wrong type is reported in one line, before torch is imported
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
-
-class Precision(Enum):
-    """Arithmetic of forward and backward; weights stay fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class OnNonfinite(Enum):
-    """Reaction to a step whose loss or gradients are not finite."""
-
-    stop = "stop"
-    skip = "skip"
-    ignore = "ignore"
-
-
-class OnOom(Enum):
-    """Reaction to a step that runs out of memory."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class Mode(Enum):
-    """Order of a metric: the better of two values."""
-
-    min = "min"
-    max = "max"
-
-
-class Format(Enum):
-    """Format of stored tensors: SafeTensors, or pickles that are read without executing anything."""
-
-    sft = "sft"
-    pt = "pt"
+# Arithmetic of forward and backward; weights stay fp32.
+Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
+# Reaction to a step whose loss or gradients are not finite.
+OnNonfinite = StrEnum("OnNonfinite", ["stop", "skip", "ignore"])
+# Reaction to a step that runs out of memory.
+OnOom = StrEnum("OnOom", ["stop", "skip"])
+# Order of a metric: the better of two values.
+Mode = StrEnum("Mode", ["min", "max"])
+# Format of stored tensors: SafeTensors, or pickles that are read without executing anything.
+Format = StrEnum("Format", ["sft", "pt"])
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from runner.config.diff import get_value
 from runner.config.errors import ConfigError, describe_multiple_datasets, shown, suggest
 from runner.utils.utils import describe, one_line
 
@@ -80,19 +81,16 @@ def seed_imports(seed: int) -> None:
 
 def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
     """Yields key, node and number of positional arguments of everything that will be instantiated."""
-    roles = [(role, role, plain) for role in _ROLES]
-    for name, engine in plain["engines"].items():
-        roles += [(f"engines.{name}.{role}", role, engine) for role in _ROLES if engine.get(role) is not None]
-    for key, role, section in roles:
-        node: Any = section
-        for part in role.split("."):
-            node = None if node is None else node.get(part)  # evaluate and export leave some roles out
-        if node is not None:
-            yield key, node, _ROLES[role]
-            yield from ((nested_key, nested, 0) for nested_key, nested in _find_nested_targets(node, key))
-    for prefix, section in [("", plain), *((f"engines.{name}.", engine) for name, engine in plain["engines"].items())]:
+    sections = [("", plain), *((f"engines.{name}.", engine) for name, engine in plain["engines"].items())]
+    for prefix, section in sections:
+        for role, num_positional in _ROLES.items():
+            node = get_value(section, role.split("."), None)  # evaluate and export leave some roles out
+            if node is not None:
+                yield f"{prefix}{role}", node, num_positional
+                yield from ((key, nested, 0) for key, nested in _find_nested_targets(node, f"{prefix}{role}"))
+    for prefix, section in sections:
         options = _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
-        yield from ((nested_key, nested, 0) for nested_key, nested in options)
+        yield from ((key, nested, 0) for key, nested in options)
 
 
 def _find_nested_targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,8 +130,7 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
     if node.get("_convert_", "all") == "none":
         yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
     yield from find_wrong_types(key, node, target)
-    names = [name for name in node if isinstance(name, str)]
-    arguments = {name for name in names if not (name.startswith("_") and name.endswith("_"))}
+    arguments = {name for name in node if _is_argument(name)}
     accepted = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if _SCHEDULER.search(key) and "optimizer" in accepted:
         accepted.remove("optimizer")  # passed by the runner, also to each of several nested schedulers
@@ -209,9 +206,11 @@ def find_wrong_types(key: str, node: Mapping[str, Any], target: Any) -> Iterator
     """Yields a message for each text, list or mapping passed to an argument that is annotated as a number."""
     arguments = {name: value for name, value in node.items() if _needs_type_check(name, value)}
     hints = _read_hints(target) if arguments else {}
+    parameters = inspect.signature(target).parameters
     for name, value in arguments.items():
         alternatives = _alternatives_of(hints[name]) if name in hints else None
-        if alternatives is None or _is_accepted(value, alternatives, _default_of(target, name)):
+        default = parameters[name].default if name in parameters else None
+        if alternatives is None or _is_accepted(value, alternatives, default):
             continue
         found = next((f", found {name}" for kind, name in _KIND_NAMES.items() if isinstance(value, kind)), "")
         remedy = "; ${oc.decode:...} makes it a number" if is_number_text(value) else ""
@@ -220,11 +219,6 @@ def find_wrong_types(key: str, node: Mapping[str, Any], target: Any) -> Iterator
 
 
 _KIND_NAMES: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text"}
-
-
-def _default_of(target: Any, name: str) -> Any:
-    parameter = inspect.signature(target).parameters.get(name)
-    return None if parameter is None else parameter.default
 
 
 def hint_at_text_numbers(node: Mapping[str, Any]) -> str:
@@ -247,9 +241,15 @@ def is_number_text(value: Any) -> bool:
 
 
 def _needs_type_check(name: Any, value: Any) -> bool:
-    if not isinstance(name, str) or (name.startswith("_") and name.endswith("_")):
-        return False
-    return value is None or isinstance(value, (str, list)) or (isinstance(value, dict) and "_target_" not in value)
+    is_checked = (
+        value is None or isinstance(value, (str, list)) or (isinstance(value, dict) and "_target_" not in value)
+    )
+    return is_checked and _is_argument(name)
+
+
+def _is_argument(key: Any) -> bool:
+    """Returns whether a key of a node is the name of an argument, and none of Hydra's keys, such as `_target_`."""
+    return isinstance(key, str) and not (key.startswith("_") and key.endswith("_"))
 
 
 def _read_hints(target: Any) -> dict[str, Any]:
@@ -331,8 +331,22 @@ def locate(path: str) -> Any:
     Raises:
         ImportError: naming the part that does not exist, and the nearest name that does.
     """
-    module, attributes = find_module(path)
-    return _get_attributes(module, module.__name__, attributes)
+    holder: Any
+    holder, attributes = find_module(path)
+    name = holder.__name__
+    for attribute in attributes:
+        try:
+            has_attribute = hasattr(holder, attribute)
+        except Exception as error:  # from a module that imports its submodules on first access
+            raise ImportError(_describe_import(f"{name}.{attribute}", error)) from error
+        if not has_attribute:
+            public = [key for key in vars(holder) if not key.startswith("_")] if hasattr(holder, "__dict__") else []
+            raise ImportError(f"{name} has no {attribute!r}; {suggest(attribute, public)}")
+        holder = getattr(holder, attribute)
+        name = f"{name}.{attribute}"
+    if not callable(holder):
+        raise ImportError(f"{name} is a {type(holder).__name__}; expected a class or function")
+    return holder
 
 
 def find_module(path: str) -> tuple[ModuleType, list[str]]:
@@ -386,22 +400,6 @@ _LIBRARY_FOLDERS = tuple(
     {sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {str(Path(__file__).resolve().parents[1]) + os.sep}
 )
-
-
-def _get_attributes(holder: Any, name: str, attributes: list[str]) -> Any:
-    for attribute in attributes:
-        try:
-            has_attribute = hasattr(holder, attribute)
-        except Exception as error:  # from a module that imports its submodules on first access
-            raise ImportError(_describe_import(f"{name}.{attribute}", error)) from error
-        if not has_attribute:
-            public = [key for key in vars(holder) if not key.startswith("_")] if hasattr(holder, "__dict__") else []
-            raise ImportError(f"{name} has no {attribute!r}; {suggest(attribute, public)}")
-        holder = getattr(holder, attribute)
-        name = f"{name}.{attribute}"
-    if not callable(holder):
-        raise ImportError(f"{name} is a {type(holder).__name__}; expected a class or function")
-    return holder
 
 
 def _install_hint(module: str | None) -> str:

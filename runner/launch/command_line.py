@@ -23,7 +23,7 @@ def _clean_up(status: int) -> None:
 @signals.exit_on_interrupt(_clean_up)
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    checks.register()
+    checks.register_with_hydra()
     errors.hide_tracebacks(False)
     gc.disable()  # importing torch makes no garbage, but collecting takes a third of its time; `Trainer.fit` enables it
     status = 1

@@ -196,7 +196,7 @@ def make_job(
     if resumed is not None and (resumed / ".hydra" / "hydra.yaml").is_file():
         del files["hydra"]
     with run_folder.recorded_hydra_config(resumed, cfg) if resumed else contextlib.nullcontext():
-        spec = checks.to_spec(cfg)
+        spec = ExperimentSpec.from_plain(checks.to_plain(cfg))
     return Job(
         spec,
         folder.absolute(),
@@ -205,7 +205,7 @@ def make_job(
         origin=asdict(origin) if origin else {},
         is_restart=is_restart,
         is_sweep_job=is_sweep_job,
-        hparams=hparams.select(hydra_config, spec.plain, reads_experiment=resumed is None),
+        hparams=hparams.select_hyperparameters(hydra_config, spec.plain, reads_experiment=resumed is None),
     )
 
 

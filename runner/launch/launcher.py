@@ -111,7 +111,9 @@ def print_resumed_config(arguments: list[str]) -> bool:
 def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
-    return resume.restore(cfg, asked, lambda overrides: hydra.compose_config(config_name, overrides, RunMode.RUN))
+    return resume.restore_config(
+        cfg, asked, lambda overrides: hydra.compose_config(config_name, overrides, RunMode.RUN)
+    )
 
 
 def _hydra_values_of(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractContextManager[None]:
@@ -122,7 +124,7 @@ def _hydra_values_of(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractCo
 
 
 def _check(cfg: DictConfig) -> None:
-    plain = checks.check(cfg).plain
+    plain = checks.check_config(cfg).plain
     from runner.config import targets  # imports what the config names, and so torch: only once the rest is right
     from runner.config.trust import allowlist
 
@@ -144,7 +146,9 @@ def _claim(cfg: DictConfig, task: DictConfig) -> Path:
     if task.distributed.nnodes > 1 and _group is None:
         return wanted  # the machine of rank 0 claims it
     global _new_folder
-    folder, is_new = run_folder.claim(wanted, _is_folder_fixed(cfg.hydra.overrides.hydra), import_path.is_requeued())
+    folder, is_new = run_folder.claim_folder(
+        wanted, _is_folder_fixed(cfg.hydra.overrides.hydra), import_path.is_requeued()
+    )
     _new_folder = folder.resolve() if is_new else None
     return folder
 
@@ -354,5 +358,5 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
     if import_path.is_requeued() and folders and any(Path(folders[-1], "checkpoints").glob("step_*")):
         others = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
         arguments = [*others, f"resume={quote(folders[-1])}"]
-    _resumption = resume.find(arguments)
+    _resumption = resume.find_resumption(arguments)
     return arguments if _resumption is None else _resumption.arguments

@@ -223,7 +223,7 @@ def _agree_on_job(group: WorkerGroup, job: Job) -> Job | int:
         return group.channel.receive()
     if job.is_unclaimed and not group.environment.restarts:
         try:
-            job.folder, _ = run_folder.claim(job.folder, is_asked_for=job.is_folder_fixed)
+            job.folder, _ = run_folder.claim_folder(job.folder, is_asked_for=job.is_folder_fixed)
         except ConfigError:
             group.channel.end(2)
             raise

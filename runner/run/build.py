@@ -148,7 +148,7 @@ def _build_parts(
         module = builder.build(engine.name, key, engine.model, partial(_make_model, spec.seed, key))
         objects = {}
         for option, node in engine.optimizations.items():
-            make = partial(optimizations.make, node, _instantiate)
+            make = partial(optimizations.make_optimization, node, _instantiate)
             objects[option] = _explain_errors(f"{engine.prefix}optimizations.{option}", make, node)
         apply = partial(optimize, module, objects, device, purpose)
         applied = _explain_errors(f"{engine.prefix}optimizations", apply)

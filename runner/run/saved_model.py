@@ -204,7 +204,7 @@ def _check_config(
     Args:
         run: the folder whose hydra.yaml `${hydra:...}` reads.
     """
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         cfg = compose("config")
     typed = OmegaConf.create({})
@@ -213,11 +213,11 @@ def _check_config(
     own = run_folder.to_unresolved(typed)
     trusted = replace(trusted, prefixes=[*trusted.prefixes, *own.get("allow_targets", [])], own=[own])
     allowlist.check_interpolations(raw, trusted)
-    run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
+    run_folder.put_values(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
     if not trusted.is_signed:  # a small file could start any number of processes
         cfg.data.num_workers = 0
     for override in overrides:
         run_folder.set_value(cfg, override)
     with run_folder.recorded_hydra_config(run, cfg) if run else contextlib.nullcontext():
-        checks.check(cfg)
+        checks.check_config(cfg)
         return checks.to_plain(cfg), trusted

@@ -14,7 +14,7 @@ from torch.distributed import Store
 from runner.checkpoint.checkpoints import FACTS, Checkpoints
 from runner.checkpoint.saver import Saver
 from runner.config.errors import ConfigError, truncate
-from runner.config.hparams import merge
+from runner.config.hparams import merge_hyperparameters
 from runner.config.run_folder import read_config, read_record
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
@@ -190,7 +190,7 @@ class Trainer:
 
     def _start_record(self, accept: Callable[[], None], launch_id: str, hparams: Mapping[str, Any]) -> None:
         """Accepts the run, starts its session in run.json, and removes checkpoints after the step that is resumed."""
-        self.hparams = merge(read_record(self.folder).get("hparams"), hparams, self.spec.plain)
+        self.hparams = merge_hyperparameters(read_record(self.folder).get("hparams"), hparams, self.spec.plain)
         self.best_checkpoint.convert_metrics(self._saved_best, lambda: read_config(self.folder))
         accept()  # replaces the config
         facts = {"name": self.spec.name, "ranks": world_size(), "launch": launch_id, "hparams": self.hparams}

@@ -186,7 +186,7 @@ def compose_config(steps):
 
     from runner.config import checks
 
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(config_dir=str(checks.CONF_DIR.resolve()), version_base="1.3"):
         return compose("config", overrides=[*QUIET, f"trainer.steps={steps}"])
 

@@ -17,7 +17,7 @@ from runner.config.spec import ExperimentSpec
 def told(*overrides):
     """The message for overrides that are a mistake."""
     try:
-        checks.check(composed(*overrides))
+        checks.check_config(composed(*overrides))
     except Exception as error:
         return errors.format_error(error) or f"not explained: {error}"
     raise AssertionError(f"{overrides} was accepted")
@@ -44,12 +44,18 @@ def told(*overrides):
         ("name=a/b", "name='a/b': expected letters"),
         ("trainer.accumulate=5", "data.batch_size=12: expected a multiple of trainer.accumulate=5"),
         ("data.eval=null", "trainer.eval_every=100: data.eval has no dataset"),
+        ("+engines.a=3", "engines.a: expected a mapping of model, optimizer, "),
+        (
+            "pattern=delayed",
+            "pattern.num_codebooks: this data does not tell it; set pattern.num_codebooks=... (a model",
+        ),
+        ("pattern=delayed pattern.num_codebooks=2", "pattern: nothing takes it; a model takes it by an argument"),
         ("trainer.steps=???", "Missing mandatory value: trainer.steps"),
         ("trainer.clip_norm=???", "trainer.clip_norm: has no value"),
     ],
 )
 def test_a_mistake_is_told_in_one_message_that_names_the_key(override, expected):
-    assert expected in told(override)
+    assert expected in told(*override.split())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_every_choice_of_every_group_composes_and_passes():
             codes = ["data=speech_codes", "pattern=delayed"] if (group, choice) == ("model", "code_gpt") else []
             codes = ["data=speech_codes"] if group == "pattern" else codes
             models = [] if group == "experiment" else [f"model={model}"]  # it brings its own
-            checks.check(composed(*models, *codes, f"{group}={choice}"))
+            checks.check_config(composed(*models, *codes, f"{group}={choice}"))
 
 
 def test_every_value_in_yaml_has_a_comment_that_gives_its_meaning():
@@ -136,13 +142,15 @@ def test_json_of_a_config_with_texts_as_keys_is_what_any_program_reads():
 
 def test_a_section_of_a_resolved_config_is_its_dataclass():
     cfg = composed("trainer.precision=bf16", "trainer.best_metric=eval/x")
-    spec = checks.check(cfg)
+    spec = checks.check_config(cfg)
     assert spec.trainer == OmegaConf.to_object(cfg.trainer)
     assert spec.plain == checks.to_plain(cfg)
 
 
 def test_an_engine_has_the_parts_of_the_top_level_that_it_leaves_out():
-    spec = checks.check(composed("+engines.first={}", "+engines.second.optimizer=null", "+engines.second.freeze=[a]"))
+    spec = checks.check_config(
+        composed("+engines.first={}", "+engines.second.optimizer=null", "+engines.second.freeze=[a]")
+    )
     first, second = spec.engines.values()
     assert (first.name, first.prefix, first.optimizer) == ("first", "engines.first.", spec.plain["optimizer"])
     assert first.model == second.model == spec.plain["model"]
@@ -152,7 +160,7 @@ def test_an_engine_has_the_parts_of_the_top_level_that_it_leaves_out():
 
 
 def test_a_specification_is_the_same_when_it_was_sent_as_plain_values():
-    spec = checks.check(composed("trainer.precision=bf16", "+engines.first={}"))
+    spec = checks.check_config(composed("trainer.precision=bf16", "+engines.first={}"))
     assert ExperimentSpec.from_plain(json.loads(json.dumps(spec.plain))) == spec
 
 

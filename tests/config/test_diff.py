@@ -25,7 +25,7 @@ def chosen(composed, *paths):
 def test_another_choice_of_a_group_replaces_the_node_whole():
     wanted = chosen({"optimizer": SGD}, ("optimizer",))
     assert wanted == SAVED | {"optimizer": SGD}
-    assert "optimizer.foo: 1 -> (none)" in diff.describe(SAVED, wanted)
+    assert "optimizer.foo: 1 -> (none)" in diff.describe_changes(SAVED, wanted)
 
 
 def test_a_choice_that_is_the_default_by_now_is_taken_too():
@@ -55,8 +55,8 @@ def test_an_experiment_sets_what_it_changes_of_the_defaults():
 def test_a_number_is_another_key_than_the_text_of_it():
     before, after = {"model": {"weights": {0: 1.0, 1: 3.5}}}, {"model": {"weights": {0: 9.0, 1: 3.5}}}
     assert diff.replace_nodes(before, before, after, [("model", "weights", 0)]) == after
-    assert diff.describe(before, after) == ["model.weights.0: 1.0 -> 9.0"]
-    assert diff.describe({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
+    assert diff.describe_changes(before, after) == ["model.weights.0: 1.0 -> 9.0"]
+    assert diff.describe_changes({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from runner.config import checks, hparams
 from runner.config.hparams import run_label
 
-checks.register()
+checks.register_with_hydra()
 ABSENT = "(none)"
 
 
@@ -32,7 +32,7 @@ def composed(*overrides, is_sweep=False):
 def select_hyperparameters(*overrides):
     root = composed(*overrides)
     plain = OmegaConf.create({key: root._get_node(key) for key in root if key != "hydra"})
-    return hparams.select(root, checks.to_plain(plain))
+    return hparams.select_hyperparameters(root, checks.to_plain(plain))
 
 
 def read_recorded(folder):
@@ -224,11 +224,11 @@ def test_a_resumed_run_keeps_its_hyperparameters_and_updates_changed_ones(projec
 
 @pytest.mark.parametrize("record", [None, 3, ["a"], {"a": None}, {"seed": [1]}, {"resume": "/x"}, {1: 2.0}])
 def test_invalid_entries_of_a_record_are_left_out(record):
-    assert set(hparams.merge(record, {"seed": 2}, {"seed": 2})) <= {"seed", 1}
+    assert set(hparams.merge_hyperparameters(record, {"seed": 2}, {"seed": 2})) <= {"seed", 1}
 
 
 def test_a_recorded_value_is_the_current_one_or_the_one_of_the_start():
-    merged = hparams.merge({"sampler": "pool", "seed": 1, "gone": 5}, {"new": 2}, {"seed": 3, "new": 2})
+    merged = hparams.merge_hyperparameters({"sampler": "pool", "seed": 1, "gone": 5}, {"new": 2}, {"seed": 3, "new": 2})
     assert merged == {"sampler": "pool", "seed": 3, "gone": 5, "new": 2}
 
 

@@ -295,11 +295,11 @@ def test_latest_is_the_newest_run_with_a_checkpoint_or_that_of_the_experiment_ty
     swept = outputs("multirun/2026-01-02/0-x", "experiment=b", "seed=1")
     (outputs("2026-01-03/c", "experiment=a") / "checkpoints" / "step_00000001" / "MANIFEST.json").unlink()
     (second / ".hydra" / "overrides.yaml").write_text("- [")  # another run's fault
-    assert resume.find(["resume=latest"]).run == swept
-    found = resume.find(["experiment=a", "resume=latest"])
+    assert resume.find_resumption(["resume=latest"]).run == swept
+    found = resume.find_resumption(["experiment=a", "resume=latest"])
     assert (found.run, found.overrides, found.run_overrides) == (first, ["experiment=a"], ["experiment=a"])
     with pytest.raises(ConfigError, match="no run of experiment=z with a checkpoint"):
-        resume.find(["experiment=z", "resume=latest"])
+        resume.find_resumption(["experiment=z", "resume=latest"])
 
 
 def test_hydra_gets_the_runs_folder_and_its_own_overrides_and_the_others_are_kept_apart(outputs):
@@ -307,14 +307,14 @@ def test_hydra_gets_the_runs_folder_and_its_own_overrides_and_the_others_are_kep
     for flags in (["--config-dir", "conf"], []):
         typed = ["seed=2", f"resume={run}", "hydra.verbose=true"]
         for arguments in ([*flags, *typed], [*typed, *flags]):
-            found = resume.find(arguments)
+            found = resume.find_resumption(arguments)
             expected = ["hydra.verbose=true", f"resume='{run}'", f"hydra.run.dir='{run}'"]
             assert found.arguments == ([*flags, *expected] if arguments[0] != "seed=2" else [*expected, *flags])
             assert (found.run_overrides, found.overrides) == (["seed=1", "+model.width=3"], ["seed=2"])
     step = run / "checkpoints" / "step_00000001"
-    assert resume.find([f"resume={step}"]).checkpoint == step
+    assert resume.find_resumption([f"resume={step}"]).checkpoint == step
 
 
 @pytest.mark.parametrize("arguments", [[], ["seed=1"], ["resume=null"], ["-m", "resume=latest"]])
 def test_nothing_is_resumed_where_nothing_is_asked_for(arguments):
-    assert resume.find(arguments) is None
+    assert resume.find_resumption(arguments) is None

@@ -45,14 +45,16 @@ def test_a_config_is_read_unresolved_and_a_missing_one_is_reported(tmp_path):
 
 
 def composed():
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         return compose("config")
 
 
 def test_put_keeps_the_types_of_the_schema_and_replaces_other_nodes():
     cfg = composed()
-    run_folder.put(cfg, {"trainer": {"steps": "7", "precision": "bf16"}, "model": {"_target_": "own.Model"}, "seed": 3})
+    run_folder.put_values(
+        cfg, {"trainer": {"steps": "7", "precision": "bf16"}, "model": {"_target_": "own.Model"}, "seed": 3}
+    )
     assert (cfg.trainer.steps, cfg.trainer.precision.name, cfg.seed) == (7, "bf16", 3)
     assert cfg.trainer.log_every == 10  # what a newer schema has and the values lack
     assert dict(cfg.model) == {"_target_": "own.Model"}
@@ -69,7 +71,7 @@ def test_put_keeps_the_types_of_the_schema_and_replaces_other_nodes():
 )
 def test_put_refuses_what_does_not_fit_the_schema(values, message):
     with pytest.raises(ConfigError, match=message):
-        run_folder.put(composed(), values)
+        run_folder.put_values(composed(), values)
 
 
 def test_a_run_whose_process_is_gone_has_crashed():

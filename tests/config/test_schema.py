@@ -61,7 +61,7 @@ def check(override):
     else:
         cfg = OmegaConf.create(COMPOSED)
         ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([override]), cfg)
-    checks.check(cfg)
+    checks.check_config(cfg)
     targets.check_targets(checks.to_plain(cfg))
 
 

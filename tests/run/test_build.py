@@ -60,7 +60,7 @@ class Drawing:
 
 def plain_with(seed=3, **changes):
     """The resolved config of an experiment whose every object draws when it is made."""
-    checks.register()
+    checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         plain = checks.to_plain(compose("config", [f"seed={seed}"]))
     roles = {name: {"_target_": "test_build.Drawing", "name": name} for name in ("sampler", "feeder", "report")}

@@ -16,11 +16,13 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.errors import HEADER, ConfigError, find_kind_mismatches, shown, suggest, top_level_keys
+from runner.config.schema import Config
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _WHEEL_CONF = _PACKAGE / "conf"
 CONF_DIR = _WHEEL_CONF if _WHEEL_CONF.is_dir() else _PACKAGE.parent / "conf"
 
+_SCHEMA = "schema"  # in the defaults of conf/config.yaml
 _PACKAGES = ["_global_", "_group_", "_name_", "hydra"]
 _DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `- override /optimizer: sgd`"
 _BYTE_ORDER_MARK = "\ufeff"
@@ -43,6 +45,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
         Raises:
             ConfigError: naming the file, line and column of a mistake.
         """
+        if config_path == _SCHEMA:
+            content = OmegaConf.structured(Config)
+            return ConfigResult(self.provider, _SCHEMA, content, header={"package": None})
         path = os.path.join(self.path, self._normalize_file_name(config_path))
         text = _read(path)
         header = _read_header(path, text)
@@ -61,6 +66,13 @@ class FileConfigSource(file_config_source.FileConfigSource):
         """
         names = super().list(config_path, results_filter)
         return names if config_path else [name for name in names if name != "optimization"]
+
+    def is_config(self, config_path: str) -> bool:
+        """Returns whether a path is that of a file, or of the schema.
+
+        The schema is not in Hydra's ConfigStore, whose nodes `--help` would copy for each group.
+        """
+        return config_path == _SCHEMA or super().is_config(config_path)
 
 
 def _display_path(path: str) -> str:

@@ -7,7 +7,7 @@ from hydra.core.object_type import ObjectType
 
 from runner.config import checks, errors
 
-checks.register()
+checks.register_with_hydra()
 HEADER = "# @package _global_\n"
 BASED = HEADER + "defaults: [base]\n"
 BASE = HEADER + "defaults: [override /model: digits_net, override /data: digits]\nname: base\n"

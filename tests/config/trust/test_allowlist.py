@@ -54,7 +54,7 @@ def test_what_the_runner_and_torch_bring_is_allowed(hostile_folder, target):
 
 
 def test_every_target_of_the_runners_own_choices_is_allowed():
-    checks.register()
+    checks.register_with_hydra()
     for path in checks.CONF_DIR.glob("*/*.yaml"):
         allowlist.check_paths({path.parent.name: OmegaConf.to_container(OmegaConf.load(path))}, Allowlist(path))
 
