@@ -17,7 +17,7 @@ from runner.engines.gradients import BufferSnapshot, Gradients
 from runner.engines.metrics import MetricAccumulator
 from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
-from runner.engines.optim.schedule import LRSchedule
+from runner.engines.optim.schedule_replay import LRSchedule
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
 from runner.utils.distributed import all_gather_object, move

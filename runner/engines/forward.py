@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from runner.engines.hugging_face import count_terms, is_model_output
+from runner.engines.transformers_loss_terms import count_terms, is_model_output
 from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 

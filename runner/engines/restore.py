@@ -17,7 +17,7 @@ from runner.engines.optim.optimizer_state import (
     load_extra_state,
     match_state,
 )
-from runner.engines.optim.schedule import LRSchedule, reorder_events, saved_history
+from runner.engines.optim.schedule_replay import LRSchedule, reorder_events, saved_history
 
 _SCHEDULED = {"optimizer", "scheduler"}
 

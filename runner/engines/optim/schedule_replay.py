@@ -1,7 +1,4 @@
-"""The learning-rate schedule of an engine.
-
-It steps a scheduler, and replays it on resume if its settings changed.
-"""
+"""Steps the scheduler of an engine, and replays its schedule on resume if its settings changed."""
 
 from __future__ import annotations
 
