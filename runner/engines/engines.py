@@ -130,8 +130,8 @@ class Engines(dict[str, Engine]):
 
     def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
         """Returns whether one of the engines at fault has `on_nonfinite=stop`."""
-        names = [name for name, fault in faults.items() if name in self and fault != EMPTY]
-        return any(self[name].on_nonfinite == "stop" for name in names)
+        at_fault = (self[name] for name, fault in faults.items() if name in self and fault != EMPTY)
+        return any(engine.on_nonfinite == "stop" for engine in at_fault)
 
     @property
     def can_shadow(self) -> bool:
@@ -352,8 +352,7 @@ def _floats(values: Mapping[str, Number]) -> dict[str, float]:
 def _means(results: list[_BatchResult]) -> dict[str, float]:
     """Returns the means over all batches, weighted by terms or samples.
 
-    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it. The
-    order matters: the sum of floats depends on it, and ranks return their batches in any order.
+    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it.
 
     Raises:
         ValueError: there is no batch, or a number has a weight in some batches only.

@@ -209,13 +209,12 @@ class OutputReader:
 
     def _reject(self, output: Any, name: Any, value: Any) -> None:
         self._rejected_names.add(name)
-        if not is_model_output(output):
+        if not is_model_output(output) and len(self._rejected_names) <= _MAX_WARNINGS:
             kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
-            found = f"{name!r} is a {_describe(value)}{kind}"
             rest = "; no further ones are named" if len(self._rejected_names) == _MAX_WARNINGS else ""
-            if len(self._rejected_names) <= _MAX_WARNINGS:
-                remedy = f"a metric is a number or a tensor with one{rest}"
-                _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
+            remedy = f"a metric is a number or a tensor with one{rest}"
+            found = f"{name!r} is a {_describe(value)}{kind}"
+            _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
 
     def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
@@ -267,8 +266,7 @@ def _find_fields(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, Mapping):
         return output
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
-        fields: Mapping[Any, Any] = output._asdict()
-        return fields
+        return output._asdict()
     if getattr(output, "loss", None) is None:
         return _NO_FIELDS
     if dataclasses.is_dataclass(output):
@@ -326,20 +324,15 @@ class LossModule(nn.Module):
         self.module = module
         self._feed = partial(feeder, module)  # reading `self.module` in each forward would be slow
         self._read = read
-        self._next_context: AbstractContextManager[None] | None = None
+        self.next_context: AbstractContextManager[None] | None = None  # of the next training forward
         self.explain_error: Callable[[RuntimeError], str | None] | None = None  # returns a clearer message
 
-    def wrap_next_forward(self, context: AbstractContextManager[None]) -> None:
-        """Runs the next training forward in a context."""
-        self._next_context = context
-
     def forward(self, batch: Any) -> Output:
-        """Returns the loss, numbers, tokens and weight of a batch."""
-        context = self._next_context
+        context = self.next_context
         try:
             if context is None or not torch.is_grad_enabled():
                 return self._read(self._feed(batch))
-            self._next_context = None
+            self.next_context = None
             with context:
                 return self._read(self._feed(batch))
         except RuntimeError as error:
@@ -371,10 +364,8 @@ class FlaggedLossModule(nn.Module):
         self.carries_weight = exact is not None
         like = self._trained[0] if exact is None else exact
         self.flag = nn.Parameter(torch.zeros(1 + self.carries_weight, device=like.device, dtype=like.dtype))
-        cleared = torch.zeros_like(self.flag.data)
-        raised = torch.zeros_like(self.flag.data)
-        raised[0] = 1
-        self._flag_grads = cleared, raised
+        self._flag_grads = torch.zeros_like(self.flag.data), torch.zeros_like(self.flag.data)  # cleared, set
+        self._flag_grads[1][0] = 1
         self._is_flag_set = is_flag_set
         self._check_loss = check_loss
         self.is_shadowing = False

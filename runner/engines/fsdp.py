@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from runner.engines.forward import LossModule, Number, Output
 from runner.engines.optim.optimizer_state import chained_optimizers
-from runner.engines.strategies import Strategy, TrainForward, map_tensors, refuse_renormalized, scale
+from runner.engines.strategies import Strategy, TrainForward, map_tensors, refuse_renormalized, scale_gradients
 from runner.utils import distributed
 from runner.utils.modules.selection import find_blocks
 
@@ -76,7 +77,6 @@ class FSDP(Strategy):
                 if settings.get(key) not in (None, *_DTYPES):
                     raise ValueError(f"{key}={settings[key]!r}: expected one of {', '.join(_DTYPES)}, or null")
         self._blocks, self._offloads, self._methods = blocks, offload_to_cpu, forward_methods
-        self._globs = None if blocks is None else list(blocks)
         self._module: Any = None
         self._has_reduced_flag = False
         self._is_first_micro_step = True
@@ -87,7 +87,7 @@ class FSDP(Strategy):
         if not distributed.is_distributed():
             return
         refuse_renormalized(module)
-        found = find_blocks(module, self._globs)
+        found = find_blocks(module, None if self._blocks is None else list(self._blocks))
         _refuse_ties(module, [name for blocks in found.values() for name in blocks])
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
@@ -206,7 +206,7 @@ class FSDP(Strategy):
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
-        scale(_local_grads(parameters), factor)
+        scale_gradients(_local_grads(parameters), factor)
 
     def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the gathered weights, whose name is private to torch.
@@ -215,7 +215,7 @@ class FSDP(Strategy):
         """
         if self._module is None:
             return parameters
-        groups = [group for part in self._fsdp_modules() for group in _param_groups(part)]
+        groups = itertools.chain.from_iterable(map(_param_groups, self._fsdp_modules()))
         return [p._unsharded_param for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
 
     def all_ranks_true(self, value: bool) -> bool:
@@ -259,10 +259,9 @@ class FSDP(Strategy):
             pairs = zip(state["optimizers"], chained, strict=True)
             return {**state, "optimizers": [self.optimizer_to_local(full, part) for full, part in pairs]}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        local_state = {
-            index: {name: _shard_like(value, parameters[index]) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
+        local_state = {}
+        for index, values in state["state"].items():
+            local_state[index] = {name: _shard_like(value, parameters[index]) for name, value in values.items()}
         return {**state, "state": local_state}
 
 
@@ -294,7 +293,6 @@ def _param_groups(module: Any) -> Sequence[Any]:
 
 
 def _local_grads(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Returns this rank's part of each gradient."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 

@@ -155,13 +155,11 @@ class Gradients:
         return (1.0 / mean_weight).masked_fill(mean_weight == 0, 0.0)
 
     def _find_fault(self, norm: Tensor | None) -> str | None:
-        if self._on_nonfinite == "ignore":
+        # With a scale above 1 the scaler skips such a step itself, and lowers the scale.
+        if self._on_nonfinite == "ignore" or (self.scaler is not None and self.scaler.get_scale() > 1.0):
             return None
-        if self.scaler is not None and self.scaler.get_scale() > 1.0:
-            return None  # the scaler skips such a step itself, and lowers the scale
-        if norm is not None and math.isfinite(float(norm)):
-            return None
-        if norm is None and self._strategy.all_ranks_true(self._is_finite()):
+        is_finite = self._strategy.all_ranks_true(self._is_finite()) if norm is None else math.isfinite(norm)
+        if is_finite:
             return None
         return f"its gradients are not finite; largest: {describe_gradients(self._module.named_parameters())}"
 

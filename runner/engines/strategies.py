@@ -23,6 +23,7 @@ from runner.utils.distributed.coordinator import Coordinator
 
 TrainForward = Callable[[Any], Output]
 
+_NO_CONTEXT = contextlib.nullcontext()
 _EARLIER_NAMES = {  # of methods and attributes that a user's strategy may define
     "can_make_up": "can_shadow",
     "clear": "reset_step",
@@ -133,7 +134,7 @@ class Strategy:
             is_last: the last micro-step of a step, in which gradients are exchanged.
             weight: weight of this rank's batch, relative to a mean of 1 over the ranks.
         """
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
 
     def all_reduce_weight(self) -> None:
         """Sums `weight` over the ranks, if no other all-reduce of the step does."""
@@ -168,7 +169,7 @@ class Strategy:
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
         """Multiplies all gradients by a factor."""
-        scale([p.grad for p in parameters if p.grad is not None], factor)
+        scale_gradients([p.grad for p in parameters if p.grad is not None], factor)
 
     def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the leaf tensors for which backward computes this rank's gradients."""
@@ -213,7 +214,7 @@ class Strategy:
         return state
 
 
-def scale(gradients: list[Tensor], factor: Number) -> None:
+def scale_gradients(gradients: list[Tensor], factor: Number) -> None:
     """Multiplies gradients, on whichever devices, by a factor."""
     if not isinstance(factor, Tensor):
         torch._foreach_mul_(gradients, factor)
@@ -312,7 +313,7 @@ class DDP(Strategy):
         self._has_run_forward = False
         if self._loss_module is not None:
             self._loss_module.batch_weight = weight
-        return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
+        return _NO_CONTEXT if is_last or self._module is None else self._module.no_sync()
 
     def all_reduce_weight(self) -> None:
         """Sums `weight` over the ranks if the flag can't carry it (16-bit gradients)."""

@@ -16,18 +16,20 @@ from torch.optim import Optimizer
 from runner.engines.optim.optimizer_state import chained_optimizers
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # tensors if the update is compiled
-_NOT_COMPARED = ("params", "param_names")
+_NOT_COMPARED = {"params", "param_names"}
 _MAX_FLOAT = torch.finfo(torch.float32).max
 
-Groups = Sequence[Sequence[Mapping[str, Any]]]  # the values of each group of each chained optimizer
+Groups = Sequence[Mapping[str, Any]]  # the values of each group
 
 
 def group_values(optimizer: Optimizer) -> Groups:
     """Returns the current values of each group."""
-    return [
-        [{key: value for key, value in group.items() if key not in _NOT_COMPARED} for group in part.param_groups]
-        for part in chained_optimizers(optimizer)
-    ]
+    return [dict(group) for _, group in _groups(optimizer)]
+
+
+def _groups(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
+    """Returns each group, and the optimizer of a chain that it belongs to."""
+    return [(part, group) for part in chained_optimizers(optimizer) for group in part.param_groups]
 
 
 def check_group_values(optimizer: Optimizer, built: Groups) -> None:
@@ -40,19 +42,17 @@ def check_group_values(optimizer: Optimizer, built: Groups) -> None:
     Raises:
         TypeError: naming the group and key.
     """
-    number = 0
-    for part, groups in zip(chained_optimizers(optimizer), built, strict=True):
+    for number, ((part, group), built_group) in enumerate(zip(_groups(optimizer), built, strict=True)):
         is_torchs = type(part).__module__.startswith("torch.optim.")
-        for group, built_group in zip(part.param_groups, groups, strict=True):
-            on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
-            if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in built_group:
-                group["capturable"] = built_group["capturable"]
-            for key, expected in built_group.items():
-                is_strict = is_torchs and key not in _RATES
-                if key in group and not _is_compatible(group[key], expected, is_strict, is_torchs):
-                    found = _describe_value(group[key])
-                    raise TypeError(f"group {number}: {key}: expected {_describe_value(expected)}, found {found}")
-            number += 1
+        on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+        if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in built_group:
+            group["capturable"] = built_group["capturable"]
+        compared_keys = [key for key in built_group if key in group and key not in _NOT_COMPARED]
+        for key in compared_keys:
+            is_strict = is_torchs and key not in _RATES
+            if not _is_compatible(group[key], built_group[key], is_strict, is_torchs):
+                expected, found = _describe_value(built_group[key]), _describe_value(group[key])
+                raise TypeError(f"group {number}: {key}: expected {expected}, found {found}")
 
 
 def _is_compatible(found: Any, expected: Any, is_strict: bool, is_torchs: bool) -> bool:
@@ -81,9 +81,7 @@ def _is_compatible(found: Any, expected: Any, is_strict: bool, is_torchs: bool) 
 
 
 def _is_number(value: Any) -> bool:
-    if type(value) is int:
-        return abs(value) < 1 << 127
-    return type(value) is float
+    return abs(value) < 1 << 127 if type(value) is int else type(value) is float
 
 
 def _describe_value(value: Any) -> str:

@@ -105,11 +105,8 @@ def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
         kind = type(part).__name__
         is_known = type(part).__module__.partition(".")[0] in _LIBRARIES
         supports_sparse = isinstance(part, _SUPPORT_SPARSE)
-        unsupported_keys = [
-            key
-            for key in ("momentum", "weight_decay")
-            if supports_sparse and any(group.get(key) for group in part.param_groups)
-        ]
+        keys_in_use = {key for group in part.param_groups for key in ("momentum", "weight_decay") if group.get(key)}
+        unsupported_keys = sorted(keys_in_use) if supports_sparse else []
         is_unsupported = is_known and (unsupported_keys or not supports_sparse)
         if held_ids & sparse_ids and (is_sharded or is_unsupported):
             keys = " with " + " and ".join(unsupported_keys) if unsupported_keys else ""
@@ -118,13 +115,6 @@ def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
             raise ValueError(f"{found} can't take the sparse gradients of {', '.join(layers)}; {remedy}")
         if isinstance(part, torch.optim.SparseAdam) and held_ids - sparse_ids:
             raise ValueError(f"{kind} takes sparse gradients alone; give dense parameters to another optimizer")
-
-
-def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:
-    """Sets the base rate of the first group, and scales the others by the same factor."""
-    bases = base_lrs(optimizer)
-    for index, base in enumerate(bases):
-        set_base_lr(optimizer, scheduler, index, lr if base == bases[0] else lr * base / bases[0])
 
 
 def snapshot_hyperparameters(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
@@ -145,11 +135,8 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
 
 def has_unseen_settings(scheduler: Any) -> bool:
     """Returns whether a scheduler has settings that are not plain, such as functions."""
-    for part in walk_schedulers(scheduler):
-        known = _scheduler_settings(part)["own"].keys() | _POSITIONS | _PARTS
-        if vars(part).keys() - known:
-            return True
-    return False
+    parts = walk_schedulers(scheduler)
+    return any(vars(part).keys() - _scheduler_settings(part)["own"].keys() - _POSITIONS - _PARTS for part in parts)
 
 
 def reorder_hyperparameters(

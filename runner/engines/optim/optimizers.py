@@ -39,7 +39,6 @@ class ChainedOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
@@ -48,7 +47,6 @@ class ChainedOptimizer(Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a saved state."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self._collect_groups()
@@ -165,9 +163,8 @@ class TorchaoAdamW(Optimizer):
         compile: bool | None = None,
     ) -> None:
         make = getattr(import_torchao("torchao.optim"), self._torchao_class)
-        self._quantized: Any = None
-        if self._quantized_class is not None:
-            self._quantized = getattr(import_torchao(self._quantized_class[0]), self._quantized_class[1])
+        quantized = self._quantized_class
+        self._quantized: Any = None if quantized is None else getattr(import_torchao(quantized[0]), quantized[1])
         first, second = betas
         param_list = list(params)
         self._inner: Optimizer = make(
@@ -244,7 +241,6 @@ class TorchaoAdamW(Optimizer):
         return {**inner, "state": _map_values(self._flatten, inner["state"]), "num_steps": self._num_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads a saved state."""
         state = _map_values(self._unflatten, state_dict["state"])
         self._inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
         self._num_steps = state_dict["num_steps"]
@@ -264,8 +260,10 @@ class TorchaoAdamW(Optimizer):
 
 
 def _map_values(change: Callable[[Any], Any], state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Returns the state of each parameter with its values changed."""
-    return {index: {name: change(value) for name, value in values.items()} for index, values in state.items()}
+    changed = {}
+    for index, values in state.items():
+        changed[index] = {name: change(value) for name, value in values.items()}
+    return changed
 
 
 class TorchaoAdamW8bit(TorchaoAdamW):

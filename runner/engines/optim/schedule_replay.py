@@ -19,7 +19,6 @@ from runner.engines.optim.hyperparameters import (
     plain_values,
     reorder,
     set_base_lr,
-    set_base_lrs,
     walk_schedulers,
 )
 from runner.engines.optim.optimizer_state import chained_optimizers
@@ -85,7 +84,9 @@ class LRSchedule:
         The schedule continues.
         """
         assert self._optimizer is not None
-        set_base_lrs(self._optimizer, self._scheduler, lr)
+        bases = base_lrs(self._optimizer)
+        for index, base in enumerate(bases):
+            set_base_lr(self._optimizer, self._scheduler, index, lr if base == bases[0] else lr * base / bases[0])
         self._events.append({"count": self._count, "base_lrs": base_lrs(self._optimizer)})
 
     def _apply(self, event: Mapping[str, Any]) -> None:
@@ -216,7 +217,6 @@ def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
 
 
 def _required_arguments(part: Any) -> list[str]:
-    """Returns the required arguments of an optimizer's or scheduler's step."""
     if isinstance(part, torch.optim.LBFGS):  # a subclass may give it a default, which fails in the first step
         return ["closure"]
     try:
@@ -235,9 +235,7 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
     improves.
     """
     if type(scheduler) is LambdaLR:
-        steps = [max(num_steps - 1, 0) * number // _NUM_PROBES for number in range(_NUM_PROBES + 1)]
-        rates = ([function(step) for function in scheduler.lr_lambdas] for step in steps)
-        return _first_decrease(zip(steps, rates, strict=True))
+        return _first_decrease(_probe(scheduler, num_steps))
     if scheduler is None:
         return None
     try:
@@ -246,6 +244,13 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
             return _first_decrease(_simulate(scheduler, min(num_steps, _MAX_SIMULATED)))
     except Exception:  # from a user's own scheduler: it can't be copied, or needs more than rates
         return None
+
+
+def _probe(scheduler: LambdaLR, num_steps: int) -> Iterator[tuple[int, list[float]]]:
+    """Yields some of the steps and their rates, which are functions of the step."""
+    for number in range(_NUM_PROBES + 1):
+        step = max(num_steps - 1, 0) * number // _NUM_PROBES
+        yield step, [function(step) for function in scheduler.lr_lambdas]
 
 
 def _simulate(scheduler: Any, num_steps: int) -> Iterator[tuple[int, list[float]]]:
