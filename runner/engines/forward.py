@@ -146,13 +146,15 @@ class OutputReader:
         else:
             loss, fields = self._find_loss(output), _find_fields(output)
         if not loss.requires_grad and self.batch_weight is not None and torch.is_grad_enabled():
-            remedy = "compute it from parameters that are trained, without detach(), item() or no_grad()"
-            raise self._error(f"{self._where} returned a loss without gradients; {remedy}")
+            raise self._error(
+                f"{self._where} returned a loss without gradients; "
+                "compute it from parameters that are trained, without detach(), item() or no_grad()"
+            )
         extras = self._read_extras(output, fields) if fields else {}
         terms = fields.get("weight")
         if self._counter is not None:
-            counted = self._counter.take()
-            terms = counted if terms is None and is_model_output(output) else terms
+            num_labels = self._counter.take()
+            terms = num_labels if terms is None and is_model_output(output) else terms
         is_unreported = not self._has_called_back and self.batch_weight is not None
         if self._is_weighted is not (terms is not None) or is_unreported:
             self._set_weighted(terms is not None)
@@ -192,34 +194,36 @@ class OutputReader:
             if name in _NOT_METRICS:
                 continue
             number = read_number(value)
-            if number is None:
-                if name not in self._rejected_names:
-                    self._reject(output, name, value)
-                continue
-            if name not in self._logged_names:
-                self._accept(name)
-            extras[self._logged_names[name]] = number
+            if number is not None:
+                if name not in self._logged_names:
+                    self._accept(name)
+                extras[self._logged_names[name]] = number
+            elif name not in self._rejected_names:
+                self._reject(output, name, value)
         return extras
 
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
-            remedy = "as the runner names one of its own: call it something else"
-            raise self._error(f"{self._where} returned a number named {name!r}, {remedy}")
+            raise self._error(
+                f"{self._where} returned a number named {name!r}, as the runner names one of its own: "
+                "call it something else"
+            )
         self._logged_names[name] = encodable(str(name))
 
     def _reject(self, output: Any, name: Any, value: Any) -> None:
         self._rejected_names.add(name)
         if not is_model_output(output) and len(self._rejected_names) <= _MAX_WARNINGS:
-            kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
+            dtype = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             rest = "; no further ones are named" if len(self._rejected_names) == _MAX_WARNINGS else ""
-            remedy = f"a metric is a number or a tensor with one{rest}"
-            found = f"{name!r} is a {_describe(value)}{kind}"
-            _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
+            message = "%s: %r is a %s%s, which is not logged; a metric is a number or a tensor with one%s"
+            _log.warning(message, self._where, name, _describe(value), dtype, rest)
 
     def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
-            remedy = "return it always or never, also in evaluations: the losses would not count alike"
-            raise self._error(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
+            raise self._error(
+                f"{self._where} returned a weight in some forwards and not in others; "
+                "return it always or never, also in evaluations: the losses would not count alike"
+            )
         self._is_weighted = is_weighted
         if self.batch_weight is not None:
             self._has_called_back = True
@@ -249,9 +253,10 @@ class OutputReader:
             return value.detach().to(loss.device, dtype, copy=True).reshape(())
         terms = read_number(value)
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
-            expected = "expected the number of terms in its mean loss, 0 or more"
-            shown = _describe(value) if terms is None else terms
-            raise self._error(f"{self._where} returned weight={shown}: {expected}")
+            found = _describe(value) if terms is None else terms
+            raise self._error(
+                f"{self._where} returned weight={found}: expected the number of terms in its mean loss, 0 or more"
+            )
         return terms
 
 

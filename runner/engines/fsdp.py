@@ -93,8 +93,10 @@ class FSDP(Strategy):
             dist.broadcast(tensor.detach(), 0)
         first = next(module.parameters(), None)
         if self._offloads and first is not None and first.device.type == "cpu":
-            reason = "expected an accelerator to move them to, found the cpu"
-            raise ValueError(f"offload_to_cpu=true: parts lie in host memory: {reason}; set it to false")
+            raise ValueError(
+                "offload_to_cpu=true: parts lie in host memory: expected an accelerator to move them to, "
+                "found the cpu; set it to false"
+            )
         mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.world_size(),))
         for glob, blocks in found.items():
             settings = self._settings_of_block((self._blocks or {}).get(glob, {}), first)
@@ -133,8 +135,9 @@ class FSDP(Strategy):
         for part in chained_optimizers(optimizer):
             reason = _NEED_FULL_WEIGHTS.get(type(part).__module__.partition(".")[0])
             if reason is not None and self._module is not None:
-                remedy = "choose distributed=ddp, or another optimizer"
-                raise ValueError(f"{type(part).__name__} under FSDP: {reason}; {remedy}")
+                raise ValueError(
+                    f"{type(part).__name__} under FSDP: {reason}; choose distributed=ddp, or another optimizer"
+                )
 
     def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> TrainForward:
         """Returns the forward used in training; FSDP2 works by hooks on the module itself."""
@@ -266,9 +269,9 @@ class FSDP(Strategy):
 
 
 def _explain_error(error: RuntimeError) -> str | None:
-    if "mixed torch.Tensor and DTensor" not in str(error):
-        return None
-    return "a method other than forward used the module's weights: name it in distributed.strategy.forward_methods"
+    remedy = "name it in distributed.strategy.forward_methods"
+    is_mixed = "mixed torch.Tensor and DTensor" in str(error)
+    return f"a method other than forward used the module's weights: {remedy}" if is_mixed else None
 
 
 def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
@@ -278,8 +281,10 @@ def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
         block = next((block for block in blocks if name.startswith(block + ".")), "")
         other, first = owners.setdefault(id(parameter), (block, name))
         if other != block:
-            remedy = "give both to one block, or leave both out of distributed.strategy.blocks"
-            raise ValueError(f"blocks: {first} and {name} are one weight, in two blocks; {remedy}")
+            raise ValueError(
+                f"blocks: {first} and {name} are one weight, in two blocks; "
+                "give both to one block, or leave both out of distributed.strategy.blocks"
+            )
 
 
 def _param_groups(module: Any) -> Sequence[Any]:

@@ -52,8 +52,9 @@ def restore(
     """
     notes = find_changed_kinds(parts, state)
     if notes and not allows_changes:
-        remedy = "resume with the same config, or with resume_allow_changes=true: it then begins anew"
-        raise ValueError(f"{notes[0]}; {remedy}")
+        raise ValueError(
+            f"{notes[0]}; resume with the same config, or with resume_allow_changes=true: it then begins anew"
+        )
     changed = {note.partition(":")[0] for note in notes}
     notes = [f"{note}: it begins anew" for note in notes]
     optimizer: Optimizer | None = parts["optimizer"]
@@ -107,6 +108,8 @@ def _check_matched(matched: MatchedState, allows_changes: bool) -> list[str]:
     found = ", ".join(matched.unmatched) or "none of them"
     text = f"optimizer: expected the state of {expected}, found that of {found}"
     if not allows_changes:
-        remedy = "resume with the parameters as they were, or allow changes (resume_allow_changes=true)"
-        raise ValueError(f"{text}: parameters were renamed, added or removed; {remedy}")
+        raise ValueError(
+            f"{text}: parameters were renamed, added or removed; resume with the parameters as they were, "
+            "or allow changes (resume_allow_changes=true)"
+        )
     return [f"{text}: they begin anew"]

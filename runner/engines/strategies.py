@@ -295,7 +295,7 @@ class DDP(Strategy):
         assert self._loss_module is not None
         self._has_run_forward = True
         try:
-            output: Output = self._module(batch)
+            return self._module(batch)
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
                 raise
@@ -304,9 +304,10 @@ class DDP(Strategy):
             match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             indices = match[1].split() if match else ()
             unused = [names[int(index)].removeprefix("loss_module.module.") for index in indices] or ["some"]
-            remedy = "freeze them, or set distributed.strategy.find_unused_parameters=true"
-            raise RuntimeError(f"the loss does not depend on parameters {', '.join(unused)}: {remedy}") from None
-        return output
+            raise RuntimeError(
+                f"the loss does not depend on parameters {', '.join(unused)}: "
+                "freeze them, or set distributed.strategy.find_unused_parameters=true"
+            ) from None
 
     def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that exchanges gradients only in the last micro-step."""

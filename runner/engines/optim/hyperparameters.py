@@ -84,8 +84,10 @@ def check_covers_parameters(optimizer: Optimizer | None, named: Iterable[tuple[s
         return
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if missing := [name for name, parameter in named if id(parameter) not in held_ids]:
-        remedy = "freeze them (optimizations.freeze), or give them to it"
-        raise ValueError(f"it lacks parameters that are trained: {', '.join(missing)}; {remedy}")
+        raise ValueError(
+            f"it lacks parameters that are trained: {', '.join(missing)}; "
+            "freeze them (optimizations.freeze), or give them to it"
+        )
 
 
 def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:

@@ -225,8 +225,10 @@ def _match_parameters(
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:
     expected = " | ".join(map(", ".join, map(_first_names, group_names)))
     found = " | ".join(map(", ".join, saved_names))
-    remedy = "resume with the groups as they were"
-    return f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; {remedy}"
+    return (
+        f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; "
+        "resume with the groups as they were"
+    )
 
 
 def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Optimizer) -> None:

@@ -182,8 +182,10 @@ class TorchaoAdamW(Optimizer):
         self._share_inner_state()
         parameters = [p for group in groups for p in group["params"]]
         if self._quantized is not None and any(map(is_dtensor, parameters)):
-            remedy = "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
-            raise ValueError(f"{type(self).__name__} can't store moments that are spread over the ranks; {remedy}")
+            raise ValueError(
+                f"{type(self).__name__} can't store moments that are spread over the ranks; "
+                "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
+            )
         self._devices = {p.device for p in parameters}
         self._compiles = any(device.type != "cpu" for device in self._devices) if compile is None else compile
         self._rounds = stochastic_rounding and any(p.dtype is torch.bfloat16 for p in parameters)

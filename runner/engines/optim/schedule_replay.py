@@ -121,11 +121,10 @@ class LRSchedule:
             is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
         if configured["scheduler"] != saved["scheduler"]:
-            kind = type(self._scheduler).__name__
             changes = _describe_changes(saved["scheduler"]["own"], configured["scheduler"]["own"]) or "its parts"
-            remedy = "leave them as they were, or choose another schedule"
             raise ValueError(
-                f"scheduler: {kind} keeps a state of its own, and its settings changed: {changes}; {remedy}"
+                f"scheduler: {type(self._scheduler).__name__} keeps a state of its own, and its settings changed: "
+                f"{changes}; leave them as they were, or choose another schedule"
             )
         return False
 
@@ -191,8 +190,10 @@ def check_optimizer_step(optimizer: Any) -> None:
     """
     for part in chained_optimizers(optimizer):
         if needed := _required_arguments(part):
-            found = f"{type(part).__name__}.step needs {', '.join(needed)}, which computes a step's loss again"
-            raise ValueError(f"{found}; expected a step without arguments: choose another optimizer")
+            raise ValueError(
+                f"{type(part).__name__}.step needs {', '.join(needed)}, which computes a step's loss again; "
+                "expected a step without arguments: choose another optimizer"
+            )
 
 
 def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
@@ -209,8 +210,10 @@ def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
     for part in walk_schedulers(scheduler):
         num_given = 1 if part is scheduler and metric is not None else 0
         if missing := _required_arguments(part)[num_given:]:
-            found = f"{type(part).__name__}.step needs {', '.join(missing)}"
-            raise ValueError(f"{found}; expected a step without arguments, or with a metric: choose another schedule")
+            raise ValueError(
+                f"{type(part).__name__}.step needs {', '.join(missing)}; "
+                "expected a step without arguments, or with a metric: choose another schedule"
+            )
     if metric is not None and not needed:
         kind = "a constant rate" if scheduler is None else kind
         raise ValueError(f"expected no metric, found metric={metric}, which {kind} doesn't take; leave it out")
