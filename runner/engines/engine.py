@@ -84,8 +84,7 @@ class Engine:
         self.feeder = feeder
         self.on_nonfinite = on_nonfinite
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._synced_tokens = 0
-        first_parameter = next(module.parameters(), None)
-        self.device = first_parameter.device if first_parameter is not None else torch.device("cpu")
+        self.device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         self.strategy = strategy or Strategy()
         self.ema = ema
         self.applied = applied or AppliedOptimizations(module)
@@ -313,9 +312,8 @@ class Engine:
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
         self.share_metrics()
-        values = self._metrics.take()
-        values |= {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        return values | self._gradients.metrics()
+        lrs = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
+        return self._metrics.take() | lrs | self._gradients.metrics()
 
     def set_lr(self, lr: float) -> None:
         """Sets the base rate of the first group and scales those of the other groups.

@@ -331,7 +331,6 @@ class Engines(dict[str, Engine]):
 
 
 def _describe_mismatch(module: nn.Module, saved: Mapping[str, Any]) -> str | None:
-    """Returns the names and shapes of weights that differ from a saved state, or None."""
     module_shapes = {name: _shape_of(value) for name, value in module.state_dict().items()}
     saved_shapes = {name: _shape_of(value) for name, value in saved.items()}
     expected = [f"{name}{shape}" for name, shape in module_shapes.items() if saved_shapes.get(name) != shape]

@@ -123,6 +123,7 @@ class OutputReader:
 
     def __init__(self, module: nn.Module, on_weighted: Callable[[bool], None]) -> None:
         self._module = module
+        self._where = f"{type(module).__name__.removeprefix('FSDP')}.forward"  # for messages
         self._on_weighted = on_weighted
         self.batch_weight: float | None = None  # weight of this rank's batch, 0 ignores it; None in evaluation
         self.multiplies_by_weight = False  # false if the loss is the only one of its step: its weight cancels out
@@ -183,10 +184,6 @@ class OutputReader:
     def _error(self, message: str) -> OutputError:
         """Returns an error that is handled as a set-up error if no step was trained yet."""
         return OutputError(message) if self.has_trained else EarlyOutputError(message, is_complete=False)
-
-    @property
-    def _where(self) -> str:
-        return f"{type(self._module).__name__.removeprefix('FSDP')}.forward"
 
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}

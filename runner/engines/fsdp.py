@@ -67,8 +67,12 @@ class FSDP(Strategy):
         offload_to_cpu: bool = False,
         forward_methods: Sequence[str] = (),
     ) -> None:
-        values = (param_dtype, reduce_dtype, output_dtype, reshard_after_forward)
-        self._settings: dict[str, Any] = dict(zip(_BLOCK_KEYS, values, strict=True))
+        self._settings: dict[str, Any] = {
+            "param_dtype": param_dtype,
+            "reduce_dtype": reduce_dtype,
+            "output_dtype": output_dtype,
+            "reshard_after_forward": reshard_after_forward,
+        }
         for name, changes in (blocks or {}).items():
             if unknown := sorted(set(changes) - set(_BLOCK_KEYS)):
                 raise ValueError(f"blocks.{name}.{unknown[0]}: no such key; there are: {', '.join(_BLOCK_KEYS)}")
@@ -180,8 +184,7 @@ class FSDP(Strategy):
         weight: Number = 0.0 if self.weight is None else self.weight
         number = number.to(weight.device, torch.float32) if isinstance(weight, Tensor) else number.float()
         flag = torch.full_like(number, float(has_messages))
-        total_weight = torch.zeros_like(number) + weight
-        numbers = torch.stack([number, flag, total_weight.float()])
+        numbers = torch.stack([number, flag, (torch.zeros_like(number) + weight).float()])
         if distributed.is_distributed():
             dist.all_reduce(numbers)
         if coordinator is not None and not self._has_reduced_flag:

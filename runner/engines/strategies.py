@@ -10,6 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -219,11 +220,8 @@ def scale_gradients(gradients: list[Tensor], factor: Number) -> None:
     if not isinstance(factor, Tensor):
         torch._foreach_mul_(gradients, factor)
         return
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        by_device.setdefault(gradient.device, []).append(gradient)
-    for device, group in by_device.items():
-        torch._foreach_mul_(group, factor.to(device))
+    for device in {gradient.device for gradient in gradients}:
+        torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], factor.to(device))
 
 
 # Torch 2.13 renamed the argument, and warns of the older name.
@@ -288,19 +286,17 @@ class DDP(Strategy):
         self.weights_losses = True
         if not self._loss_module.carries_weight:
             self.can_shadow = False  # until it is known whether the weights need an all-reduce of their own
-        return self._forward
+        return partial(self._forward, self._module, self._loss_module)
 
-    def _forward(self, batch: Any) -> Output:
-        assert self._module is not None
-        assert self._loss_module is not None
+    def _forward(self, module: nn.Module, loss_module: FlaggedLossModule, batch: Any) -> Output:
         self._has_run_forward = True
         try:
-            return self._module(batch)
+            return module(batch)
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
                 raise
             self.can_shadow = False  # the all-reduce of the previous step never ended
-            names = [name for name, p in self._loss_module.named_parameters() if p.requires_grad]
+            names = [name for name, p in loss_module.named_parameters() if p.requires_grad]
             match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             indices = match[1].split() if match else ()
             unused = [names[int(index)].removeprefix("loss_module.module.") for index in indices] or ["some"]

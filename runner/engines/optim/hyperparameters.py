@@ -122,9 +122,12 @@ def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
 def snapshot_hyperparameters(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the hyperparameters of an optimizer and scheduler as plain values."""
     groups = [plain_values(group, _NOT_COMPARED) for group in optimizer.param_groups] if optimizer else []
-    kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))
-    schedule = _scheduler_settings(scheduler) if scheduler else {}
-    return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
+    return {
+        "kinds": {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)},
+        "base_lrs": base_lrs(optimizer),
+        "groups": groups,
+        "scheduler": _scheduler_settings(scheduler) if scheduler else {},
+    }
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:

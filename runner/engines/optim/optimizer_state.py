@@ -126,8 +126,7 @@ def match_state(
     group_names = _group_names(optimizer, names)
     saved_names = _saved_names(state["param_groups"], group_names, names, saved_order)
     matched = MatchedState({**state, "state": {}, "param_groups": []}, [])
-    matched_names = _match_parameters(matched, state, group_names, saved_names)
-    matched.unmatched = [name for group in saved_names for name in group if name not in matched_names]
+    _match_parameters(matched, state, group_names, saved_names)
     _match_groups(matched, state, optimizer)
     return matched
 
@@ -190,11 +189,8 @@ def _saved_names(
 
 def _match_parameters(
     matched: MatchedState, state: Mapping[str, Any], group_names: _GroupNames, saved_names: Sequence[Sequence[str]]
-) -> set[str]:
-    """Assigns each parameter its saved state, and each group its saved group.
-
-    Returns the names of matched ones.
-    """
+) -> None:
+    """Assigns each parameter its saved state, and each group its saved group."""
     locations: dict[str, tuple[int, int]] = {}  # index of the saved group, and key in the saved state, by name
     for group_index, (saved_group, group) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
         locations |= {name: (group_index, key) for name, key in zip(group, saved_group["params"], strict=True)}
@@ -219,7 +215,7 @@ def _match_parameters(
             raise ValueError(_describe_regrouping(group_names, saved_names))
         matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
-    return matched_names
+    matched.unmatched = [name for name in locations if name not in matched_names]
 
 
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:

@@ -84,7 +84,6 @@ class Muon(torch.optim.Muon):
 
 
 def _gather(sharded: Any) -> Any:
-    """Returns a DTensor that is replicated on every rank."""
     from torch.distributed.tensor import Replicate
 
     return sharded.redistribute(placements=[Replicate()] * sharded.device_mesh.ndim)

@@ -45,7 +45,7 @@ class LRSchedule:
 
     def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
         self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
-        self._is_stepped = scheduler is not None and metric is None
+        self._scheduler_per_step = scheduler if metric is None else None
         self._has_own_state = scheduler is not None and not all(map(_has_torch_state, walk_schedulers(scheduler)))
         self._count = 0
         self._events: list[dict[str, Any]] = []
@@ -59,9 +59,8 @@ class LRSchedule:
     def step(self) -> None:
         """Steps the scheduler after an update."""
         self._count += 1
-        if self._is_stepped:
-            assert self._scheduler is not None
-            self._scheduler.step()
+        if self._scheduler_per_step is not None:
+            self._scheduler_per_step.step()
 
     def observe(self, numbers: Mapping[str, float]) -> None:
         """Steps a scheduler that depends on a metric.
@@ -121,10 +120,11 @@ class LRSchedule:
             is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
         if configured["scheduler"] != saved["scheduler"]:
-            changes = _describe_changes(saved["scheduler"]["own"], configured["scheduler"]["own"]) or "its parts"
+            before, now = saved["scheduler"]["own"], configured["scheduler"]["own"]
+            changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
             raise ValueError(
                 f"scheduler: {type(self._scheduler).__name__} keeps a state of its own, and its settings changed: "
-                f"{changes}; leave them as they were, or choose another schedule"
+                f"{', '.join(changes) or 'its parts'}; leave them as they were, or choose another schedule"
             )
         return False
 
@@ -146,8 +146,9 @@ class LRSchedule:
                 self._advance(state["count"])
         except Exception as error:
             kind, count = type(self._scheduler).__name__, state["count"]
-            found = f"{kind} can't go on after step {count} with these settings: {error}"
-            raise ValueError(f"scheduler: {found}; choose others") from error
+            raise ValueError(
+                f"scheduler: {kind} can't go on after step {count} with these settings: {error}; choose others"
+            ) from error
         return [self._scheduled_values(group, old) for group, old in zip(self._groups, before, strict=True)]
 
     def _advance(self, count: int) -> None:
@@ -176,9 +177,9 @@ class LRSchedule:
 
     def apply_base_lrs(self, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         """Sets base rates that the config has changed, if the schedule is not replayed."""
-        pairs = zip(configured["base_lrs"], saved["base_lrs"], strict=True)
-        changed = [new if new != old else None for new, old in pairs]
-        if any(lr is not None for lr in changed):
+        if configured["base_lrs"] != saved["base_lrs"]:
+            pairs = zip(configured["base_lrs"], saved["base_lrs"], strict=True)
+            changed = [new if new != old else None for new, old in pairs]
             self._apply({"count": self._count, "base_lrs": changed})
 
 
@@ -328,11 +329,6 @@ def _has_torch_state(scheduler: Any) -> bool:
     """Returns whether a scheduler's state is all of its attributes, as in torch."""
     load = getattr(type(scheduler), "load_state_dict", None)
     return getattr(load, "__module__", "").startswith("torch.")
-
-
-def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in now if before.get(key) != now[key]]
-    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in keys)
 
 
 def _copy(value: Any) -> Any:
