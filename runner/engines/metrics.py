@@ -124,11 +124,10 @@ class MetricAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Returns the numbers that were not taken yet, a few tensors a name."""
         series = self._series()
-        return {
-            "apart": {name: _to_tensor(values) for name, (values, _) in series.items()},
-            "weights": {name: _to_tensor(weights) for name, (_, weights) in series.items()},
-            "sums": {name: (_to_tensor(float(total)), float(weight)) for name, (total, weight) in self._sums.items()},
-        }
+        values_by_name = {name: _to_tensor(values) for name, (values, _) in series.items()}
+        weights_by_name = {name: _to_tensor(weights) for name, (_, weights) in series.items()}
+        sums = {name: (_to_tensor(float(total)), float(weight)) for name, (total, weight) in self._sums.items()}
+        return {"apart": values_by_name, "weights": weights_by_name, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a saved state; one of an older version has no weights, which were all 1."""
