@@ -66,8 +66,8 @@ class EMA:
             elif dtype not in _COARSE:
                 average(averages, weights, n)
             else:
-                for own, weight in zip(averages, weights, strict=True):  # one at a time: each is cast
-                    average([own], [weight.to(own.dtype)], n)
+                for mean, weight in zip(averages, weights, strict=True):  # one at a time: each is cast
+                    average([mean], [weight.to(mean.dtype)], n)
         self.num_updates += 1
 
     @torch.no_grad()
@@ -112,16 +112,16 @@ class EMA:
         weights: Mapping[str, Tensor] = state["weights"]
         missing, unexpected = self._averages.keys() - weights.keys(), weights.keys() - self._averages.keys()
         if missing or unexpected:
-            found = (
-                f"missing {', '.join(sorted(missing)) or 'none'}; unexpected {', '.join(sorted(unexpected)) or 'none'}"
+            raise ValueError(
+                f"averages: missing {', '.join(sorted(missing)) or 'none'}; "
+                f"unexpected {', '.join(sorted(unexpected)) or 'none'}"
             )
-            raise ValueError(f"averages: {found}")
-        own, given = _locals(self._averages), _locals(weights, self._averages)
-        for name, mine, other in zip(self._averages, own, given, strict=True):
-            if mine.shape != other.shape:
-                raise ValueError(f"averages: {name} is {list(other.shape)}, expected {list(mine.shape)}")
-        for mine, other in zip(own, given, strict=True):
-            mine.copy_(other)
+        averages, saved = _locals(self._averages), _locals(weights, self._averages)
+        for name, average, value in zip(self._averages, averages, saved, strict=True):
+            if average.shape != value.shape:
+                raise ValueError(f"averages: {name} is {list(value.shape)}, expected {list(average.shape)}")
+        for average, value in zip(averages, saved, strict=True):
+            average.copy_(value)
         self.num_updates = int(state["num_updates"])
 
     def _refuse_swapped(self, what: str) -> None:
@@ -131,5 +131,5 @@ class EMA:
 
 def _locals(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> list[Tensor]:
     """Returns this rank's part of each tensor. DTensor is recognized by its method: its module takes long to load."""
-    chosen = [tensors[name] for name in (tensors if names is None else names)]
-    return [each.to_local() if hasattr(each, "to_local") else each.detach() for each in chosen]
+    chosen = tensors.values() if names is None else map(tensors.__getitem__, names)
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach() for tensor in chosen]

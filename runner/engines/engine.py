@@ -17,14 +17,14 @@ from runner.engines.gradients import BufferSnapshot, Gradients
 from runner.engines.metrics import MetricAccumulator
 from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
-from runner.engines.optim.schedule import LRSchedule
+from runner.engines.optim.schedule_replay import LRSchedule
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
 from runner.utils.distributed import all_gather_object, move
+from runner.utils.utils import check_choice
 from runner.utils.wrapper.applied import AppliedOptimizations
 
 ON_NONFINITE = ("stop", "skip", "ignore")
-_NOTHING = contextlib.nullcontext()
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -77,23 +77,22 @@ class Engine:
         applied: AppliedOptimizations | None = None,
         metric: str | None = None,
     ) -> None:
-        if precision not in _AUTOCAST:
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(_AUTOCAST)}")
-        if on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"on_nonfinite={on_nonfinite!r}: expected one of {', '.join(ON_NONFINITE)}")
+        check_choice("precision", precision, tuple(_AUTOCAST))
+        check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.accumulate = accumulate
         self.feeder = feeder
         self.on_nonfinite = on_nonfinite
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._synced_tokens = 0
-        first_parameter = next(module.parameters(), None)
-        self.device = first_parameter.device if first_parameter is not None else torch.device("cpu")
+        self.device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         self.strategy = strategy or Strategy()
         self.ema = ema
         self.applied = applied or AppliedOptimizations(module)
         self.first_step_hook: FirstStepHook | None = None
         self.kind = type(module).__name__.removeprefix("FSDP" if self.strategy.is_sharded else "")
-        self._autocast_dtype = _AUTOCAST[precision]
+        dtype = _AUTOCAST[precision]
+        # Made once and entered in each forward.
+        self._autocast = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._gradients = Gradients(
             module, optimizer, self.strategy, self.device,
             is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
@@ -106,7 +105,6 @@ class Engine:
         divides_by_weight = accumulate > 1 or self.strategy.is_distributed
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
         self._loss_module = LossModule(module, feeder or feed, self._reader)
-        self.wrap_next_forward = self._loss_module.wrap_next_forward
         self._train_forward = self.strategy.wrap_forward(
             self._loss_module, self._check_loss if self._checks_in_forward else None
         )
@@ -136,8 +134,8 @@ class Engine:
         else:
             is_last = self.micro_steps - self._step_start.micro_steps + 1 >= self.accumulate
             with self.strategy.micro_step(is_last, weight):
-                self._prepare_reader(weight)
-                with self._autocast():  # here, not in `forward`: few frames are above a user's module
+                self._reader.batch_weight = weight
+                with self._autocast:  # here, not in `forward`: few frames are above a user's module
                     loss, extras, num_tokens, loss_weight = self._train_forward(batch)
                 self.tokens += num_tokens
                 if loss_weight is None:
@@ -177,20 +175,11 @@ class Engine:
 
         Without a `batch_weight` it is an evaluation.
         """
-        self._prepare_reader(batch_weight)
-        with self._autocast():
+        self._reader.batch_weight = batch_weight
+        with self._autocast:
             output = self._loss_module.forward(batch)
         self.tokens += output.tokens
         return output
-
-    def _prepare_reader(self, batch_weight: float | None) -> None:
-        self._reader.batch_weight = batch_weight
-        self._reader.has_trained = self.micro_steps >= self.accumulate
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_dtype is None:
-            return _NOTHING
-        return torch.autocast(self.device.type, self._autocast_dtype)
 
     def _post_weighted(self, is_weighted: bool) -> None:
         """Reports to the other ranks that losses are weighted: all ranks must agree."""
@@ -214,15 +203,14 @@ class Engine:
         """
         if self.first_step_hook is not None:
             self.first_step_hook.prepared()
-        fault = self._find_loss_fault() if self._checks_in_prepare else None
+        losses = self._metrics.uncommitted
+        checked = losses if self._checks_in_prepare else ()
+        faults = (self._describe_loss_fault(loss, number) for number, loss in enumerate(checked, 1))
+        fault = next(filter(None, faults), None)
         if fault is None:
-            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._metrics.uncommitted)
+            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, losses)
         self.strategy.finish_exchange()
         return fault
-
-    def _find_loss_fault(self) -> str | None:
-        faults = (self._describe_loss_fault(loss, number) for number, loss in enumerate(self._metrics.uncommitted, 1))
-        return next(filter(None, faults), None)
 
     def _describe_loss_fault(self, loss: Number, number: int) -> str | None:
         return self._gradients.describe_loss_fault(loss, number if self.accumulate > 1 else None)
@@ -233,6 +221,10 @@ class Engine:
         number = self.micro_steps - self._step_start.micro_steps + 1
         if fault := self._describe_loss_fault(loss, number):
             self.strategy.post_fault(fault)
+
+    def wrap_next_forward(self, context: contextlib.AbstractContextManager[None]) -> None:
+        """Runs the next training forward in a context."""
+        self._loss_module.next_context = context
 
     def find_late_fault(self) -> str | None:
         """Returns the first fault since the last call, if the finite check is deferred."""
@@ -250,10 +242,10 @@ class Engine:
         self.skipped_steps += not is_taken
         if is_taken:
             self.schedule.step()
-        if is_taken and self.ema is not None:
-            self.ema.update()
-        if is_taken and self.first_step_hook is not None and self.first_step_hook.updated():
-            self.first_step_hook = None
+            if self.ema is not None:
+                self.ema.update()
+            if self.first_step_hook is not None and self.first_step_hook.updated():
+                self.first_step_hook = None
         self._commit_step()
         return is_taken
 
@@ -274,6 +266,7 @@ class Engine:
         self._buffers.save()
         self._metrics.commit()
         self._step_start = _StepStart(self.tokens, self.micro_steps, self._gradients.norm)
+        self._reader.has_trained = self.micro_steps >= self.accumulate
 
     def train(self) -> None:
         """Sets training mode, for the optimizer too if it has one.
@@ -319,9 +312,8 @@ class Engine:
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
         self.share_metrics()
-        values = self._metrics.take()
-        values |= {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        return values | self._gradients.metrics()
+        lrs = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
+        return self._metrics.take() | lrs | self._gradients.metrics()
 
     def set_lr(self, lr: float) -> None:
         """Sets the base rate of the first group and scales those of the other groups.
@@ -335,9 +327,9 @@ class Engine:
 
         Without the weights.
         """
-        states: dict[str, Any] = {}
-        for name, part in self._parts.items():
-            states[name] = None if part is None else part.state_dict()
+        states: dict[str, Any] = {
+            name: None if part is None else part.state_dict() for name, part in self._parts.items()
+        }
         if self.optimizer is not None:
             states["optimizer"] = name_parameters(states["optimizer"], self.optimizer, self._parameter_names)
             states["numbers"] = changed_extra_state(self.optimizer, self._initial_extra_state)
@@ -386,8 +378,12 @@ class Engine:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        scaler = self._gradients.scaler
-        return {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": scaler, "averages": self.ema}
+        return {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self._gradients.scaler,
+            "averages": self.ema,
+        }
 
     def _to_local(self, name: str, state: Any) -> Any:
         """Returns this rank's part of the full state of the part `name`."""

@@ -72,10 +72,12 @@ class Engines(dict[str, Engine]):
 
     def find_unseeded(self) -> list[str]:
         """Returns a warning for each held generator that can't be seeded for each forward."""
-        effect = "its numbers depend on where the run is cut"
-        remedy = "draw from torch, NumPy, random or a generator of theirs"
         generators = self._generators or self.find_generators()
-        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in generators.unseeded]
+        return [
+            f"{path}: expected a generator that a seed decides; its numbers depend on where the run is cut; "
+            "draw from torch, NumPy, random or a generator of theirs"
+            for path in generators.unseeded
+        ]
 
     def find_late_generators(self) -> list[str]:
         """Finds generators again, after the first step.
@@ -86,11 +88,12 @@ class Engines(dict[str, Engine]):
         known_sources = {} if before is None else dict(zip(before.paths, before.sources, strict=True))
         known_warnings = set(self.find_unseeded())
         now = self.find_generators()
-        pairs = zip(now.paths, now.sources, strict=True)
-        new_paths = [path for path, source in pairs if known_sources.get(path) is not source]
-        effect = "the first step after each start draws other numbers than in a run that is not cut"
-        expected = "expected a generator made in __init__, found one made in a forward"
-        warnings = [f"{path}: {expected}; {effect}" for path in new_paths]
+        warnings = [
+            f"{path}: expected a generator made in __init__, found one made in a forward; "
+            "the first step after each start draws other numbers than in a run that is not cut"
+            for path, source in zip(now.paths, now.sources, strict=True)
+            if known_sources.get(path) is not source
+        ]
         return warnings + [warning for warning in self.find_unseeded() if warning not in known_warnings]
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
@@ -130,8 +133,8 @@ class Engines(dict[str, Engine]):
 
     def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
         """Returns whether one of the engines at fault has `on_nonfinite=stop`."""
-        names = [name for name, fault in faults.items() if name in self and fault != EMPTY]
-        return any(self[name].on_nonfinite == "stop" for name in names)
+        at_fault = (self[name] for name, fault in faults.items() if name in self and fault != EMPTY)
+        return any(engine.on_nonfinite == "stop" for engine in at_fault)
 
     @property
     def can_shadow(self) -> bool:
@@ -295,13 +298,15 @@ class Engines(dict[str, Engine]):
                 load_weights(engine.module, engine.strategy.to_local(state[name], engine.module))
             except _LOAD_ERRORS as error:
                 mismatch = _describe_mismatch(engine.module, state[name]) or error
-                remedy = "resume with the model as it was"
-                raise ValueError(f"engine {name}: its saved weights do not fit: {mismatch}; {remedy}") from error
+                raise ValueError(
+                    f"engine {name}: its saved weights do not fit: {mismatch}; resume with the model as it was"
+                ) from error
             try:
                 engine_notes = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))
             except _LOAD_ERRORS as error:
-                cause = describe(error)
-                raise ValueError(f"engine {name}: the saved state of its optimizer does not fit: {cause}") from error
+                raise ValueError(
+                    f"engine {name}: the saved state of its optimizer does not fit: {describe(error)}"
+                ) from error
             notes += [f"{name}.{note}" for note in engine_notes]
         return notes
 
@@ -326,7 +331,6 @@ class Engines(dict[str, Engine]):
 
 
 def _describe_mismatch(module: nn.Module, saved: Mapping[str, Any]) -> str | None:
-    """Returns the names and shapes of weights that differ from a saved state, or None."""
     module_shapes = {name: _shape_of(value) for name, value in module.state_dict().items()}
     saved_shapes = {name: _shape_of(value) for name, value in saved.items()}
     expected = [f"{name}{shape}" for name, shape in module_shapes.items() if saved_shapes.get(name) != shape]
@@ -352,8 +356,7 @@ def _floats(values: Mapping[str, Number]) -> dict[str, float]:
 def _means(results: list[_BatchResult]) -> dict[str, float]:
     """Returns the means over all batches, weighted by terms or samples.
 
-    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it. The
-    order matters: the sum of floats depends on it, and ranks return their batches in any order.
+    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it.
 
     Raises:
         ValueError: there is no batch, or a number has a weight in some batches only.
@@ -365,8 +368,10 @@ def _means(results: list[_BatchResult]) -> dict[str, float]:
     for _, num_samples, values, weights in counted:
         for name, value in values.items():
             if has_weight.setdefault(name, name in weights) is not (name in weights):
-                remedy = "return it always or never: the losses would not count alike"
-                raise ValueError(f"{name}: a forward returned a weight in some batches and not in others; {remedy}")
+                raise ValueError(
+                    f"{name}: a forward returned a weight in some batches and not in others; "
+                    "return it always or never: the losses would not count alike"
+                )
             weight = weights.get(name, num_samples)
             sums[name] = sums.get(name, 0.0) + (value * weight if weight else 0.0)
             total_weights[name] = total_weights.get(name, 0.0) + weight

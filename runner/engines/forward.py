@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from runner.engines.hugging_face import count_terms, is_model_output
+from runner.engines.transformers_loss_terms import count_terms, is_model_output
 from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 
@@ -123,6 +123,7 @@ class OutputReader:
 
     def __init__(self, module: nn.Module, on_weighted: Callable[[bool], None]) -> None:
         self._module = module
+        self._where = f"{type(module).__name__.removeprefix('FSDP')}.forward"  # for messages
         self._on_weighted = on_weighted
         self.batch_weight: float | None = None  # weight of this rank's batch, 0 ignores it; None in evaluation
         self.multiplies_by_weight = False  # false if the loss is the only one of its step: its weight cancels out
@@ -146,13 +147,15 @@ class OutputReader:
         else:
             loss, fields = self._find_loss(output), _find_fields(output)
         if not loss.requires_grad and self.batch_weight is not None and torch.is_grad_enabled():
-            remedy = "compute it from parameters that are trained, without detach(), item() or no_grad()"
-            raise self._error(f"{self._where} returned a loss without gradients; {remedy}")
+            raise self._error(
+                f"{self._where} returned a loss without gradients; "
+                "compute it from parameters that are trained, without detach(), item() or no_grad()"
+            )
         extras = self._read_extras(output, fields) if fields else {}
         terms = fields.get("weight")
         if self._counter is not None:
-            counted = self._counter.take()
-            terms = counted if terms is None and is_model_output(output) else terms
+            num_labels = self._counter.take()
+            terms = num_labels if terms is None and is_model_output(output) else terms
         is_unreported = not self._has_called_back and self.batch_weight is not None
         if self._is_weighted is not (terms is not None) or is_unreported:
             self._set_weighted(terms is not None)
@@ -182,45 +185,42 @@ class OutputReader:
         """Returns an error that is handled as a set-up error if no step was trained yet."""
         return OutputError(message) if self.has_trained else EarlyOutputError(message, is_complete=False)
 
-    @property
-    def _where(self) -> str:
-        return f"{type(self._module).__name__.removeprefix('FSDP')}.forward"
-
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}
         for name, value in fields.items():
             if name in _NOT_METRICS:
                 continue
             number = read_number(value)
-            if number is None:
-                if name not in self._rejected_names:
-                    self._reject(output, name, value)
-                continue
-            if name not in self._logged_names:
-                self._accept(name)
-            extras[self._logged_names[name]] = number
+            if number is not None:
+                if name not in self._logged_names:
+                    self._accept(name)
+                extras[self._logged_names[name]] = number
+            elif name not in self._rejected_names:
+                self._reject(output, name, value)
         return extras
 
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
-            remedy = "as the runner names one of its own: call it something else"
-            raise self._error(f"{self._where} returned a number named {name!r}, {remedy}")
+            raise self._error(
+                f"{self._where} returned a number named {name!r}, as the runner names one of its own: "
+                "call it something else"
+            )
         self._logged_names[name] = encodable(str(name))
 
     def _reject(self, output: Any, name: Any, value: Any) -> None:
         self._rejected_names.add(name)
-        if not is_model_output(output):
-            kind = f" and {value.dtype}" if isinstance(value, Tensor) else ""
-            found = f"{name!r} is a {_describe(value)}{kind}"
+        if not is_model_output(output) and len(self._rejected_names) <= _MAX_WARNINGS:
+            dtype = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             rest = "; no further ones are named" if len(self._rejected_names) == _MAX_WARNINGS else ""
-            if len(self._rejected_names) <= _MAX_WARNINGS:
-                remedy = f"a metric is a number or a tensor with one{rest}"
-                _log.warning("%s: %s, which is not logged; %s", self._where, found, remedy)
+            message = "%s: %r is a %s%s, which is not logged; a metric is a number or a tensor with one%s"
+            _log.warning(message, self._where, name, _describe(value), dtype, rest)
 
     def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
-            remedy = "return it always or never, also in evaluations: the losses would not count alike"
-            raise self._error(f"{self._where} returned a weight in some forwards and not in others; {remedy}")
+            raise self._error(
+                f"{self._where} returned a weight in some forwards and not in others; "
+                "return it always or never, also in evaluations: the losses would not count alike"
+            )
         self._is_weighted = is_weighted
         if self.batch_weight is not None:
             self._has_called_back = True
@@ -250,9 +250,10 @@ class OutputReader:
             return value.detach().to(loss.device, dtype, copy=True).reshape(())
         terms = read_number(value)
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
-            expected = "expected the number of terms in its mean loss, 0 or more"
-            shown = _describe(value) if terms is None else terms
-            raise self._error(f"{self._where} returned weight={shown}: {expected}")
+            found = _describe(value) if terms is None else terms
+            raise self._error(
+                f"{self._where} returned weight={found}: expected the number of terms in its mean loss, 0 or more"
+            )
         return terms
 
 
@@ -267,8 +268,7 @@ def _find_fields(output: Any) -> Mapping[Any, Any]:
     if isinstance(output, Mapping):
         return output
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
-        fields: Mapping[Any, Any] = output._asdict()
-        return fields
+        return output._asdict()
     if getattr(output, "loss", None) is None:
         return _NO_FIELDS
     if dataclasses.is_dataclass(output):
@@ -326,20 +326,15 @@ class LossModule(nn.Module):
         self.module = module
         self._feed = partial(feeder, module)  # reading `self.module` in each forward would be slow
         self._read = read
-        self._next_context: AbstractContextManager[None] | None = None
+        self.next_context: AbstractContextManager[None] | None = None  # of the next training forward
         self.explain_error: Callable[[RuntimeError], str | None] | None = None  # returns a clearer message
 
-    def wrap_next_forward(self, context: AbstractContextManager[None]) -> None:
-        """Runs the next training forward in a context."""
-        self._next_context = context
-
     def forward(self, batch: Any) -> Output:
-        """Returns the loss, numbers, tokens and weight of a batch."""
-        context = self._next_context
+        context = self.next_context
         try:
             if context is None or not torch.is_grad_enabled():
                 return self._read(self._feed(batch))
-            self._next_context = None
+            self.next_context = None
             with context:
                 return self._read(self._feed(batch))
         except RuntimeError as error:
@@ -371,10 +366,8 @@ class FlaggedLossModule(nn.Module):
         self.carries_weight = exact is not None
         like = self._trained[0] if exact is None else exact
         self.flag = nn.Parameter(torch.zeros(1 + self.carries_weight, device=like.device, dtype=like.dtype))
-        cleared = torch.zeros_like(self.flag.data)
-        raised = torch.zeros_like(self.flag.data)
-        raised[0] = 1
-        self._flag_grads = cleared, raised
+        self._flag_grads = torch.zeros_like(self.flag.data), torch.zeros_like(self.flag.data)  # cleared, set
+        self._flag_grads[1][0] = 1
         self._is_flag_set = is_flag_set
         self._check_loss = check_loss
         self.is_shadowing = False

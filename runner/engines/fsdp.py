@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from runner.engines.forward import LossModule, Number, Output
 from runner.engines.optim.optimizer_state import chained_optimizers
-from runner.engines.strategies import Strategy, TrainForward, map_tensors, refuse_renormalized, scale
+from runner.engines.strategies import Strategy, TrainForward, map_tensors, refuse_renormalized, scale_gradients
 from runner.utils import distributed
 from runner.utils.modules.selection import find_blocks
 
@@ -66,8 +67,12 @@ class FSDP(Strategy):
         offload_to_cpu: bool = False,
         forward_methods: Sequence[str] = (),
     ) -> None:
-        values = (param_dtype, reduce_dtype, output_dtype, reshard_after_forward)
-        self._settings: dict[str, Any] = dict(zip(_BLOCK_KEYS, values, strict=True))
+        self._settings: dict[str, Any] = {
+            "param_dtype": param_dtype,
+            "reduce_dtype": reduce_dtype,
+            "output_dtype": output_dtype,
+            "reshard_after_forward": reshard_after_forward,
+        }
         for name, changes in (blocks or {}).items():
             if unknown := sorted(set(changes) - set(_BLOCK_KEYS)):
                 raise ValueError(f"blocks.{name}.{unknown[0]}: no such key; there are: {', '.join(_BLOCK_KEYS)}")
@@ -76,7 +81,6 @@ class FSDP(Strategy):
                 if settings.get(key) not in (None, *_DTYPES):
                     raise ValueError(f"{key}={settings[key]!r}: expected one of {', '.join(_DTYPES)}, or null")
         self._blocks, self._offloads, self._methods = blocks, offload_to_cpu, forward_methods
-        self._globs = None if blocks is None else list(blocks)
         self._module: Any = None
         self._has_reduced_flag = False
         self._is_first_micro_step = True
@@ -87,14 +91,16 @@ class FSDP(Strategy):
         if not distributed.is_distributed():
             return
         refuse_renormalized(module)
-        found = find_blocks(module, self._globs)
+        found = find_blocks(module, None if self._blocks is None else list(self._blocks))
         _refuse_ties(module, [name for blocks in found.values() for name in blocks])
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         first = next(module.parameters(), None)
         if self._offloads and first is not None and first.device.type == "cpu":
-            reason = "expected an accelerator to move them to, found the cpu"
-            raise ValueError(f"offload_to_cpu=true: parts lie in host memory: {reason}; set it to false")
+            raise ValueError(
+                "offload_to_cpu=true: parts lie in host memory: expected an accelerator to move them to, "
+                "found the cpu; set it to false"
+            )
         mesh = init_device_mesh(first.device.type if first is not None else "cpu", (distributed.world_size(),))
         for glob, blocks in found.items():
             settings = self._settings_of_block((self._blocks or {}).get(glob, {}), first)
@@ -133,8 +139,9 @@ class FSDP(Strategy):
         for part in chained_optimizers(optimizer):
             reason = _NEED_FULL_WEIGHTS.get(type(part).__module__.partition(".")[0])
             if reason is not None and self._module is not None:
-                remedy = "choose distributed=ddp, or another optimizer"
-                raise ValueError(f"{type(part).__name__} under FSDP: {reason}; {remedy}")
+                raise ValueError(
+                    f"{type(part).__name__} under FSDP: {reason}; choose distributed=ddp, or another optimizer"
+                )
 
     def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> TrainForward:
         """Returns the forward used in training; FSDP2 works by hooks on the module itself."""
@@ -177,8 +184,7 @@ class FSDP(Strategy):
         weight: Number = 0.0 if self.weight is None else self.weight
         number = number.to(weight.device, torch.float32) if isinstance(weight, Tensor) else number.float()
         flag = torch.full_like(number, float(has_messages))
-        total_weight = torch.zeros_like(number) + weight
-        numbers = torch.stack([number, flag, total_weight.float()])
+        numbers = torch.stack([number, flag, (torch.zeros_like(number) + weight).float()])
         if distributed.is_distributed():
             dist.all_reduce(numbers)
         if coordinator is not None and not self._has_reduced_flag:
@@ -206,7 +212,7 @@ class FSDP(Strategy):
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
-        scale(_local_grads(parameters), factor)
+        scale_gradients(_local_grads(parameters), factor)
 
     def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the gathered weights, whose name is private to torch.
@@ -215,7 +221,7 @@ class FSDP(Strategy):
         """
         if self._module is None:
             return parameters
-        groups = [group for part in self._fsdp_modules() for group in _param_groups(part)]
+        groups = itertools.chain.from_iterable(map(_param_groups, self._fsdp_modules()))
         return [p._unsharded_param for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
 
     def all_ranks_true(self, value: bool) -> bool:
@@ -259,17 +265,16 @@ class FSDP(Strategy):
             pairs = zip(state["optimizers"], chained, strict=True)
             return {**state, "optimizers": [self.optimizer_to_local(full, part) for full, part in pairs]}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        local_state = {
-            index: {name: _shard_like(value, parameters[index]) for name, value in values.items()}
-            for index, values in state["state"].items()
-        }
+        local_state = {}
+        for index, values in state["state"].items():
+            local_state[index] = {name: _shard_like(value, parameters[index]) for name, value in values.items()}
         return {**state, "state": local_state}
 
 
 def _explain_error(error: RuntimeError) -> str | None:
-    if "mixed torch.Tensor and DTensor" not in str(error):
-        return None
-    return "a method other than forward used the module's weights: name it in distributed.strategy.forward_methods"
+    remedy = "name it in distributed.strategy.forward_methods"
+    is_mixed = "mixed torch.Tensor and DTensor" in str(error)
+    return f"a method other than forward used the module's weights: {remedy}" if is_mixed else None
 
 
 def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
@@ -279,8 +284,10 @@ def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:
         block = next((block for block in blocks if name.startswith(block + ".")), "")
         other, first = owners.setdefault(id(parameter), (block, name))
         if other != block:
-            remedy = "give both to one block, or leave both out of distributed.strategy.blocks"
-            raise ValueError(f"blocks: {first} and {name} are one weight, in two blocks; {remedy}")
+            raise ValueError(
+                f"blocks: {first} and {name} are one weight, in two blocks; "
+                "give both to one block, or leave both out of distributed.strategy.blocks"
+            )
 
 
 def _param_groups(module: Any) -> Sequence[Any]:
@@ -294,7 +301,6 @@ def _param_groups(module: Any) -> Sequence[Any]:
 
 
 def _local_grads(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Returns this rank's part of each gradient."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 

@@ -53,6 +53,7 @@ class Gradients:
         self._clip_norm, self._on_nonfinite = clip_norm, on_nonfinite
         self.norm: Tensor | None = None
         self.defers_check = on_nonfinite == "stop" and device.type != "cpu"
+        self.checks_losses = on_nonfinite != "ignore" and not self.defers_check  # each loss, before the update
         self.scaler = torch.amp.GradScaler(device.type) if is_scaled and optimizer else None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
         self._is_finite = FiniteCheck(self.parameters)
@@ -64,11 +65,6 @@ class Gradients:
         self.reference_weight: Number | None = None
         self._mean_weight: Number | None = None  # of this step, relative to the reference
         self._num_empty_steps: Number = 0  # steps whose weights add up to 0, counted on the device
-
-    @property
-    def checks_losses(self) -> bool:
-        """True if each loss is checked before the update."""
-        return self._on_nonfinite != "ignore" and not self.defers_check
 
     def backward(self, loss: Tensor, weight: Weight | None = None) -> None:
         """Adds the gradients of a loss."""
@@ -155,13 +151,11 @@ class Gradients:
         return (1.0 / mean_weight).masked_fill(mean_weight == 0, 0.0)
 
     def _find_fault(self, norm: Tensor | None) -> str | None:
-        if self._on_nonfinite == "ignore":
+        # With a scale above 1 the scaler skips such a step itself, and lowers the scale.
+        if self._on_nonfinite == "ignore" or (self.scaler is not None and self.scaler.get_scale() > 1.0):
             return None
-        if self.scaler is not None and self.scaler.get_scale() > 1.0:
-            return None  # the scaler skips such a step itself, and lowers the scale
-        if norm is not None and math.isfinite(float(norm)):
-            return None
-        if norm is None and self._strategy.all_ranks_true(self._is_finite()):
+        is_finite = self._strategy.all_ranks_true(self._is_finite()) if norm is None else math.isfinite(norm)
+        if is_finite:
             return None
         return f"its gradients are not finite; largest: {describe_gradients(self._module.named_parameters())}"
 
@@ -288,11 +282,9 @@ def _values(grad: Tensor) -> Tensor:
 def describe_gradients(named: Iterable[tuple[str, Tensor]], count: int = 3) -> str:
     """Returns the parameters with the largest gradients, non-finite ones first."""
     rows = []
-    for name, parameter in named:
-        if parameter.grad is not None:
-            grad = _values(parameter.grad.detach())
-            if not grad.numel():
-                continue
+    grads = ((name, _values(parameter.grad.detach())) for name, parameter in named if parameter.grad is not None)
+    for name, grad in grads:
+        if grad.numel():
             num_bad = int((~torch.isfinite(grad)).sum())
             largest = float(torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0).abs().max())
             rows.append((num_bad, largest, name, grad.numel()))

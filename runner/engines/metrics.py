@@ -124,11 +124,10 @@ class MetricAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Returns the numbers that were not taken yet, a few tensors a name."""
         series = self._series()
-        return {
-            "apart": {name: _to_tensor(values) for name, (values, _) in series.items()},
-            "weights": {name: _to_tensor(weights) for name, (_, weights) in series.items()},
-            "sums": {name: (_to_tensor(float(total)), float(weight)) for name, (total, weight) in self._sums.items()},
-        }
+        values_by_name = {name: _to_tensor(values) for name, (values, _) in series.items()}
+        weights_by_name = {name: _to_tensor(weights) for name, (_, weights) in series.items()}
+        sums = {name: (_to_tensor(float(total)), float(weight)) for name, (total, weight) in self._sums.items()}
+        return {"apart": values_by_name, "weights": weights_by_name, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads a saved state; one of an older version has no weights, which were all 1."""
@@ -186,13 +185,10 @@ def _mean_series(series: Sequence[Series], num_ranks: int) -> Series:
     if len({len(values) for values, _ in series}) > 1:
         # Some rank lacks the number in some forwards, so entries do not correspond: each rank's mean is one entry.
         series = [([_mean(values, weights)], [sum(weights)]) for values, weights in series if values]
-    means, mean_weights = list[float](), list[float]()
-    for index in range(len(series[0][0])):
-        values = [values[index] for values, _ in series]
-        weights = [weights[index] for _, weights in series]
-        means.append(_mean(values, weights))
-        mean_weights.append(sum(weights) / num_ranks)
-    return means, mean_weights
+    values_by_entry = list(zip(*(values for values, _ in series), strict=True))
+    weights_by_entry = list(zip(*(weights for _, weights in series), strict=True))
+    means = list(map(_mean, values_by_entry, weights_by_entry))
+    return means, [sum(weights) / num_ranks for weights in weights_by_entry]
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from runner.utils.distributed.coordinator import Coordinator
 
 TrainForward = Callable[[Any], Output]
 
+_NO_CONTEXT = contextlib.nullcontext()
 _EARLIER_NAMES = {  # of methods and attributes that a user's strategy may define
     "can_make_up": "can_shadow",
     "clear": "reset_step",
@@ -133,7 +135,7 @@ class Strategy:
             is_last: the last micro-step of a step, in which gradients are exchanged.
             weight: weight of this rank's batch, relative to a mean of 1 over the ranks.
         """
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
 
     def all_reduce_weight(self) -> None:
         """Sums `weight` over the ranks, if no other all-reduce of the step does."""
@@ -168,7 +170,7 @@ class Strategy:
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
         """Multiplies all gradients by a factor."""
-        scale([p.grad for p in parameters if p.grad is not None], factor)
+        scale_gradients([p.grad for p in parameters if p.grad is not None], factor)
 
     def leaves(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the leaf tensors for which backward computes this rank's gradients."""
@@ -213,16 +215,13 @@ class Strategy:
         return state
 
 
-def scale(gradients: list[Tensor], factor: Number) -> None:
+def scale_gradients(gradients: list[Tensor], factor: Number) -> None:
     """Multiplies gradients, on whichever devices, by a factor."""
     if not isinstance(factor, Tensor):
         torch._foreach_mul_(gradients, factor)
         return
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        by_device.setdefault(gradient.device, []).append(gradient)
-    for device, group in by_device.items():
-        torch._foreach_mul_(group, factor.to(device))
+    for device in {gradient.device for gradient in gradients}:
+        torch._foreach_mul_([gradient for gradient in gradients if gradient.device == device], factor.to(device))
 
 
 # Torch 2.13 renamed the argument, and warns of the older name.
@@ -287,32 +286,31 @@ class DDP(Strategy):
         self.weights_losses = True
         if not self._loss_module.carries_weight:
             self.can_shadow = False  # until it is known whether the weights need an all-reduce of their own
-        return self._forward
+        return partial(self._forward, self._module, self._loss_module)
 
-    def _forward(self, batch: Any) -> Output:
-        assert self._module is not None
-        assert self._loss_module is not None
+    def _forward(self, module: nn.Module, loss_module: FlaggedLossModule, batch: Any) -> Output:
         self._has_run_forward = True
         try:
-            output: Output = self._module(batch)
+            return module(batch)
         except RuntimeError as error:
             if "find_unused_parameters" not in str(error):
                 raise
             self.can_shadow = False  # the all-reduce of the previous step never ended
-            names = [name for name, p in self._loss_module.named_parameters() if p.requires_grad]
+            names = [name for name, p in loss_module.named_parameters() if p.requires_grad]
             match = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
             indices = match[1].split() if match else ()
             unused = [names[int(index)].removeprefix("loss_module.module.") for index in indices] or ["some"]
-            remedy = "freeze them, or set distributed.strategy.find_unused_parameters=true"
-            raise RuntimeError(f"the loss does not depend on parameters {', '.join(unused)}: {remedy}") from None
-        return output
+            raise RuntimeError(
+                f"the loss does not depend on parameters {', '.join(unused)}: "
+                "freeze them, or set distributed.strategy.find_unused_parameters=true"
+            ) from None
 
     def micro_step(self, is_last: bool, weight: float = 1.0) -> contextlib.AbstractContextManager[Any]:
         """Returns a context that exchanges gradients only in the last micro-step."""
         self._has_run_forward = False
         if self._loss_module is not None:
             self._loss_module.batch_weight = weight
-        return contextlib.nullcontext() if is_last or self._module is None else self._module.no_sync()
+        return _NO_CONTEXT if is_last or self._module is None else self._module.no_sync()
 
     def all_reduce_weight(self) -> None:
         """Sums `weight` over the ranks if the flag can't carry it (16-bit gradients)."""

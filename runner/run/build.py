@@ -32,7 +32,7 @@ from runner.config.targets import (
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.optim.hyperparameters import check_covers_parameters, check_sparse
-from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_lr_decrease
+from runner.engines.optim.schedule_replay import check_optimizer_step, check_scheduler_step, find_lr_decrease
 from runner.engines.strategies import Strategy
 from runner.run.warm_start import ModelBuilder
 from runner.utils import distributed

@@ -1,3 +1,4 @@
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -160,7 +161,7 @@ def test_clipping_equals_torch_and_zero_does_not_clip():
 def test_clipping_comes_after_unscaling():
     batches = make_batches(3, scale=10.0)
     plain, scaled = make_engine(clip_norm=0.5), make_engine(clip_norm=0.5, precision="fp16")
-    scaled._autocast_dtype = None  # the scaler alone
+    scaled._autocast = contextlib.nullcontext()  # the scaler alone
     for batch in batches:
         train(plain, batch)
         train(scaled, batch)

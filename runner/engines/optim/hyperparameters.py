@@ -84,8 +84,10 @@ def check_covers_parameters(optimizer: Optimizer | None, named: Iterable[tuple[s
         return
     held_ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if missing := [name for name, parameter in named if id(parameter) not in held_ids]:
-        remedy = "freeze them (optimizations.freeze), or give them to it"
-        raise ValueError(f"it lacks parameters that are trained: {', '.join(missing)}; {remedy}")
+        raise ValueError(
+            f"it lacks parameters that are trained: {', '.join(missing)}; "
+            "freeze them (optimizations.freeze), or give them to it"
+        )
 
 
 def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
@@ -105,11 +107,8 @@ def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
         kind = type(part).__name__
         is_known = type(part).__module__.partition(".")[0] in _LIBRARIES
         supports_sparse = isinstance(part, _SUPPORT_SPARSE)
-        unsupported_keys = [
-            key
-            for key in ("momentum", "weight_decay")
-            if supports_sparse and any(group.get(key) for group in part.param_groups)
-        ]
+        keys_in_use = {key for group in part.param_groups for key in ("momentum", "weight_decay") if group.get(key)}
+        unsupported_keys = sorted(keys_in_use) if supports_sparse else []
         is_unsupported = is_known and (unsupported_keys or not supports_sparse)
         if held_ids & sparse_ids and (is_sharded or is_unsupported):
             keys = " with " + " and ".join(unsupported_keys) if unsupported_keys else ""
@@ -120,19 +119,15 @@ def check_sparse(module: nn.Module, optimizer: Any, is_sharded: bool) -> None:
             raise ValueError(f"{kind} takes sparse gradients alone; give dense parameters to another optimizer")
 
 
-def set_base_lrs(optimizer: Optimizer, scheduler: LRScheduler | None, lr: float) -> None:
-    """Sets the base rate of the first group, and scales the others by the same factor."""
-    bases = base_lrs(optimizer)
-    for index, base in enumerate(bases):
-        set_base_lr(optimizer, scheduler, index, lr if base == bases[0] else lr * base / bases[0])
-
-
 def snapshot_hyperparameters(optimizer: Optimizer | None, scheduler: LRScheduler | None) -> dict[str, Any]:
     """Returns the hyperparameters of an optimizer and scheduler as plain values."""
     groups = [plain_values(group, _NOT_COMPARED) for group in optimizer.param_groups] if optimizer else []
-    kinds = dict(zip(_KINDS, (_kind(optimizer), _kind(scheduler)), strict=True))
-    schedule = _scheduler_settings(scheduler) if scheduler else {}
-    return {"kinds": kinds, "base_lrs": base_lrs(optimizer), "groups": groups, "scheduler": schedule}
+    return {
+        "kinds": {"optimizer": _kind(optimizer), "scheduler": _kind(scheduler)},
+        "base_lrs": base_lrs(optimizer),
+        "groups": groups,
+        "scheduler": _scheduler_settings(scheduler) if scheduler else {},
+    }
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
@@ -145,11 +140,8 @@ def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
 
 def has_unseen_settings(scheduler: Any) -> bool:
     """Returns whether a scheduler has settings that are not plain, such as functions."""
-    for part in walk_schedulers(scheduler):
-        known = _scheduler_settings(part)["own"].keys() | _POSITIONS | _PARTS
-        if vars(part).keys() - known:
-            return True
-    return False
+    parts = walk_schedulers(scheduler)
+    return any(vars(part).keys() - _scheduler_settings(part)["own"].keys() - _POSITIONS - _PARTS for part in parts)
 
 
 def reorder_hyperparameters(

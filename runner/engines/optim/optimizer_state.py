@@ -70,10 +70,10 @@ def changed_extra_state(optimizer: Optimizer, built: Sequence[Mapping[str, Any]]
 
     The rest is hyperparameters.
     """
-    return [
-        {name: value for name, value in now.items() if isinstance(value, Tensor) or before.get(name) != value}
-        for now, before in zip(extra_state(optimizer), built, strict=True)
-    ]
+    changed = []
+    for now, before in zip(extra_state(optimizer), built, strict=True):
+        changed.append({name: v for name, v in now.items() if isinstance(v, Tensor) or before.get(name) != v})
+    return changed
 
 
 def load_extra_state(optimizer: Optimizer, changed: Sequence[Mapping[str, Any]]) -> None:
@@ -101,11 +101,8 @@ def name_parameters(state: dict[str, Any], optimizer: Optimizer, names: Names) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not _has_torch_layout(state) or any(id(p) not in names for p in parameters):
         return state
-    groups = [
-        {**saved, "param_names": [names[id(p)][0] for p in group["params"]]}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    return {**state, "param_groups": groups}
+    pairs = zip(state["param_groups"], map(_first_names, _group_names(optimizer, names)), strict=True)
+    return {**state, "param_groups": [{**group, "param_names": first_names} for group, first_names in pairs]}
 
 
 def match_state(
@@ -129,8 +126,7 @@ def match_state(
     group_names = _group_names(optimizer, names)
     saved_names = _saved_names(state["param_groups"], group_names, names, saved_order)
     matched = MatchedState({**state, "state": {}, "param_groups": []}, [])
-    matched_names = _match_parameters(matched, state, group_names, saved_names)
-    matched.unmatched = [name for group in saved_names for name in group if name not in matched_names]
+    _match_parameters(matched, state, group_names, saved_names)
     _match_groups(matched, state, optimizer)
     return matched
 
@@ -163,6 +159,10 @@ def _group_names(optimizer: Optimizer, names: Names) -> _GroupNames:
     return groups
 
 
+def _first_names(names_of_group: Sequence[Sequence[str]]) -> list[str]:
+    return [parameter_names[0] for parameter_names in names_of_group]
+
+
 def _saved_names(
     groups: Sequence[Mapping[str, Any]], group_names: _GroupNames, names: Names, saved_order: Sequence[str]
 ) -> list[list[str]]:
@@ -175,12 +175,12 @@ def _saved_names(
     """
     if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
         return [list(group["param_names"]) if group["params"] else [] for group in groups]
-    current = [[parameter_names[0] for parameter_names in group] for group in group_names]
+    current = list(map(_first_names, group_names))
     trained = set(itertools.chain.from_iterable(current))
-    order = [parameter_names[0] for parameter_names in names.values() if parameter_names[0] in trained]
+    order = [name for name in _first_names([*names.values()]) if name in trained]
     trained_saved_order = [name for name in saved_order if name in trained]
-    has_same_sizes = [len(group["params"]) for group in groups] == [len(group) for group in current]
-    if not has_same_sizes or (saved_order and trained_saved_order != order):
+    sizes = [len(group["params"]) for group in groups]
+    if sizes != list(map(len, current)) or (saved_order and trained_saved_order != order):
         found = f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}"
         remedy = "resume with the model and optimizer as they were"
         raise ValueError(f"optimizer: its saved state names no parameters, and their order changed: {found}; {remedy}")
@@ -189,11 +189,8 @@ def _saved_names(
 
 def _match_parameters(
     matched: MatchedState, state: Mapping[str, Any], group_names: _GroupNames, saved_names: Sequence[Sequence[str]]
-) -> set[str]:
-    """Assigns each parameter its saved state, and each group its saved group.
-
-    Returns the names of matched ones.
-    """
+) -> None:
+    """Assigns each parameter its saved state, and each group its saved group."""
     locations: dict[str, tuple[int, int]] = {}  # index of the saved group, and key in the saved state, by name
     for group_index, (saved_group, group) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
         locations |= {name: (group_index, key) for name, key in zip(group, saved_group["params"], strict=True)}
@@ -218,14 +215,16 @@ def _match_parameters(
             raise ValueError(_describe_regrouping(group_names, saved_names))
         matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
-    return matched_names
+    matched.unmatched = [name for name in locations if name not in matched_names]
 
 
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:
-    expected = " | ".join(", ".join(parameter_names[0] for parameter_names in group) for group in group_names)
-    found = " | ".join(", ".join(group) for group in saved_names)
-    remedy = "resume with the groups as they were"
-    return f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; {remedy}"
+    expected = " | ".join(map(", ".join, map(_first_names, group_names)))
+    found = " | ".join(map(", ".join, saved_names))
+    return (
+        f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; "
+        "resume with the groups as they were"
+    )
 
 
 def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Optimizer) -> None:

@@ -39,7 +39,6 @@ class ChainedOptimizer(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
@@ -48,7 +47,6 @@ class ChainedOptimizer(Optimizer):
         return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a saved state."""
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self._collect_groups()
@@ -86,7 +84,6 @@ class Muon(torch.optim.Muon):
 
 
 def _gather(sharded: Any) -> Any:
-    """Returns a DTensor that is replicated on every rank."""
     from torch.distributed.tensor import Replicate
 
     return sharded.redistribute(placements=[Replicate()] * sharded.device_mesh.ndim)
@@ -165,9 +162,8 @@ class TorchaoAdamW(Optimizer):
         compile: bool | None = None,
     ) -> None:
         make = getattr(import_torchao("torchao.optim"), self._torchao_class)
-        self._quantized: Any = None
-        if self._quantized_class is not None:
-            self._quantized = getattr(import_torchao(self._quantized_class[0]), self._quantized_class[1])
+        quantized = self._quantized_class
+        self._quantized: Any = None if quantized is None else getattr(import_torchao(quantized[0]), quantized[1])
         first, second = betas
         param_list = list(params)
         self._inner: Optimizer = make(
@@ -185,8 +181,10 @@ class TorchaoAdamW(Optimizer):
         self._share_inner_state()
         parameters = [p for group in groups for p in group["params"]]
         if self._quantized is not None and any(map(is_dtensor, parameters)):
-            remedy = "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
-            raise ValueError(f"{type(self).__name__} can't store moments that are spread over the ranks; {remedy}")
+            raise ValueError(
+                f"{type(self).__name__} can't store moments that are spread over the ranks; "
+                "choose distributed=ddp, or an optimizer with whole moments such as adamw_bf16"
+            )
         self._devices = {p.device for p in parameters}
         self._compiles = any(device.type != "cpu" for device in self._devices) if compile is None else compile
         self._rounds = stochastic_rounding and any(p.dtype is torch.bfloat16 for p in parameters)
@@ -244,7 +242,6 @@ class TorchaoAdamW(Optimizer):
         return {**inner, "state": _map_values(self._flatten, inner["state"]), "num_steps": self._num_steps}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Loads a saved state."""
         state = _map_values(self._unflatten, state_dict["state"])
         self._inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
         self._num_steps = state_dict["num_steps"]
@@ -264,8 +261,10 @@ class TorchaoAdamW(Optimizer):
 
 
 def _map_values(change: Callable[[Any], Any], state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Returns the state of each parameter with its values changed."""
-    return {index: {name: change(value) for name, value in values.items()} for index, values in state.items()}
+    changed = {}
+    for index, values in state.items():
+        changed[index] = {name: change(value) for name, value in values.items()}
+    return changed
 
 
 class TorchaoAdamW8bit(TorchaoAdamW):

@@ -9,9 +9,9 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
-from runner.engines.optim.group_values import check_group_values, group_values
 from runner.engines.optim.optimizers import TorchaoAdamW8bit, muon
 from runner.engines.optim.schedulers import warmup_cosine
+from runner.engines.restore import check_group_values, group_values
 from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed, io
 

@@ -1,7 +1,4 @@
-"""The learning-rate schedule of an engine.
-
-It steps a scheduler, and replays it on resume if its settings changed.
-"""
+"""Steps the scheduler of an engine, and replays its schedule on resume if its settings changed."""
 
 from __future__ import annotations
 
@@ -22,7 +19,6 @@ from runner.engines.optim.hyperparameters import (
     plain_values,
     reorder,
     set_base_lr,
-    set_base_lrs,
     walk_schedulers,
 )
 from runner.engines.optim.optimizer_state import chained_optimizers
@@ -49,7 +45,7 @@ class LRSchedule:
 
     def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
         self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
-        self._is_stepped = scheduler is not None and metric is None
+        self._scheduler_per_step = scheduler if metric is None else None
         self._has_own_state = scheduler is not None and not all(map(_has_torch_state, walk_schedulers(scheduler)))
         self._count = 0
         self._events: list[dict[str, Any]] = []
@@ -63,9 +59,8 @@ class LRSchedule:
     def step(self) -> None:
         """Steps the scheduler after an update."""
         self._count += 1
-        if self._is_stepped:
-            assert self._scheduler is not None
-            self._scheduler.step()
+        if self._scheduler_per_step is not None:
+            self._scheduler_per_step.step()
 
     def observe(self, numbers: Mapping[str, float]) -> None:
         """Steps a scheduler that depends on a metric.
@@ -88,7 +83,9 @@ class LRSchedule:
         The schedule continues.
         """
         assert self._optimizer is not None
-        set_base_lrs(self._optimizer, self._scheduler, lr)
+        bases = base_lrs(self._optimizer)
+        for index, base in enumerate(bases):
+            set_base_lr(self._optimizer, self._scheduler, index, lr if base == bases[0] else lr * base / bases[0])
         self._events.append({"count": self._count, "base_lrs": base_lrs(self._optimizer)})
 
     def _apply(self, event: Mapping[str, Any]) -> None:
@@ -123,11 +120,11 @@ class LRSchedule:
             is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
         if configured["scheduler"] != saved["scheduler"]:
-            kind = type(self._scheduler).__name__
-            changes = _describe_changes(saved["scheduler"]["own"], configured["scheduler"]["own"]) or "its parts"
-            remedy = "leave them as they were, or choose another schedule"
+            before, now = saved["scheduler"]["own"], configured["scheduler"]["own"]
+            changes = [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]
             raise ValueError(
-                f"scheduler: {kind} keeps a state of its own, and its settings changed: {changes}; {remedy}"
+                f"scheduler: {type(self._scheduler).__name__} keeps a state of its own, and its settings changed: "
+                f"{', '.join(changes) or 'its parts'}; leave them as they were, or choose another schedule"
             )
         return False
 
@@ -149,8 +146,9 @@ class LRSchedule:
                 self._advance(state["count"])
         except Exception as error:
             kind, count = type(self._scheduler).__name__, state["count"]
-            found = f"{kind} can't go on after step {count} with these settings: {error}"
-            raise ValueError(f"scheduler: {found}; choose others") from error
+            raise ValueError(
+                f"scheduler: {kind} can't go on after step {count} with these settings: {error}; choose others"
+            ) from error
         return [self._scheduled_values(group, old) for group, old in zip(self._groups, before, strict=True)]
 
     def _advance(self, count: int) -> None:
@@ -179,9 +177,9 @@ class LRSchedule:
 
     def apply_base_lrs(self, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         """Sets base rates that the config has changed, if the schedule is not replayed."""
-        pairs = zip(configured["base_lrs"], saved["base_lrs"], strict=True)
-        changed = [new if new != old else None for new, old in pairs]
-        if any(lr is not None for lr in changed):
+        if configured["base_lrs"] != saved["base_lrs"]:
+            pairs = zip(configured["base_lrs"], saved["base_lrs"], strict=True)
+            changed = [new if new != old else None for new, old in pairs]
             self._apply({"count": self._count, "base_lrs": changed})
 
 
@@ -193,8 +191,10 @@ def check_optimizer_step(optimizer: Any) -> None:
     """
     for part in chained_optimizers(optimizer):
         if needed := _required_arguments(part):
-            found = f"{type(part).__name__}.step needs {', '.join(needed)}, which computes a step's loss again"
-            raise ValueError(f"{found}; expected a step without arguments: choose another optimizer")
+            raise ValueError(
+                f"{type(part).__name__}.step needs {', '.join(needed)}, which computes a step's loss again; "
+                "expected a step without arguments: choose another optimizer"
+            )
 
 
 def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
@@ -211,15 +211,16 @@ def check_scheduler_step(scheduler: Any, metric: str | None) -> None:
     for part in walk_schedulers(scheduler):
         num_given = 1 if part is scheduler and metric is not None else 0
         if missing := _required_arguments(part)[num_given:]:
-            found = f"{type(part).__name__}.step needs {', '.join(missing)}"
-            raise ValueError(f"{found}; expected a step without arguments, or with a metric: choose another schedule")
+            raise ValueError(
+                f"{type(part).__name__}.step needs {', '.join(missing)}; "
+                "expected a step without arguments, or with a metric: choose another schedule"
+            )
     if metric is not None and not needed:
         kind = "a constant rate" if scheduler is None else kind
         raise ValueError(f"expected no metric, found metric={metric}, which {kind} doesn't take; leave it out")
 
 
 def _required_arguments(part: Any) -> list[str]:
-    """Returns the required arguments of an optimizer's or scheduler's step."""
     if isinstance(part, torch.optim.LBFGS):  # a subclass may give it a default, which fails in the first step
         return ["closure"]
     try:
@@ -238,9 +239,7 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
     improves.
     """
     if type(scheduler) is LambdaLR:
-        steps = [max(num_steps - 1, 0) * number // _NUM_PROBES for number in range(_NUM_PROBES + 1)]
-        rates = ([function(step) for function in scheduler.lr_lambdas] for step in steps)
-        return _first_decrease(zip(steps, rates, strict=True))
+        return _first_decrease(_probe(scheduler, num_steps))
     if scheduler is None:
         return None
     try:
@@ -249,6 +248,13 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
             return _first_decrease(_simulate(scheduler, min(num_steps, _MAX_SIMULATED)))
     except Exception:  # from a user's own scheduler: it can't be copied, or needs more than rates
         return None
+
+
+def _probe(scheduler: LambdaLR, num_steps: int) -> Iterator[tuple[int, list[float]]]:
+    """Yields some of the steps and their rates, which are functions of the step."""
+    for number in range(_NUM_PROBES + 1):
+        step = max(num_steps - 1, 0) * number // _NUM_PROBES
+        yield step, [function(step) for function in scheduler.lr_lambdas]
 
 
 def _simulate(scheduler: Any, num_steps: int) -> Iterator[tuple[int, list[float]]]:
@@ -323,11 +329,6 @@ def _has_torch_state(scheduler: Any) -> bool:
     """Returns whether a scheduler's state is all of its attributes, as in torch."""
     load = getattr(type(scheduler), "load_state_dict", None)
     return getattr(load, "__module__", "").startswith("torch.")
-
-
-def _describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in now if before.get(key) != now[key]]
-    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in keys)
 
 
 def _copy(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as torchs
 from runner.engines import Engine
 from runner.engines.optim import schedulers
 from runner.engines.optim.optimizers import ChainedOptimizer
-from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_lr_decrease
+from runner.engines.optim.schedule_replay import check_optimizer_step, check_scheduler_step, find_lr_decrease
 
 SCHEDULES = {  # how each is made of an optimizer and settings, and two values of each setting
     "none": (lambda o: None, {}),
