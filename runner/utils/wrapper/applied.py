@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from runner.utils.modules.frozen import FrozenModules
 from runner.utils.modules.selection import split_uncalled
 from runner.utils.modules.weights import load_weights
-from runner.utils.wrapper.optimization import Applied, Export, FirstStepMonitor, Load, make_row, shorten
+from runner.utils.wrapper.protocol import Applied, Export, FirstStepMonitor, Load, make_row, shorten
 
 
 class AppliedOptimizations:

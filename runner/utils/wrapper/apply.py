@@ -10,7 +10,7 @@ from torch import nn
 
 from runner.utils.distributed.memory import format_mib
 from runner.utils.wrapper.applied import AppliedOptimizations
-from runner.utils.wrapper.optimization import Context, Optimization, Purpose, Stage, check_with_others, stage_of
+from runner.utils.wrapper.protocol import Context, Optimization, Purpose, Stage, check_with_others, stage_of
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """`optimize` applies optimizations in one order, lists them, checks them, and undoes them."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from runner.config import optimizations
 from runner.utils import unsloth
 from runner.utils.wrapper import Applied, Purpose, Stage, freeze, optimize
 
+README = Path(__file__).parents[3] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of whatever is compiled
 
 
@@ -293,3 +296,18 @@ def test_an_own_check_refuses_others_before_anything_is_changed():
     with pytest.raises(ValueError, match="mine: not with other"):
         optimize(model, {"other": Scale(log), "mine": Refuses(log)})
     assert log == []
+
+
+def test_the_example_of_the_readme_is_applied_checked_and_undone():
+    (code,) = re.findall(r"```python\n(from runner.utils.wrapper import .*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    model, given, mine = Model(), torch.randn(2, 16), names["Damp"](0.5)
+    expected = model(given)
+    changes = optimize(model, {"mine": mine})
+    assert changes.rows[0] == ("damp", "by 0.5")
+    assert torch.equal(model(given), expected * 0.5)
+    changes.undo()
+    assert torch.equal(model(given), expected)
+    with pytest.raises(ValueError, match="set fp8 to false"):
+        optimize(model, {"mine": mine, "fp8": Scale([])})

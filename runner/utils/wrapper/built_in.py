@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from runner.utils.unsloth.settings import check_settings
 from runner.utils.utils import check_choice, suggest
-from runner.utils.wrapper.optimization import (
+from runner.utils.wrapper.protocol import (
     Applied,
     Context,
     Optimization,
