@@ -122,7 +122,7 @@ class Loop:
             on_message=self._handle_message, warn=self._warn,
         )  # fmt: skip
         self._log_action = Action(self.log_metrics, log_every if log else 0)
-        self._log_values = log
+        self._log_values = log or (lambda step, values: None)
         self.schedule = Schedule(actions or {})
         self._saved_step: int | None = None
         self._commands = dict(commands or {})
@@ -167,11 +167,6 @@ class Loop:
         """True once a stop was requested, before all ranks know."""
         return self._requested_stop is not None or self._stop_reason is not None
 
-    @property
-    def num_skipped(self) -> int:
-        """The number of steps skipped so far."""
-        return self.step_runner.num_skipped
-
     def exchange_messages(self) -> None:
         """Handles the messages of all ranks so far; every rank must call it between two steps."""
         for message in self.coordinator.exchange():
@@ -188,7 +183,7 @@ class Loop:
         self.throughput.begin(*self._totals())
         self._reserve.open()
         try:
-            self._run_pending()
+            self.schedule.run_pending(self.run_action, self._has_stop_reason)
             self.coordinator.run_on_all_ranks(bool)  # raises the errors of any rank before the first step
             while self.step < self.steps and self._stop_reason is None:
                 self.step_runner.run(self.step, self._has_stop_reason)
@@ -285,7 +280,7 @@ class Loop:
             self._run_commands(self._queue.due(step))
         if self.schedule.enqueue_due(step, is_last, self._requested):
             self._requested.clear()
-            self._run_pending()
+            self.schedule.run_pending(self.run_action, self._has_stop_reason)
         if self.coordinator.deferred_error is not None:
             self._share_deferred_error(self.coordinator.deferred_error)
 
@@ -299,9 +294,6 @@ class Loop:
             reason = describe_failure(error, f"after step {self.step}", self.engines.device)
             self.step_runner.share_failure(error, reason)
             raise error
-
-    def _run_pending(self) -> None:
-        self.schedule.run_pending(self.run_action, self._has_stop_reason)
 
     def run_action(self, name: str) -> None:
         """Runs an action now; its time does not count as training."""
@@ -324,7 +316,6 @@ class Loop:
         self._requested.add(name)
 
     def _run_commands(self, due: Sequence[LoopCommand]) -> None:
-        """Calls the handlers of the due commands."""
         for command in due:
             try:
                 self._commands[command.name](self, command.argument)
@@ -332,23 +323,19 @@ class Loop:
                 self._set_stop_reason(str(stop))  # all ranks have received this command
 
     def _check_deferred_faults(self) -> None:
-        faults = self.engines.find_late_faults()
-        if faults:
-            remedy = (
-                "go on from the last checkpoint, and skip such steps to have their gradients checked before the update"
-            )
+        if faults := self.engines.find_late_faults():
             raise TrainingStopped(
-                f"Up to step {self.step} something went wrong. {describe_faults(faults)}: {remedy}", is_complete=False
+                f"Up to step {self.step} something went wrong. {describe_faults(faults)}: go on from the last "
+                "checkpoint, and skip such steps to have their gradients checked before the update",
+                is_complete=False,
             )
 
     def log_metrics(self) -> None:
         """Logs the metrics, throughput and memory use of the steps since the last call."""
         self._check_deferred_faults()
-        values = {f"train/{name}": value for name, value in self.engines.take_metrics().items()}
-        for name, value in self.throughput.measure(*self._totals()).items():
-            values[f"train/{name}"] = value
-        values["train/memory_gb"] = self._peak.read_gb()
-        assert self._log_values is not None
+        metrics = self.engines.take_metrics() | self.throughput.measure(*self._totals())
+        metrics["memory_gb"] = self._peak.read_gb()
+        values = {f"train/{name}": value for name, value in metrics.items()}
         self._log_values(self.step, values)
         self._displayed = {name: values[key] for key, name in _DISPLAYED.items() if key in values}
 
