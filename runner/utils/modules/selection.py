@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -102,12 +102,34 @@ def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
     Raises:
         ValueError: `globs` is a string, or a glob matches no module; the message lists similar names.
     """
-    if isinstance(globs, str):
-        raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
+    _check_is_list(where, globs)
     names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for glob in globs:
         if not matches_any(names, [glob]):
             raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_nearest(glob, names)}")
+
+
+def match_parameters(where: str, names: Collection[str], globs: Sequence[str]) -> list[str]:
+    """Returns the names of parameters that match one of the globs, which are over whole names.
+
+    Args:
+        where: the argument's name, for the message.
+    Raises:
+        ValueError: `globs` is a string, or a glob matches no name; the message lists similar names.
+    """
+    _check_is_list(where, globs)
+    matched: list[str] = []
+    for glob in globs:
+        matched_by_glob = fnmatch.filter(names, glob)
+        if not matched_by_glob:
+            raise ValueError(f"{where}: {glob!r} matches no parameter; there are: {list_nearest(glob, names)}")
+        matched += matched_by_glob
+    return list(dict.fromkeys(matched))
+
+
+def _check_is_list(where: str, globs: Sequence[str]) -> None:
+    if isinstance(globs, str):
+        raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
 
 
 def find_uncalled(module: nn.Module) -> dict[int, str]:
@@ -121,7 +143,7 @@ def find_uncalled(module: nn.Module) -> dict[int, str]:
     return reasons
 
 
-def disable_fast_path(module: nn.Module, changed: Collection[int]) -> list[tuple[nn.Module, str, Any]]:
+def disable_fast_path(module: nn.Module, changed: Collection[int], undo: contextlib.ExitStack) -> None:
     """Disables the fast path of torch's encoder layers that contain a changed module.
 
     In eval mode an encoder layer is one fused operation that reads the weights of its children, so the forward of a
@@ -129,13 +151,10 @@ def disable_fast_path(module: nn.Module, changed: Collection[int]) -> list[tuple
 
     Args:
         changed: ids of the changed modules.
-    Returns:
-        The attributes that were set, as (module, name, value before).
+        undo: gets the callbacks that enable the fast path again.
     """
-    before: list[tuple[nn.Module, str, Any]] = []
     for layer in module.modules():
         for kind, name, off in _FAST_PATHS:
             if isinstance(layer, kind) and any(id(part) in changed for part in layer.modules() if part is not layer):
-                before.append((layer, name, getattr(layer, name)))
+                undo.callback(setattr, layer, name, getattr(layer, name))
                 setattr(layer, name, off)
-    return before

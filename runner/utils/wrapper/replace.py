@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from runner.utils.modules.selection import (
     name_modules,
 )
 from runner.utils.utils import list_nearest
-from runner.utils.wrapper.transfer import ModuleSwap, transfer_state
+from runner.utils.wrapper.transfer import transfer_back, transfer_state
 
 _REMEDY = "give it in arguments, or make is a converter"
 
@@ -51,19 +52,12 @@ class Replaced:
     replaced: list[dict[str, str]] = field(default_factory=list)  # for each rule: "Old -> New" by name
     skipped: list[dict[str, str]] = field(default_factory=list)  # for each rule: why not, by name
     left_out: list[str] = field(default_factory=list)  # tensors of old modules that a converter did not use
-    _swaps: list[tuple[ModuleSwap, list[tuple[nn.Module, str]]]] = field(default_factory=list, repr=False)
-    _settings: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
+    _new_ids: set[int] = field(default_factory=set, repr=False)  # of the new modules, which `_undo` keeps alive
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def undo(self) -> None:
         """Puts every old module back, with its present tensors and in the mode of its replacement."""
-        for owner, name, value in reversed(self._settings):
-            setattr(owner, name, value)
-        for adoption, slots in reversed(self._swaps):
-            adoption.restore()
-            for parent, name in slots:
-                parent._modules[name] = adoption.old
-        self._swaps.clear()
-        self._settings.clear()
+        self._undo.close()
 
 
 def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
@@ -88,17 +82,12 @@ def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
     except BaseException:
         report.undo()
         raise
-    report._settings += disable_fast_path(module, {id(adoption.new) for adoption, _ in report._swaps})
+    disable_fast_path(module, report._new_ids, report._undo)
     return report
 
 
 def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
     found, skipped = _find(module, rule, where)
-    slots: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in found}
-    for parent in module.modules():
-        for name, child in parent._modules.items():
-            if id(child) in slots:
-                slots[id(child)].append((parent, name))
     held = _find_held(module)
     replaced: dict[str, str] = {}
     for key, (old, names) in found.items():
@@ -106,12 +95,14 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
         if key in held:
             raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
         new, is_built = _make(old, rule, place)
-        adoption = transfer_state(old, new, place, is_strict=is_built)
-        report._swaps.append((adoption, slots[key]))
-        for parent, name in slots[key]:
-            parent._modules[name] = new
+        keys, left_out = transfer_state(old, new, place, is_strict=is_built)
+        report._undo.callback(transfer_back, old, new, keys)
+        for name in names:
+            report._undo.callback(module.set_submodule, name, old)
+            module.set_submodule(name, new)
+        report._new_ids.add(id(new))
         replaced |= dict.fromkeys(names, f"{type(old).__name__} -> {type(new).__name__}")
-        report.left_out += [f"{names[0]}.{each}" for each in adoption.left_out]
+        report.left_out += [f"{names[0]}.{each}" for each in left_out]
     report.replaced.append(replaced)
     report.skipped.append(skipped)
 

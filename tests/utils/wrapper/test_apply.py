@@ -67,8 +67,10 @@ def test_freezing_takes_whole_names_and_refuses_what_matches_nothing():
     module = nn.ModuleDict({"layer1": nn.Linear(2, 2), "layer10": nn.Linear(2, 2)})
     assert freeze(module, ["layer1.*"]) == ["layer1.weight", "layer1.bias"]
     assert [p.requires_grad for p in module.parameters()] == [False, False, True, True]
-    with pytest.raises(ValueError, match=r"'layer2.\*' matches no parameter; there are: layer1.weight"):
+    with pytest.raises(ValueError, match=r"'layer2.\*' matches no parameter; there are: layer1.bias, layer10.bias"):
         freeze(module, ["layer2.*"])
+    with pytest.raises(ValueError, match="freeze: expected a list of globs, found the string 'layer10"):
+        freeze(module, "layer10.weight")
 
 
 def test_all_of_it_is_undone():
