@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from runner.utils.utils import list_nearest
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
@@ -81,12 +84,46 @@ def _without_numbers(name: str) -> tuple[str, ...]:
     return tuple("*" if part.isdigit() else part for part in name.split("."))
 
 
-def name_modules(module: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
-    """Returns each module with all of its names, by the module's id."""
+def name_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Returns each module with all of its names."""
     named: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):
         named.setdefault(id(submodule), (submodule, []))[1].append(name)
-    return named
+    return list(named.values())
+
+
+def select_modules(
+    where: str,
+    module: nn.Module,
+    kind: type[Kind],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    *,
+    subclasses: bool = False,
+) -> list[tuple[Kind, list[str], str | None]]:
+    """Returns the modules of a class that `include` matches: each with all names and a reason to skip it, or None.
+
+    Args:
+        where: the caller, for messages.
+        include: globs over module names, segment by segment; None selects every module.
+        exclude: globs likewise; a module that one of them matches has a reason.
+        subclasses: modules of a subclass have no reason.
+    Raises:
+        ValueError: `include` or `exclude` is a string, or a glob matches no module; the message lists similar names.
+    """
+    for globs in (include or (), exclude):
+        _check_globs(where, module, globs)
+    uncalled = _find_uncalled(module)
+    selected: list[tuple[Kind, list[str], str | None]] = []
+    for part, names in name_modules(module):
+        if not isinstance(part, kind) or (include is not None and not matches_any(names, include)):
+            continue
+        reason = uncalled.get(id(part))
+        if reason is None and type(part) is not kind and not subclasses:
+            reason = f"{type(part).__name__} is a subclass of {kind.__name__}"
+        exclusions = (f"{glob!r} excludes it" for glob in exclude if matches_any(names, [glob]))
+        selected.append((part, names, reason or next(exclusions, None)))
+    return selected
 
 
 def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
@@ -94,14 +131,7 @@ def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
     return any(matches_glob(name, glob) for name in names for glob in globs)
 
 
-def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
-    """Checks that every glob matches a module.
-
-    Args:
-        where: the argument's name, for the message.
-    Raises:
-        ValueError: `globs` is a string, or a glob matches no module; the message lists similar names.
-    """
+def _check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
     _check_is_list(where, globs)
     names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for glob in globs:
@@ -132,7 +162,7 @@ def _check_is_list(where: str, globs: Sequence[str]) -> None:
         raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
 
 
-def find_uncalled(module: nn.Module) -> dict[int, str]:
+def _find_uncalled(module: nn.Module) -> dict[int, str]:
     """Returns the modules whose weights torch reads without calling them: by id, the reason a change has no effect."""
     reasons = {}
     for parent in module.modules():

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.utils.modules.selection import (
-    check_globs,
     disable_fast_path,
-    find_uncalled,
     match_parameters,
     matches_any,
     name_modules,
+    select_modules,
 )
 from runner.utils.modules.weights import load_weights
 from runner.utils.utils import list_nearest
@@ -61,13 +60,6 @@ class LoRALinear(nn.Linear):
         """Returns the settings of the Linear and of the adapter."""
         settings = f"rank={self.lora_rank}, scale={self.lora_scale:g}, dropout={self.lora_dropout:g}"
         return f"{super().extra_repr()}, {settings}"
-
-
-@dataclass
-class _Selection:
-    linears: list[tuple[nn.Linear, list[str]]] = field(default_factory=list)  # each with all its names
-    skipped: dict[str, str] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)  # by name of a layer, another name of its weight
 
 
 @dataclass
@@ -175,7 +167,7 @@ def add_lora(
     Source: https://arxiv.org/abs/2106.09685
     """
     check_lora(rank, alpha, dropout)
-    selection = _select(module, include, exclude)
+    linears, skipped, tied = _select(module, include, exclude)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     also = match_parameters("add_lora: also_train", parameters, also_train)
     trained = {id(parameters[name]) for name in also}
@@ -184,13 +176,13 @@ def add_lora(
         for parameter in module.parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(id(parameter) in trained)
-        for linear, _ in selection.linears:
+        for linear, _ in linears:
             _adapt(linear, rank, scale, dropout)
             undo.callback(_remove_adapter, linear)
-        disable_fast_path(module, {id(linear) for linear, _ in selection.linears}, undo)
-        layers = [names for _, names in selection.linears]
+        disable_fast_path(module, {id(linear) for linear, _ in linears}, undo)
+        layers = [names for _, names in linears]
         names = list(itertools.chain.from_iterable(layers))
-        return Adapted(names, selection.skipped, selection.tied, undo.pop_all().close, module, scale, layers, also)
+        return Adapted(names, skipped, tied, undo.pop_all().close, module, scale, layers, also)
 
 
 def _adapt(linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
@@ -212,60 +204,45 @@ def _remove_adapter(linear: nn.Linear) -> None:
     linear.__class__ = nn.Linear
 
 
-def _select(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> _Selection:
+def _select(
+    module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[list[tuple[nn.Linear, list[str]]], dict[str, str], dict[str, str]]:
+    """Returns the layers to adapt with all their names, and the skipped and tied ones as in `Adapted`."""
     if any(isinstance(each, LoRALinear) for each in module.modules()):
         raise ValueError("add_lora: the module has adapters already, expected none; undo them first")
-    for globs in (include or (), exclude):
-        check_globs("add_lora", module, globs)
-    named = name_modules(module)
+    selected = select_modules("add_lora", module, nn.Linear, include, exclude)
     for glob in include or ():
-        _check_linear(glob, named)
-    selection = _Selection()
-    holders = _find_holders(named)
-    uncalled = find_uncalled(module)
-    for key, (layer, names) in named.items():
-        if not isinstance(layer, nn.Linear) or (include is not None and not matches_any(names, include)):
+        _check_linear(glob, name_modules(module))
+    names_of_weights: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names_of_weights.setdefault(id(parameter), []).append(name)
+    linears: list[tuple[nn.Linear, list[str]]] = []
+    skipped: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    for linear, names, reason in selected:
+        weight = linear._parameters.get("weight")
+        others = [name for name in names_of_weights.get(id(weight), []) if name.rpartition(".")[0] not in names]
+        if weight is None or not weight.is_floating_point():
+            reason = reason or "its weight is no parameter of a floating-point dtype"  # such as one of weight_norm
+        elif others and include is None:
+            reason = reason or f"its weight is {others[0]} too; to adapt it, name it in include"
+        if reason:
+            skipped |= dict.fromkeys(names, reason)
             continue
-        weight = layer._parameters.get("weight")
-        others = [name for holder, name in holders.get(id(weight), []) if holder != key]
-        why = uncalled.get(key) or _find_reason(layer, names, exclude)
-        if not why and others and include is None:
-            why = f"its weight is {others[0]} too; to adapt it, name it in include"
-        if why:
-            selection.skipped |= dict.fromkeys(names, why)
-            continue
-        selection.linears.append((layer, names))
+        linears.append((linear, names))
         if others:
-            selection.tied[names[0]] = others[0]
-    if not selection.linears:
-        listed = list_nearest("", (f"{name}, as {why}" for name, why in selection.skipped.items()))
+            tied[names[0]] = others[0]
+    if not linears:
+        listed = list_nearest("", (f"{name}, as {why}" for name, why in skipped.items()))
         raise ValueError(f"add_lora: expected an nn.Linear to adapt, found none; skipped: {listed}")
-    return selection
+    return linears, skipped, tied
 
 
-def _find_reason(linear: nn.Linear, names: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a subclass of Linear"
-    weight = linear._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
-        return "its weight is no parameter of a floating-point dtype"  # such as one computed by weight_norm
-    return next((f"{glob!r} excludes it" for glob in exclude if matches_any(names, [glob])), None)
-
-
-def _find_holders(named: Mapping[int, tuple[nn.Module, list[str]]]) -> dict[int, list[tuple[int, str]]]:
-    """Returns the modules that have a parameter, by its id: their ids, and its name there."""
-    holders: dict[int, list[tuple[int, str]]] = {}
-    for key, (module, names) in named.items():
-        for name, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((key, _key(names[0], name)))
-    return holders
-
-
-def _check_linear(glob: str, named: Mapping[int, tuple[nn.Module, list[str]]]) -> None:
-    matched = [(each, names) for each, names in named.values() if matches_any(names, [glob])]
+def _check_linear(glob: str, named: Sequence[tuple[nn.Module, list[str]]]) -> None:
+    matched = [(each, names) for each, names in named if matches_any(names, [glob])]
     if not any(type(each) is nn.Linear for each, _ in matched):
         listed = list_nearest("", (f"{names[0]}, a {type(each).__name__}" for each, names in matched))
-        linears = (names[0] for each, names in named.values() if type(each) is nn.Linear)
+        linears = (names[0] for each, names in named if type(each) is nn.Linear)
         there_are = list_nearest(glob, linears)
         raise ValueError(f"add_lora: {glob!r} matches no nn.Linear but {listed}; those of that very class: {there_are}")
 

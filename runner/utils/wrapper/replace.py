@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,8 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import (
-    check_globs,
     disable_fast_path,
-    find_uncalled,
-    matches_any,
-    name_modules,
+    select_modules,
 )
 from runner.utils.utils import list_nearest
 from runner.utils.wrapper.transfer import transfer_back, transfer_state
@@ -90,10 +87,10 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
     found, skipped = _find(module, rule, where)
     held = _find_held(module)
     replaced: dict[str, str] = {}
-    for key, (old, names) in found.items():
+    for old, names in found:
         place = f"{where}: {names[0]}"
-        if key in held:
-            raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
+        if id(old) in held:
+            raise ValueError(f"{place}: the attribute {held[id(old)]} would still hold the old module; exclude it")
         new, is_built = _make(old, rule, place)
         keys, left_out = transfer_state(old, new, place, is_strict=is_built)
         report._undo.callback(transfer_back, old, new, keys)
@@ -107,39 +104,27 @@ def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
     report.skipped.append(skipped)
 
 
-def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn.Module, list[str]]], dict[str, str]]:
+def _find(module: nn.Module, rule: Rule, where: str) -> tuple[list[tuple[nn.Module, list[str]]], dict[str, str]]:
     """Returns the modules to replace with their names, and the reasons why other matches are not."""
-    for globs in (rule.include or (), rule.exclude):
-        check_globs(where, module, globs)
-    uncalled = find_uncalled(module)
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    found: list[tuple[nn.Module, list[str]]] = []
     skipped: dict[str, str] = {}
     outer: set[str] = set()
-    for key, (each, names) in name_modules(module).items():
-        if not isinstance(each, rule.match) or (rule.include is not None and not matches_any(names, rule.include)):
-            continue
-        why = uncalled.get(key) or _find_reason(each, names, rule, outer)
-        if why:
-            skipped |= dict.fromkeys(names, why)
-        elif each is module:
+    selected = select_modules(where, module, rule.match, rule.include, rule.exclude, subclasses=rule.subclasses)
+    for part, names, reason in selected:
+        parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
+        within = next((parent for parent in parents if parent in outer), None)
+        if within is not None:
+            reason = reason or f"it stands within {within}, which is replaced"
+        if reason:
+            skipped |= dict.fromkeys(names, reason)
+        elif part is module:
             raise ValueError(f"{where}: the root module can't be replaced, as nothing here holds it; put '' in exclude")
         else:
-            found[key] = each, names
+            found.append((part, names))
             outer.update(names)
     if not found:
         raise ValueError(f"{where}: fits no module; {_describe_candidates(module, rule, skipped)}")
     return found, skipped
-
-
-def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Collection[str]) -> str | None:
-    if type(module) is not rule.match and not rule.subclasses:
-        return f"{type(module).__name__} is a subclass of {rule.match.__name__}"
-    glob = next((glob for glob in rule.exclude if matches_any(names, [glob])), None)
-    if glob is not None:
-        return f"{glob!r} excludes it"
-    parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
-    within = next((each for each in parents if each in outer), None)
-    return None if within is None else f"it stands within {within}, which is replaced"
 
 
 def _describe_candidates(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
