@@ -11,7 +11,7 @@ from torch import nn
 
 from runner.utils.utils import list_nearest
 
-Kind = TypeVar("Kind", bound=nn.Module)
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
@@ -95,12 +95,12 @@ def name_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 def select_modules(
     where: str,
     module: nn.Module,
-    kind: type[Kind],
+    kind: type[_Kind],
     include: Sequence[str] | None,
     exclude: Sequence[str],
     *,
     subclasses: bool = False,
-) -> list[tuple[Kind, list[str], str | None]]:
+) -> list[tuple[_Kind, list[str], str | None]]:
     """Returns the modules of a class that `include` matches: each with all names and a reason to skip it, or None.
 
     Args:
@@ -114,7 +114,7 @@ def select_modules(
     for globs in (include or (), exclude):
         _check_globs(where, module, globs)
     uncalled = _find_uncalled(module)
-    selected: list[tuple[Kind, list[str], str | None]] = []
+    selected: list[tuple[_Kind, list[str], str | None]] = []
     for part, names in name_modules(module):
         if not isinstance(part, kind) or (include is not None and not matches_any(names, include)):
             continue

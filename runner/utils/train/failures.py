@@ -74,9 +74,9 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
     """Returns a message with the remedy for an error that is no bug in the program; None for any other error."""
     if memory.is_out_of_memory(error):
         first_line = (str(error).splitlines() or [""])[0]
-        remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
         return (
-            f"Out of memory {when}: {memory.describe_memory(device)}; {remedy} ({type(error).__name__}: {first_line})"
+            f"Out of memory {when}: {memory.describe_memory(device)}; a smaller batch, or the same cut into more "
+            f"micro-steps, needs less ({type(error).__name__}: {first_line})"
         )
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         last_line = (str(error).splitlines() or [""])[-1]

@@ -45,10 +45,6 @@ class Schedule:
         self.actions = dict(actions)
         self.pending: list[str] = []
 
-    def enqueue(self, name: str) -> None:
-        """Adds an action to the pending ones, whether or not it is due."""
-        self.pending.append(name)
-
     def enqueue_due(self, step: int, is_last: bool, requested: Collection[str]) -> bool:
         """Enqueues each action that is due or requested, once; returns whether any action is pending."""
         for name, action in self.actions.items():
@@ -64,10 +60,6 @@ class Schedule:
             except InterruptedError:
                 return
             self.pending.pop(0)
-
-    def state_dict(self) -> list[str]:
-        """Returns the names of the pending actions; none if only the save is pending, as that is the caller."""
-        return [] if set(self.pending) <= {"save"} else list(self.pending)
 
 
 class Stop(Exception):
@@ -166,11 +158,6 @@ class Loop:
     def is_stopping(self) -> bool:
         """True once a stop was requested, before all ranks know."""
         return self._requested_stop is not None or self._stop_reason is not None
-
-    def exchange_messages(self) -> None:
-        """Handles the messages of all ranks so far; every rank must call it between two steps."""
-        for message in self.coordinator.exchange():
-            self._handle_message(message)
 
     def run(self) -> str:
         """Trains to the last step or until it is stopped; returns "finished" or the reason for the stop.
@@ -281,19 +268,14 @@ class Loop:
         if self.schedule.enqueue_due(step, is_last, self._requested):
             self._requested.clear()
             self.schedule.run_pending(self.run_action, self._has_stop_reason)
-        if self.coordinator.deferred_error is not None:
-            self._share_deferred_error(self.coordinator.deferred_error)
-
-    def _share_deferred_error(self, error: BaseException) -> None:
-        """Shares an error of this rank with the other ranks in their next step, and raises it.
-
-        If no step follows, the ranks exchange errors at the end of the loop.
-        """
-        if self.step < self.steps and self._stop_reason is None and self.step_runner.stop_reason is None:
-            self.coordinator.deferred_error = None
-            reason = describe_failure(error, f"after step {self.step}", self.engines.device)
-            self.step_runner.share_failure(error, reason)
-            raise error
+        error = self.coordinator.deferred_error
+        if error is None or is_last or self._stop_reason is not None or self.step_runner.stop_reason is not None:
+            return  # an error that no step follows is exchanged at the end of the loop
+        # The other ranks receive the error in their next step.
+        self.coordinator.deferred_error = None
+        reason = describe_failure(error, f"after step {step}", self.engines.device)
+        self.step_runner.share_failure(error, reason)
+        raise error
 
     def run_action(self, name: str) -> None:
         """Runs an action now; its time does not count as training."""
@@ -305,7 +287,8 @@ class Loop:
             self.coordinator.defer_error(self.schedule.actions[name].do)
         except InterruptedError:
             # Only the interrupted rank may know the reason: the messages bring it to all.
-            self.exchange_messages()
+            for message in self.coordinator.exchange():
+                self._handle_message(message)
             raise
         if name == "save" and self.coordinator.deferred_error is None:
             self._saved_step = self.step
@@ -344,7 +327,9 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of completed and of skipped steps, and the pending actions."""
-        return {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": self.schedule.state_dict()}
+        # A pending save is the one that calls this, unless other actions wait with it.
+        pending = [] if set(self.schedule.pending) <= {"save"} else list(self.schedule.pending)
+        return {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes after the completed steps."""

@@ -110,8 +110,10 @@ class StepRunner:
                 raise RemoteFailure(message.rank, *message.content)
         for name, ranks in self._weighted_ranks.items():
             if len(ranks) < distributed.world_size():
-                found = f"{name}: the forward returned a weight on some ranks and not on others"
-                raise TrainingStopped(f"{found}; return it on all or on none: the losses would not count alike")
+                raise TrainingStopped(
+                    f"{name}: the forward returned a weight on some ranks and not on others; return it on all or on "
+                    "none: the losses would not count alike"
+                )
         return faults
 
     def _recover(

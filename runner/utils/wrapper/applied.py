@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,8 +85,9 @@ class AppliedOptimizations:
             self._expected = {name: what for name, what in self._expected.items() if what in self._was_called}
             return
         for name in self._expected:
-            part = self.module.get_submodule(name)
-            self._hooks[name] = part.register_forward_hook(lambda *_, name=name: self._called.add(name))
+            self._hooks[name] = self.module.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: self._called.add(name)
+            )
 
     def check_calls(self, is_last: bool = True) -> list[str]:
         """Checks, after a step, that every expected module was called; returns those that still may be.
@@ -126,8 +126,10 @@ class AppliedOptimizations:
         Raises:
             RuntimeError: names or shapes that are not those of the module.
         """
-        load = self._load or functools.partial(load_weights, self.module)
-        load(state)
+        if self._load is None:
+            load_weights(self.module, state)
+        else:
+            self._load(state)
 
     def undo(self) -> None:
         """Makes the module what it was, but for what training has made of its weights."""

@@ -42,8 +42,9 @@ def optimize(
     """
     for name, optimization in optimizations.items():
         if not callable(getattr(optimization, "apply", None)):
-            found = type(optimization).__name__
-            raise ValueError(f"{name}: expected an object with apply(module, context), found {found}")
+            raise ValueError(
+                f"{name}: expected an object with apply(module, context), found {type(optimization).__name__}"
+            )
         check_with_others(name, optimizations)
     ordered = sorted(optimizations.items(), key=lambda item: stage_of(item[1]))
     applied = AppliedOptimizations(module)

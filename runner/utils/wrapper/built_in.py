@@ -21,7 +21,7 @@ from runner.utils.wrapper.protocol import (
     Stage,
     make_row,
 )
-from runner.utils.wrapper.settings import RECIPES, SCOPES, check_lora
+from runner.utils.wrapper.settings import RECIPES, check_lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -209,8 +209,7 @@ class Float8:
         if not converted.names:
             why = "; ".join(f"{name}: {reason}" for name, reason in converted.skipped.items())
             raise ValueError(f"fp8: no Linear is converted ({why or 'there is none of that very class'})")
-        row = make_row("fp8", converted.names)
-        return Applied([row], converted.skipped, converted.undo, expected=converted.names)
+        return Applied([make_row("fp8", converted.names)], converted.skipped, converted.undo, expected=converted.names)
 
 
 @dataclass
@@ -260,7 +259,7 @@ class Compile:
     stage: ClassVar = Stage.COMPILE
 
     def __post_init__(self) -> None:
-        check_choice("scope", self.scope, SCOPES)
+        check_choice("scope", self.scope, ("blocks", "whole"))
 
     def check(self, others: Mapping[str, Optimization]) -> None:
         """Checks that no block within a compiled whole is recomputed by hooks."""
@@ -364,8 +363,7 @@ def _recompute(name: str, module: nn.Module, **settings: Any) -> Applied:
         remark += f"; their inputs stay where they are: {why}"
     elif name == "unsloth":
         remark += "; their inputs wait in host memory"
-    row = make_row(name, report.modules, remark)
-    return Applied([row], undo=report.undo, monitor=StepReport(module, report))
+    return Applied([make_row(name, report.modules, remark)], undo=report.undo, monitor=StepReport(module, report))
 
 
 def _find(others: Mapping[str, Optimization], kind: type[Kind]) -> Kind | None:

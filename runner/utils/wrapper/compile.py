@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import find_blocks
-from runner.utils.utils import check_choice
-from runner.utils.wrapper.settings import SCOPES
 
 
 def compile_module(
@@ -32,9 +30,9 @@ def compile_module(
     Returns:
         The names of the compiled modules ("" is the module itself), and a function that undoes it.
     Raises:
-        ValueError: an unknown scope, backend or mode; a module without blocks.
+        ValueError: an unknown backend or mode; a module without blocks.
     """
-    _check(scope, backend, mode)
+    _check(backend, mode)
     settings: dict[str, Any] = {"backend": backend, "mode": mode, "dynamic": dynamic}
     if scope == "whole":
         module.compile(**settings)
@@ -61,8 +59,7 @@ def compile_module(
     return list(blocks), functools.partial(_restore, before)
 
 
-def _check(scope: str, backend: str, mode: str | None) -> None:
-    check_choice("scope", scope, SCOPES)
+def _check(backend: str, mode: str | None) -> None:
     from torch._dynamo.backends.registry import list_backends
 
     known = list_backends(None)

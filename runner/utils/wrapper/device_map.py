@@ -128,17 +128,12 @@ def _bind(units: Sequence[_Unit]) -> list[list[_Unit]]:
     bundles: list[tuple[list[_Unit], set[int]]] = []
     for unit in units:
         ids = {id(tensor) for tensor in unit.tensors}
+        bundles.append(([unit], ids))
         tied = [bundle for bundle in bundles if not ids.isdisjoint(bundle[1])]
-        if not tied:
-            bundles.append(([unit], ids))
-            continue
-        first = tied[0]
         for other in tied[1:]:
-            first[0].extend(other[0])
-            first[1].update(other[1])
+            tied[0][0].extend(other[0])
+            tied[0][1].update(other[1])
             bundles.remove(other)
-        first[0].append(unit)
-        first[1].update(ids)
     return [bundle for bundle, _ in bundles]
 
 
@@ -160,8 +155,10 @@ def _read_bytes(device: str, amount: float | str | None) -> float:
         return float(parts[1]) * _SIZES[(parts[2] or "B").upper()]
     if isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount >= 0:
         return float(amount)
-    expected = f"a number of bytes, one with {', '.join(_SIZES)}, or null for whatever is left"
-    raise ValueError(f"budgets: {device}: {amount!r}: expected {expected}")
+    raise ValueError(
+        f"budgets: {device}: {amount!r}: expected a number of bytes, one with {', '.join(_SIZES)}, or null for "
+        "whatever is left"
+    )
 
 
 def _format_bytes(amount: float) -> str:
@@ -183,9 +180,8 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _follows(name: str, after: str) -> bool:
-    (parent, _, number), (other, _, next_number) = name.rpartition("."), after.rpartition(".")
-    is_numbered = number.isdecimal() and next_number.isdecimal()
-    return parent == other and is_numbered and int(next_number) == int(number) + 1
+    parent, dot, number = name.rpartition(".")
+    return number.isdecimal() and after == f"{parent}{dot}{int(number) + 1}"
 
 
 def spread(module: nn.Module, device_map: DevicePlan) -> Callable[[], None]:

@@ -120,9 +120,8 @@ def _choose(linears: Mapping[str, nn.Linear], include: Sequence[str] | None, exc
 
 
 def _find_obstacle(linear: nn.Linear) -> str | None:
-    size = f"{linear.in_features} to {linear.out_features}"
     if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
-        return f"{size}: not multiples of {_MULTIPLE}"
+        return f"{linear.in_features} to {linear.out_features}: not multiples of {_MULTIPLE}"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "it has hooks, which would be lost"
     return None
@@ -136,5 +135,7 @@ def _check_devices(devices: set[torch.device]) -> None:
             found = f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}"
         else:
             continue
-        needed = f"a GPU of compute capability {'.'.join(map(str, _CAPABILITY))} or more"
-        raise ValueError(f"float8: {found}, and fp8 needs {needed}; set emulate=true to try it, or leave float8 off")
+        raise ValueError(
+            f"float8: {found}, and fp8 needs a GPU of compute capability {'.'.join(map(str, _CAPABILITY))} or more; "
+            "set emulate=true to try it, or leave float8 off"
+        )

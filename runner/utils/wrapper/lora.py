@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_b)
 
     def extra_repr(self) -> str:
-        """Returns the settings of the Linear and of the adapter."""
         settings = f"rank={self.lora_rank}, scale={self.lora_scale:g}, dropout={self.lora_dropout:g}"
         return f"{super().extra_repr()}, {settings}"
 
@@ -181,7 +179,7 @@ def add_lora(
             undo.callback(_remove_adapter, linear)
         disable_fast_path(module, {id(linear) for linear, _ in linears}, undo)
         layers = [names for _, names in linears]
-        names = list(itertools.chain.from_iterable(layers))
+        names = [name for names_of_layer in layers for name in names_of_layer]
         return Adapted(names, skipped, tied, undo.pop_all().close, module, scale, layers, also)
 
 

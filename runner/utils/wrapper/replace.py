@@ -130,8 +130,7 @@ def _find(module: nn.Module, rule: Rule, where: str) -> tuple[list[tuple[nn.Modu
 def _describe_candidates(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
     if skipped:
         return "skipped: " + list_nearest("", (f"{name}, as {why}" for name, why in skipped.items()))
-    own = [name for name, each in module.named_modules() if isinstance(each, rule.match)]
-    if own:
+    if own := [name for name, each in module.named_modules() if isinstance(each, rule.match)]:
         return f"modules of that class are: {list_nearest((rule.include or [''])[0], own)}"
     return f"classes are: {list_nearest(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
 
