@@ -33,7 +33,10 @@ def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[s
         if not matched:
             listed = ", ".join(name for name, _ in _find_listed_blocks(module, "")) or "none that stand in a list"
             raise ValueError(f"blocks: {glob!r} matches no module; blocks are: {listed}")
-        blocks[glob] = {name: block for name, block in matched.items() if not _is_within(name, taken)}
+        prefixes = tuple(f"{name}." for name in taken)
+        blocks[glob] = {
+            name: block for name, block in matched.items() if name not in taken and not name.startswith(prefixes)
+        }
         taken += blocks[glob]
     return blocks
 
@@ -52,10 +55,6 @@ def matches_glob(name: str, glob: str) -> bool:
     """Returns whether a glob matches a module name, segment by segment: layers.? matches layers.1, not layers.10."""
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatch.fnmatchcase, names, globs))
-
-
-def _is_within(name: str, outer: Sequence[str]) -> bool:
-    return any(name == outer_name or name.startswith(outer_name + ".") for outer_name in outer)
 
 
 # Classes of torch.nn, each with the child whose weight it reads without calling it.

@@ -81,9 +81,8 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         last_line = (str(error).splitlines() or [""])[-1]
         return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {last_line})"
-    if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
-        return f"A loader worker died {when}: {error}"
-    return None
+    is_worker_dead = isinstance(error, RuntimeError) and _DEAD_WORKER in str(error)
+    return f"A loader worker died {when}: {error}" if is_worker_dead else None
 
 
 @contextlib.contextmanager

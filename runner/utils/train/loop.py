@@ -7,7 +7,7 @@ do the same at the same step: an event on one rank reaches the others through th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from runner.utils.distributed.coordinator import Coordinator, Message
 from runner.utils.distributed.memory import PeakMemory
 from runner.utils.files.open_files import DescriptorReserve
 from runner.utils.train.failures import FailurePolicy, StepAborted, TrainingStopped, describe_failure
-from runner.utils.train.protocols import BatchStream, CommandSource, EngineGroup, LoopCommand, ProgressDisplay
+from runner.utils.train.protocols import BatchStream, CommandSource, EngineGroup, ProgressDisplay
 from runner.utils.train.step import StepRunner, describe_faults
 from runner.utils.train.throughput import Throughput
 from runner.utils.utils import describe, is_signal, message_of
@@ -264,7 +264,11 @@ class Loop:
         if self._display is not None:
             self._display.update(step, **self._displayed)
         if self._queue is not None:
-            self._run_commands(self._queue.due(step))
+            for command in self._queue.due(step):
+                try:
+                    self._commands[command.name](self, command.argument)
+                except Stop as stop:
+                    self._set_stop_reason(str(stop))  # all ranks have received this command
         if self.schedule.enqueue_due(step, is_last, self._requested):
             self._requested.clear()
             self.schedule.run_pending(self.run_action, self._has_stop_reason)
@@ -297,13 +301,6 @@ class Loop:
     def request_action(self, name: str) -> None:
         """Requests an action at this boundary, for the handler of a command; actions keep their order there."""
         self._requested.add(name)
-
-    def _run_commands(self, due: Sequence[LoopCommand]) -> None:
-        for command in due:
-            try:
-                self._commands[command.name](self, command.argument)
-            except Stop as stop:
-                self._set_stop_reason(str(stop))  # all ranks have received this command
 
     def _check_deferred_faults(self) -> None:
         if faults := self.engines.find_late_faults():

@@ -165,8 +165,7 @@ class Replace:
 
         settings = dict(rule)
         match, make = settings.pop("match"), settings.pop("with")
-        is_on_cpu = context.device is not None and context.device.type == "cpu"
-        if make.startswith(_GPU_KERNELS) and is_on_cpu:
+        if make.startswith(_GPU_KERNELS) and context.device is not None and context.device.type == "cpu":
             raise ValueError(f"replace: {make} is made of kernels for a GPU, and the run is on the CPU")
         exclude = [*settings.pop("exclude", ()), *context.reserved]
         return Rule(resolve_name(match), resolve_name(make), exclude=exclude, **settings)
@@ -204,8 +203,7 @@ class Float8:
             return None
         from runner.utils.wrapper.float8 import to_float8
 
-        exclude = [*self.exclude, *context.reserved]
-        converted = to_float8(module, **asdict(self) | {"exclude": exclude})
+        converted = to_float8(module, **asdict(self) | {"exclude": [*self.exclude, *context.reserved]})
         if not converted.names:
             why = "; ".join(f"{name}: {reason}" for name, reason in converted.skipped.items())
             raise ValueError(f"fp8: no Linear is converted ({why or 'there is none of that very class'})")

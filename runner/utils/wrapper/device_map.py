@@ -90,8 +90,10 @@ def _describe_shortage(
 ) -> str:
     names = _join_names([unit.name for unit in bundle]) + (", tied," if len(bundle) > 1 else "")
     there_are = ", ".join(f"{device} {_format_bytes(size)}" for device, size in sizes.items())
-    total = _format_bytes(sum(unit_bytes.values()))
-    return f"budgets: {total} needed in all, there are {there_are}; {names} of {_format_bytes(needed)} did not fit"
+    return (
+        f"budgets: {_format_bytes(sum(unit_bytes.values()))} needed in all, there are {there_are}; {names} of "
+        f"{_format_bytes(needed)} did not fit"
+    )
 
 
 def _units(module: nn.Module) -> list[_Unit]:

@@ -117,8 +117,7 @@ class Adapted:
 
     def without_base(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the part of a state that training changes: `adapter`, and buffers such as statistics."""
-        buffers = {name: state[name] for name, _ in self._module.named_buffers() if name in state}
-        return {**self.adapter(state), **buffers}
+        return self.adapter(state) | {name: state[name] for name, _ in self._module.named_buffers() if name in state}
 
     def load_without_base(self, state: Mapping[str, Any]) -> None:
         """Loads what `without_base` returned.
@@ -126,8 +125,7 @@ class Adapted:
         Raises:
             RuntimeError: names that are not those of the adapted module.
         """
-        expected = set(self.without_base(self._module.state_dict()))
-        if wrong := sorted(expected ^ set(state)):
+        if wrong := sorted(self.without_base(self._module.state_dict()).keys() ^ state.keys()):
             raise RuntimeError(f"the adapter lacks, or has beside what it should: {', '.join(wrong)}")
         load_weights(self._module, state, strict=False)
 

@@ -82,9 +82,10 @@ def _compare(new: Tensor, old: Tensor | None, *, is_strict: bool) -> str | None:
 
 
 def _find_tensors(module: nn.Module) -> dict[Key, Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    found: dict[Key, Tensor] = {("parameter", name): each for name, each in parameters}
-    return found | {("buffer", name): each for name, each in module.named_buffers(remove_duplicate=False)}
+    tensors: dict[Key, Tensor] = {
+        ("parameter", name): each for name, each in module.named_parameters(remove_duplicate=False)
+    }
+    return tensors | {("buffer", name): each for name, each in module.named_buffers(remove_duplicate=False)}
 
 
 def _put(module: nn.Module, key: Key, tensor: Tensor) -> None:
