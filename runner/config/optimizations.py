@@ -24,8 +24,8 @@ from runner.config.composition.source import CONF_DIR, FileConfigSource
 from runner.config.errors import ConfigError, shown
 from runner.config.schema import EmaConfig
 from runner.utils.utils import check_fraction, suggest
-from runner.utils.wrapper import optimizations as built_in
-from runner.utils.wrapper.optimization import Optimization, check_with_others
+from runner.utils.wrapper import built_in
+from runner.utils.wrapper.protocol import Optimization, check_with_others
 
 Plain = dict[str, Any]
 

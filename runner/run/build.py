@@ -44,7 +44,7 @@ from runner.utils.sampler.batches import Batches, EvaluationData
 from runner.utils.utils import derive_seed
 from runner.utils.wrapper import Purpose, optimize
 from runner.utils.wrapper.applied import AppliedOptimizations
-from runner.utils.wrapper.optimization import shorten
+from runner.utils.wrapper.protocol import shorten
 
 _MOST_PASSES = 10_000
 _HYDRA_KEYS = ("_target_", "_partial_", "_recursive_", "_convert_")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runner.engines import Engine
 from runner.engines.forward import OutputError
 from runner.utils.train.failures import TrainingStopped
-from runner.utils.wrapper.optimization import shorten
+from runner.utils.wrapper.protocol import shorten
 
 _PATIENCE_STEPS = 10  # of waiting for a layer that is skipped at random
 

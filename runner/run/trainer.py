@@ -276,7 +276,7 @@ class Trainer:
                     self.commands.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
                 is_evaluated = self.experiment.evaluation is not None and self.spec.trainer.eval_every > 0
                 if self.is_new and is_evaluated and self.spec.trainer.eval_at_start:
-                    self.loop.schedule.enqueue("eval")
+                    self.loop.schedule.pending.append("eval")
                 # The loop is called here, not on all ranks by a callback, so that few frames are above a user's module.
                 try:
                     status = self.loop.run()
@@ -461,7 +461,7 @@ class Trainer:
             if not self.best_checkpoint.keep_best:
                 self.record.update(last_step=step, best=self.best_checkpoint.describe())
             elif "save" not in self.loop.schedule.pending:  # run.json names it when it is on disk
-                self.loop.schedule.enqueue("save")
+                self.loop.schedule.pending.append("save")
 
     def _make_config_error(self, message: str) -> TrainingStopped:
         """Returns the error of a mistake in the config that an evaluation has shown."""

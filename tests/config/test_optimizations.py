@@ -306,7 +306,7 @@ def test_an_adapter_that_reaches_nothing_ends_the_run_before_its_backward(projec
 @pytest.mark.parametrize("preset", ["low_vram", "fast"])
 def test_presets_compose(project, preset):
     printed = project.run(f"optimizations={preset}", "--cfg", "job", "--package", "optimizations")
-    assert ("optimizations.Unsloth" in printed) is (preset == "low_vram")
+    assert ("built_in.Unsloth" in printed) is (preset == "low_vram")
     assert ("scope: blocks" in printed) is (preset == "fast")
 
 

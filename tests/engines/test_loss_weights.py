@@ -24,7 +24,7 @@ from runner.utils.sampler.batches import rank_slice
 from runner.utils.train import Loop
 from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper import optimize
-from runner.utils.wrapper.optimizations import Checkpointing
+from runner.utils.wrapper.built_in import Checkpointing
 
 TIME, WIDTH = 5, 3
 LAYOUTS = {"alone": Strategy, "ddp": DDP, "fsdp": FSDP}

@@ -30,7 +30,7 @@ BUILT_IN = (
     "runner.engines",
     "runner.utils.sampler",
     "runner.utils.pattern",
-    "runner.utils.wrapper.optimizations",
+    "runner.utils.wrapper.built_in",
     "torch.nn",
     "torch.optim",
 )

@@ -174,7 +174,6 @@ def _namespace_of(obj: Any) -> dict[Any, Any]:
 
 
 def _find_reseed(source: Any) -> Callable[[int], Any] | None:
-    """Returns the function that seeds a generator; None if it can't be seeded."""
     if isinstance(source, torch.Generator):
         return source.manual_seed
     if isinstance(source, random.Random):
@@ -193,8 +192,12 @@ def _find_reseed(source: Any) -> Callable[[int], Any] | None:
 
 
 def _reseed_pcg64(bits: Any, seed: int) -> None:
-    state = {"state": seed << 64 | derive_seed(seed), "inc": 1}
-    bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": seed << 64 | derive_seed(seed), "inc": 1},
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
 
 
 def _reseed_bits(source: Any, seed: int) -> None:
@@ -239,9 +242,11 @@ def _walk(roots: dict[str, Any], long_containers: list[str], parents: dict[int, 
 def _is_plain(value: Any) -> bool:
     """Returns whether a value surely refers to no object to search; true for most attributes of a module."""
     kind = type(value)
-    if kind in _SIMPLE or (kind in _BARE and not value):
-        return True
-    return kind is tuple and len(value) < 9 and _SIMPLE.issuperset(map(type, value))
+    return (
+        kind in _SIMPLE
+        or (kind in _BARE and not value)
+        or (kind is tuple and len(value) < 9 and _SIMPLE.issuperset(map(type, value)))
+    )
 
 
 def _children(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
@@ -282,15 +287,12 @@ def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
         attributes.pop("param_groups", None)
     yield from attributes.items()
     for name, slot in _slots(type(obj)):
-        try:
+        with contextlib.suppress(AttributeError):  # an empty slot
             yield name, slot.__get__(obj)
-        except AttributeError:
-            continue  # an empty slot
 
 
 def _slots(kind: type) -> list[tuple[str, Any]]:
-    classes = [base for base in kind.__mro__ if "__slots__" in vars(base)]
-    members = [item for base in classes for item in vars(base).items()]
+    members = [item for base in kind.__mro__ if "__slots__" in vars(base) for item in vars(base).items()]
     return [(name, member) for name, member in members if isinstance(member, types.MemberDescriptorType)]
 
 
@@ -315,10 +317,8 @@ def _class_members(kind: type) -> Iterator[tuple[str, Any]]:
 def _function_references(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Yields the closure and defaults of a function, and the globals that its code uses by name."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
+        with contextlib.suppress(ValueError):  # an unbound cell
             yield f"{path}.{name}", cell.cell_contents
-        except ValueError:
-            continue  # an unbound cell
     yield from ((path, default) for default in function.__defaults__ or ())
     yield from ((f"{path}.{name}", default) for name, default in (function.__kwdefaults__ or {}).items())
     names = _names_used(function.__code__) if _is_user_module(str(function.__module__)) else []
@@ -331,9 +331,5 @@ def _function_references(path: str, function: types.FunctionType) -> Iterator[tu
 
 
 def _names_used(code: types.CodeType) -> list[str]:
-    """Returns the names that a function's code and its inner functions use."""
-    names = list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += _names_used(constant)
-    return names
+    inner_functions = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return [*code.co_names, *itertools.chain.from_iterable(map(_names_used, inner_functions))]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
 from runner.utils.utils import list_nearest
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[str, dict[str, nn.Module]]:
@@ -30,7 +33,10 @@ def find_blocks(module: nn.Module, globs: Sequence[str] | None = None) -> dict[s
         if not matched:
             listed = ", ".join(name for name, _ in _find_listed_blocks(module, "")) or "none that stand in a list"
             raise ValueError(f"blocks: {glob!r} matches no module; blocks are: {listed}")
-        blocks[glob] = {name: block for name, block in matched.items() if not _is_within(name, taken)}
+        prefixes = tuple(f"{name}." for name in taken)
+        blocks[glob] = {
+            name: block for name, block in matched.items() if name not in taken and not name.startswith(prefixes)
+        }
         taken += blocks[glob]
     return blocks
 
@@ -49,10 +55,6 @@ def matches_glob(name: str, glob: str) -> bool:
     """Returns whether a glob matches a module name, segment by segment: layers.? matches layers.1, not layers.10."""
     names, globs = name.split("."), glob.split(".")
     return len(names) == len(globs) and all(map(fnmatch.fnmatchcase, names, globs))
-
-
-def _is_within(name: str, outer: Sequence[str]) -> bool:
-    return any(name == outer_name or name.startswith(outer_name + ".") for outer_name in outer)
 
 
 # Classes of torch.nn, each with the child whose weight it reads without calling it.
@@ -81,12 +83,46 @@ def _without_numbers(name: str) -> tuple[str, ...]:
     return tuple("*" if part.isdigit() else part for part in name.split("."))
 
 
-def name_modules(module: nn.Module) -> dict[int, tuple[nn.Module, list[str]]]:
-    """Returns each module with all of its names, by the module's id."""
+def name_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Returns each module with all of its names."""
     named: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):
         named.setdefault(id(submodule), (submodule, []))[1].append(name)
-    return named
+    return list(named.values())
+
+
+def select_modules(
+    where: str,
+    module: nn.Module,
+    kind: type[_Kind],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    *,
+    subclasses: bool = False,
+) -> list[tuple[_Kind, list[str], str | None]]:
+    """Returns the modules of a class that `include` matches: each with all names and a reason to skip it, or None.
+
+    Args:
+        where: the caller, for messages.
+        include: globs over module names, segment by segment; None selects every module.
+        exclude: globs likewise; a module that one of them matches has a reason.
+        subclasses: modules of a subclass have no reason.
+    Raises:
+        ValueError: `include` or `exclude` is a string, or a glob matches no module; the message lists similar names.
+    """
+    for globs in (include or (), exclude):
+        _check_globs(where, module, globs)
+    uncalled = _find_uncalled(module)
+    selected: list[tuple[_Kind, list[str], str | None]] = []
+    for part, names in name_modules(module):
+        if not isinstance(part, kind) or (include is not None and not matches_any(names, include)):
+            continue
+        reason = uncalled.get(id(part))
+        if reason is None and type(part) is not kind and not subclasses:
+            reason = f"{type(part).__name__} is a subclass of {kind.__name__}"
+        exclusions = (f"{glob!r} excludes it" for glob in exclude if matches_any(names, [glob]))
+        selected.append((part, names, reason or next(exclusions, None)))
+    return selected
 
 
 def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
@@ -94,23 +130,38 @@ def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
     return any(matches_glob(name, glob) for name in names for glob in globs)
 
 
-def check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
-    """Checks that every glob matches a module.
-
-    Args:
-        where: the argument's name, for the message.
-    Raises:
-        ValueError: `globs` is a string, or a glob matches no module; the message lists similar names.
-    """
-    if isinstance(globs, str):
-        raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
+def _check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
+    _check_is_list(where, globs)
     names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for glob in globs:
         if not matches_any(names, [glob]):
             raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_nearest(glob, names)}")
 
 
-def find_uncalled(module: nn.Module) -> dict[int, str]:
+def match_parameters(where: str, names: Collection[str], globs: Sequence[str]) -> list[str]:
+    """Returns the names of parameters that match one of the globs, which are over whole names.
+
+    Args:
+        where: the argument's name, for the message.
+    Raises:
+        ValueError: `globs` is a string, or a glob matches no name; the message lists similar names.
+    """
+    _check_is_list(where, globs)
+    matched: list[str] = []
+    for glob in globs:
+        matched_by_glob = fnmatch.filter(names, glob)
+        if not matched_by_glob:
+            raise ValueError(f"{where}: {glob!r} matches no parameter; there are: {list_nearest(glob, names)}")
+        matched += matched_by_glob
+    return list(dict.fromkeys(matched))
+
+
+def _check_is_list(where: str, globs: Sequence[str]) -> None:
+    if isinstance(globs, str):
+        raise ValueError(f"{where}: expected a list of globs, found the string {globs!r}; write [{globs!r}]")
+
+
+def _find_uncalled(module: nn.Module) -> dict[int, str]:
     """Returns the modules whose weights torch reads without calling them: by id, the reason a change has no effect."""
     reasons = {}
     for parent in module.modules():
@@ -121,7 +172,7 @@ def find_uncalled(module: nn.Module) -> dict[int, str]:
     return reasons
 
 
-def disable_fast_path(module: nn.Module, changed: Collection[int]) -> list[tuple[nn.Module, str, Any]]:
+def disable_fast_path(module: nn.Module, changed: Collection[int], undo: contextlib.ExitStack) -> None:
     """Disables the fast path of torch's encoder layers that contain a changed module.
 
     In eval mode an encoder layer is one fused operation that reads the weights of its children, so the forward of a
@@ -129,13 +180,10 @@ def disable_fast_path(module: nn.Module, changed: Collection[int]) -> list[tuple
 
     Args:
         changed: ids of the changed modules.
-    Returns:
-        The attributes that were set, as (module, name, value before).
+        undo: gets the callbacks that enable the fast path again.
     """
-    before: list[tuple[nn.Module, str, Any]] = []
     for layer in module.modules():
         for kind, name, off in _FAST_PATHS:
             if isinstance(layer, kind) and any(id(part) in changed for part in layer.modules() if part is not layer):
-                before.append((layer, name, getattr(layer, name)))
+                undo.callback(setattr, layer, name, getattr(layer, name))
                 setattr(layer, name, off)
-    return before

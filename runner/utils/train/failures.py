@@ -13,6 +13,11 @@ from runner.utils.distributed import memory
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 
 _DEAD_WORKER = "DataLoader worker (pid"
+_REMEDIES = {  # by errno
+    errno.ENOENT: "leave the files of a run in place",
+    errno.ELOOP: "put the file or folder itself in the place of the link",
+    errno.EINVAL: "choose another name, or remove what has that name",
+}
 
 
 class TrainingStopped(Exception):
@@ -36,7 +41,7 @@ class StepAborted(Exception):
 
 
 class RemoteFailure(Exception):
-    """A failure on one rank, as seen by every rank.
+    """A failure on one rank, as seen by every rank; the message is the rank and the reason.
 
     Attributes:
         is_expected: False for a bug, which is re-raised with its traceback.
@@ -45,16 +50,11 @@ class RemoteFailure(Exception):
     """
 
     def __init__(self, rank: int, reason: str, is_expected: bool, is_oom: bool, is_early: bool = False) -> None:
-        super().__init__(reason)
+        super().__init__(f"rank {rank}: {reason}")
         self.rank = rank
-        self.reason = reason
         self.is_expected = is_expected
         self.is_oom = is_oom
         self.is_early = is_early
-
-    def describe(self) -> str:
-        """Returns the rank and the reason."""
-        return f"rank {self.rank}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,15 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
     """Returns a message with the remedy for an error that is no bug in the program; None for any other error."""
     if memory.is_out_of_memory(error):
         first_line = (str(error).splitlines() or [""])[0]
-        remedy = "a smaller batch, or the same cut into more micro-steps, needs less"
         return (
-            f"Out of memory {when}: {memory.describe_memory(device)}; {remedy} ({type(error).__name__}: {first_line})"
+            f"Out of memory {when}: {memory.describe_memory(device)}; a smaller batch, or the same cut into more "
+            f"micro-steps, needs less ({type(error).__name__}: {first_line})"
         )
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         last_line = (str(error).splitlines() or [""])[-1]
         return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {last_line})"
-    if isinstance(error, RuntimeError) and _DEAD_WORKER in str(error):
-        return f"A loader worker died {when}: {error}"
-    return None
+    is_worker_dead = isinstance(error, RuntimeError) and _DEAD_WORKER in str(error)
+    return f"A loader worker died {when}: {error}" if is_worker_dead else None
 
 
 @contextlib.contextmanager
@@ -96,12 +95,6 @@ def disk_errors_as(what: str, as_error: type[Exception]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        action = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
-        if isinstance(error, FileNotFoundError):
-            action = "leave the files of a run in place"
-        elif error.errno == errno.ELOOP:
-            action = "put the file or folder itself in the place of the link"
-        elif error.errno == errno.EINVAL:
-            action = "choose another name, or remove what has that name"
-        remedy = f"what was saved before is whole: {action}, then resume"
+        default = describe_limit() if is_out_of_files(error) else "make room or the folder writable"
+        remedy = f"what was saved before is whole: {_REMEDIES.get(error.errno or 0, default)}, then resume"
         raise as_error(f"{what} can't be written: {error}; {remedy}") from error

@@ -7,7 +7,7 @@ do the same at the same step: an event on one rank reaches the others through th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from runner.utils.distributed.coordinator import Coordinator, Message
 from runner.utils.distributed.memory import PeakMemory
 from runner.utils.files.open_files import DescriptorReserve
 from runner.utils.train.failures import FailurePolicy, StepAborted, TrainingStopped, describe_failure
-from runner.utils.train.protocols import BatchStream, CommandSource, EngineGroup, LoopCommand, ProgressDisplay
+from runner.utils.train.protocols import BatchStream, CommandSource, EngineGroup, ProgressDisplay
 from runner.utils.train.step import StepRunner, describe_faults
 from runner.utils.train.throughput import Throughput
 from runner.utils.utils import describe, is_signal, message_of
@@ -45,10 +45,6 @@ class Schedule:
         self.actions = dict(actions)
         self.pending: list[str] = []
 
-    def enqueue(self, name: str) -> None:
-        """Adds an action to the pending ones, whether or not it is due."""
-        self.pending.append(name)
-
     def enqueue_due(self, step: int, is_last: bool, requested: Collection[str]) -> bool:
         """Enqueues each action that is due or requested, once; returns whether any action is pending."""
         for name, action in self.actions.items():
@@ -64,10 +60,6 @@ class Schedule:
             except InterruptedError:
                 return
             self.pending.pop(0)
-
-    def state_dict(self) -> list[str]:
-        """Returns the names of the pending actions; none if only the save is pending, as that is the caller."""
-        return [] if set(self.pending) <= {"save"} else list(self.pending)
 
 
 class Stop(Exception):
@@ -122,7 +114,7 @@ class Loop:
             on_message=self._handle_message, warn=self._warn,
         )  # fmt: skip
         self._log_action = Action(self.log_metrics, log_every if log else 0)
-        self._log_values = log
+        self._log_values = log or (lambda step, values: None)
         self.schedule = Schedule(actions or {})
         self._saved_step: int | None = None
         self._commands = dict(commands or {})
@@ -167,16 +159,6 @@ class Loop:
         """True once a stop was requested, before all ranks know."""
         return self._requested_stop is not None or self._stop_reason is not None
 
-    @property
-    def num_skipped(self) -> int:
-        """The number of steps skipped so far."""
-        return self.step_runner.num_skipped
-
-    def exchange_messages(self) -> None:
-        """Handles the messages of all ranks so far; every rank must call it between two steps."""
-        for message in self.coordinator.exchange():
-            self._handle_message(message)
-
     def run(self) -> str:
         """Trains to the last step or until it is stopped; returns "finished" or the reason for the stop.
 
@@ -188,7 +170,7 @@ class Loop:
         self.throughput.begin(*self._totals())
         self._reserve.open()
         try:
-            self._run_pending()
+            self.schedule.run_pending(self.run_action, self._has_stop_reason)
             self.coordinator.run_on_all_ranks(bool)  # raises the errors of any rank before the first step
             while self.step < self.steps and self._stop_reason is None:
                 self.step_runner.run(self.step, self._has_stop_reason)
@@ -282,26 +264,22 @@ class Loop:
         if self._display is not None:
             self._display.update(step, **self._displayed)
         if self._queue is not None:
-            self._run_commands(self._queue.due(step))
+            for command in self._queue.due(step):
+                try:
+                    self._commands[command.name](self, command.argument)
+                except Stop as stop:
+                    self._set_stop_reason(str(stop))  # all ranks have received this command
         if self.schedule.enqueue_due(step, is_last, self._requested):
             self._requested.clear()
-            self._run_pending()
-        if self.coordinator.deferred_error is not None:
-            self._share_deferred_error(self.coordinator.deferred_error)
-
-    def _share_deferred_error(self, error: BaseException) -> None:
-        """Shares an error of this rank with the other ranks in their next step, and raises it.
-
-        If no step follows, the ranks exchange errors at the end of the loop.
-        """
-        if self.step < self.steps and self._stop_reason is None and self.step_runner.stop_reason is None:
-            self.coordinator.deferred_error = None
-            reason = describe_failure(error, f"after step {self.step}", self.engines.device)
-            self.step_runner.share_failure(error, reason)
-            raise error
-
-    def _run_pending(self) -> None:
-        self.schedule.run_pending(self.run_action, self._has_stop_reason)
+            self.schedule.run_pending(self.run_action, self._has_stop_reason)
+        error = self.coordinator.deferred_error
+        if error is None or is_last or self._stop_reason is not None or self.step_runner.stop_reason is not None:
+            return  # an error that no step follows is exchanged at the end of the loop
+        # The other ranks receive the error in their next step.
+        self.coordinator.deferred_error = None
+        reason = describe_failure(error, f"after step {step}", self.engines.device)
+        self.step_runner.share_failure(error, reason)
+        raise error
 
     def run_action(self, name: str) -> None:
         """Runs an action now; its time does not count as training."""
@@ -313,7 +291,8 @@ class Loop:
             self.coordinator.defer_error(self.schedule.actions[name].do)
         except InterruptedError:
             # Only the interrupted rank may know the reason: the messages bring it to all.
-            self.exchange_messages()
+            for message in self.coordinator.exchange():
+                self._handle_message(message)
             raise
         if name == "save" and self.coordinator.deferred_error is None:
             self._saved_step = self.step
@@ -323,32 +302,20 @@ class Loop:
         """Requests an action at this boundary, for the handler of a command; actions keep their order there."""
         self._requested.add(name)
 
-    def _run_commands(self, due: Sequence[LoopCommand]) -> None:
-        """Calls the handlers of the due commands."""
-        for command in due:
-            try:
-                self._commands[command.name](self, command.argument)
-            except Stop as stop:
-                self._set_stop_reason(str(stop))  # all ranks have received this command
-
     def _check_deferred_faults(self) -> None:
-        faults = self.engines.find_late_faults()
-        if faults:
-            remedy = (
-                "go on from the last checkpoint, and skip such steps to have their gradients checked before the update"
-            )
+        if faults := self.engines.find_late_faults():
             raise TrainingStopped(
-                f"Up to step {self.step} something went wrong. {describe_faults(faults)}: {remedy}", is_complete=False
+                f"Up to step {self.step} something went wrong. {describe_faults(faults)}: go on from the last "
+                "checkpoint, and skip such steps to have their gradients checked before the update",
+                is_complete=False,
             )
 
     def log_metrics(self) -> None:
         """Logs the metrics, throughput and memory use of the steps since the last call."""
         self._check_deferred_faults()
-        values = {f"train/{name}": value for name, value in self.engines.take_metrics().items()}
-        for name, value in self.throughput.measure(*self._totals()).items():
-            values[f"train/{name}"] = value
-        values["train/memory_gb"] = self._peak.read_gb()
-        assert self._log_values is not None
+        metrics = self.engines.take_metrics() | self.throughput.measure(*self._totals())
+        metrics["memory_gb"] = self._peak.read_gb()
+        values = {f"train/{name}": value for name, value in metrics.items()}
         self._log_values(self.step, values)
         self._displayed = {name: values[key] for key, name in _DISPLAYED.items() if key in values}
 
@@ -357,7 +324,9 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of completed and of skipped steps, and the pending actions."""
-        return {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": self.schedule.state_dict()}
+        # A pending save is the one that calls this, unless other actions wait with it.
+        pending = [] if set(self.schedule.pending) <= {"save"} else list(self.schedule.pending)
+        return {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": pending}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes after the completed steps."""

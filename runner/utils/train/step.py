@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from runner.utils import distributed
 from runner.utils.distributed import RankError, RankLostError
@@ -110,8 +110,10 @@ class StepRunner:
                 raise RemoteFailure(message.rank, *message.content)
         for name, ranks in self._weighted_ranks.items():
             if len(ranks) < distributed.world_size():
-                found = f"{name}: the forward returned a weight on some ranks and not on others"
-                raise TrainingStopped(f"{found}; return it on all or on none: the losses would not count alike")
+                raise TrainingStopped(
+                    f"{name}: the forward returned a weight on some ranks and not on others; return it on all or on "
+                    "none: the losses would not count alike"
+                )
         return faults
 
     def _recover(
@@ -126,7 +128,7 @@ class StepRunner:
         reason = describe_failure(error, f"in step {step + 1}", self._engines.device)
         is_oom = is_out_of_memory(error)
         if not isinstance(error, RemoteFailure) and self._engines.is_updating:
-            raise self._abort_update(error, reason)
+            self._abort_update(error, reason)
         if isinstance(error, TrainingStopped) and not error.is_complete:
             self.is_complete = False
         failure: RemoteFailure | None = None
@@ -138,10 +140,10 @@ class StepRunner:
                     with contextlib.suppress(Exception):  # then `is_complete` is False
                         self._discard(position)
                 raise
-            reason, is_oom = failure.describe(), failure.is_oom
+            reason, is_oom = str(failure), failure.is_oom
         self._discard(position)
         if failure is not None and not failure.is_expected and failure.rank != distributed.rank():
-            raise TrainingStopped(failure.describe())
+            raise TrainingStopped(str(failure))
         if reason is None or (failure is not None and not failure.is_expected):
             raise error
         if is_stopping():
@@ -159,22 +161,18 @@ class StepRunner:
             raise
         return {"": reason}
 
-    def _abort_update(self, error: BaseException, reason: str | None) -> BaseException:
-        """Returns the error to raise for a failure during an update, whose state belongs to no step."""
+    def _abort_update(self, error: BaseException, reason: str | None) -> NoReturn:
+        """Raises the error of a failure during an update, whose state belongs to no step."""
         self.is_complete = False
         remedy = "Its update was under way: go on from the last checkpoint"
         if reason is None:
             add_note(error, remedy)
         message = describe(error) if reason is None else f"{reason}. {remedy}"
         if distributed.is_distributed():
-            abort = self.coordinator.abort(message, is_expected=reason is not None)
-            abort.__cause__ = error
-            return abort
+            raise self.coordinator.abort(message, is_expected=reason is not None) from error
         if reason is None:
-            return error
-        stopped = TrainingStopped(message, is_complete=False)
-        stopped.__cause__ = error
-        return stopped
+            raise error
+        raise TrainingStopped(message, is_complete=False) from error
 
     def share_failure(self, error: BaseException, reason: str | None = None, is_oom: bool = False) -> RemoteFailure:
         """Shares this rank's failure with all ranks in their next exchange; returns the failure that all ranks see.

@@ -5,7 +5,7 @@ Names that need torch are loaded when they are first used, so that a config is c
 
 from typing import TYPE_CHECKING, Any
 
-from runner.utils.wrapper.optimization import Applied, Context, Optimization, Purpose, Stage
+from runner.utils.wrapper.protocol import Applied, Context, Optimization, Purpose, Stage
 
 if TYPE_CHECKING:
     from runner.utils.wrapper.apply import freeze, optimize

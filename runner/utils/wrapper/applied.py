@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from runner.utils.modules.frozen import FrozenModules
 from runner.utils.modules.selection import split_uncalled
 from runner.utils.modules.weights import load_weights
-from runner.utils.wrapper.optimization import Applied, Export, FirstStepMonitor, Load, make_row, shorten
+from runner.utils.wrapper.protocol import Applied, Export, FirstStepMonitor, Load, make_row, shorten
 
 
 class AppliedOptimizations:
@@ -31,7 +32,7 @@ class AppliedOptimizations:
         self._was_called: dict[str, Callable[[str], bool]] = {}  # by optimization
         self._called: set[str] = set()
         self._hooks: dict[str, RemovableHandle] = {}
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
         self._exports: list[Export] = []
         self._load: Load | None = None
 
@@ -43,9 +44,12 @@ class AppliedOptimizations:
             kind: its class, for the start-up table.
         """
         if changes.undo is not None:
-            self._undo.append(changes.undo)
+            self._undo.callback(changes.undo)
         self.rows += changes.rows or [(name, kind)]
-        self._add_skipped(name, changes.skipped)
+        by_reason: dict[str, list[str]] = {}
+        for module, reason in changes.skipped.items():
+            by_reason.setdefault(reason, []).append(module)
+        self.rows += [(f"{name}, skipped", f"{shorten(modules)}: {reason}") for reason, modules in by_reason.items()]
         self._expected |= dict.fromkeys(changes.expected, name)
         if changes.was_called is not None:
             self._was_called[name] = changes.was_called
@@ -57,13 +61,6 @@ class AppliedOptimizations:
         self._load = changes.load or self._load
         if changes.monitor is not None:
             self.monitors.append(changes.monitor)
-
-    def _add_skipped(self, name: str, skipped: Mapping[str, str]) -> None:
-        by_reason: dict[str, list[str]] = {}
-        for module, reason in skipped.items():
-            by_reason.setdefault(reason, []).append(module)
-        for reason, modules in by_reason.items():
-            self.rows.append((f"{name}, skipped", f"{shorten(modules)}: {reason}"))
 
     def add_frozen_rows(self) -> None:
         """Adds the rows of modules that stay in evaluation mode."""
@@ -88,8 +85,9 @@ class AppliedOptimizations:
             self._expected = {name: what for name, what in self._expected.items() if what in self._was_called}
             return
         for name in self._expected:
-            part = self.module.get_submodule(name)
-            self._hooks[name] = part.register_forward_hook(lambda *_, name=name: self._called.add(name))
+            self._hooks[name] = self.module.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: self._called.add(name)
+            )
 
     def check_calls(self, is_last: bool = True) -> list[str]:
         """Checks, after a step, that every expected module was called; returns those that still may be.
@@ -110,17 +108,17 @@ class AppliedOptimizations:
             self._hooks.pop(name).remove()
         if idle:
             listed = "; ".join(f"{what}: {shorten(names)}" for what, names in idle.items())
-            remedy = "what uses their weights without calling them is left without the change; put them in exclude"
-            raise ValueError(f"never called so far: {listed}; {remedy}")
+            raise ValueError(
+                f"never called so far: {listed}; what uses their weights without calling them is left without the "
+                "change; put them in exclude"
+            )
         return waiting
 
     def exported(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a state of the module in the form that is exported."""
-        if not self._exports:
-            return dict(state)
         for export in reversed(self._exports):
             state = export(state)
-        return dict(state) if not isinstance(state, dict) else state
+        return dict(state)
 
     def load_exported(self, state: Mapping[str, Tensor]) -> None:
         """Loads what `exported` returned.
@@ -137,8 +135,7 @@ class AppliedOptimizations:
         """Makes the module what it was, but for what training has made of its weights."""
         for hook in self._hooks.values():
             hook.remove()
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self.monitors.clear()
         self._exports.clear()
         self._load = None

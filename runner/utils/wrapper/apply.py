@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from runner.utils.distributed.memory import format_mib
+from runner.utils.modules.selection import match_parameters
 from runner.utils.wrapper.applied import AppliedOptimizations
-from runner.utils.wrapper.optimization import Context, Optimization, Purpose, Stage, check_with_others, stage_of
+from runner.utils.wrapper.protocol import Context, Optimization, Purpose, Stage, check_with_others, stage_of
 
 
 def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Freezes the parameters whose whole name matches one of the globs, and returns their names.
 
     Raises:
-        ValueError: a pattern that matches nothing, with the names there are.
+        ValueError: a pattern that matches nothing, with similar names.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    frozen: list[str] = []
-    for pattern in patterns:
-        matched = fnmatch.filter(parameters, pattern)
-        if not matched:
-            raise ValueError(f"freeze: {pattern!r} matches no parameter; there are: {', '.join(parameters)}")
-        frozen += matched
+    frozen = match_parameters("freeze", parameters, patterns)
     for name in frozen:
         parameters[name].requires_grad_(False)
-    return list(dict.fromkeys(frozen))
+    return frozen
 
 
 def optimize(
@@ -47,8 +42,9 @@ def optimize(
     """
     for name, optimization in optimizations.items():
         if not callable(getattr(optimization, "apply", None)):
-            found = type(optimization).__name__
-            raise ValueError(f"{name}: expected an object with apply(module, context), found {found}")
+            raise ValueError(
+                f"{name}: expected an object with apply(module, context), found {type(optimization).__name__}"
+            )
         check_with_others(name, optimizations)
     ordered = sorted(optimizations.items(), key=lambda item: stage_of(item[1]))
     applied = AppliedOptimizations(module)

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import find_blocks
-from runner.utils.utils import check_choice
-from runner.utils.wrapper.settings import SCOPES
 
 
 def compile_module(
@@ -32,35 +30,36 @@ def compile_module(
     Returns:
         The names of the compiled modules ("" is the module itself), and a function that undoes it.
     Raises:
-        ValueError: an unknown scope, backend or mode; a module without blocks.
+        ValueError: an unknown backend or mode; a module without blocks.
     """
-    _check(scope, backend, mode)
+    _check(backend, mode)
     settings: dict[str, Any] = {"backend": backend, "mode": mode, "dynamic": dynamic}
     if scope == "whole":
         module.compile(**settings)
         if memory_budget is not None:
             module._compiled_call_impl = _budgeted(module._compiled_call_impl, memory_budget)
-        return [""], functools.partial(_reset, module)
+        return [""], functools.partial(setattr, module, "_compiled_call_impl", None)
     (blocks,) = find_blocks(module).values()
     if not blocks:
         raise ValueError(
             "compile: no ModuleList or Sequential holds two or more modules of one class; take scope=whole"
         )
-    programs: dict[Any, Any] = {}
+
+    @functools.cache
+    def compiled(forward: Any) -> Any:
+        program = torch.compile(forward, **settings)
+        return program if memory_budget is None else _budgeted(program, memory_budget)
+
     before = [(block, block.__dict__.get("forward")) for block in blocks.values()]
     for block, instance_forward in before:
         forward = type(block).forward if instance_forward is None else instance_forward
-        if forward not in programs:
-            compiled = torch.compile(forward, **settings)
-            programs[forward] = compiled if memory_budget is None else _budgeted(compiled, memory_budget)
-        program = programs[forward]
+        program = compiled(forward)
         # Bound to the block, so that a copy of the block computes with the copy's weights.
         block.__dict__["forward"] = types.MethodType(program, block) if instance_forward is None else program
     return list(blocks), functools.partial(_restore, before)
 
 
-def _check(scope: str, backend: str, mode: str | None) -> None:
-    check_choice("scope", scope, SCOPES)
+def _check(backend: str, mode: str | None) -> None:
     from torch._dynamo.backends.registry import list_backends
 
     known = list_backends(None)
@@ -88,7 +87,3 @@ def _restore(before: Iterable[tuple[nn.Module, Any]]) -> None:
         del block.__dict__["forward"]
         if forward is not None:
             block.__dict__["forward"] = forward
-
-
-def _reset(module: nn.Module) -> None:
-    module._compiled_call_impl = None

@@ -5,17 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from runner.utils.modules.selection import find_blocks
 
@@ -71,19 +71,17 @@ def plan(module: nn.Module, budgets: Mapping[str, float | str | None], *, bytes_
     units, sizes = _units(module), _read_budgets(budgets)
     unit_bytes = _count_bytes(units, bytes_factor)
     chosen: dict[str, str] = {}
-    devices = iter(sizes)
-    device = next(devices)
-    left = sizes[device]
+    devices = list(sizes)  # that have room left
+    left = sizes[devices[0]]
     for bundle in _bind(units):
         needed = sum(unit_bytes[unit.name] for unit in bundle)
         while needed > left:
-            try:
-                device = next(devices)
-            except StopIteration:
-                raise ValueError(_describe_shortage(bundle, needed, unit_bytes, sizes)) from None
-            left = sizes[device]
+            del devices[0]
+            if not devices:
+                raise ValueError(_describe_shortage(bundle, needed, unit_bytes, sizes))
+            left = sizes[devices[0]]
         left -= needed
-        chosen |= {unit.name: device for unit in bundle}
+        chosen |= {unit.name: devices[0] for unit in bundle}
     return DevicePlan({unit.name: chosen[unit.name] for unit in units}, unit_bytes, sizes)
 
 
@@ -92,8 +90,10 @@ def _describe_shortage(
 ) -> str:
     names = _join_names([unit.name for unit in bundle]) + (", tied," if len(bundle) > 1 else "")
     there_are = ", ".join(f"{device} {_format_bytes(size)}" for device, size in sizes.items())
-    total = _format_bytes(sum(unit_bytes.values()))
-    return f"budgets: {total} needed in all, there are {there_are}; {names} of {_format_bytes(needed)} did not fit"
+    return (
+        f"budgets: {_format_bytes(sum(unit_bytes.values()))} needed in all, there are {there_are}; {names} of "
+        f"{_format_bytes(needed)} did not fit"
+    )
 
 
 def _units(module: nn.Module) -> list[_Unit]:
@@ -121,7 +121,7 @@ def _count_bytes(units: Sequence[_Unit], factor: float) -> dict[str, float]:
     for unit in units:
         new = {id(tensor): tensor for tensor in unit.tensors if id(tensor) not in counted}
         counted |= new.keys()
-        found[unit.name] = factor * sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+        found[unit.name] = factor * sum(tensor.nbytes for tensor in new.values())
     return found
 
 
@@ -130,17 +130,12 @@ def _bind(units: Sequence[_Unit]) -> list[list[_Unit]]:
     bundles: list[tuple[list[_Unit], set[int]]] = []
     for unit in units:
         ids = {id(tensor) for tensor in unit.tensors}
+        bundles.append(([unit], ids))
         tied = [bundle for bundle in bundles if not ids.isdisjoint(bundle[1])]
-        if not tied:
-            bundles.append(([unit], ids))
-            continue
-        first = tied[0]
         for other in tied[1:]:
-            first[0].extend(other[0])
-            first[1].update(other[1])
+            tied[0][0].extend(other[0])
+            tied[0][1].update(other[1])
             bundles.remove(other)
-        first[0].append(unit)
-        first[1].update(ids)
     return [bundle for bundle, _ in bundles]
 
 
@@ -162,8 +157,10 @@ def _read_bytes(device: str, amount: float | str | None) -> float:
         return float(parts[1]) * _SIZES[(parts[2] or "B").upper()]
     if isinstance(amount, (int, float)) and not isinstance(amount, bool) and amount >= 0:
         return float(amount)
-    expected = f"a number of bytes, one with {', '.join(_SIZES)}, or null for whatever is left"
-    raise ValueError(f"budgets: {device}: {amount!r}: expected {expected}")
+    raise ValueError(
+        f"budgets: {device}: {amount!r}: expected a number of bytes, one with {', '.join(_SIZES)}, or null for "
+        "whatever is left"
+    )
 
 
 def _format_bytes(amount: float) -> str:
@@ -185,37 +182,11 @@ def _join_names(names: Sequence[str]) -> str:
 
 
 def _follows(name: str, after: str) -> bool:
-    (parent, _, number), (other, _, next_number) = name.rpartition("."), after.rpartition(".")
-    is_numbered = number.isdecimal() and next_number.isdecimal()
-    return parent == other and is_numbered and int(next_number) == int(number) + 1
+    parent, dot, number = name.rpartition(".")
+    return number.isdecimal() and after == f"{parent}{dot}{int(number) + 1}"
 
 
-class Spread:
-    """A module whose units are on the devices of a plan, until `undo`."""
-
-    def __init__(self) -> None:
-        self._hooks: list[RemovableHandle] = []
-        self._devices_before: dict[int, tuple[Tensor, torch.device]] = {}
-
-    def move(self, unit: _Unit, device: torch.device) -> None:
-        """Moves a unit's tensors to a device, and its inputs before each call."""
-        for tensor in unit.tensors:
-            self._devices_before.setdefault(id(tensor), (tensor, tensor.device))
-            _put(tensor, device)
-        hook = functools.partial(_move_inputs, device)
-        self._hooks.append(unit.module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def undo(self) -> None:
-        """Removes the hooks and moves every tensor, with its present value, to its previous device."""
-        for hook in self._hooks:
-            hook.remove()
-        for tensor, device in self._devices_before.values():
-            _put(tensor, device)
-        self._hooks.clear()
-        self._devices_before.clear()
-
-
-def spread(module: nn.Module, device_map: DevicePlan) -> Spread:
+def spread(module: nn.Module, device_map: DevicePlan) -> Callable[[], None]:
     """Moves each unit's weights to its device in place, and its inputs before each call; call it before the optimizer.
 
     Parameters stay the same objects, tied ones tied. Before a unit runs, the tensors in its arguments (nests of dicts,
@@ -223,6 +194,8 @@ def spread(module: nn.Module, device_map: DevicePlan) -> Spread:
     device of the last unit, and what it adds to that, such as a residual, targets or a parameter that it uses directly
     (on the device of the first units), must be on that device.
 
+    Returns:
+        A function that removes the hooks and moves every tensor, with its present value, to its previous device.
     Raises:
         ValueError: a plan of another module's units, or a device that this machine does not have.
     """
@@ -231,14 +204,15 @@ def spread(module: nn.Module, device_map: DevicePlan) -> Spread:
         raise ValueError(f"the plan is of another module: {_join_names(differing)} only in one of the two")
     for name in dict.fromkeys(device_map.devices.values()):
         _check_device(torch.device(name))
-    moved = Spread()
-    try:
+    with contextlib.ExitStack() as undo:  # at once where it fails: a device may be full
         for unit in units:
-            moved.move(unit, torch.device(device_map.devices[unit.name]))
-    except BaseException:  # a device may be full
-        moved.undo()
-        raise
-    return moved
+            device = torch.device(device_map.devices[unit.name])
+            for tensor in unit.tensors:
+                undo.callback(_put, tensor, tensor.device)
+                _put(tensor, device)
+            hook = functools.partial(_move_inputs, device)
+            undo.callback(unit.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        return undo.pop_all().close
 
 
 def _check_device(device: torch.device) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
 
-from runner.utils.modules.selection import disable_fast_path, matches_glob
+from runner.utils.modules.selection import disable_fast_path, matches_any
 from runner.utils.utils import check_choice
 from runner.utils.wrapper.settings import RECIPES
 
@@ -28,20 +28,12 @@ class Converted:
     Args:
         names: of the Linears that multiply in fp8 now.
         skipped: the Linears that were chosen and can't, by name, with the reason.
+        undo: puts the Linears back, in the mode of the modules that replaced them.
     """
 
     names: list[str]
     skipped: dict[str, str]
-    _module: nn.Module = field(repr=False)
-    _before: dict[str, nn.Linear] = field(repr=False)
-    _fused: list[tuple[nn.Module, str, Any]] = field(repr=False)
-
-    def undo(self) -> None:
-        """Puts the Linears back, in the mode of the modules that replaced them."""
-        for owner, name, value in reversed(self._fused):
-            setattr(owner, name, value)
-        for name, linear in self._before.items():
-            _put(self._module, name, linear.train(self._module.get_submodule(name).training))
+    undo: Callable[[], None] = field(repr=False)
 
 
 def to_float8(
@@ -71,7 +63,10 @@ def to_float8(
     """
     check_choice("recipe", recipe, RECIPES)
     float8 = import_torchao("torchao.float8")
-    linears = dict(_find_linears(module))
+    # Under each of their names; subclasses are not converted.
+    linears = {name: part for name, part in module.named_modules(remove_duplicate=False) if type(part) is nn.Linear}
+    if "" in linears:
+        raise ValueError("float8: the module is itself a Linear, which can't be replaced in place; wrap it")
     chosen = _choose(linears, include, exclude)
     skipped = {name: reason for name in chosen if (reason := _find_obstacle(linears[name]))}
     names = [name for name in chosen if name not in skipped]
@@ -79,13 +74,19 @@ def to_float8(
         _check_devices({linears[name].weight.device for name in names})
     settings = dataclasses.replace(float8.Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     made: dict[nn.Linear, nn.Module] = {}  # a layer with two names stays one object
-    for name in names:
-        linear = linears[name]
-        if linear not in made:
-            made[linear] = float8.convert_to_float8_training(linear, config=settings).train(linear.training)
-        _put(module, name, made[linear])
-    fused = disable_fast_path(module, {id(converted) for converted in made.values()})
-    return Converted(names, skipped, module, {name: linears[name] for name in names}, fused)
+    with contextlib.ExitStack() as undo:
+        for name in names:
+            linear = linears[name]
+            if linear not in made:
+                made[linear] = float8.convert_to_float8_training(linear, config=settings).train(linear.training)
+            module.set_submodule(name, made[linear])
+            undo.callback(_put_back, module, name, linear)
+        disable_fast_path(module, {id(converted) for converted in made.values()}, undo)
+        return Converted(names, skipped, undo.pop_all().close)
+
+
+def _put_back(module: nn.Module, name: str, linear: nn.Linear) -> None:
+    module.set_submodule(name, linear.train(module.get_submodule(name).training))
 
 
 def import_torchao(name: str) -> ModuleType:
@@ -110,31 +111,17 @@ def import_torchao(name: str) -> ModuleType:
             logger.setLevel(level)
 
 
-def _find_linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yields the modules of exactly the class nn.Linear under each of their names."""
-    for name, part in module.named_modules(remove_duplicate=False):
-        if type(part) is nn.Linear:
-            if not name:
-                raise ValueError("float8: the module is itself a Linear, which can't be replaced in place; wrap it")
-            yield name, part
-
-
 def _choose(linears: Mapping[str, nn.Linear], include: Sequence[str] | None, exclude: Sequence[str]) -> list[str]:
     for glob in (*(include or ()), *exclude):
-        if not any(matches_glob(name, glob) for name in linears):
+        if not matches_any(linears, [glob]):
             raise ValueError(f"float8: {glob!r} matches no Linear; there are: {', '.join(linears) or 'none'}")
-    chosen = []
-    for name in linears:
-        is_included = include is None or any(matches_glob(name, glob) for glob in include)
-        if is_included and not any(matches_glob(name, glob) for glob in exclude):
-            chosen.append(name)
-    return chosen
+    included = [name for name in linears if include is None or matches_any([name], include)]
+    return [name for name in included if not matches_any([name], exclude)]
 
 
 def _find_obstacle(linear: nn.Linear) -> str | None:
-    size = f"{linear.in_features} to {linear.out_features}"
     if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
-        return f"{size}: not multiples of {_MULTIPLE}"
+        return f"{linear.in_features} to {linear.out_features}: not multiples of {_MULTIPLE}"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return "it has hooks, which would be lost"
     return None
@@ -148,10 +135,7 @@ def _check_devices(devices: set[torch.device]) -> None:
             found = f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))}"
         else:
             continue
-        needed = f"a GPU of compute capability {'.'.join(map(str, _CAPABILITY))} or more"
-        raise ValueError(f"float8: {found}, and fp8 needs {needed}; set emulate=true to try it, or leave float8 off")
-
-
-def _put(module: nn.Module, name: str, child: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    module.get_submodule(parent)._modules[key] = child
+        raise ValueError(
+            f"float8: {found}, and fp8 needs a GPU of compute capability {'.'.join(map(str, _CAPABILITY))} or more; "
+            "set emulate=true to try it, or leave float8 off"
+        )

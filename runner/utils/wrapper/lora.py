@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runner.utils.modules.selection import (
-    check_globs,
     disable_fast_path,
-    find_uncalled,
-    list_nearest,
+    match_parameters,
     matches_any,
     name_modules,
+    select_modules,
 )
 from runner.utils.modules.weights import load_weights
+from runner.utils.utils import list_nearest
 from runner.utils.wrapper.settings import check_lora
 
 _ADAPTER = ("lora_a", "lora_b")
@@ -56,52 +56,29 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_b)
 
     def extra_repr(self) -> str:
-        """Returns the settings of the Linear and of the adapter."""
         settings = f"rank={self.lora_rank}, scale={self.lora_scale:g}, dropout={self.lora_dropout:g}"
         return f"{super().extra_repr()}, {settings}"
 
 
 @dataclass
-class _Selection:
-    linears: list[tuple[nn.Linear, list[str]]] = field(default_factory=list)  # each with all its names
-    skipped: dict[str, str] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)  # by name of a layer, another name of its weight
-
-
-@dataclass
 class Adapted:
-    """The adapted layers of a module, their states for an export, and undo."""
+    """The adapted layers of a module, their states for an export, and undo.
 
-    names: list[str]  # of the adapted layers; all names of a layer that has several
-    skipped: dict[str, str]  # reason by name
-    num_trained: int  # elements of the parameters that are trained
-    num_frozen: int
+    Args:
+        names: of the adapted layers; all names of a layer that has several.
+        skipped: the layers that were left out, by name, with the reason.
+        tied: by name of an adapted layer that shares its weight, the other name of the weight: it can't be merged.
+        undo: removes the adapters; classes and requires_grad are as they were before.
+    """
+
+    names: list[str]
+    skipped: dict[str, str]
+    tied: dict[str, str]
+    undo: Callable[[], None] = field(repr=False)
     _module: nn.Module = field(repr=False)
     _scale: float = field(repr=False)
-    _selection: _Selection = field(repr=False)
+    _layers: list[list[str]] = field(repr=False)  # all names of each adapted layer
     _also: list[str] = field(repr=False)  # names of the parameters that also_train matches
-    _flags: list[tuple[nn.Parameter, bool]] = field(repr=False)
-    _fused: list[tuple[nn.Module, str, Any]] = field(repr=False)
-    _is_undone: bool = field(default=False, repr=False)
-
-    @property
-    def tied(self) -> dict[str, str]:
-        """The other name of a weight by the adapted layer that shares it: such a layer can't be merged."""
-        return self._selection.tied
-
-    def undo(self) -> None:
-        """Removes the adapters; classes and requires_grad are as they were before."""
-        if self._is_undone:
-            return
-        self._is_undone = True
-        for linear, _ in self._selection.linears:
-            for name in (*_ADAPTER, *_SETTINGS):
-                delattr(linear, name)
-            linear.__class__ = nn.Linear
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for owner, name, value in self._fused:
-            setattr(owner, name, value)
 
     def merged(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a state of the adapted module as a state of the module before, with the adapters in its weights.
@@ -112,12 +89,13 @@ class Adapted:
         Raises:
             ValueError: a weight that another module shares, which merging would change; a state without adapters.
         """
-        for name, other in self._selection.tied.items():
-            remedy = f"put {name!r} in exclude"
-            raise ValueError(f"merged: {name}.weight is {other} too, which merging would change; {remedy}")
+        for name, other in self.tied.items():
+            raise ValueError(
+                f"merged: {name}.weight is {other} too, which merging would change; put {name!r} in exclude"
+            )
         _check_has_keys("merged", state, [_key(name, each) for name in self.names for each in ("weight", *_ADAPTER)])
         merged = copy.copy(state) if isinstance(state, dict) else dict(state)  # a copy has torch's _metadata too
-        for _, names in self._selection.linears:
+        for names in self._layers:
             weight, lora_a, lora_b = (state[_key(names[0], each)].detach() for each in ("weight", *_ADAPTER))
             wide = torch.promote_types(weight.dtype, torch.float32)
             total = (weight.to(wide) + self._scale * (lora_b.to(wide) @ lora_a.to(wide))).to(weight.dtype)
@@ -139,8 +117,7 @@ class Adapted:
 
     def without_base(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the part of a state that training changes: `adapter`, and buffers such as statistics."""
-        buffers = {name: state[name] for name, _ in self._module.named_buffers() if name in state}
-        return {**self.adapter(state), **buffers}
+        return self.adapter(state) | {name: state[name] for name, _ in self._module.named_buffers() if name in state}
 
     def load_without_base(self, state: Mapping[str, Any]) -> None:
         """Loads what `without_base` returned.
@@ -148,8 +125,7 @@ class Adapted:
         Raises:
             RuntimeError: names that are not those of the adapted module.
         """
-        expected = set(self.without_base(self._module.state_dict()))
-        if wrong := sorted(expected ^ set(state)):
+        if wrong := sorted(self.without_base(self._module.state_dict()).keys() ^ state.keys()):
             raise RuntimeError(f"the adapter lacks, or has beside what it should: {', '.join(wrong)}")
         load_weights(self._module, state, strict=False)
 
@@ -187,31 +163,22 @@ def add_lora(
     Source: https://arxiv.org/abs/2106.09685
     """
     check_lora(rank, alpha, dropout)
-    selection = _select(module, include, exclude)
+    linears, skipped, tied = _select(module, include, exclude)
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    also = _find_also(also_train, parameters)
+    also = match_parameters("add_lora: also_train", parameters, also_train)
+    trained = {id(parameters[name]) for name in also}
     scale = (rank if alpha is None else alpha) / rank
-    flags = _train_only(module, [parameters[name] for name in also])
-    for linear, _ in selection.linears:
-        _adapt(linear, rank, scale, dropout)
-    fused = disable_fast_path(module, {id(linear) for linear, _ in selection.linears})
-    names = [name for _, names_of_layer in selection.linears for name in names_of_layer]
-    num_trained = _count(module, is_trained=True)
-    num_frozen = _count(module, is_trained=False)
-    return Adapted(names, selection.skipped, num_trained, num_frozen, module, scale, selection, also, flags, fused)
-
-
-def _count(module: nn.Module, is_trained: bool) -> int:
-    return sum(each.numel() for each in module.parameters() if each.requires_grad is is_trained)
-
-
-def _train_only(module: nn.Module, trained: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, bool]]:
-    """Freezes all parameters but some; returns every parameter with its previous requires_grad."""
-    flags = [(each, each.requires_grad) for each in module.parameters()]
-    kept = {id(each) for each in trained}
-    for parameter, _ in flags:
-        parameter.requires_grad_(id(parameter) in kept)
-    return flags
+    with contextlib.ExitStack() as undo:
+        for parameter in module.parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(id(parameter) in trained)
+        for linear, _ in linears:
+            _adapt(linear, rank, scale, dropout)
+            undo.callback(_remove_adapter, linear)
+        disable_fast_path(module, {id(linear) for linear, _ in linears}, undo)
+        layers = [names for _, names in linears]
+        names = [name for names_of_layer in layers for name in names_of_layer]
+        return Adapted(names, skipped, tied, undo.pop_all().close, module, scale, layers, also)
 
 
 def _adapt(linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
@@ -227,84 +194,59 @@ def _adapt(linear: nn.Linear, rank: int, scale: float, dropout: float) -> None:
     linear.reset_adapter()
 
 
-def _select(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> _Selection:
+def _remove_adapter(linear: nn.Linear) -> None:
+    for name in (*_ADAPTER, *_SETTINGS):
+        delattr(linear, name)
+    linear.__class__ = nn.Linear
+
+
+def _select(
+    module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
+) -> tuple[list[tuple[nn.Linear, list[str]]], dict[str, str], dict[str, str]]:
+    """Returns the layers to adapt with all their names, and the skipped and tied ones as in `Adapted`."""
     if any(isinstance(each, LoRALinear) for each in module.modules()):
         raise ValueError("add_lora: the module has adapters already, expected none; undo them first")
-    for globs in (include or (), exclude):
-        check_globs("add_lora", module, globs)
-    named = name_modules(module)
+    selected = select_modules("add_lora", module, nn.Linear, include, exclude)
     for glob in include or ():
-        _check_linear(glob, named)
-    selection = _Selection()
-    holders = _find_holders(named)
-    uncalled = find_uncalled(module)
-    for key, (layer, names) in named.items():
-        if not isinstance(layer, nn.Linear) or (include is not None and not matches_any(names, include)):
+        _check_linear(glob, name_modules(module))
+    names_of_weights: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names_of_weights.setdefault(id(parameter), []).append(name)
+    linears: list[tuple[nn.Linear, list[str]]] = []
+    skipped: dict[str, str] = {}
+    tied: dict[str, str] = {}
+    for linear, names, reason in selected:
+        weight = linear._parameters.get("weight")
+        others = [name for name in names_of_weights.get(id(weight), []) if name.rpartition(".")[0] not in names]
+        if weight is None or not weight.is_floating_point():
+            reason = reason or "its weight is no parameter of a floating-point dtype"  # such as one of weight_norm
+        elif others and include is None:
+            reason = reason or f"its weight is {others[0]} too; to adapt it, name it in include"
+        if reason:
+            skipped |= dict.fromkeys(names, reason)
             continue
-        weight = layer._parameters.get("weight")
-        others = [name for holder, name in holders.get(id(weight), []) if holder != key]
-        why = uncalled.get(key) or _find_reason(layer, names, exclude)
-        if not why and others and include is None:
-            why = f"its weight is {others[0]} too; to adapt it, name it in include"
-        if why:
-            selection.skipped |= dict.fromkeys(names, why)
-            continue
-        selection.linears.append((layer, names))
+        linears.append((linear, names))
         if others:
-            selection.tied[names[0]] = others[0]
-    if not selection.linears:
-        listed = list_nearest("", (f"{name}, as {why}" for name, why in selection.skipped.items()))
+            tied[names[0]] = others[0]
+    if not linears:
+        listed = list_nearest("", (f"{name}, as {why}" for name, why in skipped.items()))
         raise ValueError(f"add_lora: expected an nn.Linear to adapt, found none; skipped: {listed}")
-    return selection
+    return linears, skipped, tied
 
 
-def _find_reason(linear: nn.Linear, names: Sequence[str], exclude: Sequence[str]) -> str | None:
-    if type(linear) is not nn.Linear:
-        return f"{type(linear).__name__} is a subclass of Linear"
-    weight = linear._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
-        return "its weight is no parameter of a floating-point dtype"  # such as one computed by weight_norm
-    glob = next((glob for glob in exclude if matches_any(names, [glob])), None)
-    return None if glob is None else f"{glob!r} excludes it"
-
-
-def _find_holders(named: Mapping[int, tuple[nn.Module, list[str]]]) -> dict[int, list[tuple[int, str]]]:
-    """Returns the modules that have a parameter, by its id: their ids, and its name there."""
-    holders: dict[int, list[tuple[int, str]]] = {}
-    for key, (module, names) in named.items():
-        for name, parameter in module._parameters.items():
-            holders.setdefault(id(parameter), []).append((key, _key(names[0], name)))
-    return holders
-
-
-def _find_also(globs: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    if isinstance(globs, str):
-        raise ValueError(f"add_lora: also_train: expected a list of globs, found the string {globs!r}")
-    found: list[str] = []
-    for glob in globs:
-        matched = fnmatch.filter(parameters, glob)
-        if not matched:
-            raise ValueError(
-                f"add_lora: also_train: {glob!r} matches no parameter; there are: {list_nearest(glob, parameters)}"
-            )
-        found += matched
-    return list(dict.fromkeys(found))
-
-
-def _check_linear(glob: str, named: Mapping[int, tuple[nn.Module, list[str]]]) -> None:
-    matched = [(each, names) for each, names in named.values() if matches_any(names, [glob])]
+def _check_linear(glob: str, named: Sequence[tuple[nn.Module, list[str]]]) -> None:
+    matched = [(each, names) for each, names in named if matches_any(names, [glob])]
     if not any(type(each) is nn.Linear for each, _ in matched):
         listed = list_nearest("", (f"{names[0]}, a {type(each).__name__}" for each, names in matched))
-        linears = (names[0] for each, names in named.values() if type(each) is nn.Linear)
+        linears = (names[0] for each, names in named if type(each) is nn.Linear)
         there_are = list_nearest(glob, linears)
         raise ValueError(f"add_lora: {glob!r} matches no nn.Linear but {listed}; those of that very class: {there_are}")
 
 
 def _check_has_keys(where: str, state: Mapping[str, Any], keys: Sequence[str]) -> None:
-    missing = [key for key in keys if key not in state]
-    if missing:
-        remedy = "give a state of the adapted module"
-        raise ValueError(f"{where}: the state has no {list_nearest('', missing, limit=4)}; {remedy}")
+    if missing := [key for key in keys if key not in state]:
+        listed = list_nearest("", missing, limit=4)
+        raise ValueError(f"{where}: the state has no {listed}; give a state of the adapted module")
 
 
 def _key(module: str, name: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,11 @@ import torch
 from torch import nn
 
 from runner.utils.modules.selection import (
-    check_globs,
     disable_fast_path,
-    find_uncalled,
-    matches_any,
-    name_modules,
+    select_modules,
 )
 from runner.utils.utils import list_nearest
-from runner.utils.wrapper.transfer import ModuleSwap, transfer_state
+from runner.utils.wrapper.transfer import transfer_back, transfer_state
 
 _REMEDY = "give it in arguments, or make is a converter"
 
@@ -51,19 +49,12 @@ class Replaced:
     replaced: list[dict[str, str]] = field(default_factory=list)  # for each rule: "Old -> New" by name
     skipped: list[dict[str, str]] = field(default_factory=list)  # for each rule: why not, by name
     left_out: list[str] = field(default_factory=list)  # tensors of old modules that a converter did not use
-    _swaps: list[tuple[ModuleSwap, list[tuple[nn.Module, str]]]] = field(default_factory=list, repr=False)
-    _settings: list[tuple[nn.Module, str, Any]] = field(default_factory=list, repr=False)
+    _new_ids: set[int] = field(default_factory=set, repr=False)  # of the new modules, which `_undo` keeps alive
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def undo(self) -> None:
         """Puts every old module back, with its present tensors and in the mode of its replacement."""
-        for owner, name, value in reversed(self._settings):
-            setattr(owner, name, value)
-        for adoption, slots in reversed(self._swaps):
-            adoption.restore()
-            for parent, name in slots:
-                parent._modules[name] = adoption.old
-        self._swaps.clear()
-        self._settings.clear()
+        self._undo.close()
 
 
 def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
@@ -88,74 +79,58 @@ def replace(module: nn.Module, rules: Sequence[Rule]) -> Replaced:
     except BaseException:
         report.undo()
         raise
-    report._settings += disable_fast_path(module, {id(adoption.new) for adoption, _ in report._swaps})
+    disable_fast_path(module, report._new_ids, report._undo)
     return report
 
 
 def _apply(module: nn.Module, rule: Rule, report: Replaced, where: str) -> None:
     found, skipped = _find(module, rule, where)
-    slots: dict[int, list[tuple[nn.Module, str]]] = {key: [] for key in found}
-    for parent in module.modules():
-        for name, child in parent._modules.items():
-            if id(child) in slots:
-                slots[id(child)].append((parent, name))
     held = _find_held(module)
     replaced: dict[str, str] = {}
-    for key, (old, names) in found.items():
+    for old, names in found:
         place = f"{where}: {names[0]}"
-        if key in held:
-            raise ValueError(f"{place}: the attribute {held[key]} would still hold the old module; exclude it")
+        if id(old) in held:
+            raise ValueError(f"{place}: the attribute {held[id(old)]} would still hold the old module; exclude it")
         new, is_built = _make(old, rule, place)
-        adoption = transfer_state(old, new, place, is_strict=is_built)
-        report._swaps.append((adoption, slots[key]))
-        for parent, name in slots[key]:
-            parent._modules[name] = new
+        keys, left_out = transfer_state(old, new, place, is_strict=is_built)
+        report._undo.callback(transfer_back, old, new, keys)
+        for name in names:
+            report._undo.callback(module.set_submodule, name, old)
+            module.set_submodule(name, new)
+        report._new_ids.add(id(new))
         replaced |= dict.fromkeys(names, f"{type(old).__name__} -> {type(new).__name__}")
-        report.left_out += [f"{names[0]}.{each}" for each in adoption.left_out]
+        report.left_out += [f"{names[0]}.{each}" for each in left_out]
     report.replaced.append(replaced)
     report.skipped.append(skipped)
 
 
-def _find(module: nn.Module, rule: Rule, where: str) -> tuple[dict[int, tuple[nn.Module, list[str]]], dict[str, str]]:
+def _find(module: nn.Module, rule: Rule, where: str) -> tuple[list[tuple[nn.Module, list[str]]], dict[str, str]]:
     """Returns the modules to replace with their names, and the reasons why other matches are not."""
-    for globs in (rule.include or (), rule.exclude):
-        check_globs(where, module, globs)
-    uncalled = find_uncalled(module)
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    found: list[tuple[nn.Module, list[str]]] = []
     skipped: dict[str, str] = {}
     outer: set[str] = set()
-    for key, (each, names) in name_modules(module).items():
-        if not isinstance(each, rule.match) or (rule.include is not None and not matches_any(names, rule.include)):
-            continue
-        why = uncalled.get(key) or _find_reason(each, names, rule, outer)
-        if why:
-            skipped |= dict.fromkeys(names, why)
-        elif each is module:
+    selected = select_modules(where, module, rule.match, rule.include, rule.exclude, subclasses=rule.subclasses)
+    for part, names, reason in selected:
+        parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
+        within = next((parent for parent in parents if parent in outer), None)
+        if within is not None:
+            reason = reason or f"it stands within {within}, which is replaced"
+        if reason:
+            skipped |= dict.fromkeys(names, reason)
+        elif part is module:
             raise ValueError(f"{where}: the root module can't be replaced, as nothing here holds it; put '' in exclude")
         else:
-            found[key] = each, names
+            found.append((part, names))
             outer.update(names)
     if not found:
         raise ValueError(f"{where}: fits no module; {_describe_candidates(module, rule, skipped)}")
     return found, skipped
 
 
-def _find_reason(module: nn.Module, names: Sequence[str], rule: Rule, outer: Collection[str]) -> str | None:
-    if type(module) is not rule.match and not rule.subclasses:
-        return f"{type(module).__name__} is a subclass of {rule.match.__name__}"
-    glob = next((glob for glob in rule.exclude if matches_any(names, [glob])), None)
-    if glob is not None:
-        return f"{glob!r} excludes it"
-    parents = (name[:end] for name in names for end, letter in enumerate(name) if letter == ".")
-    within = next((each for each in parents if each in outer), None)
-    return None if within is None else f"it stands within {within}, which is replaced"
-
-
 def _describe_candidates(module: nn.Module, rule: Rule, skipped: Mapping[str, str]) -> str:
     if skipped:
         return "skipped: " + list_nearest("", (f"{name}, as {why}" for name, why in skipped.items()))
-    own = [name for name, each in module.named_modules() if isinstance(each, rule.match)]
-    if own:
+    if own := [name for name, each in module.named_modules() if isinstance(each, rule.match)]:
         return f"modules of that class are: {list_nearest((rule.include or [''])[0], own)}"
     return f"classes are: {list_nearest(rule.match.__name__, (type(each).__name__ for each in module.modules()))}"
 

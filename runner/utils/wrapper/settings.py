@@ -7,7 +7,6 @@ import math
 from runner.utils.utils import check_fraction
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-SCOPES = ("blocks", "whole")
 
 
 def check_lora(rank: int, alpha: float | None, dropout: float) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-_Key = tuple[str, str]  # "parameter" or "buffer", and the dotted name
+Key = tuple[str, str]  # "parameter" or "buffer", and the dotted name
 _HOOKS: dict[str, tuple[str, ...]] = {  # each kind, and what else is kept by a hook's number
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -20,31 +20,25 @@ _HOOKS: dict[str, tuple[str, ...]] = {  # each kind, and what else is kept by a 
 }
 
 
-@dataclass
-class ModuleSwap:
-    """The tensors that a new module shares with the old one, and undo."""
-
-    old: nn.Module
-    new: nn.Module
-    keys: list[_Key]
-    left_out: list[str]  # names of tensors of the old module that the new one lacks
-
-    def restore(self) -> None:
-        """Gives the old module the present tensors and the mode of the new one."""
-        now = _find_tensors(self.new)
-        for key in self.keys:
-            if key in now:
-                _put(self.old, key, now[key])
-        _carry_mode(self.new, self.old)
+def transfer_back(old: nn.Module, new: nn.Module, keys: Iterable[Key]) -> None:
+    """Gives the old module the present tensors of these keys and the mode of the new one."""
+    now = _find_tensors(new)
+    for key in keys:
+        if key in now:
+            _put(old, key, now[key])
+    _carry_mode(new, old)
 
 
-def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> ModuleSwap:
+def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: bool) -> tuple[list[Key], list[str]]:
     """Gives a new module the tensors of an old one that match by name, kind, shape and class, its mode and its hooks.
 
     A tensor that the new module shares already stays where it is. The old module is not changed.
 
     Args:
         is_strict: a tensor without a match in the other module is an error; else the new module keeps its own.
+    Returns:
+        The keys of the tensors that the new module has got, for `transfer_back`, and the names of tensors of the old
+        module that the new one lacks.
     Raises:
         ValueError: tensors that do not match, by name; a child with hooks that the new module lacks.
     """
@@ -52,21 +46,17 @@ def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: boo
     new_tensors = _find_tensors(new)
     ids_in_new = {id(tensor) for tensor in new_tensors.values()}
     ids_in_old = {id(tensor) for tensor in old_tensors.values()}
+    unused = {key: tensor for key, tensor in old_tensors.items() if id(tensor) not in ids_in_new}
     keys, problems = [], []
     for key, tensor in new_tensors.items():
-        before = old_tensors.get(key)
         if id(tensor) in ids_in_old:
             continue
-        if before is not None and id(before) not in ids_in_new:
-            problem = _compare(tensor, before, is_strict=is_strict)
-            if problem is None:
-                keys.append(key)
-                continue
-        else:
-            problem = "has no like in the old module" if tensor.is_meta else ""
-        if problem:
+        problem = _compare(tensor, unused.get(key), is_strict=is_strict)
+        if problem is None:
+            keys.append(key)
+        elif problem:
             problems.append(f"{' '.join(key)} {problem}")
-    lost = [key for key, tensor in old_tensors.items() if id(tensor) not in ids_in_new and key not in keys]
+    lost = [key for key in unused if key not in keys]
     if is_strict:
         problems += [f"{' '.join(key)} would be lost" for key in lost if key not in new_tensors]
     if problems:
@@ -75,11 +65,13 @@ def transfer_state(old: nn.Module, new: nn.Module, where: str, *, is_strict: boo
         _put(new, key, old_tensors[key])
     _carry_mode(old, new)
     _carry_hooks(old, new, where)
-    return ModuleSwap(old, new, keys, [name for _, name in lost])
+    return keys, [name for _, name in lost]
 
 
-def _compare(new: Tensor, old: Tensor, *, is_strict: bool) -> str | None:
+def _compare(new: Tensor, old: Tensor | None, *, is_strict: bool) -> str | None:
     """Returns None where the old tensor replaces the new one, "" where the new one stays, else the mistake."""
+    if old is None:
+        return "has no like in the old module" if new.is_meta else ""
     if new.shape != old.shape:
         return f"is {list(new.shape)} and was {list(old.shape)}" if is_strict or new.is_meta else ""
     if is_strict or new.is_meta:
@@ -89,13 +81,14 @@ def _compare(new: Tensor, old: Tensor, *, is_strict: bool) -> str | None:
     return None if new.dtype == old.dtype else f"is {new.dtype} and was {old.dtype}: name it otherwise, or cast it"
 
 
-def _find_tensors(module: nn.Module) -> dict[_Key, Tensor]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    found: dict[_Key, Tensor] = {("parameter", name): each for name, each in parameters}
-    return found | {("buffer", name): each for name, each in module.named_buffers(remove_duplicate=False)}
+def _find_tensors(module: nn.Module) -> dict[Key, Tensor]:
+    tensors: dict[Key, Tensor] = {
+        ("parameter", name): each for name, each in module.named_parameters(remove_duplicate=False)
+    }
+    return tensors | {("buffer", name): each for name, each in module.named_buffers(remove_duplicate=False)}
 
 
-def _put(module: nn.Module, key: _Key, tensor: Tensor) -> None:
+def _put(module: nn.Module, key: Key, tensor: Tensor) -> None:
     owner, _, name = key[1].rpartition(".")
     # By setattr, and not in the dict of tensors: a recurrent module keeps a list of them beside it.
     setattr(module.get_submodule(owner), name, tensor)

@@ -237,7 +237,7 @@ def test_a_step_out_of_memory_can_be_skipped_with_its_batches():
     loop.engines.micro_step, calls = out_of_memory(at=3)
     assert loop.run() == "finished"
     assert calls == [1, 2, 3, 5, 6, 7, 8]
-    assert (loop.step, loop.num_skipped) == (4, 1)
+    assert (loop.step, loop.step_runner.num_skipped) == (4, 1)
     assert "Step 2 (samples 2 to 3 of the stream) went wrong. Out of memory" in warned[0]
 
 
@@ -400,7 +400,7 @@ def test_a_nonfinite_step_stops_the_loop_or_is_counted(stops):
         assert done == [("save", 2)]
     else:
         assert loop.run() == "finished"
-        assert (loop.step, loop.num_skipped, loop.engines.num_discarded) == (5, 1, 0)
+        assert (loop.step, loop.step_runner.num_skipped, loop.engines.num_discarded) == (5, 1, 0)
         assert len(warned) == 1
         assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
 

@@ -1,6 +1,8 @@
 """`optimize` applies optimizations in one order, lists them, checks them, and undoes them."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from runner.config import optimizations
 from runner.utils import unsloth
 from runner.utils.wrapper import Applied, Purpose, Stage, freeze, optimize
 
+README = Path(__file__).parents[3] / "README.md"
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, of whatever is compiled
 
 
@@ -64,8 +67,10 @@ def test_freezing_takes_whole_names_and_refuses_what_matches_nothing():
     module = nn.ModuleDict({"layer1": nn.Linear(2, 2), "layer10": nn.Linear(2, 2)})
     assert freeze(module, ["layer1.*"]) == ["layer1.weight", "layer1.bias"]
     assert [p.requires_grad for p in module.parameters()] == [False, False, True, True]
-    with pytest.raises(ValueError, match=r"'layer2.\*' matches no parameter; there are: layer1.weight"):
+    with pytest.raises(ValueError, match=r"'layer2.\*' matches no parameter; there are: layer1.bias, layer10.bias"):
         freeze(module, ["layer2.*"])
+    with pytest.raises(ValueError, match="freeze: expected a list of globs, found the string 'layer10"):
+        freeze(module, "layer10.weight")
 
 
 def test_all_of_it_is_undone():
@@ -293,3 +298,18 @@ def test_an_own_check_refuses_others_before_anything_is_changed():
     with pytest.raises(ValueError, match="mine: not with other"):
         optimize(model, {"other": Scale(log), "mine": Refuses(log)})
     assert log == []
+
+
+def test_the_example_of_the_readme_is_applied_checked_and_undone():
+    (code,) = re.findall(r"```python\n(from runner.utils.wrapper import .*?)```", README.read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    model, given, mine = Model(), torch.randn(2, 16), names["Damp"](0.5)
+    expected = model(given)
+    changes = optimize(model, {"mine": mine})
+    assert changes.rows[0] == ("damp", "by 0.5")
+    assert torch.equal(model(given), expected * 0.5)
+    changes.undo()
+    assert torch.equal(model(given), expected)
+    with pytest.raises(ValueError, match="set fp8 to false"):
+        optimize(model, {"mine": mine, "fp8": Scale([])})

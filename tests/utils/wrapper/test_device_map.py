@@ -188,11 +188,11 @@ def train_a_step(module):
 def test_a_step_of_a_spread_module_is_that_of_the_untouched_one_bit_for_bit(is_tied):
     untouched, module = make(is_tied=is_tied), make(is_tied=is_tied)
     parameters = list(module.parameters())
-    made = spread(module, plan(module, {"cpu": None}))
+    undo = spread(module, plan(module, {"cpu": None}))
     loss, missing = train_a_step(module)
     assert missing == []
     assert torch.equal(loss, train_a_step(untouched)[0])
-    made.undo()
+    undo()
     assert all(one is other for one, other in zip(parameters, module.parameters(), strict=True))
     for (name, found), expected in zip(module.named_parameters(), untouched.parameters(), strict=True):
         assert torch.equal(found, expected), name

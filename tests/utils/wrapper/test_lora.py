@@ -49,14 +49,12 @@ def test_outputs_are_equal_until_a_step_is_made() -> None:
 
 def test_gradients_reach_the_adapters_and_what_is_named() -> None:
     module = make_model()
-    adapted = add_lora(module, rank=2, include=["layer.1", "head"], also_train=["norm.*"])
+    add_lora(module, rank=2, include=["layer.1", "head"], also_train=["norm.*"])
     train(module)
     trained = {name for name, each in module.named_parameters() if each.grad is not None}
     adapters = {f"{name}.lora_{which}" for name in ("layer.1", "head") for which in "ab"}
     assert trained == adapters | {"norm.weight", "norm.bias"}
     assert {name for name, each in module.named_parameters() if each.requires_grad} == trained
-    assert adapted.num_trained == sum(module.get_parameter(name).numel() for name in trained)
-    assert adapted.num_trained + adapted.num_frozen == sum(each.numel() for each in module.parameters())
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1, 0.5), (6.0, 3.0)])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from runner.utils.unsloth.settings import check_settings
 from runner.utils.utils import check_choice, suggest
-from runner.utils.wrapper.optimization import (
+from runner.utils.wrapper.protocol import (
     Applied,
     Context,
     Optimization,
@@ -21,7 +21,7 @@ from runner.utils.wrapper.optimization import (
     Stage,
     make_row,
 )
-from runner.utils.wrapper.settings import RECIPES, SCOPES, check_lora
+from runner.utils.wrapper.settings import RECIPES, check_lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,11 +69,7 @@ class Freeze:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-        try:
-            names = freeze(module, self.patterns)
-        except BaseException:
-            undo()
-            raise
+        names = freeze(module, self.patterns)
         return Applied([make_row("freeze", names)], undo=undo, keeps_in_eval=names if self.mode == "eval" else ())
 
 
@@ -102,17 +98,24 @@ class Lora:
         """Adds the adapters; of exported weights that they are merged into, only reserves their layers."""
         from runner.utils.wrapper.lora import add_lora
 
-        settings = asdict(self)
-        is_merged = settings.pop("export") == "merged"
-        adapted = add_lora(module, **settings)
+        is_merged = self.export == "merged"
+        adapted = add_lora(
+            module,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            include=self.include,
+            exclude=self.exclude,
+            also_train=self.also_train,
+        )
         if is_merged and context.purpose is Purpose.use:
             adapted.undo()
             return Applied([make_row("lora, merged", adapted.names)], reserved=adapted.names)
         for name, other in adapted.tied.items() if is_merged else ():
             adapted.undo()
-            remedy = f"put {name} in lora.exclude, or set lora.export=adapter"
             raise ValueError(
-                f"lora: {name}.weight is {other} too, and exports would merge the adapter into both; {remedy}"
+                f"lora: {name}.weight is {other} too, and exports would merge the adapter into both; put {name} in "
+                "lora.exclude, or set lora.export=adapter"
             )
         return Applied(
             [make_row(f"lora (rank {self.rank})", adapted.names)],
@@ -148,13 +151,12 @@ class Replace:
         from runner.utils.wrapper.replace import replace
 
         rules = [self._make_rule(rule, context) for rule in self.rules]
-        replaced = replace(module, rules)
-        rows, skipped, names = [], dict[str, str](), list[str]()
-        for replaced_by_rule, skipped_by_rule in zip(replaced.replaced, replaced.skipped, strict=True):
-            rows.append(make_row(f"replace {next(iter(replaced_by_rule.values()), '')}", replaced_by_rule))
-            skipped |= {name: why for name, why in skipped_by_rule.items() if name not in context.reserved}
-            names += replaced_by_rule
-        return Applied(rows, skipped, replaced.undo, expected=names)
+        report = replace(module, rules)
+        rows = [make_row(f"replace {next(iter(replaced.values()), '')}", replaced) for replaced in report.replaced]
+        reasons = [item for skipped in report.skipped for item in skipped.items()]
+        skipped = {name: why for name, why in reasons if name not in context.reserved}
+        names = [name for replaced in report.replaced for name in replaced]
+        return Applied(rows, skipped, report.undo, expected=names)
 
     def _make_rule(self, rule: Mapping[str, Any], context: Context) -> Rule:
         from pkgutil import resolve_name
@@ -163,8 +165,7 @@ class Replace:
 
         settings = dict(rule)
         match, make = settings.pop("match"), settings.pop("with")
-        is_on_cpu = context.device is not None and context.device.type == "cpu"
-        if make.startswith(_GPU_KERNELS) and is_on_cpu:
+        if make.startswith(_GPU_KERNELS) and context.device is not None and context.device.type == "cpu":
             raise ValueError(f"replace: {make} is made of kernels for a GPU, and the run is on the CPU")
         exclude = [*settings.pop("exclude", ()), *context.reserved]
         return Rule(resolve_name(match), resolve_name(make), exclude=exclude, **settings)
@@ -202,13 +203,11 @@ class Float8:
             return None
         from runner.utils.wrapper.float8 import to_float8
 
-        settings = asdict(self)
-        converted = to_float8(module, **{**settings, "exclude": [*self.exclude, *context.reserved]})
+        converted = to_float8(module, **asdict(self) | {"exclude": [*self.exclude, *context.reserved]})
         if not converted.names:
             why = "; ".join(f"{name}: {reason}" for name, reason in converted.skipped.items())
             raise ValueError(f"fp8: no Linear is converted ({why or 'there is none of that very class'})")
-        row = make_row("fp8", converted.names)
-        return Applied([row], converted.skipped, converted.undo, expected=converted.names)
+        return Applied([make_row("fp8", converted.names)], converted.skipped, converted.undo, expected=converted.names)
 
 
 @dataclass
@@ -244,7 +243,7 @@ class DeviceMap:
 
         planned = plan(module, self.budgets, bytes_factor=self.bytes_factor)
         rows = [("device_map", line) for line in str(planned).splitlines()]
-        return Applied(rows, undo=spread(module, planned).undo)
+        return Applied(rows, undo=spread(module, planned))
 
 
 @dataclass
@@ -258,7 +257,7 @@ class Compile:
     stage: ClassVar = Stage.COMPILE
 
     def __post_init__(self) -> None:
-        check_choice("scope", self.scope, SCOPES)
+        check_choice("scope", self.scope, ("blocks", "whole"))
 
     def check(self, others: Mapping[str, Optimization]) -> None:
         """Checks that no block within a compiled whole is recomputed by hooks."""
@@ -296,16 +295,20 @@ class Unsloth:
     stage: ClassVar = Stage.RECOMPUTE
 
     def __post_init__(self) -> None:
-        numbers = asdict(self)
-        for name in ("include", "exclude"):
-            del numbers[name]
-        check_settings(**numbers)
+        check_settings(
+            self.offload,
+            min_bytes=self.min_bytes,
+            keep_last=self.keep_last,
+            in_flight=self.in_flight,
+            prefetch=self.prefetch,
+            host_limit=self.host_limit,
+        )
 
     def apply(self, module: nn.Module, context: Context) -> Applied | None:
         """Wraps the blocks of a module that is trained."""
         if context.purpose is not Purpose.train:
             return None
-        return _recompute("unsloth", module, asdict(self))
+        return _recompute("unsloth", module, **asdict(self))
 
 
 @dataclass
@@ -342,12 +345,12 @@ class Checkpointing:
         """Wraps the blocks of a module that is trained; `Compile` applies a budget."""
         if context.purpose is not Purpose.train or self.memory_budget is not None:
             return None
-        settings = asdict(self)
-        del settings["memory_budget"]
-        return _recompute("checkpointing", module, {**settings, "offload": "never"})
+        return _recompute(
+            "checkpointing", module, every=self.every, include=self.include, exclude=self.exclude, offload="never"
+        )
 
 
-def _recompute(name: str, module: nn.Module, settings: Mapping[str, Any]) -> Applied:
+def _recompute(name: str, module: nn.Module, **settings: Any) -> Applied:
     from runner.utils import unsloth
     from runner.utils.unsloth.memory_report import StepReport
 
@@ -358,8 +361,7 @@ def _recompute(name: str, module: nn.Module, settings: Mapping[str, Any]) -> App
         remark += f"; their inputs stay where they are: {why}"
     elif name == "unsloth":
         remark += "; their inputs wait in host memory"
-    row = make_row(name, report.modules, remark)
-    return Applied([row], undo=report.undo, monitor=StepReport(module, report))
+    return Applied([make_row(name, report.modules, remark)], undo=report.undo, monitor=StepReport(module, report))
 
 
 def _find(others: Mapping[str, Optimization], kind: type[Kind]) -> Kind | None:

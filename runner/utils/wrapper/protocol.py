@@ -5,7 +5,7 @@ Imports no torch at import: a config is checked against these types before torch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -135,10 +135,9 @@ def check_with_others(name: str, optimizations: Mapping[str, Optimization]) -> N
         check({other: each for other, each in optimizations.items() if other != name})
 
 
-def make_row(label: str, names: Iterable[str], remark: str = "") -> tuple[str, str]:
+def make_row(label: str, names: Collection[str], remark: str = "") -> tuple[str, str]:
     """Returns a row of the start-up table: the number of modules or parameters, and some of their names."""
-    listed = list(names)
-    return label, f"{len(listed)}: {shorten(listed)}{remark}"
+    return label, f"{len(names)}: {shorten(list(names))}{remark}"
 
 
 def shorten(names: Sequence[str], most: int = 3) -> str:
