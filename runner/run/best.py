@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -11,17 +12,6 @@ from runner.utils.distributed import is_rank_zero
 from runner.utils.utils import one_line
 
 _LONGEST = 200  # characters of a name that are shown
-
-
-def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
-    """Returns a metric that an older version stored as a number, which it negated with the mode "max"."""
-    return {"name": name, "value": -number if mode == "max" else number}
-
-
-def mode_of(config: Mapping[str, Any]) -> str:
-    """Returns `trainer.best_mode` of a run's unresolved config, or "min" without it."""
-    trainer = config.get("trainer")
-    return str(trainer.get("best_mode", "min")) if isinstance(trainer, Mapping) else "min"
 
 
 class Best:
@@ -53,10 +43,9 @@ class Best:
         if not isinstance(metric, Mapping) or metric.get("name") != self._name:
             return None
         value: Any = metric.get("value")
-        try:
+        with contextlib.suppress(OverflowError):
             return self._sign * float(value) if type(value) in (int, float) else None
-        except OverflowError:
-            return None
+        return None
 
     @property
     def rating(self) -> float:
@@ -93,12 +82,11 @@ class Best:
             ValueError: it lacks the metric that decides.
         """
         name = self._find_name(numbers)
-        if name is None and self._configured is not None:
-            raise ValueError(
-                f"trainer.best_metric={self._configured}: was not evaluated; there are: {', '.join(numbers)}"
-            )
         if name is None:
-            return False
+            if self._configured is None:
+                return False
+            there_are = f"was not evaluated; there are: {', '.join(numbers)}"
+            raise ValueError(f"trainer.best_metric={self._configured}: {there_are}")
         self._name = name
         if self.found is not None and self.found["name"] != name:
             self.found = None
@@ -150,11 +138,16 @@ class BestCheckpoint:
 
         Args:
             saved: the best evaluation of the checkpoint that is resumed.
-            read_config: returns the config by which the run rated them so far.
+            read_config: returns the config by which the run rated them so far; the mode "max" negated them.
         """
+
+        def name_metric(number: float) -> dict[str, Any]:
+            trainer = read_config().get("trainer")
+            is_negated = isinstance(trainer, Mapping) and trainer.get("best_mode") == "max"
+            return {"name": (saved or {})["name"], "value": -number if is_negated else number}
+
         if saved:
-            name = saved["name"]
-            self._checkpoints.convert_metrics(lambda number: name_metric(number, name, mode_of(read_config())))
+            self._checkpoints.convert_metrics(name_metric)
 
     def mark_failed_save(self, step: int) -> None:
         """Records that the checkpoint of a step could not be written, in any thread."""

@@ -22,7 +22,6 @@ from runner.config.spec import ExperimentSpec
 from runner.config.trust import allowlist, import_path, signature
 from runner.config.trust.allowlist import Allowlist
 from runner.config.trust.signature import Origin, SignatureError
-from runner.run import warm_start
 from runner.utils.wrapper import Purpose
 
 if TYPE_CHECKING:
@@ -99,12 +98,13 @@ class SavedModel:
         Raises:
             ConfigError: they can't be built, or the weights are of other modules.
         """
-        from runner.run import build
+        from runner.run import build, weights_placeholders
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
-        source, is_signed = self.run or self.path, self.allowlist.is_signed
-        stand_ins = warm_start.make_placeholder_builder(self.plain, source, self.parts, self.engine, is_signed)
-        engines = build.build_engines(self.spec, device, purpose, stand_ins)
+        nodes = {} if self.engine is None else self.spec.engines[self.engine].optimizations
+        is_adapter = nodes.get("lora", {}).get("export") == "adapter"  # its base model needs the weights files
+        builder = weights_placeholders.PlaceholderBuilder(self.run or self.path, self.parts, self.allowlist.is_signed)
+        engines = build.build_engines(self.spec, device, purpose, None if is_adapter else builder)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
@@ -154,6 +154,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     Raises:
         ConfigError: it is no export, is damaged, or its config reads or names what is not allowed.
     """
+    from runner.run import weights_placeholders
     from runner.utils import io
 
     if path.suffix != SUFFIX:
@@ -166,7 +167,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        signed_text = warm_start.signed_text(facts["config"], facts)
+        signed_text = weights_placeholders.signed_text(facts["config"], facts)
         import_path.prepend(signature.check_text(signed_text, facts.get("signature")).python_path)
         trusted = Allowlist(path, is_signed=True)
     except SignatureError as error:
@@ -178,8 +179,9 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
     own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
     plain["engines"] = {name: own} if plain["engines"] else {}
-    fingerprint = facts.get("fingerprint")
-    return SavedModel(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=fingerprint)
+    return SavedModel(
+        path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=facts.get("fingerprint")
+    )
 
 
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:

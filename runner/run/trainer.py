@@ -19,7 +19,7 @@ from runner.config.run_folder import read_config, read_record
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.control.handlers import CommandHandlers
-from runner.run import initial_weights, warm_start
+from runner.run import initial_weights, weights_placeholders
 from runner.run.best import Best, BestCheckpoint
 from runner.run.build import Experiment, build
 from runner.run.evaluation import measure, show
@@ -91,10 +91,10 @@ class Trainer:
             RankError: one of these on another rank.
         """
         other_run = None if checkpoint else initial_weights.find(spec.plain)
-        builder: warm_start.ModelBuilder | None = other_run
+        builder: weights_placeholders.ModelBuilder | None = other_run
         if checkpoint:
             is_signed = run_on_rank_zero(lambda: signature.find_signed(folder) is not None)  # others may lack the key
-            builder = warm_start.PlaceholderBuilder(folder, checkpoint[1], is_signed)
+            builder = weights_placeholders.PlaceholderBuilder(folder, checkpoint[1], is_signed)
         experiment = build(spec, store, builder)
         opened: list[Trainer] = []
         run_on_all_ranks(lambda: opened.append(cls(experiment, folder, stack, checkpoint)))
@@ -150,7 +150,7 @@ class Trainer:
         self.hparams: dict[str, bool | float | str] = {}
         self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
         self._num_evaluated = 0  # batches
-        self.commands = CommandHandlers(self.engines, self.coordinator, self._answer)
+        self.commands = CommandHandlers(self.engines, self.coordinator, partial(self.log.info, "%s"))
         self.loop = self._make_loop()
         self.state = RunState(experiment, self.loop, self.commands.queue, self.best)
         if checkpoint:
@@ -287,7 +287,10 @@ class Trainer:
                     failure = self._explain(error)
                 status = self._agree_on_end(status, failure)
         except BaseException:
-            self._close_failed_tracker()
+            try:
+                self.tracker.close("failed")
+            except Exception as error:  # must not hide the failure
+                self.log.error("The run's numbers can't be written: %s", describe(error))
             raise
         with disk_errors_as("the run's numbers", RunError):
             self.tracker.close(status)
@@ -342,13 +345,6 @@ class Trainer:
             ending = error if is_rank_zero() or isinstance(error, RunError) else RunError(f"rank 0: {describe(error)}")
         raise ending  # outside of the handlers, so that its traceback shows no other error
 
-    def _close_failed_tracker(self) -> None:
-        """Closes the tracker of a failed run; an error of that must not hide the failure."""
-        try:
-            self.tracker.close("failed")
-        except Exception as error:
-            self.log.error("The run's numbers can't be written: %s", describe(error))
-
     def _log_summary(self) -> None:
         for name, engine in self.engines.items():
             if tensors := log_model_summary(name, engine, self.log.info):
@@ -359,7 +355,6 @@ class Trainer:
         self.log.info("%d steps%s into %s", self.spec.trainer.steps, ranks, self.folder)
 
     def _check_tensors(self) -> None:
-        """Checks that the tensors that are trained and saved are those of the start, before anything is saved."""
         for tensors in self._tensors:
             tensors.check(f"a forward up to step {self.loop.step}")
 
@@ -372,9 +367,6 @@ class Trainer:
             self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
             shown = {name.removeprefix("train/"): value for name, value in values.items()}
             self.log.info("Step %d of %d: %s", step, self.spec.trainer.steps, describe_numbers(shown))
-
-    def _answer(self, text: str) -> None:
-        self.log.info("%s", text)
 
     def save(self) -> None:
         """Copies the state and has the saver commit it as a checkpoint, beside the loop."""
@@ -431,7 +423,7 @@ class Trainer:
         """Evaluates every engine, logs its numbers and shows its report."""
         experiment, step = self.experiment, self.loop.step
         if experiment.evaluation is None:
-            self._answer("There is nothing to evaluate on: data.eval has no dataset")
+            self.log.info("There is nothing to evaluate on: data.eval has no dataset")
             return
         self._check_tensors()
         self.best_checkpoint.fall_back(self.coordinator.run_on_all_ranks)
@@ -445,16 +437,15 @@ class Trainer:
         self.log.info("Step %d: %s", step, describe_numbers(numbers))
         with disk_errors_as("the run's sounds", TrainingStopped):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_rank_zero())
-        # A typed evaluation, or that at the end of the run, must not change the learning rates.
-        if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
-            try:
-                self.engines.observe(numbers)
-            except ValueError as error:
-                raise self._make_config_error(f"{error}; resume with the right name") from error
         try:
+            # A typed evaluation, or that at the end of the run, must not change the learning rates.
+            if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
+                self.engines.observe(numbers)
             is_best = self.best.update(step, numbers)
-        except ValueError as error:
-            raise self._make_config_error(str(error)) from error
+        except ValueError as error:  # a mistake in the config that the evaluation has shown
+            if step > self._first_step:
+                raise TrainingStopped(f"{error}; resume with the right name") from error
+            raise SetupError(str(error), is_complete=False) from error
         if not is_best:
             return
         with disk_errors_as("run.json", TrainingStopped):
@@ -462,10 +453,6 @@ class Trainer:
                 self.record.update(last_step=step, best=self.best_checkpoint.describe())
             elif "save" not in self.loop.schedule.pending:  # run.json names it when it is on disk
                 self.loop.schedule.enqueue("save")
-
-    def _make_config_error(self, message: str) -> TrainingStopped:
-        """Returns the error of a mistake in the config that an evaluation has shown."""
-        return TrainingStopped(message) if self.loop.step > self._first_step else SetupError(message, is_complete=False)
 
     @property
     def progress(self) -> tuple[int, int]:

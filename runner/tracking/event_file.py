@@ -11,7 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import getpid
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,12 +155,13 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
         if log.started is None:
             log.started, log.clock_zero = event.wall_time, event.wall_time - earlier_s
             log.is_clock_known = event.HasField("file_version")
+        tag = event.summary.value[0].tag if event.summary.value else ""
         if event.HasField("session_log"):
             log.is_clock_known = False  # the run had run before
         if event.HasField("file_version"):
             has_header = True
             is_ours = not event.HasField("source_metadata")
-        elif _is_of_hparams(event):
+        elif tag.startswith(_HPARAMS):
             # Damage before the first hparams has hit the header; damage after them has hit numbers.
             is_gap = is_gap and (has_hparams or last >= 0)
             has_hparams = True
@@ -172,7 +173,7 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
             # A restart has the step after the last one.
             last = event.step - event.HasField("session_log")
             is_gap = False
-            if _is_repeated_eval(event, step, is_eval_pending):
+            if is_eval_pending and event.step == step and tag.startswith("eval/"):
                 log.num_pending_evals += 1
             else:
                 scalars = [value for value in event.summary.value if value.HasField("simple_value")]
@@ -188,15 +189,13 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
     """Yields the content of a file that may be larger than memory; empty if there is no file."""
-    if not os.path.lexists(path):
-        yield b""
-        return
-    with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield content
+    content: Any = b""
+    with ExitStack() as stack:
+        if os.path.lexists(path):
+            file = stack.enter_context(open_regular(path))
+            if os.fstat(file.fileno()).st_size:
+                content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        yield content
 
 
 def _events(path: Path) -> Iterator[tuple[bytes | None, Event | None]]:
@@ -281,18 +280,6 @@ def frame(payload: bytes) -> bytes:
 def _masked_crc(data: bytes) -> bytes:
     crc = crc32c(data)
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _is_repeated_eval(event: Event, step: int, is_eval_pending: bool) -> bool:
-    return is_eval_pending and event.step == step and _tag_of(event).startswith("eval/")
-
-
-def _is_of_hparams(event: Event) -> bool:
-    return _tag_of(event).startswith(_HPARAMS)
-
-
-def _tag_of(event: Event) -> str:
-    return event.summary.value[0].tag if event.summary.value else ""
 
 
 def _frame_values(wall_time: float, step: int, *values: Summary.Value) -> bytes:
