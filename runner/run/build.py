@@ -36,8 +36,7 @@ from runner.engines.optim.hyperparameters import check_covers_parameters, check_
 from runner.engines.optim.schedule import check_optimizer_step, check_scheduler_step, find_lr_decrease
 from runner.engines.strategies import Strategy
 from runner.run.weights_placeholders import ModelBuilder
-from runner.utils import distributed
-from runner.utils.distributed import is_distributed, pick_device, rank, run_on_all_ranks, world_size
+from runner.utils.distributed import is_distributed, local_rank, pick_device, rank, run_on_all_ranks, world_size
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 from runner.utils.modules.generators import ObjectGenerators
@@ -120,7 +119,7 @@ def build_device(spec: ExperimentSpec) -> torch.device:
         ConfigError: this machine has no such device.
     """
     try:
-        return pick_device(spec.distributed.device, distributed.local_rank())
+        return pick_device(spec.distributed.device, local_rank())
     except ValueError as error:
         raise ConfigError(f"distributed.{error}") from error
 

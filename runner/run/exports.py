@@ -17,7 +17,6 @@ from runner.config.checks import to_json
 from runner.config.errors import ConfigError
 from runner.config.run_folder import COMMAND_LINE_KEYS, read_record, refuse_links
 from runner.config.trust import signature
-from runner.config.trust.signature import SignatureError
 from runner.engines import Engines
 from runner.run import build, weights_placeholders
 from runner.tracking.repair import is_step
@@ -118,7 +117,7 @@ def _sign(text: str, run: Path) -> dict[str, str]:
     """Returns the signature of an export's config and record, if this user has signed the run."""
     try:
         return {"signature": signature.sign_text(text, signature.check(run))}
-    except (SignatureError, OSError):
+    except (signature.SignatureError, OSError):
         return {}
 
 

@@ -150,7 +150,6 @@ class FirstStepCheck:
 
 
 def _saved_buffers(module: nn.Module) -> set[str]:
-    """Returns the names of the persistent buffers of a module."""
     found: set[str] = set()
     for prefix, part in module.named_modules():
         for key, buffer in part._buffers.items():

@@ -19,9 +19,8 @@ from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
 from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
-from runner.config.trust import allowlist, import_path, signature
-from runner.config.trust.allowlist import Allowlist
-from runner.config.trust.signature import Origin, SignatureError
+from runner.config.trust import import_path, signature
+from runner.config.trust.allowlist import Allowlist, check_interpolations, check_paths, check_resolved_objects
 from runner.utils.wrapper import Purpose
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class SavedModel:
     engine: str | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str | None = None
-    origin: Origin | None = None
+    origin: signature.Origin | None = None
 
     @cached_property
     def spec(self) -> ExperimentSpec:
@@ -83,11 +82,11 @@ class SavedModel:
         used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
-        allowlist.check_paths(used, self.allowlist)
+        check_paths(used, self.allowlist)
         if self.allowlist.prefixes and not self.allowlist.is_signed:
             import_path.add_deferred()
         seed_imports(self.plain["seed"])
-        allowlist.check_resolved_objects(used, self.allowlist)
+        check_resolved_objects(used, self.allowlist)
         check_targets(used)
 
     def build_engines(self, device: torch.device, *, to_write: bool = False) -> Engines:
@@ -170,7 +169,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         signed_text = weights_placeholders.signed_text(facts["config"], facts)
         import_path.prepend(signature.check_text(signed_text, facts.get("signature")).python_path)
         trusted = Allowlist(path, is_signed=True)
-    except SignatureError as error:
+    except signature.SignatureError as error:
         trusted = Allowlist(path, prefixes, (), str(error), _REMEDY)
     # The config was resolved before the export: a text that looks like an interpolation is none.
     plain, trusted = _check_config(escape(raw), trusted, overrides)
@@ -214,7 +213,7 @@ def _check_config(
         run_folder.set_value(typed, override, is_new=True)
     own = run_folder.to_unresolved(typed)
     trusted = replace(trusted, prefixes=[*trusted.prefixes, *own.get("allow_targets", [])], own=[own])
-    allowlist.check_interpolations(raw, trusted)
+    check_interpolations(raw, trusted)
     run_folder.put(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
     if not trusted.is_signed:  # a small file could start any number of processes
         cfg.data.num_workers = 0

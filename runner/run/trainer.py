@@ -42,9 +42,8 @@ from runner.utils.distributed import (
 )
 from runner.utils.distributed.memory import freeze_gc
 from runner.utils.files.open_files import describe_limit, is_out_of_files
-from runner.utils.train import Loop
 from runner.utils.train.failures import FailurePolicy, SetupError, TrainingStopped, disk_errors_as
-from runner.utils.train.loop import Action
+from runner.utils.train.loop import Action, Loop
 from runner.utils.utils import describe, is_signal
 
 _CONSOLE_INTERVAL_S = 5.0  # between lines of metrics on the console; metrics.jsonl has every one

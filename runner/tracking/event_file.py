@@ -12,7 +12,6 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from os import getpid
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +23,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from runner.tracking.repair import Log, Record, is_restorable, is_step, is_time, make_key
+from runner.tracking.repair import LINE_NAMES, Log, Record, is_step, is_time, make_key
 from runner.utils.files import open_regular, replace_file
 from runner.utils.utils import encodable
 
@@ -43,7 +42,7 @@ def name_next_file(folder: Path) -> Path:
     """Returns the path of a new event file, which TensorBoard reads after the others of `folder`."""
     matches = [re.match(r"\d{1,12}(?!\d)", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
     stamp = max([int(time.time()), *(int(match[0]) + 1 for match in matches if match)])
-    return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{getpid()}.0"
+    return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
 def encode_header(wall_time: float, resume_step: int | None) -> bytes:
@@ -178,8 +177,8 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
             else:
                 scalars = [value for value in event.summary.value if value.HasField("simple_value")]
                 values = {scalar.tag: scalar.simple_value for scalar in scalars}
-                is_restored = is_ours and is_restorable(event.step, values)
-                key = make_key(event.step, values, names) if values and is_restored else None
+                is_restorable = is_ours and event.step >= 0 and LINE_NAMES.isdisjoint(values)
+                key = make_key(event.step, values, names) if values and is_restorable else None
                 time_s = earlier_s + event.wall_time - log.started
                 log.records.append(Record(event.step, time_s, record, key))
     log.is_damaged |= not has_header

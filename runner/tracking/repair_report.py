@@ -113,26 +113,25 @@ def format_steps(steps: Iterable[int]) -> str:
 
 
 def _format_ranges(spans: list[range]) -> str:
-    ranges = [(span[0], span[-1]) for span in spans]
-    noun = "step " if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "steps "
-    return noun + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
+    noun = "step " if sum(map(len, spans)) == 1 else "steps "
+    return noun + ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
 
 
 def describe_repair(repair: Repair, lines: Log) -> Iterator[str]:
     """Yields a message for each kind of file in which numbers were restored."""
     if repair.of_events:
         yield (
-            f"{repair.damaged}: damaged; the numbers of {format_steps(key[0] for key in repair.of_events)} were "
+            f"{repair.damaged}: damaged; the numbers of {format_steps(repair.of_events)} were "
             f"missing and are restored from {lines.pattern}; texts, pictures and sounds of these steps are not"
         )
     if repair.of_times:
         yield (
-            f"{lines}: damaged; the times of {format_steps(key[0] for key in repair.of_times)} were changed and are "
+            f"{lines}: damaged; the times of {format_steps(repair.of_times)} were changed and are "
             "restored from the event files"
         )
     if repair.of_lines:
         yield (
-            f"{lines}: damaged; the numbers of {format_steps(key[0] for key in repair.of_lines)} were "
+            f"{lines}: damaged; the numbers of {format_steps(repair.of_lines)} were "
             "missing or changed and are restored from the event files, in their float32 precision"
         )
 

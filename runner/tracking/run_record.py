@@ -167,10 +167,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_pid(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
 def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
@@ -187,7 +183,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 _SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
     "duration_s": lambda value: is_time(value) and value >= 0,
     "status": _is_text,
-    "pid": _is_pid,
+    "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "host": _is_text,
 }
 
