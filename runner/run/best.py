@@ -52,7 +52,7 @@ class Best:
         """The rating of the best evaluation; infinite if there is none."""
         return math.inf if self.found is None else self._sign * float(self.found["value"])
 
-    def restore(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
+    def restore_best(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
         """Restores the best evaluation of a checkpoint; returns a warning if another metric decided then.
 
         Args:
@@ -71,7 +71,7 @@ class Best:
         other = one_line(str(found["name"])[:_LONGEST])
         return f"The best checkpoint is now found by {name}: that by {other} no longer counts"
 
-    def describe(self, step: int, rating: float) -> dict[str, Any]:
+    def describe_rated(self, step: int, rating: float) -> dict[str, Any]:
         """Returns the value of `found` for an evaluation with that rating."""
         return {"name": self._name, "value": self._sign * rating, "step": step}
 
@@ -110,7 +110,7 @@ class BestCheckpoint:
         self.keep_best = keep_best
         self._is_lost = False  # its save has failed
 
-    def describe(self, removed: Container[int] = ()) -> dict[str, Any] | None:
+    def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
         """Returns the best evaluation, whose step is None unless its checkpoint can be loaded.
 
         With `keep_best` it is the best of those that can be loaded.
@@ -126,12 +126,12 @@ class BestCheckpoint:
         if not self.keep_best:
             return found | {"step": None}
         ranked = self._checkpoints.rank_best(removed)
-        return self._best.describe(*ranked[0]) if ranked else None
+        return self._best.describe_rated(*ranked[0]) if ranked else None
 
     def find_better(self, removed: Container[int]) -> None:
         """Looks for a better checkpoint than is known: `best_mode` or `best_metric` may have changed."""
         for step, rating in self._checkpoints.rank_best(removed, 1, self._best.rating):
-            self._best.found = self._best.describe(step, rating)
+            self._best.found = self._best.describe_rated(step, rating)
 
     def convert_metrics(self, saved: Mapping[str, Any] | None, read_config: Callable[[], Mapping[str, Any]]) -> None:
         """Converts metrics that older versions saved as numbers to name and value.
@@ -161,7 +161,7 @@ class BestCheckpoint:
         """
         is_lost = run_on_ranks(self._pop_lost)[0]
         if is_lost and self.keep_best:
-            self._best.found = run_on_ranks(lambda: self.describe() if is_rank_zero() else None)[0]
+            self._best.found = run_on_ranks(lambda: self.describe_best() if is_rank_zero() else None)[0]
 
     def _pop_lost(self) -> bool:
         is_lost, self._is_lost = self._is_lost, False

@@ -93,7 +93,7 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
     if spec.data.eval is None:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
     with distributed.preserve_rng_state():
-        saved.check("data.eval", "data.collate", "report")
+        saved.check_roles("data.eval", "data.collate", "report")
     device = build.build_device(spec)
     with distributed.preserve_rng_state(device):
         engines = saved.build_engines(device)

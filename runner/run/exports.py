@@ -32,7 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MAX_LINE_BYTES = 1 << 20
 
 
-def write(
+def write_exports(
     engines: Engines,
     folder: Path,
     run_metadata: Mapping[str, str],
@@ -175,7 +175,7 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
             refuse_links(run, links, "--sign" if saved.origin else "")
         used = saved.without_feeder()
         with preserve_rng_state():
-            used.check()
+            used.check_roles()
         try:
             device = build.build_device(saved.spec)
         except ConfigError:  # of another machine; weights can be written without it
@@ -186,6 +186,6 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
         metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
         try:
             make_folders(folder.parent)
-            return write(engines, folder, metadata, DTYPES[dtype] if dtype else None)
+            return write_exports(engines, folder, metadata, DTYPES[dtype] if dtype else None)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error

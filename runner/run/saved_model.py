@@ -69,7 +69,7 @@ class SavedModel:
         engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
         return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
 
-    def check(self, *roles: str) -> None:
+    def check_roles(self, *roles: str) -> None:
         """Imports and checks the targets of the engines and of these roles; ignores the other roles.
 
         Raises:

@@ -23,7 +23,7 @@ from runner.run import initial_weights, weights_placeholders
 from runner.run.best import Best, BestCheckpoint
 from runner.run.build import Experiment, build
 from runner.run.evaluation import measure, show
-from runner.run.exports import last_evaluation, make_metadata, write
+from runner.run.exports import last_evaluation, make_metadata, write_exports
 from runner.run.first_step import KnownTensors, log_model_summary
 from runner.run.state import RunState, fingerprint_of
 from runner.tracking.console import Console, describe_numbers, open_log
@@ -89,7 +89,7 @@ class Trainer:
             ConfigError: something can't be built, or the checkpoint does not fit.
             RankError: one of these on another rank.
         """
-        other_run = None if checkpoint else initial_weights.find(spec.plain)
+        other_run = None if checkpoint else initial_weights.find_initial_weights(spec.plain)
         builder: weights_placeholders.ModelBuilder | None = other_run
         if checkpoint:
             is_signed = run_on_rank_zero(lambda: signature.find_signed(folder) is not None)  # others may lack the key
@@ -199,7 +199,7 @@ class Trainer:
             if not self.is_new:
                 self.best_checkpoint.find_better(later)
             # Before they are removed: run.json must name no checkpoint that is gone.
-            self.record.start(best=self.best_checkpoint.describe(later), **facts)
+            self.record.start_session(best=self.best_checkpoint.describe_best(later), **facts)
             if later:
                 self.checkpoints.remove_after(self.loop.step)
         except ValueError as error:  # run.json is another file by now
@@ -208,7 +208,7 @@ class Trainer:
     def _record_best(self, removed: set[int]) -> bool:
         """Updates the best checkpoint in run.json; returns whether the checkpoints `removed` may be pruned."""
         try:
-            self.record.update(best=self.best_checkpoint.describe(removed))
+            self.record.update(best=self.best_checkpoint.describe_best(removed))
         except OSError as error:
             self.log.error("run.json can't be written, so that older checkpoints stay: %s", error)
             return False
@@ -264,7 +264,7 @@ class Trainer:
             run_on_all_ranks(lambda: self._open_tracker() if is_rank_zero() else None)
             if not self.is_new:
                 best = self.best_checkpoint
-                self.best.found = run_on_rank_zero(best.describe if best.keep_best else lambda: self.best.found)
+                self.best.found = run_on_rank_zero(best.describe_best if best.keep_best else lambda: self.best.found)
         self._log_summary()
         batches = self.experiment.batches
         status: str | None = None
@@ -299,7 +299,7 @@ class Trainer:
     def close(self, status: str, reason: str | None) -> None:
         """Writes the end of the run to run.json; an error of that must not hide what ended the run."""
         try:
-            self.record.finish(status, reason, last_step=self.loop.step, best=self.best_checkpoint.describe())
+            self.record.finish(status, reason, last_step=self.loop.step, best=self.best_checkpoint.describe_best())
         except OSError as error:
             self.log.error("run.json can't be written: %s", error)
 
@@ -355,7 +355,7 @@ class Trainer:
 
     def _check_tensors(self) -> None:
         for tensors in self._tensors:
-            tensors.check(f"a forward up to step {self.loop.step}")
+            tensors.check_tensors(f"a forward up to step {self.loop.step}")
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         for tensors in self._tensors:
@@ -408,11 +408,11 @@ class Trainer:
 
     def _resume(self, path: Path, content: dict[str, Any]) -> None:
         facts = content.pop(FACTS)
-        warnings = self.state.load(path, content, facts)
+        warnings = self.state.load_checkpoint(path, content, facts)
         self._recorded = facts.get("numbers")
         self._saved_best = facts["best"]
         self.evaluation = last_evaluation(self.folder, self.loop.step)
-        if other_metric := self.best.restore(self._saved_best, self.evaluation or {}):
+        if other_metric := self.best.restore_best(self._saved_best, self.evaluation or {}):
             warnings.append(other_metric)
         for warning in warnings:
             self.log.warning("%s", truncate(warning))
@@ -449,7 +449,7 @@ class Trainer:
             return
         with disk_errors_as("run.json", TrainingStopped):
             if not self.best_checkpoint.keep_best:
-                self.record.update(last_step=step, best=self.best_checkpoint.describe())
+                self.record.update(last_step=step, best=self.best_checkpoint.describe_best())
             elif "save" not in self.loop.schedule.pending:  # run.json names it when it is on disk
                 self.loop.schedule.enqueue("save")
 
@@ -467,6 +467,6 @@ class Trainer:
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
         metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, self.evaluation, data)
         with disk_errors_as("the export", TrainingStopped):
-            paths = write(self.engines, self.folder / "exports", metadata, writes=is_rank_zero())
+            paths = write_exports(self.engines, self.folder / "exports", metadata, writes=is_rank_zero())
         for path in paths:
             self.log.info("Exported %s", path)

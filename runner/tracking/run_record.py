@@ -50,7 +50,7 @@ class RunRecord:
         self.crashed: dict[str, Any] | None = None  # the last session, if its process ended without a status
         self.faults: list[str] = []  # values that `read` has left out
 
-    def start(self, **facts: Any) -> None:
+    def start_session(self, **facts: Any) -> None:
         """Adds a session to the record, and creates the file if there is none.
 
         A thread adds the git state and the package versions a moment later.
