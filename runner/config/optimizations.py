@@ -285,12 +285,11 @@ def _sources() -> list[Any]:
 
 
 def of_engine(plain: Plain, name: str) -> tuple[Plain, Plain | None]:
-    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None."""
-    expanded = expand(plain)
-    engine = expanded["engines"].get(name) or {}
-    switches = expanded["optimizations"] | engine.get("optimizations", {})
+    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None, of an expanded config."""
+    engine = plain["engines"].get(name) or {}
+    switches = plain["optimizations"] | engine.get("optimizations", {})
     nodes = {key: node for key, node in switches.items() if isinstance(node, dict)}
-    return nodes, engine.get("ema", expanded["ema"])
+    return nodes, engine.get("ema", plain["ema"])
 
 
 def make_built_in(node: Plain) -> Optimization | None:
@@ -327,7 +326,7 @@ def find_mistakes(cfg: DictConfig) -> list[str]:
 
 def _check_engine(plain: Plain, name: str) -> None:
     """Checks the values of the built-in optimizations of one engine, and that they may be combined."""
-    nodes, ema = of_engine(plain, name)
+    nodes, ema = of_engine(expand(plain), name)
     engine = plain["engines"].get(name)
     own = engine if isinstance(engine, dict) else {}
     place = f"engines.{name}.optimizations" if "optimizations" in own else "optimizations"

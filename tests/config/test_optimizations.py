@@ -469,7 +469,7 @@ def test_mistakes_are_found_without_torch():
     code = (
         "import sys\n"
         "from runner.config import optimizations\n"
-        "node = optimizations.of_engine({'optimizations': {'lora': {'rank': -1}}}, '')[0]['lora']\n"
+        "node = optimizations.expand({'optimizations': {'lora': {'rank': -1}}})['optimizations']['lora']\n"
         "try:\n"
         "    optimizations.make_built_in(node)\n"
         "except ValueError as error:\n"

@@ -159,7 +159,7 @@ def test_a_killed_session_is_recorded_as_crashed_when_the_run_is_resumed(tmp_pat
 import itertools, sys
 from runner.tracking.run_record import RunRecord
 record = RunRecord(sys.argv[1], lambda directory: True)
-record.start()
+record.start_session()
 for step in itertools.count():
     record.update(last_step=step)
     print(step, flush=True)

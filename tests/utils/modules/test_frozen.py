@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 def optimized(module, **switches):
     """Applies optimizations as a config switches them on."""
-    nodes, _ = optimizations.of_engine({"optimizations": switches}, "")
+    nodes, _ = optimizations.of_engine(optimizations.expand({"optimizations": switches}), "")
     return optimize(module, {name: optimizations.make_built_in(node) for name, node in nodes.items()})
 
 

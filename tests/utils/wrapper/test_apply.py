@@ -55,7 +55,7 @@ LINEARS = [{"match": "torch.nn.Linear", "with": f"{__name__}.Linear"}]
 
 def optimized(module, device=None, purpose=Purpose.train, **switches):
     """Applies optimizations as a config switches them on."""
-    nodes, _ = optimizations.of_engine({"optimizations": switches}, "")
+    nodes, _ = optimizations.of_engine(optimizations.expand({"optimizations": switches}), "")
     made = {name: optimizations.make_built_in(node) for name, node in nodes.items()}
     return optimize(module, made, device, purpose)
 
@@ -278,7 +278,7 @@ def test_an_own_optimization_stands_in_the_table_and_is_exported_loaded_and_undo
 
 @pytest.mark.parametrize(("stage", "num_replaced"), [(None, 3), (Stage.FREEZE, 0), (Stage.COMPILE, 3)])
 def test_an_own_stage_decides_the_order(stage, num_replaced):
-    nodes, _ = optimizations.of_engine({"optimizations": {"replace": ALL["replace"]}}, "")
+    nodes, _ = optimizations.of_engine(optimizations.expand({"optimizations": {"replace": ALL["replace"]}}), "")
     replace, log = optimizations.make_built_in(nodes["replace"]), []
     optimize(Model(), {"replace": replace, "mine": Scale(log, stage)})
     assert [len(names) for names in log] == [num_replaced]
