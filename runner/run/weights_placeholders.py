@@ -1,4 +1,4 @@
-"""Placeholders for missing weights files: builds a saved run's model without the files that it was first built from.
+"""Placeholders for weights files that are missing when a saved run is opened.
 
 A checkpoint holds every weight, but the function that builds the model may still read such a file, which may be gone or
 changed. A run therefore records the structure of each file: names, shapes, dtypes and small values. A saved run builds
