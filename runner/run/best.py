@@ -140,14 +140,16 @@ class BestCheckpoint:
             saved: the best evaluation of the checkpoint that is resumed.
             read_config: returns the config by which the run rated them so far; the mode "max" negated them.
         """
+        if not saved:
+            return
+        name = saved["name"]
 
         def name_metric(number: float) -> dict[str, Any]:
             trainer = read_config().get("trainer")
             is_negated = isinstance(trainer, Mapping) and trainer.get("best_mode") == "max"
-            return {"name": (saved or {})["name"], "value": -number if is_negated else number}
+            return {"name": name, "value": -number if is_negated else number}
 
-        if saved:
-            self._checkpoints.convert_metrics(name_metric)
+        self._checkpoints.convert_metrics(name_metric)
 
     def mark_failed_save(self, step: int) -> None:
         """Records that the checkpoint of a step could not be written, in any thread."""

@@ -308,8 +308,8 @@ def _undo_start(trainer: Trainer, had_log: bool) -> Iterator[None]:
 def _remove_unused(folder: Path, had_log: bool, written: Iterable[Path] = ()) -> None:
     """Removes a folder that holds nothing but the config and what this process has written; an older log stays."""
     config = folder / ".hydra"
-    files = [*written, *config.glob("*.yaml"), config / RECORD_NAME, config / signature.NAME, folder / LOCK]
     with contextlib.suppress(OSError):  # it holds other files
+        files = [*written, *config.glob("*.yaml"), config / RECORD_NAME, config / signature.NAME, folder / LOCK]
         for file in files if had_log else [*files, folder / "log.txt"]:
             with contextlib.suppress(FileNotFoundError):
                 disk.unlink(file)
