@@ -14,7 +14,6 @@ from runner.config.errors import ConfigError, exit_on_config_error, mention_star
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
-from runner.run.evaluation import evaluate
 from runner.utils.utils import escape_controls, one_line
 
 _WORKERS = "processes that load data; by default the saved config's for a run of your own, and 0 for an untrusted one"
@@ -44,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             saved = saved_model.open_checkpoint(options.saved, options.overrides, prefixes, is_vouched_for=options.sign)
         for warning in saved.notes:
             print_message(warning)
+        from runner.run.evaluation import evaluate
+
         with mention_start_directory(saved.origin.directory if saved.origin else None):
             numbers, shown = evaluate(saved)
         from runner.tracking.media import Audio

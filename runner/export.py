@@ -13,7 +13,6 @@ from runner.config.errors import exit_on_config_error, mention_start_directory, 
 from runner.config.trust import import_path
 from runner.config.trust.allowlist import add_trust_arguments
 from runner.control import signals, terminal
-from runner.run.exports import DTYPES, export
 from runner.utils.utils import escape_controls
 
 
@@ -24,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the floating-point tensors; by default their own")
+    dtypes = ("bf16", "fp16", "fp32")
+    parser.add_argument("--dtype", choices=dtypes, help="of the floating-point tensors; by default their own")
     add_trust_arguments(parser)
     options = parser.parse_args(arguments)
     with exit_on_config_error():
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             saved = saved_model.open_checkpoint(options.saved, (), prefixes, is_vouched_for=options.sign)
         for warning in saved.notes:
             print_message(warning)
+        from runner.run.exports import export
+
         with mention_start_directory(saved.origin.directory if saved.origin else None):
             paths = export(saved, options.output, options.dtype)
         for path in paths:

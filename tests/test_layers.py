@@ -123,7 +123,7 @@ OUTSIDE_RUN_FOLDER = {
     "control/terminal.py": ["os.open"],  # /dev/null
     "config/trust/signature.py": ["open", "os.link", "os.mkdir", "os.open", "os.unlink"],  # the user's key
     "utils/files/files.py": ["os.open"],  # to read
-    "run/warm_start.py": ["tempfile.TemporaryDirectory"],  # for placeholder weights files
+    "run/weights_placeholders.py": ["tempfile.TemporaryDirectory"],  # for placeholder weights files
     "utils/files/open_files.py": ["os.open"],  # /dev/null, and reopened files
     "launch/worker.py": ["touch", "write_text"],  # for the launcher
 }

@@ -466,8 +466,8 @@ def load_facts(text):
     loaded = parse_json(text)
     checkpoint_facts.check_content({"trainer.json": loaded})
     CommandQueue(COMMANDS, print).load_state_dict(loaded["commands"])
-    Best(None, False).restore(loaded["best"], {})
-    Best("eval/loss", True).restore(loaded["best"], {"eval/loss": 1.0})
+    Best(None, False).restore_best(loaded["best"], {})
+    Best("eval/loss", True).restore_best(loaded["best"], {"eval/loss": 1.0})
 
 
 @fuzzed

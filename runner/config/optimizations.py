@@ -272,16 +272,12 @@ def _sources() -> list[Any]:
     return [*(FileConfigSource("typed", place) for place in _search_path if place.startswith("file://")), *sources]
 
 
-def of_engine(expanded: Plain, name: str) -> tuple[Plain, Plain | None]:
-    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None.
-
-    Args:
-        expanded: a config as `expand` returns it.
-    """
-    engine = expanded["engines"].get(name) or {}
-    switches = expanded["optimizations"] | engine.get("optimizations", {})
+def of_engine(plain: Plain, name: str) -> tuple[Plain, Plain | None]:
+    """Returns an engine's optimizations that are on, as nodes by name, and its EMA or None, of an expanded config."""
+    engine = plain["engines"].get(name) or {}
+    switches = plain["optimizations"] | engine.get("optimizations", {})
     nodes = {key: node for key, node in switches.items() if isinstance(node, dict)}
-    return nodes, engine.get("ema", expanded["ema"])
+    return nodes, engine.get("ema", plain["ema"])
 
 
 def make_built_in(node: Plain) -> Optimization | None:

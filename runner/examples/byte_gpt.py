@@ -80,8 +80,7 @@ class ByteGPT(nn.Module):
         stream = self.dropout(self.embedding(inputs.long()))
         for block in self.blocks:
             stream = block(stream, self.cosine[:time], self.sine[:time])
-        logits: Tensor = self.head(self.norm(stream))
-        return logits.float()
+        return self.head(self.norm(stream)).float()
 
     @torch.no_grad()
     def generate(self, prompt: bytes, num_bytes: int, temperature: float = 1.0, seed: int = 0) -> bytes:
@@ -137,8 +136,7 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        output: Tensor = self.attention_out(attended.transpose(1, 2).reshape(batch, time, width))
-        return output
+        return self.attention_out(attended.transpose(1, 2).reshape(batch, time, width))
 
 
 def rotary_table(context: int, head_size: int) -> tuple[Tensor, Tensor]:

@@ -105,8 +105,7 @@ class DigitsNet(nn.Module):
 
     def logits(self, image: Tensor) -> Tensor:
         """Returns the logits of the digits: [batch, 1, 8, 8] to float32 [batch, 10]."""
-        logits: Tensor = self.head(self.dropout(self.features(image)))
-        return logits.float()
+        return self.head(self.dropout(self.features(image))).float()
 
 
 class HardestMistakes:

@@ -22,7 +22,6 @@ from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
 from runner.config.trust.signature import Origin, SignatureError
-from runner.run import warm_start
 from runner.utils.files import make_folder_below, message, replace_file
 
 if TYPE_CHECKING:
@@ -103,8 +102,10 @@ class Job:
         make_folder_below(folder, self.folder)
         files = {f"{name}.yaml": text for name, text in self.files.items()}
         if self.spec.resume is None:
-            content = warm_start.record_weights_files(self.spec.plain, folder / warm_start.RECORD_NAME)
-            files |= {} if content is None else {warm_start.RECORD_NAME: content}
+            from runner.run.weights_placeholders import RECORD_NAME, record_weights_files  # imports torch
+
+            content = record_weights_files(self.spec.plain, folder / RECORD_NAME)
+            files |= {} if content is None else {RECORD_NAME: content}
         if self.origin:
             try:
                 signature.sign(self.folder, signature.Origin(**self.origin), files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -11,17 +12,6 @@ from runner.utils.distributed import is_rank_zero
 from runner.utils.utils import one_line
 
 _LONGEST = 200  # characters of a name that are shown
-
-
-def name_metric(number: float, name: str, mode: str) -> dict[str, Any]:
-    """Returns a metric that an older version stored as a number, which it negated with the mode "max"."""
-    return {"name": name, "value": -number if mode == "max" else number}
-
-
-def mode_of(config: Mapping[str, Any]) -> str:
-    """Returns `trainer.best_mode` of a run's unresolved config, or "min" without it."""
-    trainer = config.get("trainer")
-    return str(trainer.get("best_mode", "min")) if isinstance(trainer, Mapping) else "min"
 
 
 class Best:
@@ -53,17 +43,16 @@ class Best:
         if not isinstance(metric, Mapping) or metric.get("name") != self._name:
             return None
         value: Any = metric.get("value")
-        try:
+        with contextlib.suppress(OverflowError):
             return self._sign * float(value) if type(value) in (int, float) else None
-        except OverflowError:
-            return None
+        return None
 
     @property
     def rating(self) -> float:
         """The rating of the best evaluation; infinite if there is none."""
         return math.inf if self.found is None else self._sign * float(self.found["value"])
 
-    def restore(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
+    def restore_best(self, found: dict[str, Any] | None, numbers: Mapping[str, Any]) -> str | None:
         """Restores the best evaluation of a checkpoint; returns a warning if another metric decided then.
 
         Args:
@@ -82,7 +71,7 @@ class Best:
         other = one_line(str(found["name"])[:_LONGEST])
         return f"The best checkpoint is now found by {name}: that by {other} no longer counts"
 
-    def describe(self, step: int, rating: float) -> dict[str, Any]:
+    def describe_rated(self, step: int, rating: float) -> dict[str, Any]:
         """Returns the value of `found` for an evaluation with that rating."""
         return {"name": self._name, "value": self._sign * rating, "step": step}
 
@@ -93,12 +82,11 @@ class Best:
             ValueError: it lacks the metric that decides.
         """
         name = self._find_name(numbers)
-        if name is None and self._configured is not None:
-            raise ValueError(
-                f"trainer.best_metric={self._configured}: was not evaluated; there are: {', '.join(numbers)}"
-            )
         if name is None:
-            return False
+            if self._configured is None:
+                return False
+            there_are = f"was not evaluated; there are: {', '.join(numbers)}"
+            raise ValueError(f"trainer.best_metric={self._configured}: {there_are}")
         self._name = name
         if self.found is not None and self.found["name"] != name:
             self.found = None
@@ -122,7 +110,7 @@ class BestCheckpoint:
         self.keep_best = keep_best
         self._is_lost = False  # its save has failed
 
-    def describe(self, removed: Container[int] = ()) -> dict[str, Any] | None:
+    def describe_best(self, removed: Container[int] = ()) -> dict[str, Any] | None:
         """Returns the best evaluation, whose step is None unless its checkpoint can be loaded.
 
         With `keep_best` it is the best of those that can be loaded.
@@ -138,23 +126,30 @@ class BestCheckpoint:
         if not self.keep_best:
             return found | {"step": None}
         ranked = self._checkpoints.rank_best(removed)
-        return self._best.describe(*ranked[0]) if ranked else None
+        return self._best.describe_rated(*ranked[0]) if ranked else None
 
     def find_better(self, removed: Container[int]) -> None:
         """Looks for a better checkpoint than is known: `best_mode` or `best_metric` may have changed."""
         for step, rating in self._checkpoints.rank_best(removed, 1, self._best.rating):
-            self._best.found = self._best.describe(step, rating)
+            self._best.found = self._best.describe_rated(step, rating)
 
     def convert_metrics(self, saved: Mapping[str, Any] | None, read_config: Callable[[], Mapping[str, Any]]) -> None:
         """Converts metrics that older versions saved as numbers to name and value.
 
         Args:
             saved: the best evaluation of the checkpoint that is resumed.
-            read_config: returns the config by which the run rated them so far.
+            read_config: returns the config by which the run rated them so far; the mode "max" negated them.
         """
-        if saved:
-            name = saved["name"]
-            self._checkpoints.convert_metrics(lambda number: name_metric(number, name, mode_of(read_config())))
+        if not saved:
+            return
+        name = saved["name"]
+
+        def name_metric(number: float) -> dict[str, Any]:
+            trainer = read_config().get("trainer")
+            is_negated = isinstance(trainer, Mapping) and trainer.get("best_mode") == "max"
+            return {"name": name, "value": -number if is_negated else number}
+
+        self._checkpoints.convert_metrics(name_metric)
 
     def mark_failed_save(self, step: int) -> None:
         """Records that the checkpoint of a step could not be written, in any thread."""
@@ -168,7 +163,7 @@ class BestCheckpoint:
         """
         is_lost = run_on_ranks(self._pop_lost)[0]
         if is_lost and self.keep_best:
-            self._best.found = run_on_ranks(lambda: self.describe() if is_rank_zero() else None)[0]
+            self._best.found = run_on_ranks(lambda: self.describe_best() if is_rank_zero() else None)[0]
 
     def _pop_lost(self) -> bool:
         is_lost, self._is_lost = self._is_lost, False

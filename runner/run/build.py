@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,9 +35,8 @@ from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.optim.hyperparameters import check_covers_parameters, check_sparse
 from runner.engines.optim.schedule_replay import check_optimizer_step, check_scheduler_step, find_lr_decrease
 from runner.engines.strategies import Strategy
-from runner.run.warm_start import ModelBuilder
-from runner.utils import distributed
-from runner.utils.distributed import is_distributed, pick_device, rank, run_on_all_ranks, world_size
+from runner.run.weights_placeholders import ModelBuilder
+from runner.utils.distributed import is_distributed, local_rank, pick_device, rank, run_on_all_ranks, world_size
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 from runner.utils.modules.generators import ObjectGenerators
@@ -69,7 +69,6 @@ class _EngineParts:
     """An engine's module with its optimizations, before it is distributed over the ranks."""
 
     spec: EngineSpec
-    feeder: Any
     module: nn.Module
     applied: AppliedOptimizations
 
@@ -93,13 +92,15 @@ def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilde
 
     def build_local() -> None:  # without a collective, so that no rank waits for one that fails
         device = build_device(spec)
-        parts = _build_parts(spec, device, Purpose.train, builder or ModelBuilder())
-        batches = _build_batches(spec, device)
-        evaluation = build_evaluation(spec)
-        made.update(batches=batches, evaluation=evaluation, report=build_report(spec))
         skips = "skip" in (spec.trainer.on_oom.name, spec.trainer.on_nonfinite.name)
-        made.update(parts=parts, coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips))
-        made.update(notes=find_unseeded(spec, batches, evaluation))
+        made.update(
+            parts=_build_parts(spec, device, Purpose.train, builder or ModelBuilder()),
+            batches=_build_batches(spec, device),
+            evaluation=build_evaluation(spec),
+            report=build_report(spec),
+            coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips),
+        )
+        made["notes"] = find_unseeded(spec, made["batches"], made["evaluation"])
 
     run_on_all_ranks(build_local)
     parts, coordinator = made.pop("parts"), made["coordinator"]
@@ -118,7 +119,7 @@ def build_device(spec: ExperimentSpec) -> torch.device:
         ConfigError: this machine has no such device.
     """
     try:
-        return pick_device(spec.distributed.device, distributed.local_rank())
+        return pick_device(spec.distributed.device, local_rank())
     except ValueError as error:
         raise ConfigError(f"distributed.{error}") from error
 
@@ -153,8 +154,7 @@ def _build_parts(
         apply = partial(optimize, module, objects, device, purpose)
         applied = _explain_errors(f"{engine.prefix}optimizations", apply)
         builder.finish(engine.name, module)
-        feeder = None if purpose is Purpose.write else engine.feeder
-        parts.append(_EngineParts(engine, feeder, module, applied))
+        parts.append(_EngineParts(engine, module, applied))
     return parts
 
 
@@ -192,11 +192,13 @@ def _make_engines(
     for part in parts:
         engine, module = part.spec, part.module
         is_run = coordinator is not None
-        strategy = _make_strategy(spec) if is_run and is_distributed() else Strategy()
+        strategy = Strategy()
+        if is_run and is_distributed():
+            strategy = _make(spec.seed, "distributed.strategy", spec.distributed.strategy)
         if coordinator:
             strategy.attach_coordinator(coordinator, engine.name, engine.name == trained[-1])
         _explain_errors("distributed.strategy", partial(strategy.shard, module))
-        optimizer, scheduler, metric = None, None, None
+        optimizer = scheduler = metric = None
         if engine.name in trained:
             optimizer = _make_optimizer(spec.seed, engine, module)
             step_without_dynamo(optimizer)
@@ -214,17 +216,13 @@ def _make_engines(
             accumulate=spec.trainer.accumulate,
             clip_norm=spec.trainer.clip_norm,
             on_nonfinite=spec.trainer.on_nonfinite.name,
-            feeder=_make(spec.seed, f"{engine.prefix}feeder", part.feeder),
+            feeder=_make(spec.seed, f"{engine.prefix}feeder", engine.feeder),
             strategy=strategy,
             ema=_make_ema(spec.seed, part, optimizer),
             applied=part.applied,
             metric=metric,
         )
     return engines
-
-
-def _make_strategy(spec: ExperimentSpec) -> Any:
-    return _make(spec.seed, "distributed.strategy", spec.distributed.strategy)
 
 
 def _make_optimizer(seed: int, engine: EngineSpec, module: nn.Module) -> Any:
@@ -236,31 +234,24 @@ def _make_optimizer(seed: int, engine: EngineSpec, module: nn.Module) -> Any:
     key = f"{engine.prefix}optimizer"
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
-    failures: list[ConfigError] = []
-    messages: list[str] = []
+    failures: dict[str, ConfigError] = {}
     for description, form in forms:
         try:
             optimizer = _make(seed, key, engine.optimizer, list(form))
             _explain_errors(key, partial(check_covers_parameters, optimizer, named))
-            if form is named and _keeps_pairs(optimizer):
-                continue
-            return optimizer
+            if form is not named or not _keeps_pairs(optimizer):
+                return optimizer
         except ConfigError as error:
-            failures.append(error)
-            messages.append(f"{error}, given {description}")
-    is_same = len(set(map(str, failures))) == 1
-    raise failures[0] if is_same else ConfigError("\n".join(messages))
+            failures[f"{error}, given {description}"] = error
+    is_same = len(set(map(str, failures.values()))) == 1
+    raise next(iter(failures.values())) if is_same else ConfigError("\n".join(failures))
 
 
 def _keeps_pairs(optimizer: Any) -> bool:
     """Returns whether an attribute of an optimizer is a list of (name, parameter) pairs: it expected parameters."""
     lists = [value for value in vars(optimizer).values() if isinstance(value, (list, tuple))]
-    return any(_is_pair(item) for values in lists for item in values)
-
-
-def _is_pair(item: Any) -> bool:
-    is_two = isinstance(item, tuple) and len(item) == 2
-    return is_two and isinstance(item[0], str) and isinstance(item[1], nn.Parameter)
+    pairs = [item for item in itertools.chain(*lists) if isinstance(item, tuple) and len(item) == 2]
+    return any(isinstance(name, str) and isinstance(parameter, nn.Parameter) for name, parameter in pairs)
 
 
 def _make_scheduler(seed: int, key: str, node: Any, optimizer: Any) -> Any:
@@ -275,9 +266,8 @@ def _make_scheduler(seed: int, key: str, node: Any, optimizer: Any) -> Any:
     left_out = {*built, *({"metric"} - {*parameters})}  # the engine reads `metric`, unless the scheduler takes it
     settings = {name: value for name, value in node.items() if name not in left_out}
     make = _make(seed, key, settings | {"_partial_": True})
-    if "optimizer" in parameters:
-        return _explain_errors(key, partial(make, optimizer=optimizer, **built))
-    return _explain_errors(key, partial(make, optimizer, **built))
+    make = partial(make, optimizer=optimizer) if "optimizer" in parameters else partial(make, optimizer)
+    return _explain_errors(key, partial(make, **built))
 
 
 def _metric_of(node: Any) -> str | None:
@@ -301,10 +291,8 @@ def _check_steps(
         key = "data.eval" if spec.data.eval is None else "trainer.eval_every"
         found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
         raise ConfigError(f"{engine.prefix}scheduler.metric={metric}: {found}")
-    if not is_run or not hasattr(optimizer, "eval"):
-        return
-    fall = find_lr_decrease(scheduler, spec.trainer.steps)
-    if fall is not None:
+    is_averaging = is_run and hasattr(optimizer, "eval")
+    if is_averaging and (fall := find_lr_decrease(scheduler, spec.trainer.steps)) is not None:
         found = f"{type(scheduler).__name__}, whose rate has fallen by step {fall + 1}"
         expected = f"expected a rate that doesn't fall, as {type(optimizer).__name__} averages the weights instead"
         raise ConfigError(f"{engine.prefix}scheduler: {expected}; found {found}; set scheduler=constant")
@@ -404,8 +392,7 @@ def find_unseeded(spec: ExperimentSpec, batches: Batches | None, evaluation: Eva
 
 def build_report(spec: ExperimentSpec) -> Report | None:
     """Returns the report of an experiment's evaluations, or None."""
-    report: Report | None = _make(spec.seed, "report", spec.report)
-    return report
+    return _make(spec.seed, "report", spec.report)
 
 
 def _make(seed: int, key: str, node: Any, *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The evaluation of a model, in a run and after it, with the same numbers. torch is imported only by functions."""
+"""The evaluation of a model, in a run and after it, with the same numbers."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.config.errors import ConfigError, print_message
-from runner.utils.utils import encodable, one_line
+from runner.engines import Engines
+from runner.run import build
+from runner.run.state import find_change
+from runner.tracking.media import Audio
+from runner.utils import distributed
+from runner.utils.files import make_folder_below, replace_file
+from runner.utils.modules.generators import ObjectGenerators
+from runner.utils.sampler.batches import EvaluationData
+from runner.utils.train.failures import describe_failure
+from runner.utils.utils import derive_seed, encodable, one_line
 
 if TYPE_CHECKING:
-    from runner.engines import Engines
-    from runner.run.build import Report
     from runner.run.saved_model import SavedModel
-    from runner.utils.sampler.batches import EvaluationData
 
 
 def measure(
     engines: Engines,
     evaluation: EvaluationData,
-    report: Report | None,
+    report: build.Report | None,
     *,
     seed: int,
     step: int,
     should_stop: Callable[[], bool] = bool,
-    run_on_ranks: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    run_on_ranks: Callable[[Callable[[], Any]], list[Any]] = distributed.run_on_all_ranks,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the numbers of an evaluation by `eval/<name>`, and likewise the texts, pictures and sounds of its report.
 
@@ -39,11 +45,6 @@ def measure(
         InterruptedError: `should_stop` returned True.
         ValueError: there is no batch.
     """
-    from runner.utils import distributed
-    from runner.utils.modules.generators import ObjectGenerators
-    from runner.utils.utils import derive_seed
-
-    run_on_ranks = run_on_ranks or distributed.run_on_all_ranks
     values: dict[str, Any] = dict(engines.evaluate(evaluation, should_stop, derive_seed(seed, step, -1), run_on_ranks))
     if report is not None:
         engines.seed(derive_seed(seed, step, -2))
@@ -67,9 +68,6 @@ def show(
     tracker: Any, log: logging.Logger, folder: Path, step: int, shown: Mapping[str, Any], *, writes: bool = True
 ) -> None:
     """Shows the results of a report in TensorBoard, texts also in the log; if it `writes`, sounds also as files."""
-    from runner.tracking.media import Audio
-    from runner.utils.files import make_folder_below, replace_file
-
     for name, value in shown.items():
         if isinstance(value, str):
             tracker.text(step, name, value)
@@ -91,18 +89,13 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
     Raises:
         ConfigError: it has no evaluation data, or something can't be built.
     """
-    from runner.run import build
-    from runner.run.state import find_change
-    from runner.utils.distributed import preserve_rng_state
-    from runner.utils.train.failures import describe_failure
-
     spec = saved.spec
     if spec.data.eval is None:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
-    with preserve_rng_state():
-        saved.check("data.eval", "data.collate", "report")
+    with distributed.preserve_rng_state():
+        saved.check_roles("data.eval", "data.collate", "report")
     device = build.build_device(spec)
-    with preserve_rng_state(device):
+    with distributed.preserve_rng_state(device):
         engines = saved.build_engines(device)
         evaluation, report = build.build_evaluation(spec), build.build_report(spec)
         assert evaluation is not None

@@ -5,35 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from runner.config.checks import to_json
 from runner.config.errors import ConfigError
 from runner.config.run_folder import COMMAND_LINE_KEYS, read_record, refuse_links
 from runner.config.trust import signature
-from runner.config.trust.signature import SignatureError
-from runner.run import warm_start
+from runner.engines import Engines
+from runner.run import build, weights_placeholders
 from runner.tracking.repair import is_step
-from runner.tracking.run_record import DISTRIBUTION
-from runner.utils.files import disk, iterate_lines, open_regular
+from runner.tracking.run_record import DISTRIBUTION, find_version
+from runner.utils import io
+from runner.utils.distributed import preserve_rng_state
+from runner.utils.files import disk, iterate_lines, make_folder_below, make_folders, open_regular
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from runner.engines import Engines
     from runner.run.saved_model import SavedModel
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MAX_LINE_BYTES = 1 << 20
 
 
-def write(
+def write_exports(
     engines: Engines,
     folder: Path,
     run_metadata: Mapping[str, str],
@@ -51,26 +50,19 @@ def write(
     Raises:
         ValueError: the dtype can't hold a number.
     """
-    from runner.utils import io
-    from runner.utils.files import make_folder_below
-
     paths = []
     states = engines.export_states()
     for name, state in states.items() if writes else ():
         path = folder / f"{name}.safetensors"
-        weights = _cast(state, dtype)
+        weights = _cast(state, dtype) if dtype else dict(state)
         make_folder_below(folder, folder.parent)
         io.save(weights, path, {**run_metadata, "engine": name})
         paths.append(path)
     return paths
 
 
-def _cast(state: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _cast(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Returns a state with its floating-point tensors in another dtype; tied weights stay one tensor."""
-    if dtype is None:
-        return dict(state)
-    import torch
-
     cast: dict[tuple[Any, ...], Tensor] = {}  # by memory and view
     result = dict(state)
     for name, tensor in state.items():
@@ -107,16 +99,16 @@ def make_metadata(
         fingerprint: of the data, if it has one.
     """
     config = to_json({key: value for key, value in plain.items() if key not in COMMAND_LINE_KEYS})
-    weights = warm_start.export_metadata(run)
+    weights = weights_placeholders.export_metadata(run)
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
         "config": config,
         "step": str(step),
         "commit": _commit_of(run),
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
-        "runner_version": _version(),
+        "runner_version": find_version(DISTRIBUTION) or "",
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
-        **_sign(warm_start.signed_text(config, weights), run),
+        **_sign(weights_placeholders.signed_text(config, weights), run),
         **weights,
     }
 
@@ -125,7 +117,7 @@ def _sign(text: str, run: Path) -> dict[str, str]:
     """Returns the signature of an export's config and record, if this user has signed the run."""
     try:
         return {"signature": signature.sign_text(text, signature.check(run))}
-    except (SignatureError, OSError):
+    except (signature.SignatureError, OSError):
         return {}
 
 
@@ -135,26 +127,16 @@ def _commit_of(run: Path) -> str:
     return commit if isinstance(commit, str) and re.fullmatch(r"[0-9a-f]{7,64}", commit) else ""
 
 
-def _version() -> str:
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:  # not installed
-        return ""
-
-
 def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     """Returns step and numbers of the newest evaluation in metrics.jsonl up to a step; None without one."""
-    path = run / "metrics.jsonl"
     newest = None
-    if not os.path.lexists(path):
-        return None
     try:
-        with open_regular(path) as file:
+        with open_regular(run / "metrics.jsonl") as file:
             for line in iterate_lines(file, _MAX_LINE_BYTES):
                 evaluation = _read_evaluation(line)
                 if evaluation is not None and evaluation["step"] <= step:
                     newest = evaluation
-    except OSError:  # the run itself reports it
+    except OSError:  # there are no lines, or the run itself reports the error
         return None
     return newest
 
@@ -180,39 +162,30 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
     Raises:
         ConfigError: its engines can't be built, the dtype can't hold its numbers, or the run's folder has a link.
     """
-    assert saved.run is not None
+    run = saved.run
+    assert run is not None
     links = saved.origin.links if saved.origin else {}
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(disk.confine(saved.run, links))
+            stack.enter_context(disk.confine(run, links))
         except OSError as error:
-            raise ConfigError(f"{saved.run}: can't be read ({error.strerror})") from error
-        folder = folder or saved.run / "exports"
+            raise ConfigError(f"{run}: can't be read ({error.strerror})") from error
+        folder = folder or run / "exports"
         if disk.is_confined(folder):
-            refuse_links(saved.run, links, "--sign" if saved.origin else "")
-        return _export(saved, saved.run, folder, dtype)
-
-
-def _export(saved: SavedModel, run: Path, folder: Path, dtype: str | None) -> list[Path]:
-    import torch
-
-    from runner.run import build
-    from runner.utils.distributed import preserve_rng_state
-    from runner.utils.files import make_folders
-
-    used = saved.without_feeder()
-    with preserve_rng_state():
-        used.check()
-    try:
-        device = build.build_device(saved.spec)
-    except ConfigError:  # of another machine; weights can be written without it
-        device = torch.device("cpu")
-    with preserve_rng_state(device):
-        engines = used.build_engines(device, to_write=True)
-    evaluation = last_evaluation(run, saved.step)
-    metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
-    try:
-        make_folders(folder.parent)
-        return write(engines, folder, metadata, getattr(torch, DTYPES[dtype]) if dtype else None)
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
+            refuse_links(run, links, "--sign" if saved.origin else "")
+        used = saved.without_feeder()
+        with preserve_rng_state():
+            used.check_roles()
+        try:
+            device = build.build_device(saved.spec)
+        except ConfigError:  # of another machine; weights can be written without it
+            device = torch.device("cpu")
+        with preserve_rng_state(device):
+            engines = used.build_engines(device, to_write=True)
+        evaluation = last_evaluation(run, saved.step)
+        metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
+        try:
+            make_folders(folder.parent)
+            return write_exports(engines, folder, metadata, DTYPES[dtype] if dtype else None)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error

@@ -45,7 +45,7 @@ class KnownTensors:
         if not is_same or flags != self._flags:
             self._check_parameters(when)
 
-    def check(self, when: str = "its first forward") -> None:
+    def check_tensors(self, when: str = "its first forward") -> None:
         """Checks that the module still has the same parameters and buffers.
 
         Weights that are gathered from the ranks' shards replace them until the next backward or save.
@@ -113,7 +113,7 @@ class FirstStepCheck:
             self._check(is_last=False)
             raise
         if not self._engine.strategy.is_sharded:  # else gathered weights replace the shards until after backward
-            self._tensors.check()
+            self._tensors.check_tensors()
         if not applied.is_compiled:  # backward would fail where no trained module was called
             self._check(is_last=False)
 
@@ -133,7 +133,7 @@ class FirstStepCheck:
             TrainingStopped: a module of an optimization was never called; parameters are not those of before.
         """
         if self._num_steps == 0:
-            self._tensors.check()
+            self._tensors.check_tensors()
         self._check(is_last=self._num_steps + 1 >= _PATIENCE_STEPS)
         for monitor in self._engine.applied.monitors:
             monitor.gradients()
@@ -150,7 +150,6 @@ class FirstStepCheck:
 
 
 def _saved_buffers(module: nn.Module) -> set[str]:
-    """Returns the names of the persistent buffers of a module."""
     found: set[str] = set()
     for prefix, part in module.named_modules():
         for key, buffer in part._buffers.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from runner.checkpoint import checkpoints
 from runner.config import run_folder
 from runner.config.errors import ConfigError
-from runner.run.warm_start import ModelBuilder
+from runner.run.weights_placeholders import ModelBuilder
 from runner.utils import io
 from runner.utils.distributed import run_on_rank_zero
 from runner.utils.modules.weights import load_weights
@@ -35,7 +35,7 @@ class WeightsSource:
     text: str
     path: Path
 
-    def load(self) -> tuple[dict[str, Any], str]:
+    def read_weights(self) -> tuple[dict[str, Any], str]:
         """Returns the weights by engine, and a description of the source.
 
         The key is "" for an export that names no engine.
@@ -123,7 +123,7 @@ class InitialWeights(ModelBuilder):
         """Returns the weights of the engine with the same name, or of the only engine if both sides have one."""
         source = self._sources[engine]
         if source.path not in self._loaded:
-            self._loaded[source.path] = source.load()
+            self._loaded[source.path] = source.read_weights()
         parts, _ = self._loaded[source.path]
         is_only = len(parts) == 1 and (source.key != CONFIG_KEY or len(self._sources) == 1)
         weights = next(iter(parts.values())) if is_only else parts.get(engine)
@@ -133,7 +133,7 @@ class InitialWeights(ModelBuilder):
         return weights
 
 
-def find(plain: Mapping[str, Any]) -> InitialWeights | None:
+def find_initial_weights(plain: Mapping[str, Any]) -> InitialWeights | None:
     """Returns the initial weights that `init_from` names, or None if no engine has any. Called by all ranks.
 
     Raises:

@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.control.signals import EXIT_STATUSES, STATUS_BY_SIGNAL, StopSignals, status_of_interrupt
 from runner.engines.dynamo import reset_dynamo
-from runner.run import warm_start
 from runner.run.trainer import RunError, Trainer
 from runner.run.watchdog import watchdog
+from runner.run.weights_placeholders import RECORD_NAME
 from runner.tracking.tracker import METRICS_NAME
 from runner.utils.distributed import (
     RankError,
@@ -245,25 +245,18 @@ def _lock_on_all_ranks(
     def lock() -> None:
         try:
             # A start that ended before the run began has removed the folder. If the run began, somebody deleted it.
-            if is_restart and not (persistent is not None and persistent.check([_BEGUN])):
+            if is_restart and is_rank_zero() and not (persistent is not None and persistent.check([_BEGUN])):
                 make_folders(folder)
-            _confine(folder, stack, links)
-            stack.enter_context(lock_file(folder / LOCK))
+            stack.enter_context(disk.confine(folder, links))
+            if is_rank_zero():
+                stack.enter_context(lock_file(folder / LOCK))
         except BlockingIOError:
             raise ConfigError(f"{folder}: another process runs there; {_describe_runner(folder)}") from None
         except OSError as error:
             raise _refuse(error, folder) from error
 
-    run_on_all_ranks(lambda: lock() if is_rank_zero() else None)
-    run_on_all_ranks(lambda: None if is_rank_zero() else _confine(folder, stack, links))
-
-
-def _confine(folder: Path, stack: contextlib.ExitStack, links: Mapping[str, str]) -> None:
-    """Restricts this rank's writes to the run's folder until the stack is closed."""
-    try:
-        stack.enter_context(disk.confine(folder, links))
-    except OSError as error:
-        raise _refuse(error, folder) from error
+    run_on_rank_zero(lock)
+    run_on_all_ranks(lambda: None if is_rank_zero() else lock())
 
 
 def _refuse(error: OSError, folder: Path) -> ConfigError:
@@ -307,27 +300,19 @@ def _undo_start(trainer: Trainer, had_log: bool) -> Iterator[None]:
     except ConfigError:
         has_saved = any((folder / "checkpoints").glob("step_*"))
         if trainer.is_new and not trainer.begins_again and is_rank_zero() and not has_saved:
-            with contextlib.suppress(OSError):
-                for file in [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / "run.json"]:
-                    _remove(file)
-            _remove_unused(folder, had_log)
+            written = [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / "run.json"]
+            _remove_unused(folder, had_log, written)
         raise
 
 
-def _remove_unused(folder: Path, had_log: bool) -> None:
-    """Removes a folder that holds nothing but the config; a log only if this process made it."""
+def _remove_unused(folder: Path, had_log: bool, written: Iterable[Path] = ()) -> None:
+    """Removes a folder that holds nothing but the config and what this process has written; an older log stays."""
+    config = folder / ".hydra"
     with contextlib.suppress(OSError):  # it holds other files
-        for file in [*(folder / ".hydra").glob("*.yaml"), folder / ".hydra" / warm_start.RECORD_NAME]:
-            _remove(file)
-        _remove(folder / ".hydra" / signature.NAME)
-        _remove(folder / LOCK)
-        if not had_log:
-            _remove(folder / "log.txt")
-        if disk.is_folder(folder / ".hydra"):
-            disk.remove_folder(folder / ".hydra")
+        files = [*written, *config.glob("*.yaml"), config / RECORD_NAME, config / signature.NAME, folder / LOCK]
+        for file in files if had_log else [*files, folder / "log.txt"]:
+            with contextlib.suppress(FileNotFoundError):
+                disk.unlink(file)
+        if disk.is_folder(config):
+            disk.remove_folder(config)
         disk.remove_folder(folder)
-
-
-def _remove(file: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        disk.unlink(file)

@@ -19,10 +19,8 @@ from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
 from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
-from runner.config.trust import allowlist, import_path, signature
-from runner.config.trust.allowlist import Allowlist
-from runner.config.trust.signature import Origin, SignatureError
-from runner.run import warm_start
+from runner.config.trust import import_path, signature
+from runner.config.trust.allowlist import Allowlist, check_interpolations, check_paths, check_resolved_objects
 from runner.utils.wrapper import Purpose
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ class SavedModel:
     engine: str | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str | None = None
-    origin: Origin | None = None
+    origin: signature.Origin | None = None
 
     @cached_property
     def spec(self) -> ExperimentSpec:
@@ -71,7 +69,7 @@ class SavedModel:
         engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
         return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
 
-    def check(self, *roles: str) -> None:
+    def check_roles(self, *roles: str) -> None:
         """Imports and checks the targets of the engines and of these roles; ignores the other roles.
 
         Raises:
@@ -84,11 +82,11 @@ class SavedModel:
         used["data"] = {key: value if f"data.{key}" in wanted else None for key, value in self.plain["data"].items()}
         if self.engine is not None:
             used |= {"optimizer": None, "scheduler": None}
-        allowlist.check_paths(used, self.allowlist)
+        check_paths(used, self.allowlist)
         if self.allowlist.prefixes and not self.allowlist.is_signed:
             import_path.add_deferred()
         seed_imports(self.plain["seed"])
-        allowlist.check_resolved_objects(used, self.allowlist)
+        check_resolved_objects(used, self.allowlist)
         check_targets(used)
 
     def build_engines(self, device: torch.device, *, to_write: bool = False) -> Engines:
@@ -99,12 +97,13 @@ class SavedModel:
         Raises:
             ConfigError: they can't be built, or the weights are of other modules.
         """
-        from runner.run import build
+        from runner.run import build, weights_placeholders
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
-        source, is_signed = self.run or self.path, self.allowlist.is_signed
-        stand_ins = warm_start.make_placeholder_builder(self.plain, source, self.parts, self.engine, is_signed)
-        engines = build.build_engines(self.spec, device, purpose, stand_ins)
+        nodes = {} if self.engine is None else self.spec.engines[self.engine].optimizations
+        is_adapter = nodes.get("lora", {}).get("export") == "adapter"  # its base model needs the weights files
+        builder = weights_placeholders.PlaceholderBuilder(self.run or self.path, self.parts, self.allowlist.is_signed)
+        engines = build.build_engines(self.spec, device, purpose, None if is_adapter else builder)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
@@ -154,6 +153,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     Raises:
         ConfigError: it is no export, is damaged, or its config reads or names what is not allowed.
     """
+    from runner.run import weights_placeholders
     from runner.utils import io
 
     if path.suffix != SUFFIX:
@@ -166,10 +166,10 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        signed_text = warm_start.signed_text(facts["config"], facts)
+        signed_text = weights_placeholders.signed_text(facts["config"], facts)
         import_path.prepend(signature.check_text(signed_text, facts.get("signature")).python_path)
         trusted = Allowlist(path, is_signed=True)
-    except SignatureError as error:
+    except signature.SignatureError as error:
         trusted = Allowlist(path, prefixes, (), str(error), _REMEDY)
     # The config was resolved before the export: a text that looks like an interpolation is none.
     plain, trusted = _check_config(escape(raw), trusted, overrides)
@@ -178,8 +178,9 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(f"{path}: it is of engine {name!r}, its config has {', '.join(engines)}")
     own = {key: value for key, value in engines[name].items() if key not in ("optimizer", "scheduler")}
     plain["engines"] = {name: own} if plain["engines"] else {}
-    fingerprint = facts.get("fingerprint")
-    return SavedModel(path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=fingerprint)
+    return SavedModel(
+        path, None, plain, trusted, step, {name: weights}, engine=name, fingerprint=facts.get("fingerprint")
+    )
 
 
 def _read_facts(facts: Mapping[str, str], path: Path) -> tuple[dict[str, Any], str, int]:
@@ -212,7 +213,7 @@ def _check_config(
         run_folder.set_value(typed, override, is_new=True)
     own = run_folder.to_unresolved(typed)
     trusted = replace(trusted, prefixes=[*trusted.prefixes, *own.get("allow_targets", [])], own=[own])
-    allowlist.check_interpolations(raw, trusted)
+    check_interpolations(raw, trusted)
     run_folder.put_values(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
     if not trusted.is_signed:  # a small file could start any number of processes
         cfg.data.num_workers = 0

@@ -60,7 +60,7 @@ class RunState:
                 return f"{name}: its state can't be saved: {error}"
         return None
 
-    def load(self, path: Path, parts: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    def load_checkpoint(self, path: Path, parts: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         """Loads a checkpoint, but for the best evaluation; returns warnings of what changed since it was saved.
 
         Raises:

@@ -19,11 +19,11 @@ from runner.config.run_folder import read_config, read_record
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.control.handlers import CommandHandlers
-from runner.run import initial_weights, warm_start
+from runner.run import initial_weights, weights_placeholders
 from runner.run.best import Best, BestCheckpoint
 from runner.run.build import Experiment, build
 from runner.run.evaluation import measure, show
-from runner.run.exports import last_evaluation, make_metadata, write
+from runner.run.exports import last_evaluation, make_metadata, write_exports
 from runner.run.first_step import KnownTensors, log_model_summary
 from runner.run.state import RunState, fingerprint_of
 from runner.tracking.console import Console, describe_numbers, open_log
@@ -42,9 +42,8 @@ from runner.utils.distributed import (
 )
 from runner.utils.distributed.memory import freeze_gc
 from runner.utils.files.open_files import describe_limit, is_out_of_files
-from runner.utils.train import Loop
 from runner.utils.train.failures import FailurePolicy, SetupError, TrainingStopped, disk_errors_as
-from runner.utils.train.loop import Action
+from runner.utils.train.loop import Action, Loop
 from runner.utils.utils import describe, is_signal
 
 _CONSOLE_INTERVAL_S = 5.0  # between lines of metrics on the console; metrics.jsonl has every one
@@ -90,11 +89,11 @@ class Trainer:
             ConfigError: something can't be built, or the checkpoint does not fit.
             RankError: one of these on another rank.
         """
-        other_run = None if checkpoint else initial_weights.find(spec.plain)
-        builder: warm_start.ModelBuilder | None = other_run
+        other_run = None if checkpoint else initial_weights.find_initial_weights(spec.plain)
+        builder: weights_placeholders.ModelBuilder | None = other_run
         if checkpoint:
             is_signed = run_on_rank_zero(lambda: signature.find_signed(folder) is not None)  # others may lack the key
-            builder = warm_start.PlaceholderBuilder(folder, checkpoint[1], is_signed)
+            builder = weights_placeholders.PlaceholderBuilder(folder, checkpoint[1], is_signed)
         experiment = build(spec, store, builder)
         opened: list[Trainer] = []
         run_on_all_ranks(lambda: opened.append(cls(experiment, folder, stack, checkpoint)))
@@ -150,7 +149,7 @@ class Trainer:
         self.hparams: dict[str, bool | float | str] = {}
         self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
         self._num_evaluated = 0  # batches
-        self.commands = CommandHandlers(self.engines, self.coordinator, self._answer)
+        self.commands = CommandHandlers(self.engines, self.coordinator, partial(self.log.info, "%s"))
         self.loop = self._make_loop()
         self.state = RunState(experiment, self.loop, self.commands.queue, self.best)
         if checkpoint:
@@ -200,7 +199,7 @@ class Trainer:
             if not self.is_new:
                 self.best_checkpoint.find_better(later)
             # Before they are removed: run.json must name no checkpoint that is gone.
-            self.record.start(best=self.best_checkpoint.describe(later), **facts)
+            self.record.start_session(best=self.best_checkpoint.describe_best(later), **facts)
             if later:
                 self.checkpoints.remove_after(self.loop.step)
         except ValueError as error:  # run.json is another file by now
@@ -209,7 +208,7 @@ class Trainer:
     def _record_best(self, removed: set[int]) -> bool:
         """Updates the best checkpoint in run.json; returns whether the checkpoints `removed` may be pruned."""
         try:
-            self.record.update(best=self.best_checkpoint.describe(removed))
+            self.record.update(best=self.best_checkpoint.describe_best(removed))
         except OSError as error:
             self.log.error("run.json can't be written, so that older checkpoints stay: %s", error)
             return False
@@ -265,7 +264,7 @@ class Trainer:
             run_on_all_ranks(lambda: self._open_tracker() if is_rank_zero() else None)
             if not self.is_new:
                 best = self.best_checkpoint
-                self.best.found = run_on_rank_zero(best.describe if best.keep_best else lambda: self.best.found)
+                self.best.found = run_on_rank_zero(best.describe_best if best.keep_best else lambda: self.best.found)
         self._log_summary()
         batches = self.experiment.batches
         status: str | None = None
@@ -287,7 +286,10 @@ class Trainer:
                     failure = self._explain(error)
                 status = self._agree_on_end(status, failure)
         except BaseException:
-            self._close_failed_tracker()
+            try:
+                self.tracker.close("failed")
+            except Exception as error:  # must not hide the failure
+                self.log.error("The run's numbers can't be written: %s", describe(error))
             raise
         with disk_errors_as("the run's numbers", RunError):
             self.tracker.close(status)
@@ -297,7 +299,7 @@ class Trainer:
     def close(self, status: str, reason: str | None) -> None:
         """Writes the end of the run to run.json; an error of that must not hide what ended the run."""
         try:
-            self.record.finish(status, reason, last_step=self.loop.step, best=self.best_checkpoint.describe())
+            self.record.finish(status, reason, last_step=self.loop.step, best=self.best_checkpoint.describe_best())
         except OSError as error:
             self.log.error("run.json can't be written: %s", error)
 
@@ -342,13 +344,6 @@ class Trainer:
             ending = error if is_rank_zero() or isinstance(error, RunError) else RunError(f"rank 0: {describe(error)}")
         raise ending  # outside of the handlers, so that its traceback shows no other error
 
-    def _close_failed_tracker(self) -> None:
-        """Closes the tracker of a failed run; an error of that must not hide the failure."""
-        try:
-            self.tracker.close("failed")
-        except Exception as error:
-            self.log.error("The run's numbers can't be written: %s", describe(error))
-
     def _log_summary(self) -> None:
         for name, engine in self.engines.items():
             if tensors := log_model_summary(name, engine, self.log.info):
@@ -359,9 +354,8 @@ class Trainer:
         self.log.info("%d steps%s into %s", self.spec.trainer.steps, ranks, self.folder)
 
     def _check_tensors(self) -> None:
-        """Checks that the tensors that are trained and saved are those of the start, before anything is saved."""
         for tensors in self._tensors:
-            tensors.check(f"a forward up to step {self.loop.step}")
+            tensors.check_tensors(f"a forward up to step {self.loop.step}")
 
     def _log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         for tensors in self._tensors:
@@ -372,9 +366,6 @@ class Trainer:
             self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
             shown = {name.removeprefix("train/"): value for name, value in values.items()}
             self.log.info("Step %d of %d: %s", step, self.spec.trainer.steps, describe_numbers(shown))
-
-    def _answer(self, text: str) -> None:
-        self.log.info("%s", text)
 
     def save(self) -> None:
         """Copies the state and has the saver commit it as a checkpoint, beside the loop."""
@@ -417,11 +408,11 @@ class Trainer:
 
     def _resume(self, path: Path, content: dict[str, Any]) -> None:
         facts = content.pop(FACTS)
-        warnings = self.state.load(path, content, facts)
+        warnings = self.state.load_checkpoint(path, content, facts)
         self._recorded = facts.get("numbers")
         self._saved_best = facts["best"]
         self.evaluation = last_evaluation(self.folder, self.loop.step)
-        if other_metric := self.best.restore(self._saved_best, self.evaluation or {}):
+        if other_metric := self.best.restore_best(self._saved_best, self.evaluation or {}):
             warnings.append(other_metric)
         for warning in warnings:
             self.log.warning("%s", truncate(warning))
@@ -431,7 +422,7 @@ class Trainer:
         """Evaluates every engine, logs its numbers and shows its report."""
         experiment, step = self.experiment, self.loop.step
         if experiment.evaluation is None:
-            self._answer("There is nothing to evaluate on: data.eval has no dataset")
+            self.log.info("There is nothing to evaluate on: data.eval has no dataset")
             return
         self._check_tensors()
         self.best_checkpoint.fall_back(self.coordinator.run_on_all_ranks)
@@ -445,27 +436,22 @@ class Trainer:
         self.log.info("Step %d: %s", step, describe_numbers(numbers))
         with disk_errors_as("the run's sounds", TrainingStopped):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_rank_zero())
-        # A typed evaluation, or that at the end of the run, must not change the learning rates.
-        if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
-            try:
-                self.engines.observe(numbers)
-            except ValueError as error:
-                raise self._make_config_error(f"{error}; resume with the right name") from error
         try:
+            # A typed evaluation, or that at the end of the run, must not change the learning rates.
+            if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
+                self.engines.observe(numbers)
             is_best = self.best.update(step, numbers)
-        except ValueError as error:
-            raise self._make_config_error(str(error)) from error
+        except ValueError as error:  # a mistake in the config that the evaluation has shown
+            if step > self._first_step:
+                raise TrainingStopped(f"{error}; resume with the right name") from error
+            raise SetupError(str(error), is_complete=False) from error
         if not is_best:
             return
         with disk_errors_as("run.json", TrainingStopped):
             if not self.best_checkpoint.keep_best:
-                self.record.update(last_step=step, best=self.best_checkpoint.describe())
+                self.record.update(last_step=step, best=self.best_checkpoint.describe_best())
             elif "save" not in self.loop.schedule.pending:  # run.json names it when it is on disk
                 self.loop.schedule.pending.append("save")
-
-    def _make_config_error(self, message: str) -> TrainingStopped:
-        """Returns the error of a mistake in the config that an evaluation has shown."""
-        return TrainingStopped(message) if self.loop.step > self._first_step else SetupError(message, is_complete=False)
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -481,6 +467,6 @@ class Trainer:
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
         metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, self.evaluation, data)
         with disk_errors_as("the export", TrainingStopped):
-            paths = write(self.engines, self.folder / "exports", metadata, writes=is_rank_zero())
+            paths = write_exports(self.engines, self.folder / "exports", metadata, writes=is_rank_zero())
         for path in paths:
             self.log.info("Exported %s", path)

@@ -4,12 +4,11 @@ Control characters in messages are escaped. tqdm is imported only when a bar is 
 """
 
 import logging
-import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
@@ -43,13 +42,20 @@ class Console:
         is_shown = _is_terminal(stream) if enabled is None else enabled
         self._step = first_step
         self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
-        self._next_draw = -math.inf if is_shown else math.inf
+        self._next_draw = 0.0
 
     def update(self, step: int, **shown: Any) -> None:
         """Moves the bar to `step` and shows the values if a redraw is due; otherwise the values are not read."""
         self._step = step
-        if perf_counter() >= self._next_draw:
-            self._draw(shown)
+        if self._bar is None or perf_counter() < self._next_draw:
+            return
+        self._next_draw = perf_counter() + _DRAW_EVERY_S
+        values = ", ".join(f"{one_line(name)}={format_number(float(value))}" for name, value in shown.items())
+        try:
+            self._bar.set_postfix_str(values, refresh=False)
+            self._bar.update(step - self._bar.n)
+        except (OSError, ValueError):
+            self._drop_bar()
 
     def print(self, text: str) -> None:
         """Prints lines on stdout, above the bar."""
@@ -68,28 +74,15 @@ class Console:
         """Leaves the bar at the last step and moves the cursor below it; closing again does nothing."""
         if self._bar is None:
             return
-        try:
+        with suppress(OSError, ValueError):
             self._bar.update(self._step - self._bar.n)
             self._bar.close()
-        except (OSError, ValueError):
-            pass
         self._drop_bar()
-
-    def _draw(self, shown: dict[str, Any]) -> None:
-        self._next_draw = perf_counter() + _DRAW_EVERY_S
-        if self._bar is None:
-            return
-        values = ", ".join(f"{one_line(name)}={format_number(float(value))}" for name, value in shown.items())
-        try:
-            self._bar.set_postfix_str(values, refresh=False)
-            self._bar.update(self._step - self._bar.n)
-        except (OSError, ValueError):
-            self._drop_bar()
 
     def _drop_bar(self) -> None:
         if self._bar is not None:
             self._bar.disable = True
-        self._bar, self._next_draw = None, math.inf
+        self._bar = None
 
 
 @contextmanager
@@ -228,8 +221,6 @@ def _write_line(text: str) -> None:
         return
     encoding = stream.encoding or "utf-8"
     text = escape_controls(text)
-    try:
+    with suppress(OSError):  # the reader of the pipe has exited
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
-    except OSError:
-        pass  # the reader of the pipe has exited

@@ -11,8 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from os import getpid
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +23,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
-from runner.tracking.repair import Log, Record, is_restorable, is_step, is_time, make_key
+from runner.tracking.repair import LINE_NAMES, Log, Record, is_step, is_time, make_key
 from runner.utils.files import open_regular, replace_file
 from runner.utils.utils import encodable
 
@@ -43,7 +42,7 @@ def name_next_file(folder: Path) -> Path:
     """Returns the path of a new event file, which TensorBoard reads after the others of `folder`."""
     matches = [re.match(r"\d{1,12}(?!\d)", path.name.removeprefix(_PREFIX)) for path in find_event_files(folder)]
     stamp = max([int(time.time()), *(int(match[0]) + 1 for match in matches if match)])
-    return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{getpid()}.0"
+    return folder / f"{_PREFIX}{stamp:010d}.{socket.gethostname()}.{os.getpid()}.0"
 
 
 def encode_header(wall_time: float, resume_step: int | None) -> bytes:
@@ -155,12 +154,13 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
         if log.started is None:
             log.started, log.clock_zero = event.wall_time, event.wall_time - earlier_s
             log.is_clock_known = event.HasField("file_version")
+        tag = event.summary.value[0].tag if event.summary.value else ""
         if event.HasField("session_log"):
             log.is_clock_known = False  # the run had run before
         if event.HasField("file_version"):
             has_header = True
             is_ours = not event.HasField("source_metadata")
-        elif _is_of_hparams(event):
+        elif tag.startswith(_HPARAMS):
             # Damage before the first hparams has hit the header; damage after them has hit numbers.
             is_gap = is_gap and (has_hparams or last >= 0)
             has_hparams = True
@@ -172,13 +172,13 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
             # A restart has the step after the last one.
             last = event.step - event.HasField("session_log")
             is_gap = False
-            if _is_repeated_eval(event, step, is_eval_pending):
+            if is_eval_pending and event.step == step and tag.startswith("eval/"):
                 log.num_pending_evals += 1
             else:
                 scalars = [value for value in event.summary.value if value.HasField("simple_value")]
                 values = {scalar.tag: scalar.simple_value for scalar in scalars}
-                is_restored = is_ours and is_restorable(event.step, values)
-                key = make_key(event.step, values, names) if values and is_restored else None
+                is_restorable = is_ours and event.step >= 0 and LINE_NAMES.isdisjoint(values)
+                key = make_key(event.step, values, names) if values and is_restorable else None
                 time_s = earlier_s + event.wall_time - log.started
                 log.records.append(Record(event.step, time_s, record, key))
     log.is_damaged |= not has_header
@@ -188,15 +188,13 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
 @contextmanager
 def _mapped(path: Path) -> Iterator[Any]:
     """Yields the content of a file that may be larger than memory; empty if there is no file."""
-    if not os.path.lexists(path):
-        yield b""
-        return
-    with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:
-            yield b""
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield content
+    content: Any = b""
+    with ExitStack() as stack:
+        if os.path.lexists(path):
+            file = stack.enter_context(open_regular(path))
+            if os.fstat(file.fileno()).st_size:
+                content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        yield content
 
 
 def _events(path: Path) -> Iterator[tuple[bytes | None, Event | None]]:
@@ -281,18 +279,6 @@ def frame(payload: bytes) -> bytes:
 def _masked_crc(data: bytes) -> bytes:
     crc = crc32c(data)
     return _crc((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def _is_repeated_eval(event: Event, step: int, is_eval_pending: bool) -> bool:
-    return is_eval_pending and event.step == step and _tag_of(event).startswith("eval/")
-
-
-def _is_of_hparams(event: Event) -> bool:
-    return _tag_of(event).startswith(_HPARAMS)
-
-
-def _tag_of(event: Event) -> str:
-    return event.summary.value[0].tag if event.summary.value else ""
 
 
 def _frame_values(wall_time: float, step: int, *values: Summary.Value) -> bytes:

@@ -35,7 +35,6 @@ class Audio:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples."""
         return len(self.wave)
 
     def encode(self) -> bytes:

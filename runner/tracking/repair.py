@@ -7,7 +7,7 @@ import os
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from operator import itemgetter
@@ -27,7 +27,7 @@ _MAX_TIME_S = 1e12  # 30,000 years
 _MAX_STEP = 1 << 53
 _MAX_LINE_BYTES = 1 << 20
 _MAX_NEARBY = 100  # lines that are compared with an event: of one step or instant there are a few
-_OWN_NAMES = ("step", "time_s")  # of a line
+LINE_NAMES = frozenset(("step", "time_s"))  # of a line of `metrics.jsonl`, beside its numbers
 _JSON_ERRORS = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -96,11 +96,6 @@ def is_step(step: object) -> bool:
 def is_time(time_s: object) -> bool:
     """Returns whether a value can be a time in seconds."""
     return type(time_s) in (int, float) and abs(time_s) < _MAX_TIME_S  # type: ignore[arg-type]
-
-
-def is_restorable(step: int, names: Iterable[str]) -> bool:
-    """Returns whether an event's numbers can be written to a line of `metrics.jsonl`."""
-    return step >= 0 and not any(name in _OWN_NAMES for name in names)
 
 
 def decode_numbers(key: Key) -> dict[str, float]:
@@ -184,9 +179,8 @@ def _parse_line(line: bytes | None, names: dict[tuple[str, ...], tuple[str, ...]
         return None
 
 
-@dataclass
-class Repair:
-    """The keys of the restored records.
+class Repair(NamedTuple):
+    """The steps of the restored records.
 
     Args:
         of_lines: inserted into the lines.
@@ -195,10 +189,10 @@ class Repair:
         damaged: the names of the event files that lacked them.
     """
 
-    of_lines: list[Key] = field(default_factory=list)
-    of_times: list[Key] = field(default_factory=list)
-    of_events: list[Key] = field(default_factory=list)
-    damaged: str = ""
+    of_lines: list[int]
+    of_times: list[int]
+    of_events: list[int]
+    damaged: str
 
 
 def restore_missing(
@@ -216,7 +210,7 @@ def restore_missing(
     in_lines = Counter(record.key for record in lines.records if record.key)
     in_events = Counter(record.key for log in events for record in log.records if record.key)
     shared = {key for key, number in in_lines.items() if number == in_events[key] == 1}
-    repair = Repair(of_times=_restore_times(lines, events, shared, encode_line))
+    of_times = _restore_times(lines, events, shared, encode_line)
     recorded = [record for log in events for record in log.records]
     lost_lines = list(_select(recorded, in_events - in_lines, lines.records))
     lost_events = list(_select(lines.records, in_lines - in_events, recorded))
@@ -228,11 +222,11 @@ def restore_missing(
     empty = [record for record in lines.records if not record.key]
     changed = _find_changed(lost_lines, lost_events + empty, untimed, num_extra)
     lost_events = [record for record in lost_events if id(record) not in changed]
-    repair.of_lines = [key for *_, key in lost_lines if key]
-    repair.of_events = [key for *_, key in lost_events if key]
-    lines.restored = [record.step for record in lost_lines]
+    of_lines = [record.step for record in lost_lines]
+    of_events = [record.step for record in lost_events]
+    lines.restored = of_lines
     for log in events:
-        log.restored = [record.step for record in lost_events]
+        log.restored = of_events
     if lost_lines:
         kept = [record for record in lines.records if id(record) not in changed]
         restored = [
@@ -241,21 +235,20 @@ def restore_missing(
             if record.key
         ]
         lines.records = _sort(kept + restored, recorded)
-    if lost_events:
-        repair.damaged = _insert_events(lost_events, events, encode_event, lines.records)
-    return repair
+    damaged = _insert_events(lost_events, events, encode_event, lines.records) if lost_events else ""
+    return Repair(of_lines, of_times, of_events, damaged)
 
 
-def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line: EncodeLine) -> list[Key]:
+def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line: EncodeLine) -> list[int]:
     """Sets each event file's clock by the lines, then restores changed times of lines from the events.
 
     Args:
         shared: keys that the lines and the events hold exactly once.
 
     Returns:
-        The keys of the restored lines.
+        The steps of the restored lines.
     """
-    restored = list[Key]()
+    restored = list[int]()
     shift = 0.0
     indices = {record.key: index for index, record in enumerate(lines.records) if record.key in shared}
     for log in events:
@@ -266,9 +259,11 @@ def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line:
                 continue
             line = lines.records[indices[record.key]]
             if abs(line.time_s - record.time_s) > _CHANGED_TIME_S:
-                content = encode_line(record.step, record.time_s, _read_values(line.content))
+                values = json.loads(line.content).items()
+                numbers = {name: nan if value is None else value for name, value in values if name not in LINE_NAMES}
+                content = encode_line(record.step, record.time_s, numbers)
                 lines.records[indices[record.key]] = line._replace(time_s=record.time_s, content=content)
-                restored.append(record.key)
+                restored.append(record.step)
     return restored
 
 
@@ -293,11 +288,6 @@ def _set_clock(log: Log, times: Mapping[Key | None, float], last_shift: float) -
         log.clock_zero += shift
         log.records = [record._replace(time_s=record.time_s - shift) for record in log.records]
     return shift
-
-
-def _read_values(line: bytes) -> dict[str, float]:
-    values = json.loads(line)
-    return {name: nan if x is None else x for name, x in values.items() if name not in _OWN_NAMES}
 
 
 def _find_changed(
@@ -355,18 +345,14 @@ def _compare(event: Record, line: Record, is_timed: bool, is_counted: bool) -> t
     if event.step != line.step:
         # Two calls may have equal numbers, so the match is unsure if the number of changed lines is known.
         return (is_counted, 1, distance_s) if num_differences == 0 else None
+    if not line.key:  # a line that lacks all numbers
+        return False, num_differences, distance_s
     is_alike = (
         is_same_names
         or (is_same_values and _is_one_name_changed(names, line_names))
-        or (is_timed and is_near and _is_cut(event.key, line.key))
+        or not decode_numbers(event.key).items().isdisjoint(decode_numbers(line.key).items())
     )
-    is_sure = (is_timed and is_near and is_alike) or not line.key
-    return not is_sure, num_differences, distance_s
-
-
-def _is_cut(key: Key, line_key: Key | None) -> bool:
-    """Returns whether a line lacks all numbers of a call, or some of them."""
-    return line_key is None or not decode_numbers(key).items().isdisjoint(decode_numbers(line_key).items())
+    return not (is_timed and is_near and is_alike), num_differences, distance_s
 
 
 def _is_one_name_changed(names: tuple[str, ...], others: tuple[str, ...]) -> bool:
@@ -410,9 +396,8 @@ def _insert_events(lost: list[Record], events: list[Log], encode_event: EncodeEv
 
 def name_damaged(damaged: list[Log], others: list[Log]) -> str:
     """Returns the names of the damaged files for a message; if none shows damage, one may have been removed."""
-    if damaged:
-        return ", ".join(str(log) for log in damaged)
-    return ", ".join(str(log) for log in others) + (", or a file beside it that was removed" if others else "")
+    names = ", ".join(map(str, damaged or others))
+    return f"{names}, or a file beside it that was removed" if others and not damaged else names
 
 
 def _select(records: list[Record], wanted: Counter[Key], others: list[Record]) -> Iterator[Record]:

@@ -38,13 +38,13 @@ def find_lost(logs: list[Log], num_lost: int | None, last_step: int) -> list[ran
         between, ends = _find_between(logs, is_all=not lost)
         holes = [(last, step) for last, step in pairwise(steps) if step - last > spacing]
         lost = _merge([*lost, *between, *(range(last + 1, step) for last, step in holes)])
-        if not lost or num_lost > _count(lost) * max_calls:
+        if not lost or num_lost > sum(map(len, lost)) * max_calls:
             # Another call may be lost in a gap in which one was restored.
             lost = _merge([*lost, *(range(max(before, 0), after + 1) for before, after in restored_gaps)])
         if lost or any(log.is_damaged for log in logs):
             ends |= {last_found}.union(*open_gaps, *restored_gaps, *holes)
             lost = _merge([*lost, *map(_one_step, (step for step in ends if 0 < num_calls[step] < max_calls))])
-        if lost and num_lost > _count(lost) * max_calls:
+        if lost and num_lost > sum(map(len, lost)) * max_calls:
             lost = _merge([*lost, *map(_one_step, (step for step in ends if step >= 0))])
     return lost or _merge([range(last_step + 1)])
 
@@ -62,10 +62,6 @@ def _merge(spans: Iterable[range]) -> list[range]:
         else:
             merged.append(span)
     return merged
-
-
-def _count(spans: Iterable[range]) -> int:
-    return sum(map(len, spans))
 
 
 def _split_gaps(logs: list[Log]) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
@@ -117,26 +113,25 @@ def format_steps(steps: Iterable[int]) -> str:
 
 
 def _format_ranges(spans: list[range]) -> str:
-    ranges = [(span[0], span[-1]) for span in spans]
-    noun = "step " if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else "steps "
-    return noun + ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in ranges)
+    noun = "step " if sum(map(len, spans)) == 1 else "steps "
+    return noun + ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
 
 
 def describe_repair(repair: Repair, lines: Log) -> Iterator[str]:
     """Yields a message for each kind of file in which numbers were restored."""
     if repair.of_events:
         yield (
-            f"{repair.damaged}: damaged; the numbers of {format_steps(key[0] for key in repair.of_events)} were "
+            f"{repair.damaged}: damaged; the numbers of {format_steps(repair.of_events)} were "
             f"missing and are restored from {lines.pattern}; texts, pictures and sounds of these steps are not"
         )
     if repair.of_times:
         yield (
-            f"{lines}: damaged; the times of {format_steps(key[0] for key in repair.of_times)} were changed and are "
+            f"{lines}: damaged; the times of {format_steps(repair.of_times)} were changed and are "
             "restored from the event files"
         )
     if repair.of_lines:
         yield (
-            f"{lines}: damaged; the numbers of {format_steps(key[0] for key in repair.of_lines)} were "
+            f"{lines}: damaged; the numbers of {format_steps(repair.of_lines)} were "
             "missing or changed and are restored from the event files, in their float32 precision"
         )
 

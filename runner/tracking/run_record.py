@@ -50,7 +50,7 @@ class RunRecord:
         self.crashed: dict[str, Any] | None = None  # the last session, if its process ended without a status
         self.faults: list[str] = []  # values that `read` has left out
 
-    def start(self, **facts: Any) -> None:
+    def start_session(self, **facts: Any) -> None:
         """Adds a session to the record, and creates the file if there is none.
 
         A thread adds the git state and the package versions a moment later.
@@ -69,10 +69,18 @@ class RunRecord:
         state = {"status": "running", "reason": None, "started": now, "ended": None, "duration_s": 0.0}
         process = {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv, "git": None}
         self._session = state | process
-        self._facts = state | {"started": before.get("started", now)} | process
-        self._facts |= {"ranks": 1, "python": platform.python_version(), "packages": None}
-        self._facts |= {"last_step": before.get("last_step"), "best": before.get("best")}
-        self._facts |= facts | {"sessions": [*sessions, self._session]}
+        self._facts = {
+            **state,
+            "started": before.get("started", now),
+            **process,
+            "ranks": 1,
+            "python": platform.python_version(),
+            "packages": None,
+            "last_step": before.get("last_step"),
+            "best": before.get("best"),
+            **facts,
+            "sessions": [*sessions, self._session],
+        }
         self._write()
         self._survey = threading.Thread(
             target=self._survey_environment, args=(os.getcwd(),), name="run record", daemon=True
@@ -104,7 +112,7 @@ class RunRecord:
             self._is_over = True
 
     def _survey_environment(self, folder: str) -> None:
-        packages = {"runner": _find_version(DISTRIBUTION)} | {name: _find_version(name) for name in _PACKAGES}
+        packages = {"runner": find_version(DISTRIBUTION)} | {name: find_version(name) for name in _PACKAGES}
         git = _read_git(folder) if self._may_read_git(folder) else None
         with self._lock:
             if self._is_over:  # another session may write the file now
@@ -145,25 +153,18 @@ class RunRecord:
     def _valid(self, values: Any, kinds: Mapping[str, Callable[[Any], bool]], path: str) -> dict[str, Any]:
         """Returns the values of an object that have the right kind, and adds the others to `faults`."""
         if not isinstance(values, dict):
-            self._add_fault(path, values)
+            self.faults.append(f"{path}: {values!r:.60}")
             return {}
         for name in kinds.keys() - values.keys() if path else ():
             self.faults.append(f"{path}.{name}: nothing, so this session is left out")
         invalid = [name for name, is_kind in kinds.items() if name in values and not is_kind(values[name])]
         for name in invalid:
-            self._add_fault(f"{path}.{name}".lstrip("."), values[name])
+            self.faults.append(f"{path}.{name}: {values[name]!r:.60}".lstrip("."))
         return {name: value for name, value in values.items() if name not in invalid}
-
-    def _add_fault(self, path: str, value: Any) -> None:
-        self.faults.append(f"{path}: {value!r:.60}")
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
-
-
-def _is_pid(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
 
 
 def _is_object(value: Any) -> bool:
@@ -182,7 +183,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 _SESSION_KINDS: dict[str, Callable[[Any], bool]] = {
     "duration_s": lambda value: is_time(value) and value >= 0,
     "status": _is_text,
-    "pid": _is_pid,
+    "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "host": _is_text,
 }
 
@@ -200,10 +201,9 @@ def _read_git(folder: str) -> dict[str, Any] | None:
             capture_output=True,
             text=True,
             timeout=_GIT_TIMEOUT_S,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    if done.returncode:
         return None
     lines = done.stdout.splitlines()
     commits = [line.removeprefix("# branch.oid ") for line in lines if line.startswith("# branch.oid ")]
@@ -211,7 +211,8 @@ def _read_git(folder: str) -> dict[str, Any] | None:
     return {"commit": commit, "is_dirty": any(not line.startswith("#") for line in lines)}
 
 
-def _find_version(name: str) -> str | None:
+def find_version(name: str) -> str | None:
+    """Returns the version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

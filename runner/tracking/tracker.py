@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
@@ -17,7 +18,7 @@ from queue import Empty, SimpleQueue
 from types import ModuleType
 from typing import Any
 
-from runner.tracking.repair import Log, read_lines, restore_missing
+from runner.tracking.repair import LINE_NAMES, Log, read_lines, restore_missing
 from runner.tracking.repair_report import describe_lost, describe_repair, find_lost
 from runner.utils.files import AppendFile, UnreadableError, check_regular, replace_file
 from runner.utils.utils import encodable
@@ -308,12 +309,11 @@ class Tracker:
             self._warn(describe_lost(logs, lost, max_lost))
 
     def _write_until_closed(self, files: list[AppendFile]) -> None:
-        status = None
+        status: str | threading.Event | None = None
         while not isinstance(status, str):
-            try:
+            status = None
+            with suppress(Empty):
                 status = self._requests.get(timeout=self._flush_s / 2)
-            except Empty:
-                status = None
             while self._entries:
                 self._write_chunk(min(len(self._entries), _CHUNK))
             if isinstance(status, threading.Event):
@@ -371,6 +371,6 @@ _encodable = lru_cache(maxsize=4096)(encodable)  # so that JSON and the event fi
 
 @lru_cache(maxsize=4096)
 def _encode_key(name: str) -> str:
-    if name in ("step", "time_s"):
+    if name in LINE_NAMES:
         raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
     return f", {json.dumps(name)}: "

@@ -31,14 +31,14 @@ def test_the_first_evaluation_that_no_later_one_surpasses_is_the_best(is_higher_
 )
 def test_what_was_best_counts_on_if_the_same_metric_decides(metric, numbers, is_kept):
     best = Best(metric, False)
-    note = best.restore(OLD, numbers)
+    note = best.restore_best(OLD, numbers)
     assert (best.found, note is None) == ((OLD, True) if is_kept else (None, False))
     assert (best.rate({"name": "eval/loss", "value": 2.0}) is not None) == is_kept
 
 
 def test_another_metric_begins_anew_at_its_first_evaluation_at_the_latest():
     best = Best(None, False)
-    assert best.restore(OLD, {}) is None
+    assert best.restore_best(OLD, {}) is None
     assert best.update(6, {"eval/a/loss": 7.0, "eval/loss": 3.0})
     assert best.found == {"name": "eval/a/loss", "value": 7.0, "step": 6}
 

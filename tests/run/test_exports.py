@@ -73,9 +73,9 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("name", [None, *exports.DTYPES])
 def test_ties_stay_ties_in_any_dtype_and_the_file_loads_into_the_model(tmp_path, name):
-    dtype = getattr(torch, exports.DTYPES[name]) if name else None
+    dtype = exports.DTYPES[name] if name else None
     module, other = Tied(), Tied()
-    (path,) = exports.write(Engines(model=Engine(module)), tmp_path, {"step": "3"}, dtype)
+    (path,) = exports.write_exports(Engines(model=Engine(module)), tmp_path, {"step": "3"}, dtype)
     loaded = io.load(path)
     assert loaded["embed.weight"].data_ptr() == loaded["head.weight"].data_ptr()
     assert "head.weight" not in safetensors.torch.load_file(path)  # once on disk
@@ -92,7 +92,7 @@ def test_a_number_that_the_dtype_cannot_hold_is_named(tmp_path):
     with torch.no_grad():
         module.embed.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"embed.weight: holds a number that torch.float16 can't"):
-        exports.write(Engines(model=Engine(module)), tmp_path, {}, torch.float16)
+        exports.write_exports(Engines(model=Engine(module)), tmp_path, {}, torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,7 +139,7 @@ class Kept(nn.Module):
 def test_extra_state_and_8_bit_floats_are_exported_in_any_dtype(tmp_path):
     engines = Engines(model=Engine(Kept()))
     for dtype in (None, torch.bfloat16):
-        (path,) = exports.write(engines, tmp_path, {}, dtype)
+        (path,) = exports.write_exports(engines, tmp_path, {}, dtype)
         found = io.load(path)
         assert found["f8"].float().tolist() == [1.5, -2.0]
         assert found["_extra_state"]["counts"] == Counter({3: 1})

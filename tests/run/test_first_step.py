@@ -117,7 +117,7 @@ def later(change):
 def test_parameters_that_a_later_forward_changes_are_told_likewise(name):
     change, names = CHANGES[name]
     tensors = later(change)
-    for check in (tensors.check, tensors.check_quickly):
+    for check in (tensors.check_tensors, tensors.check_quickly):
         with pytest.raises(
             TrainingStopped, match=f"model: a forward up to step 2 has created, .* parameters: .*{names}"
         ) as halt:
@@ -131,13 +131,13 @@ def test_buffers_that_a_later_forward_makes_are_told_before_they_are_saved(name)
     with pytest.raises(
         TrainingStopped, match=rf"model: a forward up to step 2 has created or removed buffers: {names}\. "
     ):
-        later(change).check("a forward up to step 2")
+        later(change).check_tensors("a forward up to step 2")
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_what_a_later_forward_may_change_is_let_be(name):
     tensors = later(ALLOWED[name])
-    tensors.check()
+    tensors.check_tensors()
     tensors.check_quickly("a forward")
 
 

@@ -39,7 +39,7 @@ def plain(at_home):
 def start(plain, text="run", **changes):
     """Builds a new run's engines with `init_from`; returns the weights of each, and the lines for its log."""
     settings = plain | {"init_from": text} | changes
-    other_run = initial_weights.find(settings)
+    other_run = initial_weights.find_initial_weights(settings)
     engines = build.build_engines(ExperimentSpec.from_plain(settings), CPU, builder=other_run)
     return {name: engine.module.state_dict() for name, engine in engines.items()}, other_run.lines
 

@@ -44,7 +44,7 @@ def test_a_metric_that_the_evaluation_at_start_lacks_is_told_once_and_nothing_wa
         printed = Ranks(shared_zygote()).run(project.folder, count, *project.command[3:], *wrong, status=2)
     told = {
         "trainer.best_metric": "was not evaluated; there are: eval/loss, eval/error, eval/number",
-        "scheduler.metric": "expected one of eval/error, eval/loss, eval/number; resume with the right name",
+        "scheduler.metric": "expected one of eval/error, eval/loss, eval/number",
     }[key]
     assert printed.count(f"{key}=eval/nope: {told}") == 1
     assert "Traceback" not in printed

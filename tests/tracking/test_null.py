@@ -53,7 +53,7 @@ def test_calls_of_a_null_object_do_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tracker, record, saver = NullTracker(), NullRunRecord(), NullSaver()
     tracker.log(1, {"train/loss": 1.0})
-    record.start(name="run")
+    record.start_session(name="run")
     saver.save(1, {}, {})
     assert (tracker.counts(), record.read(), record.crashed, [*record.faults]) == ({}, {}, None, [])
     assert [*tmp_path.iterdir()] == []

@@ -44,7 +44,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 def test_the_record_of_a_finished_run_has_its_code_place_and_result(tmp_path: Path, outside: Path) -> None:
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start(ranks=2, name="byte_gpt")
+    record.start_session(ranks=2, name="byte_gpt")
     running = read(tmp_path)
     record.update(last_step=300, best={"name": "eval/loss", "value": 0.1 + 0.2, "step": 250})
     record.finish("finished")
@@ -78,7 +78,7 @@ def test_the_git_state_is_that_of_the_working_directory(outside: Path, tmp_path:
     if change != "none":
         (outside / ("a.py" if change == "edit" else "b.py")).write_text("2")
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     record.finish("finished")
     expected = {"commit": git(outside, "rev-parse", "HEAD"), "is_dirty": change != "none"}
     assert read(tmp_path)["git"] == expected
@@ -91,7 +91,7 @@ def test_a_repository_in_an_untrusted_run_folder_is_not_read(tmp_path: Path, mon
     (tmp_path / ".hydra").mkdir()
     monkeypatch.chdir(tmp_path)
     record = RunRecord(tmp_path, functools.partial(signature.may_read_git, tmp_path))
-    record.start()
+    record.start_session()
     record.finish("finished")
     assert read(tmp_path)["git"] is None
     assert not (tmp_path / "canary").exists()
@@ -100,14 +100,14 @@ def test_a_repository_in_an_untrusted_run_folder_is_not_read(tmp_path: Path, mon
 def test_a_repository_without_a_commit_has_none(outside: Path, tmp_path: Path) -> None:
     git(outside, "init", "-q")
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     record.finish("finished")
     assert read(tmp_path)["git"] == {"commit": None, "is_dirty": False}
 
 
 def test_outside_a_repository_git_is_null(outside: Path, tmp_path: Path) -> None:
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     record.finish("finished")
     assert read(tmp_path)["git"] is None
 
@@ -124,19 +124,19 @@ def test_without_git_or_with_one_that_hangs_the_run_goes_on(
             (tools / "git").write_text(script)
             (tools / "git").chmod(0o755)
         record = RunRecord(tmp_path, lambda directory: True)
-        record.start()
+        record.start_session()
         record.finish("finished")
         assert read(tmp_path)["git"] is None
 
 
 def test_a_resumed_run_keeps_its_first_start_and_every_session(tmp_path: Path, outside: Path) -> None:
     first = RunRecord(tmp_path, lambda directory: True)
-    first.start(ranks=1)
+    first.start_session(ranks=1)
     first.update(last_step=40, best={"name": "eval/loss", "value": 2.0, "step": 40})
     first.finish("interrupted")
     before = read(tmp_path)
     second = RunRecord(tmp_path, lambda directory: True)
-    second.start(ranks=2)
+    second.start_session(ranks=2)
     running = read(tmp_path)
     assert (running["status"], running["ended"], running["last_step"]) == ("running", None, 40)
     assert running["best"] == before["best"]
@@ -159,7 +159,7 @@ def test_a_killed_session_is_recorded_as_crashed_when_the_run_is_resumed(tmp_pat
 import itertools, sys
 from runner.tracking.run_record import RunRecord
 record = RunRecord(sys.argv[1], lambda directory: True)
-record.start()
+record.start_session()
 for step in itertools.count():
     record.update(last_step=step)
     print(step, flush=True)
@@ -176,7 +176,7 @@ for step in itertools.count():
     assert (killed["status"], killed["pid"]) == ("running", run.pid)
     assert killed["last_step"] >= 20
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     record.finish("finished")
     first, last = read(tmp_path)["sessions"]
     assert (first["status"], first["ended"], first["pid"]) == ("crashed", None, run.pid)
@@ -185,7 +185,7 @@ for step in itertools.count():
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path, outside: Path) -> None:
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     done = threading.Event()
 
     def write() -> None:
@@ -207,7 +207,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path, outside: Path) -> None:
 
 def test_a_value_without_json_is_null(tmp_path: Path, outside: Path) -> None:
     record = RunRecord(tmp_path, lambda directory: True)
-    record.start()
+    record.start_session()
     record.update(best={"name": "eval/loss", "value": float("nan"), "step": 1})
     record.finish("failed")
     assert read(tmp_path)["best"] == {"name": "eval/loss", "value": None, "step": 1}
@@ -216,5 +216,5 @@ def test_a_value_without_json_is_null(tmp_path: Path, outside: Path) -> None:
 def test_a_record_that_cannot_be_read_is_named_and_kept(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{half")
     with pytest.raises(ValueError, match=r"run.json: not the record of a run .*; move it away"):
-        RunRecord(tmp_path, lambda directory: True).start()
+        RunRecord(tmp_path, lambda directory: True).start_session()
     assert (tmp_path / "run.json").read_text() == "{half"

@@ -1,4 +1,4 @@
-"""Builds the model of a saved run without the pretrained weights files that it was first built from.
+"""Placeholders for weights files that are missing when a saved run is opened.
 
 A checkpoint holds every weight, but the function that builds the model may still read such a file, which may be gone or
 changed. A run therefore records the structure of each file: names, shapes, dtypes and small values. A saved run builds
@@ -10,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import io as streams
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from runner.config import optimizations
+from torch import nn
+
 from runner.config.errors import ConfigError
+from runner.utils import io
 from runner.utils.files import disk, read_bounded
-
-if TYPE_CHECKING:
-    from torch import nn
+from runner.utils.serialization import structure
 
 RECORD_NAME = "weights.json"  # in a run's .hydra/, and `weights` in the metadata of its exports
 _METADATA_KEY = "weights"
@@ -37,14 +37,7 @@ _MAX_PATH_LENGTH = 4096
 _MAX_NUM_PROBED = 1000  # strings of a model's config that are tried as paths
 _MAX_NUM_ENTRIES = 100  # files and folders in a run's record
 
-BuildModel = Callable[[Any], "nn.Module"]
-
-
-def iterate_models(plain: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yields each engine's name, the key of its model and the model's config, of a resolved config."""
-    for name, engine in (plain["engines"] or {"model": {}}).items():
-        prefix = f"engines.{name}." if plain["engines"] else ""
-        yield name, f"{prefix}model", engine.get("model", plain["model"])
+BuildModel = Callable[[Any], nn.Module]
 
 
 def record_weights_files(plain: Mapping[str, Any], earlier: Path | None = None) -> bytes | None:
@@ -55,16 +48,15 @@ def record_weights_files(plain: Mapping[str, Any], earlier: Path | None = None) 
     Args:
         earlier: an earlier record of the same run, whose entries are kept.
     """
-    from runner.utils.serialization.structure import describe_weights_files
-
     entries = {} if earlier is None else _read_entries(earlier)
     strings = dict[str, str]()
-    for _, model_key, node in iterate_models(plain):
-        strings |= _find_strings(node, model_key)
+    for name, engine in (plain["engines"] or {"model": {}}).items():
+        model_key = f"engines.{name}.model" if plain["engines"] else "model"
+        strings |= _find_strings(engine.get("model", plain["model"]), model_key)
     for key, text in islice(strings.items(), _MAX_NUM_PROBED):
         if len(entries) >= _MAX_NUM_ENTRIES:
             break
-        if key not in entries and (files := describe_weights_files(text)) is not None:
+        if key not in entries and (files := structure.describe_weights_files(text)) is not None:
             entries[key] = {"path": text, **files}
             if len(_encode(entries)) > _MAX_RECORD_BYTES:
                 del entries[key]
@@ -77,9 +69,10 @@ def _encode(entries: Mapping[str, Any]) -> bytes:
 
 def export_metadata(run: Path) -> dict[str, str]:
     """Returns the run's record as metadata of an export, or an empty dict if it is large or missing."""
-    path = run / ".hydra" / RECORD_NAME
-    text = _read_if_there(path, _MAX_EXPORTED_BYTES)
-    return {} if text is None else {_METADATA_KEY: text.decode(errors="replace")}
+    with contextlib.suppress(OSError):
+        text = read_bounded(run / ".hydra" / RECORD_NAME, _MAX_EXPORTED_BYTES)
+        return {_METADATA_KEY: text.decode(errors="replace")}
+    return {}
 
 
 def signed_text(config: str, metadata: Mapping[str, str]) -> str:
@@ -89,32 +82,16 @@ def signed_text(config: str, metadata: Mapping[str, str]) -> str:
 
 def _read_entries(path: Path) -> dict[str, Any]:
     """Returns the entries of a record by config key, or an empty dict if it can't be read."""
-    from runner.utils.serialization.structure import check_description
-
     try:
-        if path.suffix == ".json":
-            text: str | bytes | None = _read_if_there(path, _MAX_RECORD_BYTES)
-        else:
-            from runner.utils import io
-
-            text = io.read_metadata(path).get(_METADATA_KEY)
-        if text is None:
-            return {}
+        is_export = path.suffix != ".json"
+        text = io.read_metadata(path)[_METADATA_KEY] if is_export else read_bounded(path, _MAX_RECORD_BYTES)
         document = json.loads(text)
-        if document["format"] != _FORMAT:
-            return {}
         entries: dict[str, Any] = dict(islice(document["entries"].items(), _MAX_NUM_ENTRIES))
         for entry in entries.values():
-            check_description(entry)
-    except Exception:  # an untrusted record may be malformed in any way
+            structure.check_description(entry)
+    except Exception:  # there is no record, or an untrusted one is malformed in any way
         return {}
-    return entries
-
-
-def _read_if_there(path: Path, max_bytes: int) -> bytes | None:
-    with contextlib.suppress(OSError):
-        return read_bounded(path, max_bytes)
-    return None
+    return entries if document["format"] == _FORMAT else {}
 
 
 def _find_strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -195,13 +172,11 @@ class PlaceholderBuilder(ModelBuilder):
         return self._build_from_placeholders(engine, key, node, make, missing)
 
     def _find_missing(self, key: str, text: str) -> MissingFile | None:
-        from runner.utils.serialization.structure import matches_description
-
         entry = self._entries.get(key)
         if entry is None:
             return MissingFile(key, text, None) if text.endswith(_SUFFIXES) and not os.path.exists(text) else None
         is_compared = self._is_signed and text == entry["path"]
-        is_usable = matches_description(text, entry) if is_compared else os.path.exists(text)
+        is_usable = structure.matches_description(text, entry) if is_compared else os.path.exists(text)
         return None if is_usable else MissingFile(key, text, entry)
 
     def _build_from_placeholders(
@@ -212,23 +187,21 @@ class PlaceholderBuilder(ModelBuilder):
         The model is built twice, from placeholders with different values. A value outside its state that differs was
         read from a file, and no checkpoint has it.
         """
-        from runner.utils.serialization.structure import find_unsaved
-
         part = self._weights.get(engine)
         saved = part if isinstance(part, Mapping) else {}
         self._check_size(key, missing, saved)
         build = functools.partial(_build_once, key, node, make, missing, saved)
         of_ones: dict[str, Any] | None = None
-        with contextlib.suppress(ConfigError), contextlib.redirect_stdout(streams.StringIO()):
-            of_ones = find_unsaved(build(fills_with_ones=True))
+        with contextlib.suppress(ConfigError), contextlib.redirect_stdout(StringIO()):
+            of_ones = structure.find_unsaved(build(fills_with_ones=True))
         gc.collect()  # frees the first model before the second is built
         module = build()
-        unsaved = find_unsaved(module) if of_ones is not None else {}
+        unsaved = structure.find_unsaved(module) if of_ones is not None else {}
         differing = {name for name, digest in unsaved.items() if (of_ones or {}).get(name) != digest}
         if differing:  # a value that also differs between two equal builds does not come from the files
-            with contextlib.redirect_stdout(streams.StringIO()):
+            with contextlib.redirect_stdout(StringIO()):
                 module = build()
-            rebuilt = find_unsaved(module)
+            rebuilt = structure.find_unsaved(module)
             differing = {name for name in differing if rebuilt.get(name) == unsaved[name]}
         if differing:
             names = ", ".join(sorted(differing)[:3])
@@ -242,33 +215,14 @@ class PlaceholderBuilder(ModelBuilder):
         Raises:
             ConfigError: there are too many, or they are too large together.
         """
-        from runner.utils.serialization.structure import count_bytes, max_placeholder_bytes
-
         count = len(missing)
         remedy = _describe_missing(missing[0])
         if count > _MAX_NUM_ENTRIES:
             raise ConfigError(f"{key}: expected at most {_MAX_NUM_ENTRIES} weights files, found {count}; {remedy}")
-        self._num_bytes += sum(count_bytes(file.entry, saved) for file in missing)
-        if self._num_bytes > (limit := max_placeholder_bytes(self._weights)):
+        self._num_bytes += sum(structure.count_bytes(file.entry, saved) for file in missing)
+        if self._num_bytes > (limit := structure.max_placeholder_bytes(self._weights)):
             found = f"the recorded structure of {count} has over {limit:,} bytes with all before"
             raise ConfigError(f"{key}: weights files: {found}; {remedy}")
-
-
-def make_placeholder_builder(
-    plain: dict[str, Any], source: Path, weights: Mapping[str, Any], engine: str | None, is_signed: bool
-) -> PlaceholderBuilder | None:
-    """Returns the builder for a saved run that is evaluated or exported; None for an adapter without its base weights.
-
-    Args:
-        plain: the resolved config.
-        source: the run folder, or an export.
-        weights: the parts of the checkpoint by name.
-        engine: the engine of an export; None for a run.
-        is_signed: the run, or the export, is the user's own.
-    """
-    nodes = {} if engine is None else optimizations.of_engine(plain, engine)[0]
-    is_adapter = nodes.get("lora", {}).get("export") == "adapter"
-    return None if is_adapter else PlaceholderBuilder(source, weights, is_signed)
 
 
 def _build_once(
@@ -281,15 +235,13 @@ def _build_once(
     fills_with_ones: bool = False,
 ) -> Any:
     """Builds a model from placeholder files in a temporary folder, which is removed afterwards."""
-    from runner.utils.serialization.structure import write_placeholder
-
     paths: dict[str, Path] = {}
     with tempfile.TemporaryDirectory(prefix="runner-weights-", ignore_cleanup_errors=True) as folder:
         try:
             for number, file in enumerate(missing):
                 target = Path(folder, str(number))
                 disk.make_folder(target)
-                paths[file.key] = write_placeholder(
+                paths[file.key] = structure.write_placeholder(
                     target, file.path, file.entry, saved, fills_with_ones=fills_with_ones
                 )
         except OSError as error:
