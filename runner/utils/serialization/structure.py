@@ -7,13 +7,13 @@ No function here executes the content of a file.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -25,13 +25,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from runner.utils.files import disk
-from runner.utils.serialization import SFT_DTYPES, FlattenedState, dtype_name, parse_dtype, unflatten
+from runner.utils.serialization import (
+    DTYPE_BY_SFT_CODE,
+    MAX_HEADER_BYTES,
+    FlattenedState,
+    encode_sft_header,
+    parse_dtype,
+    torch_name,
+    unflatten,
+)
 
 METADATA_KEY = "weights"  # an export's own record, left out of descriptions: it would nest with each run
-_MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
-_SMALL_NUMEL = (
-    64  # elements of a tensor that is recorded with its values, such as a counter or the mean of each channel
-)
+# The largest number of elements of a tensor that is recorded with its values, such as a counter or a channel's mean.
+_SMALL_NUMEL = 64
 _MAX_TEXT_BYTES = 1 << 20  # of a folder's small files in all
 _MAX_NUM_FILES = 200
 _MAX_NUM_ENTRIES = 2000  # of a folder that is searched
@@ -41,7 +47,6 @@ _TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".yml")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _SFT, _PT, _NPY, _TEXT = "safetensors", "pt", "npy", "text"
 _ARRAY = "array"  # the name of the only tensor of a .npy file
-_DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _MAX_NUM_OBJECTS = 20_000
 _MAX_NUM_ITEMS = 1000
 # Suffixes of parameters from which torch computes the attribute without the suffix in each forward.
@@ -99,12 +104,11 @@ def _describe_file(path: Path) -> dict[str, Any] | None:
     if kind == _PT:
         is_mapped = zipfile.is_zipfile(path)
         state = FlattenedState(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
-        tensors = {name: _describe_tensor(value.dtype, [*value.shape], value) for name, value in state.tensors.items()}
+        tensors = {name: _describe_tensor(value) for name, value in state.tensors.items()}
         return {"kind": _PT, **_size_and_digest(path), "tensors": tensors, "document": state.document}
     if kind == _NPY:
         array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        tensors = {_ARRAY: _describe_tensor(array.dtype, [*array.shape], array)}
-        return {"kind": _NPY, **_size_and_digest(path), "tensors": tensors}
+        return {"kind": _NPY, **_size_and_digest(path), "tensors": {_ARRAY: _describe_tensor(array)}}
     return None
 
 
@@ -112,7 +116,7 @@ def _kind_of(path: Path) -> str | None:
     """Returns the kind of a weights file by its first bytes, or None for any other file."""
     with path.open("rb") as file:
         start = file.read(16)
-    if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES and start[8:9] == b"{":
+    if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES and start[8:9] == b"{":
         return _SFT
     if start.startswith(b"\x93NUMPY"):
         return _NPY
@@ -124,21 +128,19 @@ def _kind_of(path: Path) -> str | None:
 
 def _describe_sft_tensor(file: Any, name: str) -> list[Any]:
     piece = file.get_slice(name)
-    shape = piece.get_shape()
-    is_small = math.prod(shape) <= _SMALL_NUMEL
-    return _describe_tensor(_DTYPES[piece.get_dtype()], shape, file.get_tensor(name) if is_small else None)
+    dtype, shape = DTYPE_BY_SFT_CODE[piece.get_dtype()], piece.get_shape()
+    return _describe_tensor(file.get_tensor(name)) if math.prod(shape) <= _SMALL_NUMEL else [torch_name(dtype), shape]
 
 
-def _describe_tensor(dtype: torch.dtype, shape: list[int], tensor: Tensor | None) -> list[Any]:
+def _describe_tensor(tensor: Tensor) -> list[Any]:
     """Returns dtype and shape, and for a small tensor its bytes in hexadecimal."""
-    is_small = tensor is not None and math.prod(shape) <= _SMALL_NUMEL
-    return [dtype_name(dtype), shape, *([_bytes_of(tensor).hex()] if tensor is not None and is_small else [])]
+    values = [_bytes_of(tensor).hex()] if tensor.numel() <= _SMALL_NUMEL else []
+    return [torch_name(tensor.dtype), [*tensor.shape], *values]
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
     plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    flat: bytes = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return flat
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def _size_and_digest(path: Path) -> dict[str, Any]:
@@ -236,8 +238,7 @@ def write_placeholder(
             with disk.create(target, "xb") as file:
                 file.write(description["text"].encode())
         else:
-            values = _TensorValues(description["tensors"], tensors, fills_with_ones=fills_with_ones)
-            _write_file(target, description, values)
+            _write_file(target, description, _TensorValues(description["tensors"], tensors, fills_with_ones))
     return path
 
 
@@ -256,35 +257,31 @@ def max_placeholder_bytes(weights: Mapping[str, Any]) -> int:
     return max(_SIZE_FACTOR * sum(count_bytes(None, part) for part in parts), _SIZE_FLOOR)
 
 
+@dataclass
 class _TensorValues:
     """The values of a placeholder's tensors: recorded values, saved weights, or a fill value."""
 
-    def __init__(
-        self, described: Mapping[str, list[Any]], saved: Mapping[str, Tensor], *, fills_with_ones: bool
-    ) -> None:
-        self._described = described
-        self._saved = saved
-        self._fills_with_ones = fills_with_ones
+    described: Mapping[str, list[Any]]
+    saved: Mapping[str, Tensor]
+    fills_with_ones: bool
 
     def find(self, name: str) -> Tensor | None:
         """Returns a tensor's values; None means zeros."""
-        dtype, shape, *recorded = self._described[name]
+        dtype, shape, *recorded = self.described[name]
         if recorded and math.prod(shape):
             flat = torch.frombuffer(bytearray(bytes.fromhex(recorded[0])), dtype=torch.uint8)
             return flat.view(parse_dtype(dtype)).reshape(shape)
-        if self._fills_with_ones:
+        if self.fills_with_ones:
             return torch.ones(shape, dtype=torch.float32).to(parse_dtype(dtype))
-        suffix = name
-        while True:  # the file may name a tensor with a prefix that the model does not have
-            saved = self._saved.get(suffix)
+        parts = name.split(".")
+        for start in range(len(parts)):  # the file may name a tensor with a prefix that the model does not have
+            saved = self.saved.get(".".join(parts[start:]))
             if saved is not None and [*saved.shape] == shape:
                 return saved.detach().to(parse_dtype(dtype))
-            if "." not in suffix:
-                return None
-            suffix = suffix.partition(".")[2]
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, *_ = self._described[name]
+        dtype, shape, *_ = self.described[name]
         values = self.find(name)
         # Cloned, because torch.save would store two names of one tensor as tied.
         return torch.zeros(shape, dtype=parse_dtype(dtype)) if values is None else values.clone()
@@ -322,22 +319,16 @@ def _write_sft(
     find: Callable[[str], Tensor | None],
 ) -> None:
     """Writes a SafeTensors file; tensors of zeros become holes, which use no space in most file systems."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in sorted(described, key=lambda name: -described[name][0].itemsize):  # keeps every tensor aligned
-        dtype, shape = described[name]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SFT_DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header, ordered = encode_sft_header(described, metadata)
     with disk.create(path, "xb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        start = file.tell()
-        for name in described:
+        file.write(header)
+        for name in ordered:
             if (tensor := find(name)) is not None:
-                file.seek(start + header[name]["data_offsets"][0])
                 file.write(_bytes_of(tensor))
-        file.truncate(start + end)
+            else:
+                dtype, shape = described[name]
+                file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+        file.truncate()
 
 
 def find_unsaved(module: nn.Module) -> dict[str, str]:
