@@ -20,8 +20,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,10 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 
 from runner.utils import io
 from runner.utils.distributed import is_distributed, run_on_all_ranks
-from runner.utils.files import WritebackFile, disk
+from runner.utils.files import WritebackFile, adding_path, disk
 from runner.utils.serialization import DTYPE_BY_SFT_CODE, SFT_DTYPES, encode_sft_header, torch_name
+
+T = TypeVar("T")
 
 INDEX = "shards.json"
 _FORMAT = 1
@@ -74,19 +77,33 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             _write_pieces(folder / names[rank], {piece: local[piece] for piece in pieces_by_rank[rank]})
         if rank == 0:
             document = {"format": _FORMAT, "files": [*names.values()], "tensors": _descriptions(tensors)}
-            io.write_new_json(document, folder / INDEX, indent=None)
+            with adding_path(folder / INDEX):
+                io.write_new_json(document, folder / INDEX, indent=None)
 
-    def attempt() -> tuple[int, str, str | None] | None:
+    run_on_all_ranks_raising_os_errors(write_files, group)
+
+
+def run_on_all_ranks_raising_os_errors(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T | None]:
+    """Returns the results of `work` on all ranks, by rank; an OSError of one rank is raised on every rank.
+
+    Raises:
+        OSError: with the failed rank, the reason and the file.
+        RankError: `work` failed on a rank with another error.
+    """
+
+    def attempt() -> tuple[T | None, tuple[int, str, str | None] | None]:
         try:
-            write_files()
+            return work(), None
         except OSError as error:
-            return os_error_arguments(error, folder / names.get(rank, INDEX))
-        return None
+            file = None if error.filename is None else str(error.filename)
+            return None, (error.errno or errno.EIO, error.strerror or str(error), file)
 
-    for failed_rank, error_arguments in enumerate(run_on_all_ranks(attempt, group)):
-        if error_arguments is not None:
-            code, reason, file = error_arguments
-            raise OSError(code, f"rank {failed_rank}: {reason}", file)
+    outcomes = run_on_all_ranks(attempt, group)
+    for rank, (_, os_error) in enumerate(outcomes):
+        if os_error is not None:
+            code, reason, file = os_error
+            raise OSError(code, f"rank {rank}: {reason}", file)
+    return [result for result, _ in outcomes]
 
 
 def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -102,11 +119,8 @@ def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> 
     """
     known, files = _scan(folder)
     tensors = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in known.items() if is_wanted(name)}
-    pieces_by_path = defaultdict(list)
-    for piece, path in files.items():
-        if piece[0] in tensors:
-            pieces_by_path[path].append(piece)
-    for path, pieces in pieces_by_path.items():
+    wanted = (piece for piece in files if piece[0] in tensors)
+    for path, pieces in groupby(wanted, files.__getitem__):  # `files` lists the pieces of one file together
         with safe_open(path, framework="pt") as file:
             for name, start, sizes in pieces:
                 region = tuple(slice(begin, begin + size) for begin, size in zip(start, sizes, strict=True))
@@ -164,15 +178,6 @@ def _descriptions(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*tensor.shape]} for name, tensor in tensors.items()}
 
 
-def os_error_arguments(error: OSError, default_file: Path | None = None) -> tuple[int, str, str | None]:
-    """Returns the arguments of an equal `OSError`: number, reason and file.
-
-    Other ranks raise it.
-    """
-    file = error.filename or default_file
-    return error.errno or errno.EIO, error.strerror or str(error), None if file is None else str(file)
-
-
 def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
     """Writes a SafeTensors file.
 
@@ -183,7 +188,7 @@ def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _OFFSETS_KEY: json.dumps(starts)}
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header, ordered = encode_sft_header(described, metadata)
-    with disk.create(path, "xb") as file:
+    with adding_path(path), disk.create(path, "xb") as file:
         stream = WritebackFile(file)
         stream.write(header)
         for name in ordered:

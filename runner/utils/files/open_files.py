@@ -36,8 +36,8 @@ def is_out_of_files(error: BaseException) -> bool:
 def describe_limit() -> str:
     """Returns the limit on open files and the remedy if it is too low."""
     return (
-        f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; raise the limit (ulimit -n), close files "
-        "that were read, or set data.num_workers=0, since each tensor from a loader worker keeps a file open"
+        f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; raise the limit (ulimit -n), close "
+        "files that were read, or set data.num_workers=0, since each tensor from a loader worker keeps a file open"
     )
 
 

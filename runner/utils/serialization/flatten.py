@@ -11,7 +11,7 @@ import math
 import struct
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -80,11 +80,12 @@ class FlattenedState:
         self._name_by_view: dict[tuple[Any, ...], str] = {}
         self._ancestors: set[int] = set()
         tree = self._encode(value, ())
-        raw = {}  # tensors that a format without their dtype stores as bytes
-        for name, tensor in self.tensors.items():
-            full = self.dtensors.get(name, tensor)
-            if full.dtype in _RAW_DTYPES:
-                raw[name] = [torch_name(full.dtype), [*full.shape]]
+        full_tensors = self.tensors | self.dtensors
+        raw = {  # tensors that a format without their dtype stores as bytes
+            name: [torch_name(tensor.dtype), [*tensor.shape]]
+            for name, tensor in full_tensors.items()
+            if tensor.dtype in _RAW_DTYPES
+        }
         self.document = {"version": _VERSION, "raw": raw, "objects": self._objects, "tree": tree}
 
     def _encode(self, value: Any, path: KeyPath) -> Any:
@@ -136,18 +137,15 @@ class FlattenedState:
         return body if kind is list else {kind.__name__: body}
 
     def _encode_key(self, key: Any, path: KeyPath) -> Any:
-        for part in _key_parts(key):
-            if type(part) not in _KEYS and not isinstance(part, np.generic):
-                raise TypeError(f"{format_path(path)} has a key of {type(part).__qualname__}: {_REMEDY}")
+        _check_key(key, path)
         return self._encode(key, path)
 
     def _index_object(self, value: Any, path: KeyPath) -> int:
         """Returns the index of a tensor or composite value among the document's objects, adding it once."""
         if id(value) in self._index_by_id:
             return self._index_by_id[id(value)]
-        entry: dict[str, Any] = {}
         if is_dtensor(value) or (composite := decompose(value)) is None:
-            entry = {"name": self._name_tensor(value, path)}
+            entry: dict[str, Any] = {"name": self._name_tensor(value, path)}
         else:
             kind, parts, facts = composite
             names = {role: self._name_tensor(part, (*path, role)) for role, part in parts.items()}
@@ -301,17 +299,21 @@ def _decode(node: Any, objects: list[Any], depth: int) -> Any:
     if type(node) is not dict:
         return node
     ((kind, body),) = node.items()
-    if kind in _SEQUENCES:
-        items = [_decode(item, objects, depth + 1) for item in body]
-        return _check_no_duplicates(_SEQUENCES[kind](items), body)
-    if kind == "defaultdict":
-        name, pairs = body
-        return defaultdict(None if name is None else _FACTORIES[name], _decode_pairs(pairs, objects, depth))
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
-    if kind == "complex":
-        return complex(*(_decode(part, objects, depth) for part in body))
-    return objects[body] if kind == "tensor" else _ATOMS[kind](body)
+    match kind:
+        case "tensor":
+            return objects[body]
+        case "complex":
+            return complex(*(_decode(part, objects, depth) for part in body))
+        case "defaultdict":
+            name, pairs = body
+            return defaultdict(None if name is None else _FACTORIES[name], _decode_pairs(pairs, objects, depth))
+        case _ if kind in _MAPPINGS:
+            return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
+        case _ if kind in _SEQUENCES:
+            items = [_decode(item, objects, depth + 1) for item in body]
+            return _check_no_duplicates(_SEQUENCES[kind](items), body)
+        case _:
+            return _ATOMS[kind](body)
 
 
 def _decode_pairs(pairs: list[Any], objects: list[Any], depth: int) -> dict[Any, Any]:
@@ -381,12 +383,12 @@ def _name_of_factory(value: defaultdict[Any, Any], path: KeyPath) -> str | None:
     return name
 
 
-def _key_parts(key: Any) -> Iterator[Any]:
-    if type(key) not in (tuple, torch.Size, frozenset):
-        yield key
-        return
-    for part in key:
-        yield from _key_parts(part)
+def _check_key(key: Any, path: KeyPath) -> None:
+    if type(key) in (tuple, torch.Size, frozenset):
+        for part in key:
+            _check_key(part, path)
+    elif type(key) not in _KEYS and not isinstance(key, np.generic):
+        raise TypeError(f"{format_path(path)} has a key of {type(key).__qualname__}: {_REMEDY}")
 
 
 def _check_dense(tensor: Tensor, path: KeyPath) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -55,15 +54,13 @@ _DERIVED_SUFFIXES = ("_orig", "_g", "_v")
 
 def describe_weights_files(text: str) -> dict[str, Any] | None:
     """Returns the structure of the weights file, or the folder of weights files, at a path; None if there is none."""
-    try:
+    with contextlib.suppress(Exception):  # a file that can't be read, or not without executing its content
         path = Path(text).expanduser()
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            description = _describe_file(path)
-            return None if description is None else {"is_folder": False, "files": {path.name: description}}
-        return _describe_folder(path) if stat.S_ISDIR(mode) else None
-    except Exception:  # a file that can't be read, or not without executing its content
-        return None
+        if path.is_dir():
+            return _describe_folder(path)
+        if path.is_file() and (description := _describe_file(path)) is not None:
+            return {"is_folder": False, "files": {path.name: description}}
+    return None
 
 
 def _describe_folder(folder: Path) -> dict[str, Any] | None:
@@ -157,18 +154,18 @@ def matches_description(text: str, entry: Mapping[str, Any]) -> bool:
     """Returns whether the file or folder at a path matches its description, by size and first and last MiB."""
     try:
         for name, description in entry["files"].items():
-            path = Path(text, name) if entry["is_folder"] else Path(text)
-            path = path.expanduser()
-            if not stat.S_ISREG(path.stat().st_mode):
-                return False
-            if description["kind"] == _TEXT:
-                if path.stat().st_size > _MAX_TEXT_BYTES or path.read_bytes() != description["text"].encode():
-                    return False
-            elif _size_and_digest(path) != {key: description[key] for key in ("bytes", "sha256")}:
+            path = Path(text, name if entry["is_folder"] else "").expanduser()
+            if not path.is_file() or not _file_matches(path, description):
                 return False
     except (OSError, ValueError, RuntimeError):  # also a name that no disk can have, or ~USER of an unknown user
         return False
     return True
+
+
+def _file_matches(path: Path, description: Mapping[str, Any]) -> bool:
+    if description["kind"] == _TEXT:
+        return path.stat().st_size <= _MAX_TEXT_BYTES and path.read_bytes() == description["text"].encode()
+    return _size_and_digest(path) == {key: description[key] for key in ("bytes", "sha256")}
 
 
 def check_description(entry: Any) -> None:
@@ -178,10 +175,9 @@ def check_description(entry: Any) -> None:
         ValueError, TypeError, KeyError, AttributeError: the description is invalid.
     """
     is_folder, files = entry["is_folder"], entry["files"]
-    if type(is_folder) is not bool or type(entry["path"]) is not str or not 0 < len(files) <= _MAX_NUM_FILES:
+    max_num_files = _MAX_NUM_FILES if is_folder else 1
+    if type(is_folder) is not bool or type(entry["path"]) is not str or not 0 < len(files) <= max_num_files:
         raise ValueError("not the description of a file or folder")
-    if not is_folder and len(files) != 1:
-        raise ValueError("several files in the place of one")
     for name, description in files.items():
         parts = name.split("/")
         is_hidden_or_invalid = any(part == "" or part.startswith(".") or len(part) > 255 for part in parts)
@@ -373,17 +369,20 @@ def _walk(root: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _children(holder: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(holder, nn.Module):
-        tensors = {**holder._parameters, **holder._buffers}
-        yield from holder._modules.items()
-        yield from tensors.items()
-        skipped = {"_parameters", "_buffers", "_modules"}
-        for name, value in vars(holder).items():
-            if name not in skipped and not any(name + suffix in tensors for suffix in _DERIVED_SUFFIXES):
-                yield name, value
-    elif isinstance(holder, Mapping):
-        yield from islice(holder.items(), _MAX_NUM_ITEMS)
-    elif isinstance(holder, (list, tuple, set, frozenset)):
-        yield from islice(enumerate(holder), _MAX_NUM_ITEMS)
-    elif not isinstance(holder, (type, Tensor, np.ndarray)) and hasattr(holder, "__dict__") and not callable(holder):
-        yield from islice(vars(holder).items(), _MAX_NUM_ITEMS)
+    match holder:
+        case nn.Module():
+            tensors = {**holder._parameters, **holder._buffers}
+            yield from holder._modules.items()
+            yield from tensors.items()
+            skipped = {"_parameters", "_buffers", "_modules"}
+            for name, value in vars(holder).items():
+                if name not in skipped and not any(name + suffix in tensors for suffix in _DERIVED_SUFFIXES):
+                    yield name, value
+        case Mapping():
+            yield from islice(holder.items(), _MAX_NUM_ITEMS)
+        case list() | tuple() | set() | frozenset():
+            yield from islice(enumerate(holder), _MAX_NUM_ITEMS)
+        case type() | Tensor() | np.ndarray():
+            return
+        case _ if hasattr(holder, "__dict__") and not callable(holder):
+            yield from islice(vars(holder).items(), _MAX_NUM_ITEMS)
