@@ -88,8 +88,8 @@ class Checkpoints:
         parts: Mapping[str, Any],
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits a checkpoint and prunes older ones.
 
@@ -125,8 +125,8 @@ class Checkpoints:
         step: int,
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits the folder that `begin` created, and prunes older checkpoints.
 
@@ -140,13 +140,17 @@ class Checkpoints:
         disk.sync_file(partial / MANIFEST)
         for folder in reversed(folders):
             disk.sync_folder(folder)
-        if before_commit is not None:
-            before_commit()
+        before_commit()
         final = self._path_of(step)
-        self._rename(partial, final)
+        replaced = self._temporary_path(final, "replaced")
+        if final.exists():
+            disk.rename(final, replaced)  # after a crash at this point, `recover` restores the old one
+        disk.rename(partial, final)
+        disk.sync_folder(self.folder)
+        remove_tree(replaced)
         self._verified_stamps[final] = _stamps(final)
         superseded = self._find_superseded(step)
-        if before_prune is None or before_prune(set(superseded)):
+        if before_prune(set(superseded)):
             self._prune(superseded.values())
         return final
 
@@ -155,15 +159,6 @@ class Checkpoints:
 
     def _temporary_path(self, final: Path, role: str) -> Path:
         return self.folder / f".{final.name}.{os.getpid()}.{role}"
-
-    def _rename(self, partial: Path, final: Path) -> None:
-        """Gives a complete folder its final name, in place of an existing checkpoint of the same step."""
-        replaced = self._temporary_path(final, "replaced")
-        if final.exists():
-            disk.rename(final, replaced)  # after a crash at this point, `recover` restores the old one
-        disk.rename(partial, final)
-        disk.sync_folder(self.folder)
-        remove_tree(replaced)
 
     def recover(self) -> None:
         """Deletes checkpoints that a crash left half-written or half-pruned.

@@ -53,8 +53,8 @@ class ShardedCheckpoints:
         parts: Mapping[str, HostSnapshot],
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits a checkpoint and prunes older ones.
 

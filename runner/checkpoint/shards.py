@@ -187,7 +187,7 @@ def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
     starts = {name: {_OFFSET_KEY: [*start]} for name, start, _ in pieces}
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _OFFSETS_KEY: json.dumps(starts)}
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    header, ordered = encode_sft_header(described, metadata)
+    header, ordered = encode_sft_header(path, described, metadata)
     with adding_path(path), disk.create(path, "xb") as file:
         stream = WritebackFile(file)
         stream.write(header)

@@ -21,7 +21,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -180,16 +180,11 @@ class _Root:
         """Yields the descriptor of a subfolder, given the names on its path."""
         self._check_path()
         folder = self._descriptor
-        try:
+        with ExitStack() as opened:
             for number, name in enumerate(names, 1):
-                below = self._open_below(folder, name, os.path.join(*names[:number]))
-                if folder != self._descriptor:
-                    os.close(folder)
-                folder = below
+                folder = self._open_below(folder, name, os.path.join(*names[:number]))
+                opened.callback(os.close, folder)
             yield folder
-        finally:
-            if folder != self._descriptor:
-                os.close(folder)
 
     def _check_path(self) -> None:
         """Raises FileNotFoundError if another folder has taken the path."""

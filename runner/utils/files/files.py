@@ -34,7 +34,6 @@ class UnreadableError(OSError):
         super().__init__(errno.EINVAL, reason, os.fspath(path))
 
     def __str__(self) -> str:
-        """Returns the path and the reason."""
         return f"{self.filename}: {self.strerror}"
 
 

@@ -41,22 +41,13 @@ def describe_limit() -> str:
     )
 
 
-class DescriptorReserve:
-    """Sixteen file descriptors kept open, to be closed for a save when the program has reached the limit."""
-
-    def __init__(self) -> None:
-        self._descriptors: list[int] = []
+class DescriptorReserve(contextlib.ExitStack):
+    """Sixteen file descriptors kept open. `close` closes them for a save when the program has reached the limit."""
 
     def open(self) -> None:
-        """Opens the descriptors."""
         with contextlib.suppress(OSError):
             for _ in range(_NUM_RESERVED):
-                self._descriptors.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-
-    def close(self) -> None:
-        """Closes the descriptors; closing them again does nothing."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+                self.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def unshare_file_offsets() -> None:

@@ -12,6 +12,7 @@ import struct
 import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -222,7 +223,6 @@ class HostSnapshot(FlattenedState):
                 copied.set()
 
     def wait_for_copy(self, name: str) -> None:
-        """Waits until a tensor is copied."""
         if name in self._is_copied:
             self._is_copied[name].wait()
         if self._error is not None:
@@ -237,13 +237,14 @@ def to_storable(tensor: Tensor) -> Tensor:
 
 
 def encode_sft_header(
-    tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
     """Returns the first bytes of a SafeTensors file, and the names of its tensors in the order of their content.
 
     The dtypes with the largest elements come first, so that every tensor is aligned.
 
     Args:
+        path: of the file, for the message.
         tensors: dtype and shape by name.
     Raises:
         ValueError: the header is longer than readers accept.
@@ -258,7 +259,7 @@ def encode_sft_header(
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_BYTES:
-        raise ValueError(f"its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}")
+        raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}")
     return struct.pack("<Q", len(encoded)) + encoded, ordered
 
 

@@ -315,7 +315,7 @@ def _write_sft(
     find: Callable[[str], Tensor | None],
 ) -> None:
     """Writes a SafeTensors file; tensors of zeros become holes, which use no space in most file systems."""
-    header, ordered = encode_sft_header(described, metadata)
+    header, ordered = encode_sft_header(path, described, metadata)
     with disk.create(path, "xb") as file:
         file.write(header)
         for name in ordered:
@@ -342,7 +342,6 @@ def find_unsaved(module: nn.Module) -> dict[str, str]:
 
 
 def _digest(value: Any) -> str | None:
-    """Returns a digest of a float or a dense array, or None for any other value."""
     if isinstance(value, float):
         return value.hex()
     with contextlib.suppress(Exception):  # a tensor subclass without plain bytes
