@@ -237,14 +237,14 @@ def to_storable(tensor: Tensor) -> Tensor:
 
 
 def encode_sft_header(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str], remedy: str = ""
 ) -> tuple[bytes, list[str]]:
     """Returns the first bytes of a SafeTensors file, and the names of its tensors in the order of their content.
 
     The dtypes with the largest elements come first, so that every tensor is aligned.
 
     Args:
-        path: of the file, for the message.
+        path: of the file, for the message of the error, which ends with `remedy`.
         tensors: dtype and shape by name.
     Raises:
         ValueError: the header is longer than readers accept.
@@ -259,7 +259,7 @@ def encode_sft_header(
     encoded = json.dumps(header, ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_BYTES:
-        raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}")
+        raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}{remedy}")
     return struct.pack("<Q", len(encoded)) + encoded, ordered
 
 
