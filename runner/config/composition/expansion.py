@@ -213,17 +213,17 @@ class _ExpansionCounter:
         total = _combine(parts, _RESOLVER_CHARACTERS + len(interpolation.text))
         return Expansion(total.values, total.characters, max(total.depth - 1, 0))
 
-    def _target_of_resolver(self, interpolation: _Interpolation, path: Path) -> Path | None:
+    def _target_of_resolver(self, interpolation: _Interpolation, path: Path, hops: int = 0) -> Path | None:
         """Returns the path of the node that a resolver reads, or None if it reads none or the key is unknown."""
         key = interpolation.text.partition(",")[0].strip().strip("'\"")
         if interpolation.arguments or interpolation.resolver not in ("hydra", *_KEY_RESOLVERS):
             return None
-        return self._path_of_key(f"hydra.{key}" if interpolation.resolver == "hydra" else key, path, 0)
+        return self._path_of_key(f"hydra.{key}" if interpolation.resolver == "hydra" else key, path, hops)
 
     def _target_of(self, interpolation: _Interpolation, path: Path, hops: int = 0) -> Path | None:
         """Returns the path of the node that an interpolation refers to, or None if there is none."""
         if interpolation.resolver is not None:
-            return self._target_of_resolver(interpolation, path)
+            return self._target_of_resolver(interpolation, path, hops)
         keys = [key if isinstance(key, str) else self._text_of(key, path, hops) for key in interpolation.keys]
         known = [key for key in keys if key is not None]
         if len(known) < len(keys):
