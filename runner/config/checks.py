@@ -40,7 +40,7 @@ CONF_DIR = source.CONF_DIR
 
 def register() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
-    source.register()
+    source.register_config_source()
     optimizations.register()
     ConfigStore.instance().store(name="schema", node=Config)
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
