@@ -8,19 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runner.control.commands import (
-    Command,
-    CommandError,
-    CommandQueue,
-    CommandSyntax,
-    parse,
-    parse_step,
-    quote_typed,
-)
+from runner.control.commands import Command, CommandQueue, CommandSpec, parse_step
+from runner.control.stdin import quote_typed
 
 if TYPE_CHECKING:
     from runner.utils.distributed.coordinator import Coordinator
@@ -77,9 +69,7 @@ class CommandHandlers:
 
     def _relay(self, line: str) -> bool:
         """Sends a line to all ranks if it is a command; returns whether it is one."""
-        try:
-            parse(line, COMMANDS)
-        except CommandError:
+        if not self.queue.is_command(line):
             return self.queue.submit(line)  # which answers with the mistake, or ignores a blank line
         self._coordinator.post("line", line)
         return True
@@ -94,20 +84,6 @@ class CommandHandlers:
             self._answer(text)
         elif self._num_answers == _MAX_ANSWERS + 1:
             self._answer("... (further commands at this step are done without an answer)")
-
-
-Handler = Callable[[CommandHandlers, RunningLoop, Any], None]
-
-
-@dataclass(frozen=True)
-class CommandSpec(CommandSyntax):
-    """A row of the table of commands.
-
-    Args:
-        handler: called at a step boundary on every rank, as handler(handlers, loop, argument).
-    """
-
-    handler: Handler
 
 
 def _request_action(handlers: CommandHandlers, loop: RunningLoop, argument: None, *, action: str) -> None:
