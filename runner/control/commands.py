@@ -82,19 +82,14 @@ def parse(line: str, table: Mapping[str, CommandSpec]) -> Command:
         remedy = f'{_suggest_command(body, at + when, table)}; type "help" to see all'
         raise CommandError(f"{quote_typed(typed)} is no command; {remedy}")
     try:
-        return Command(name, _parse_argument(name, words, table), parse_step(when.strip()) if at else None)
+        parse_argument = table[name].parse_argument
+        if parse_argument is None and words:
+            raise ValueError(f'"{name}" takes nothing but @STEP, found {quote_typed(" ".join(words))}')
+        argument = None if parse_argument is None else parse_argument(words)
+        return Command(name, argument, parse_step(when.strip()) if at else None)
     except ValueError as error:
         remedy = f'write {table[name].form}; type "help" to see all'
         raise CommandError(f"{quote_typed(typed)}: {error}; {remedy}") from None
-
-
-def _parse_argument(name: str, words: list[str], table: Mapping[str, CommandSpec]) -> float | int | None:
-    parse_argument = table[name].parse_argument
-    if parse_argument is not None:
-        return parse_argument(words)
-    if words:
-        raise ValueError(f'"{name}" takes nothing but @STEP, found {quote_typed(" ".join(words))}')
-    return None
 
 
 def parse_step(word: str) -> int:

@@ -7,6 +7,7 @@ pending commands are checked by the table.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -118,12 +119,9 @@ def _parse_lr(words: list[str]) -> float:
     if not words:
         raise ValueError('"lr" lacks its number')
     typed = " ".join(words)
-    # float() alone accepts "infinity", "1_0" and digits of other scripts, so the characters are checked first.
-    is_number = len(words) == 1 and set(typed) <= set("0123456789.e+-")
-    try:
-        lr = float(typed) if is_number else math.nan
-    except ValueError:
-        lr = math.nan
+    # float() alone accepts "infinity", "1_0" and digits of other scripts, so the form is checked first.
+    is_number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", typed)
+    lr = float(typed) if is_number else math.nan
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected one finite number above 0, found {quote_typed(typed)}")
     if lr > _MAX_RATE:

@@ -255,5 +255,4 @@ class LineReader:
 
 
 def _is_ready(fd: int, timeout_s: float = 0) -> bool:
-    """Returns whether a descriptor is ready to be read within a time."""
     return bool(select.select([fd], [], [], timeout_s)[0])

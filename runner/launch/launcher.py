@@ -150,7 +150,6 @@ def _claim(cfg: DictConfig, task: DictConfig) -> Path:
 
 
 def _is_folder_fixed(overrides: Any) -> bool:
-    """Returns whether the command line sets the folder of the run."""
     return any(str(override).startswith("hydra.run.dir=") for override in overrides)
 
 
@@ -187,7 +186,6 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
 
 def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outcome | float | None:
     """Runs one job of a sweep, whose other jobs run even if it fails."""
-    facts: tuple[str, int, str, float | None]
     try:
         signed = signature.find_signed(folder)
         origin = _find_origin(hydra_config, signed)

@@ -89,7 +89,8 @@ def check_resolved_size(plain: Any) -> None:
         ConfigError: naming the key, the size found, and the limit.
     """
     _check_texts(plain)
-    _check_size((), "has", _count(plain))
+    characters = [_count_characters(value) for _, value in walk(plain)]
+    _check_size((), "has", Expansion(len(characters), sum(characters), 0))
 
 
 def _check_size(path: KeyPath, has: str, found: Expansion) -> None:
@@ -99,12 +100,11 @@ def _check_size(path: KeyPath, has: str, found: Expansion) -> None:
         raise ConfigError(f"{_join(path)}: {has} {size}; {limit}")
 
 
-def _count(value: Any) -> Expansion:
-    if isinstance(value, Mapping):
-        return _combine([_count(child) for child in value.values()], sum(len(str(key)) for key in value))
-    if isinstance(value, (list, tuple)):
-        return _combine([_count(child) for child in value], 0)
-    return Expansion(1, len(value) if isinstance(value, (str, bytes)) else 16, 0)
+def _count_characters(value: Any) -> int:
+    """Returns the number of characters of a value; of a container, those of its keys alone."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return sum(len(str(key)) for key in value) if isinstance(value, Mapping) else 0
+    return len(value) if isinstance(value, (str, bytes)) else 16
 
 
 def check_interpolated_text(text: str, key: str) -> None:
@@ -184,15 +184,13 @@ class _ExpansionCounter:
         return expansion
 
     def _expand(self, value: Any, path: KeyPath) -> Expansion:
-        if isinstance(value, Mapping):
-            children = [self.expand((*path, key)) for key in value]
-            return _combine(children, sum(len(str(key)) for key in value))
-        if isinstance(value, (list, tuple)):
-            return _combine([self.expand((*path, index)) for index in range(len(value))], 0)
-        if not isinstance(value, str):
-            return Expansion(1, 16, 0)
-        interpolations = [piece for piece in _parse(value) if isinstance(piece, _Interpolation)]
-        return _combine([self._expand_interpolation(piece, path) for piece in interpolations], len(value))
+        if isinstance(value, (Mapping, list, tuple)):
+            keys = value if isinstance(value, Mapping) else range(len(value))
+            parts = [self.expand((*path, key)) for key in keys]
+        else:
+            pieces = _parse(value) if isinstance(value, str) else ()
+            parts = [self._expand_interpolation(piece, path) for piece in pieces if isinstance(piece, _Interpolation)]
+        return _combine(parts, _count_characters(value))
 
     def _expand_interpolation(self, interpolation: _Interpolation, path: KeyPath) -> Expansion:
         inner = [*interpolation.keys, *interpolation.arguments]

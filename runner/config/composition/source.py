@@ -121,7 +121,6 @@ _YAML_REMEDIES = {  # by a part of PyYAML's message
 
 
 def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
-    """Returns the location of a YAML error, the error and its remedy."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")

@@ -225,7 +225,6 @@ def _find_nodes(config: Any) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
 
 
 def _raise_if(refused: list[_Refusal], trust: Allowlist, remedy: str = "") -> None:
-    """Raises one message for all that was refused."""
     if not refused:
         return
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"

@@ -60,7 +60,6 @@ class Origin:
 
 
 def _origin_in(content: Mapping[str, Any]) -> Origin:
-    """Returns the origin in the content of a signature."""
     return Origin(**{each.name: content[each.name] for each in fields(Origin)})
 
 
@@ -283,7 +282,6 @@ def _digest(data: bytes) -> str:
 
 
 def _read_digests(run: Path) -> dict[str, list[str]]:
-    """Returns the digests of the present files of `.hydra/`."""
     digests = {}
     for name in _SIGNED:
         path = run / ".hydra" / name
