@@ -7,20 +7,13 @@ pending commands are checked by the table.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from runner.control.commands import (
-    Command,
-    CommandError,
-    CommandQueue,
-    CommandSyntax,
-    parse,
-    parse_step,
-    quote_typed,
-)
+from runner.control.commands import Command, CommandQueue, CommandSpec, parse_step
+from runner.control.stdin import quote_typed
 
 if TYPE_CHECKING:
     from runner.utils.distributed.coordinator import Coordinator
@@ -77,9 +70,7 @@ class CommandHandlers:
 
     def _relay(self, line: str) -> bool:
         """Sends a line to all ranks if it is a command; returns whether it is one."""
-        try:
-            parse(line, COMMANDS)
-        except CommandError:
+        if not self.queue.is_command(line):
             return self.queue.submit(line)  # which answers with the mistake, or ignores a blank line
         self._coordinator.post("line", line)
         return True
@@ -94,20 +85,6 @@ class CommandHandlers:
             self._answer(text)
         elif self._num_answers == _MAX_ANSWERS + 1:
             self._answer("... (further commands at this step are done without an answer)")
-
-
-Handler = Callable[[CommandHandlers, RunningLoop, Any], None]
-
-
-@dataclass(frozen=True)
-class CommandSpec(CommandSyntax):
-    """A row of the table of commands.
-
-    Args:
-        handler: called at a step boundary on every rank, as handler(handlers, loop, argument).
-    """
-
-    handler: Handler
 
 
 def _request_action(handlers: CommandHandlers, loop: RunningLoop, argument: None, *, action: str) -> None:
@@ -142,12 +119,9 @@ def _parse_lr(words: list[str]) -> float:
     if not words:
         raise ValueError('"lr" lacks its number')
     typed = " ".join(words)
-    # float() alone accepts "infinity", "1_0" and digits of other scripts, so the characters are checked first.
-    is_number = len(words) == 1 and set(typed) <= set("0123456789.e+-")
-    try:
-        lr = float(typed) if is_number else math.nan
-    except ValueError:
-        lr = math.nan
+    # float() alone accepts "infinity", "1_0" and digits of other scripts, so the form is checked first.
+    is_number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", typed)
+    lr = float(typed) if is_number else math.nan
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected one finite number above 0, found {quote_typed(typed)}")
     if lr > _MAX_RATE:
