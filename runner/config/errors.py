@@ -282,6 +282,11 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
         value = OmegaConf.to_container(value, resolve=False)
     if value is None and str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):
         return f"{full_key}: expected {describe_type(hint)}, found a mapping"
+    return explain_value(full_key, value, hint)
+
+
+def explain_value(full_key: str, value: Any, hint: Any) -> str:
+    """Returns the message for a value that has not the type of its hint."""
     found = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))  # as in YAML
     return f"{full_key}={shown(found)}: expected {describe_type(hint)}{_remedy_for(value, hint)}"
 
