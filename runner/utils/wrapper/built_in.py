@@ -1,8 +1,8 @@
 """The built-in optimizations, by their settings: each class's `apply` imports the module that does the work.
 
 They are in one module that imports no torch, and not beside their implementations, which all import it: a config is
-checked before torch is loaded, and a run without LoRA or float8 loads neither. Values for a config are in
-`conf/optimization/`.
+checked before torch is loaded, and a run without LoRA or float8 loads neither. The defaults are in
+`conf/optimization/`, once: a program that makes an instance gives each argument.
 """
 
 from __future__ import annotations
