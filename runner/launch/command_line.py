@@ -38,14 +38,9 @@ def main() -> None:
             hydra.main(**_CONFIG)(launcher.launch)()
         status = 0
     except Exception as error:
-        message = errors.format_error(error)
-        if message is None and errors.are_tracebacks_hidden():
-            errors.print_traceback(error)
-            sys.exit(status)
-        if errors.wants_traceback() or message is None:
+        if errors.shows_traceback(error):
             raise
-        errors.print_message(message)
-        status = 2
+        status = errors.print_error(error)
         sys.exit(status)
     except KeyboardInterrupt as interrupt:  # before there was a run to save
         status = signals.EXIT_STATUSES[signals.status_of_interrupt(interrupt)[0]]

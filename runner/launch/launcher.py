@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -57,7 +57,7 @@ class RunFolder(Callback):
         try:
             run_folder.refuse_links_of_sweep(Path(config.hydra.sweep.dir))
         except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
-            _end(error)
+            raise SystemExit(errors.print_error(error)) from None
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         cache_now(config)
@@ -82,7 +82,7 @@ class RunFolder(Callback):
                 _check(task)
             folder = _claim(config, task)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
-            _end(error)
+            raise SystemExit(errors.print_error(error)) from None
         for line in lines:
             print(escape_controls(line))
         with read_write(config):
@@ -182,7 +182,7 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
         run_folder.refuse_links(folder, job.links)
         status = _prepare(job)()
     except ConfigError as error:
-        _end(error)
+        raise SystemExit(errors.print_error(error)) from None
     if status:
         signals.exit_if_aborted(status)
         raise SystemExit(status)
@@ -321,15 +321,6 @@ def end_group(status: int) -> None:
     """Ends the other processes, which wait for another job."""
     if _group is not None and _group.is_rank_zero:
         _group.channel.end(status)
-
-
-def _end(error: Exception) -> NoReturn:
-    message = errors.format_error(error)
-    if message is None:
-        errors.print_traceback(error)
-        raise SystemExit(1) from None
-    errors.print_message(message)
-    raise SystemExit(2) from None
 
 
 def _check_job(cfg: DictConfig, folder: Path, is_signed: bool) -> None:
