@@ -22,7 +22,7 @@ from hydra.utils import get_object
 
 from runner.config.composition.interpolation import OTHER_RESOLVERS, calls_other_resolvers
 from runner.config.errors import ConfigError, hide_tracebacks, shown
-from runner.config.targets import find_module, find_rule_paths
+from runner.config.targets import find_module, find_rule_paths, walk
 from runner.utils.utils import one_line
 
 BUILT_IN = (
@@ -80,7 +80,7 @@ class Allowlist:
 
     def is_users_own_value(self, key: str, value: str) -> bool:
         """Returns whether the user's own config has that text at that key."""
-        return any(pair == (key, value) for config in self.own for pair in _walk(config) if isinstance(pair[1], str))
+        return any(pair == (key, value) for config in self.own for pair in walk(config) if isinstance(pair[1], str))
 
 
 def add_trust_arguments(parser: ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def check_interpolations(config: Mapping[str, Any], trust: Allowlist) -> None:
     hide_tracebacks()
     refused = [
         f"{shown(key)}={shown(value)}: {OTHER_RESOLVERS}"
-        for key, value in _walk(config)
+        for key, value in walk(config)
         if isinstance(value, str) and calls_other_resolvers(value) and not trust.is_users_own_value(key, value)
     ]
     _raise_if(refused, trust, "Where you want it, set that key on this command line")
@@ -213,19 +213,11 @@ def is_under(path: str, prefixes: Sequence[str]) -> bool:
 
 def _find_nodes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the key and node of each target: nodes with `_target_`, and the paths in rules {match, with}."""
-    for key, value in _walk(config):
+    for key, value in walk(config):
         if isinstance(value, Mapping) and "_target_" in value:
             yield f"{key}._target_", value
     for key, path in find_rule_paths(config):
         yield key, {"_target_": path}
-
-
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value of nested mappings and lists with its dotted key, the outermost first."""
-    yield key, value
-    children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from _walk(child, f"{key}.{name}".lstrip("."))
 
 
 def _describe_remedy(trust: Allowlist, roots: list[str]) -> str | None:
