@@ -281,9 +281,7 @@ def _parse_run_overrides(resumption: Resumption) -> list[Override]:
 def _read_choices(run: Path, run_overrides: list[Override]) -> dict[str, Any]:
     """Returns a run's choices of groups: those of its start, and those of later command lines."""
     choices = run_folder.read_choices(run)
-    for override in run_overrides:
-        if _group_of(override) in choices:
-            choices[_group_of(override)] = override.value()
+    choices |= {_group_of(override): override.value() for override in run_overrides if _group_of(override) in choices}
     # A text with an interpolation would be resolved where the choices are shown.
     return {
         group: choice
@@ -299,14 +297,10 @@ def _adapt_to_saved(values: list[Override], run_overrides: list[Override], cfg: 
     """
     added = {override.key_or_group for override in run_overrides if override.is_add()}
     deleted = {override.key_or_group for override in run_overrides if override.is_delete()}
-    adapted = []
-    for override in values:
-        if override.is_add() and override.key_or_group in added:
-            override = replace(override, type=OverrideType.FORCE_ADD)
-        is_gone = OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False) is None
-        if not (override.is_delete() and override.key_or_group in deleted and is_gone):
-            adapted.append(override)
-    return adapted
+    gone = {key for key in deleted if OmegaConf.select(cfg, key, throw_on_missing=False) is None}
+    kept = [override for override in values if not (override.is_delete() and override.key_or_group in gone)]
+    again = [override for override in kept if override.is_add() and override.key_or_group in added]
+    return [replace(override, type=OverrideType.FORCE_ADD) if override in again else override for override in kept]
 
 
 def _compose_typed(
