@@ -21,7 +21,7 @@ from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size
 from runner.config.diff import get_value
-from runner.config.errors import INSTANTIATED_KEYS, ConfigError, shown
+from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
     CheckpointConfig,
@@ -160,7 +160,7 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
 
 def _absent_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys and sections without a default that a `~` has deleted."""
-    required = [key for key in _field_names(Config) if key not in _DEFAULTS]
+    required = [key for key in field_names(Config) if key not in _DEFAULTS]
     deleted = [key for key in required if key not in cfg and not OmegaConf.is_missing(cfg, key)]
     mistakes = [f"{key}: it is deleted, and has no default; leave ~{key} out" for key in deleted]
     for section, kind in _SECTIONS.items():
@@ -172,13 +172,9 @@ def _absent_keys(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
-def _field_names(kind: type) -> list[str]:
-    return [field.name for field in fields(kind)]
-
-
 def _unknown_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys that a `+` has added to the runner's own sections."""
-    known = {section: _field_names(kind) for section, kind in {"": Config, **_SECTIONS}.items()}
+    known = {section: field_names(kind) for section, kind in {"": Config, **_SECTIONS}.items()}
     known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
     mistakes = []
     for section, keys in known.items():

@@ -209,7 +209,7 @@ def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> st
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     location = _location_of(error)
     last = group.rpartition("/")[2]
-    if not options and last in top_level_keys():
+    if not options and last in field_names(Config):
         return f"{location}{shown(group)}: there is no such group; write override /{shown(f'{last}: {name}')}"
     return f"{location}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
 
@@ -235,7 +235,7 @@ def _explain_hydra(message: str) -> str | None:
         return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
         key = match.group(1)
-        return f"{prefix}override {key}: no such group; {suggest(key, top_level_keys())}"
+        return f"{prefix}override {key}: no such group; {suggest(key, field_names(Config))}"
     if match := re.match(r"Multiple values for ([^\s]+)\. ", message):
         key = shown(match.group(1)).rstrip(".")
         return f"{key}: it is chosen twice in the defaults; write override /{key}: in the second"
@@ -326,9 +326,9 @@ def _describe_alternative(kind: Any) -> str:
     return _TYPE_NAMES.get(typing.get_origin(kind) or kind, "another value")
 
 
-def top_level_keys() -> list[str]:
-    """Returns the keys of the config that the runner owns."""
-    return [field.name for field in dataclasses.fields(Config)]
+def field_names(section: type) -> list[str]:
+    """Returns the keys of a section of the config, or of `Config` itself, that the runner owns."""
+    return [field.name for field in dataclasses.fields(section)]
 
 
 def _type_of(key: str) -> Any:

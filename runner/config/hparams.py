@@ -207,9 +207,8 @@ def select_hyperparameters(
         else:
             names = [key] if key in values else [name for name in values if name.startswith(f"{key}.")]
             chosen = {name: values[name] for name in names}
-        for name, value in chosen.items():
-            if name not in hyperparameters and not _is_path(name, value):
-                hyperparameters[name] = value
+        new_names = [name for name in chosen if name not in hyperparameters]
+        hyperparameters |= {name: chosen[name] for name in new_names if not _is_path(name, chosen[name])}
     return hyperparameters
 
 

@@ -208,11 +208,11 @@ def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) ->
     allowlist.check_interpolations(saved, resumption.trust)
     saved = {key: value for key, value in saved.items() if key not in COMMAND_LINE_KEYS}
 
-    before = _without_hydra(cfg)
+    before = without_hydra(cfg)
     after = copy.deepcopy(before)
     wanted = saved
     if paths := [_path_of(choice) for choice in new_choices if choice.key_or_group not in COMMAND_LINE_KEYS]:
-        composed = _without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
+        composed = without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
         wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
     kept = _drop_overridden(resumption, paths)
     run_folder.put_values(before, saved)
@@ -318,7 +318,7 @@ def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Over
     source = resumption.run / ".hydra" / "config.yaml"
     if resumption.origin is not None:
         return Allowlist(source, is_signed=True)
-    own = _without_hydra(typed)
+    own = without_hydra(typed)
     for value in values:
         with contextlib.suppress(OmegaConfBaseException):  # of a node that only the run has
             OmegaConf.update(own, value.key_or_group, value.value(), merge=True, force_add=True)
@@ -367,7 +367,8 @@ def _drop_overridden(resumption: Resumption, paths: list[diff.KeyPath]) -> list[
     return kept
 
 
-def _without_hydra(cfg: DictConfig) -> DictConfig:
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Returns a copy of a composed config without Hydra's own part."""
     task = copy.deepcopy(cfg)
     with read_write(task), open_dict(task):
         task.pop("hydra", None)

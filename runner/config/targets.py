@@ -249,15 +249,12 @@ def _read_hints(target: Any) -> dict[str, Any]:
         return {}
 
 
-_SCALARS = (bool, int, float, complex, type(None))
-
-
 def _alternatives_of(hint: Any) -> list[Any] | None:
     """Returns the alternatives of an annotation if all are numbers, lists or tensors, else None."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         members = [_alternatives_of(member) for member in typing.get_args(hint)]
         return None if None in members else [kind for kinds in members for kind in kinds or ()]
-    is_known = hint in _SCALARS or _is_list(hint)
+    is_known = hint in (bool, int, float, complex, type(None)) or _is_list(hint)
     is_tensor = getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
     return [hint] if is_known or is_tensor else None
 
