@@ -123,9 +123,8 @@ def _require(value: Any, kind: Kind, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, (bool, float, str)) or value is None or _is_count(value):
-        return f"{value!r:.60}"
-    return f"{type(value).__name__}"
+    is_short = isinstance(value, (bool, float, str)) or value is None or _is_count(value)
+    return f"{value!r:.60}" if is_short else type(value).__name__
 
 
 def _or_none(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -148,10 +147,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_action(value: Any) -> bool:
-    return isinstance(value, str) and value in ACTIONS
-
-
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple))
 
@@ -161,9 +156,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return _is_scalar(value)
-    return type(value) is float or (type(value) is int and abs(value) < MAX_STEP)
+    return _is_scalar(value) or type(value) is float or (type(value) is int and abs(value) < MAX_STEP)
 
 
 def _is_finite(value: Any) -> bool:
@@ -185,7 +178,7 @@ _NUMBERS: Kind = ("a list of numbers", _is_list_of(_is_number))
 _LOOP: dict[str, Kind] = {
     "step": _COUNT,
     "skipped": _COUNT,
-    "owed": (f"a list of {', '.join(ACTIONS)}", _is_list_of(_is_action)),
+    "owed": (f"a list of {', '.join(ACTIONS)}", _is_list_of(ACTIONS.__contains__)),
 }
 _BEST: dict[str, Kind] = {
     "name": ("a text", _is_text),

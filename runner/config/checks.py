@@ -19,9 +19,9 @@ from omegaconf.errors import InterpolationKeyError
 from runner.config import optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
-from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size
+from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size, walk
 from runner.config.diff import get_value
-from runner.config.errors import INSTANTIATED_KEYS, ConfigError, shown
+from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
     CheckpointConfig,
@@ -116,11 +116,10 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
 
 
 def _range_mistakes(cfg: DictConfig) -> list[str]:
-    mistakes = []
-    for key, least in _AT_LEAST.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not value >= least:  # true of NaN, too
-            mistakes.append(f"{key}={value}: expected {least} or more")
+    values = {key: OmegaConf.select(cfg, key) for key in _AT_LEAST}
+    # `not >=` is true of NaN, too.
+    low = {key: value for key, value in values.items() if value is not None and not value >= _AT_LEAST[key]}
+    mistakes = [f"{key}={value}: expected {_AT_LEAST[key]} or more" for key, value in low.items()]
     if (OmegaConf.select(cfg, "seed", throw_on_missing=False) or 0) > _LARGEST_SEED:
         mistakes.append(f"seed={cfg.seed}: expected at most {_LARGEST_SEED}")
     return mistakes
@@ -136,10 +135,9 @@ def _text_mistakes(cfg: DictConfig) -> list[str]:
         mistakes.append(f"trainer.best_metric={best_metric}: expected the name of a metric, without control characters")
     if OmegaConf.select(cfg, "sign", throw_on_missing=False):
         mistakes.append("sign=true: signs the run that goes on; give it with resume=")
-    for prefix in OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []:
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII):
-            mistakes.append(f"allow_targets: {prefix!r} is no module prefix; expected own or own.models")
-    return mistakes
+    prefixes = OmegaConf.select(cfg, "allow_targets", throw_on_missing=False) or []
+    wrong = [prefix for prefix in prefixes if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", prefix, re.ASCII)]
+    return mistakes + [f"allow_targets: {prefix!r} is no module prefix; expected own or own.models" for prefix in wrong]
 
 
 def _engine_mistakes(cfg: DictConfig) -> list[str]:
@@ -161,10 +159,9 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
 
 def _absent_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys and sections without a default that a `~` has deleted."""
-    mistakes = []
-    for key in _field_names(Config):
-        if key not in cfg and key not in _DEFAULTS and not OmegaConf.is_missing(cfg, key):
-            mistakes.append(f"{key}: it is deleted, and has no default; leave ~{key} out")
+    required = [key for key in field_names(Config) if key not in _DEFAULTS]
+    deleted = [key for key in required if key not in cfg and not OmegaConf.is_missing(cfg, key)]
+    mistakes = [f"{key}: it is deleted, and has no default; leave ~{key} out" for key in deleted]
     for section, kind in _SECTIONS.items():
         needed = [field.name for field in fields(kind) if field.default is MISSING]
         is_whole = OmegaConf.is_missing(cfg, section)
@@ -174,15 +171,9 @@ def _absent_keys(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
-def _field_names(kind: type) -> list[str]:
-    return [field.name for field in fields(kind)]
-
-
 def _unknown_keys(cfg: DictConfig) -> list[str]:
     """Returns the mistakes of keys that a `+` has added to the runner's own sections."""
-    known = {"": _field_names(Config)}
-    for section, kind in _SECTIONS.items():
-        known[section] = _field_names(kind)
+    known = {section: field_names(kind) for section, kind in {"": Config, **_SECTIONS}.items()}
     known |= {f"engines.{name}": _ENGINE_KEYS for name in _engines_of(cfg)}
     mistakes = []
     for section, keys in known.items():
@@ -206,14 +197,13 @@ def _unbuildable(plain: Any) -> Iterator[str]:
             yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
 
 
-def _mixed_keys(node: Any, path: str = "") -> Iterator[str]:
+def _mixed_keys(plain: Any) -> Iterator[str]:
     """Yields the mistakes of keys that are numbers in the YAML, but texts in a dotted key of the command line."""
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    has_numbers = isinstance(node, dict) and any(type(key) is int for key in node)
-    for key, child in children:
-        if has_numbers and isinstance(key, str) and re.fullmatch(r"-?\d+", key):
-            yield f"{path}.{key}: expected a number as the key, found the text {key!r}; set {path}={{{key}: ...}}"
-        yield from _mixed_keys(child, f"{path}.{key}".lstrip("."))
+    for place, node in walk(plain):
+        path = ".".join(map(str, place))
+        if isinstance(node, dict) and any(type(key) is int for key in node):
+            for key in [key for key in node if isinstance(key, str) and re.fullmatch(r"-?\d+", key)]:
+                yield f"{path}.{key}: expected a number as the key, found the text {key!r}; set {path}={{{key}: ...}}"
 
 
 def _stdin_mistakes(cfg: DictConfig) -> list[str]:
@@ -224,13 +214,8 @@ def _stdin_mistakes(cfg: DictConfig) -> list[str]:
 
 def _pattern_mistakes(resolved: dict[str, Any]) -> list[str]:
     pattern = resolved.get("pattern")
-    is_taken = pattern is None or _contains({**resolved, "pattern": None}, pattern)
+    is_taken = pattern is None or any(node == pattern for _, node in walk({**resolved, "pattern": None}))
     return [] if is_taken else [f"pattern: nothing takes it; {_PATTERN_REMEDY}"]
-
-
-def _contains(node: Any, wanted: Any) -> bool:
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    return node == wanted or any(_contains(child, wanted) for child in children)
 
 
 def _batch_mistakes(cfg: DictConfig) -> list[str]:

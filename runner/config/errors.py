@@ -37,7 +37,15 @@ _MAX_REASON_LENGTH = 1000  # characters of an error of an untrusted run
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _FULL_ERROR_SET_HERE = "RUNNER_SET_HYDRA_FULL_ERROR"  # in this process and its workers: the runner set it, not the user
 _COMPOSERS = ("hydra.", "omegaconf.", "yaml.", "antlr4.")
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a mapping",
+    type(None): "null",
+}
 
 
 class ConfigError(ValueError):
@@ -67,14 +75,12 @@ def wants_traceback() -> bool:
 @contextlib.contextmanager
 def make_hydra_raise() -> Iterator[None]:
     """Makes Hydra raise errors instead of printing them, within the block and in processes started by it."""
-    if wants_traceback():
-        yield
-        return
-    os.environ.update({_FULL_ERROR: "1", _FULL_ERROR_SET_HERE: "1"})
+    variables = {} if wants_traceback() else {_FULL_ERROR: "1", _FULL_ERROR_SET_HERE: "1"}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in (_FULL_ERROR, _FULL_ERROR_SET_HERE):
+        for name in variables:
             os.environ.pop(name, None)
 
 
@@ -104,6 +110,21 @@ def print_traceback(error: BaseException) -> None:
             print_message(describe_without_traceback(error))
         else:
             print(escape_controls("".join(traceback.format_exception(error)).rstrip("\n")), file=sys.stderr)
+
+
+def print_error(error: BaseException) -> int:
+    """Prints an error to standard error; returns its exit status: 2 for a mistake of the user, 1 for any other."""
+    message = format_error(error)
+    if message is None:
+        print_traceback(error)
+        return 1
+    print_message(message)
+    return 2
+
+
+def shows_traceback(error: BaseException) -> bool:
+    """Returns whether a command raises an error with its traceback, instead of printing a message."""
+    return wants_traceback() or (format_error(error) is None and not are_tracebacks_hidden())
 
 
 @contextlib.contextmanager
@@ -136,14 +157,9 @@ def exit_on_config_error() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         raise SystemExit(EXIT_STATUSES[status_of_interrupt(interrupt)[0]]) from None
     except Exception as error:
-        message = format_error(error)
-        if message is None and are_tracebacks_hidden():
-            print_traceback(error)
-            raise SystemExit(1) from None
-        if message is None or wants_traceback():
+        if shows_traceback(error):
             raise
-        print_message(message)
-        raise SystemExit(2) from None
+        raise SystemExit(print_error(error)) from None
 
 
 def format_error(error: BaseException) -> str | None:
@@ -183,22 +199,17 @@ def _location_of(error: BaseException) -> str:
 
 def _find_override(error: BaseException) -> str:
     """Returns the override of the command line that caused Hydra's error, from the frames of its traceback."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        for value in frame.f_locals.values():
-            if (
-                isinstance(value, Override)
-                and value.is_delete() is False
-                and not isinstance(value.value(), (str, list))
-            ):
-                return str(value.input_line)
-    return ""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    overrides = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, Override)]
+    kinds = (str, list)  # of the value of a choice
+    return next((str(o.input_line) for o in overrides if not o.is_delete() and not isinstance(o.value(), kinds)), "")
 
 
 def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
     location = _location_of(error)
     last = group.rpartition("/")[2]
-    if not options and last in top_level_keys():
+    if not options and last in field_names(Config):
         return f"{location}{shown(group)}: there is no such group; write override /{shown(f'{last}: {name}')}"
     return f"{location}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
 
@@ -224,7 +235,7 @@ def _explain_hydra(message: str) -> str | None:
         return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
         key = match.group(1)
-        return f"{prefix}override {key}: no such group; {suggest(key, top_level_keys())}"
+        return f"{prefix}override {key}: no such group; {suggest(key, field_names(Config))}"
     if match := re.match(r"Multiple values for ([^\s]+)\. ", message):
         key = shown(match.group(1)).rstrip(".")
         return f"{key}: it is chosen twice in the defaults; write override /{key}: in the second"
@@ -311,22 +322,18 @@ def describe_type(hint: Any) -> str:
 
 
 def _describe_alternative(kind: Any) -> str:
-    if kind is type(None):
-        return "null"
     if isinstance(kind, EnumMeta):
         return "one of " + ", ".join(kind.__members__)
     if dataclasses.is_dataclass(kind):
         return "a mapping of " + ", ".join(field.name for field in dataclasses.fields(kind))
-    if typing.get_origin(kind) is dict:
-        return "a mapping"
     if typing.get_origin(kind) is list and typing.get_args(kind) == (str,):
         return "a list of texts"
     return _TYPE_NAMES.get(typing.get_origin(kind) or kind, "another value")
 
 
-def top_level_keys() -> list[str]:
-    """Returns the keys of the config that the runner owns."""
-    return [field.name for field in dataclasses.fields(Config)]
+def field_names(section: type) -> list[str]:
+    """Returns the keys of a section of the config, or of `Config` itself, that the runner owns."""
+    return [field.name for field in dataclasses.fields(section)]
 
 
 def _type_of(key: str) -> Any:

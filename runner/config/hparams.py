@@ -64,15 +64,11 @@ def find_keys(cfg: DictConfig, *, reads_experiment: bool = True) -> Hyperparamet
         cfg: the config of a run, or of a sweep as a whole, whose overrides apply to all its jobs.
         reads_experiment: False leaves out the keys of the experiment's file.
     """
-    swept = dict[str, None]()
-    fixed = dict[str, None]()
-    constant = list[str]()
     overrides = _find_overrides(cfg)
-    for key, override in overrides.items():
-        is_swept = override is None or override.is_sweep_override()
-        (swept if is_swept else fixed).update(dict.fromkeys(_expand(key, override)))
-        if not is_swept:
-            constant.append(key)
+    varied = [key for key, override in overrides.items() if override is None or override.is_sweep_override()]
+    constant = [key for key in overrides if key not in varied]
+    swept = dict.fromkeys(name for key in varied for name in _expand(key, overrides[key]))
+    fixed = dict.fromkeys(name for key in constant for name in _expand(key, overrides[key]))
     if reads_experiment:
         is_swept = "experiment" in swept
         choice = cfg.hydra.runtime.choices.get("experiment")
@@ -211,9 +207,8 @@ def select_hyperparameters(
         else:
             names = [key] if key in values else [name for name in values if name.startswith(f"{key}.")]
             chosen = {name: values[name] for name in names}
-        for name, value in chosen.items():
-            if name not in hyperparameters and not _is_path(name, value):
-                hyperparameters[name] = value
+        new_names = [name for name in chosen if name not in hyperparameters]
+        hyperparameters |= {name: chosen[name] for name in new_names if not _is_path(name, chosen[name])}
     return hyperparameters
 
 

@@ -208,11 +208,11 @@ def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) ->
     allowlist.check_interpolations(saved, resumption.trust)
     saved = {key: value for key, value in saved.items() if key not in COMMAND_LINE_KEYS}
 
-    before = _without_hydra(cfg)
+    before = without_hydra(cfg)
     after = copy.deepcopy(before)
     wanted = saved
     if paths := [_path_of(choice) for choice in new_choices if choice.key_or_group not in COMMAND_LINE_KEYS]:
-        composed = _without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
+        composed = without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
         wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
     kept = _drop_overridden(resumption, paths)
     run_folder.put_values(before, saved)
@@ -281,9 +281,7 @@ def _parse_run_overrides(resumption: Resumption) -> list[Override]:
 def _read_choices(run: Path, run_overrides: list[Override]) -> dict[str, Any]:
     """Returns a run's choices of groups: those of its start, and those of later command lines."""
     choices = run_folder.read_choices(run)
-    for override in run_overrides:
-        if _group_of(override) in choices:
-            choices[_group_of(override)] = override.value()
+    choices |= {_group_of(override): override.value() for override in run_overrides if _group_of(override) in choices}
     # A text with an interpolation would be resolved where the choices are shown.
     return {
         group: choice
@@ -299,14 +297,10 @@ def _adapt_to_saved(values: list[Override], run_overrides: list[Override], cfg: 
     """
     added = {override.key_or_group for override in run_overrides if override.is_add()}
     deleted = {override.key_or_group for override in run_overrides if override.is_delete()}
-    adapted = []
-    for override in values:
-        if override.is_add() and override.key_or_group in added:
-            override = replace(override, type=OverrideType.FORCE_ADD)
-        is_gone = OmegaConf.select(cfg, override.key_or_group, throw_on_missing=False) is None
-        if not (override.is_delete() and override.key_or_group in deleted and is_gone):
-            adapted.append(override)
-    return adapted
+    gone = {key for key in deleted if OmegaConf.select(cfg, key, throw_on_missing=False) is None}
+    kept = [override for override in values if not (override.is_delete() and override.key_or_group in gone)]
+    again = [override for override in kept if override.is_add() and override.key_or_group in added]
+    return [replace(override, type=OverrideType.FORCE_ADD) if override in again else override for override in kept]
 
 
 def _compose_typed(
@@ -324,7 +318,7 @@ def _make_allowlist(resumption: Resumption, typed: DictConfig, values: list[Over
     source = resumption.run / ".hydra" / "config.yaml"
     if resumption.origin is not None:
         return Allowlist(source, is_signed=True)
-    own = _without_hydra(typed)
+    own = without_hydra(typed)
     for value in values:
         with contextlib.suppress(OmegaConfBaseException):  # of a node that only the run has
             OmegaConf.update(own, value.key_or_group, value.value(), merge=True, force_add=True)
@@ -376,7 +370,8 @@ def _drop_overridden(resumption: Resumption, paths: list[diff.KeyPath]) -> list[
     return kept
 
 
-def _without_hydra(cfg: DictConfig) -> DictConfig:
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Returns a copy of a composed config without Hydra's own part."""
     task = copy.deepcopy(cfg)
     with read_write(task), open_dict(task):
         task.pop("hydra", None)

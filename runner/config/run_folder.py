@@ -120,9 +120,7 @@ def refuse_links(run: Path, links: Mapping[str, str] = {}, sign: str = "") -> No
         path = Path(entry.path)
         if path.parent == run and not _is_own_name(entry.name):  # the user's file, which a run never writes to
             continue
-        if entry.is_symlink():
-            if links.get(path.relative_to(run).as_posix()) == os.path.realpath(path):
-                continue
+        if entry.is_symlink() and links.get(path.relative_to(run).as_posix()) != os.path.realpath(path):
             signed = f"; if you made it for this run of yours: {sign} records where it leads"
             remedy = signed if sign and path.parent == run and path.is_dir() else ", or remove it"
             raise ConfigError(f"{path}: a link; a run would write where it leads: put the file itself there{remedy}")
@@ -151,7 +149,8 @@ def _scan(root: Path, enters: Callable[[Path], bool]) -> Iterator[os.DirEntry[st
 
 
 def _check_regular(entry: os.DirEntry[str]) -> None:
-    if not (entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)):
+    """Checks that an entry is a file, a folder or a link."""
+    if not (entry.is_symlink() or entry.is_dir() or entry.is_file()):
         raise ConfigError(f"{entry.path}: expected a file or a folder, found a pipe, a socket or a device; remove it")
 
 
@@ -171,10 +170,8 @@ def refuse_links_of_sweep(folder: Path) -> None:
     root = Path(os.path.realpath(folder))
     for entry in _scan(folder, lambda path: not any(os.path.lexists(path / mark) for mark in (".hydra", "run.json"))):
         is_summary = entry.name == "multirun.yaml"
-        if entry.is_symlink():
-            if is_summary or not Path(os.path.realpath(entry.path)).is_relative_to(root):
-                raise _leads_out(entry.path)
-            continue
+        if entry.is_symlink() and (is_summary or not Path(os.path.realpath(entry.path)).is_relative_to(root)):
+            raise _leads_out(entry.path)
         _check_regular(entry)
         if is_summary and entry.stat().st_nlink > 1:
             raise ConfigError(f"{entry.path}: has another name, a hard link, which Hydra would write to; remove it")
@@ -201,14 +198,9 @@ def find_links(folder: Path) -> dict[str, str]:
 
     There are none if the folder holds anything but such links and Hydra's own folder.
     """
-    links = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink() and entry.is_dir():
-                links[entry.name] = os.path.realpath(entry.path)
-            elif entry.is_symlink() or entry.name != ".hydra":
-                return {}
-    return links
+    paths = [path for path in folder.iterdir() if path.name != ".hydra" or path.is_symlink()]
+    has_only_links = all(path.is_symlink() and path.is_dir() for path in paths)
+    return {path.name: os.path.realpath(path) for path in paths} if has_only_links else {}
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -342,17 +334,16 @@ def _check_events(path: Path, text: str) -> None:
             raise ConfigError(f"{line}: over {_MAX_EVENTS:,} keys and values")
         if (tag := getattr(event, "tag", None)) and not tag.startswith(_TAGS):
             raise ConfigError(f"{line}: has the tag {tag[:60]}, which no config has")
-        if not isinstance(event, yaml.ScalarEvent):
-            continue
-        if "${" in event.value:  # OmegaConf parses it as soon as it is read
-            check_interpolated_text(event.value, line)
-            num_characters += len(event.value)
+        text = event.value if isinstance(event, yaml.ScalarEvent) else ""
+        if "${" in text:  # OmegaConf parses it as soon as it is read
+            check_interpolated_text(text, line)
+            num_characters += len(text)
             if num_characters > MAX_TOTAL_TEXT_LENGTH:
                 raise ConfigError(
                     f"{path}: its texts with interpolations have over {MAX_TOTAL_TEXT_LENGTH:,} characters"
                 )
         # Python reads 4300 digits at most, and the time for a number of base 60 (1:30:00) grows with its square.
-        if event.implicit[0] and _LONG_NUMBER.match(event.value):
+        if _LONG_NUMBER.match(text) and event.implicit[0]:
             raise ConfigError(f"{line}: a number of over {_MAX_DIGITS} digits")
 
 

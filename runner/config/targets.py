@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from runner.config.composition.expansion import KeyPath, walk
 from runner.config.diff import get_value
 from runner.config.errors import ConfigError, describe_multiple_datasets, shown, suggest
 from runner.utils.utils import describe, one_line
@@ -59,14 +60,12 @@ def check_targets(plain: dict[str, Any]) -> None:
     Raises:
         ConfigError: with every mistake, a line each.
     """
-    mistakes = list[str]()
-    for key, node, num_positional in _find_targets(plain):
-        mistakes += _find_mistakes(key, node, num_positional)
+    mistakes = [mistake for target in _find_targets(plain) for mistake in _find_mistakes(*target)]
     for key, path in find_rule_paths(plain):
         try:
             locate(path)
         except ImportError as error:
-            mistakes.append(f"{key}={path}: {error}")
+            mistakes.append(f"{'.'.join(map(str, key))}={path}: {error}")
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
 
@@ -87,18 +86,14 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
             node = get_value(section, role.split("."), None)  # evaluate and export leave some roles out
             if node is not None:
                 yield f"{prefix}{role}", node, num_positional
-                yield from ((key, nested, 0) for key, nested in _find_nested_targets(node, f"{prefix}{role}"))
+                yield from _find_nested_targets(node, f"{prefix}{role}")
     for prefix, section in sections:
-        options = _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
-        yield from ((key, nested, 0) for key, nested in options)
+        yield from _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
 
 
-def _find_nested_targets(node: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for name, child in children:
-        if isinstance(child, dict) and "_target_" in child:
-            yield f"{key}.{name}", child
-        yield from _find_nested_targets(child, f"{key}.{name}")
+def _find_nested_targets(root: Any, key: str) -> list[tuple[str, Any, int]]:
+    nodes = [(path, node) for path, node in walk(root, (key,)) if isinstance(node, dict) and "_target_" in node]
+    return [(".".join(map(str, path)), node, 0) for path, node in nodes if node is not root]
 
 
 def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
@@ -121,12 +116,10 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # a built-in without a signature: checked when it is instantiated
         return
-    for name in node:
-        if not isinstance(name, str):
-            yield f"{key}.{name}: expected an argument's name, found {name!r}; put such keys into a mapping of its own"
-    for name in ("_partial_", "_recursive_"):
-        if name in node and not isinstance(node[name], bool):
-            yield f"{key}.{name}={node[name]}: expected true or false"
+    for name in [name for name in node if not isinstance(name, str)]:
+        yield f"{key}.{name}: expected an argument's name, found {name!r}; put such keys into a mapping of its own"
+    for name in [name for name in ("_partial_", "_recursive_") if not isinstance(node.get(name, False), bool)]:
+        yield f"{key}.{name}={node[name]}: expected true or false"
     if node.get("_convert_", "all") == "none":
         yield f"{key}._convert_=none: a target is given plain values, never a DictConfig; leave _convert_ out"
     yield from find_wrong_types(key, node, target)
@@ -147,9 +140,9 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
             yield f"{key}.{name}: {node['_target_']} takes no such argument; {suggest(name, accepted)}"
     if node.get("_partial_") or node.get("_args_") or is_used_directly(key, target):
         return
-    for name in accepted:
-        if parameters[name].default is inspect.Parameter.empty and name not in arguments:
-            yield f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..."
+    required = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
+    missing = [name for name in required if name not in arguments]
+    yield from (f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..." for name in missing)
 
 
 def find_sampler_fault(sampler: Any) -> str | None:
@@ -157,11 +150,10 @@ def find_sampler_fault(sampler: Any) -> str | None:
     bases = sampler.__mro__ if inspect.isclass(sampler) else type(sampler).__mro__
     name = next((base.__name__ for base in bases if base.__module__.startswith("torch.utils.data")), "Sampler")
     missing = [method for method in _SAMPLER_METHODS if not hasattr(sampler, method)]
-    if inspect.isclass(sampler) and any("__getattr__" in vars(base) for base in bases):
-        missing = []
+    has_dynamic_methods = inspect.isclass(sampler) and any("__getattr__" in vars(base) for base in bases)
     if name == "DistributedSampler":
         return f"expected the order of all ranks, found one that takes a rank's share; {_SAMPLER_REMEDIES[name]}"
-    if not missing:
+    if has_dynamic_methods or not missing:
         return None
     methods = ", ".join(f"{method}()" for method in missing)
     return f"expected a sampler that resumes from its position, found one without {methods}; {_SAMPLER_REMEDIES[name]}"
@@ -184,16 +176,13 @@ _SAMPLER_REMEDIES = {
 }
 
 
-_DATASET_KEYS = ("data.train", "data.eval")
-
-
 def _find_multiple_datasets(key: str, node: Any, names: Iterable[Any] | None = None) -> str | None:
     """Returns the message for several datasets under `data.train` or `data.eval`; None for any other node.
 
     Args:
         names: the keys of the node that may hold a dataset; None: all, unless the node has a `_target_` itself.
     """
-    if not key.endswith(_DATASET_KEYS) or not isinstance(node, (dict, list)):
+    if not key.endswith(("data.train", "data.eval")) or not isinstance(node, (dict, list)):
         return None
     children = dict(enumerate(node)) if isinstance(node, list) else node
     if names is None:
@@ -227,12 +216,13 @@ def hint_at_text_numbers(node: Mapping[str, Any]) -> str:
         parameters = inspect.signature(locate(node["_target_"])).parameters
     except (ImportError, TypeError, ValueError):
         return ""
-    hints = []
-    for name, value in node.items():
-        default = parameters[name].default if name in parameters else None
-        if isinstance(value, str) and type(default) in (int, float) and not is_number_text(value):
-            hints.append(f"; {name}={shown(value)}: expected a number, as its default {default!r}, found a text")
-    return "".join(hints)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    texts = {name: value for name, value in node.items() if isinstance(value, str) and not is_number_text(value)}
+    return "".join(
+        f"; {name}={shown(value)}: expected a number, as its default {defaults[name]!r}, found a text"
+        for name, value in texts.items()
+        if type(defaults.get(name)) in (int, float)
+    )
 
 
 def is_number_text(value: Any) -> bool:
@@ -260,15 +250,12 @@ def _read_hints(target: Any) -> dict[str, Any]:
         return {}
 
 
-_SCALARS = (bool, int, float, complex, type(None))
-
-
 def _alternatives_of(hint: Any) -> list[Any] | None:
     """Returns the alternatives of an annotation if all are numbers, lists or tensors, else None."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         members = [_alternatives_of(member) for member in typing.get_args(hint)]
         return None if None in members else [kind for kinds in members for kind in kinds or ()]
-    is_known = hint in _SCALARS or _is_list(hint)
+    is_known = hint in (bool, int, float, complex, type(None)) or _is_list(hint)
     is_tensor = getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") == "Tensor"
     return [hint] if is_known or is_tensor else None
 
@@ -294,18 +281,18 @@ def _has_numeric_elements(kind: Any) -> bool:
 
 
 def _describe_alternatives(kinds: list[Any]) -> str:
-    described = []
-    if bool in kinds:
-        described.append("true or false")
-    if float in kinds or complex in kinds:
-        described.append("a number")
-    elif int in kinds:
-        described.append("a whole number")
-    if lists := [kind for kind in kinds if _is_list(kind)]:
-        described.append("a list of numbers" if all(map(_has_numeric_elements, lists)) else "a list")
-    if type(None) in kinds:
-        described.append("null")
-    return " or ".join(described) or "a tensor"
+    lists = [kind for kind in kinds if _is_list(kind)]
+    takes_any_number = float in kinds or complex in kinds
+    takes_any_list = not all(map(_has_numeric_elements, lists))
+    descriptions = {
+        "true or false": bool in kinds,
+        "a number": takes_any_number,
+        "a whole number": int in kinds and not takes_any_number,
+        "a list of numbers": lists and not takes_any_list,
+        "a list": takes_any_list,
+        "null": type(None) in kinds,
+    }
+    return " or ".join(text for text, applies in descriptions.items() if applies) or "a tensor"
 
 
 def parameter_names(path: str) -> list[str]:
@@ -316,13 +303,11 @@ def parameter_names(path: str) -> list[str]:
         return []
 
 
-def find_rule_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def find_rule_paths(config: Any) -> Iterator[tuple[KeyPath, str]]:
     """Yields the keys and dotted paths of every rule `{match, with}`, which are imported and called too."""
-    if isinstance(value, dict) and {"match", "with"} <= value.keys():
-        yield from ((f"{key}.{name}", str(value[name])) for name in ("match", "with"))
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from find_rule_paths(child, f"{key}.{name}".lstrip("."))
+    for place, rule in walk(config):
+        if isinstance(rule, Mapping) and {"match", "with"} <= rule.keys():
+            yield from (((*place, name), str(rule[name])) for name in ("match", "with"))
 
 
 def locate(path: str) -> Any:

@@ -6,7 +6,6 @@ torch is imported only once the config is checked.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from runner.config import checks, errors, hparams, resume, run_folder
 from runner.config.composition.interpolation import cache_now, pin_unstable_values, quote, use_hydra_config
@@ -57,7 +56,7 @@ class RunFolder(Callback):
         try:
             run_folder.refuse_links_of_sweep(Path(config.hydra.sweep.dir))
         except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
-            raise SystemExit(worker.report_error(error)) from None
+            raise SystemExit(errors.print_error(error)) from None
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         cache_now(config)
@@ -75,14 +74,12 @@ class RunFolder(Callback):
             lines = _restore(config, kwargs["config_name"], _resumption) if _resumption else []
             with _hydra_values_of(config, config):
                 pin_unstable_values(config)
-            task = copy.deepcopy(config)
-            with read_write(task), open_dict(task):
-                del task["hydra"]
+            task = resume.without_hydra(config)
             with _hydra_values_of(config, task):
                 _check(task)
             folder = _claim(config, task)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
-            raise SystemExit(worker.report_error(error)) from None
+            raise SystemExit(errors.print_error(error)) from None
         for line in lines:
             print(escape_controls(line))
         with read_write(config):
@@ -100,8 +97,7 @@ def print_resumed_config(arguments: list[str]) -> bool:
         cfg = compose("config", parsed.overrides, return_hydra_config=True)
         _restore(cfg, "config", _resumption)
     if parsed.cfg == "job":
-        with read_write(cfg), open_dict(cfg):
-            del cfg["hydra"]
+        cfg = resume.without_hydra(cfg)
     with run_folder.recorded_hydra_config(_resumption.run, cfg):
         shown = OmegaConf.select(cfg, parsed.package) if parsed.package else cfg
         print(OmegaConf.to_yaml(shown, resolve=parsed.resolve) if OmegaConf.is_config(shown) else shown, end="")
@@ -181,7 +177,7 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
         run_folder.refuse_links(folder, job.links)
         status = _prepare(job)()
     except ConfigError as error:
-        raise SystemExit(worker.report_error(error)) from None
+        raise SystemExit(errors.print_error(error)) from None
     if status:
         signals.exit_if_aborted(status)
         raise SystemExit(status)

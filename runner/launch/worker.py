@@ -207,17 +207,7 @@ def _report_failure(error: BaseException, group: WorkerGroup, folder: Path) -> i
         return None
     if not group.is_rank_zero and not isinstance(error, JobError):  # rank 0 reports it
         return 1 if errors.format_error(error) is None else 2
-    return report_error(error)
-
-
-def report_error(error: Exception) -> int:
-    """Prints the message of a mistake, or the traceback of another error; returns the exit status."""
-    message = errors.format_error(error)
-    if message is None:
-        errors.print_traceback(error)
-        return 1
-    errors.print_message(message)
-    return 2
+    return errors.print_error(error)
 
 
 def _agree_on_job(group: WorkerGroup, job: Job) -> Job | int:

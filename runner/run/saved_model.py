@@ -134,11 +134,8 @@ def open_checkpoint(
     trusted = Allowlist(source, prefixes, (), reason, _REMEDY, sign, is_signed=origin is not None)
     plain, trusted = _check_config(run_folder.read_config(run), trusted, overrides, run)
     checkpoint, content, faults = run_folder.find_checkpoint(path)
-    try:
-        facts = content.pop(FACTS)
-        step, best, fingerprint = int(facts["loop"]["step"]), facts["best"], facts.get("fingerprint")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{checkpoint}: it tells no step ({error})") from error
+    facts = content.pop(FACTS)
+    step, best, fingerprint = facts["loop"]["step"], facts["best"], facts.get("fingerprint")
     notes = [f"Passed over: {fault}" for fault in faults]
     notes += signature.describe_links(origin) if origin and is_vouched_for else []
     record = run_folder.read_record(run)

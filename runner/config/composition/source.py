@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.config.errors import HEADER, ConfigError, find_kind_mismatches, shown, suggest, top_level_keys
+from runner.config.errors import HEADER, ConfigError, field_names, find_kind_mismatches, shown, suggest
 from runner.config.schema import Config
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def _read_header(name: str, text: str) -> dict[str, str | None]:
     except ValueError as error:
         raise ConfigError(f'{name}:1: {error}; write "{HEADER}"') from error
     package = header["package"]
-    packages = [*_PACKAGES, *top_level_keys()]
+    packages = [*_PACKAGES, *field_names(Config)]
     if package and package.partition(".")[0] not in packages and "@" not in package:
         remedy = suggest(package.partition(".")[0], packages)
         raise ConfigError(f"{name}:1: # @package {shown(package)}: no such place in the config; {remedy}")

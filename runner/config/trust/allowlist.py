@@ -220,8 +220,8 @@ def _find_nodes(config: Any) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
     for path, value in walk(config):
         if isinstance(value, Mapping) and "_target_" in value:
             yield (*path, "_target_"), value
-    for key, target in find_rule_paths(config):
-        yield (key,), {"_target_": target}
+    for path, target in find_rule_paths(config):
+        yield path, {"_target_": target}
 
 
 def _raise_if(refused: list[_Refusal], trust: Allowlist, remedy: str = "") -> None:
