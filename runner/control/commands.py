@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from runner.control.stdin import READ_BYTES, LineReader, is_terminal_or_pipe
+from runner.control.stdin import READ_BYTES, LineReader, is_terminal_or_pipe, quote_typed, strip_comment
 
 MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
 _MOST_SHOWN = 20  # of the scheduled commands
@@ -71,7 +71,7 @@ def parse(line: str, table: Mapping[str, CommandSyntax]) -> Command:
     Raises:
         CommandError: the line is not exactly one command.
     """
-    typed = _without_comment(line)
+    typed = strip_comment(line)
     if len(line) > _MAX_LINE:
         raise CommandError(f'{quote_typed(typed)} is too long, over {_MAX_LINE} characters; type "help" to see all')
     body, at, when = typed.lower().partition("@")
@@ -174,7 +174,7 @@ class CommandQueue:
         def has_room(line: str) -> bool:
             # `quit` passes a full queue: a person must be able to end the run. It is no memory leak, as the reader
             # limits the lines per second and the run ends at the next boundary.
-            return _without_comment(line).lower() == "quit" or len(self._waiting) + num_relayed() < MOST_PENDING
+            return strip_comment(line).lower() == "quit" or len(self._waiting) + num_relayed() < MOST_PENDING
 
         is_command = self._is_command if peeks else None
         self._reader = LineReader(fd, submit or self.submit, self._answer, is_command, warn, has_room)
@@ -197,7 +197,9 @@ class CommandQueue:
         with self._lock:
             due = [command for command in self._waiting if command.step is None or command.step <= step]
             self._set_waiting([c for c in self._waiting if c.step is not None and c.step > step])
-        due = _without_repeats(due)
+        # Equal commands have one key, but for `lr`.
+        by_key = {(command, index if command.name == "lr" else None): command for index, command in enumerate(due)}
+        due = list(by_key.values())
         passed = [command for command in due if command.step is not None and command.step < step]
         for command in passed[:_MOST_SHOWN]:
             self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
@@ -207,7 +209,7 @@ class CommandQueue:
 
     def submit(self, line: str) -> bool:
         """Queues the command of a line and answers it; returns False if the line is invalid, True if it is blank."""
-        if not _without_comment(line):
+        if not strip_comment(line):
             return True
         try:
             command = parse(line, self._table)
@@ -267,22 +269,3 @@ class CommandQueue:
         except CommandError:
             return False
         return True
-
-
-def _without_comment(line: str) -> str:
-    return line.partition("#")[0].strip()
-
-
-def quote_typed(text: str) -> str:
-    """Returns typed text in quotes, shortened, with its control characters escaped."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-def _without_repeats(commands: list[Command]) -> list[Command]:
-    seen = set[Command]()
-    kept = []
-    for command in commands:
-        if command.name == "lr" or command not in seen:
-            seen.add(command)
-            kept.append(command)
-    return kept

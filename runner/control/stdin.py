@@ -58,6 +58,16 @@ def peek(fd: int) -> bytes:
         os.close(write_fd)
 
 
+def strip_comment(line: str) -> str:
+    """Returns a typed line without text after a `#`, and without blanks around it."""
+    return line.partition("#")[0].strip()
+
+
+def quote_typed(text: str) -> str:
+    """Returns typed text in quotes, shortened, with its control characters escaped."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
 class LineReader:
     """Reads lines from a descriptor that it owns, in a daemon thread.
 
@@ -133,7 +143,9 @@ class LineReader:
     def _check_first_line(self) -> bool:
         """Returns whether the first line of the pipe is known to be a command; if it is another, the reading ends."""
         try:
-            has_ended = any(events & select.POLLHUP for _, events in self._poll())
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            has_ended = any(events & select.POLLHUP for _, events in poll.poll(0))
             content = peek(self._fd)
         except OSError as error:
             self._refuse_pipe(f"standard input is a pipe that can't be looked into ({error.strerror})")
@@ -141,23 +153,17 @@ class LineReader:
         *lines, rest = content.split(b"\n")
         if has_ended or len(rest) > _MAX_FIRST_LINE_BYTES or len(content) >= READ_BYTES:
             lines.append(rest)
-        texts = [line.decode(errors="replace").partition("#")[0].strip() for line in lines]
+        texts = [strip_comment(line.decode(errors="replace")) for line in lines]
         first = next(filter(None, texts), None)
         if first is None:
             self._is_open = not has_ended
             return False
         assert self._is_command is not None
         if not self._is_command(first):
-            shown = repr(first if len(first) <= 60 else first[:60] + "…")
-            self._refuse_pipe(f"standard input is a pipe whose first line {shown} is no command")
+            self._refuse_pipe(f"standard input is a pipe whose first line {quote_typed(first)} is no command")
             return False
         self._is_command = None
         return True
-
-    def _poll(self) -> list[tuple[int, int]]:
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        return poll.poll(0)
 
     def _refuse_pipe(self, reason: str) -> None:
         self._is_open = False
@@ -250,5 +256,4 @@ class LineReader:
 
 
 def _is_ready(fd: int, timeout_s: float = 0) -> bool:
-    """Returns whether a descriptor is ready to be read within a time."""
     return bool(select.select([fd], [], [], timeout_s)[0])
