@@ -79,20 +79,15 @@ def parse(line: str, table: Mapping[str, CommandSyntax]) -> Command:
     if name not in table:
         remedy = f'{_suggest_command(body, at + when, table)}; type "help" to see all'
         raise CommandError(f"{quote_typed(typed)} is no command; {remedy}")
+    parse_argument = table[name].parse_argument
     try:
-        return Command(name, _parse_argument(name, words, table), parse_step(when.strip()) if at else None)
+        if words and parse_argument is None:
+            raise ValueError(f'"{name}" takes nothing but @STEP, found {quote_typed(" ".join(words))}')
+        argument = parse_argument(words) if parse_argument else None
+        return Command(name, argument, parse_step(when.strip()) if at else None)
     except ValueError as error:
         remedy = f'write {table[name].form}; type "help" to see all'
         raise CommandError(f"{quote_typed(typed)}: {error}; {remedy}") from None
-
-
-def _parse_argument(name: str, words: list[str], table: Mapping[str, CommandSyntax]) -> float | int | None:
-    parse_argument = table[name].parse_argument
-    if parse_argument is not None:
-        return parse_argument(words)
-    if words:
-        raise ValueError(f'"{name}" takes nothing but @STEP, found {quote_typed(" ".join(words))}')
-    return None
 
 
 def parse_step(word: str) -> int:

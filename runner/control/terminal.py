@@ -45,8 +45,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            os.set_inheritable(null, True)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # `open` takes the lowest number that is free
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -87,8 +87,7 @@ def make_key(step: int, values: Mapping[str, float | None], names: dict[tuple[st
     numbers = array("f", [nan if value is None else value for value in values.values()])
     if not all(map(isfinite, numbers)):  # a line has null for each of them
         numbers = array("f", [number if isfinite(number) else nan for number in numbers])
-    key_names = tuple(values)
-    return step, names.setdefault(key_names, key_names), numbers.tobytes()
+    return step, names.setdefault(tuple(values), tuple(values)), numbers.tobytes()
 
 
 def is_step(step: object) -> bool:

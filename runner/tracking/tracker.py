@@ -247,12 +247,8 @@ class Tracker:
     def _truncate_files(self, step: int) -> None:
         """Cuts the files after a step, restores what one kind of file lacks, and warns of what both lack."""
         path = self._folder / METRICS_NAME
-        lines = Log(path, METRICS_NAME)
-        events = list[Log]()
-        if self._has_lines:
-            lines = read_lines(path, step, self._is_eval_pending)
-        if self._has_events:
-            events = self._read_events(step)
+        lines = read_lines(path, step, self._is_eval_pending) if self._has_lines else Log(path, METRICS_NAME)
+        events = self._read_events(step) if self._has_events else []
         if self._has_lines and self._has_events:
             num_recorded = self._recorded.get("events")
             repair = restore_missing(lines, events, _encode_line, self._events.encode_scalars, num_recorded)
