@@ -28,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, metavar="N", help=_WORKERS)
     add_trust_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    prefixes = [prefix for prefix in options.allow_targets.split(",") if prefix]
     if options.num_workers is not None:
         options.overrides.append(f"data.num_workers={options.num_workers}")
     with exit_on_config_error(), signals.exit_on_interrupt():
@@ -37,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.path.isfile(options.saved):
             if options.sign:
                 raise ConfigError(f"--sign: signs a run; {options.saved} is a file: export it anew from its run")
-            saved = saved_model.open_export(options.saved, options.overrides, prefixes)
+            saved = saved_model.open_export(options.saved, options.overrides, options.allow_targets)
         else:
-            saved = saved_model.open_checkpoint(options.saved, options.overrides, prefixes, is_vouched_for=options.sign)
+            saved = saved_model.open_checkpoint(
+                options.saved, options.overrides, options.allow_targets, is_vouched_for=options.sign
+            )
         for warning in saved.notes:
             print_message(warning)
         from runner.run.evaluation import evaluate

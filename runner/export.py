@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with signals.exit_on_interrupt():
             from runner.run import saved_model
 
-            prefixes = [prefix for prefix in options.allow_targets.split(",") if prefix]
-            saved = saved_model.open_checkpoint(options.saved, (), prefixes, is_vouched_for=options.sign)
+            saved = saved_model.open_checkpoint(options.saved, (), options.allow_targets, is_vouched_for=options.sign)
         for warning in saved.notes:
             print_message(warning)
         from runner.run.exports import export

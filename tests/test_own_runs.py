@@ -47,7 +47,7 @@ def message_of(capsys, main, *arguments):
 
 def test_a_new_run_is_signed(project):
     project.run("hydra.run.dir=run", "trainer.steps=1", "trainer.eval_every=0")
-    origin = signature.check(project.folder / "run")
+    origin = signature.check_signature(project.folder / "run")
     assert origin.directory == str(project.folder)
     assert origin.config_dirs == [str(project.folder / "conf")]
     assert str(project.folder) in origin.python_path

@@ -99,7 +99,7 @@ class ForkedWorker:
 
     def __init__(self, args: tuple[str, ...], environment: dict[str, str]) -> None:
         assert args[1:3] == ("-P", "-c")
-        assert args[3].endswith("worker.start()")
+        assert args[3].endswith("worker.run_and_exit()")
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:

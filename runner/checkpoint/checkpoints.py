@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ class Checkpoints:
         parts: Mapping[str, Any],
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits a checkpoint and prunes older ones.
 
@@ -124,8 +125,8 @@ class Checkpoints:
         step: int,
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits the folder that `begin` created, and prunes older checkpoints.
 
@@ -139,13 +140,17 @@ class Checkpoints:
         disk.sync_file(partial / MANIFEST)
         for folder in reversed(folders):
             disk.sync_folder(folder)
-        if before_commit is not None:
-            before_commit()
+        before_commit()
         final = self._path_of(step)
-        self._rename(partial, final)
+        replaced = self._temporary_path(final, "replaced")
+        if final.exists():
+            disk.rename(final, replaced)  # after a crash at this point, `recover` restores the old one
+        disk.rename(partial, final)
+        disk.sync_folder(self.folder)
+        remove_tree(replaced)
         self._verified_stamps[final] = _stamps(final)
         superseded = self._find_superseded(step)
-        if before_prune is None or before_prune(set(superseded)):
+        if before_prune(set(superseded)):
             self._prune(superseded.values())
         return final
 
@@ -154,18 +159,6 @@ class Checkpoints:
 
     def _temporary_path(self, final: Path, role: str) -> Path:
         return self.folder / f".{final.name}.{os.getpid()}.{role}"
-
-    def _rename(self, partial: Path, final: Path) -> None:
-        """Gives a complete folder its final name.
-
-        Replaces an existing checkpoint of the same step.
-        """
-        replaced = self._temporary_path(final, "replaced")
-        if final.exists():
-            disk.rename(final, replaced)  # after a crash at this point, `recover` restores the old one
-        disk.rename(partial, final)
-        disk.sync_folder(self.folder)
-        remove_tree(replaced)
 
     def recover(self) -> None:
         """Deletes checkpoints that a crash left half-written or half-pruned.
@@ -190,10 +183,7 @@ class Checkpoints:
         return {later: path for later, path in self._steps().items() if later > step}
 
     def _prune(self, paths: Iterable[Path]) -> None:
-        """Deletes checkpoints.
-
-        All are renamed first, so that a crash leaves no half-deleted checkpoint under its final name.
-        """
+        """Renames all checkpoints before deleting any: a crash leaves no half-deleted one under its final name."""
         checkpoints = [path for path in paths if (path / MANIFEST).is_file()]
         renamed = [self._temporary_path(path, "pruned") for path in checkpoints]
         for path, temporary in zip(checkpoints, renamed, strict=True):
@@ -204,23 +194,16 @@ class Checkpoints:
             remove_tree(temporary)
 
     def _find_superseded(self, newest_step: int) -> dict[int, Path]:
-        """Returns the checkpoints to prune.
-
-        An incomplete one does not count for `keep_last`.
-        """
+        """Returns the checkpoints to prune. An incomplete one does not count for `keep_last`."""
         superseded = self.steps_after(newest_step)
         steps = {step: path for step, path in self._steps().items() if step not in superseded}
-        newest = self._newest_complete(steps, self._keep_last)
+        complete = (step for step in sorted(steps, reverse=True) if self._is_complete(steps[step]))
+        newest = list(islice(complete, self._keep_last))
         if not self._keep_last or len(newest) < self._keep_last:
             return superseded
         kept = {step for step in steps if self._keep_every and step % self._keep_every == 0}
         kept |= {step for step, _ in self.rank_best(superseded)}
         return superseded | {s: path for s, path in steps.items() if s < newest[-1] and s not in kept}
-
-    def _newest_complete(self, steps: Mapping[int, Path], count: int) -> list[int]:
-        """Returns the newest complete steps, at most `count` of them, the newest first."""
-        complete = (step for step in sorted(steps, reverse=True) if self._is_complete(steps[step]))
-        return list(islice(complete, count))
 
     def rank_best(
         self, left_out: Container[int] = (), count: int | None = None, below: float = math.inf
@@ -234,37 +217,28 @@ class Checkpoints:
         """
         count = self._keep_best if count is None else count
         steps = {step: path for step, path in self._steps().items() if count and step not in left_out}
-        rated = sorted(self._ratings(steps), key=lambda pair: (pair[1], -pair[0]))
-        complete = (pair for pair in rated if pair[1] < below and self._is_complete(steps[pair[0]]))
-        return list(islice(complete, count))
+        ratings = {}
+        for step, manifest in _readable_manifests(steps):
+            rating = None if manifest["metric"] is None else self._rate(manifest["metric"])
+            if rating is not None and math.isfinite(rating) and rating < below:
+                ratings[step] = rating
+        rated = sorted(ratings.items(), key=lambda pair: (pair[1], -pair[0]))
+        return list(islice((pair for pair in rated if self._is_complete(steps[pair[0]])), count))
 
     def convert_metrics(self, convert: Callable[[float], Any]) -> None:
         """Replaces each metric that is a plain number by `convert(number)`.
 
         Older versions stored plain numbers.
         """
-        for path in self._steps().values():
-            try:
-                manifest = _read_manifest(path)
-            except CheckpointError:
-                continue
+        steps = self._steps()
+        for step, manifest in _readable_manifests(steps):
             if isinstance(manifest["metric"], (int, float)):
                 converted = manifest | {"metric": convert(manifest["metric"])}
-                io.write_json(_with_checksum(converted), path / MANIFEST)
+                io.write_json(_with_checksum(converted), steps[step] / MANIFEST)
 
     def has(self, step: int) -> bool:
         """Returns whether there is a complete checkpoint of a step."""
         return step in self._steps() and self._is_complete(self._path_of(step))
-
-    def _ratings(self, steps: Mapping[int, Path]) -> Iterator[tuple[int, float]]:
-        for step, path in steps.items():
-            try:
-                metric = _read_manifest(path)["metric"]
-            except CheckpointError:
-                continue
-            rating = None if metric is None else self._rate(metric)
-            if rating is not None and math.isfinite(rating):
-                yield step, rating
 
     def _is_complete(self, path: Path) -> bool:
         """Returns whether a checkpoint passes `verify`.
@@ -390,10 +364,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("cut short by its last character")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: {MANIFEST} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({error})") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path}: {MANIFEST} can't be read ({reason})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path}: {MANIFEST} is not of format {_FORMAT}")
     stored, computed = manifest.pop("crc32c", None), _checksum(manifest)
@@ -404,11 +377,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _find_fault(manifest: Mapping[str, Any]) -> str | None:
-    """Returns a description of the first fault in the form of a manifest.
+def _readable_manifests(steps: Mapping[int, Path]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for step, path in steps.items():
+        with suppress(CheckpointError):
+            yield step, _read_manifest(path)
 
-    None if it is valid.
-    """
+
+def _find_fault(manifest: Mapping[str, Any]) -> str | None:
     files = manifest.get("files")
     if missing := {"step", "metric", "files"} - manifest.keys():
         return f"lacks {', '.join(sorted(missing))}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 from runner.checkpoint import shards
 from runner.checkpoint.checkpoints import SHARDS, STRUCTURE, Checkpoints
 from runner.utils import io
-from runner.utils.distributed import run_on_rank_zero
 from runner.utils.files import disk, remove_tree
 from runner.utils.serialization import HostSnapshot, to_storable
+
+T = TypeVar("T")
 
 
 def make_sharded(checkpoints: Checkpoints, timeout_s: float) -> ShardedCheckpoints:
@@ -52,8 +53,8 @@ class ShardedCheckpoints:
         parts: Mapping[str, HostSnapshot],
         facts: Mapping[str, Any],
         metric: Any = None,
-        before_commit: Callable[[], None] | None = None,
-        before_prune: Callable[[set[int]], bool] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        before_prune: Callable[[set[int]], bool] = lambda steps: True,
     ) -> Path:
         """Commits a checkpoint and prunes older ones.
 
@@ -81,23 +82,10 @@ class ShardedCheckpoints:
                 remove_tree(partial)
             raise
 
-    def _on_rank_zero(self, work: Callable[[], Path]) -> Path:
-        """Returns the result of rank zero's work on every rank.
-
-        An OSError is raised on every rank too.
-        """
-
-        def attempt() -> tuple[Path | None, tuple[int, str, str | None] | None]:
-            try:
-                return work(), None
-            except OSError as error:
-                return None, shards.os_error_arguments(error)
-
-        path, error_arguments = run_on_rank_zero(attempt, self._group)
-        if error_arguments is not None:
-            raise OSError(*error_arguments)
-        assert path is not None
-        return path
+    def _on_rank_zero(self, work: Callable[[], T]) -> T:
+        """Returns the result of rank zero's work on every rank. An OSError is raised on every rank too."""
+        results = shards.run_on_all_ranks_raising_os_errors(lambda: work() if self._is_rank_zero else None, self._group)
+        return cast(T, results[0])
 
     def _begin(self, step: int) -> Path:
         partial = self._checkpoints.begin(step)

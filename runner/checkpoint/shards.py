@@ -16,13 +16,13 @@ import errno
 import json
 import math
 import re
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,16 +32,16 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 
 from runner.utils import io
 from runner.utils.distributed import is_distributed, run_on_all_ranks
-from runner.utils.files import WritebackFile, disk
-from runner.utils.serialization import SFT_DTYPES, dtype_name
+from runner.utils.files import WritebackFile, adding_path, disk
+from runner.utils.serialization import DTYPE_BY_SFT_CODE, SFT_DTYPES, encode_sft_header, torch_name
+
+T = TypeVar("T")
 
 INDEX = "shards.json"
 _FORMAT = 1
 _FILE = re.compile(r"shard-\d{5,}\.safetensors", re.ASCII)
 _OFFSETS_KEY, _OFFSET_KEY = "DCP_SHARDING_INFO", "saved_offsets"  # torch's names for the offsets of pieces
-_DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _Piece = tuple[str, tuple[int, ...], tuple[int, ...]]  # name of the tensor, offsets in it, shape of the piece
-_MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
 
 
 def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -77,19 +77,33 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
             _write_pieces(folder / names[rank], {piece: local[piece] for piece in pieces_by_rank[rank]})
         if rank == 0:
             document = {"format": _FORMAT, "files": [*names.values()], "tensors": _descriptions(tensors)}
-            io.write_new_json(document, folder / INDEX, indent=None)
+            with adding_path(folder / INDEX):
+                io.write_new_json(document, folder / INDEX, indent=None)
 
-    def attempt() -> tuple[int, str, str | None] | None:
+    run_on_all_ranks_raising_os_errors(write_files, group)
+
+
+def run_on_all_ranks_raising_os_errors(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T | None]:
+    """Returns the results of `work` on all ranks, by rank; an OSError of one rank is raised on every rank.
+
+    Raises:
+        OSError: with the failed rank, the reason and the file.
+        RankError: `work` failed on a rank with another error.
+    """
+
+    def attempt() -> tuple[T | None, tuple[int, str, str | None] | None]:
         try:
-            write_files()
+            return work(), None
         except OSError as error:
-            return os_error_arguments(error, folder / names.get(rank, INDEX))
-        return None
+            file = None if error.filename is None else str(error.filename)
+            return None, (error.errno or errno.EIO, error.strerror or str(error), file)
 
-    for failed_rank, error_arguments in enumerate(run_on_all_ranks(attempt, group)):
-        if error_arguments is not None:
-            code, reason, file = error_arguments
-            raise OSError(code, f"rank {failed_rank}: {reason}", file)
+    outcomes = run_on_all_ranks(attempt, group)
+    for rank, (_, os_error) in enumerate(outcomes):
+        if os_error is not None:
+            code, reason, file = os_error
+            raise OSError(code, f"rank {rank}: {reason}", file)
+    return [result for result, _ in outcomes]
 
 
 def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -105,11 +119,8 @@ def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> 
     """
     known, files = _scan(folder)
     tensors = {name: torch.empty(meta.shape, dtype=meta.dtype) for name, meta in known.items() if is_wanted(name)}
-    pieces_by_path = defaultdict(list)
-    for piece, path in files.items():
-        if piece[0] in tensors:
-            pieces_by_path[path].append(piece)
-    for path, pieces in pieces_by_path.items():
+    wanted = (piece for piece in files if piece[0] in tensors)
+    for path, pieces in groupby(wanted, files.__getitem__):  # `files` lists the pieces of one file together
         with safe_open(path, framework="pt") as file:
             for name, start, sizes in pieces:
                 region = tuple(slice(begin, begin + size) for begin, size in zip(start, sizes, strict=True))
@@ -119,12 +130,11 @@ def read(folder: Path, is_wanted: Callable[[str], bool] = lambda name: True) -> 
 
 @torch.no_grad()
 def _local_pieces(tensors: Mapping[str, Tensor]) -> dict[_Piece, Tensor]:
-    """Returns the pieces of the tensors that this rank holds."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name!r} is a {type(tensor).__qualname__}, expected a tensor")
         if tensor.layout is not torch.strided or tensor.dtype not in SFT_DTYPES:
-            raise TypeError(f"{name!r} is {dtype_name(tensor.dtype)} as {tensor.layout}, which SafeTensors can't hold")
+            raise TypeError(f"{name!r} is {torch_name(tensor.dtype)} as {tensor.layout}, which SafeTensors can't hold")
         if name.encode() == b"__metadata__":  # a lone surrogate is a ValueError
             raise ValueError(f"{name!r} is a name that SafeTensors use themselves")
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -168,40 +178,21 @@ def _descriptions(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*tensor.shape]} for name, tensor in tensors.items()}
 
 
-def _describe(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else f"{dtype_name(tensor.dtype)}{[*tensor.shape]}"
-
-
-def os_error_arguments(error: OSError, default_file: Path | None = None) -> tuple[int, str, str | None]:
-    """Returns the arguments of an equal `OSError`: number, reason and file.
-
-    Other ranks raise it.
-    """
-    file = error.filename or default_file
-    return error.errno or errno.EIO, error.strerror or str(error), None if file is None else str(file)
-
-
 def _write_pieces(path: Path, pieces: Mapping[_Piece, Tensor]) -> None:
     """Writes a SafeTensors file.
 
     Pieces on a device are copied to the host one at a time.
     """
-    ordered = sorted(pieces.items(), key=lambda pair: -pair[1].dtype.itemsize)  # keeps every tensor aligned
+    tensors = {name: tensor for (name, _, _), tensor in pieces.items()}
     starts = {name: {_OFFSET_KEY: [*start]} for name, start, _ in pieces}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "DCP_VERSION": "1.0", _OFFSETS_KEY: json.dumps(starts)}}
-    end = 0
-    for (name, _, sizes), tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*sizes], "data_offsets": [begin, end]}
-    encoded = json.dumps(header, ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > _MAX_HEADER_BYTES:
-        raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {_MAX_HEADER_BYTES:,}")
-    with disk.create(path, "xb") as file:
-        stream = cast(BinaryIO, WritebackFile(file))
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _, tensor in ordered:
-            flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", _OFFSETS_KEY: json.dumps(starts)}
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    header, ordered = encode_sft_header(path, described, metadata)
+    with adding_path(path), disk.create(path, "xb") as file:
+        stream = WritebackFile(file)
+        stream.write(header)
+        for name in ordered:
+            flat = tensors[name].resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
 
 
@@ -254,13 +245,9 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _meta_tensor(name: str, entry: Any) -> Tensor:
-    """Returns a meta tensor of the described dtype and shape.
-
-    Raises an error for an impossible shape.
-    """
     if not _is_sizes(entry["shape"]):
         raise ValueError(f"{name!r} has the shape {entry['shape']!r}")
-    return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+    return torch.empty(entry["shape"], dtype=DTYPE_BY_SFT_CODE[entry["dtype"]], device="meta")
 
 
 def _pieces_in(path: Path, known: Mapping[str, Tensor]) -> Iterator[_Piece]:

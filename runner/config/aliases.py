@@ -75,6 +75,8 @@ MOVED = {
     "runner.utils.strict_json": "runner.utils.files.strict_json",
     "runner.utils.surroundings": "runner.utils.unsloth.replay",
     "runner.utils.weights": "runner.utils.modules.weights",
+    "runner.utils.wrapper.optimization": "runner.utils.wrapper.protocol",
+    "runner.utils.wrapper.optimizations": "runner.utils.wrapper.built_in",
 }
 RENAMED = {
     "runner.engines.ema": {"Averages": "EMA"},

@@ -40,7 +40,7 @@ CONF_DIR = source.CONF_DIR
 
 def register_with_hydra() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
-    source.register()
+    source.register_config_source()
     optimizations.expand_when_composed()
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 

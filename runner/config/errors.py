@@ -26,7 +26,7 @@ from omegaconf.errors import (
 )
 
 from runner.config.schema import Config
-from runner.control.signals import EXIT_STATUSES
+from runner.control.signals import EXIT_STATUSES, status_of_interrupt
 from runner.utils.utils import describe, escape_controls, find_nearest, one_line, suggest
 
 HEADER = "# @package _global_"
@@ -126,15 +126,15 @@ def mention_start_directory(directory: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_config_error() -> Iterator[None]:
-    """Turns a mistake of the user into one message and exit status 2, and Ctrl-C into status 130.
+    """Turns a mistake of the user into one message and exit status 2, and Ctrl-C or a signal into its status.
 
     Any other error is raised. While tracebacks are hidden, it is printed in one line and the status is 1.
     """
     hide_tracebacks(False)
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(EXIT_STATUSES["interrupted"]) from None
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(EXIT_STATUSES[status_of_interrupt(interrupt)[0]]) from None
     except Exception as error:
         message = format_error(error)
         if message is None and are_tracebacks_hidden():
@@ -282,6 +282,11 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
         value = OmegaConf.to_container(value, resolve=False)
     if value is None and str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):
         return f"{full_key}: expected {describe_type(hint)}, found a mapping"
+    return explain_value(full_key, value, hint)
+
+
+def explain_value(full_key: str, value: Any, hint: Any) -> str:
+    """Returns the message for a value that has not the type of its hint."""
     found = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))  # as in YAML
     return f"{full_key}={shown(found)}: expected {describe_type(hint)}{_remedy_for(value, hint)}"
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
@@ -21,9 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.composition.interpolation import escape
 from runner.config.composition.source import CONF_DIR, FileConfigSource
-from runner.config.errors import ConfigError, shown
+from runner.config.errors import ConfigError, explain_value, shown
 from runner.config.schema import EmaConfig
-from runner.utils.utils import check_fraction, suggest
+from runner.utils.utils import check_choice, check_fraction, suggest
 from runner.utils.wrapper import built_in
 from runner.utils.wrapper.protocol import Optimization, check_with_others
 
@@ -35,7 +35,7 @@ _CLASSES: dict[str, Any] = {
     f"{built_in.__name__}.{name}": kind for name, kind in vars(built_in).items() if is_dataclass(kind)
 }
 _CLASSES[_EMA] = EmaConfig
-_SWITCH = re.compile(r"((?:engines\.[^.]+\.)?optimizations\.[^.]+)(\..+)?")
+_SWITCH = re.compile(r"(?P<key>(?:engines\.[^.]+\.)?optimizations\.(?P<name>[^.]+))(?:\.(?P<argument>.+))?")
 _LISTS = {"freeze": "patterns", "replace": "rules"}  # the argument that a list stands for
 _CHECKPOINTING = {"none": False, "full": True}
 # A value that switches an optimization off: the configs of earlier runs contain the arguments of every optimization.
@@ -70,9 +70,12 @@ def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
     for key in ("optimizations", *(f"engines.{name}.optimizations" for name in cfg.get("engines") or ())):
         if OmegaConf.is_dict(node := OmegaConf.select(cfg, key)):
             OmegaConf.set_struct(node, False)  # a struct refuses a value of a switch that is off
+            raw: Any = OmegaConf.to_container(node, resolve=False)
+            node.update({name: _spell_out(name, value) for name, value in raw.items()})
     if "ema" in cfg and cfg.ema is None and any(override.key_or_group.startswith("ema.") for override in overrides):
         cfg.ema = _read_preset("ema/default")
-    enabling = [override for override in overrides if _switches(override, True)]
+    overrides = [_spell_out_override(override) for override in overrides]
+    enabling = [override for override in overrides if _switch_of(override) and override.value() is True]
     _apply_by_hydra([override for override in overrides if override not in enabling], cfg)
     for override in enabling:
         node = OmegaConf.select(cfg, override.key_or_group)
@@ -91,35 +94,67 @@ def expand_composed(cfg: DictConfig) -> None:
         cfg.optimizations = OmegaConf.create(switches, flags={"struct": False})
 
 
+def _spell_out(name: str, value: Any) -> Any:
+    """Returns the mapping that a list stands for, and the switch that a text of `checkpointing` stands for."""
+    if isinstance(value, list) and name in _LISTS:
+        return {_LISTS[name]: value}
+    return _CHECKPOINTING.get(value, value) if name == "checkpointing" and isinstance(value, str) else value
+
+
+def _spell_out_override(override: Override) -> Override:
+    """Returns an override by a list as one of the argument that the list stands for, so that others are kept."""
+    name = _switch_of(override)
+    if name in _LISTS and isinstance(override.value(), list):
+        return replace(override, key_or_group=f"{override.key_or_group}.{_LISTS[name]}")
+    return override
+
+
+def _switch_of(override: Override) -> str | None:
+    """Returns the name of an optimization that an override sets as a whole; None if it sets an argument or deletes."""
+    match = _SWITCH.fullmatch(override.key_or_group)
+    return None if match is None or match["argument"] or override.is_delete() else match["name"]
+
+
 def _check_names(overrides: list[Override], cfg: DictConfig) -> None:
     """Checks that an optimization that is switched off is one: a misspelt name would be off without effect."""
     for override in overrides:
-        parent, _, name = override.key_or_group.rpartition(".")
-        node: Any = OmegaConf.select(cfg, parent) if _switches(override, False) else None
-        if OmegaConf.is_dict(node) and name not in node:
-            _fill({}, None, f"optimization/{name}", override.key_or_group, is_resolved=False)
+        name, parent = _switch_of(override), override.key_or_group.rpartition(".")[0]
+        if name is not None and override.value() is False:
+            nodes = [OmegaConf.select(cfg, key) for key in ("optimizations", parent)]
+            if not any(OmegaConf.is_dict(node) and name in node for node in nodes) and name != "ema":
+                raise _unknown(override.key_or_group)
 
 
-def _switches(override: Override, value: bool) -> bool:
-    """Returns True if an override sets a whole optimization to a value."""
-    match = _SWITCH.fullmatch(override.key_or_group)
-    return match is not None and match[2] is None and not override.is_delete() and override.value() is value
+def _unknown(place: str) -> ConfigError:
+    hint = suggest(place.rpartition(".")[2], _list_presets())
+    return ConfigError(f"{place}: no such key; {hint}; one of your own: +{place}={{_target_: own.Class}}")
 
 
-def switches_off(off: str, other: str) -> bool:
+def switches_off(off: Override, other: Override) -> bool:
     """Returns True if an override switches off an optimization that another one enables or sets a value of."""
-    off, other = off.lstrip("+"), other.lstrip("+")
-    key, _, value = off.partition("=")
-    match = _SWITCH.fullmatch(other.partition("=")[0])
-    return value.lower() == "false" and match is not None and match[1] == key and other != off
+    key, value = _read_override(off)
+    other_key, other_value = _read_override(other)
+    if value is not False or key != other_key or other_value is False or other.is_delete():
+        return False
+    # A value such as lora.rank=0 is one beside others, which a sweep may contain; it contradicts `true` alone.
+    return off.key_or_group == key or other_value is True
+
+
+def _read_override(override: Override) -> tuple[str | None, Any]:
+    """Returns the key of the optimization that an override is of, and False, True or a mapping of values."""
+    match = _SWITCH.fullmatch(override.key_or_group)
+    if match is None:
+        return None, None
+    value: Any = None if override.is_delete() else override.value()
+    return match["key"], _read_switch(match["name"], {match["argument"]: value} if match["argument"] else value)
 
 
 def _check_contradictions(overrides: list[Override]) -> None:
     """Checks that no optimization is switched off and also enabled or given a value on one command line."""
-    for off, other in itertools.permutations([str(override.input_line) for override in overrides], 2):
+    for off, other in itertools.permutations(overrides, 2):
         if switches_off(off, other):
-            found = f"found {other} beside it; leave one of the two out"
-            raise ConfigError(f"{off}: expected no value of an optimization that is off, {found}")
+            found = f"{other.input_line} enables it, or sets a value of it"
+            raise ConfigError(f"{off.input_line}: it is switched off, and {found}; leave one of the two out")
 
 
 def expand(plain: Plain) -> Plain:
@@ -170,6 +205,8 @@ def _expand_switches(values: Mapping[str, Any], shared: Plain, place: str, *, is
     for name, value in values.items():
         if name == "freeze_mode":
             expanded[name] = value
+            if is_resolved:
+                _explain(place, check_choice, name, value, built_in.FREEZE_MODES)
         elif name != "ema":
             switch = _read_switch(name, value)
             if name == "freeze" and isinstance(switch, dict) and (mode := (shared | dict(values)).get("freeze_mode")):
@@ -181,10 +218,7 @@ def _expand_switches(values: Mapping[str, Any], shared: Plain, place: str, *, is
 
 def _read_switch(name: str, value: Any) -> Any:
     """Returns False, True or a mapping for each form of a switch; a value of another kind as it is."""
-    if isinstance(value, list) and name in _LISTS:
-        value = {_LISTS[name]: value}
-    if name == "checkpointing" and isinstance(value, str):
-        value = _CHECKPOINTING.get(value, value)
+    value = _spell_out(name, value)
     if value is None or (isinstance(value, dict) and _is_off(name, value)):
         return False
     if name == "fp8" and isinstance(value, dict) and value.get("enabled") is True:
@@ -202,26 +236,30 @@ def _is_off(name: str, values: Mapping[str, Any]) -> bool:
 
 def _fill(switch: Any, base: Any, preset: str, place: str, *, is_resolved: bool) -> Any:
     """Returns a switch with all arguments: its own values on top of a base's, or else of a preset's."""
-    if switch is False:
-        return False
+    if switch is False or (not is_resolved and isinstance(switch, str) and "${" in switch):
+        return switch
     values = switch if isinstance(switch, dict) else {}
     if not isinstance(base, dict):
         kind = _CLASSES.get(str(values.get("_target_")))
         is_complete = kind is not None and all(field.name in values for field in fields(kind))
         base = {} if is_complete else _read_preset(preset) or {}
     target = values.get("_target_", base.get("_target_"))
+    name = place.rpartition(".")[2]
     if target is None:
-        known = [*_list_presets(), "freeze_mode", "ema"]
-        raise ConfigError(f"{place}: no such key; {suggest(place.rpartition('.')[2], known)}")
+        raise _unknown(place)
     if switch is not True and switch is not values:
-        found = f"{place}={shown(str(switch))}"
-        raise ConfigError(f"{found}: expected true, false, or a mapping of values; true takes all from conf/")
+        forms = {"checkpointing": "full, none, ", **dict.fromkeys(_LISTS, "a list, ")}.get(name, "")
+        found = "a text" if isinstance(switch, str) else "another value"
+        expected = f"expected true, false, {forms}or a mapping of values, found {found}"
+        raise ConfigError(f"{place}={shown(str(switch))}: {expected}; true takes the values of conf/{preset}.yaml")
     kind = _CLASSES.get(str(target))
     merged = OmegaConf.structured(kind) if kind else OmegaConf.create({})
     for layer in [values] if base.get("_target_") != target else [base, values]:
         for key, value in _arguments(layer).items():
             merged = _merge(merged, {key: value}, place, is_resolved=is_resolved)
     content: Any = OmegaConf.to_container(merged, resolve=is_resolved, enum_to_str=True)
+    if name in _LISTS and content.get(_LISTS[name]) == []:
+        raise ConfigError(f"{place}.{_LISTS[name]}=[]: expected one or more; or set {place}=false")
     return {"_target_": target, **{str(key): value for key, value in content.items()}}
 
 
@@ -235,19 +273,21 @@ def _merge(node: Any, argument: Plain, place: str, *, is_resolved: bool) -> Any:
         return OmegaConf.merge(node, escape(argument) if is_resolved else argument)
     except OmegaConfBaseException as error:
         (name,) = argument
-        message = str(error.msg or error).splitlines()[0]
-        if name not in node:
-            message = f"no such key; {suggest(str(name), [str(key) for key in node])}"
-        raise ConfigError(f"{place}.{error.full_key or name}: {message}") from error
+        if name not in node.keys():  # noqa: SIM118 - a key without a value is not in a node
+            raise ConfigError(
+                f"{place}.{name}: no such key; {suggest(str(name), [str(key) for key in node])}"
+            ) from error
+        hint = get_type_hints(OmegaConf.get_type(node)).get(name, Any)
+        raise ConfigError(explain_value(f"{place}.{name}", argument[name], hint)) from error
 
 
 def _expand_ema(ema: Any, shorthand: Any, place: str, *, is_resolved: bool) -> Plain | None:
     """Returns the node of an EMA, with the values of `optimizations.ema` on top; None for none."""
-    key, switch = f"{place}ema", False if ema is None else ema
+    key, switch = f"{place}ema", _read_switch("ema", ema)
     if shorthand is not None:
-        key, switch = f"{place}optimizations.ema", _read_switch("ema", shorthand)
-        if isinstance(ema, dict) and isinstance(switch, dict):
-            switch = ema | switch
+        key, typed = f"{place}optimizations.ema", _read_switch("ema", shorthand)
+        values = {} if typed is True else typed  # true keeps those of the config
+        switch = switch | values if isinstance(switch, dict) and isinstance(values, dict) else typed
     return _fill(switch, None, "ema/default", key, is_resolved=is_resolved) or None
 
 

@@ -362,14 +362,17 @@ def _describe_new_run(resumption: Resumption, kept: list[str]) -> str:
 def _drop_overridden(resumption: Resumption, paths: list[diff.KeyPath]) -> list[str]:
     """Returns a run's overrides without those of keys that are typed anew, or in nodes that are chosen anew."""
     keys = {_key(override) for override in resumption.overrides}
+    parser = OverridesParser.create()
+    now = parser.parse_overrides(resumption.overrides)
     kept = []
-    for override in resumption.run_overrides:
-        path = tuple(_key(override).split("."))
-        is_replaced = _key(override) in keys or any(path[: len(node)] == node for node in paths)
+    for override in parser.parse_overrides(resumption.run_overrides):
+        line = str(override.input_line)
+        path = tuple(_key(line).split("."))
+        is_replaced = _key(line) in keys or any(path[: len(node)] == node for node in paths)
         # A switch of an optimization that is typed anew, or a value of one that is switched off now.
-        pairs = [pair for typed in resumption.overrides for pair in ((override, typed), (typed, override))]
+        pairs = [pair for typed in now for pair in ((override, typed), (typed, override))]
         if not is_replaced and not any(optimizations.switches_off(*pair) for pair in pairs):
-            kept.append(override)
+            kept.append(line)
     return kept
 
 

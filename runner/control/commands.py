@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from runner.control.stdin import READ_BYTES, LineReader, is_terminal_or_pipe, quote_typed, strip_comment
+from runner.control.stdin import READ_BYTES, LineReader, is_terminal_or_pipe, quote_typed, without_comment
 
 MOST_PENDING = 1000  # commands that wait; then no line is read until some are done
 _MOST_SHOWN = 20  # of the scheduled commands
@@ -25,18 +25,20 @@ _MAX_LINE = READ_BYTES // 4  # characters: a line cut at READ_BYTES is above it 
 
 
 @dataclass(frozen=True)
-class CommandSyntax:
-    """The typed form of a command.
+class CommandSpec:
+    """A row of the table of commands: how a command is typed, and what it does.
 
     Args:
         form: an example of how it is typed.
         help: what it does, as `help` shows it.
         parse_argument: returns the argument from the words after the name, or raises ValueError; None if it has none.
+        handler: called at a step boundary on every rank, as handler(handlers, loop, argument).
     """
 
     form: str
     help: str
     parse_argument: Callable[[list[str]], float | int | None] | None
+    handler: Callable[[Any, Any, Any], None]
 
 
 class CommandError(ValueError):
@@ -63,7 +65,7 @@ class Command:
         return typed if self.step is None else f"{typed}@{self.step}"
 
 
-def parse(line: str, table: Mapping[str, CommandSyntax]) -> Command:
+def parse(line: str, table: Mapping[str, CommandSpec]) -> Command:
     """Returns the command that a line holds; case, surplus blanks and text after a `#` are ignored.
 
     Args:
@@ -71,7 +73,7 @@ def parse(line: str, table: Mapping[str, CommandSyntax]) -> Command:
     Raises:
         CommandError: the line is not exactly one command.
     """
-    typed = strip_comment(line)
+    typed = without_comment(line)
     if len(line) > _MAX_LINE:
         raise CommandError(f'{quote_typed(typed)} is too long, over {_MAX_LINE} characters; type "help" to see all')
     body, at, when = typed.lower().partition("@")
@@ -79,11 +81,11 @@ def parse(line: str, table: Mapping[str, CommandSyntax]) -> Command:
     if name not in table:
         remedy = f'{_suggest_command(body, at + when, table)}; type "help" to see all'
         raise CommandError(f"{quote_typed(typed)} is no command; {remedy}")
-    parse_argument = table[name].parse_argument
     try:
-        if words and parse_argument is None:
+        parse_argument = table[name].parse_argument
+        if parse_argument is None and words:
             raise ValueError(f'"{name}" takes nothing but @STEP, found {quote_typed(" ".join(words))}')
-        argument = parse_argument(words) if parse_argument else None
+        argument = None if parse_argument is None else parse_argument(words)
         return Command(name, argument, parse_step(when.strip()) if at else None)
     except ValueError as error:
         remedy = f'write {table[name].form}; type "help" to see all'
@@ -101,7 +103,7 @@ def parse_step(word: str) -> int:
     raise ValueError(f"expected a step, a whole number from 1 on, found {quote_typed(word)}")
 
 
-def _suggest_command(body: str, at_step: str, table: Mapping[str, CommandSyntax]) -> str:
+def _suggest_command(body: str, at_step: str, table: Mapping[str, CommandSpec]) -> str:
     """Names the nearest command, with the rest of the line if that is valid after it."""
     word = "".join(itertools.takewhile(str.isalpha, body))
     close = difflib.get_close_matches(word, table, n=1, cutoff=0.5)
@@ -125,7 +127,7 @@ class CommandQueue:
     """
 
     def __init__(
-        self, table: Mapping[str, CommandSyntax], answer: Callable[[str], None], *, stream: IO[Any] | None = None
+        self, table: Mapping[str, CommandSpec], answer: Callable[[str], None], *, stream: IO[Any] | None = None
     ) -> None:
         self._table = table
         self._answer = answer
@@ -169,9 +171,9 @@ class CommandQueue:
         def has_room(line: str) -> bool:
             # `quit` passes a full queue: a person must be able to end the run. It is no memory leak, as the reader
             # limits the lines per second and the run ends at the next boundary.
-            return strip_comment(line).lower() == "quit" or len(self._waiting) + num_relayed() < MOST_PENDING
+            return without_comment(line).lower() == "quit" or len(self._waiting) + num_relayed() < MOST_PENDING
 
-        is_command = self._is_command if peeks else None
+        is_command = self.is_command if peeks else None
         self._reader = LineReader(fd, submit or self.submit, self._answer, is_command, warn, has_room)
         self._reader.start()
 
@@ -204,7 +206,7 @@ class CommandQueue:
 
     def submit(self, line: str) -> bool:
         """Queues the command of a line and answers it; returns False if the line is invalid, True if it is blank."""
-        if not strip_comment(line):
+        if not without_comment(line):
             return True
         try:
             command = parse(line, self._table)
@@ -258,7 +260,8 @@ class CommandQueue:
         self._waiting = waiting
         self._next_step = min((command.step or 0 for command in waiting), default=math.inf)
 
-    def _is_command(self, line: str) -> bool:
+    def is_command(self, line: str) -> bool:
+        """Returns whether a line is exactly one command."""
         try:
             parse(line, self._table)
         except CommandError:

@@ -9,18 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runner.control.commands import (
-    Command,
-    CommandError,
-    CommandQueue,
-    CommandSyntax,
-    parse,
-    parse_step,
-)
+from runner.control.commands import Command, CommandQueue, CommandSpec, parse_step
 from runner.control.stdin import quote_typed
 
 if TYPE_CHECKING:
@@ -65,9 +57,7 @@ class CommandHandlers:
 
     def _relay(self, line: str) -> bool:
         """Sends a line to all ranks if it is a command; returns whether it is one."""
-        try:
-            parse(line, COMMANDS)
-        except CommandError:
+        if not self.queue.is_command(line):
             return self.queue.submit(line)  # which answers with the mistake, or ignores a blank line
         self._coordinator.post("line", line)
         return True
@@ -82,17 +72,6 @@ class CommandHandlers:
             self._answer(text)
         elif self._num_answers == _MAX_ANSWERS + 1:
             self._answer("... (further commands at this step are done without an answer)")
-
-
-@dataclass(frozen=True)
-class CommandSpec(CommandSyntax):
-    """A row of the table of commands.
-
-    Args:
-        handler: called at a step boundary on every rank, as handler(handlers, loop, argument).
-    """
-
-    handler: Callable[[CommandHandlers, Loop, Any], None]
 
 
 def _request_action(handlers: CommandHandlers, loop: Loop, argument: None, *, action: str) -> None:

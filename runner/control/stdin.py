@@ -32,6 +32,16 @@ if _tee is not None:
     _tee.restype = ctypes.c_ssize_t
 
 
+def without_comment(line: str) -> str:
+    """Returns a typed line without blanks around it and without a `#` and the text after it."""
+    return line.partition("#")[0].strip()
+
+
+def quote_typed(text: str) -> str:
+    """Returns typed text in quotes, shortened, with its control characters escaped."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
 def is_terminal_or_pipe(fd: int) -> bool:
     """Returns whether a person may type commands there: not in a regular file, a socket or /dev/null."""
     return os.isatty(fd) or stat.S_ISFIFO(os.fstat(fd).st_mode)
@@ -56,16 +66,6 @@ def peek(fd: int) -> bytes:
     finally:
         os.close(read_fd)
         os.close(write_fd)
-
-
-def strip_comment(line: str) -> str:
-    """Returns a typed line without text after a `#`, and without blanks around it."""
-    return line.partition("#")[0].strip()
-
-
-def quote_typed(text: str) -> str:
-    """Returns typed text in quotes, shortened, with its control characters escaped."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 class LineReader:
@@ -138,7 +138,7 @@ class LineReader:
             # The pipe keeps what is peeked at, so it is ready again at once: sleep between two looks.
             if not self._check_first_line() and _is_ready(self._wait_fd, _PEEK_S):
                 return
-        self._read_lines(self._wait_for_input, self._wait_for_room)
+        self._read_lines(self._wait_for_input, lambda: not _is_ready(self._wait_fd, _ROOM_S))
 
     def _check_first_line(self) -> bool:
         """Returns whether the first line of the pipe is known to be a command; if it is another, the reading ends."""
@@ -153,7 +153,7 @@ class LineReader:
         *lines, rest = content.split(b"\n")
         if has_ended or len(rest) > _MAX_FIRST_LINE_BYTES or len(content) >= READ_BYTES:
             lines.append(rest)
-        texts = [strip_comment(line.decode(errors="replace")) for line in lines]
+        texts = [without_comment(line.decode(errors="replace")) for line in lines]
         first = next(filter(None, texts), None)
         if first is None:
             self._is_open = not has_ended
@@ -170,7 +170,12 @@ class LineReader:
         self._warn(f"{reason}: nothing of it is read; tracking.stdin=true reads it, tracking.stdin=false is silent")
 
     def _read_lines(self, may_read: Callable[[], bool], may_wait: Callable[[], bool]) -> None:
-        """Reads and submits lines until one of the functions returns False: to read on, and to wait for room."""
+        """Reads and submits lines until one of the functions returns False.
+
+        Args:
+            may_read: waits for input; returns whether to read on.
+            may_wait: waits a moment for room; returns whether to wait on.
+        """
         try:
             while self._is_open and self._submit_lines(may_wait) and may_read():
                 self._has_ended = not self._read_chunk()
@@ -183,7 +188,10 @@ class LineReader:
         """Submits the lines that were read; returns whether all were and more may be read."""
         while self._lines:
             if not self._may_submit(self._lines[0]):
-                self._announce_wait()
+                if not self._has_announced_wait:
+                    self._has_announced_wait = True
+                    rest = f"the rest is read as these are done, {_LINES_PER_S:g} a second"
+                    self._answer(f"{_BURST} commands at once: {rest}")
                 if not may_wait():
                     return False
                 continue
@@ -198,20 +206,11 @@ class LineReader:
                 self._answer("end of input: no more commands are read")
         return self._is_open
 
-    def _announce_wait(self) -> None:
-        if not self._has_announced_wait:
-            self._has_announced_wait = True
-            self._answer(f"{_BURST} commands at once: the rest is read as these are done, {_LINES_PER_S:g} a second")
-
     def _may_submit(self, line: str) -> bool:
         now = time.monotonic()
         self._allowance = min(_BURST, self._allowance + (now - self._allowed_at) * _LINES_PER_S)
         self._allowed_at = now
         return self._allowance >= 1 and self._has_room(line)
-
-    def _wait_for_room(self) -> bool:
-        """Waits a moment; returns False once `close` was called."""
-        return not _is_ready(self._wait_fd, _ROOM_S)
 
     def _reject_rest(self) -> None:
         self._is_open = False

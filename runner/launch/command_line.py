@@ -24,32 +24,19 @@ def _clean_up(status: int) -> None:
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     checks.register_with_hydra()
-    errors.hide_tracebacks(False)
     gc.disable()  # importing torch makes no garbage, but collecting takes a third of its time; `Trainer.fit` enables it
     status = 1
     try:
-        if (group_status := launcher.join_group()) is not None:
-            sys.exit(group_status)
-        arguments = launcher.prepare_arguments([quote_nested(argument) for argument in sys.argv[1:]])
-        if launcher.print_resumed_config(arguments):
-            sys.exit(0)
-        sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-        with errors.make_hydra_raise():  # errors are formatted below
-            hydra.main(**_CONFIG)(launcher.launch)()
+        with errors.exit_on_config_error():
+            if (group_status := launcher.join_group()) is not None:
+                sys.exit(group_status)
+            arguments = launcher.prepare_arguments([quote_nested(argument) for argument in sys.argv[1:]])
+            if launcher.print_resumed_config(arguments):
+                sys.exit(0)
+            sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
+            with errors.make_hydra_raise():
+                hydra.main(**_CONFIG)(launcher.launch)()
         status = 0
-    except Exception as error:
-        message = errors.format_error(error)
-        if message is None and errors.are_tracebacks_hidden():
-            errors.print_traceback(error)
-            sys.exit(status)
-        if errors.wants_traceback() or message is None:
-            raise
-        errors.print_message(message)
-        status = 2
-        sys.exit(status)
-    except KeyboardInterrupt as interrupt:  # before there was a run to save
-        status = signals.EXIT_STATUSES[signals.status_of_interrupt(interrupt)[0]]
-        sys.exit(status)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
         raise

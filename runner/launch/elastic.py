@@ -23,6 +23,7 @@ from runner.control import signals, terminal
 from runner.launch.job import Job
 
 _GRACE_S = 5.0  # from a second signal until workers are killed
+_KEEP_ALIVE_S = 3600
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -50,7 +51,7 @@ def count_workers(distributed: DistributedConfig) -> int:
     return int(wanted)
 
 
-def start(job: Job, num_local: int) -> int:
+def run_workers(job: Job, num_local: int) -> int:
     """Runs a job in `num_local` workers; returns the exit status of the run.
 
     Raises:
@@ -62,8 +63,9 @@ def start(job: Job, num_local: int) -> int:
         relay = _SignalRelay(folder)
         with signals.install_handlers(relay.forward):
             failure = _run_agent(job, num_local, folder)
-        relay.close()
-        status = _read_status(folder)
+        relay.kill_timer.cancel()
+        status_file = folder / "status"
+        status = int(status_file.read_text()) if status_file.is_file() else None
         if status is None and relay.received:
             status = signals.EXIT_STATUSES[signals.STATUS_BY_SIGNAL[relay.received[0]]]
         if status is None and failure is not None:
@@ -105,7 +107,7 @@ def _run_agent(job: Job, num_local: int, folder: Path) -> str | None:
         **rendezvous,
     )
     try:
-        elastic_launch(config, sys.executable)("-P", "-c", _START, str(folder), str(os.getpid()))
+        elastic_launch(config, sys.executable)("-P", "-c", _RUN_WORKER, str(folder), str(os.getpid()))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"exit status {failure.exitcode}" if failure.exitcode >= 0 else signal.Signals(-failure.exitcode).name
@@ -135,18 +137,11 @@ def _make_file_rendezvous(folder: Path) -> dict[str, Any]:
     }
 
 
-_KEEP_ALIVE_S = 3600
-
-
 # `-P` keeps the current directory off `sys.path`, unless the job adds it. The directory of this package comes last.
-_START = (
-    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from runner.launch import worker; worker.start()"
+_RUN_WORKER = (
+    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
+    "from runner.launch import worker; worker.run_and_exit()"
 )
-
-
-def _read_status(folder: Path) -> int | None:
-    path = folder / "status"
-    return int(path.read_text()) if path.is_file() else None
 
 
 @contextlib.contextmanager
@@ -167,12 +162,7 @@ class _SignalRelay:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.received: list[signal.Signals] = []
-        self._kill_timer: threading.Timer | None = None
-
-    def close(self) -> None:
-        """Cancels the kill that follows a second signal."""
-        if self._kill_timer is not None:
-            self._kill_timer.cancel()
+        self.kill_timer = threading.Timer(_GRACE_S, self._send, (signal.SIGKILL,))  # runs from a second signal on
 
     def forward(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal: forwards it; after a second one, kills workers that do not end in time."""
@@ -186,8 +176,7 @@ class _SignalRelay:
             raise KeyboardInterrupt(number)
         self._send(number)
         if len(self.received) == 2:
-            self._kill_timer = threading.Timer(_GRACE_S, self._send, (signal.SIGKILL,))
-            self._kill_timer.start()
+            self.kill_timer.start()
 
     def _worker_pids(self) -> list[int]:
         """Returns the process ids of the newest attempt, from files named `pid.ATTEMPT.PID`."""

@@ -10,7 +10,7 @@ import math
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -18,7 +18,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from runner.config import checks, hparams, run_folder
-from runner.config.errors import ConfigError
+from runner.config.composition.expansion import walk
+from runner.config.errors import ConfigError, shown
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
 from runner.config.trust.signature import Origin, SignatureError
@@ -73,10 +74,9 @@ class Job:
         Raises:
             ConfigError: naming the key of an object in the config, such as a resolver returns.
         """
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
         plain = self.spec.plain
         try:
-            return message.encode({**values, "spec": plain})
+            return message.encode({**vars(self), "spec": plain})
         except TypeError:
             for key, value in _find_objects(plain):
                 kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -117,17 +117,14 @@ class Job:
             replace_file(folder / name, [text])
 
 
-def _find_objects(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _find_objects(config: Any) -> Iterator[tuple[str, Any]]:
     """Yields key and value of everything in a config that a message can't hold."""
-    if isinstance(node, (dict, list, tuple)):
-        children = node.items() if isinstance(node, dict) else enumerate(node)
-        for name, child in children:
-            yield from _find_objects(child, f"{key}.{name}".lstrip("."))
-        return
-    try:
-        message.encode(node)
-    except TypeError:
-        yield key, node
+    for path, value in walk(config):
+        if not isinstance(value, (dict, list, tuple)):
+            try:
+                message.encode(value)
+            except TypeError:
+                yield ".".join(map(str, path)), value
 
 
 def _decode(data: bytes) -> Any:
@@ -166,14 +163,10 @@ def _is_instance(value: Any, hint: Any) -> bool:
 
 
 def _error(found: str) -> JobError:
-    shown = found if len(found) <= _MOST_SHOWN else f"{found[:_MOST_SHOWN]}..."
     return JobError(
-        f"job: expected a run as rank 0 composed it, found {shown}; start all ranks with the same version of the "
-        "runner, at an address that no other program uses"
+        f"job: expected a run as rank 0 composed it, found {shown(found)}; start all ranks with the same version "
+        "of the runner, at an address that no other program uses"
     )
-
-
-_MOST_SHOWN = 200
 
 
 def make_job(

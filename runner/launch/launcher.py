@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -57,7 +57,7 @@ class RunFolder(Callback):
         try:
             run_folder.refuse_links_of_sweep(Path(config.hydra.sweep.dir))
         except ConfigError as error:  # Hydra turns what a callback raises into a warning, and would go on
-            _end(error)
+            raise SystemExit(worker.report_error(error)) from None
         if not _is_basic(config.hydra.launcher):
             signals.raise_on_interrupt()
         cache_now(config)
@@ -82,7 +82,7 @@ class RunFolder(Callback):
                 _check(task)
             folder = _claim(config, task)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
-            _end(error)
+            raise SystemExit(worker.report_error(error)) from None
         for line in lines:
             print(escape_controls(line))
         with read_write(config):
@@ -154,7 +154,6 @@ def _claim(cfg: DictConfig, task: DictConfig) -> Path:
 
 
 def _is_folder_fixed(overrides: Any) -> bool:
-    """Returns whether the command line sets the folder of the run."""
     return any(str(override).startswith("hydra.run.dir=") for override in overrides)
 
 
@@ -182,7 +181,7 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
         run_folder.refuse_links(folder, job.links)
         status = _prepare(job)()
     except ConfigError as error:
-        _end(error)
+        raise SystemExit(worker.report_error(error)) from None
     if status:
         signals.exit_if_aborted(status)
         raise SystemExit(status)
@@ -191,7 +190,6 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
 
 def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outcome | float | None:
     """Runs one job of a sweep, whose other jobs run even if it fails."""
-    facts: tuple[str, int, str, float | None]
     try:
         signed = signature.find_signed(folder)
         origin = _find_origin(hydra_config, signed)
@@ -221,12 +219,15 @@ def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outco
 
 
 def _find_new_origin(hydra_config: Any, folder: Path) -> Origin:
-    """Returns the origin of a new run, with the links in its folder that the run may follow."""
+    """Returns the origin of a new run, with the links that the user has put into its folder; prints each."""
     signed = signature.find_signed(folder)
     origin = _find_origin(hydra_config, signed)
     if signed is not None or import_path.is_requeued():
         return origin
-    return replace(origin, links=_find_users_links(folder))
+    links = run_folder.find_links(folder)
+    for name, target in links.items():
+        print(one_line(f"{folder / name}: a link; the run writes to {target}"))
+    return replace(origin, links=links)
 
 
 def _find_origin(hydra_config: Any, signed: Origin | None) -> Origin:
@@ -238,14 +239,6 @@ def _find_origin(hydra_config: Any, signed: Origin | None) -> Origin:
     sources = [s for s in hydra_config.runtime.config_sources if s.schema == "file" and s.provider != "main"]
     origin = replace(signature.find_origin([s.path for s in sources]), directory=hydra_config.runtime.cwd)
     return origin if signed is None else replace(origin, links=signed.links, run_id=signed.run_id)
-
-
-def _find_users_links(folder: Path) -> dict[str, str]:
-    """Returns the links to other storage that the user has put into a new run's folder; prints each."""
-    links = run_folder.find_links(folder)
-    for name, target in links.items():
-        print(one_line(f"{folder / name}: a link; the run writes to {target}"))
-    return links
 
 
 def _typed_overrides(hydra_config: Any) -> list[str]:
@@ -280,7 +273,7 @@ def _prepare(job: Job) -> Callable[[], int]:
             disk.remove_folder(job.folder)  # Hydra made it; the first rank claims another
         job.is_unclaimed = True
         job.is_folder_fixed = _is_folder_fixed(HydraConfig.get().overrides.hydra)
-    return partial(elastic.start, job, num_local)
+    return partial(elastic.run_workers, job, num_local)
 
 
 def _is_same_run(cfg: DictConfig, folder: Path) -> bool:
@@ -312,9 +305,7 @@ def join_group() -> int | None:
     if (job := _group.find_kept_job()) is None:
         return None
     _group.channel.send(job)
-    status = worker.run_job(job, _group)
-    end_group(status)
-    return status
+    return worker.run_job(job, _group)
 
 
 def end_group(status: int) -> None:
@@ -323,20 +314,10 @@ def end_group(status: int) -> None:
         _group.channel.end(status)
 
 
-def _end(error: Exception) -> NoReturn:
-    message = errors.format_error(error)
-    if message is None:
-        errors.print_traceback(error)
-        raise SystemExit(1) from None
-    errors.print_message(message)
-    raise SystemExit(2) from None
-
-
 def _check_job(cfg: DictConfig, folder: Path, is_signed: bool) -> None:
     try:
         pin_unstable_values(cfg, run_folder.read_config(folder) if is_signed else None)
-        hydra_root: Any = HydraConfig.instance().cfg
-        pin_unstable_values(hydra_root)
+        pin_unstable_values(cast(DictConfig, HydraConfig.instance().cfg))
         if OmegaConf.select(cfg, "resume") is not None:
             raise ConfigError("resume: a sweep makes new runs; resume each of its folders by itself")
         _check(cfg)

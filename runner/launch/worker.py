@@ -45,12 +45,9 @@ class WorkerGroup:
             raise ConfigError(str(error)) from error
         store = distributed.create_store(self.environment, _CONNECT_S)
         self._store = PrefixStore(f"runner/{self.environment.run_id}", store)
+        self._attempt = f"attempt/{self.environment.restarts}"
         self.channel = JobChannel(PrefixStore(self._attempt, self._store), self.environment)
         self._num_jobs = 0
-
-    @property
-    def _attempt(self) -> str:
-        return f"attempt/{self.environment.restarts}"
 
     @property
     def is_rank_zero(self) -> bool:
@@ -78,13 +75,14 @@ class WorkerGroup:
             return None
         return Job.decode(self._store.get("only"))
 
-    def make_job_stores(self) -> tuple[Store, Store]:
-        """Returns two stores of the next job: one of this start of all ranks, and one for all its restarts."""
+    def make_job_stores(self) -> tuple[Store, Store, Store]:
+        """Returns the stores of the next job: for its process group, for its messages, and one for all restarts."""
         from torch.distributed import PrefixStore
 
         self._num_jobs += 1
         job = f"job/{self._num_jobs}"
-        return PrefixStore(f"{self._attempt}/{job}", self._store), PrefixStore(job, self._store)
+        attempt = PrefixStore(f"{self._attempt}/{job}", self._store)
+        return PrefixStore("group", attempt), PrefixStore("messages", attempt), PrefixStore(job, self._store)
 
 
 def run_job(job: Job, group: WorkerGroup | None = None) -> int:
@@ -94,8 +92,6 @@ def run_job(job: Job, group: WorkerGroup | None = None) -> int:
         ConfigError: a mistake of the user's, on whichever rank.
         RankLostError: another rank is gone.
     """
-    from torch.distributed import PrefixStore
-
     from runner.run import run
     from runner.utils.distributed import RankError, init_process_group
 
@@ -109,10 +105,8 @@ def run_job(job: Job, group: WorkerGroup | None = None) -> int:
         else:
             environment, distributed = group.environment, job.spec.distributed
             is_restart = is_restart or environment.restarts > 0
-            store, persistent = group.make_job_stores()
-            messages = PrefixStore("words", store)
+            group_store, messages, persistent = group.make_job_stores()
             backend = _pick_backend(distributed, environment)
-            group_store = PrefixStore("group", store)
             stack.enter_context(init_process_group(environment, group_store, backend, distributed.timeout_s))
         try:
             return run.run(
@@ -211,10 +205,19 @@ def _report_failure(error: BaseException, group: WorkerGroup, folder: Path) -> i
     if is_connection_error(error):
         errors.print_message(f"rank {group.environment.rank}: {error}")
         return None
+    if not group.is_rank_zero and not isinstance(error, JobError):  # rank 0 reports it
+        return 1 if errors.format_error(error) is None else 2
+    return report_error(error)
+
+
+def report_error(error: Exception) -> int:
+    """Prints the message of a mistake, or the traceback of another error; returns the exit status."""
     message = errors.format_error(error)
-    if group.is_rank_zero or isinstance(error, JobError):
-        errors.print_traceback(error) if message is None else errors.print_message(message)
-    return 1 if message is None else 2
+    if message is None:
+        errors.print_traceback(error)
+        return 1
+    errors.print_message(message)
+    return 2
 
 
 def _agree_on_job(group: WorkerGroup, job: Job) -> Job | int:
@@ -244,7 +247,7 @@ def _signal_with_parent(launcher: int, number: signal.Signals) -> None:
         os.kill(os.getpid(), number)
 
 
-def start() -> None:
+def run_and_exit() -> None:
     """Runs the worker that the command line of this process describes, and ends the process."""
     status = main(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
@@ -253,4 +256,4 @@ def start() -> None:
 
 
 if __name__ == "__main__":
-    start()
+    run_and_exit()

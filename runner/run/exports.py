@@ -116,7 +116,7 @@ def make_metadata(
 def _sign(text: str, run: Path) -> dict[str, str]:
     """Returns the signature of an export's config and record, if this user has signed the run."""
     try:
-        return {"signature": signature.sign_text(text, signature.check(run))}
+        return {"signature": signature.sign_text(text, signature.check_signature(run))}
     except (signature.SignatureError, OSError):
         return {}
 

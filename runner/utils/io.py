@@ -17,7 +17,6 @@ value is JSON in the header's metadata, under `runner.structure`, or in a uint8 
 
 import json
 import os
-import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +42,7 @@ from runner.utils.serialization import (
     STRUCTURE,
     FlattenedState,
     HostSnapshot,
+    encode_sft_header,
     format_key,
     format_path,
     restore_dtypes,
@@ -200,21 +200,12 @@ def _sft_writer(state: FlattenedState, metadata: Mapping[str, str], path: Path) 
         tensors[STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
         structure = ""
     added = {STRUCTURE: structure} | ({} if "format" in metadata else {"format": "pt"})
-    header: dict[str, Any] = {"__metadata__": dict(metadata) | added | {_OWN_KEYS: " ".join([*added, _OWN_KEYS])}}
-    ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)  # largest first: all stay aligned
-    end = 0
-    for name in ordered:
-        tensor = tensors[name]
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
-    encoded = json.dumps(header, ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    if len(encoded) > _MAX_HEADER_BYTES:
-        found = f"its header is {len(encoded):,} bytes, readers take {_MAX_HEADER_BYTES:,}"
-        raise ValueError(f"{path}: {found}: save it as .pt")
+    stored_metadata = dict(metadata) | added | {_OWN_KEYS: " ".join([*added, _OWN_KEYS])}
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    header, ordered = encode_sft_header(path, described, stored_metadata, remedy=": save it as .pt")
 
     def write(stream: BinaryIO) -> None:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.write(header)
         for name in ordered:
             state.wait_for_copy(name)
             if tensors[name].numel():

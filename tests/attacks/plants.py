@@ -135,7 +135,9 @@ def set_config(run: Path, values: dict[str, Any]) -> None:
     for key, value in values.items():
         node, names = config, key.split(".")
         for name in names[:-1]:
-            node = node.setdefault(name, {})
+            if not isinstance(node.get(name), dict):  # such as `compile: false`
+                node[name] = {}
+            node = node[name]
         node[names[-1]] = value
     (run / ".hydra" / "config.yaml").write_text(yaml.dump(config, sort_keys=False, allow_unicode=True, width=1 << 30))
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
         (["optimizations.unsloth={keep:2}"], 2, "optimizations.unsloth.keep: no such key; did you mean keep_last"),
         (["optimizations.unsloth={include:[layers.*]}"], 2, "blocks: 'layers.*' matches no module; blocks are:"),
         (["optimizations.unsloth={offload:sometimes}"], 2, "optimizations.unsloth.offload=sometimes: expected one of"),
-        (["optimizations.checkpointing=some"], 2, "optimizations.checkpointing=some: expected true, false, or a"),
+        (["optimizations.checkpointing=some"], 2, "checkpointing=some: expected true, false, full, none, or a mapping"),
         (["optimizations.unsloth={host_limit:-1}"], 2, "host_limit=-1: expected 0 or more"),
         ([TRACED, "optimizations.checkpointing={memory_budget:0.5}"], 2, "the backend eager compiles nothing"),
         (["optimizations.replace=[{with:own.Norm}]"], 2, "optimizations.replace.rules[0].match: expected the path"),
@@ -180,10 +181,22 @@ def test_what_was_done_is_told_before_and_after_the_first_step(project):
         ([UNSLOTH, FULL], 2, "optimizations.checkpointing: unsloth recomputes the blocks already"),
         ([UNSLOTH, "optimizations.compile.scope=whole"], 2, "optimizations.compile.scope=whole: recomputed blocks"),
         (["optimizations.compile={scope:blocks,backend:fast}"], 2, "backend='fast': expected one of"),
-        (["optimizations.checkpointing={memory_budget:0.5}"], 2, "memory_budget=0.5: expected 0 to 1, where compile"),
+        (["optimizations.checkpointing={memory_budget:0.5}"], 2, "memory_budget=0.5: is of compiled blocks"),
         (["optimizations.replace=[{match:torch.nn.Conv2d,with:own.Norm}]"], 2, "Conv2d"),
         (["optimizations.replace=[{match:torch.nn.Conv9,with:own.Norm}]"], 2, "torch.nn has no 'Conv9'; did you mean"),
         (["optimizations.replace=[{match:torch.nn.RMSNorm}]"], 2, "optimizations.replace.rules[0]: expected {match:"),
+        (["optimizations.lora='true'"], 2, "lora=true: expected true, false, or a mapping of values, found a text"),
+        (["optimizations.lora.rank=x"], 2, "optimizations.lora.rank=x: expected a whole number, found a text"),
+        (["optimizations.lora.include=x"], 2, "optimizations.lora.include=x: expected a list of texts or null"),
+        (["optimizations.unsloth.keep_last=null"], 2, "unsloth.keep_last=null: expected a whole number"),
+        (["optimizations.unsloth=${nope}"], 2, "Interpolation key 'nope' not found"),
+        (["optimizations.freeze=true"], 2, "optimizations.freeze.patterns=[]: expected one or more"),
+        (["optimizations.freeze.mode=train"], 2, "optimizations.freeze.patterns=[]: expected one or more"),
+        (["optimizations.replace=true"], 2, "optimizations.replace.rules=[]: expected one or more"),
+        (["+engines.a.freeze=true"], 2, "engines.a.optimizations.freeze.patterns=[]: expected one or more"),
+        (["optimizations.freeze_mode=trian"], 2, "optimizations.freeze_mode=trian: expected one of eval, train"),
+        (["ema.decay=x"], 2, "ema.decay=x: expected a number, found a text"),
+        (["+optimizations.mine=true"], 2, "one of your own: +optimizations.mine={_target_: own.Class}"),
         (["optimizations.lora.rank=-1"], 2, "optimizations.lora.rank=-1: expected a whole number, 1 or more"),
         (["optimizations.lora={rank:2,include:[blocks.*]}"], 2, "lora"),
         (["optimizations.ema.decay=1"], 2, "ema.decay=1.0: expected at least 0"),
@@ -346,6 +359,9 @@ def test_nothing_is_on_by_default():
         (["lora=true", "lora={rank: 4}", "lora.alpha=2"], {"lora": preset("lora", rank=4, alpha=2.0)}),
         (["checkpointing=full"], {"checkpointing": preset("checkpointing")}),
         (["checkpointing={every: 2}"], {"checkpointing": preset("checkpointing", every=2)}),
+        (["freeze=[a]", "freeze=true"], {"freeze": preset("freeze", patterns=["a"])}),
+        (["freeze=[a]", "freeze.mode=train"], {"freeze": preset("freeze", patterns=["a"], mode="train")}),
+        (["lora.rank=0", "lora.alpha=2"], {}),
         (["freeze=[a]", "freeze_mode=train"], {"freeze": preset("freeze", patterns=["a"], mode="train")}),
         (["fp8.enabled=true", "fp8.emulate=true"], {"fp8": preset("fp8", emulate=True)}),
         (["compile.scope=whole"], {"compile": preset("compile", scope="whole")}),
@@ -365,13 +381,46 @@ def test_values_are_added_to_a_preset_and_false_switches_it_off():
     assert switched("optimizations=low_vram", "optimizations.unsloth=false") == OFF
 
 
+@pytest.mark.parametrize("off", ["lora=false", "lora=null", "lora={rank: 0}", "~lora"])
 @pytest.mark.parametrize("value", ["lora.rank=4", "lora={rank: 4}", "lora=true"])
-def test_false_and_a_value_on_one_command_line_contradict(value):
-    for order in itertools.permutations(["optimizations.lora=false", f"optimizations.{value}"]):
-        with pytest.raises(ConfigError, match=r"optimizations\.lora=false: expected no value"):
+def test_an_optimization_that_is_off_and_has_a_value_on_one_command_line_contradicts(off, value):
+    off = f"~optimizations.{off[1:]}" if off.startswith("~") else f"optimizations.{off}"
+    for order in itertools.permutations([off, f"optimizations.{value}"]):
+        with pytest.raises(ConfigError, match=f"{re.escape(off)}: it is switched off, and optimizations"):
             composed(*order)
+
+
+def test_true_and_a_value_that_switches_off_contradict():
+    for name, value in (("lora", "rank=0"), ("fp8", "enabled=false"), ("ema", "decay=0"), ("freeze", "patterns=[]")):
+        for order in itertools.permutations([f"optimizations.{name}=true", f"optimizations.{name}.{value}"]):
+            with pytest.raises(ConfigError, match=f"optimizations.{name}.*: it is switched off"):
+                composed(*order)
+    with pytest.raises(ConfigError, match="checkpointing=none: it is switched off"):
+        composed("optimizations.checkpointing=none", "optimizations.checkpointing=full")
+
+
+@pytest.mark.parametrize("key", ["optimizations", "+engines.a.optimizations"])
+def test_a_misspelt_name_is_an_error_where_it_switches_off(key):
     with pytest.raises(ConfigError, match=r"optimizations\.lorra: no such key; did you mean lora"):
-        composed("optimizations.lorra=false")
+        composed(f"{key}.lorra=false")
+
+
+def test_values_over_a_list_keep_it_and_a_list_replaces_it(tmp_path):
+    (tmp_path / "optimizations").mkdir()
+    (tmp_path / "optimizations" / "mine.yaml").write_text("defaults: [default]\nfreeze: [a]\n")
+    mine = (f"hydra.searchpath=[file://{tmp_path}]", "optimizations=mine")
+    assert switched(*mine)["freeze"] == preset("freeze", patterns=["a"])
+    assert switched(*mine, "optimizations.freeze=true")["freeze"] == preset("freeze", patterns=["a"])
+    train = preset("freeze", patterns=["a"], mode="train")
+    assert switched(*mine, "optimizations.freeze.mode=train")["freeze"] == train
+    assert switched(*mine, "optimizations.freeze=[b]")["freeze"] == preset("freeze", patterns=["b"])
+    assert switched(*mine, "optimizations.freeze=[]")["freeze"] is False
+
+
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_switch_may_be_an_interpolation(value):
+    found = switched("optimizations.unsloth=${trainer.eval_at_start}", f"trainer.eval_at_start={value}")
+    assert found["unsloth"] == (preset("unsloth") if value == "true" else False)
 
 
 def test_ema_is_a_group_and_has_its_earlier_shorthand():
@@ -381,7 +430,10 @@ def test_ema_is_a_group_and_has_its_earlier_shorthand():
         (["ema.decay=0.5"], {**ema, "decay": 0.5}),
         (["optimizations.ema.decay=0.5"], {**ema, "decay": 0.5}),
         (["ema=default", "optimizations.ema={decay: 0.5, warmup: true}"], {**ema, "decay": 0.5, "warmup": True}),
+        (["ema.decay=0.5", "optimizations.ema=true"], {**ema, "decay": 0.5}),
         (["optimizations.ema.decay=0"], None),
+        (["ema.decay=0"], None),
+        (["ema=default", "optimizations.ema=false"], None),
     ):
         plain = checks.to_plain(composed(*overrides))
         assert plain["ema"] == expected

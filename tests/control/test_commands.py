@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from runner.control import commands as module
 from runner.control import stdin as reader_module
-from runner.control.commands import Command, CommandError, CommandQueue, CommandSyntax, parse
+from runner.control.commands import Command, CommandError, CommandQueue, CommandSpec, parse
 from runner.control.handlers import COMMANDS, HELP, CommandHandlers, describe_events, describe_time
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ def test_help_names_every_command():
 
 
 def test_a_row_of_the_table_is_all_that_parsing_needs():
-    table = {**COMMANDS, "warm": CommandSyntax("warm 3", "warm up", lambda words: int(words[0]))}
+    table = {**COMMANDS, "warm": CommandSpec("warm 3", "warm up", lambda words: int(words[0]), print)}
     assert parse("warm 3@20", table) == Command("warm", 3, 20)
     with pytest.raises(CommandError, match='the nearest is "warm 3"; type "help"'):
         parse("wrm 3", table)

@@ -104,7 +104,11 @@ class RecordsStack(Model):
     ("overrides", "entry", "files"),
     [
         ((), "__main__.py:main", ["stack_alone.txt"]),
-        (("distributed=ddp", "distributed.nproc_per_node=2"), "launch/worker.py:start", ["stack_0.txt", "stack_1.txt"]),
+        (
+            ("distributed=ddp", "distributed.nproc_per_node=2"),
+            "launch/worker.py:run_and_exit",
+            ["stack_0.txt", "stack_1.txt"],
+        ),
     ],
     ids=["one process", "two ranks"],
 )

@@ -24,7 +24,7 @@ from safetensors import safe_open
 
 from runner.utils import io
 from runner.utils.files import atomic_path
-from runner.utils.serialization import format_key
+from runner.utils.serialization import flatten, format_key
 
 FORMATS = [".pt", ".pth", ".sft", ".safetensors"]
 each_format = pytest.mark.parametrize("suffix", [".pt", ".sft"])
@@ -766,7 +766,7 @@ def test_a_large_structure_moves_from_the_header_into_a_tensor(tmp_path, monkeyp
 
 
 def test_a_header_beyond_the_readers_limit_is_refused_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(io, "_MAX_HEADER_BYTES", 1000)
+    monkeypatch.setattr(flatten, "MAX_HEADER_BYTES", 1000)
     with pytest.raises(ValueError, match=r"x\.sft: its header is .* readers take 1,000: save it as \.pt"):
         io.save([torch.ones(1)] * 1 + [torch.ones(1) for _ in range(50)], tmp_path / "x.sft")
     assert not list(tmp_path.iterdir())

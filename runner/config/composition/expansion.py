@@ -7,9 +7,10 @@ used, so resolutions are counted as well as values, and so is their depth.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ _RESOLVER_CHARACTERS = 1_000  # upper bound of the result of the resolvers that 
 _SIMPLE_INTERPOLATION = re.compile(r"\$\{(\.*)([A-Za-z_][\w-]*(?:\.[\w-]+)*)\}", re.ASCII)
 _KEY_RESOLVERS = ("oc.select", "oc.dict.keys", "oc.dict.values", "oc.deprecated")
 
-Path = tuple[Any, ...]
+KeyPath = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def check_expansion(config: Any, hydra: Any = None, *, is_strict: bool = False) 
         plain = {**plain, "hydra": hydra}
     _check_texts(plain)
     counter = _ExpansionCounter(plain, is_strict)
-    total = _combine([counter.expand((key,)) for key in keys], 0)
-    if total.values > MAX_VALUES or total.characters > MAX_CHARACTERS:
-        raise counter.too_large((), total)
+    _check_size((), "its interpolations expand to", _combine([counter.expand((key,)) for key in keys], 0))
 
 
 def check_resolved_size(plain: Any) -> None:
@@ -90,18 +89,22 @@ def check_resolved_size(plain: Any) -> None:
         ConfigError: naming the key, the size found, and the limit.
     """
     _check_texts(plain)
-    total = _count(plain)
-    if total.values > MAX_VALUES or total.characters > MAX_CHARACTERS:
-        size = f"{total.values:,} values and {total.characters:,} characters"
-        raise ConfigError(f"the config has {size}; expected {MAX_VALUES:,} and {MAX_CHARACTERS:,} at most")
+    characters = [_count_characters(value) for _, value in walk(plain)]
+    _check_size((), "has", Expansion(len(characters), sum(characters), 0))
 
 
-def _count(value: Any) -> Expansion:
-    if isinstance(value, Mapping):
-        return _combine([_count(child) for child in value.values()], sum(len(str(key)) for key in value))
-    if isinstance(value, (list, tuple)):
-        return _combine([_count(child) for child in value], 0)
-    return Expansion(1, len(value) if isinstance(value, (str, bytes)) else 16, 0)
+def _check_size(path: KeyPath, has: str, found: Expansion) -> None:
+    if found.values > MAX_VALUES or found.characters > MAX_CHARACTERS:
+        size = f"{_format_count(found.values)} values and {_format_count(found.characters)} characters"
+        limit = f"expected {MAX_VALUES:,} and {MAX_CHARACTERS:,} at most"
+        raise ConfigError(f"{_join(path)}: {has} {size}; {limit}")
+
+
+def _count_characters(value: Any) -> int:
+    """Returns the number of characters of a value; of a container, those of its keys alone."""
+    if isinstance(value, (Mapping, list, tuple)):
+        return sum(len(str(key)) for key in value) if isinstance(value, Mapping) else 0
+    return len(value) if isinstance(value, (str, bytes)) else 16
 
 
 def check_interpolated_text(text: str, key: str) -> None:
@@ -121,22 +124,25 @@ def check_interpolated_text(text: str, key: str) -> None:
 
 def _check_texts(plain: Any) -> None:
     total = 0
-    pending = [(plain, "")]
-    while pending:
-        value, key = pending.pop()
+    for path, value in walk(plain):
+        if len(path) > 2 * MAX_DEPTH:
+            raise ConfigError(f"{_join(path)[:80]}...: nested over {MAX_DEPTH} deep")
         if isinstance(value, str) and "${" in value:
-            check_interpolated_text(value, key)
+            check_interpolated_text(value, _join(path))
             total += len(value)
-        elif isinstance(value, Mapping):
-            pending += [(child, f"{key}.{name}".lstrip(".")) for name, child in value.items()]
-        elif isinstance(value, (list, tuple)):
-            pending += [(child, f"{key}.{index}".lstrip(".")) for index, child in enumerate(value)]
-        if key.count(".") > 2 * MAX_DEPTH:
-            raise ConfigError(f"{key[:80]}...: nested over {MAX_DEPTH} deep")
     if total > MAX_TOTAL_TEXT_LENGTH:
         raise ConfigError(
             f"the texts with interpolations have {total:,} characters; expected {MAX_TOTAL_TEXT_LENGTH:,} at most"
         )
+
+
+def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yields every value of nested mappings and lists with its path, the outermost first."""
+    yield path, value
+    is_list = isinstance(value, (list, tuple))
+    children = value.items() if isinstance(value, Mapping) else enumerate(value) if is_list else ()
+    for key, child in children:
+        yield from walk(child, (*path, key))
 
 
 class _ExpansionCounter:
@@ -150,16 +156,10 @@ class _ExpansionCounter:
     def __init__(self, plain: Any, is_strict: bool) -> None:
         self._plain = plain
         self._is_strict = is_strict
-        self._counted: dict[Path, Expansion] = {}
-        self._entered: dict[Path, None] = {}  # the nodes being expanded, outermost first
+        self._counted: dict[KeyPath, Expansion] = {}
+        self._entered: dict[KeyPath, None] = {}  # the nodes being expanded, outermost first
 
-    def too_large(self, path: Path, expansion: Expansion) -> ConfigError:
-        """Returns the error for a node that expands to more than the limit."""
-        size = f"{_format_count(expansion.values)} values and {_format_count(expansion.characters)} characters"
-        limit = f"expected {MAX_VALUES:,} and {MAX_CHARACTERS:,} at most"
-        return ConfigError(f"{_join(path)}: its interpolations expand to {size}; {limit}")
-
-    def expand(self, path: Path) -> Expansion:
+    def expand(self, path: KeyPath) -> Expansion:
         """Returns the expansion of the node at a path.
 
         Raises:
@@ -177,64 +177,54 @@ class _ExpansionCounter:
         self._entered[path] = None
         expansion = self._expand(_get(self._plain, path), path)
         del self._entered[path]
-        if expansion.values > MAX_VALUES or expansion.characters > MAX_CHARACTERS:
-            raise self.too_large(path, expansion)
+        _check_size(path, "its interpolations expand to", expansion)
         if expansion.depth > MAX_DEPTH:
             raise ConfigError(f"{_join(path)}: it is nested over {MAX_DEPTH} deep, with its interpolations")
         self._counted[path] = expansion
         return expansion
 
-    def _expand(self, value: Any, path: Path) -> Expansion:
-        if isinstance(value, Mapping):
-            children = [self.expand((*path, key)) for key in value]
-            return _combine(children, sum(len(str(key)) for key in value))
-        if isinstance(value, (list, tuple)):
-            return _combine([self.expand((*path, index)) for index in range(len(value))], 0)
-        if not isinstance(value, str):
-            return Expansion(1, 16, 0)
-        interpolations = [piece for piece in _parse(value) if isinstance(piece, _Interpolation)]
-        return _combine([self._expand_interpolation(piece, path) for piece in interpolations], len(value))
+    def _expand(self, value: Any, path: KeyPath) -> Expansion:
+        if isinstance(value, (Mapping, list, tuple)):
+            keys = value if isinstance(value, Mapping) else range(len(value))
+            parts = [self.expand((*path, key)) for key in keys]
+        else:
+            pieces = _parse(value) if isinstance(value, str) else ()
+            parts = [self._expand_interpolation(piece, path) for piece in pieces if isinstance(piece, _Interpolation)]
+        return _combine(parts, _count_characters(value))
 
-    def _expand_interpolation(self, interpolation: _Interpolation, path: Path) -> Expansion:
-        if interpolation.resolver is not None:
-            return self._expand_resolver(interpolation, path)
-        keys = [key for key in interpolation.keys if isinstance(key, _Interpolation)]
-        parts = [self._expand_interpolation(key, path) for key in keys]
+    def _expand_interpolation(self, interpolation: _Interpolation, path: KeyPath) -> Expansion:
+        inner = [*interpolation.keys, *interpolation.arguments]
+        parts = [self._expand_interpolation(piece, path) for piece in inner if isinstance(piece, _Interpolation)]
         target = self._target_of(interpolation, path)
         parts += [] if target is None else [self.expand(target)]
         total = _combine(parts, 0)
-        # A container within a text is converted to text: about 4 characters more for each value.
-        return Expansion(total.values, total.characters + 4 * total.values, max(total.depth - 1, 0))
+        if interpolation.resolver is None:
+            # A container within a text is converted to text: about 4 characters more for each value.
+            characters = total.characters + 4 * total.values
+        else:
+            characters = total.characters + _RESOLVER_CHARACTERS + len(interpolation.text)
+        return Expansion(total.values, characters, max(total.depth - 1, 0))
 
-    def _expand_resolver(self, interpolation: _Interpolation, path: Path) -> Expansion:
-        parts = [self._expand_interpolation(argument, path) for argument in interpolation.arguments]
-        target = self._target_of_resolver(interpolation, path)
-        parts += [] if target is None else [self.expand(target)]
-        total = _combine(parts, _RESOLVER_CHARACTERS + len(interpolation.text))
-        return Expansion(total.values, total.characters, max(total.depth - 1, 0))
-
-    def _target_of_resolver(self, interpolation: _Interpolation, path: Path) -> Path | None:
-        """Returns the path of the node that a resolver reads, or None if it reads none or the key is unknown."""
-        key = interpolation.text.partition(",")[0].strip().strip("'\"")
-        if interpolation.arguments or interpolation.resolver not in ("hydra", *_KEY_RESOLVERS):
-            return None
-        return self._path_of_key(f"hydra.{key}" if interpolation.resolver == "hydra" else key, path, 0)
-
-    def _target_of(self, interpolation: _Interpolation, path: Path, hops: int = 0) -> Path | None:
-        """Returns the path of the node that an interpolation refers to, or None if there is none."""
+    def _target_of(self, interpolation: _Interpolation, path: KeyPath, hops: int = 0) -> KeyPath | None:
+        """Returns the path of the node that an interpolation or its resolver reads; None if it is unknown."""
+        if hops > MAX_DEPTH:
+            raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
         if interpolation.resolver is not None:
-            return self._target_of_resolver(interpolation, path)
+            if interpolation.arguments or interpolation.resolver not in ("hydra", *_KEY_RESOLVERS):
+                return None
+            key = interpolation.text.partition(",")[0].strip().strip("'\"")
+            return self._path_of_key(f"hydra.{key}" if interpolation.resolver == "hydra" else key, path, hops)
         keys = [key if isinstance(key, str) else self._text_of(key, path, hops) for key in interpolation.keys]
         known = [key for key in keys if key is not None]
         if len(known) < len(keys):
             return None
         return self._path_of_key("." * interpolation.dots + ".".join(known), path, hops)
 
-    def _path_of_key(self, key: str, path: Path, hops: int) -> Path | None:
+    def _path_of_key(self, key: str, path: KeyPath, hops: int) -> KeyPath | None:
         """Returns the path of a dotted key that is read at `path`, following the interpolations that it passes."""
         names = key.lstrip(".")
         dots = len(key) - len(names)
-        current: Path = path[: max(len(path) - dots, 0)] if dots else ()
+        current: KeyPath = path[: max(len(path) - dots, 0)] if dots else ()
         for name in re.split(r"[.\[\]]+", names.rstrip("]")):
             parent = self._follow(current, hops)
             child = None if parent is None else self._child_path(parent, name)
@@ -243,20 +233,18 @@ class _ExpansionCounter:
             current = child
         return current
 
-    def _follow(self, path: Path, hops: int) -> Path | None:
+    def _follow(self, path: KeyPath, hops: int) -> KeyPath | None:
         """Returns the path of a node, or of the node that it refers to if it is an interpolation; None if unknown."""
         value = _get(self._plain, path)
         if not isinstance(value, str) or "${" not in value:
             return path
-        if hops > MAX_DEPTH:
-            raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
         pieces = _parse(value)
         if len(pieces) != 1 or not isinstance(pieces[0], _Interpolation):
             return None
         target = self._target_of(pieces[0], path, hops + 1)
         return None if target is None else self._follow(target, hops + 1)
 
-    def _child_path(self, path: Path, key: str) -> Path | None:
+    def _child_path(self, path: KeyPath, key: str) -> KeyPath | None:
         parent = _get(self._plain, path)
         if isinstance(parent, (list, tuple)):
             is_index = re.fullmatch(r"-?\d{1,9}", key) is not None and -len(parent) <= int(key) < len(parent)
@@ -265,14 +253,12 @@ class _ExpansionCounter:
             return None
         return next(((*path, name) for name in _possible_keys(key) if name in parent), None)
 
-    def _text_of(self, interpolation: _Interpolation, path: Path, hops: int) -> str | None:
+    def _text_of(self, interpolation: _Interpolation, path: KeyPath, hops: int) -> str | None:
         """Returns the value of an interpolation within a key, or None if it is unknown.
 
         Raises:
             ConfigError: it is unknown, and `is_strict`.
         """
-        if hops > MAX_DEPTH:
-            raise ConfigError(f"{_join(path)}: its interpolations are nested over {MAX_DEPTH} deep")
         text: str | None = None
         target = self._target_of(interpolation, path, hops + 1)
         if target is not None:
@@ -284,7 +270,7 @@ class _ExpansionCounter:
             raise ConfigError(f"{_join(path)}: expected an interpolation whose key other keys tell; write that key out")
         return text
 
-    def _text_at(self, path: Path, hops: int) -> str | None:
+    def _text_at(self, path: KeyPath, hops: int) -> str | None:
         value = _get(self._plain, path)
         if not isinstance(value, str):
             return str(value) if isinstance(value, (int, float)) else None
@@ -301,7 +287,7 @@ def _possible_keys(key: str) -> list[Any]:
     return [key, *number, *({"true": [True], "false": [False]}.get(key.lower(), []))]
 
 
-def _get(nest: Any, path: Path) -> Any:
+def _get(nest: Any, path: KeyPath) -> Any:
     for key in path:
         nest = nest[key]
     return nest
@@ -313,7 +299,7 @@ def _combine(parts: list[Expansion], characters: int) -> Expansion:
     return Expansion(values, characters, max((part.depth for part in parts), default=-1) + 1)
 
 
-def _join(path: Path) -> str:
+def _join(path: KeyPath) -> str:
     return ".".join(map(str, path))[:200] or "the config"
 
 
@@ -332,30 +318,20 @@ def _parse(text: str) -> tuple[str | _Interpolation, ...]:
     if simple := _SIMPLE_INTERPOLATION.fullmatch(text):
         return (_Interpolation(len(simple[1]), tuple(simple[2].split("."))),)
     try:
-        pieces = _read_pieces(parse(text))
+        return tuple(piece for piece in _read_pieces(parse(text)) if piece != "<EOF>")
     except GrammarParseError:
         return (text,)
-    return tuple(piece for piece in pieces if piece != "<EOF>")
 
 
 def _read_pieces(tree: Any) -> list[str | _Interpolation]:
-    children = getattr(tree, "children", None) or ()
     if isinstance(tree, Grammar.InterpolationNodeContext):
-        return [_read_node(tree)]
+        key = tree.getText().removeprefix("${").strip()
+        keys = tuple(itertools.chain.from_iterable(map(_read_pieces, tree.configKey())))
+        return [_Interpolation(len(key) - len(key.lstrip(".")), keys)]
+    children = getattr(tree, "children", None) or ()
     if isinstance(tree, Grammar.InterpolationResolverContext):
-        inner = [piece for child in children[1:] for piece in _read_pieces(child)]
-        text = "".join(child.getText() for child in children[3:-1])
+        inner = itertools.chain.from_iterable(map(_read_pieces, children[1:]))
         arguments = tuple(piece for piece in inner if isinstance(piece, _Interpolation))
+        text = "".join(child.getText() for child in children[3:-1])
         return [_Interpolation(resolver=tree.resolverName().getText(), arguments=arguments, text=text)]
-    return [piece for child in children for piece in _read_pieces(child)] if children else [tree.getText()]
-
-
-def _read_node(tree: Any) -> _Interpolation:
-    dots = 0
-    keys = list[str | _Interpolation]()
-    for child in tree.children[1:-1]:
-        if isinstance(child, Grammar.ConfigKeyContext):
-            keys += _read_pieces(child)
-        elif child.getText() == "." and not keys:
-            dots += 1
-    return _Interpolation(dots, tuple(keys))
+    return [*itertools.chain.from_iterable(map(_read_pieces, children))] if children else [tree.getText()]

@@ -7,6 +7,7 @@ import copy
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-_SAFE_RESOLVERS = {
-    "now",
-    "run_label",
-    "hydra",
-}  # reveal only the run folder's path
+from runner.config.composition.expansion import KeyPath, walk
+
+_SAFE_RESOLVERS = {"now", "run_label", "hydra"}  # reveal only the run folder's path
 _STABLE_RESOLVERS = {"run_label", "hydra", "python_version"}  # and those of OmegaConf, `oc.*`
 OTHER_RESOLVERS = "a resolver other than hydra, now or run_label"
 _BRACES = r"\{[^{}]*\}"
@@ -77,7 +76,7 @@ def pin_unstable_values(cfg: DictConfig, before: Mapping[str, Any] | None = None
     Args:
         before: an unresolved config that was stored with these values.
     """
-    for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
+    for path, text in _find_unstable(cfg):
         value = _select(before or {}, path)
         with contextlib.suppress(OmegaConfBaseException):
             value = escape(_resolve(cfg, path)) if value is None else value
@@ -89,22 +88,19 @@ def pin_unstable_values(cfg: DictConfig, before: Mapping[str, Any] | None = None
 
 def cache_now(cfg: DictConfig) -> None:
     """Resolves the texts that call `now`, so that all jobs of a sweep have the same time."""
-    for path, text in _find_unstable(OmegaConf.to_container(cfg, resolve=False)):
+    for path, text in _find_unstable(cfg):
         if "now" in find_resolvers(text):
             with contextlib.suppress(OmegaConfBaseException):
                 _resolve(cfg, path)
 
 
-def _find_unstable(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
-    if path == ("hydra", "overrides"):  # overrides, which are parsed again later
-        return
-    children = plain.items() if isinstance(plain, dict) else enumerate(plain) if isinstance(plain, list) else ()
-    for key, child in children:
-        yield from _find_unstable(child, (*path, key))
-    if isinstance(plain, str) and "${" in plain and ":" in plain:
-        with contextlib.suppress(GrammarParseError):
-            if any(not name.startswith("oc.") and name not in _STABLE_RESOLVERS for name in find_resolvers(plain)):
-                yield path, plain
+def _find_unstable(cfg: DictConfig) -> Iterator[tuple[KeyPath, str]]:
+    for path, value in walk(OmegaConf.to_container(cfg, resolve=False)):
+        is_parsed_later = path[:2] == ("hydra", "overrides")
+        if isinstance(value, str) and ":" in value and not is_parsed_later:
+            with contextlib.suppress(GrammarParseError):
+                if any(not name.startswith("oc.") and name not in _STABLE_RESOLVERS for name in find_resolvers(value)):
+                    yield path, value
 
 
 def _is_constant(text: str) -> bool:
@@ -114,7 +110,7 @@ def _is_constant(text: str) -> bool:
     return "now" in find_resolvers(text) or not reads_node
 
 
-def _select(nest: Any, path: tuple[Any, ...]) -> Any:
+def _select(nest: Any, path: KeyPath) -> Any:
     for key in path:
         try:
             nest = nest[key]
@@ -123,7 +119,7 @@ def _select(nest: Any, path: tuple[Any, ...]) -> Any:
     return nest
 
 
-def _resolve(cfg: DictConfig, path: tuple[Any, ...]) -> Any:
+def _resolve(cfg: DictConfig, path: KeyPath) -> Any:
     value = _select(cfg, path)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
@@ -167,21 +163,21 @@ def quote(text: str) -> str:
     return f"'{quoted}'"
 
 
+@dataclass
 class _LazyHydraConfig:
     """Replaces the config that Hydra keeps of a job, and is composed when an interpolation reads it."""
 
-    def __init__(self, cfg: DictConfig, read: Callable[[], Any], folder: Path) -> None:
-        self._cfg = cfg
-        self._read = read
-        self._folder = folder
+    cfg: DictConfig
+    read: Callable[[], Any]
+    folder: Path
 
     @functools.cached_property
     def hydra(self) -> Any:
         """Hydra's section of the config."""
-        root = copy.deepcopy(self._cfg)
+        root = copy.deepcopy(self.cfg)
         with read_write(root), open_dict(root):
-            root["hydra"] = copy.deepcopy(self._read())
-            OmegaConf.update(root, "hydra.runtime.output_dir", str(self._folder.absolute()), force_add=True)
+            root["hydra"] = copy.deepcopy(self.read())
+            OmegaConf.update(root, "hydra.runtime.output_dir", str(self.folder.absolute()), force_add=True)
         return root["hydra"]
 
 

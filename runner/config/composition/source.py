@@ -11,7 +11,7 @@ from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +28,7 @@ _DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `-
 _BYTE_ORDER_MARK = "\ufeff"
 
 
-def register() -> None:
+def register_config_source() -> None:
     """Makes Hydra read YAML files with the `FileConfigSource` of this module."""
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
@@ -49,12 +49,15 @@ class FileConfigSource(file_config_source.FileConfigSource):
             content = OmegaConf.structured(Config)
             return ConfigResult(self.provider, _SCHEMA, content, header={"package": None})
         path = os.path.join(self.path, self._normalize_file_name(config_path))
-        text = _read(path)
-        header = _read_header(path, text)
-        content = _parse(path, text)
-        _check_defaults(path, content)
-        if header["package"] == "_global_":
-            _check_value_kinds(path, content)
+        relative = os.path.relpath(path)
+        name = shown(path if relative.startswith("..") else relative)
+        text = _read(path, name)
+        header = _read_header(name, text)
+        content = _parse(name, text)
+        _check_defaults(name, content)
+        plain = OmegaConf.to_container(content, resolve=False) if header["package"] == "_global_" else {}
+        if mismatches := list(find_kind_mismatches(plain)):
+            raise ConfigError("\n".join(f"{name}: {mismatch}" for mismatch in mismatches))
         return ConfigResult(
             config=content, path=f"{self.scheme()}://{self.path}", provider=self.provider, header=header
         )
@@ -75,14 +78,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         return config_path == _SCHEMA or super().is_config(config_path)
 
 
-def _display_path(path: str) -> str:
-    """Returns a path relative to the current directory if it is below it, else the path itself."""
-    relative = os.path.relpath(path)
-    return shown(path if relative.startswith("..") else relative)
-
-
-def _read(path: str) -> str:
-    name = _display_path(path)
+def _read(path: str, name: str) -> str:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -99,8 +95,7 @@ def _read(path: str) -> str:
     return text
 
 
-def _read_header(path: str, text: str) -> dict[str, str | None]:
-    name = _display_path(path)
+def _read_header(name: str, text: str) -> dict[str, str | None]:
     try:
         header = FileConfigSource._get_header_dict(text[:512])
     except ValueError as error:
@@ -113,8 +108,7 @@ def _read_header(path: str, text: str) -> dict[str, str | None]:
     return header
 
 
-def _parse(path: str, text: str) -> DictConfig:
-    name = _display_path(path)
+def _parse(name: str, text: str) -> DictConfig:
     try:
         content = yaml.load(text, Loader=get_yaml_loader())
         if isinstance(content, dict) or content is None:  # None: only comments
@@ -132,8 +126,22 @@ def _parse(path: str, text: str) -> DictConfig:
     raise ConfigError(f"{name}: expected a mapping (key: value) at the top level, found {kind}")
 
 
+_QUOTE_REMEDY = "put a text that begins with such a character into quotes"
+_BRACKET_REMEDY = "check brackets, commas and indentation"
+_YAML_REMEDIES = {  # by a part of PyYAML's message
+    "found undefined alias": "define it by &NAME before, or put a text that begins with * into quotes",
+    "could not determine a constructor": "only plain YAML is read; put a text that begins with ! into quotes",
+    "cannot start any token": _QUOTE_REMEDY,
+    "found '?'": _QUOTE_REMEDY,
+    "expected alphabetic": _QUOTE_REMEDY,
+    "mapping values are not allowed": "put a text with a colon into quotes, and check the indentation",
+    "expected ',' or": _BRACKET_REMEDY,
+    "did not find expected": _BRACKET_REMEDY,
+    "expected <block end>": _BRACKET_REMEDY,
+}
+
+
 def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
-    """Returns the location of a YAML error, the error and its remedy."""
     if isinstance(error, yaml.reader.ReaderError):
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
@@ -142,7 +150,6 @@ def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
         return f"{name}: {shown(str(error))}"
     problem = error.problem or error.context or "it is no YAML"
     mark = error.problem_mark or error.context_mark
-    remedy = ""
     is_quote = bool(error.context) and "quoted scalar" in str(error.context)
     if is_quote and error.context_mark is not None:
         mark, problem, remedy = error.context_mark, "the quote that opens here is never closed", "close it"
@@ -151,18 +158,10 @@ def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
     elif problem.startswith("found duplicate key"):
         key = problem.removeprefix("found duplicate key ")
         problem, remedy = f"the key {key} stands twice in one mapping", "leave one of them"
-    elif problem.startswith("found undefined alias"):
-        remedy = "define it by &NAME before, or put a text that begins with * into quotes"
-    elif problem.startswith("could not determine a constructor"):
-        remedy = "only plain YAML is read; put a text that begins with ! into quotes"
-    elif "cannot start any token" in problem or "found '?'" in problem or problem.startswith("expected alphabetic"):
-        remedy = "put a text that begins with such a character into quotes"
     elif "expected a single document" in str(error.context) or "another document" in problem:
         problem, remedy = "expected one document, found another", "delete the line ---"
-    elif "mapping values are not allowed" in problem:
-        remedy = "put a text with a colon into quotes, and check the indentation"
-    elif problem.startswith(("expected ',' or", "did not find expected")) or "expected <block end>" in problem:
-        remedy = "check brackets, commas and indentation"
+    else:
+        remedy = next((remedy for part, remedy in _YAML_REMEDIES.items() if part in problem), "")
     location = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
     return f"{location}: {shown(problem)}" + (f"; {remedy}" if remedy else "")
 
@@ -174,7 +173,7 @@ def _has_tab(text: str, line: int) -> bool:
     return "\t" in content[: len(content) - len(content.lstrip())]
 
 
-def _check_defaults(path: str, content: DictConfig) -> None:
+def _check_defaults(name: str, content: DictConfig) -> None:
     """Checks the form of a defaults list; Hydra's own messages for a mistake in it name no file.
 
     Raises:
@@ -182,24 +181,15 @@ def _check_defaults(path: str, content: DictConfig) -> None:
     """
     if "defaults" not in content:
         return
-    name = _display_path(path)
-    node = content._get_node("defaults")
-    defaults = OmegaConf.to_container(node, resolve=False) if isinstance(node, ListConfig) else None
+    plain: Any = OmegaConf.to_container(content, resolve=False)
+    defaults = plain["defaults"]
     if not isinstance(defaults, list):
-        plain: Any = OmegaConf.to_container(content, resolve=False)
-        found = shown(repr(plain["defaults"]))
-        raise ConfigError(f"{name}: defaults: expected a list, found {found}; {_DEFAULTS_REMEDY}")
+        raise ConfigError(f"{name}: defaults: expected a list, found {shown(repr(defaults))}; {_DEFAULTS_REMEDY}")
     for item in defaults:
         is_choice = isinstance(item, dict) and len(item) == 1 and _is_choice(*next(iter(item.items())))
         if not isinstance(item, str) and not is_choice:
             expected = "expected a name, or a group with its choice"
             raise ConfigError(f"{name}: defaults: {expected}, found {shown(repr(item))}; {_DEFAULTS_REMEDY}")
-
-
-def _check_value_kinds(path: str, content: DictConfig) -> None:
-    if mismatches := list(find_kind_mismatches(OmegaConf.to_container(content, resolve=False))):
-        name = _display_path(path)
-        raise ConfigError("\n".join(f"{name}: {mismatch}" for mismatch in mismatches))
 
 
 def _is_choice(group: Any, choice: Any) -> bool:

@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 from argparse import ArgumentParser
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ from typing import Any
 
 from hydra.utils import get_object
 
+from runner.config.composition.expansion import KeyPath, walk
 from runner.config.composition.interpolation import OTHER_RESOLVERS, calls_other_resolvers
 from runner.config.errors import ConfigError, hide_tracebacks, shown
 from runner.config.targets import find_module, find_rule_paths
@@ -43,6 +44,7 @@ _SIGN_HELP = "the run is yours, though it was moved, modified or never signed; i
 _DOTTED_PATH = re.compile(r"[A-Za-z]\w*(\.(?!__)[A-Za-z_]\w*)+", re.ASCII)
 _MAX_PATH = 1_000  # characters
 _MAX_LISTED = 20
+_Refusal = tuple[KeyPath, Any, str]  # the path of a value, the value, and the reason
 _LIBRARIES = [
     Path(path).resolve() for path in {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))}
 ]
@@ -76,16 +78,22 @@ class Allowlist:
         own_nodes = [own_node for config in self.own for _, own_node in _find_nodes(config)]
         if _is_of_a_library(str(target).partition(".")[0]):  # some libraries load or run anything: arguments decide
             return node in own_nodes
-        return any(own_node["_target_"] == target for own_node in own_nodes)
+        return target in [own_node["_target_"] for own_node in own_nodes]
 
-    def is_users_own_value(self, key: str, value: str) -> bool:
-        """Returns whether the user's own config has that text at that key."""
-        return any(pair == (key, value) for config in self.own for pair in _walk(config) if isinstance(pair[1], str))
+    def is_users_own_text(self, path: KeyPath, text: str) -> bool:
+        """Returns whether the user's own config has that text at that path."""
+        return any(pair == (path, text) for config in self.own for pair in walk(config))
 
 
 def add_trust_arguments(parser: ArgumentParser) -> None:
     """Adds the options of a command by which a user trusts a saved config."""
-    parser.add_argument("--allow-targets", default="", metavar="MODULES", help=_ALLOW_HELP)
+    parser.add_argument(
+        "--allow-targets",
+        type=lambda modules: [module for module in modules.split(",") if module],
+        default=[],
+        metavar="MODULES",
+        help=_ALLOW_HELP,
+    )
     parser.add_argument("--sign", action="store_true", help=_SIGN_HELP)
 
 
@@ -98,11 +106,8 @@ def check_interpolations(config: Mapping[str, Any], trust: Allowlist) -> None:
     if trust.is_signed:
         return
     hide_tracebacks()
-    refused = [
-        f"{shown(key)}={shown(value)}: {OTHER_RESOLVERS}"
-        for key, value in _walk(config)
-        if isinstance(value, str) and calls_other_resolvers(value) and not trust.is_users_own_value(key, value)
-    ]
+    texts = [(path, text) for path, text in walk(config) if isinstance(text, str) and calls_other_resolvers(text)]
+    refused = [(path, text, OTHER_RESOLVERS) for path, text in texts if not trust.is_users_own_text(path, text)]
     _raise_if(refused, trust, "Where you want it, set that key on this command line")
 
 
@@ -112,14 +117,12 @@ def check_paths(config: Mapping[str, Any], trust: Allowlist) -> None:
     Raises:
         ConfigError: naming every key, target and reason, the file, and the remedy.
     """
-    if trust.is_signed:
-        return
-    refused, roots = [], []
-    for key, node in _find_nodes(config):
-        if reason := _refuse_path(node, trust):
-            refused.append(f"{shown(key)}={shown(str(node['_target_']))}: {reason}")
-            roots.append(str(node["_target_"]).partition(".")[0])
-    _raise_if(refused, trust, _describe_remedy(trust, roots))
+    refused = _find_refused(config, trust, _refuse_path)
+    never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
+    roots = {str(target).partition(".")[0] for _, target, _ in refused}
+    modules = sorted(root for root in roots - never if re.fullmatch(r"\w+", root))
+    remedy = f"If you trust that file and what is named: {trust.remedy.format(','.join(modules))}" if modules else ""
+    _raise_if(refused, trust, remedy)
 
 
 def check_resolved_objects(config: Mapping[str, Any], trust: Allowlist) -> None:
@@ -130,14 +133,14 @@ def check_resolved_objects(config: Mapping[str, Any], trust: Allowlist) -> None:
     Raises:
         ConfigError: naming every key, target and reason, and the file.
     """
-    if trust.is_signed:
-        return
-    refused = []
-    for key, node in _find_nodes(config):
-        target = node["_target_"]
-        if not trust.is_users_own(node) and (reason := _refuse_object(target, trust.prefixes)):
-            refused.append(f"{shown(key)}={shown(target)}: {reason}")
-    _raise_if(refused, trust, None)
+    _raise_if(_find_refused(config, trust, _refuse_object), trust)
+
+
+def _find_refused(
+    config: Any, trust: Allowlist, refuse: Callable[[Mapping[str, Any], Allowlist], str | None]
+) -> list[_Refusal]:
+    nodes = () if trust.is_signed else _find_nodes(config)
+    return [(path, node["_target_"], reason) for path, node in nodes if (reason := refuse(node, trust))]
 
 
 def _refuse_path(node: Mapping[str, Any], trust: Allowlist) -> str | None:
@@ -153,9 +156,10 @@ def _refuse_path(node: Mapping[str, Any], trust: Allowlist) -> str | None:
     return None if is_under(target, (*BUILT_IN, *trust.prefixes)) else "its module is not on the allow-list"
 
 
-def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
-    """Returns why the object at a path is not allowed; None if it is, or can't be imported."""
-    if target in prefixes:
+def _refuse_object(node: Mapping[str, Any], trust: Allowlist) -> str | None:
+    """Returns why the object at a node's path is not allowed; None if it is, or can't be imported."""
+    target = node["_target_"]
+    if trust.is_users_own(node) or target in trust.prefixes:
         return None
     try:
         found, attributes = find_module(target)
@@ -172,7 +176,7 @@ def _refuse_object(target: str, prefixes: Sequence[str]) -> str | None:
     except Exception as error:
         return f"Hydra refuses it: {str(error).splitlines()[0]}"
     module = getattr(found, "__module__", None)
-    if isinstance(module, str) and is_under(module, prefixes):
+    if isinstance(module, str) and is_under(module, trust.prefixes):
         return None
     if target not in SHIPPED and not (isinstance(module, str) and is_under(module, BUILT_IN)):
         return f"what it names is defined in {module}, which is not on the allow-list"
@@ -201,8 +205,8 @@ def _is_of_a_library(root: str) -> bool:
         return True
     if spec is None:
         return True
-    locations = [*(spec.submodule_search_locations or []), *([spec.origin] if spec.origin else [])]
-    paths = [Path(location).resolve() for location in locations]
+    locations = [*(spec.submodule_search_locations or ()), spec.origin]
+    paths = [Path(location).resolve() for location in locations if location]
     return not paths or any(path.is_relative_to(library) for path in paths for library in _LIBRARIES)
 
 
@@ -211,38 +215,26 @@ def is_under(path: str, prefixes: Sequence[str]) -> bool:
     return any(path == prefix or path.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _find_nodes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the key and node of each target: nodes with `_target_`, and the paths in rules {match, with}."""
-    for key, value in _walk(config):
+def _find_nodes(config: Any) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
+    """Yields the path and node of each target: nodes with `_target_`, and the paths in rules {match, with}."""
+    for path, value in walk(config):
         if isinstance(value, Mapping) and "_target_" in value:
-            yield f"{key}._target_", value
-    for key, path in find_rule_paths(config):
-        yield key, {"_target_": path}
+            yield (*path, "_target_"), value
+    for key, target in find_rule_paths(config):
+        yield (key,), {"_target_": target}
 
 
-def _walk(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields every value of nested mappings and lists with its dotted key, the outermost first."""
-    yield key, value
-    children = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from _walk(child, f"{key}.{name}".lstrip("."))
-
-
-def _describe_remedy(trust: Allowlist, roots: list[str]) -> str | None:
-    never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
-    modules = sorted({root for root in roots if re.fullmatch(r"\w+", root)} - never)
-    return f"If you trust that file and what is named: {trust.remedy.format(','.join(modules))}" if modules else None
-
-
-def _raise_if(refused: list[str], trust: Allowlist, remedy: str | None) -> None:
-    """Raises one message for all that was refused."""
+def _raise_if(refused: list[_Refusal], trust: Allowlist, remedy: str = "") -> None:
     if not refused:
         return
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
-    lines = [f"  {one_line(line)}" for line in refused[:_MAX_LISTED]]
+    lines = [
+        one_line(f"  {shown('.'.join(map(str, path)))}={shown(str(value))}: {reason}")
+        for path, value, reason in refused[:_MAX_LISTED]
+    ]
     if len(refused) > _MAX_LISTED:
         lines.append(f"  ... ({len(refused)} in all)")
     reason = f"It isn't known to be yours: {one_line(trust.reason)}."
     if trust.sign:
         reason += f" If it is: {trust.sign} signs it as it is"
-    raise ConfigError("\n".join([head, *lines, reason, *([remedy] if remedy else [])]))
+    raise ConfigError("\n".join(filter(None, [head, *lines, reason, remedy])))

@@ -17,13 +17,11 @@ _deferred: str | None = None  # a directory to import from once the user has all
 def is_in_run_folder(directory: str) -> bool:
     """Returns whether a directory is a run folder or inside one."""
     folder = os.path.realpath(directory)
-    while True:
-        if any(os.path.lexists(os.path.join(folder, mark)) for mark in _MARKS) or _has_checkpoints(folder):
-            return True
-        parent = os.path.dirname(folder)
-        if parent == folder:
+    while not (any(os.path.lexists(os.path.join(folder, mark)) for mark in _MARKS) or _has_checkpoints(folder)):
+        if folder == os.path.dirname(folder):
             return False
-        folder = parent
+        folder = os.path.dirname(folder)
+    return True
 
 
 def _has_checkpoints(folder: str) -> bool:
@@ -38,11 +36,12 @@ def leave_out_run_folder() -> None:
 
     Call it before any import. A new run may be started in such a folder: its modules are the user's own.
     """
-    if _find_module_name() is None or not _opens_run():
-        return
-    current = os.getcwd()
-    if is_in_run_folder(current):
-        sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or current) != os.path.realpath(current)]
+    name = _find_module_name()
+    # Every command opens a saved run but `python -m runner` of a new run.
+    starts_run = name in ("runner", "runner.__main__") and not opens_folder(sys.argv[1:])
+    if name is not None and not starts_run and is_in_run_folder(os.getcwd()):
+        current = os.path.realpath(os.getcwd())
+        sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or current) != current]
 
 
 def _find_module_name() -> str | None:
@@ -51,11 +50,6 @@ def _find_module_name() -> str | None:
         return None
     name = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
     return name if name.partition(".")[0] == "runner" else None
-
-
-def _opens_run() -> bool:
-    """Returns whether the command opens a saved run: every command but `python -m runner` of a new run does."""
-    return _find_module_name() not in ("runner", "runner.__main__") or opens_folder(sys.argv[1:])
 
 
 def opens_folder(arguments: list[str]) -> bool:

@@ -32,8 +32,8 @@ _SIGNED = ("config.yaml", "overrides.yaml", "hydra.yaml", "weights.json")  # of 
 _MARK = ".run"  # a file in checkpoints/ with the path of their run
 _KEY_BYTES = 32
 _MAX_BYTES = 1 << 20
-# Digests of signed files by their paths: a file that is read later must be the one that was checked.
-_checked: dict[str, set[str]] = {}
+# Digests of signed files, by their `.hydra/` and name: a file that is read later must be the one that was checked.
+_checked: dict[str, Mapping[str, list[str]]] = {}
 
 
 class SignatureError(ValueError):
@@ -60,7 +60,6 @@ class Origin:
 
 
 def _origin_in(content: Mapping[str, Any]) -> Origin:
-    """Returns the origin in the content of a signature."""
     return Origin(**{each.name: content[each.name] for each in fields(Origin)})
 
 
@@ -81,7 +80,10 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_presen
     """
     present = _read_digests(run)
     kept = [name for name in present if name not in files]
-    is_signed = _is_signed(run, present)
+    is_signed = False
+    with contextlib.suppress(SignatureError):
+        _check_digests(_read(run), present)
+        is_signed = True
     if kept and not (is_signed or trusts_present):
         raise SignatureError(f".hydra/{kept[0]} was modified after it was signed")
     digests = {name: [_digest(content)] for name, content in files.items()}
@@ -93,23 +95,13 @@ def sign(run: Path, origin: Origin, files: Mapping[str, bytes], *, trusts_presen
     sealed = _seal(content, make=True)
     make_folder_below(run / ".hydra", run)
     replace_file(run / ".hydra" / NAME, [json.dumps(sealed, indent=1).encode()])
-    _remember(run, digests)
-
-
-def _is_signed(run: Path, present: Mapping[str, list[str]]) -> bool:
-    """Returns whether files of these digests are signed."""
-    try:
-        content = _read(run)
-        _check_digests(content, present)
-    except SignatureError:
-        return False
-    return True
+    _checked[os.path.realpath(run / ".hydra")] = digests
 
 
 def mark_checkpoints(run: Path) -> None:
     """Marks the checkpoints of a signed run as its own, so that a link to them is followed when they were moved."""
     with contextlib.suppress(SignatureError, OSError):
-        content = {"checkpoints_of": str(run.absolute()), "run_id": check(run).run_id}
+        content = {"checkpoints_of": str(run.absolute()), "run_id": check_signature(run).run_id}
         if _read_mark(run / "checkpoints") != content:
             replace_file(run / "checkpoints" / _MARK, [json.dumps(_seal(content)).encode()])
 
@@ -122,14 +114,14 @@ def find_marked_run(checkpoints: Path) -> Path | None:
     return Path(content["checkpoints_of"])
 
 
-def check(run: Path) -> Origin:
+def check_signature(run: Path) -> Origin:
     """Returns the origin of a run whose config this user has signed.
 
     Raises:
         SignatureError: the config is another user's, or was modified or moved after it was signed.
     """
-    for name in _SIGNED:
-        _checked.pop(os.path.realpath(run / ".hydra" / name), None)
+    folder = os.path.realpath(run / ".hydra")
+    _checked.pop(folder, None)
     content = _read(run)
     origin = _origin_in(content)
     _check_digests(content, _read_digests(run))
@@ -137,14 +129,14 @@ def check(run: Path) -> Origin:
         raise SignatureError(f"it was signed in {content['run']}, and lies elsewhere now")
     if not os.path.isdir(origin.directory):
         raise SignatureError(f"it was started in {origin.directory}, which is gone")
-    _remember(run, content["digests"])
+    _checked[folder] = content["digests"]
     return replace(origin, links=origin.links | _find_moved_checkpoints(run, origin))
 
 
 def find_signed(run: Path) -> Origin | None:
     """Returns the origin of the run in a folder; None if this user has not signed it."""
     try:
-        return check(run)
+        return check_signature(run)
     except SignatureError:
         return None
 
@@ -159,7 +151,7 @@ def identify(run: Path, sign_option: str = "", config_dirs: Sequence[str] = ()) 
         ConfigError: the run can't be signed.
     """
     try:
-        origin = sign_present(run, config_dirs) if sign_option else check(run)
+        origin = sign_present(run, config_dirs) if sign_option else check_signature(run)
     except SignatureError as error:
         if sign_option:
             raise ConfigError(f"{sign_option}: {run}: {error}") from error
@@ -170,13 +162,8 @@ def identify(run: Path, sign_option: str = "", config_dirs: Sequence[str] = ()) 
 
 def is_as_checked(path: Path, content: bytes) -> bool:
     """Returns whether a file that was just read is the one whose signature was checked, if it was."""
-    digests = _checked.get(os.path.realpath(path))
-    return digests is None or _digest(content) in digests
-
-
-def _remember(run: Path, digests: Mapping[str, list[str]]) -> None:
-    for name in _SIGNED:
-        _checked[os.path.realpath(run / ".hydra" / name)] = set(digests.get(name, ()))
+    digests = _checked.get(os.path.realpath(path.parent))
+    return digests is None or _digest(content) in digests.get(path.name, ())
 
 
 def _check_digests(content: Mapping[str, Any], present: Mapping[str, list[str]]) -> None:
@@ -194,15 +181,11 @@ def sign_present(run: Path, config_dirs: Sequence[str] = ()) -> Origin:
     Raises:
         SignatureError: it can't be signed.
     """
-    before, old_run = None, run.absolute()
+    origin = find_origin(config_dirs)
     with contextlib.suppress(SignatureError):
         content = _read(run)
         before = _origin_in(content)
-        old_run = Path(content["run"])
-    origin = find_origin(config_dirs)
-    if before is not None:
-        moves = [(str(old_run), str(run.absolute())), *_find_moves(old_run, run.absolute())]
-        moves.append((before.directory, origin.directory))
+        moves = [*_find_moves(Path(content["run"]), run.absolute()), (before.directory, origin.directory)]
         relocate = partial(_relocate, moves)
         origin = replace(
             origin,
@@ -227,7 +210,8 @@ def describe_links(origin: Origin) -> list[str]:
 
 
 def _find_moves(old: Path, new: Path) -> Iterator[tuple[str, str]]:
-    """Yields the parent folders that moved with a run's: if `a/b/run` is `c/b/run` now, `a/b` is `c/b`, and `a` `c`."""
+    """Yields a run's folder and the parents that moved: if `a/b/run` is `c/b/run` now, `a/b` is `c/b`, and `a` `c`."""
+    yield str(old), str(new)
     while old.name and old.name == new.name:
         old, new = old.parent, new.parent
         yield str(old), str(new)
@@ -286,7 +270,7 @@ def _read_mark(checkpoints: Path) -> dict[str, Any] | None:
     return content if "checkpoints_of" in content else None
 
 
-def _is_same_folder(recorded: Path, found: Path) -> bool:
+def _is_same_folder(recorded: str | Path, found: str | Path) -> bool:
     try:
         return os.path.samefile(recorded, found)
     except OSError:
@@ -298,7 +282,6 @@ def _digest(data: bytes) -> str:
 
 
 def _read_digests(run: Path) -> dict[str, list[str]]:
-    """Returns the digests of the present files of `.hydra/`."""
     digests = {}
     for name in _SIGNED:
         path = run / ".hydra" / name
@@ -377,8 +360,8 @@ def _authenticate(content: Mapping[str, Any], key: bytes) -> str:
 
 def _key_path() -> Path:
     state = os.environ.get("XDG_STATE_HOME", "")
-    place = state if os.path.isabs(state) else os.path.expanduser("~/.local/state")
-    return Path(place, "runner", "key")
+    folder = state if os.path.isabs(state) else os.path.expanduser("~/.local/state")
+    return Path(folder, "runner", "key")
 
 
 def _read_key(*, make: bool = False) -> bytes:
@@ -424,7 +407,5 @@ def may_read_git(run: Path, directory: str) -> bool:
     """Returns whether git may read a directory's repository, whose config may name programs that git runs."""
     if not import_path.is_in_run_folder(directory):
         return True
-    try:
-        return os.path.samefile(check(run).directory, directory)
-    except (SignatureError, OSError):
-        return False
+    origin = find_signed(run)
+    return origin is not None and _is_same_folder(origin.directory, directory)

@@ -106,14 +106,11 @@ class Coordinator:
 
     def defer_error(self, work: Callable[[], None]) -> None:
         """Runs work that may fail on this rank alone; with several ranks, its error waits for the next exchange."""
-        if not self._is_distributed:
-            work()
-            return
         try:
             work()
         except BaseException as error:
-            # These are known to every rank.
-            if is_signal(error) or isinstance(error, (RankLostError, RankError, InterruptedError)):
+            is_known_to_all = isinstance(error, (RankLostError, RankError, InterruptedError))
+            if not self._is_distributed or is_signal(error) or is_known_to_all:
                 raise
             self.deferred_error = self.deferred_error or error
 
@@ -129,14 +126,11 @@ class Coordinator:
             deferred, self.deferred_error = self.deferred_error, None
             if deferred is not None:
                 raise deferred
-            if not (self.is_sharded and self._is_distributed):
-                return work()
             try:
                 return work()
             except BaseException as error:
-                if is_signal(error) or isinstance(error, RankLostError):
-                    raise
-                if self.all_ranks_fail():
+                may_be_alone = self.is_sharded and self._is_distributed
+                if not may_be_alone or is_signal(error) or isinstance(error, RankLostError) or self.all_ranks_fail():
                     raise
                 raise self.abort(describe(error), is_expected=False) from error
 

@@ -80,12 +80,14 @@ def move(batch: Any, device: torch.device) -> Any:
     """Returns nested mappings, tuples and lists with their tensors on the device; for the CPU, the batch itself."""
     if device.type == "cpu":
         return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move(value, device) for value in batch)
-    return batch
+    match batch:
+        case Tensor():
+            return batch.to(device, non_blocking=True)
+        case Mapping():
+            return {key: move(value, device) for key, value in batch.items()}
+        case tuple() if hasattr(batch, "_fields"):
+            return type(batch)(*(move(value, device) for value in batch))
+        case tuple() | list():
+            return type(batch)(move(value, device) for value in batch)
+        case _:
+            return batch

@@ -251,7 +251,9 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
     except BaseException as error:
         if is_signal(error) or isinstance(error, RankLostError):
             raise
-        cause, failure = error, _describe_to_ranks(error)
+        is_own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+        # The name of a type of this package says nothing to a user.
+        cause, failure = error, message_of(error) if is_own else describe(error)
         data = message.encode((None, failure))
     results = _gather_encoded(data, group or _control_group)
     if cause is not None and all(other == failure for _, other in results):
@@ -260,12 +262,6 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = No
         if other is not None:
             raise RankError(f"rank {number}: {other}") from cause
     return [value for value, _ in results]
-
-
-def _describe_to_ranks(error: BaseException) -> str:
-    """Returns an error's type and message, or the message alone for a type of this package."""
-    is_own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
-    return message_of(error) if is_own else describe(error)
 
 
 def run_on_rank_zero(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

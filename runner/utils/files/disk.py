@@ -21,7 +21,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -87,12 +87,9 @@ def sync_file(path: Path, descriptor: int | None = None) -> None:
     sys.audit("runner.disk", "sync_file", path)
     if descriptor is not None:
         os.fsync(descriptor)
-        return
-    descriptor = _open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    else:
+        with open_read(path) as file:
+            os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -165,8 +162,6 @@ def is_confined(path: Path) -> bool:
 
 
 class _Root:
-    """A confined folder and its handle."""
-
     def __init__(self, root: Path, links: Mapping[str, str]) -> None:
         self._descriptor = -1
         self._path = os.path.abspath(root)
@@ -185,16 +180,11 @@ class _Root:
         """Yields the descriptor of a subfolder, given the names on its path."""
         self._check_path()
         folder = self._descriptor
-        try:
+        with ExitStack() as opened:
             for number, name in enumerate(names, 1):
-                below = self._open_below(folder, name, os.path.join(*names[:number]))
-                if folder != self._descriptor:
-                    os.close(folder)
-                folder = below
+                folder = self._open_below(folder, name, os.path.join(*names[:number]))
+                opened.callback(os.close, folder)
             yield folder
-        finally:
-            if folder != self._descriptor:
-                os.close(folder)
 
     def _check_path(self) -> None:
         """Raises FileNotFoundError if another folder has taken the path."""
@@ -208,19 +198,14 @@ class _Root:
         try:
             return os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=folder)
         except OSError as error:
-            if (target := _read_link(folder, name)) is None:
+            try:
+                target = os.readlink(name, dir_fd=folder)
+            except OSError:  # no link
                 raise OSError(error.errno, error.strerror, path) from None
         permitted = self._links.get(relative)
         if permitted is None or os.path.realpath(os.path.join(os.path.dirname(path), target)) != permitted:
             raise OSError(errno.ELOOP, _IS_LINK, path)
         return os.open(permitted, _FOLDER_FLAGS | os.O_NOFOLLOW)
-
-
-def _read_link(folder: int, name: str) -> str | None:
-    try:
-        return os.readlink(name, dir_fd=folder)
-    except OSError:  # no link
-        return None
 
 
 _roots: tuple[_Root, ...] = ()  # replaced as a whole: threads and signal handlers read it without the lock
@@ -232,11 +217,10 @@ def _find_root(path: str | Path) -> tuple[_Root, list[str]] | None:
 
     Of equal folders the one confined last is returned.
     """
-    roots = _roots
-    if not roots:
+    if not _roots:
         return None
     text = os.path.join(os.path.abspath(path), "")
-    containing = [(prefix, root) for root in reversed(roots) for prefix in root.prefixes if text.startswith(prefix)]
+    containing = [(prefix, root) for root in reversed(_roots) for prefix in root.prefixes if text.startswith(prefix)]
     if not containing:
         return None
     prefix, root = max(containing, key=lambda pair: len(pair[0]))
@@ -245,7 +229,6 @@ def _find_root(path: str | Path) -> tuple[_Root, list[str]] | None:
 
 @contextmanager
 def _folder_handle(path: Path) -> Iterator[int]:
-    """Yields the descriptor of a folder."""
     if confined := _find_root(path):
         root, names = confined
         with root.enter(names) as descriptor:

@@ -34,7 +34,6 @@ class UnreadableError(OSError):
         super().__init__(errno.EINVAL, reason, os.fspath(path))
 
     def __str__(self) -> str:
-        """Returns the path and the reason."""
         return f"{self.filename}: {self.strerror}"
 
 
@@ -47,13 +46,13 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _with_path(path):
+        with adding_path(path):
             self._fd = disk.open_append(path)
             disk.sync_folder(path.parent)
 
     def append(self, data: bytes) -> None:
         """Appends all of `data`; after an error, the file may end with a part of it."""
-        with _with_path(self.path):
+        with adding_path(self.path):
             if not os.fstat(self._fd).st_nlink:
                 raise FileNotFoundError(2, "it was deleted while it was written to")
             rest = memoryview(data)
@@ -62,7 +61,7 @@ class AppendFile:
 
     def sync(self) -> None:
         """Flushes the appended data to disk."""
-        with _with_path(self.path):
+        with adding_path(self.path):
             disk.sync_file(self.path, self._fd)
 
     def close(self) -> None:
@@ -126,7 +125,7 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         OSError: with the file's path: its folder is gone or it can't be written; the old content stays.
     """
-    with _with_path(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
+    with adding_path(path), atomic_path(path) as temporary, disk.create(temporary, "wb") as file:
         file.writelines(chunks)
 
 
@@ -282,10 +281,10 @@ def lock_file(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process has locked the file.
     """
-    with _with_path(path):
+    with adding_path(path):
         fd = disk.open_unsynced(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        with _with_path(path):
+        with adding_path(path):
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -293,8 +292,8 @@ def lock_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _with_path(path: Path) -> Iterator[None]:
-    """Adds the path to an OSError that lacks it."""
+def adding_path(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError of the block that does not name it."""
     try:
         yield
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from array import array
 from base64 import b64decode, b64encode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,23 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 def _mark(value: Any) -> Any:
     if type(value) in _SCALARS:
         return value
-    if isinstance(value, list):
-        return _mark_list(value)
-    if isinstance(value, dict):
-        if all(type(key) is str for key in value) and _MARKS.isdisjoint(value):
+    match value:
+        case list():
+            return _mark_list(value)
+        case dict() if all(type(key) is str for key in value) and _MARKS.isdisjoint(value):
             return {key: _mark(child) for key, child in value.items()}
-        return {_ITEMS: [[_mark(key), _mark(child)] for key, child in value.items()]}
-    if isinstance(value, tuple):
-        return {_TUPLE: [_mark(child) for child in value]}
-    if isinstance(value, bytes):
-        return {_BYTES: b64encode(value).decode()}
-    if isinstance(value, Path):
-        return {_PATH: str(value)}
-    plain = _to_python(value)
-    if type(plain) not in _SCALARS:
-        raise TypeError(f"a message can't hold a {type(value).__module__}.{type(value).__qualname__}")
-    return plain
-
-
-def _to_python(value: Any) -> Any:
-    try:
-        return value.item()
-    except (AttributeError, ValueError, RuntimeError):  # not a scalar, or several elements
-        return value
+        case dict():
+            return {_ITEMS: [[_mark(key), _mark(child)] for key, child in value.items()]}
+        case tuple():
+            return {_TUPLE: [_mark(child) for child in value]}
+        case bytes():
+            return {_BYTES: b64encode(value).decode()}
+        case Path():
+            return {_PATH: str(value)}
+    with suppress(AttributeError, ValueError, RuntimeError):  # not a scalar, or several elements
+        if type(plain := value.item()) in _SCALARS:
+            return plain
+    raise TypeError(f"a message can't hold a {type(value).__module__}.{type(value).__qualname__}")
 
 
 def _mark_list(values: list[Any]) -> Any:

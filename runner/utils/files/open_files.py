@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import resource
 import stat
 import sys
 from types import TracebackType
@@ -15,9 +16,8 @@ _ERRNOS = (errno.EMFILE, errno.ENFILE)
 _MESSAGES = (os.strerror(errno.EMFILE), "items of ancdata", f"exit code {errno.EMFILE}")
 _NUM_RESERVED = 16
 _OPEN_FILES = "/proc/self/fd"
-_BEFORE_TEMPORARY_FOLDER = (
-    -50
-)  # multiprocessing removes its temporary folder at priority -100; higher priorities run first
+# multiprocessing removes its temporary folder at priority -100; higher priorities run first.
+_BEFORE_TEMPORARY_FOLDER = -50
 
 
 def is_out_of_files(error: BaseException) -> bool:
@@ -25,9 +25,8 @@ def is_out_of_files(error: BaseException) -> bool:
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
-        if isinstance(cause, OSError) and cause.errno in _ERRNOS:
-            return True
-        if isinstance(cause, (OSError, RuntimeError)) and any(text in str(cause) for text in _MESSAGES):
+        has_number = isinstance(cause, OSError) and cause.errno in _ERRNOS
+        if has_number or (isinstance(cause, (OSError, RuntimeError)) and any(text in str(cause) for text in _MESSAGES)):
             return True
         seen.append(cause)
         cause = cause.__cause__ or cause.__context__
@@ -36,33 +35,19 @@ def is_out_of_files(error: BaseException) -> bool:
 
 def describe_limit() -> str:
     """Returns the limit on open files and the remedy if it is too low."""
-    remedy = (
-        "raise the limit (ulimit -n), close files that were read, or set data.num_workers=0, since each tensor "
-        "from a loader worker keeps a file open"
+    return (
+        f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; raise the limit (ulimit -n), close "
+        "files that were read, or set data.num_workers=0, since each tensor from a loader worker keeps a file open"
     )
-    try:
-        import resource
-    except ImportError:  # Windows
-        return remedy
-    return f"at most {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} may be open; {remedy}"
 
 
-class DescriptorReserve:
-    """Sixteen file descriptors kept open, to be closed for a save when the program has reached the limit."""
-
-    def __init__(self) -> None:
-        self._descriptors: list[int] = []
+class DescriptorReserve(contextlib.ExitStack):
+    """Sixteen file descriptors kept open. `close` closes them for a save when the program has reached the limit."""
 
     def open(self) -> None:
-        """Opens the descriptors."""
         with contextlib.suppress(OSError):
             for _ in range(_NUM_RESERVED):
-                self._descriptors.append(os.open(os.devnull, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-
-    def close(self) -> None:
-        """Closes the descriptors; closing them again does nothing."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+                self.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def unshare_file_offsets() -> None:

@@ -1,17 +1,18 @@
 """Serialization of nested plain values and tensors: JSON plus named tensors, and back."""
 
+from runner.utils.serialization.composites import parse_dtype, torch_name
 from runner.utils.serialization.flatten import (
+    DTYPE_BY_SFT_CODE,
+    MAX_HEADER_BYTES,
     SFT_DTYPES,
     STRUCTURE,
     FlattenedState,
     HostSnapshot,
     KeyPath,
-    dtype_name,
+    encode_sft_header,
     format_key,
     format_path,
     is_dtensor,
-    layout_name,
-    parse_dtype,
     restore_dtypes,
     to_contiguous,
     to_storable,
@@ -19,19 +20,21 @@ from runner.utils.serialization.flatten import (
 )
 
 __all__ = [
+    "DTYPE_BY_SFT_CODE",
+    "MAX_HEADER_BYTES",
     "SFT_DTYPES",
     "STRUCTURE",
     "FlattenedState",
     "HostSnapshot",
     "KeyPath",
-    "dtype_name",
+    "encode_sft_header",
     "format_key",
     "format_path",
     "is_dtensor",
-    "layout_name",
     "parse_dtype",
     "restore_dtypes",
     "to_contiguous",
     "to_storable",
+    "torch_name",
     "unflatten",
 ]

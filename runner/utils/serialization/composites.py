@@ -25,7 +25,6 @@ _COMPRESSED = {
     torch.sparse_bsc: ("ccol_indices", "row_indices"),
 }
 _QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
-_LAYOUTS = {str(layout).removeprefix("torch."): layout for layout in _COMPRESSED}
 _MAX_DTYPE_LENGTH = 100_000
 _SCHEMES = {torch.per_tensor_affine: "per_tensor", torch.per_channel_affine: "per_channel"}
 
@@ -40,8 +39,7 @@ def decompose(value: Any) -> Parts | None:
         return None
     value = value.detach()
     if value.is_meta:
-        facts = {"dtype": str(value.dtype).removeprefix("torch."), "shape": [*value.shape], "stride": [*value.stride()]}
-        return "meta", {}, facts
+        return "meta", {}, {"dtype": torch_name(value.dtype), "shape": [*value.shape], "stride": [*value.stride()]}
     if value.is_nested:
         return "nested", {str(index): part for index, part in enumerate(value.unbind())}, {}
     if value.layout is torch.sparse_coo:
@@ -49,7 +47,7 @@ def decompose(value: Any) -> Parts | None:
         return "sparse_coo", parts, {"shape": [*value.shape], "is_coalesced": value.is_coalesced()}
     if value.layout in _COMPRESSED:
         parts = {name: getattr(value, name)() for name in (*_COMPRESSED[value.layout], "values")}
-        return str(value.layout).removeprefix("torch."), parts, {"shape": [*value.shape]}
+        return torch_name(value.layout), parts, {"shape": [*value.shape]}
     if value.is_quantized and value.dtype in _QUANTIZED and value.qscheme() in _SCHEMES:
         return _split_quantized(value)
     return None
@@ -77,13 +75,10 @@ def _split_storage(value: Any) -> Parts:
     is_typed = isinstance(value, torch.TypedStorage)
     untyped = value._untyped_storage if is_typed else value
     content = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)
-    facts = {"dtype": str(value.dtype).removeprefix("torch.")} if is_typed else {}
-    return "storage", {"bytes": content}, facts
+    return "storage", {"bytes": content}, {"dtype": torch_name(value.dtype)} if is_typed else {}
 
 
-def compose(
-    kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any] | None = None
-) -> Any:
+def compose(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any], copies: dict[int, Any]) -> Any:
     """Returns the value that `decompose` has taken apart.
 
     Args:
@@ -91,48 +86,50 @@ def compose(
     Raises:
         KeyError, RuntimeError, TypeError, ValueError: parts and facts do not fit each other.
     """
-    copies = {} if copies is None else copies
     if kind == "ndarray":
         return _join_array(parts["bytes"], facts, copies)
     if kind == "storage":
-        address = parts["bytes"].data_ptr()
-        if not isinstance(copies.get(address), torch.UntypedStorage):
-            copies[address] = parts["bytes"].clone().untyped_storage()
-        untyped = copies[address]
-        if "dtype" not in facts:
-            return untyped
-        return torch.TypedStorage(
-            wrap_storage=untyped, dtype=torch_attribute(facts["dtype"], torch.dtype), _internal=True
-        )
-    if kind == "meta":
-        dtype = torch_attribute(facts["dtype"], torch.dtype)
-        return torch.empty_strided(facts["shape"], facts["stride"], dtype=dtype, device="meta")
+        return _join_storage(parts["bytes"], facts, copies)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nested, compressed and quantized tensors are prototypes
         return _join_tensor(kind, parts, facts)
 
 
 def _join_tensor(kind: str, parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Tensor:
-    if kind == "nested":
-        return torch.nested.as_nested_tensor([parts[str(index)] for index in range(len(parts))])
-    if kind == "sparse_coo":
-        is_coalesced = bool(facts["is_coalesced"])
-        arguments = parts["indices"], parts["values"], facts["shape"]
-        return torch.sparse_coo_tensor(*arguments, is_coalesced=is_coalesced, check_invariants=True)
-    if kind in _LAYOUTS:
-        layout = _LAYOUTS[kind]
-        compressed, plain = (parts[name] for name in _COMPRESSED[layout])
-        values, shape = parts["values"], facts["shape"]
-        return torch.sparse_compressed_tensor(compressed, plain, values, shape, layout=layout, check_invariants=True)
-    if kind == "per_tensor":
-        return torch._make_per_tensor_quantized_tensor(parts["values"], facts["scale"], facts["zero_point"])
-    if kind == "per_channel":
-        values, scales, zero_points, axis = parts["values"], parts["scales"], parts["zero_points"], facts["axis"]
-        expected = values.shape[axis : axis + 1]
-        if axis < 0 or not scales.shape == zero_points.shape == expected:  # torch does not check this
-            raise ValueError(f"axis {axis} of {[*values.shape]} has not {[*scales.shape]} scales")
-        return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)
-    raise ValueError(f"{kind!r} is no kind of value")
+    match kind:
+        case "meta":
+            dtype = parse_dtype(facts["dtype"])
+            return torch.empty_strided(facts["shape"], facts["stride"], dtype=dtype, device="meta")
+        case "nested":
+            return torch.nested.as_nested_tensor([parts[str(index)] for index in range(len(parts))])
+        case "sparse_coo":
+            is_coalesced = bool(facts["is_coalesced"])
+            arguments = parts["indices"], parts["values"], facts["shape"]
+            return torch.sparse_coo_tensor(*arguments, is_coalesced=is_coalesced, check_invariants=True)
+        case "sparse_csr" | "sparse_bsr" | "sparse_csc" | "sparse_bsc":
+            layout = torch_attribute(kind, torch.layout)
+            indices = [parts[name] for name in _COMPRESSED[layout]]
+            arguments = *indices, parts["values"], facts["shape"]
+            return torch.sparse_compressed_tensor(*arguments, layout=layout, check_invariants=True)
+        case "per_tensor":
+            return torch._make_per_tensor_quantized_tensor(parts["values"], facts["scale"], facts["zero_point"])
+        case "per_channel":
+            values, scales, zero_points, axis = parts["values"], parts["scales"], parts["zero_points"], facts["axis"]
+            expected = values.shape[axis : axis + 1]
+            if axis < 0 or not scales.shape == zero_points.shape == expected:  # torch does not check this
+                raise ValueError(f"axis {axis} of {[*values.shape]} has not {[*scales.shape]} scales")
+            return torch._make_per_channel_quantized_tensor(values, scales, zero_points, axis)
+        case _:
+            raise ValueError(f"{kind!r} is no kind of value")
+
+
+def _join_storage(content: Tensor, facts: Mapping[str, Any], copies: dict[int, Any]) -> Any:
+    address = content.data_ptr()
+    if not isinstance(copies.get(address), torch.UntypedStorage):
+        copies[address] = content.clone().untyped_storage()
+    if "dtype" not in facts:
+        return copies[address]
+    return torch.TypedStorage(wrap_storage=copies[address], dtype=parse_dtype(facts["dtype"]), _internal=True)
 
 
 def _join_array(content: Tensor, facts: Mapping[str, Any], copies: dict[int, Any]) -> np.ndarray:
@@ -141,12 +138,10 @@ def _join_array(content: Tensor, facts: Mapping[str, Any], copies: dict[int, Any
         raise ValueError(f"{content.nbytes} bytes are no array of {dtype} and shape {shape}")
     address = content.data_ptr()
     if address and isinstance(copies.get(address), np.ndarray):
-        shared: np.ndarray = copies[address].view(dtype).reshape(shape)
-        return shared
+        return copies[address].view(dtype).reshape(shape)
     array = np.empty(shape, dtype)
-    flat = array.reshape(-1).view(np.uint8)
-    flat[:] = content.cpu().numpy()
-    copies[address] = flat
+    copies[address] = array.reshape(-1).view(np.uint8)
+    copies[address][:] = content.cpu().numpy()
     return array
 
 
@@ -157,9 +152,8 @@ def describe_scalar(value: np.generic) -> dict[str, str] | None:
     dtype = _describe_dtype(value.dtype)
     if dtype is None:
         return None
-    if np.zeros(1, _parse_numpy_dtype(dtype)).dtype.type is not type(
-        value
-    ):  # one of two integer types of the same size
+    parsed = np.zeros(1, _parse_numpy_dtype(dtype)).dtype
+    if parsed.type is not type(value):  # one of two integer types of the same size
         dtype = repr(value.dtype.char)
     return {"dtype": dtype, "bytes": base64.b64encode(value.tobytes()).decode()}
 
@@ -186,6 +180,16 @@ def _parse_numpy_dtype(text: str) -> np.dtype:
     if dtype.hasobject or not dtype.itemsize:
         raise ValueError(f"{text} is no dtype of numbers or text")
     return dtype
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Returns the dtype of a name: torch.float32 for "float32"."""
+    return torch_attribute(name, torch.dtype)
+
+
+def torch_name(value: torch.dtype | torch.layout | torch.qscheme) -> str:
+    """Returns the name of torch's attribute: "float32" for torch.float32. `torch_attribute` reverses it."""
+    return str(value).removeprefix("torch.")
 
 
 def torch_attribute(name: str, kind: type) -> Any:

@@ -11,7 +11,8 @@ import math
 import struct
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,11 +20,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from runner.utils.serialization.composites import compose, decompose, describe_scalar, parse_scalar, torch_attribute
+from runner.utils.serialization.composites import (
+    compose,
+    decompose,
+    describe_scalar,
+    parse_dtype,
+    parse_scalar,
+    torch_attribute,
+    torch_name,
+)
 
 STRUCTURE = "runner.structure"
 _VERSION = 2
 _MAX_DEPTH = 100
+MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors readers
 _MAX_PICKLED_BITS = 2039  # the limit of torch's weights_only reader: 255 bytes and a sign
 _REMEDY = "convert it to plain values or tensors first"
 SFT_DTYPES = {
@@ -37,6 +47,7 @@ SFT_DTYPES = {
     }.items()
     if hasattr(torch, name)
 }
+DTYPE_BY_SFT_CODE = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _RAW_DTYPES = {getattr(torch, n) for n in ("complex128", "complex32", "float4_e2m1fn_x2") if hasattr(torch, n)}
 _MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {
@@ -70,11 +81,12 @@ class FlattenedState:
         self._name_by_view: dict[tuple[Any, ...], str] = {}
         self._ancestors: set[int] = set()
         tree = self._encode(value, ())
-        raw = {}  # tensors that a format without their dtype stores as bytes
-        for name, tensor in self.tensors.items():
-            full = self.dtensors.get(name, tensor)
-            if full.dtype in _RAW_DTYPES:
-                raw[name] = [dtype_name(full.dtype), [*full.shape]]
+        full_tensors = self.tensors | self.dtensors
+        raw = {  # tensors that a format without their dtype stores as bytes
+            name: [torch_name(tensor.dtype), [*tensor.shape]]
+            for name, tensor in full_tensors.items()
+            if tensor.dtype in _RAW_DTYPES
+        }
         self.document = {"version": _VERSION, "raw": raw, "objects": self._objects, "tree": tree}
 
     def _encode(self, value: Any, path: KeyPath) -> Any:
@@ -93,7 +105,7 @@ class FlattenedState:
             self.is_picklable &= len(value) > 0
             return {kind.__name__: base64.b64encode(value).decode()}
         if kind in _TORCH_TYPES:
-            return {_TORCH_TYPES[kind]: str(value).removeprefix("torch.")}
+            return {_TORCH_TYPES[kind]: torch_name(value)}
         if kind is torch.device:
             return {"device": str(value)}
         if isinstance(value, np.generic) and (scalar := describe_scalar(value)) is not None:
@@ -126,18 +138,15 @@ class FlattenedState:
         return body if kind is list else {kind.__name__: body}
 
     def _encode_key(self, key: Any, path: KeyPath) -> Any:
-        for part in _key_parts(key):
-            if type(part) not in _KEYS and not isinstance(part, np.generic):
-                raise TypeError(f"{format_path(path)} has a key of {type(part).__qualname__}: {_REMEDY}")
+        _check_key(key, path)
         return self._encode(key, path)
 
     def _index_object(self, value: Any, path: KeyPath) -> int:
         """Returns the index of a tensor or composite value among the document's objects, adding it once."""
         if id(value) in self._index_by_id:
             return self._index_by_id[id(value)]
-        entry: dict[str, Any] = {}
         if is_dtensor(value) or (composite := decompose(value)) is None:
-            entry = {"name": self._name_tensor(value, path)}
+            entry: dict[str, Any] = {"name": self._name_tensor(value, path)}
         else:
             kind, parts, facts = composite
             names = {role: self._name_tensor(part, (*path, role)) for role, part in parts.items()}
@@ -154,9 +163,9 @@ class FlattenedState:
             _refuse(tensor, path)
         _check_dense(tensor, path)
         plain = tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
-        start = plain.untyped_storage().data_ptr() or id(tensor)
-        if is_dtensor(tensor):  # an empty shard has no address, but must be tied as on the other ranks
-            start = plain.untyped_storage()._cdata
+        storage = plain.untyped_storage()
+        # An empty shard has no address, but must be tied as on the other ranks.
+        start = storage._cdata if is_dtensor(tensor) else storage.data_ptr() or id(tensor)
         layout = (plain.storage_offset(), plain.shape, plain.stride(), plain.is_conj(), plain.is_neg())
         name = self._name_by_view.setdefault((plain.device, plain.dtype, start, *layout), self._free_name(path))
         self.tensors.setdefault(name, plain)
@@ -214,7 +223,6 @@ class HostSnapshot(FlattenedState):
                 copied.set()
 
     def wait_for_copy(self, name: str) -> None:
-        """Waits until a tensor is copied."""
         if name in self._is_copied:
             self._is_copied[name].wait()
         if self._error is not None:
@@ -226,6 +234,33 @@ def to_storable(tensor: Tensor) -> Tensor:
     if tensor.dtype in SFT_DTYPES:
         return tensor
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor.view(torch.uint8)
+
+
+def encode_sft_header(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str], remedy: str = ""
+) -> tuple[bytes, list[str]]:
+    """Returns the first bytes of a SafeTensors file, and the names of its tensors in the order of their content.
+
+    The dtypes with the largest elements come first, so that every tensor is aligned.
+
+    Args:
+        path: of the file, for the message of the error, which ends with `remedy`.
+        tensors: dtype and shape by name.
+    Raises:
+        ValueError: the header is longer than readers accept.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in ordered:
+        dtype, shape = tensors[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SFT_DTYPES[dtype], "shape": [*shape], "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}{remedy}")
+    return struct.pack("<Q", len(encoded)) + encoded, ordered
 
 
 def restore_dtypes(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -265,18 +300,21 @@ def _decode(node: Any, objects: list[Any], depth: int) -> Any:
     if type(node) is not dict:
         return node
     ((kind, body),) = node.items()
-    if kind in _SEQUENCES:
-        items = [_decode(item, objects, depth + 1) for item in body]
-        return _check_no_duplicates(_SEQUENCES[kind](items), body)
-    if kind == "defaultdict":
-        name, pairs = body
-        factory = None if name is None else _FACTORIES[name]
-        return defaultdict(factory, _decode_pairs(pairs, objects, depth))
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
-    if kind == "complex":
-        return complex(*(_decode(part, objects, depth) for part in body))
-    return objects[body] if kind == "tensor" else _ATOMS[kind](body)
+    match kind:
+        case "tensor":
+            return objects[body]
+        case "complex":
+            return complex(*(_decode(part, objects, depth) for part in body))
+        case "defaultdict":
+            name, pairs = body
+            return defaultdict(None if name is None else _FACTORIES[name], _decode_pairs(pairs, objects, depth))
+        case _ if kind in _MAPPINGS:
+            return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
+        case _ if kind in _SEQUENCES:
+            items = [_decode(item, objects, depth + 1) for item in body]
+            return _check_no_duplicates(_SEQUENCES[kind](items), body)
+        case _:
+            return _ATOMS[kind](body)
 
 
 def _decode_pairs(pairs: list[Any], objects: list[Any], depth: int) -> dict[Any, Any]:
@@ -296,7 +334,7 @@ _ATOMS: dict[str, Callable[[Any], Any]] = {
     "float": lambda text: struct.unpack(">d", bytes.fromhex(text))[0],
     "bytes": base64.b64decode,
     "bytearray": lambda text: bytearray(base64.b64decode(text)),
-    "dtype": lambda name: parse_dtype(name),
+    "dtype": parse_dtype,
     "layout": lambda name: torch_attribute(name, torch.layout),
     "qscheme": lambda name: torch_attribute(name, torch.qscheme),
     "device": torch.device,
@@ -317,17 +355,6 @@ def format_key(part: Any) -> str:
         inner = ", ".join(map(format_key, part))
         return f"({inner},)" if len(part) == 1 else f"({inner})"
     return hex(part) if type(part) is int and part.bit_length() > 4096 else repr(part)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name of a dtype: "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """Returns the dtype of a name: torch.float32 for "float32"."""
-    dtype: torch.dtype = torch_attribute(name, torch.dtype)
-    return dtype
 
 
 def to_contiguous(tensor: Tensor) -> Tensor:
@@ -357,27 +384,22 @@ def _name_of_factory(value: defaultdict[Any, Any], path: KeyPath) -> str | None:
     return name
 
 
-def _key_parts(key: Any) -> Iterator[Any]:
-    if type(key) not in (tuple, torch.Size, frozenset):
-        yield key
-        return
-    for part in key:
-        yield from _key_parts(part)
+def _check_key(key: Any, path: KeyPath) -> None:
+    if type(key) in (tuple, torch.Size, frozenset):
+        for part in key:
+            _check_key(part, path)
+    elif type(key) not in _KEYS and not isinstance(key, np.generic):
+        raise TypeError(f"{format_path(path)} has a key of {type(key).__qualname__}: {_REMEDY}")
 
 
 def _check_dense(tensor: Tensor, path: KeyPath) -> None:
     faults = {
         "nested": tensor.is_nested,
-        layout_name(tensor): tensor.layout is not torch.strided,
+        torch_name(tensor.layout): tensor.layout is not torch.strided,
         "quantized": tensor.is_quantized,
         "meta": tensor.is_meta,
-        dtype_name(tensor.dtype): tensor.dtype not in SFT_DTYPES and tensor.dtype not in _RAW_DTYPES,
+        torch_name(tensor.dtype): tensor.dtype not in SFT_DTYPES and tensor.dtype not in _RAW_DTYPES,
     }
     for fault, is_so in faults.items():
         if is_so:
             raise TypeError(f"{format_path(path)} is a tensor that is {fault}, which is not stored: {_REMEDY}")
-
-
-def layout_name(tensor: Tensor) -> str:
-    """Returns the name of a tensor's layout: "sparse_coo" for torch.sparse_coo."""
-    return str(tensor.layout).removeprefix("torch.")

@@ -115,43 +115,42 @@ def _check_calls(operations: Iterator[tuple[Any, Any, int | None]]) -> None:
     mark = object()
     try:
         for operation, argument, _ in operations:
-            name = operation.name
-            if name == "GLOBAL":
-                stack.append(str(argument))
-            elif name in ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"):
-                stack.append(("text", argument))
-            elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[argument] = stack[-1]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET", "GET"):
-                stack.append(memo.get(argument))
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                number = int(name[-1])
-                stack[-number:] = [("tuple", *stack[-number:])]
-            elif name == "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                _check_call(function, arguments)
-                stack.append(_BYTES if function == "_codecs encode" else None)
-            else:
-                _apply(operation, stack, mark)
+            match operation.name:
+                case "GLOBAL":
+                    stack.append(str(argument))
+                case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "UNICODE":
+                    stack.append(("text", argument))
+                case "BINPUT" | "LONG_BINPUT" | "PUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "BINGET" | "LONG_BINGET" | "GET":
+                    stack.append(memo.get(argument))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    number = int(operation.name[-1])
+                    stack[-number:] = [("tuple", *stack[-number:])]
+                case "REDUCE":
+                    arguments, function = stack.pop(), stack.pop()
+                    _check_call(function, arguments)
+                    stack.append(_BYTES if function == "_codecs encode" else None)
+                case "MARK":
+                    stack.append(mark)
+                case _:
+                    _apply(operation, stack, mark)
     except (IndexError, TypeError, KeyError) as error:
         raise ValueError(f"its pickle is broken ({error!r})") from None
 
 
 def _apply(operation: Any, stack: list[Any], mark: object) -> None:
-    """Applies any other operation to the stack: it pushes None for each result, except for marks."""
-    before, after = operation.stack_before, operation.stack_after
-    if operation.name == "MARK":
-        stack.append(mark)
-        return
+    """Applies any other operation to the stack: it pushes None for each result."""
+    before = operation.stack_before
     if pickletools.markobject in before:
         while stack.pop() is not mark:
             pass
         before = before[: before.index(pickletools.markobject)]
     for _ in before:
         stack.pop()
-    stack.extend(None for _ in after)
+    stack.extend(None for _ in operation.stack_after)
 
 
 def _check_call(function: Any, arguments: Any) -> None:
@@ -193,18 +192,20 @@ class _ValueCounter:
         self._num_bytes = 0
 
     def count(self, value: Any, depth: int) -> int:
-        if isinstance(value, Tensor):
-            self._count_bytes(value)
-            return 1
-        if isinstance(value, (torch.UntypedStorage, torch.TypedStorage)):
-            self._add(value.nbytes(), value.nbytes())
-            return 1
-        if isinstance(value, Mapping):
-            children = [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            children = list(value)
-        else:
-            return 1
+        match value:
+            case Tensor():
+                if not value.is_meta and value.layout is torch.strided and not value.is_nested:
+                    self._add(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+                return 1
+            case torch.UntypedStorage() | torch.TypedStorage():
+                self._add(value.nbytes(), value.nbytes())
+                return 1
+            case Mapping():
+                children = [*value.keys(), *value.values()]
+            case list() | tuple() | set() | frozenset():
+                children = list(value)
+            case _:
+                return 1
         if id(value) in self._ancestors:
             raise ValueError("it holds a container that holds itself")
         if depth > _MAX_DEPTH:
@@ -214,11 +215,6 @@ class _ValueCounter:
             self.num_values[id(value)] = 1 + sum([self.count(child, depth + 1) for child in children])
             self._ancestors.discard(id(value))
         return self.num_values[id(value)]
-
-    def _count_bytes(self, tensor: Tensor) -> None:
-        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_nested:
-            return
-        self._add(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
     def _add(self, num_bytes: int, num_stored: int) -> None:
         self._num_bytes += num_bytes

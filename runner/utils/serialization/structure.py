@@ -7,13 +7,12 @@ No function here executes the content of a file.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -25,13 +24,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from runner.utils.files import disk
-from runner.utils.serialization import SFT_DTYPES, FlattenedState, dtype_name, parse_dtype, unflatten
+from runner.utils.serialization import (
+    DTYPE_BY_SFT_CODE,
+    MAX_HEADER_BYTES,
+    FlattenedState,
+    encode_sft_header,
+    parse_dtype,
+    torch_name,
+    unflatten,
+)
 
 METADATA_KEY = "weights"  # an export's own record, left out of descriptions: it would nest with each run
-_MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors readers set
-_SMALL_NUMEL = (
-    64  # elements of a tensor that is recorded with its values, such as a counter or the mean of each channel
-)
+# The largest number of elements of a tensor that is recorded with its values, such as a counter or a channel's mean.
+_SMALL_NUMEL = 64
 _MAX_TEXT_BYTES = 1 << 20  # of a folder's small files in all
 _MAX_NUM_FILES = 200
 _MAX_NUM_ENTRIES = 2000  # of a folder that is searched
@@ -41,7 +46,6 @@ _TEXT_SUFFIXES = (".json", ".txt", ".yaml", ".yml")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _SFT, _PT, _NPY, _TEXT = "safetensors", "pt", "npy", "text"
 _ARRAY = "array"  # the name of the only tensor of a .npy file
-_DTYPES = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _MAX_NUM_OBJECTS = 20_000
 _MAX_NUM_ITEMS = 1000
 # Suffixes of parameters from which torch computes the attribute without the suffix in each forward.
@@ -50,15 +54,13 @@ _DERIVED_SUFFIXES = ("_orig", "_g", "_v")
 
 def describe_weights_files(text: str) -> dict[str, Any] | None:
     """Returns the structure of the weights file, or the folder of weights files, at a path; None if there is none."""
-    try:
+    with contextlib.suppress(Exception):  # a file that can't be read, or not without executing its content
         path = Path(text).expanduser()
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            description = _describe_file(path)
-            return None if description is None else {"is_folder": False, "files": {path.name: description}}
-        return _describe_folder(path) if stat.S_ISDIR(mode) else None
-    except Exception:  # a file that can't be read, or not without executing its content
-        return None
+        if path.is_dir():
+            return _describe_folder(path)
+        if path.is_file() and (description := _describe_file(path)) is not None:
+            return {"is_folder": False, "files": {path.name: description}}
+    return None
 
 
 def _describe_folder(folder: Path) -> dict[str, Any] | None:
@@ -99,12 +101,11 @@ def _describe_file(path: Path) -> dict[str, Any] | None:
     if kind == _PT:
         is_mapped = zipfile.is_zipfile(path)
         state = FlattenedState(torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped))
-        tensors = {name: _describe_tensor(value.dtype, [*value.shape], value) for name, value in state.tensors.items()}
+        tensors = {name: _describe_tensor(value) for name, value in state.tensors.items()}
         return {"kind": _PT, **_size_and_digest(path), "tensors": tensors, "document": state.document}
     if kind == _NPY:
         array = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        tensors = {_ARRAY: _describe_tensor(array.dtype, [*array.shape], array)}
-        return {"kind": _NPY, **_size_and_digest(path), "tensors": tensors}
+        return {"kind": _NPY, **_size_and_digest(path), "tensors": {_ARRAY: _describe_tensor(array)}}
     return None
 
 
@@ -112,7 +113,7 @@ def _kind_of(path: Path) -> str | None:
     """Returns the kind of a weights file by its first bytes, or None for any other file."""
     with path.open("rb") as file:
         start = file.read(16)
-    if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER_BYTES and start[8:9] == b"{":
+    if len(start) >= 9 and struct.unpack("<Q", start[:8])[0] <= MAX_HEADER_BYTES and start[8:9] == b"{":
         return _SFT
     if start.startswith(b"\x93NUMPY"):
         return _NPY
@@ -124,21 +125,19 @@ def _kind_of(path: Path) -> str | None:
 
 def _describe_sft_tensor(file: Any, name: str) -> list[Any]:
     piece = file.get_slice(name)
-    shape = piece.get_shape()
-    is_small = math.prod(shape) <= _SMALL_NUMEL
-    return _describe_tensor(_DTYPES[piece.get_dtype()], shape, file.get_tensor(name) if is_small else None)
+    dtype, shape = DTYPE_BY_SFT_CODE[piece.get_dtype()], piece.get_shape()
+    return _describe_tensor(file.get_tensor(name)) if math.prod(shape) <= _SMALL_NUMEL else [torch_name(dtype), shape]
 
 
-def _describe_tensor(dtype: torch.dtype, shape: list[int], tensor: Tensor | None) -> list[Any]:
+def _describe_tensor(tensor: Tensor) -> list[Any]:
     """Returns dtype and shape, and for a small tensor its bytes in hexadecimal."""
-    is_small = tensor is not None and math.prod(shape) <= _SMALL_NUMEL
-    return [dtype_name(dtype), shape, *([_bytes_of(tensor).hex()] if tensor is not None and is_small else [])]
+    values = [_bytes_of(tensor).hex()] if tensor.numel() <= _SMALL_NUMEL else []
+    return [torch_name(tensor.dtype), [*tensor.shape], *values]
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
     plain = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-    flat: bytes = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return flat
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def _size_and_digest(path: Path) -> dict[str, Any]:
@@ -155,18 +154,18 @@ def matches_description(text: str, entry: Mapping[str, Any]) -> bool:
     """Returns whether the file or folder at a path matches its description, by size and first and last MiB."""
     try:
         for name, description in entry["files"].items():
-            path = Path(text, name) if entry["is_folder"] else Path(text)
-            path = path.expanduser()
-            if not stat.S_ISREG(path.stat().st_mode):
-                return False
-            if description["kind"] == _TEXT:
-                if path.stat().st_size > _MAX_TEXT_BYTES or path.read_bytes() != description["text"].encode():
-                    return False
-            elif _size_and_digest(path) != {key: description[key] for key in ("bytes", "sha256")}:
+            path = Path(text, name if entry["is_folder"] else "").expanduser()
+            if not path.is_file() or not _file_matches(path, description):
                 return False
     except (OSError, ValueError, RuntimeError):  # also a name that no disk can have, or ~USER of an unknown user
         return False
     return True
+
+
+def _file_matches(path: Path, description: Mapping[str, Any]) -> bool:
+    if description["kind"] == _TEXT:
+        return path.stat().st_size <= _MAX_TEXT_BYTES and path.read_bytes() == description["text"].encode()
+    return _size_and_digest(path) == {key: description[key] for key in ("bytes", "sha256")}
 
 
 def check_description(entry: Any) -> None:
@@ -176,10 +175,9 @@ def check_description(entry: Any) -> None:
         ValueError, TypeError, KeyError, AttributeError: the description is invalid.
     """
     is_folder, files = entry["is_folder"], entry["files"]
-    if type(is_folder) is not bool or type(entry["path"]) is not str or not 0 < len(files) <= _MAX_NUM_FILES:
+    max_num_files = _MAX_NUM_FILES if is_folder else 1
+    if type(is_folder) is not bool or type(entry["path"]) is not str or not 0 < len(files) <= max_num_files:
         raise ValueError("not the description of a file or folder")
-    if not is_folder and len(files) != 1:
-        raise ValueError("several files in the place of one")
     for name, description in files.items():
         parts = name.split("/")
         is_hidden_or_invalid = any(part == "" or part.startswith(".") or len(part) > 255 for part in parts)
@@ -236,8 +234,7 @@ def write_placeholder(
             with disk.create(target, "xb") as file:
                 file.write(description["text"].encode())
         else:
-            values = _TensorValues(description["tensors"], tensors, fills_with_ones=fills_with_ones)
-            _write_file(target, description, values)
+            _write_file(target, description, _TensorValues(description["tensors"], tensors, fills_with_ones))
     return path
 
 
@@ -256,35 +253,31 @@ def max_placeholder_bytes(weights: Mapping[str, Any]) -> int:
     return max(_SIZE_FACTOR * sum(count_bytes(None, part) for part in parts), _SIZE_FLOOR)
 
 
+@dataclass
 class _TensorValues:
     """The values of a placeholder's tensors: recorded values, saved weights, or a fill value."""
 
-    def __init__(
-        self, described: Mapping[str, list[Any]], saved: Mapping[str, Tensor], *, fills_with_ones: bool
-    ) -> None:
-        self._described = described
-        self._saved = saved
-        self._fills_with_ones = fills_with_ones
+    described: Mapping[str, list[Any]]
+    saved: Mapping[str, Tensor]
+    fills_with_ones: bool
 
     def find(self, name: str) -> Tensor | None:
         """Returns a tensor's values; None means zeros."""
-        dtype, shape, *recorded = self._described[name]
+        dtype, shape, *recorded = self.described[name]
         if recorded and math.prod(shape):
             flat = torch.frombuffer(bytearray(bytes.fromhex(recorded[0])), dtype=torch.uint8)
             return flat.view(parse_dtype(dtype)).reshape(shape)
-        if self._fills_with_ones:
+        if self.fills_with_ones:
             return torch.ones(shape, dtype=torch.float32).to(parse_dtype(dtype))
-        suffix = name
-        while True:  # the file may name a tensor with a prefix that the model does not have
-            saved = self._saved.get(suffix)
+        parts = name.split(".")
+        for start in range(len(parts)):  # the file may name a tensor with a prefix that the model does not have
+            saved = self.saved.get(".".join(parts[start:]))
             if saved is not None and [*saved.shape] == shape:
                 return saved.detach().to(parse_dtype(dtype))
-            if "." not in suffix:
-                return None
-            suffix = suffix.partition(".")[2]
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, *_ = self._described[name]
+        dtype, shape, *_ = self.described[name]
         values = self.find(name)
         # Cloned, because torch.save would store two names of one tensor as tied.
         return torch.zeros(shape, dtype=parse_dtype(dtype)) if values is None else values.clone()
@@ -322,22 +315,16 @@ def _write_sft(
     find: Callable[[str], Tensor | None],
 ) -> None:
     """Writes a SafeTensors file; tensors of zeros become holes, which use no space in most file systems."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in sorted(described, key=lambda name: -described[name][0].itemsize):  # keeps every tensor aligned
-        dtype, shape = described[name]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SFT_DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    header, ordered = encode_sft_header(path, described, metadata)
     with disk.create(path, "xb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        start = file.tell()
-        for name in described:
+        file.write(header)
+        for name in ordered:
             if (tensor := find(name)) is not None:
-                file.seek(start + header[name]["data_offsets"][0])
                 file.write(_bytes_of(tensor))
-        file.truncate(start + end)
+            else:
+                dtype, shape = described[name]
+                file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+        file.truncate()
 
 
 def find_unsaved(module: nn.Module) -> dict[str, str]:
@@ -355,7 +342,6 @@ def find_unsaved(module: nn.Module) -> dict[str, str]:
 
 
 def _digest(value: Any) -> str | None:
-    """Returns a digest of a float or a dense array, or None for any other value."""
     if isinstance(value, float):
         return value.hex()
     with contextlib.suppress(Exception):  # a tensor subclass without plain bytes
@@ -382,17 +368,20 @@ def _walk(root: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _children(holder: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(holder, nn.Module):
-        tensors = {**holder._parameters, **holder._buffers}
-        yield from holder._modules.items()
-        yield from tensors.items()
-        skipped = {"_parameters", "_buffers", "_modules"}
-        for name, value in vars(holder).items():
-            if name not in skipped and not any(name + suffix in tensors for suffix in _DERIVED_SUFFIXES):
-                yield name, value
-    elif isinstance(holder, Mapping):
-        yield from islice(holder.items(), _MAX_NUM_ITEMS)
-    elif isinstance(holder, (list, tuple, set, frozenset)):
-        yield from islice(enumerate(holder), _MAX_NUM_ITEMS)
-    elif not isinstance(holder, (type, Tensor, np.ndarray)) and hasattr(holder, "__dict__") and not callable(holder):
-        yield from islice(vars(holder).items(), _MAX_NUM_ITEMS)
+    match holder:
+        case nn.Module():
+            tensors = {**holder._parameters, **holder._buffers}
+            yield from holder._modules.items()
+            yield from tensors.items()
+            skipped = {"_parameters", "_buffers", "_modules"}
+            for name, value in vars(holder).items():
+                if name not in skipped and not any(name + suffix in tensors for suffix in _DERIVED_SUFFIXES):
+                    yield name, value
+        case Mapping():
+            yield from islice(holder.items(), _MAX_NUM_ITEMS)
+        case list() | tuple() | set() | frozenset():
+            yield from islice(enumerate(holder), _MAX_NUM_ITEMS)
+        case type() | Tensor() | np.ndarray():
+            return
+        case _ if hasattr(holder, "__dict__") and not callable(holder):
+            yield from islice(vars(holder).items(), _MAX_NUM_ITEMS)

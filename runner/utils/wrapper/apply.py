@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -45,7 +46,8 @@ def optimize(
             raise ValueError(
                 f"{name}: expected an object with apply(module, context), found {type(optimization).__name__}"
             )
-        check_with_others(name, optimizations)
+        with _naming(name):
+            check_with_others(name, optimizations)
     ordered = sorted(optimizations.items(), key=lambda item: stage_of(item[1]))
     applied = AppliedOptimizations(module)
     before = _describe_size(module)
@@ -54,7 +56,9 @@ def optimize(
             module.to(device)
         for name, optimization in ordered:
             context = Context(device, purpose, optimizations, applied.reserved)
-            if (changes := optimization.apply(module, context)) is not None:
+            with _naming(name):
+                changes = optimization.apply(module, context)
+            if changes is not None:
                 applied.add(name, changes, type(optimization).__name__)
     except BaseException:
         applied.undo()
@@ -63,6 +67,17 @@ def optimize(
     if applied.rows:
         applied.rows.append(("parameters", f"{before}  ->  {_describe_size(module)}"))
     return applied
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Has the message of an error begin with the name of the optimization."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _describe_size(module: nn.Module) -> str:

@@ -1,8 +1,8 @@
 """The built-in optimizations, by their settings: each class's `apply` imports the module that does the work.
 
 They are in one module that imports no torch, and not beside their implementations, which all import it: a config is
-checked before torch is loaded, and a run without LoRA or float8 loads neither. Values for a config are in
-`conf/optimization/`.
+checked before torch is loaded, and a run without LoRA or float8 loads neither. The defaults are in
+`conf/optimization/`, once: a program that makes an instance gives each argument.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from runner.utils.wrapper.replace import Rule
 
+FREEZE_MODES = ("eval", "train")
 _GPU_KERNELS = "liger_kernel."
 _RULE_TYPES: dict[str, tuple[type, ...]] = {
     "match": (str,),
@@ -55,7 +56,7 @@ class Freeze:
     stage: ClassVar = Stage.FREEZE
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("eval", "train"))
+        check_choice("mode", self.mode, FREEZE_MODES)
 
     def apply(self, module: nn.Module, context: Context) -> Applied | None:
         """Freezes parameters, also when weights are written: the state of the optimizer is that of the others."""
@@ -334,8 +335,10 @@ class Checkpointing:
         if _find(others, Unsloth) is not None:
             raise ValueError("unsloth recomputes the blocks already; set one of the two")
         budget, compiled = self.memory_budget, _find(others, Compile)
-        if budget is not None and (compiled is None or not 0 <= budget <= 1):
-            raise ValueError(f"memory_budget={budget}: expected 0 to 1, where compile.scope is blocks or whole")
+        if budget is not None and not 0 <= budget <= 1:
+            raise ValueError(f"memory_budget={budget}: expected 0 to 1")
+        if budget is not None and compiled is None:
+            raise ValueError(f"memory_budget={budget}: is of compiled blocks; switch compile on too")
         if budget is not None and compiled is not None and compiled.backend == "eager":
             raise ValueError(
                 f"memory_budget={budget}: the backend eager compiles nothing that would follow it; take inductor"

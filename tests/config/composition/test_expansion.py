@@ -53,6 +53,8 @@ def test_a_large_expansion_is_rejected_with_its_key(name):
         ({f"a{i}": f"${{a{i + 1}}}" for i in range(70)} | {"a70": 1}, "nested over 60 deep"),
         ({f"a{i}": [[f"${{a{i + 1}}}"]] for i in range(30)} | {"a30": 1}, "nested over 60 deep"),
         ({f"a{i}": f"${{a{i + 1}.b}}" for i in range(5000)}, "nested over 60 deep"),
+        ({"a": "${oc.select:a.x}"}, "nested over 60 deep"),
+        ({"a": "${oc.select:b.x}", "b": "${oc.select:a.x}"}, "nested over 60 deep"),
         ({"a": "${" * 100_000}, "has 200,000 characters"),
         ({"a": "${" + "[" * 30}, "nested over 20 deep"),
         ({"a": ["${b}" + "x" * 9000] * 20, "b": 1}, "texts with interpolations have"),

@@ -50,18 +50,22 @@ def run(tmp_path, origin):
 
 def why_untrusted(run):
     with pytest.raises(SignatureError) as caught:
-        signature.check(run)
+        signature.check_signature(run)
     return str(caught.value)
 
 
 def test_a_signed_run_tells_where_it_was_started(run, origin):
-    assert signature.check(run) == origin
+    assert signature.check_signature(run) == origin
 
 
 def test_a_run_is_the_users_own_through_a_link_and_by_a_relative_path(run, origin, tmp_path, monkeypatch):
     (tmp_path / "newest").symlink_to(run)
     monkeypatch.chdir(run.parent)
-    assert signature.check(tmp_path / "newest") == signature.check(run.relative_to(run.parent)) == origin
+    assert (
+        signature.check_signature(tmp_path / "newest")
+        == signature.check_signature(run.relative_to(run.parent))
+        == origin
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -135,11 +139,11 @@ def test_a_pipe_in_the_place_of_a_signature_or_a_config_is_a_reason(run):
 def test_until_all_files_of_a_resume_are_written_both_old_and_new_ones_are_signed(run, origin):
     new = {"config.yaml": b"seed: 1\n", "overrides.yaml": b"[seed=1]\n"}  # hydra.yaml stays
     signature.sign(run, origin, new)
-    assert signature.check(run) == origin
+    assert signature.check_signature(run) == origin
     write(run, {"config.yaml": new["config.yaml"]})
-    assert signature.check(run) == origin
+    assert signature.check_signature(run) == origin
     write(run, new)
-    assert signature.check(run) == origin
+    assert signature.check_signature(run) == origin
     write(run, {"hydra.yaml": b"hydra: {x: 1}\n"})
     assert "hydra.yaml was modified" in why_untrusted(run)
 
@@ -157,7 +161,7 @@ def test_vouching_signs_a_moved_project_and_finds_its_directories_below_the_curr
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "moved")])
     run = tmp_path / "moved" / "run"
     vouched = signature.sign_present(run)
-    assert signature.check(run) == vouched
+    assert signature.check_signature(run) == vouched
     assert vouched.directory == str(tmp_path / "moved")
     assert vouched.config_dirs == [str(tmp_path / "moved" / "conf")]
     assert str(tmp_path / "moved") in vouched.python_path
@@ -170,21 +174,21 @@ def test_vouching_keeps_directories_that_are_there_where_the_run_alone_was_moved
     assert vouched.directory == origin.directory
     assert vouched.config_dirs == [str(tmp_path / "project" / "more"), *origin.config_dirs]
     assert set(origin.python_path) <= set(vouched.python_path)
-    assert signature.check(tmp_path / "away") == vouched
+    assert signature.check_signature(tmp_path / "away") == vouched
 
 
 def test_vouching_records_the_links_of_the_folder(run, tmp_path):
     (tmp_path / "disk").mkdir()
     (run / "exports").symlink_to("../../disk")
     assert signature.sign_present(run).links == {"exports": str(tmp_path / "disk")}
-    assert signature.check(run).links == {"exports": str(tmp_path / "disk")}
+    assert signature.check_signature(run).links == {"exports": str(tmp_path / "disk")}
 
 
 def test_a_link_that_was_made_after_signing_is_not_recorded(run, tmp_path):
     (tmp_path / "disk").mkdir()
     (run / "exports").symlink_to(tmp_path / "disk")
     (run / "checkpoints").symlink_to(tmp_path / "disk")
-    assert signature.check(run).links == {}
+    assert signature.check_signature(run).links == {}
 
 
 def test_the_runs_own_checkpoints_are_known_where_they_were_moved_to(run, origin, tmp_path):
@@ -192,13 +196,13 @@ def test_the_runs_own_checkpoints_are_known_where_they_were_moved_to(run, origin
     signature.mark_checkpoints(run)
     shutil.move(run / "checkpoints", tmp_path / "disk")
     (run / "checkpoints").symlink_to(tmp_path / "disk")
-    assert signature.check(run).links == {"checkpoints": str(tmp_path / "disk")}
+    assert signature.check_signature(run).links == {"checkpoints": str(tmp_path / "disk")}
     other = run.with_name("other")
     other.mkdir()
     signature.sign(other, replace(origin, run_id="other"), FILES)
     write(other)
     (other / "checkpoints").symlink_to(tmp_path / "disk")
-    assert signature.check(other).links == {}
+    assert signature.check_signature(other).links == {}
 
 
 def test_an_untrusted_runs_checkpoints_are_not_marked(run):
@@ -270,7 +274,7 @@ def test_the_fields_of_an_origin_are_plain(origin):
 
 def test_a_file_that_is_read_is_the_one_that_was_checked(run):
     path = run / ".hydra" / "config.yaml"
-    signature.check(run)
+    signature.check_signature(run)
     assert signature.is_as_checked(path, FILES["config.yaml"])
     assert not signature.is_as_checked(path, b"evil: 1\n")
     path.write_bytes(b"evil: 1\n")
