@@ -21,8 +21,7 @@ _WORKERS = "processes that load data; by default the saved config's for a run of
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    terminal.open_missing()
-    terminal.escape_unencodable()
+    terminal.prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m runner.evaluate", description="Evaluates a saved model.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT_OR_EXPORT", type=Path, help="a folder, or an exported file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set on the saved config: data.batch_size=8")

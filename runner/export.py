@@ -18,8 +18,7 @@ from runner.utils.utils import escape_controls
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
-    terminal.open_missing()
-    terminal.escape_unencodable()
+    terminal.prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m runner.export", description="Writes a saved model's weights.")
     parser.add_argument("saved", metavar="RUN_OR_CHECKPOINT", type=Path, help="a folder")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where to; by default the run's exports/")

@@ -194,7 +194,9 @@ class CommandQueue:
         with self._lock:
             due = [command for command in self._waiting if command.step is None or command.step <= step]
             self._set_waiting([c for c in self._waiting if c.step is not None and c.step > step])
-        due = _without_repeats(due)
+        # Equal commands have one key, but for `lr`.
+        by_key = {(command, index if command.name == "lr" else None): command for index, command in enumerate(due)}
+        due = list(by_key.values())
         passed = [command for command in due if command.step is not None and command.step < step]
         for command in passed[:_MOST_SHOWN]:
             self._answer(f"step {command.step} has passed; now at {step}: {command} is done now")
@@ -265,13 +267,3 @@ class CommandQueue:
         except CommandError:
             return False
         return True
-
-
-def _without_repeats(commands: list[Command]) -> list[Command]:
-    seen = set[Command]()
-    kept = []
-    for command in commands:
-        if command.name == "lr" or command not in seen:
-            seen.add(command)
-            kept.append(command)
-    return kept

@@ -10,45 +10,32 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from runner.control.commands import Command, CommandQueue, CommandSpec, parse_step
 from runner.control.stdin import quote_typed
 
 if TYPE_CHECKING:
     from runner.utils.distributed.coordinator import Coordinator
-    from runner.utils.train.throughput import Throughput
+    from runner.utils.train.loop import Loop
 
 _MAX_ANSWERS = 20  # at one step
 _MAX_SHOWN = 20  # scheduled commands in an answer
 _MAX_RATE = 1e9  # above it an update of any optimizer may overflow float32
 
 
-class RunningLoop(Protocol):
-    """The loop that executes a command."""
-
-    step: int
-    steps: int
-    throughput: Throughput
-
-    def request_action(self, name: str) -> None: ...
-
-
-class HasLearningRate(Protocol):
-    """Engines whose learning rate can be set."""
-
-    def set_lr(self, lr: float) -> None: ...
-
-
 class CommandHandlers:
     """Reads commands on rank zero, executes them on every rank, and answers each once.
 
     Args:
+        set_lr: called with a learning rate for all engines.
         answer: called with each answer.
     """
 
-    def __init__(self, engines: HasLearningRate, coordinator: Coordinator, answer: Callable[[str], None]) -> None:
-        self.engines = engines
+    def __init__(
+        self, set_lr: Callable[[float], None], coordinator: Coordinator, answer: Callable[[str], None]
+    ) -> None:
+        self.set_lr = set_lr
         self.queue = CommandQueue(COMMANDS, answer)
         self._coordinator = coordinator
         self._answer = answer
@@ -87,31 +74,31 @@ class CommandHandlers:
             self._answer("... (further commands at this step are done without an answer)")
 
 
-def _request_action(handlers: CommandHandlers, loop: RunningLoop, argument: None, *, action: str) -> None:
+def _request_action(handlers: CommandHandlers, loop: Loop, argument: None, *, action: str) -> None:
     loop.request_action(action)
 
 
-def _quit(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+def _quit(handlers: CommandHandlers, loop: Loop, argument: None) -> None:
     from runner.utils.train import Stop  # imports torch
 
     raise Stop("quit")
 
 
-def _set_lr(handlers: CommandHandlers, loop: RunningLoop, lr: float) -> None:
-    handlers.engines.set_lr(lr)
+def _set_lr(handlers: CommandHandlers, loop: Loop, lr: float) -> None:
+    handlers.set_lr(lr)
     handlers.answer(loop.step, f"The base learning rate is {lr:g} from step {loop.step + 1} on")
 
 
-def _answer_time(handlers: CommandHandlers, loop: RunningLoop, target_step: int | None) -> None:
+def _answer_time(handlers: CommandHandlers, loop: Loop, target_step: int | None) -> None:
     elapsed_s, step_s = loop.throughput.overall(loop.step)
     handlers.answer(loop.step, describe_time(loop.step, loop.steps, step_s, elapsed_s, target_step))
 
 
-def _answer_events(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+def _answer_events(handlers: CommandHandlers, loop: Loop, argument: None) -> None:
     handlers.answer(loop.step, describe_events(handlers.queue.pending))
 
 
-def _answer_help(handlers: CommandHandlers, loop: RunningLoop, argument: None) -> None:
+def _answer_help(handlers: CommandHandlers, loop: Loop, argument: None) -> None:
     handlers.answer(loop.step, HELP)
 
 
@@ -120,8 +107,7 @@ def _parse_lr(words: list[str]) -> float:
         raise ValueError('"lr" lacks its number')
     typed = " ".join(words)
     # float() alone accepts "infinity", "1_0" and digits of other scripts, so the form is checked first.
-    is_number = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", typed)
-    lr = float(typed) if is_number else math.nan
+    lr = float(typed) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", typed, re.ASCII) else math.nan
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"expected one finite number above 0, found {quote_typed(typed)}")
     if lr > _MAX_RATE:

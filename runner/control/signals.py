@@ -91,8 +91,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.request_stop: Callable[[str], None] | None = None
-        self._announce: Callable[[str], None] = lambda name: None
-        self._abort: Callable[[int], None] = lambda number: None
         self.is_finished = False
         self.first_signal: str | None = None
         self._raised: int | None = None  # by a signal before a run was connected
@@ -106,8 +104,8 @@ class StopSignals:
     def connect(
         self,
         request_stop: Callable[[str], None],
-        announce: Callable[[str], None] | None = None,
-        abort: Callable[[int], None] | None = None,
+        announce: Callable[[str], None] = lambda name: None,
+        abort: Callable[[int], None] = lambda number: None,
     ) -> None:
         """Connects a run; a signal that came before and was dropped by the code it interrupted counts now.
 
@@ -115,8 +113,8 @@ class StopSignals:
             announce: called with the first signal's name, in a thread, whatever the main thread does.
             abort: called with the second signal, in a thread, before that ends a process whose main thread does not.
         """
-        self._announce = announce or self._announce
-        self._abort = abort or self._abort
+        self._announce = announce
+        self._abort = abort
         self.request_stop = request_stop
         if self._raised is not None:
             self._request_stop(self._raised)
@@ -128,8 +126,7 @@ class StopSignals:
         os.set_blocking(write_fd, False)
         is_past = threading.Event()
         before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._watch, args=(read_fd, is_past), name="signals", daemon=True)
-        thread.start()
+        threading.Thread(target=self._watch, args=(read_fd, is_past), name="signals", daemon=True).start()
         _wakeup_fds.append(write_fd)
         try:
             yield

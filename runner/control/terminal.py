@@ -35,37 +35,31 @@ class _Terminal(io.FileIO):
             return super().write(data)
 
 
-def open_missing() -> None:
+def prepare_streams() -> None:
     """Opens /dev/null for each standard stream that was closed before the program started.
 
-    Otherwise a file of the program gets the stream's number, and what a C library prints ends up in it.
+    Otherwise a file of the program gets the stream's number, and what a C library prints ends up in it. Standard output
+    escapes characters that its encoding lacks, as standard error does, instead of raising.
     """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
-            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
-            os.set_inheritable(null, True)
-
-
-def escape_unencodable() -> None:
-    """Makes standard output escape characters that its encoding lacks, as standard error does, instead of raising."""
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # `open` takes the lowest number that is free
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def survive_closed_terminal() -> None:
     """Makes `sys.stdout` and `sys.stderr` accept output after their terminal was closed."""
-    open_missing()
-    escape_unencodable()
+    prepare_streams()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper) or not stream.isatty():
             continue
         stream.flush()
         raw = _Terminal(stream.fileno(), "wb", closefd=False)
-        is_unbuffered = isinstance(stream.buffer, io.RawIOBase)
-        buffer: Any = raw if is_unbuffered else io.BufferedWriter(raw)
+        buffer: Any = raw if isinstance(stream.buffer, io.RawIOBase) else io.BufferedWriter(raw)
         wrapped = io.TextIOWrapper(
             buffer, encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
             write_through=stream.write_through,

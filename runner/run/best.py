@@ -59,10 +59,8 @@ class Best:
             found: the best evaluation, as `self.found` was.
             numbers: of the last evaluation; empty if it isn't known.
         """
-        name = self._find_name(numbers) or self._configured
-        if name is None and found:
-            name = self._find_name({found["name"]: 0})
-        self._name = name
+        saved = {found["name"]: 0} if found else {}
+        self._name = self._find_name(numbers) or self._configured or self._find_name(saved)
         if found is None or found["name"] == self._name:
             self.found = found
             return None
@@ -85,8 +83,9 @@ class Best:
         if name is None:
             if self._configured is None:
                 return False
-            there_are = f"was not evaluated; there are: {', '.join(numbers)}"
-            raise ValueError(f"trainer.best_metric={self._configured}: {there_are}")
+            raise ValueError(
+                f"trainer.best_metric={self._configured}: was not evaluated; there are: {', '.join(numbers)}"
+            )
         self._name = name
         if self.found is not None and self.found["name"] != name:
             self.found = None
@@ -119,9 +118,11 @@ class BestCheckpoint:
             removed: steps of checkpoints that are about to be removed.
         """
         found = self._best.found
-        if not is_rank_zero():  # only rank zero reads the disk
-            return found
-        if found is None or (found["step"] not in removed and self._checkpoints.has(found["step"])):
+        if (
+            found is None
+            or not is_rank_zero()  # only rank zero reads the disk
+            or (found["step"] not in removed and self._checkpoints.has(found["step"]))
+        ):
             return found
         if not self.keep_best:
             return found | {"step": None}
@@ -161,10 +162,6 @@ class BestCheckpoint:
         Args:
             run_on_ranks: calls a function on every rank and returns the results.
         """
-        is_lost = run_on_ranks(self._pop_lost)[0]
-        if is_lost and self.keep_best:
+        if run_on_ranks(lambda: self._is_lost)[0] and self.keep_best:
+            self._is_lost = False
             self._best.found = run_on_ranks(lambda: self.describe_best() if is_rank_zero() else None)[0]
-
-    def _pop_lost(self) -> bool:
-        is_lost, self._is_lost = self._is_lost, False
-        return is_lost

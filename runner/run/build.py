@@ -142,7 +142,6 @@ def build_engines(
 def _build_parts(
     spec: ExperimentSpec, device: torch.device, purpose: Purpose, builder: ModelBuilder
 ) -> list[_EngineParts]:
-    """Builds the module of each engine and applies its optimizations."""
     parts = []
     for engine in spec.engines.values():
         key = f"{engine.prefix}model"
@@ -151,8 +150,7 @@ def _build_parts(
         for option, node in engine.optimizations.items():
             make = partial(optimizations.make_optimization, node, _instantiate)
             objects[option] = _explain_errors(f"{engine.prefix}optimizations.{option}", make, node)
-        apply = partial(optimize, module, objects, device, purpose)
-        applied = _explain_errors(f"{engine.prefix}optimizations", apply)
+        applied = _explain_errors(f"{engine.prefix}optimizations", partial(optimize, module, objects, device, purpose))
         builder.finish(engine.name, module)
         parts.append(_EngineParts(engine, module, applied))
     return parts
@@ -376,10 +374,9 @@ def build_evaluation(spec: ExperimentSpec) -> EvaluationData | None:
 def find_unseeded(spec: ExperimentSpec, batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
     """Returns warnings of generators that the data holds and that are not reseeded for each sample."""
     roots: dict[str, Any] = {}
-    if batches is not None:
-        roots |= {"data.train": batches.dataset, "data.collate": batches.collate}
-    if evaluation is not None:
-        roots |= {"data.eval": evaluation.dataset, "data.collate": evaluation.collate}
+    for key, data in (("data.train", batches), ("data.eval", evaluation)):
+        if data is not None:
+            roots |= {key: data.dataset, "data.collate": data.collate}
     held = ObjectGenerators(**roots)
     if spec.data.seed_samples:
         effect = "its numbers depend on loader workers and on where the run is cut"

@@ -132,8 +132,7 @@ def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
     newest = None
     try:
         with open_regular(run / "metrics.jsonl") as file:
-            for line in iterate_lines(file, _MAX_LINE_BYTES):
-                evaluation = _read_evaluation(line)
+            for evaluation in map(_read_evaluation, iterate_lines(file, _MAX_LINE_BYTES)):
                 if evaluation is not None and evaluation["step"] <= step:
                     newest = evaluation
     except OSError:  # there are no lines, or the run itself reports the error

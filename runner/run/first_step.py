@@ -152,9 +152,8 @@ class FirstStepCheck:
 def _saved_buffers(module: nn.Module) -> set[str]:
     found: set[str] = set()
     for prefix, part in module.named_modules():
-        for key, buffer in part._buffers.items():
-            if buffer is not None and key not in part._non_persistent_buffers_set:
-                found.add(f"{prefix}.{key}" if prefix else key)
+        saved = part._buffers.keys() - part._non_persistent_buffers_set
+        found |= {f"{prefix}.{key}".removeprefix(".") for key in saved if part._buffers[key] is not None}
     return found
 
 

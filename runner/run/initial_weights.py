@@ -6,7 +6,7 @@ Only the weights of the other run are read, and matched by name. Its config is n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,7 @@ class WeightsSource:
         try:
             if self.path.is_dir():
                 weights = checkpoints.load(self.path, lambda part: "." not in part)
-                step = int(self.path.name.partition("_")[2])
-                return weights, f"step {step} of {self.path.parent.parent}"
+                return weights, f"step {int(self.path.name.partition('_')[2])} of {self.path.parent.parent}"
             metadata, weights = io.read_metadata(self.path), io.load(self.path)
         except OSError as error:
             raise ConfigError(f"{self}: {self.path} can't be read ({error.strerror})") from error
@@ -69,12 +68,9 @@ class InitialWeights(ModelBuilder):
 
     Args:
         sources: the source of each engine by the engine's name.
-    Attributes:
-        lines: a line for the log about each source that was loaded.
     """
 
     def __init__(self, sources: Mapping[str, WeightsSource]) -> None:
-        self.lines: list[str] = []
         self._sources = sources
         self._loaded: dict[Path, tuple[dict[str, Any], str]] = {}
         self._mismatches: dict[str, str] = {}  # by engine, before the optimizations
@@ -98,10 +94,13 @@ class InitialWeights(ModelBuilder):
         """
         if engine in self._mismatches and self._load(engine, module) is not None:
             raise ConfigError(self._mismatches[engine])
-        if engine in self._sources:
-            source = self._sources[engine]
-            line = f"{source}: weights of {self._loaded[source.path][1]}"
-            self.lines += [line] if line not in self.lines else []
+
+    @property
+    def lines(self) -> list[str]:
+        """A line for the log about each source, once the models are built."""
+        return list(
+            dict.fromkeys(f"{source}: weights of {self._loaded[source.path][1]}" for source in self._sources.values())
+        )
 
     def _load(self, engine: str, module: nn.Module) -> str | None:
         """Loads an engine's weights and returns None; if they do not match, loads none and returns the reason."""
@@ -189,7 +188,6 @@ def _find_mismatches(module: nn.Module, weights: Mapping[str, Any]) -> list[str]
     return [f"{kind}: {_join_names(names)}" for kind, names in mismatches.items() if names]
 
 
-def _join_names(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - _MAX_NUM_NAMES} more" if len(listed) > _MAX_NUM_NAMES else ""
-    return ", ".join(name[:_MAX_NAME_LENGTH] for name in listed[:_MAX_NUM_NAMES]) + more
+def _join_names(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NUM_NAMES} more" if len(names) > _MAX_NUM_NAMES else ""
+    return ", ".join(name[:_MAX_NAME_LENGTH] for name in names[:_MAX_NUM_NAMES]) + more

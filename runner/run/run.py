@@ -164,8 +164,7 @@ def _log_record_faults(trainer: Trainer) -> None:
     for fault in trainer.record.faults:
         trainer.log.warning("run.json: left out %s", fault)
     if crashed := trainer.record.crashed:
-        host = one_line(str(crashed["host"]))
-        trainer.log.warning("The session of process %s on %s crashed", crashed["pid"], host)
+        trainer.log.warning("The session of process %s on %s crashed", crashed["pid"], one_line(str(crashed["host"])))
 
 
 @contextlib.contextmanager
@@ -266,7 +265,6 @@ def _refuse(error: OSError, folder: Path) -> ConfigError:
 
 
 def _describe_runner(folder: Path) -> str:
-    """Returns the process that runs in a folder, as its run.json names it."""
     record = read_record(folder)
     try:
         pid, host, started = record["pid"], record["host"], record["sessions"][-1]["started"]

@@ -149,7 +149,7 @@ class Trainer:
         self.hparams: dict[str, bool | float | str] = {}
         self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
         self._num_evaluated = 0  # batches
-        self.commands = CommandHandlers(self.engines, self.coordinator, partial(self.log.info, "%s"))
+        self.commands = CommandHandlers(self.engines.set_lr, self.coordinator, partial(self.log.info, "%s"))
         self.loop = self._make_loop()
         self.state = RunState(experiment, self.loop, self.commands.queue, self.best)
         if checkpoint:

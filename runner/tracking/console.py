@@ -39,7 +39,8 @@ class Console:
         enabled: bool | None = None,
     ) -> None:
         stream = sys.stderr if stream is None else stream
-        is_shown = _is_terminal(stream) if enabled is None else enabled
+        is_terminal = stream is not None and not stream.closed and stream.isatty()
+        is_shown = is_terminal if enabled is None else enabled
         self._step = first_step
         self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
         self._next_draw = 0.0
@@ -198,8 +199,7 @@ def _make_bar(total: int, first: int, stream: TextIO) -> Any:
         monitor_interval = 0  # no thread of tqdm: `update` decides when to draw
 
     Bar.set_lock(RLock())  # tqdm's own lock is shared between processes, which is slow
-    has_width = _num_columns(stream) > 0
-    width: dict[str, Any] = {"dynamic_ncols": True} if has_width else {"ncols": 80, "nrows": 24}
+    width: dict[str, Any] = {"dynamic_ncols": True} if _num_columns(stream) > 0 else {"ncols": 80, "nrows": 24}
     return Bar(total=total, initial=first, file=stream, unit="step", mininterval=0, miniters=0, **width)
 
 
@@ -209,10 +209,6 @@ def _num_columns(stream: TextIO) -> int:
         return os.get_terminal_size(stream.fileno()).columns
     except OSError:
         return 0
-
-
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and not stream.closed and stream.isatty()
 
 
 def _write_line(text: str) -> None:

@@ -11,7 +11,6 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -175,8 +174,9 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
             if is_eval_pending and event.step == step and tag.startswith("eval/"):
                 log.num_pending_evals += 1
             else:
-                scalars = [value for value in event.summary.value if value.HasField("simple_value")]
-                values = {scalar.tag: scalar.simple_value for scalar in scalars}
+                values = {
+                    value.tag: value.simple_value for value in event.summary.value if value.HasField("simple_value")
+                }
                 is_restorable = is_ours and event.step >= 0 and LINE_NAMES.isdisjoint(values)
                 key = make_key(event.step, values, names) if values and is_restorable else None
                 time_s = earlier_s + event.wall_time - log.started
@@ -185,23 +185,15 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
     return log
 
 
-@contextmanager
-def _mapped(path: Path) -> Iterator[Any]:
-    """Yields the content of a file that may be larger than memory; empty if there is no file."""
-    content: Any = b""
-    with ExitStack() as stack:
-        if os.path.lexists(path):
-            file = stack.enter_context(open_regular(path))
-            if os.fstat(file.fileno()).st_size:
-                content = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        yield content
-
-
 def _events(path: Path) -> Iterator[tuple[bytes | None, Event | None]]:
-    """Yields the records of a file with their events; None for a damaged one."""
-    with _mapped(path) as content:
-        for record in _scan(content):
-            yield record, None if record is None else _parse(record)
+    """Yields the records of a file, which may be larger than memory, with their events; None for a damaged one."""
+    if not os.path.lexists(path):
+        return
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size:  # an empty file can't be mapped
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                for record in _scan(content):
+                    yield record, None if record is None else _parse(record)
 
 
 def _parse(record: bytes) -> Event | None:
@@ -282,8 +274,7 @@ def _masked_crc(data: bytes) -> bytes:
 
 
 def _frame_values(wall_time: float, step: int, *values: Summary.Value) -> bytes:
-    event = Event(wall_time=wall_time, step=step, summary=Summary(value=values))
-    return frame(event.SerializeToString())
+    return frame(Event(wall_time=wall_time, step=step, summary=Summary(value=values)).SerializeToString())
 
 
 def _hparams_value(name: str, **content: Any) -> Summary.Value:

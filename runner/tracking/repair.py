@@ -39,6 +39,10 @@ class Record(NamedTuple):
     content: bytes
     key: Key | None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.key[1] if self.key else ()
+
 
 @dataclass
 class Log:
@@ -69,7 +73,6 @@ class Log:
     is_clock_known: bool = False
 
     def __str__(self) -> str:
-        """Returns the path as a message names it."""
         return str(self.path) if self.path.exists() else f"{self.path.parent}/{self.pattern} (no such file)"
 
 
@@ -84,8 +87,7 @@ def make_key(step: int, values: Mapping[str, float | None], names: dict[tuple[st
     numbers = array("f", [nan if value is None else value for value in values.values()])
     if not all(map(isfinite, numbers)):  # a line has null for each of them
         numbers = array("f", [number if isfinite(number) else nan for number in numbers])
-    key_names = tuple(values)
-    return step, names.setdefault(key_names, key_names), numbers.tobytes()
+    return step, names.setdefault(tuple(values), tuple(values)), numbers.tobytes()
 
 
 def is_step(step: object) -> bool:
@@ -119,8 +121,8 @@ def read_lines(path: Path, step: int, is_eval_pending: bool) -> Log:
         with open_regular(path) as file:
             records = [_parse_line(line, names) for line in iterate_lines(file, _MAX_LINE_BYTES)]
     parsed = [record for record in records if record is not None]
-    num_same = Counter(_step_and_names(record) for record in parsed)
-    repeated = [num_same[_step_and_names(record)] > 1 for record in parsed]
+    num_same = Counter((record.step, record.names) for record in parsed)
+    repeated = [num_same[record.step, record.names] > 1 for record in parsed]
     steps = [-1, -1, *(record.step for record in parsed), inf, inf]
     last, index, is_gap = -1, -1, False  # `index` counts the parsed records
     for record in records:
@@ -134,16 +136,11 @@ def read_lines(path: Path, step: int, is_eval_pending: bool) -> Log:
             if is_gap:
                 log.gaps.append((last, record.step))
             last, is_gap = record.step, False
-            names_found = record.key[1] if record.key else ()
-            if is_eval_pending and record.step == step and any(name.startswith("eval/") for name in names_found):
+            if is_eval_pending and record.step == step and any(name.startswith("eval/") for name in record.names):
                 log.num_pending_evals += 1
             else:
                 log.records.append(record)
     return log
-
-
-def _step_and_names(record: Record) -> tuple[int, tuple[str, ...]]:
-    return record.step, record.key[1] if record.key else ()
 
 
 def _is_out_of_order(steps: list[float], repeated: list[bool], index: int) -> bool:

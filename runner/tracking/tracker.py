@@ -89,6 +89,7 @@ class Tracker:
         self._earlier_s = 0.0  # of earlier sessions
         self._flush_s = flush_s
         # Both queues work without a lock in Python code, so a signal handler may log at any moment.
+        self._files: dict[str, AppendFile] = {}  # by kind: lines and events
         self._entries: deque[_Entry] = deque()
         self._requests: SimpleQueue[str | threading.Event] = SimpleQueue()
         self._error: BaseException | None = None
@@ -116,8 +117,9 @@ class Tracker:
         self._opened.wait()
         is_on = {"lines": self._has_lines, "events": self._has_events}
         known = {kind: self._recorded[kind] for kind in is_on if kind in self._recorded}
-        counts = {kind: number + self._num_logged * is_on[kind] for kind, number in known.items()}
-        return counts | {"step": self._last_step}
+        return {kind: number + self._num_logged * is_on[kind] for kind, number in known.items()} | {
+            "step": self._last_step
+        }
 
     def text(self, step: int, name: str, text: str) -> None:
         """Writes Markdown for TensorBoard's TEXT tab, and nowhere else; code needs a fence."""
@@ -216,22 +218,19 @@ class Tracker:
             raise self._error
 
     def _run(self) -> None:
-        files: list[AppendFile] = []
         try:
-            self._open_files(files)
-            self._write_until_closed(files)
-            for file in files:
+            self._open_files()
+            self._write_until_closed()
+            for file in self._files.values():
                 file.sync()
         except BaseException as error:
             self._error, self._is_ended = error, True
         finally:
             self._opened.set()
-            for file in files:
+            for file in self._files.values():
                 file.close()
 
-    def _open_files(self, files: list[AppendFile]) -> None:
-        self._lines: AppendFile | None = None
-        self._records: AppendFile | None = None
+    def _open_files(self) -> None:
         if self._has_events:
             from runner.tracking import event_file  # imported in this thread: TensorBoard's protos would delay the run
 
@@ -240,22 +239,16 @@ class Tracker:
             self._truncate_files(self._resume_step)
             self._opened.set()
         if self._has_lines:
-            self._lines = AppendFile(self._folder / METRICS_NAME)
-            files.append(self._lines)
+            self._files["lines"] = AppendFile(self._folder / METRICS_NAME)
         if self._has_events:
-            self._records = AppendFile(self._events.name_next_file(self._folder))
-            files.append(self._records)
-            self._records.append(self._events.encode_header(self._started, self._resume_step))
+            self._files["events"] = AppendFile(self._events.name_next_file(self._folder))
+            self._files["events"].append(self._events.encode_header(self._started, self._resume_step))
 
     def _truncate_files(self, step: int) -> None:
         """Cuts the files after a step, restores what one kind of file lacks, and warns of what both lack."""
         path = self._folder / METRICS_NAME
-        lines = Log(path, METRICS_NAME)
-        events = list[Log]()
-        if self._has_lines:
-            lines = read_lines(path, step, self._is_eval_pending)
-        if self._has_events:
-            events = self._read_events(step)
+        lines = read_lines(path, step, self._is_eval_pending) if self._has_lines else Log(path, METRICS_NAME)
+        events = self._read_events(step) if self._has_events else []
         if self._has_lines and self._has_events:
             num_recorded = self._recorded.get("events")
             repair = restore_missing(lines, events, _encode_line, self._events.encode_scalars, num_recorded)
@@ -308,7 +301,7 @@ class Tracker:
         if lost := find_lost(logs, max_lost, self._recorded.get("step", 0)):
             self._warn(describe_lost(logs, lost, max_lost))
 
-    def _write_until_closed(self, files: list[AppendFile]) -> None:
+    def _write_until_closed(self) -> None:
         status: str | threading.Event | None = None
         while not isinstance(status, str):
             status = None
@@ -317,23 +310,21 @@ class Tracker:
             while self._entries:
                 self._write_chunk(min(len(self._entries), _CHUNK))
             if isinstance(status, threading.Event):
-                for file in files:
+                for file in self._files.values():
                     file.sync()
                 status.set()
-        if self._records is not None:
-            self._records.append(self._events.encode_hparams_end(time.time(), status))
+        if self._has_events:
+            self._files["events"].append(self._events.encode_hparams_end(time.time(), status))
 
     def _write_chunk(self, size: int) -> None:
-        lines: list[bytes] = []
-        records: list[bytes] = []
+        encoded: dict[str, list[bytes]] = {"lines": [], "events": []}
         try:
             for _ in range(size):
-                self._encode(self._entries.popleft(), lines, records)
+                self._encode(self._entries.popleft(), encoded["lines"], encoded["events"])
         finally:
-            if self._lines is not None and lines:
-                self._lines.append(b"".join(lines))
-            if self._records is not None and records:
-                self._records.append(b"".join(records))
+            for kind, parts in encoded.items():
+                if parts:
+                    self._files[kind].append(b"".join(parts))
 
     def _encode(self, entry: _Entry, lines: list[bytes], records: list[bytes]) -> None:
         step, now, content = entry

@@ -198,7 +198,7 @@ def test_of_many_commands_whose_step_has_passed_the_first_are_answered():
 
 def test_of_many_rates_at_one_step_the_last_is_set_and_the_first_are_answered():
     answers, rates = [], []
-    handlers = CommandHandlers(SimpleNamespace(set_lr=rates.append), None, answers.append).by_name
+    handlers = CommandHandlers(rates.append, None, answers.append).by_name
     loop = SimpleNamespace(step=4)
     for number in range(1, 31):
         handlers["lr"](loop, float(number))

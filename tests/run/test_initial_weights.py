@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from runner import evaluate, export
 from runner.checkpoint import checkpoints as checkpoint
+from runner.config import optimizations
 from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
 from runner.run import build, initial_weights, saved_model
@@ -45,7 +46,7 @@ def start(plain, text="run", **changes):
 
 
 def with_lora(plain, rank=2):
-    return plain | {"optimizations": {**plain["optimizations"], "lora": {"rank": rank}}}
+    return optimizations.expand(plain | {"optimizations": {**plain["optimizations"], "lora": {"rank": rank}}})
 
 
 @pytest.mark.parametrize(
