@@ -210,17 +210,13 @@ class Checkpoints:
         """
         superseded = self.steps_after(newest_step)
         steps = {step: path for step, path in self._steps().items() if step not in superseded}
-        newest = self._newest_complete(steps, self._keep_last)
+        complete = (step for step in sorted(steps, reverse=True) if self._is_complete(steps[step]))
+        newest = list(islice(complete, self._keep_last))
         if not self._keep_last or len(newest) < self._keep_last:
             return superseded
         kept = {step for step in steps if self._keep_every and step % self._keep_every == 0}
         kept |= {step for step, _ in self.rank_best(superseded)}
         return superseded | {s: path for s, path in steps.items() if s < newest[-1] and s not in kept}
-
-    def _newest_complete(self, steps: Mapping[int, Path], count: int) -> list[int]:
-        """Returns the newest complete steps, at most `count` of them, the newest first."""
-        complete = (step for step in sorted(steps, reverse=True) if self._is_complete(steps[step]))
-        return list(islice(complete, count))
 
     def rank_best(
         self, left_out: Container[int] = (), count: int | None = None, below: float = math.inf

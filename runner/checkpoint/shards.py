@@ -72,16 +72,13 @@ def write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup 
     names = {rank: f"shard-{rank:05d}.safetensors" for rank, pieces in enumerate(pieces_by_rank) if pieces}
     rank = dist.get_rank(group) if is_distributed() else 0
 
-    def write_files() -> None:
-        if rank in names:
-            _write_pieces(folder / names[rank], {piece: local[piece] for piece in pieces_by_rank[rank]})
-        if rank == 0:
-            document = {"format": _FORMAT, "files": [*names.values()], "tensors": _descriptions(tensors)}
-            io.write_new_json(document, folder / INDEX, indent=None)
-
     def attempt() -> tuple[int, str, str | None] | None:
         try:
-            write_files()
+            if rank in names:
+                _write_pieces(folder / names[rank], {piece: local[piece] for piece in pieces_by_rank[rank]})
+            if rank == 0:
+                document = {"format": _FORMAT, "files": [*names.values()], "tensors": _descriptions(tensors)}
+                io.write_new_json(document, folder / INDEX, indent=None)
         except OSError as error:
             return os_error_arguments(error, folder / names.get(rank, INDEX))
         return None
@@ -166,10 +163,6 @@ def _assign_pieces(held: Sequence[Sequence[_Piece]], tensors: Mapping[str, Tenso
 
 def _descriptions(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: {"dtype": SFT_DTYPES[tensor.dtype], "shape": [*tensor.shape]} for name, tensor in tensors.items()}
-
-
-def _describe(tensor: Tensor | None) -> str:
-    return "not there" if tensor is None else f"{dtype_name(tensor.dtype)}{[*tensor.shape]}"
 
 
 def os_error_arguments(error: OSError, default_file: Path | None = None) -> tuple[int, str, str | None]:

@@ -354,8 +354,8 @@ class DDP(Strategy):
             return
         syncs_buffers = self._module.require_forward_param_sync
         self._loss_module.is_shadowing = True
-        if self._has_run_forward:  # the buffers of this step were broadcast already
-            self._module.require_forward_param_sync = False
+        # After a forward the buffers of this step were broadcast already.
+        self._module.require_forward_param_sync = syncs_buffers and not self._has_run_forward
         try:
             self._module(None)[0].backward()
             if self._is_weighted:
@@ -390,10 +390,9 @@ def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
     def visit(node: Any) -> Any:
         if isinstance(node, Tensor):
-            key = id(node)
-            if key not in changed_by_id:
-                changed_by_id[key] = change(node)
-            return changed_by_id[key]
+            if id(node) not in changed_by_id:
+                changed_by_id[id(node)] = change(node)
+            return changed_by_id[id(node)]
         if isinstance(node, Mapping):
             changed: Any = copy.copy(node)  # some mappings have attributes beside their items
             for key, value in node.items():

@@ -195,7 +195,6 @@ def _match_parameters(
     for group_index, (saved_group, group) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
         locations |= {name: (group_index, key) for name, key in zip(group, saved_group["params"], strict=True)}
     saved_keys = {key for _, key in locations.values()}
-    matched_names: set[str] = set()
     new_state = {key: value for key, value in state["state"].items() if key not in saved_keys}
     position = itertools.count()
     for names_of_group in group_names:
@@ -206,8 +205,7 @@ def _match_parameters(
             if name is None:
                 matched.missing.append(parameter_names[0])
                 continue
-            matched_names.add(name)
-            group_index, saved_key = locations[name]
+            group_index, saved_key = locations.pop(name)
             saved_groups.add(group_index)
             if saved_key in state["state"]:
                 new_state[index] = state["state"][saved_key]
@@ -215,7 +213,7 @@ def _match_parameters(
             raise ValueError(_describe_regrouping(group_names, saved_names))
         matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
-    matched.unmatched = [name for name in locations if name not in matched_names]
+    matched.unmatched = [*locations]
 
 
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:

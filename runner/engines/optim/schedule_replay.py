@@ -138,16 +138,16 @@ class LRSchedule:
         """
         before = [plain_values(group, set()) for group in self._groups]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
+            # Torch warns of scheduler steps before the optimizer's first.
+            with warnings.catch_warnings(action="ignore"):
                 for event in state["events"]:
                     self._advance(event["count"])
                     self._apply(event)
                 self._advance(state["count"])
         except Exception as error:
-            kind, count = type(self._scheduler).__name__, state["count"]
             raise ValueError(
-                f"scheduler: {kind} can't go on after step {count} with these settings: {error}; choose others"
+                f"scheduler: {type(self._scheduler).__name__} can't go on after step {state['count']} "
+                f"with these settings: {error}; choose others"
             ) from error
         return [self._scheduled_values(group, old) for group, old in zip(self._groups, before, strict=True)]
 
@@ -243,8 +243,8 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
     if scheduler is None:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
+        # Torch warns of scheduler steps before the optimizer's first.
+        with warnings.catch_warnings(action="ignore"):
             return _first_decrease(_simulate(scheduler, min(num_steps, _MAX_SIMULATED)))
     except Exception:  # from a user's own scheduler: it can't be copied, or needs more than rates
         return None
