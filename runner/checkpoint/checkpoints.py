@@ -245,8 +245,7 @@ class Checkpoints:
             except CheckpointError:
                 continue
             if isinstance(manifest["metric"], (int, float)):
-                converted = manifest | {"metric": convert(manifest["metric"])}
-                io.write_json(_with_checksum(converted), path / MANIFEST)
+                io.write_json(_with_checksum(manifest | {"metric": convert(manifest["metric"])}), path / MANIFEST)
 
     def has(self, step: int) -> bool:
         """Returns whether there is a complete checkpoint of a step."""

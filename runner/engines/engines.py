@@ -294,9 +294,9 @@ class Engines(dict[str, Engine]):
             try:
                 load_weights(engine.module, engine.strategy.to_local(state[name], engine.module))
             except _LOAD_ERRORS as error:
-                mismatch = _describe_mismatch(engine.module, state[name]) or error
                 raise ValueError(
-                    f"engine {name}: its saved weights do not fit: {mismatch}; resume with the model as it was"
+                    f"engine {name}: its saved weights do not fit: "
+                    f"{_describe_mismatch(engine.module, state[name]) or error}; resume with the model as it was"
                 ) from error
             try:
                 engine_notes = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))

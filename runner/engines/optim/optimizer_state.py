@@ -181,9 +181,11 @@ def _saved_names(
     trained_saved_order = [name for name in saved_order if name in trained]
     sizes = [len(group["params"]) for group in groups]
     if sizes != list(map(len, current)) or (saved_order and trained_saved_order != order):
-        found = f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}"
-        remedy = "resume with the model and optimizer as they were"
-        raise ValueError(f"optimizer: its saved state names no parameters, and their order changed: {found}; {remedy}")
+        raise ValueError(
+            "optimizer: its saved state names no parameters, and their order changed: "
+            f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}; "
+            "resume with the model and optimizer as they were"
+        )
     return current
 
 

@@ -46,7 +46,6 @@ class LRSchedule:
     def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
         self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
         self._scheduler_per_step = scheduler if metric is None else None
-        self._has_own_state = scheduler is not None and not all(map(_has_torch_state, walk_schedulers(scheduler)))
         self._count = 0
         self._events: list[dict[str, Any]] = []
         for group in self._groups if scheduler is not None else ():  # ReduceLROnPlateau sets no base rate itself
@@ -116,7 +115,7 @@ class LRSchedule:
         """
         if self._scheduler is None:
             return bool(configured["base_lrs"] != saved["base_lrs"])
-        if not self._has_own_state:
+        if all(map(_has_torch_state, walk_schedulers(self._scheduler))):
             is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
         if configured["scheduler"] != saved["scheduler"]:
@@ -299,12 +298,12 @@ def reorder_events(
         configured: the hyperparameters as configured now.
         saved: those of the saved state, in the current order.
     """
-    is_unchanged = [new == old for new, old in zip(configured["base_lrs"], saved["base_lrs"], strict=True)]
+    rates = zip(order, configured["base_lrs"], saved["base_lrs"], strict=True)
+    kept_order = [index if new == old else None for index, new, old in rates]
     events = []
     for event in state["events"]:
         if "base_lrs" in event:
-            lrs = reorder(event["base_lrs"], order, [None] * len(order))
-            event = {**event, "base_lrs": [lr if kept else None for lr, kept in zip(lrs, is_unchanged, strict=True)]}
+            event = {**event, "base_lrs": reorder(event["base_lrs"], kept_order, [None] * len(order))}
         events.append(event)
     return {**state, "events": events}
 

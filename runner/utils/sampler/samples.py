@@ -114,9 +114,9 @@ class SampleFetcher(Dataset[Any]):
             self._num_fruitless += is_changed
             return sample
         if not is_changed and self._num_fetched > 1:
-            remedy = "make it in the dataset's __init__"
             self._notes += [
-                f"{path}: found after {self._num_fetched} samples; {effect}; {remedy}" for path in new_paths
+                f"{path}: found after {self._num_fetched} samples; {effect}; make it in the dataset's __init__"
+                for path in new_paths
             ]
         again = self._fetch_once(ordinal, index)
         if self._generators.is_replaced():  # each sample creates its own, which only its own seed can determine
