@@ -60,9 +60,8 @@ def restore(
     """
     notes = find_changed_kinds(parts, state)
     if notes and not allows_changes:
-        raise ValueError(
-            f"{notes[0]}; resume with the same config, or with resume_allow_changes=true: it then begins anew"
-        )
+        remedy = "resume with the same config, or with resume_allow_changes=true: it then begins anew"
+        raise ValueError(f"{notes[0]}; {remedy}")
     changed = {note.partition(":")[0] for note in notes}
     notes = [f"{note}: it begins anew" for note in notes]
     optimizer: Optimizer | None = parts["optimizer"]

@@ -225,8 +225,11 @@ def scale_gradients(gradients: list[Tensor], factor: Number) -> None:
 
 
 # Torch 2.13 renamed the argument, and warns of the older name.
-_IS_RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-_BROADCAST_KEY = "forward_sync_buffers" if _IS_RENAMED else "broadcast_buffers"
+_BROADCAST_KEY = next(
+    key
+    for key in ("forward_sync_buffers", "broadcast_buffers")
+    if key in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+)
 
 
 class DDP(Strategy):
