@@ -70,9 +70,10 @@ class Saver:
         self._snapshots = {
             name: HostSnapshot(value, copy_now=not previous, reuse=previous.get(name)) for name, value in parts.items()
         }
-        arguments = step, self._snapshots, facts, metric
         # A daemon: a second signal ends the program during a write, which is then not committed.
-        self._thread = threading.Thread(target=self._commit, args=arguments, name="saver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._commit, args=(step, self._snapshots, facts, metric), name="saver", daemon=True
+        )
         self._thread.start()
         # The thread writes each tensor as soon as it is copied. The first time, while buffers are allocated, that would
         # delay the loop longer: everything was copied above.
@@ -94,7 +95,6 @@ class Saver:
     def _wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
     def _commit(self, step: int, parts: Mapping[str, HostSnapshot], facts: Mapping[str, Any], metric: Any) -> None:
         try:

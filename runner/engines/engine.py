@@ -206,9 +206,7 @@ class Engine:
         losses = self._metrics.uncommitted
         checked = losses if self._checks_in_prepare else ()
         faults = (self._describe_loss_fault(loss, number) for number, loss in enumerate(checked, 1))
-        fault = next(filter(None, faults), None)
-        if fault is None:
-            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, losses)
+        fault = next(filter(None, faults), None) or self._gradients.prepare(self.steps + self.skipped_steps + 1, losses)
         self.strategy.finish_exchange()
         return fault
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -209,25 +210,21 @@ class Engines(dict[str, Engine]):
 
         def run() -> list[_BatchResult] | None:
             results: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
-            with torch.no_grad():
-                for number, batch, num_samples in batches:
-                    self.seed(derive_seed(seed, number))
-                    if is_cut() and not self.is_sharded:
-                        return None
-                    results.append((number, num_samples, *self._forward(move(batch, self.device))))
+            for number, batch, num_samples in batches:
+                self.seed(derive_seed(seed, number))
+                if is_cut() and not self.is_sharded:
+                    return None
+                results.append((number, num_samples, *self._forward(move(batch, self.device))))
             # A rank with sharded weights runs every forward, since the others need its shards.
             if self.is_sharded and is_cut():
                 return None
             return [(number, size, _floats(values), _floats(weights)) for number, size, values, weights in results]
 
         self.sync_buffers()
-        for engine in self.values():
-            engine.eval()
-        try:
-            results_by_rank = together(run)
-        finally:
+        with contextlib.ExitStack() as stack:
             for engine in self.values():
-                engine.train()
+                stack.enter_context(engine.evaluating())
+            results_by_rank = together(run)
         if any(results is None for results in results_by_rank):
             raise InterruptedError("the evaluation was cut short")
         return _means([result for results in results_by_rank for result in results or ()])
@@ -297,9 +294,9 @@ class Engines(dict[str, Engine]):
             try:
                 load_weights(engine.module, engine.strategy.to_local(state[name], engine.module))
             except _LOAD_ERRORS as error:
-                mismatch = _describe_mismatch(engine.module, state[name]) or error
                 raise ValueError(
-                    f"engine {name}: its saved weights do not fit: {mismatch}; resume with the model as it was"
+                    f"engine {name}: its saved weights do not fit: "
+                    f"{_describe_mismatch(engine.module, state[name]) or error}; resume with the model as it was"
                 ) from error
             try:
                 engine_notes = engine.load_state_dict(state[f"{name}.optimizer"], allows_changes, list(state[name]))

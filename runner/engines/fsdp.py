@@ -272,9 +272,8 @@ class FSDP(Strategy):
 
 
 def _explain_error(error: RuntimeError) -> str | None:
-    remedy = "name it in distributed.strategy.forward_methods"
-    is_mixed = "mixed torch.Tensor and DTensor" in str(error)
-    return f"a method other than forward used the module's weights: {remedy}" if is_mixed else None
+    message = "a method other than forward used the module's weights: name it in distributed.strategy.forward_methods"
+    return message if "mixed torch.Tensor and DTensor" in str(error) else None
 
 
 def _refuse_ties(module: nn.Module, blocks: Sequence[str]) -> None:

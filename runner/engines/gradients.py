@@ -196,8 +196,7 @@ class Gradients:
     def metrics(self) -> dict[str, float]:
         """Returns the last gradient norm and the loss scale, as far as there are any."""
         if num_empty_steps := int(self._num_empty_steps):
-            reason = EMPTY.partition(":")[0]
-            _log.warning("In %d steps %s; their gradients were taken as 0", num_empty_steps, reason)
+            _log.warning("In %d steps %s; their gradients were taken as 0", num_empty_steps, EMPTY.partition(":")[0])
             self._num_empty_steps = 0
         values: dict[str, Any] = {} if self.norm is None else {"grad_norm": float(self.norm)}
         return values if self.scaler is None else values | {"loss_scale": self.scaler.get_scale()}

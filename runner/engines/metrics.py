@@ -90,11 +90,8 @@ class MetricAccumulator:
 
     def _add_up(self) -> None:
         """Replaces all numbers by their sums, without waiting for the device."""
-        products: dict[str, list[Number]] = {}
-        weights_by_name: dict[str, list[Number]] = {}
-        for name, (values, weights) in self._shared.items():
-            products[name] = list(map(_times, values, weights))
-            weights_by_name[name] = list(weights)
+        products: dict[str, list[Number]] = {name: list(map(_times, *series)) for name, series in self._shared.items()}
+        weights_by_name: dict[str, list[Number]] = {name: [*weights] for name, (_, weights) in self._shared.items()}
         for values_by_name, weight in self._micro_steps:
             for name, value in values_by_name.items():
                 products.setdefault(name, []).append(_times(value, weight))

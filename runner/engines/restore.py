@@ -124,12 +124,7 @@ def _check_matched(matched: MatchedState, allows_changes: bool) -> list[str]:
 
 def group_values(optimizer: Optimizer) -> Groups:
     """Returns the current values of each group."""
-    return [dict(group) for _, group in _groups(optimizer)]
-
-
-def _groups(optimizer: Optimizer) -> list[tuple[Any, dict[str, Any]]]:
-    """Returns each group, and the optimizer of a chain that it belongs to."""
-    return [(part, group) for part in chained_optimizers(optimizer) for group in part.param_groups]
+    return [dict(group) for part in chained_optimizers(optimizer) for group in part.param_groups]
 
 
 def check_group_values(optimizer: Optimizer, built: Groups) -> None:
@@ -143,7 +138,8 @@ def check_group_values(optimizer: Optimizer, built: Groups) -> None:
     Raises:
         TypeError: naming the group and key.
     """
-    for number, ((part, group), built_group) in enumerate(zip(_groups(optimizer), built, strict=True)):
+    groups = [(part, group) for part in chained_optimizers(optimizer) for group in part.param_groups]
+    for number, ((part, group), built_group) in enumerate(zip(groups, built, strict=True)):
         is_torchs = type(part).__module__.startswith("torch.optim.")
         on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
         if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in built_group:

@@ -225,8 +225,11 @@ def scale_gradients(gradients: list[Tensor], factor: Number) -> None:
 
 
 # Torch 2.13 renamed the argument, and warns of the older name.
-_IS_RENAMED = "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters
-_BROADCAST_KEY = "forward_sync_buffers" if _IS_RENAMED else "broadcast_buffers"
+_BROADCAST_KEY = next(
+    key
+    for key in ("forward_sync_buffers", "broadcast_buffers")
+    if key in inspect.signature(nn.parallel.DistributedDataParallel).parameters
+)
 
 
 class DDP(Strategy):
@@ -354,8 +357,8 @@ class DDP(Strategy):
             return
         syncs_buffers = self._module.require_forward_param_sync
         self._loss_module.is_shadowing = True
-        if self._has_run_forward:  # the buffers of this step were broadcast already
-            self._module.require_forward_param_sync = False
+        # After a forward the buffers of this step were broadcast already.
+        self._module.require_forward_param_sync = syncs_buffers and not self._has_run_forward
         try:
             self._module(None)[0].backward()
             if self._is_weighted:
@@ -390,10 +393,9 @@ def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
     def visit(node: Any) -> Any:
         if isinstance(node, Tensor):
-            key = id(node)
-            if key not in changed_by_id:
-                changed_by_id[key] = change(node)
-            return changed_by_id[key]
+            if id(node) not in changed_by_id:
+                changed_by_id[id(node)] = change(node)
+            return changed_by_id[id(node)]
         if isinstance(node, Mapping):
             changed: Any = copy.copy(node)  # some mappings have attributes beside their items
             for key, value in node.items():

@@ -181,9 +181,11 @@ def _saved_names(
     trained_saved_order = [name for name in saved_order if name in trained]
     sizes = [len(group["params"]) for group in groups]
     if sizes != list(map(len, current)) or (saved_order and trained_saved_order != order):
-        found = f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}"
-        remedy = "resume with the model and optimizer as they were"
-        raise ValueError(f"optimizer: its saved state names no parameters, and their order changed: {found}; {remedy}")
+        raise ValueError(
+            "optimizer: its saved state names no parameters, and their order changed: "
+            f"expected {', '.join(order)}, found {', '.join(trained_saved_order)}; "
+            "resume with the model and optimizer as they were"
+        )
     return current
 
 
@@ -195,7 +197,6 @@ def _match_parameters(
     for group_index, (saved_group, group) in enumerate(zip(state["param_groups"], saved_names, strict=True)):
         locations |= {name: (group_index, key) for name, key in zip(group, saved_group["params"], strict=True)}
     saved_keys = {key for _, key in locations.values()}
-    matched_names: set[str] = set()
     new_state = {key: value for key, value in state["state"].items() if key not in saved_keys}
     position = itertools.count()
     for names_of_group in group_names:
@@ -206,8 +207,7 @@ def _match_parameters(
             if name is None:
                 matched.missing.append(parameter_names[0])
                 continue
-            matched_names.add(name)
-            group_index, saved_key = locations[name]
+            group_index, saved_key = locations.pop(name)
             saved_groups.add(group_index)
             if saved_key in state["state"]:
                 new_state[index] = state["state"][saved_key]
@@ -215,7 +215,7 @@ def _match_parameters(
             raise ValueError(_describe_regrouping(group_names, saved_names))
         matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
-    matched.unmatched = [name for name in locations if name not in matched_names]
+    matched.unmatched = [*locations]
 
 
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:

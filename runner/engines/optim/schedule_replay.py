@@ -46,7 +46,6 @@ class LRSchedule:
     def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, metric: str | None = None) -> None:
         self._optimizer, self._scheduler, self.metric = optimizer, scheduler, metric
         self._scheduler_per_step = scheduler if metric is None else None
-        self._has_own_state = scheduler is not None and not all(map(_has_torch_state, walk_schedulers(scheduler)))
         self._count = 0
         self._events: list[dict[str, Any]] = []
         for group in self._groups if scheduler is not None else ():  # ReduceLROnPlateau sets no base rate itself
@@ -116,7 +115,7 @@ class LRSchedule:
         """
         if self._scheduler is None:
             return bool(configured["base_lrs"] != saved["base_lrs"])
-        if not self._has_own_state:
+        if all(map(_has_torch_state, walk_schedulers(self._scheduler))):
             is_changed = any(configured[key] != saved[key] for key in ("base_lrs", "groups", "scheduler"))
             return is_changed or has_unseen_settings(self._scheduler)
         if configured["scheduler"] != saved["scheduler"]:
@@ -138,16 +137,16 @@ class LRSchedule:
         """
         before = [plain_values(group, set()) for group in self._groups]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
+            # Torch warns of scheduler steps before the optimizer's first.
+            with warnings.catch_warnings(action="ignore"):
                 for event in state["events"]:
                     self._advance(event["count"])
                     self._apply(event)
                 self._advance(state["count"])
         except Exception as error:
-            kind, count = type(self._scheduler).__name__, state["count"]
             raise ValueError(
-                f"scheduler: {kind} can't go on after step {count} with these settings: {error}; choose others"
+                f"scheduler: {type(self._scheduler).__name__} can't go on after step {state['count']} "
+                f"with these settings: {error}; choose others"
             ) from error
         return [self._scheduled_values(group, old) for group, old in zip(self._groups, before, strict=True)]
 
@@ -243,8 +242,8 @@ def find_lr_decrease(scheduler: Any, num_steps: int) -> int | None:
     if scheduler is None:
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of scheduler steps before the optimizer's first
+        # Torch warns of scheduler steps before the optimizer's first.
+        with warnings.catch_warnings(action="ignore"):
             return _first_decrease(_simulate(scheduler, min(num_steps, _MAX_SIMULATED)))
     except Exception:  # from a user's own scheduler: it can't be copied, or needs more than rates
         return None
@@ -299,12 +298,12 @@ def reorder_events(
         configured: the hyperparameters as configured now.
         saved: those of the saved state, in the current order.
     """
-    is_unchanged = [new == old for new, old in zip(configured["base_lrs"], saved["base_lrs"], strict=True)]
+    rates = zip(order, configured["base_lrs"], saved["base_lrs"], strict=True)
+    kept_order = [index if new == old else None for index, new, old in rates]
     events = []
     for event in state["events"]:
         if "base_lrs" in event:
-            lrs = reorder(event["base_lrs"], order, [None] * len(order))
-            event = {**event, "base_lrs": [lr if kept else None for lr, kept in zip(lrs, is_unchanged, strict=True)]}
+            event = {**event, "base_lrs": reorder(event["base_lrs"], kept_order, [None] * len(order))}
         events.append(event)
     return {**state, "events": events}
 

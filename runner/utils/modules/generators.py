@@ -278,10 +278,10 @@ def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
     with contextlib.suppress(AttributeError):
         attributes.update(object.__getattribute__(obj, "__dict__"))
     if isinstance(obj, nn.Module):
-        for name in _TENSORS:
-            attributes.pop(name, None)
         yield from (attributes.pop("_modules", None) or {}).items()
-        attributes = {name: value for name, value in attributes.items() if not _is_plain(value)}
+        attributes = {
+            name: value for name, value in attributes.items() if name not in _TENSORS and not _is_plain(value)
+        }
     elif isinstance(obj, torch.optim.Optimizer):
         attributes.pop("state", None)
         attributes.pop("param_groups", None)

@@ -72,11 +72,9 @@ def split_uncalled(uncalled: Iterable[str], called: Iterable[str]) -> tuple[list
     Names are similar if they differ only in numbers: a layer that is skipped at random has siblings that were called.
     """
     called_forms = {_without_numbers(name) for name in called}
-    without_similar: list[str] = []
-    with_similar: list[str] = []
-    for name in uncalled:
-        (with_similar if _without_numbers(name) in called_forms else without_similar).append(name)
-    return without_similar, with_similar
+    has_similar = {name: _without_numbers(name) in called_forms for name in uncalled}
+    with_similar = [name for name, is_similar in has_similar.items() if is_similar]
+    return [name for name, is_similar in has_similar.items() if not is_similar], with_similar
 
 
 def _without_numbers(name: str) -> tuple[str, ...]:
@@ -110,8 +108,12 @@ def select_modules(
     Raises:
         ValueError: `include` or `exclude` is a string, or a glob matches no module; the message lists similar names.
     """
+    all_names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for globs in (include or (), exclude):
-        _check_globs(where, module, globs)
+        _check_is_list(where, globs)
+        for glob in globs:
+            if not matches_any(all_names, [glob]):
+                raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_nearest(glob, all_names)}")
     uncalled = _find_uncalled(module)
     selected: list[tuple[_Kind, list[str], str | None]] = []
     for part, names in name_modules(module):
@@ -128,14 +130,6 @@ def select_modules(
 def matches_any(names: Iterable[str], globs: Sequence[str]) -> bool:
     """Returns whether one of the globs matches one of a module's names."""
     return any(matches_glob(name, glob) for name in names for glob in globs)
-
-
-def _check_globs(where: str, module: nn.Module, globs: Sequence[str]) -> None:
-    _check_is_list(where, globs)
-    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
-    for glob in globs:
-        if not matches_any(names, [glob]):
-            raise ValueError(f"{where}: {glob!r} matches no module; there are: {list_nearest(glob, names)}")
 
 
 def match_parameters(where: str, names: Collection[str], globs: Sequence[str]) -> list[str]:

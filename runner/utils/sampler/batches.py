@@ -158,9 +158,8 @@ class Batches:
     def seek(self, position: tuple[Mapping[str, Any], int]) -> None:
         """Moves back to an earlier position: later batches are delivered again."""
         if position is not self._delivered:
-            self.close()
             self._delivered = position
-            self._sampler.load_state_dict(position[0])
+            self.close()  # moves the sampler there
             self.num_samples = 0
 
     def start_next_epoch(self, state: Mapping[str, Any]) -> None:
@@ -178,8 +177,7 @@ class Batches:
             if name not in moved:
                 raise ValueError(f"{where}: this sampler has no {name} to start at, only {list(moved)}.")
             moved[name] = checked_int(f"{where}: {name}", saved.get(name), 0)
-        if moved["position"] > 0:
-            moved["epoch"] += 1
+        moved["epoch"] += moved["position"] > 0
         moved["position"] = 0
         self.load_state_dict({"sampler": moved, "ordinal": state["ordinal"]})
 
@@ -200,7 +198,6 @@ class Batches:
         plans = self._plan_batches()
         if not self._num_workers and not self._pin_memory:
             return (self._fetcher[plan] for plan in plans)
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank))
         loader = DataLoader(
             self._fetcher,
             batch_size=None,
@@ -209,7 +206,7 @@ class Batches:
             collate_fn=_identity,
             pin_memory=self._pin_memory,
             # By default the loader draws the base seed of its workers from the global generator.
-            generator=generator,
+            generator=torch.Generator().manual_seed(derive_seed(self._seed, self._delivered[1], self._rank)),
             prefetch_factor=self._prefetch_factor if self._num_workers else None,
             worker_init_fn=start_worker,
         )
@@ -410,9 +407,7 @@ def _find_dead_worker(stream: Any, error: BaseException) -> RuntimeError | None:
 def kill_workers(stream: Any) -> None:
     """Kills the loader workers of an iterator that are still alive: joining one that hangs would block."""
     alive = [worker for worker in getattr(stream, "_workers", ()) if worker.is_alive()]
-    if not alive:
-        return
-    if stream._worker_pids_set:  # otherwise torch raises an error for each killed worker
+    if alive and stream._worker_pids_set:  # otherwise torch raises an error for each killed worker
         signal_handling._remove_worker_pids(id(stream))
         stream._worker_pids_set = False
     for worker in alive:

@@ -75,8 +75,7 @@ class _EpochSampler(ABC, Generic[T]):
             TypeError, ValueError: the state has another sampler, length, seed or setting, or no valid position.
         """
         where = f"{type(self).__name__}.load_state_dict"
-        expected = self.state_dict()
-        for name, value in expected.items():
+        for name, value in self.state_dict().items():
             if name not in ("epoch", "position") and state.get(name) != value:
                 raise ValueError(
                     f"{where}: the state has {name}={state.get(name)!r}, this sampler has {name}={value!r}. "
@@ -118,8 +117,7 @@ class RandomSampler(_EpochSampler[int]):
     def _items(self, epoch: int, start: int, count: int) -> list[int]:
         if not self._replacement:
             return shuffled(self._length, self._seed, epoch, start, count)
-        hashes = random_bits(start, count, derive_seed(self._seed, epoch))
-        return (hashes % self._length).tolist()
+        return (random_bits(start, count, derive_seed(self._seed, epoch)) % self._length).tolist()
 
 
 class PoolSampler(_EpochSampler[T]):

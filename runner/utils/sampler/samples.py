@@ -61,9 +61,6 @@ class SampleFetcher(Dataset[Any]):
     @functools.cached_property
     def _generators(self) -> ObjectGenerators:
         """The generators found last, first where they are used: a worker has its own copies of them."""
-        return self._find_generators()
-
-    def _find_generators(self) -> ObjectGenerators:
         return ObjectGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
@@ -102,7 +99,7 @@ class SampleFetcher(Dataset[Any]):
         """Searches for generators again; returns the sample, fetched again if there are new ones."""
         before = self._generators
         is_changed = before.is_replaced() or before.may_have_more()
-        self._generators = self._find_generators()
+        del self._generators  # searched again at the next access
         known = {id(source) for source in before.sources}
         found = zip(self._generators.paths, self._generators.sources, strict=True)
         new_paths = [path for path, source in found if id(source) not in known]
@@ -117,9 +114,9 @@ class SampleFetcher(Dataset[Any]):
             self._num_fruitless += is_changed
             return sample
         if not is_changed and self._num_fetched > 1:
-            remedy = "make it in the dataset's __init__"
             self._notes += [
-                f"{path}: found after {self._num_fetched} samples; {effect}; {remedy}" for path in new_paths
+                f"{path}: found after {self._num_fetched} samples; {effect}; make it in the dataset's __init__"
+                for path in new_paths
             ]
         again = self._fetch_once(ordinal, index)
         if self._generators.is_replaced():  # each sample creates its own, which only its own seed can determine
@@ -141,13 +138,10 @@ def is_same(one: Any, other: Any) -> bool:
     """Returns whether two samples are equal; parts other than containers, arrays, numbers and texts count as equal."""
     if type(one) is not type(other):
         return False
-    if isinstance(one, torch.Tensor):
-        if one.layout is not torch.strided or one.shape != other.shape or one.dtype != other.dtype:
-            return one.layout is not torch.strided
-        return bool(((one == other) | ((one != one) & (other != other))).all())
-    if isinstance(one, np.ndarray):
-        if one.dtype.hasobject or one.shape != other.shape:
-            return one.dtype.hasobject
+    if isinstance(one, (torch.Tensor, np.ndarray)):
+        is_opaque = one.dtype.hasobject if isinstance(one, np.ndarray) else one.layout is not torch.strided
+        if is_opaque or one.shape != other.shape or (isinstance(one, torch.Tensor) and one.dtype != other.dtype):
+            return is_opaque
         return bool(((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())

@@ -12,7 +12,6 @@ import torch
 from runner.utils.distributed import memory
 from runner.utils.files.open_files import describe_limit, is_out_of_files
 
-_DEAD_WORKER = "DataLoader worker (pid"
 _REMEDIES = {  # by errno
     errno.ENOENT: "leave the files of a run in place",
     errno.ELOOP: "put the file or folder itself in the place of the link",
@@ -81,7 +80,7 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         last_line = (str(error).splitlines() or [""])[-1]
         return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {last_line})"
-    is_worker_dead = isinstance(error, RuntimeError) and _DEAD_WORKER in str(error)
+    is_worker_dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     return f"A loader worker died {when}: {error}" if is_worker_dead else None
 
 

@@ -242,9 +242,8 @@ class Loop:
         try:
             self._save_last()
         except BaseException as error:
-            if is_signal(error) or isinstance(error, RankLostError):
-                raise
-            self._save_after_error(error)  # a second attempt may succeed
+            if not is_signal(error) and not isinstance(error, RankLostError):
+                self._save_after_error(error)  # a second attempt may succeed
             raise
 
     def _save_last(self) -> None:
@@ -277,8 +276,7 @@ class Loop:
             return  # an error that no step follows is exchanged at the end of the loop
         # The other ranks receive the error in their next step.
         self.coordinator.deferred_error = None
-        reason = describe_failure(error, f"after step {step}", self.engines.device)
-        self.step_runner.share_failure(error, reason)
+        self.step_runner.share_failure(error, describe_failure(error, f"after step {step}", self.engines.device))
         raise error
 
     def run_action(self, name: str) -> None:

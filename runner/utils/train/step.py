@@ -216,8 +216,10 @@ class StepRunner:
 
     def _skip_step(self, faults: Mapping[str, str], step: int, position: Any, first_sample: int) -> None:
         """Counts a faulty step as skipped, or discards it and raises if an engine must stop at its fault."""
-        samples = f"samples {first_sample} to {self._batches.num_samples_total - 1} of the stream"
-        message = f"Step {step + 1} ({samples}) went wrong. {describe_faults(faults)}"
+        message = (
+            f"Step {step + 1} (samples {first_sample} to {self._batches.num_samples_total - 1} of the stream) "
+            f"went wrong. {describe_faults(faults)}"
+        )
         if self._engines.is_stopped_by(faults):
             self._discard(position)
             raise TrainingStopped(f"{message}. The step was discarded: the run stands at step {step}")

@@ -13,30 +13,27 @@ class Throughput:
 
     def begin(self, step: int, samples: int, tokens: int) -> None:
         """Starts the clock, with the totals of a resumed run."""
-        self._started = time.perf_counter()
+        self._started = self._last_time = time.perf_counter()
         self._first_step = step
-        self._restart(self._started, step, samples, tokens)
-
-    def _restart(self, now: float, step: int, samples: int, tokens: int) -> None:
-        self._last = now, step, samples, tokens
-        self._paused_s = 0.0
+        self._last = step, samples, tokens
 
     def pause(self, seconds: float) -> None:
         """Excludes seconds that were not spent on training."""
-        self._paused_s += seconds
+        self._last_time += seconds
 
     def measure(self, step: int, samples: int, tokens: int) -> dict[str, float]:
         """Returns seconds per step, samples and tokens per second since the last call."""
         now = time.perf_counter()
-        last_time, last_step, last_samples, last_tokens = self._last
-        seconds = max(now - last_time - self._paused_s, 1e-9)
+        last_step, last_samples, last_tokens = self._last
+        seconds = max(now - self._last_time, 1e-9)
         rates = {
             "step_time_s": seconds / max(step - last_step, 1),
             "samples_per_s": (samples - last_samples) / seconds,
         }
         if tokens:
             rates["tokens_per_s"] = (tokens - last_tokens) / seconds
-        self._restart(now, step, samples, tokens)
+        self._last_time = now
+        self._last = step, samples, tokens
         return rates
 
     def overall(self, step: int) -> tuple[float, float]:

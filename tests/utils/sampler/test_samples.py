@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.sampler import OrderedSampler
 from runner.utils.sampler.batches import Batches
 from runner.utils.sampler.samples import SampleFetcher, is_same
@@ -123,14 +124,16 @@ def test_a_generator_replaced_in_each_sample_is_warned_of_once():
     assert "replaced in each sample" in notes[0]
 
 
-def test_a_dataset_that_sets_attributes_in_each_sample_is_searched_a_few_times():
+def test_a_dataset_that_sets_attributes_in_each_sample_is_searched_a_few_times(monkeypatch):
     class Growing(Source):
         def prepare(self, index):
             setattr(self, f"cache_{self.calls}", index)
 
     samples, searches = SampleFetcher(Growing(), 7), []
-    find = samples._find_generators
-    samples._find_generators = lambda: searches.append(1) or find()
+    monkeypatch.setattr(
+        "runner.utils.sampler.samples.ObjectGenerators",
+        lambda **roots: searches.append(1) or ObjectGenerators(**roots),
+    )
     for number in range(200):
         samples[number, [number % 24]]
     assert len(searches) < 20
