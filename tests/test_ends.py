@@ -158,12 +158,12 @@ def test_a_run_whose_process_has_gone_is_told_as_crashed(project):
     assert [session["status"] for session in record_of(project.folder / "run")["sessions"]] == ["crashed", "finished"]
 
 
-MISHAPS = ("feeder={_target_: own.fail_at_call}", "trainer.accumulate=2")
+FAILURES = ("feeder={_target_: own.fail_at_call}", "trainer.accumulate=2")
 
 
-def run_with(project, mishap, *overrides, status):
-    """`mishap` is as OWN_FAILURE is: nan@11 is the first micro-step of step 6."""
-    os.environ["OWN_FAILURE"] = mishap
+def run_with(project, failure, *overrides, status):
+    """`failure` is as OWN_FAILURE is: nan@11 is the first micro-step of step 6."""
+    os.environ["OWN_FAILURE"] = failure
     try:
         return project.run(*overrides, status=status)
     finally:
@@ -171,16 +171,16 @@ def run_with(project, mishap, *overrides, status):
 
 
 @pytest.mark.parametrize(
-    ("mishap", "told"),
+    ("failure", "told"),
     [
         ("nan@12", r"Step 6 \(samples 40 to 47 of the stream\) went wrong\. model: its loss of micro-step 2 is nan; "),
         ("inf@11", r"Step 6 .*its loss of micro-step 1 is inf; largest gradients: \S+ \(\d+ of \d+ not finite\)"),
         ("oom@12", r"Out of memory in step 6: this process had .* a smaller batch"),
     ],
 )
-def test_a_step_that_went_wrong_is_discarded_whole_and_the_run_that_goes_on_is_the_same_run(project, mishap, told):
-    project.run(*MISHAPS, "hydra.run.dir=whole")
-    printed = run_with(project, mishap, *MISHAPS, "hydra.run.dir=cut", status=1)
+def test_a_step_that_went_wrong_is_discarded_whole_and_the_run_that_goes_on_is_the_same_run(project, failure, told):
+    project.run(*FAILURES, "hydra.run.dir=whole")
+    printed = run_with(project, failure, *FAILURES, "hydra.run.dir=cut", status=1)
     assert re.search(f"error: The run ends: {told}", printed), printed
     assert "Traceback" not in printed
     record = record_of(project.folder / "cut")
@@ -191,10 +191,10 @@ def test_a_step_that_went_wrong_is_discarded_whole_and_the_run_that_goes_on_is_t
     assert_same_run(project.folder / "whole", project.folder / "cut", 12)
 
 
-@pytest.mark.parametrize("mishap", ["nan@7", "oom@8"])
-def test_a_step_that_went_wrong_can_be_left_out(project, mishap):
-    skip = ("trainer.on_nonfinite=skip", "trainer.on_oom=skip", "hydra.run.dir=run", *MISHAPS)
-    printed = run_with(project, mishap, *skip, status=0)
+@pytest.mark.parametrize("failure", ["nan@7", "oom@8"])
+def test_a_step_that_went_wrong_can_be_left_out(project, failure):
+    skip = ("trainer.on_nonfinite=skip", "trainer.on_oom=skip", "hydra.run.dir=run", *FAILURES)
+    printed = run_with(project, failure, *skip, status=0)
     assert re.search(r"warning: Step 4 \(samples 24 to 31 of the stream\).* as number 1 of at most 100", printed)
     lines = {line["step"]: line for line in read_metrics(project.folder / "run") if "train/lr" in line}
     assert list(lines) == list(range(1, 13))
@@ -203,7 +203,7 @@ def test_a_step_that_went_wrong_can_be_left_out(project, mishap):
 
 
 def test_more_steps_gone_wrong_than_may_be_left_out_end_the_run_and_it_can_go_on(project):
-    skip = ("trainer.on_nonfinite=skip", "trainer.max_skips=1", "hydra.run.dir=run", *MISHAPS)
+    skip = ("trainer.on_nonfinite=skip", "trainer.max_skips=1", "hydra.run.dir=run", *FAILURES)
     printed = run_with(project, "nan@7,11", *skip, status=1)
     assert "More steps went wrong than the 1 that may be left out" in printed
     assert newest_step(project.folder / "run") == 6
@@ -213,7 +213,7 @@ def test_more_steps_gone_wrong_than_may_be_left_out_end_the_run_and_it_can_go_on
 
 
 def test_ignoring_what_is_not_finite_trains_on(project):
-    run_with(project, "nan@7", *MISHAPS, "trainer.on_nonfinite=ignore", "hydra.run.dir=run", status=0)
+    run_with(project, "nan@7", *FAILURES, "trainer.on_nonfinite=ignore", "hydra.run.dir=run", status=0)
     assert newest_step(project.folder / "run") == 12
 
 

@@ -78,16 +78,21 @@ def get_value(nest: Any, path: Sequence[Any], default: Any) -> Any:
     return nest
 
 
-def _leaves(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yields the paths and values of the leaves; an empty mapping has none."""
-    if not isinstance(node, Mapping):
+def _leaves(node: Any, other: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Yields the paths and values of the leaves; an empty mapping has none.
+
+    A mapping with a target is one leaf where `other`, the node at the same path, is no mapping: it was switched on or
+    off as a whole.
+    """
+    if not isinstance(node, Mapping) or ("_target_" in node and not isinstance(other, Mapping)):
         yield path, node
-    for key, child in node.items() if isinstance(node, Mapping) else ():
-        yield from _leaves(child, (*path, key))
+        return
+    for key, child in node.items():
+        yield from _leaves(child, get_value(other, [key], _ABSENT), (*path, key))
 
 
 def describe_changes(saved: Nest, wanted: Nest) -> list[str]:
-    """Returns the differences, a line a key: `optimizer.lr: 0.003 -> 0.001`."""
+    """Returns the differences, a line a key or switch: `optimizer.lr: 0.003 -> 0.001`."""
     return list(_differences(saved, wanted).values())
 
 
@@ -111,12 +116,13 @@ def _is_fixed(path: KeyPath) -> bool:
     if path[0] == "engines" and path[2:3] and path[2] in _BY_KEY:  # the same rule for an engine's own
         path = path[2:]
     is_free = any(path[: len(free)] == free for free in _FREE_KEYS)
-    return not is_free and any(path[: len(fixed)] == fixed for fixed in _IDENTITY_KEYS)
+    # A whole optimizer that comes or goes has a shorter path than its fixed `_target_`.
+    return not is_free and any(path[: len(fixed)] == fixed[: len(path)] for fixed in _IDENTITY_KEYS)
 
 
 def _differences(before: Nest, after: Nest) -> dict[KeyPath, str]:
     """Returns a line for each path whose values differ."""
-    old, new = dict(_leaves(before)), dict(_leaves(after))
+    old, new = dict(_leaves(before, after)), dict(_leaves(after, before))
     lines = {}
     for path in old | new:
         one, other = old.get(path, _ABSENT), new.get(path, _ABSENT)
@@ -132,4 +138,6 @@ def _is_same(one: Any, other: Any) -> bool:
 def _show(value: Any) -> str:
     if value is _ABSENT:
         return "(none)"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_show(child)}" for key, child in value.items()) + "}"
     return value if isinstance(value, str) else json.dumps(value, default=str)

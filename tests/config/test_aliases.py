@@ -220,19 +220,34 @@ IMPORTS = """
 from runner.engines.averages import Averages
 from runner.engines.layouts import DDP, Alone
 from runner.engines.sharded import FSDP
-from runner.examples.speech_codes import SpeechCodes
+from runner.engines.settings import lrs, put
+from runner.examples.speech_codes import Encoded, SpeechCodes
 from runner.utils.agreement import Agreement
+from runner.utils.batches import slice_of
+from runner.utils.device_map import DeviceMap
+from runner.utils.distributed import connect, kept_generators, wait_for
 from runner.utils.distributed import gather, is_leader, is_many, num_ranks, of_leader, together
 from runner.utils.io import load, save
 from runner.utils.lora import add_lora
 from runner.utils.media import Audio
+from runner.utils.memory import describe, mib
+from runner.utils.mishaps import Elsewhere
+from runner.utils.packing import Packed, Snapshot, unpack
+from runner.utils.recompute import Block
 from runner.utils.sampler import BatchedOrderedSampler, RandomSampler
+from runner.utils.samples import Samples
+from runner.utils.selection import fits
 from runner.utils.train import Loop, Stop
 from runner.utils.unsloth import Report, apply, unwrap, wrap
 from runner.utils.utils import mix
 from runner.utils.wrapper import freeze, optimize
 
 assert (num_ranks(), is_leader(), is_many(), gather(1), together(lambda: 2)) == (1, True, False, [1], [2])
+assert (slice_of(5, 1, 2), mib(2**20), fits(["a.1"], ["a.?"])) == ((2, 5), "1.00 MiB", True)
+packed = Packed({"a": 1})
+assert unpack(packed.document, packed.tensors) == {"a": 1} and issubclass(Snapshot, Packed)
+with kept_generators():
+    pass
 assert DDP.__module__ == "runner.engines.strategies" and issubclass(DDP, Alone)
 """
 

@@ -59,6 +59,39 @@ def test_a_number_is_another_key_than_the_text_of_it():
     assert diff.describe_changes({"a": {0: 1}}, {"a": {"0": 1}}) == ["a.0: 1 -> (none)", "a.0: (none) -> 1"]
 
 
+OFFLOAD = {"_target_": "own.Offload", "include": None, "keep": ["a", 1]}
+ADAM = {"_target_": "torch.optim.Adam", "lr": 0.1}
+
+
+@pytest.mark.parametrize("off", [False, None])
+def test_a_switch_is_one_line_on_or_off_and_a_line_a_key_where_it_stays_on(off):
+    on, other = {"optimizations": {"unsloth": OFFLOAD}}, {"optimizations": {"unsloth": OFFLOAD | {"include": ["b"]}}}
+    shown, shown_off = '{_target_: own.Offload, include: null, keep: ["a", 1]}', "null" if off is None else "false"
+    was_off = {"optimizations": {"unsloth": off}}
+    assert diff.describe_changes(on, was_off) == [f"optimizations.unsloth: {shown} -> {shown_off}"]
+    assert diff.describe_changes(was_off, on) == [f"optimizations.unsloth: {shown_off} -> {shown}"]
+    assert diff.describe_changes({}, on) == [f"optimizations.unsloth: (none) -> {shown}"]
+    assert diff.describe_changes(on, other) == ['optimizations.unsloth.include: null -> ["b"]']
+    engines = [{"engines": {"a": each}} for each in (on, was_off)]
+    assert diff.describe_changes(*engines) == [f"engines.a.optimizations.unsloth: {shown} -> {shown_off}"]
+    diff.check_same_run(*engines, "init_from=run")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"optimizer": ADAM}, {"optimizer": None}), ({"optimizer": None}, {"optimizer": ADAM}),
+        ({"engines": {"a": {"optimizer": ADAM}}}, {"engines": {"a": {"optimizer": False}}}),
+        ({"optimizations": {"lora": OFFLOAD}}, {"optimizations": {"lora": False}}),
+        ({"engines": {"a": {"ema": OFFLOAD}}}, {"engines": {"a": {"ema": None}}}), ({"ema": None}, {"ema": OFFLOAD}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_node_that_comes_or_goes_as_a_whole_is_refused_like_its_target(before, after):
+    with pytest.raises(ConfigError, match=r"\n  \S+: \S.* -> .*\n"):
+        diff.check_same_run(before, after, "init_from=run")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,6 +114,7 @@ def test_a_change_that_makes_another_run_is_refused_with_its_values_and_the_reme
         {"optimizer": {"lr": 1}}, {"scheduler": {"_target_": "own.s", "a": 1}}, {"trainer": {"steps": 3}},
         {"trainer": {"save_every": 3, "keep_last": 2}}, {"data": {"num_workers": 3}}, {"tracking": {"jsonl": False}},
         {"data": {"eval": {"length": 3}}}, {"engines": {"a": {"optimizer": {"lr": 1}, "scheduler": {"a": 1}}}},
+        {"optimizations": {"unsloth": OFFLOAD, "checkpointing": OFFLOAD, "device_map": OFFLOAD}},
         {"init_from": "run"}, {"engines": {"a": {"init_from": "run"}}},
         {"distributed": {"device": "cpu"}}, {"report": None},
     ],

@@ -246,7 +246,7 @@ def test_memory_may_change_on_resume_and_what_changes_the_numbers_may_not(projec
     project.run("resume=run/checkpoints/step_00000002", UNSLOTH)
     assert read_numbers(project.folder / "run") == read_numbers(plain_run)
     printed = project.run("resume=run", EMA, "trainer.steps=6", status=2)
-    assert "ema.decay: (none) -> 0.5" in printed
+    assert "  ema: null -> {_target_: runner.engines.ema.EMA, decay: 0.5, warmup: false}\n" in printed
 
 
 THROUGH = "torch.nn.modules.module.torch.save"  # of a module that another brings in

@@ -51,15 +51,19 @@ def test_every_change_that_makes_another_run_is_named_in_one_message_and_nothing
         ("seed=3", "seed: 0 -> 3"),
         ("data.batch_size=4", "data.batch_size: 8 -> 4"),
         ("data.train.length=51", "data.train.length: 50 -> 51"),
-        ("data.collate={_target_: own.feed}", "data.collate._target_: (none) -> own.feed"),
+        ("data.collate={_target_: own.feed}", "data.collate: null -> {_target_: own.feed}"),
         ("data.seed_samples=false", "data.seed_samples: true -> false"),
         ("sampler=pool", "sampler._target_: runner.utils.sampler.RandomSampler -> runner.utils.sampler.PoolSampler"),
         ("trainer.accumulate=2", "trainer.accumulate: 1 -> 2"),
         ("trainer.precision=bf16", "trainer.precision: fp32 -> bf16"),
         ("+model.width=4", "model.width: (none) -> 4"),
         ("+engines.a.freeze=[x]", 'engines.a.freeze: (none) -> ["x"]'),
-        ("feeder={_target_: own.feed}", "feeder._target_: (none) -> own.feed"),
-        ("optimizations.freeze=[x]", 'optimizations.freeze.patterns: (none) -> ["x"]'),
+        ("feeder={_target_: own.feed}", "feeder: null -> {_target_: own.feed}"),
+        (
+            "optimizations.freeze=[x]",
+            "optimizations.freeze: false -> "
+            '{_target_: runner.utils.wrapper.optimizations.Freeze, patterns: ["x"], mode: eval}',
+        ),
         ("optimizer=sgd", "optimizer._target_: torch.optim.AdamW -> torch.optim.SGD"),
     ]
     before = {path: path.read_bytes() for path in (trained.folder / "run").rglob("*") if path.is_file()}

@@ -20,6 +20,7 @@ from runner.engines.optim.optimizer_state import chained_optimizers
 _LIBRARIES = ("torch", "runner", "bitsandbytes", "prodigyopt", "schedulefree")
 _SUPPORT_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam)
 _KINDS = ("optimizer", "scheduler")
+_RENAMED_KINDS = {("ChainedOptimizer", "Joined")}  # a class, and its name in checkpoints from before it was renamed
 _RATES = {"lr", "initial_lr"}  # they change with the schedule: base rates are compared instead
 _NOT_COMPARED = _RATES | {"params", "param_names"}
 _POSITIONS = {"_step_count", "last_epoch", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial"}
@@ -177,7 +178,7 @@ def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> li
     for name, part in parts.items():
         saved_kind = state["configured"]["kinds"].get(name, None if state.get(name) is None else "one")
         kind = _kind(part) if name in _KINDS else None if part is None else "one"
-        if kind != saved_kind:
+        if kind != saved_kind and (kind, saved_kind) not in _RENAMED_KINDS:
             notes.append(f"{name}: this engine has {kind or 'none'}, the saved state {saved_kind or 'none'}")
     return notes
 

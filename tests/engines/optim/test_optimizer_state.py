@@ -98,6 +98,22 @@ CHANGES = {
 }
 
 
+def test_a_state_with_the_name_that_the_class_had_before_it_was_renamed_is_loaded(tmp_path):
+    whole, resumed = make("a b head", joined), make("a b head", joined)
+    train(whole, range(3))
+    state = whole.state_dict()
+    kinds = state["model.optimizer"]["configured"]["kinds"]
+    assert kinds["optimizer"] == "ChainedOptimizer"
+    kinds["optimizer"] = "Joined"  # as runs wrote it before
+    io.save(state, tmp_path / "state.safetensors")
+    assert resumed.load_state_dict(io.load(tmp_path / "state.safetensors")) == []
+    for engines in (whole, resumed):
+        train(engines, range(3, 6))
+    assert_same(whole, resumed)
+    with pytest.raises(ValueError, match="this engine has AdamW, the saved state Joined"):
+        make("a b head", one_group).load_state_dict(state)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_moments_and_settings_follow_their_parameters(order, change, tmp_path):
