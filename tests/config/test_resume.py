@@ -62,7 +62,7 @@ def test_every_change_that_makes_another_run_is_named_in_one_message_and_nothing
         (
             "optimizations.freeze=[x]",
             "optimizations.freeze: false -> "
-            '{_target_: runner.utils.wrapper.optimizations.Freeze, patterns: ["x"], mode: eval}',
+            '{_target_: runner.utils.wrapper.built_in.Freeze, patterns: ["x"], mode: eval}',
         ),
         ("optimizer=sgd", "optimizer._target_: torch.optim.AdamW -> torch.optim.SGD"),
     ]
