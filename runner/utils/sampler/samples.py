@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ class SampleFetcher(Dataset[Any]):
         self._dataset = dataset
         self._seed = seed
         self._collate = collate
+        self._generators: Any = None  # `ObjectGenerators`, made where they are used: a worker has its own copies
         self._num_fetched = 0
         self._num_fruitless = 0
         self._is_watched = True  # looks for new generators after each sample
@@ -46,21 +46,29 @@ class SampleFetcher(Dataset[Any]):
 
     def __getitem__(self, plan: tuple[int, list[Any]]) -> Any:
         first, indices = plan
-        fetch_all = getattr(self._dataset, "__getitems__", None) if self._seed is None else None
-        if fetch_all is not None:
-            self.current = first, indices
-            return fetch_all(indices)
-        fetch = self._fetch_once if self._seed is None else self._fetch
-        return [fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
+        if self._seed is None:
+            return self._fetch_unseeded(first, indices)
+        if self._generators is None:
+            self._generators = self._find_generators()
+        return [self._fetch(ordinal, index) for ordinal, index in enumerate(indices, first)]
 
     def pop_notes(self) -> list[str]:
         """Returns the warnings about samples since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
-    @functools.cached_property
-    def _generators(self) -> ObjectGenerators:
-        """The generators found last, first where they are used: a worker has its own copies of them."""
+    def _fetch_unseeded(self, first: int, indices: list[Any]) -> list[Any]:
+        if fetch_all := getattr(self._dataset, "__getitems__", None):
+            self.current = first, indices
+            samples: list[Any] = fetch_all(indices)
+            return samples
+        samples = []
+        for ordinal, index in enumerate(indices, first):
+            self.current = ordinal, index
+            samples.append(self._dataset[index])
+        return samples
+
+    def _find_generators(self) -> ObjectGenerators:
         return ObjectGenerators(dataset=self._dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
@@ -99,7 +107,7 @@ class SampleFetcher(Dataset[Any]):
         """Searches for generators again; returns the sample, fetched again if there are new ones."""
         before = self._generators
         is_changed = before.is_replaced() or before.may_have_more()
-        del self._generators  # searched again at the next access
+        self._generators = self._find_generators()
         known = {id(source) for source in before.sources}
         found = zip(self._generators.paths, self._generators.sources, strict=True)
         new_paths = [path for path, source in found if id(source) not in known]
@@ -127,10 +135,10 @@ class SampleFetcher(Dataset[Any]):
 
     def _fetch_once(self, ordinal: int, index: Any) -> Any:
         self.current = ordinal, index
-        if self._seed is not None:
-            seed = derive_seed(self._seed, ordinal)
-            seed_all(seed, _CPU)
-            self._generators.seed(seed)
+        assert self._seed is not None  # `_fetch_unseeded` otherwise
+        seed = derive_seed(self._seed, ordinal)
+        seed_all(seed, _CPU)
+        self._generators.seed(seed)
         return self._dataset[index]
 
 
