@@ -151,7 +151,8 @@ def _read_override(override: Override) -> tuple[str | None, Any]:
 
 def _check_contradictions(overrides: list[Override]) -> None:
     """Checks that no optimization is switched off and also enabled or given a value on one command line."""
-    for off, other in itertools.permutations(overrides, 2):
+    switches = [override for override in overrides if _SWITCH.fullmatch(override.key_or_group)]
+    for off, other in itertools.permutations(switches, 2):
         if switches_off(off, other):
             found = f"{other.input_line} enables it, or sets a value of it"
             raise ConfigError(f"{off.input_line}: it is switched off, and {found}; leave one of the two out")

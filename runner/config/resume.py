@@ -214,7 +214,7 @@ def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) ->
     if paths := [_path_of(choice) for choice in new_choices if choice.key_or_group not in COMMAND_LINE_KEYS]:
         composed = without_hydra(compose([*resumption.search_path, *_texts(new_choices)]))
         wanted = diff.replace_nodes(saved, _run_part(before), _run_part(composed), paths)
-    kept = _drop_overridden(resumption, paths)
+    kept = _drop_overridden(run_overrides, overrides, paths)
     run_folder.put_values(before, saved)
     run_folder.put_values(after, wanted)
     run_folder.put_values(after, _process_settings(typed, is_trusted=resumption.origin is not None))
@@ -353,18 +353,16 @@ def _describe_new_run(resumption: Resumption, kept: list[str]) -> str:
     return shlex.join(["python", "-m", "runner", *resumption.search_path, *others, init_from])
 
 
-def _drop_overridden(resumption: Resumption, paths: list[diff.KeyPath]) -> list[str]:
+def _drop_overridden(run_overrides: list[Override], typed: list[Override], paths: list[diff.KeyPath]) -> list[str]:
     """Returns a run's overrides without those of keys that are typed anew, or in nodes that are chosen anew."""
-    keys = {_key(override) for override in resumption.overrides}
-    parser = OverridesParser.create()
-    now = parser.parse_overrides(resumption.overrides)
+    keys = {_key(str(override.input_line)) for override in typed}
     kept = []
-    for override in parser.parse_overrides(resumption.run_overrides):
+    for override in run_overrides:
         line = str(override.input_line)
         path = tuple(_key(line).split("."))
         is_replaced = _key(line) in keys or any(path[: len(node)] == node for node in paths)
         # A switch of an optimization that is typed anew, or a value of one that is switched off now.
-        pairs = [pair for typed in now for pair in ((override, typed), (typed, override))]
+        pairs = [pair for other in typed for pair in ((override, other), (other, override))]
         if not is_replaced and not any(optimizations.switches_off(*pair) for pair in pairs):
             kept.append(line)
     return kept

@@ -35,7 +35,7 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class ExperimentSpec:
-    """A resolved config: typed sections, and plain nodes for what is built by `_target_`.
+    """A resolved config: typed sections, and a plain node for each object with a `_target_`.
 
     `plain` is the same config as JSON can hold it. Processes exchange it, and exports store it.
     """

@@ -26,7 +26,7 @@ _MAX_LINE = READ_BYTES // 4  # characters: a line cut at READ_BYTES is above it 
 
 @dataclass(frozen=True)
 class CommandSpec:
-    """A row of the table of commands: how a command is typed, and what it does.
+    """A row of the table of commands: the form of a command, its help and its handler.
 
     Args:
         form: an example of how it is typed.

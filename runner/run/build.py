@@ -447,7 +447,7 @@ def _make_dataset(seed: int, key: str, node: Any) -> Any:
 
 
 def _explain_errors(key: str, make: Callable[[], Any], node: Mapping[str, Any] | None = None) -> Any:
-    """Calls `make`; raises what it raises as a ConfigError that names the key."""
+    """Calls `make`; an error becomes a ConfigError that names the key."""
     try:
         return make()
     except (Exception, SystemExit) as error:

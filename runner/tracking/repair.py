@@ -265,7 +265,7 @@ def _restore_times(lines: Log, events: list[Log], shared: set[Key], encode_line:
 
 
 def _set_clock(log: Log, times: Mapping[Key | None, float], last_shift: float) -> float:
-    """Sets the zero of an event file's clock by the times of the matching lines, most of which are undamaged.
+    """Sets the zero of an event file's clock by the times of the matching lines; most lines are undamaged.
 
     The file holds the start of its session, but not the duration of earlier sessions, whose files may be missing.
 

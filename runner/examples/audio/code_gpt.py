@@ -83,7 +83,9 @@ class CodeGPT(nn.Module):
             found = f"lengths {list(lengths)} for codes {list(codes.shape)}"
             raise ValueError(f"CodeGPT: expected a length from 1 to {codes.shape[2]} for each piece, found {found}")
         codes = codes.long()
-        rows_of = {length: [row for row, other in enumerate(lengths) if other == length] for length in lengths}
+        rows_of: dict[int, list[int]] = {}
+        for row, length in enumerate(lengths):
+            rows_of.setdefault(length, []).append(row)
         groups = [(self.pattern(length), rows) for length, rows in rows_of.items()]
         max_steps = max(pattern.num_steps for pattern, _ in groups)
         sequence = codes.new_full((len(codes), num_codebooks, max_steps), self.card)

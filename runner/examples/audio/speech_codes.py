@@ -184,7 +184,9 @@ def encode_speech(source: Source, minutes: dict[str, float | None], codec: Any) 
     samples = {split: speech[split].samples for split in SPLITS}
     if hasattr(codec, "fit"):
         codec.fit([from_pcm(piece) for piece in samples["train"]])
-    codes = {split: [_encode(codec, from_pcm(piece)) for piece in samples[split]] for split in SPLITS}
+    codes = {}
+    for split in SPLITS:
+        codes[split] = [_encode(codec, from_pcm(piece)) for piece in samples[split]]
     return EncodedSpeech(codec, names, samples, codes)
 
 

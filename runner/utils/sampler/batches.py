@@ -415,7 +415,7 @@ def kill_workers(stream: Any) -> None:
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a loader worker: signals, its end with its parent, file offsets of its own, the limit on open files.
+    """Prepares a loader worker: signal handlers, death with the parent, file offsets, the limit on open files.
 
     The worker ignores the signals that a terminal or scheduler sends to all processes of a run, and the first SIGTERM.
     The second SIGTERM, which the loader sends to a worker that hangs, ends it.

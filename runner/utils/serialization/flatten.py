@@ -366,7 +366,7 @@ def to_contiguous(tensor: Tensor) -> Tensor:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Returns whether a value is a DTensor, of which each rank has a shard; avoids the slow import of the class."""
+    """Returns whether a value is a DTensor (a tensor in shards over the ranks), without the slow import."""
     return type(value).__name__ == "DTensor" and isinstance(value, Tensor)
 
 

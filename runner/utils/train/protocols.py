@@ -1,4 +1,4 @@
-"""Protocols of what the loop drives: engines, batches, typed commands and a progress display."""
+"""Protocols of the loop's parts: engines, batches, typed commands and a progress display."""
 
 from __future__ import annotations
 

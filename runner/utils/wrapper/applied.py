@@ -132,7 +132,7 @@ class AppliedOptimizations:
             self._load(state)
 
     def undo(self) -> None:
-        """Makes the module what it was, but for what training has made of its weights."""
+        """Restores the module's structure; trained weights keep their values."""
         for hook in self._hooks.values():
             hook.remove()
         self._undo.close()

@@ -50,7 +50,7 @@ class Optimization(Protocol):
     """
 
     def apply(self, module: nn.Module, context: Context) -> Applied | None:
-        """Returns what was changed; None for nothing. Changes nothing where it raises an error."""
+        """Applies the changes and returns them, None for none; an error leaves the module unchanged."""
 
 
 class FirstStepMonitor(Protocol):
