@@ -4,7 +4,6 @@ Ranks are started as torchrun's agent starts them (`by_ranks`), or by the runner
 launcher is forked and forks its workers, or is a new interpreter that executes them.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 from chaos import OVERRIDES, TIMES, Zygote
+from processes import descendants_of, running_in, workers_of
 from ranks import Ranks
 
 from runner.checkpoint import checkpoints as checkpoint
@@ -38,41 +38,6 @@ MODULES = [
 ]
 MODULES += ["torch.distributed.elastic.agent.server.local_elastic_agent", "runner.engines.fsdp"]
 EXPECTED = {0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR2}
-
-
-def children_of(pid: int) -> list[int]:
-    """Returns the pids of all descendants of a process."""
-    found = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += [int(child), *children_of(int(child))]
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended meanwhile
-    return found
-
-
-def workers_of(launcher: int) -> list[int]:
-    """Returns the workers of a launcher: its descendants that lead a session."""
-    found = []
-    for pid in children_of(launcher):
-        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            found += [pid] if os.getsid(pid) == pid else []
-    return found
-
-
-def living_of(leaders: set[int]) -> dict[int, str]:
-    """Returns pid and name of the running processes in these sessions, including their leaders."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        state, _, _, session = rest.split()[:4]
-        if state not in "ZX" and (int(session) in leaders or int(folder.name) in leaders):
-            found[int(folder.name)] = name
-    return found
 
 
 class RankChaos:
@@ -132,7 +97,7 @@ class RankChaos:
         statuses, began = self._await_end(pids)
         if len(statuses) < self.num_ranks:  # as torchrun's agent does when a rank has died
             time.sleep(generator.choice((0.0, 0.05, 0.1, 3.0)))
-            for pid in set(pids) & living_of(set(pids)).keys():
+            for pid in set(pids) & running_in(set(pids)).keys():
                 os.killpg(pid, signal.SIGTERM)
         self._await_nobody(run, set(pids), began)
         statuses = [statuses[pid] if pid in statuses else self.zygote.wait(pid) for pid in pids]
@@ -144,14 +109,14 @@ class RankChaos:
         """Waits until a rank has failed, or all have ended; returns their statuses so far, and the time."""
         deadline, statuses = time.monotonic() + 3 * PATIENCE_S, dict[int, int]()
         while time.monotonic() < deadline and len(statuses) < len(pids) and not any(statuses.values()):
-            left = living_of(set(pids))
+            left = running_in(set(pids))
             statuses |= {pid: self.zygote.wait(pid) for pid in pids if pid not in left and pid not in statuses}
             time.sleep(0.01)
         return statuses, time.monotonic()
 
     def _await_nobody(self, run: str, sessions: set[int], began: float) -> None:
         """Waits until no process of these sessions runs; reports and kills those that do not end."""
-        while left := living_of(sessions):
+        while left := running_in(sessions):
             now = time.monotonic()
             has_leader = bool(sessions & left.keys())
             if now - began > (PATIENCE_S if has_leader else PATIENCE_S + LOADER_S):
@@ -190,7 +155,7 @@ class RankChaos:
         for number in range(generator.randint(0 if has_begun else 1, 2)):  # within max_restarts
             needs_workers = not number and not has_begun
             time.sleep(generator.uniform(0.1, whole_s / 2 if needs_workers else whole_s))
-            while not (workers := workers_of(pid)) and needs_workers and living_of({pid}):
+            while not (workers := workers_of(pid)) and needs_workers and running_in({pid}):
                 time.sleep(0.02)
             sessions |= {*workers}
             if workers:
@@ -198,9 +163,9 @@ class RankChaos:
                 self.num_kills += 1
         if not ends:
             time.sleep(generator.uniform(0.1, whole_s))
-            if pid in living_of({pid}):
+            if pid in running_in({pid}):
                 os.kill(pid, signal.SIGSTOP)  # so that it starts no process after they are listed
-                sessions |= {*children_of(pid)}
+                sessions |= {*descendants_of(pid)}
                 os.kill(pid, signal.SIGKILL)
                 self.num_kills += 1
                 self._await_nobody(run, sessions, time.monotonic())

@@ -1,5 +1,6 @@
 """Lists the open sockets of processes on Linux, and code that gives a process another host name."""
 
+import contextlib
 import ipaddress
 import struct
 from pathlib import Path
@@ -25,17 +26,17 @@ if socket.gethostname() != {name!r} and libc.unshare(0x44000000) == 0:  # CLONE_
 
 
 def listening(pid):
-    """Returns addresses and ports at which a process listens: TCP and UDP, IPv4 and IPv6."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes.add(link.readlink().name)
-        except FileNotFoundError:  # closed meanwhile
-            continue
-    found = []
+    """Returns addresses and ports at which a process listens: TCP and UDP, IPv4 and IPv6; none if it has ended."""
+    inodes, found = set(), []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                inodes.add(link.readlink().name)
     for table, state in (("tcp", LISTENS), ("tcp6", LISTENS), ("udp", UNCONNECTED), ("udp6", UNCONNECTED)):
-        path = Path(f"/proc/{pid}/net/{table}")
-        for line in path.read_text().splitlines()[1:] if path.exists() else ():
+        lines = []
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        for line in lines:
             fields = line.split()
             if fields[3] == state and f"socket:[{fields[9]}]" in inodes:
                 address, port = fields[1].split(":")

@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from chaos import find_difference
 from conftest import read_metrics
+from processes import descendants_of
 from run_comparison import assert_same_run
 from waiting import wait_for_step
 
@@ -433,8 +433,7 @@ def test_a_killed_loader_worker_is_named_and_the_run_saved(project):
     ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in map(int, children) if "python" in os.readlink(f"/proc/{pid}/exe")]
+    workers = [pid for pid in descendants_of(process.pid) if "python" in os.readlink(f"/proc/{pid}/exe")]
     os.kill(workers[0], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1, printed

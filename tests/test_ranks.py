@@ -21,6 +21,7 @@ from runner.utils import io
 
 STEPS = 100
 BASE = ["--config-dir", "conf", "experiment=mine", "+model.dropout=0", "trainer.eval_every=0", "trainer.save_every=0"]
+BASE += ["distributed.timeout_s=60"]  # a rank can wait this long where gloo misses that another has ended
 DDP, FSDP = "distributed=ddp", "distributed=fsdp"
 
 
@@ -266,15 +267,19 @@ def test_a_signal_to_one_rank_saves_and_ends_all_ranks(ranks, project, how, rank
     assert json.loads((project.folder / "run" / "run.json").read_text())["last_step"] == int(found.name[5:])
 
 
-def test_a_killed_rank_ends_the_others_without_a_hang(ranks, project):
-    argv = [DDP, "hydra.run.dir=run", "trainer.steps=100000", "trainer.log_every=100"]
+def test_a_killed_rank_ends_the_others_at_once_or_within_the_timeout(ranks, project):
+    """Rarely, gloo waits in `waitSend` although the connection is closed; then only the timeout ends it."""
+    argv = [DDP, "hydra.run.dir=run", "trainer.steps=100000", "trainer.log_every=100", "distributed.timeout_s=15"]
     pids = ranks.start(project.folder, 2, *BASE, *argv)
     wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 100,')
     os.kill(pids[1], signal.SIGKILL)
     began = time.monotonic()
     assert ranks.wait(pids) == [1, -signal.SIGKILL]
-    assert time.monotonic() - began < 20
-    assert "another rank is gone" in (project.folder / "printed.txt").read_text()
+    took_s = time.monotonic() - began
+    if "another rank is gone" not in (project.folder / "printed.txt").read_text():
+        assert took_s > 15
+        assert "rank 0 made no step" in (project.folder / "run" / "log.txt").read_text()
+    assert took_s < 40
 
 
 @pytest.mark.parametrize("when", ["train", "eval"])

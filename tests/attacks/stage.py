@@ -22,6 +22,7 @@ from pathlib import Path
 
 from chaos import Zygote
 from conftest import EXPERIMENT, Project
+from processes import descendants_of, running_in
 
 import runner
 from attacks.plants import EXPORT, FORGED, SECRET, Attack
@@ -318,24 +319,7 @@ def _read_peak_kb(pid: int) -> int:
 
 def _find_descendants(pid: int) -> set[int]:
     """Returns the processes that a process has started, and those of its session."""
-    children: dict[int, list[int]] = {}
-    found = set()
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        try:
-            fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(fields[1]), []).append(int(entry))
-        if int(fields[3]) == pid:
-            found.add(int(entry))
-    waiting = [pid]
-    while waiting:
-        of_it = children.get(waiting.pop(), [])
-        found.update(of_it)
-        waiting += of_it
-    return found - {pid}
+    return {*descendants_of(pid), *running_in({pid})} - {pid}
 
 
 def find_entry(program: str) -> str:

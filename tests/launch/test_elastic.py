@@ -17,6 +17,7 @@ import pytest
 import torch
 from chaos import TIMES, find_difference
 from conftest import Project, read_metrics
+from processes import descendants_of, is_running, workers_of
 from sockets import RENAMED, exposed, listening
 from specs import make_spec
 from waiting import wait_for_content
@@ -58,28 +59,6 @@ def test_ranks_that_share_a_gpu_meet_through_gloo(monkeypatch):
     assert chosen == {"cuda:0": "gloo", "cuda": "nccl", "auto": "nccl"}
 
 
-def processes_of(pid):
-    """The pids below one: workers, by the order they were started."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *processes_of(int(child))]
-    return found
-
-
-def workers_of(process):
-    """The workers' pids by rank: the processes below the launcher that have sessions of their own, as they started."""
-    found = [pid for pid in processes_of(process.pid) if os.getsid(pid) == pid]
-    return dict(enumerate(found))
-
-
-def is_there(pid):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def content(run, step):
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run)]
     return checkpoints.load(run / "checkpoints" / f"step_{step:08d}"), lines
@@ -98,7 +77,7 @@ def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(pro
     process = project.start(*DDP, *LONG, forks_workers=rank == 1)  # the others are started as a user's
     run = project.folder / "run"
     wait_for_content(run / "metrics.jsonl", b'"step": %d,' % step)
-    os.kill(workers_of(process)[rank], signal.SIGKILL)
+    os.kill(workers_of(process.pid)[rank], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0, printed
     assert find_difference(content(run, STEPS), whole) is None
@@ -109,7 +88,7 @@ def test_a_killed_worker_starts_all_again_and_the_run_is_the_undisturbed_one(pro
 def test_no_restart_is_left_after_max_restarts_and_the_way_on_is_told(project):
     process = project.start(*DDP, *LONG, "distributed.max_restarts=0", forks_workers=True)
     wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
-    os.kill(workers_of(process)[1], signal.SIGKILL)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert re.search(r"rank 1 ended with SIGKILL, after 0 restarts; go on with resume=.*/run", printed)
@@ -120,7 +99,7 @@ def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_aga
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     run = project.folder / "run"
     wait_for_content(run / "metrics.jsonl", b'"step": 5,')
-    workers = workers_of(process).values()
+    workers = workers_of(process.pid)
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)  # none of them finds out, and ends the run, before the other is killed
     run.rename(project.folder / "gone")
@@ -135,12 +114,12 @@ def test_a_run_folder_that_was_deleted_stays_deleted_where_the_workers_start_aga
 def test_a_killed_launcher_leaves_no_worker_behind(project):
     process = project.start(*DDP, *LONG, "trainer.steps=100000", forks_workers=True)
     wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 15,')
-    pids = processes_of(process.pid)
+    pids = descendants_of(process.pid)
     assert len(pids) >= 2
     process.kill()
     process.wait()
     deadline = time.monotonic() + 120
-    while any(map(is_there, pids)):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     last = json.loads((project.folder / "run" / "run.json").read_text())
@@ -158,11 +137,11 @@ def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
         launcher = subprocess.Popen(["sh", "-c", command], env=environment)
         silent.settimeout(60)
         connection, _ = silent.accept()
-        (pid,) = processes_of(launcher.pid)
+        (pid,) = descendants_of(launcher.pid)
         launcher.kill()
         launcher.wait()
         deadline = time.monotonic() + 10
-        while is_there(pid):
+        while is_running(pid):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         connection.close()
@@ -188,8 +167,8 @@ def test_no_process_listens_where_others_can_reach_it(project, strategy, host_na
     settings = [f"distributed={strategy}", *DDP[1:], *LONG, "trainer.steps=100000", "distributed.max_restarts=0"]
     process = project.start(*settings, forks_workers=True)
     wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 2,')
-    workers = workers_of(process).values()
-    pids = [process.pid, *processes_of(process.pid)]
+    workers = workers_of(process.pid)
+    pids = [process.pid, *descendants_of(process.pid)]
     assert len(workers) == 2
     assert {*workers} < {*pids}
     assert all(listening(pid) for pid in workers)  # gloo
@@ -227,13 +206,13 @@ def test_a_second_signal_ends_all_at_once(project):
         *DDP, *LONG, "trainer.steps=100000", "+data.eval.sleep_s=1", "trainer.eval_at_start=false", forks_workers=True
     )
     wait_for_content(project.folder / "run" / "metrics.jsonl", b'"step": 20,')
-    pids = processes_of(process.pid)
+    pids = descendants_of(process.pid)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 130, printed
-    assert not any(map(is_there, pids))
+    assert not any(map(is_running, pids))
 
 
 HANGING = """
@@ -259,7 +238,7 @@ def test_a_second_signal_ends_ranks_that_wait_for_one_that_hangs_and_the_agent_s
     while not (project.folder / "run" / "hangs").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    pids = processes_of(process.pid)
+    pids = descendants_of(process.pid)
     process.send_signal(signal.SIGTERM)
     wait_for_content(project.folder / "run" / "log.txt", b"a second signal ends it at once")
     process.send_signal(signal.SIGTERM)
@@ -267,7 +246,7 @@ def test_a_second_signal_ends_ranks_that_wait_for_one_that_hangs_and_the_agent_s
     assert process.returncode == 128 + signal.SIGTERM, printed
     assert "exitcode" not in printed
     assert "Traceback" not in printed
-    assert not any(map(is_there, pids))
+    assert not any(map(is_running, pids))
     record = json.loads((project.folder / "run" / "run.json").read_text())
     assert (record["status"], record["reason"]) == ("preempted", "SIGTERM, which did not wait for a save")
 
