@@ -7,6 +7,8 @@ seeds the random generators of each sample.
 import copy
 import ctypes
 import itertools
+import multiprocessing
+import os
 import pickle
 import signal
 import sys
@@ -431,5 +433,18 @@ def start_worker(worker: int) -> None:
     # kernel kills the worker then.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    if _is_orphan():  # no signal is sent for a death before that call, and torch would not notice it either
+        os._exit(1)
     unshare_file_offsets()
     exit_worker_at_file_limit(worker)
+
+
+def _is_orphan() -> bool:
+    """Returns whether the process that started this one has ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return False
+    if multiprocessing.current_process().__class__.__name__ == "ForkServerProcess":  # a child of the server
+        return not parent.is_alive()
+    # After a fork, `is_alive` is no help: the workers that were started later have inherited the connection it reads.
+    return os.getppid() != parent.pid

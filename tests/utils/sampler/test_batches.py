@@ -1,11 +1,16 @@
 import json
 import random
+import subprocess
+import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import descendants_of, is_running
 from torch.utils.data import ConcatDataset, Subset
 
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
@@ -377,3 +382,44 @@ def test_ranks_split_the_batches_of_an_evaluation_and_take_equally_many(count):
     assert len({len(each) for each in passes}) == 1
     counted = sorted((number, batch) for each in passes for number, batch, size in each if size)
     assert counted == [(number, list(range(number * 10, min(number * 10 + 10, 37)))) for number in range(4)]
+
+
+# Starts two workers, each of which takes a second from its first instruction to its preparation.
+SLOW_START = """
+import multiprocessing
+import os
+import sys
+import time
+from runner.utils.sampler import OrderedSampler
+from runner.utils.sampler.batches import Batches
+
+class Slow(list):
+    def __setstate__(self, state):
+        time.sleep(1)
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    if sys.argv[1] == "fork":
+        os.register_at_fork(after_in_child=lambda: time.sleep(1))
+    dataset = Slow(range(8))
+    dataset.has_state = True  # so that it is restored through __setstate__
+    next(Batches(dataset, OrderedSampler(8), 2, num_workers=2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it lists processes in /proc")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_whose_parent_is_killed_before_it_is_prepared_ends(tmp_path, method):
+    script = tmp_path / "slow_start.py"
+    script.write_text(textwrap.dedent(SLOW_START))
+    process = subprocess.Popen([sys.executable, script, method])
+    num_processes = {"fork": 2, "spawn": 3, "forkserver": 4}[method]  # with the resource tracker, and the server
+    while len(workers := descendants_of(process.pid)) < num_processes:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in workers if is_running(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
