@@ -20,6 +20,7 @@ from runner.config.trust import import_path
 from runner.control import signals, terminal
 from runner.launch.environment import ProcessEnvironment, read_environment
 from runner.launch.job import Job, JobChannel, JobError
+from runner.utils.utils import signal_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -166,7 +167,7 @@ def main(folder: Path, launcher: int) -> int:
         return 0
     signals.write_exit_status_to(folder / "status")
     # Until it is connected there is nothing to save, and torch ignores signals while it waits for a lost store.
-    _signal_with_parent(launcher, signal.SIGKILL)
+    signal_with_parent(signal.SIGKILL, launcher)
     gc.disable()  # importing torch makes no garbage; `Trainer.fit` enables it
     try:
         job = Job.decode((folder / "job").read_bytes())
@@ -176,7 +177,7 @@ def main(folder: Path, launcher: int) -> int:
         return 0
     sys.argv = job.command
     group = WorkerGroup(str(folder / "store") if job.has_file_store else "")
-    _signal_with_parent(launcher, signals.REPEATED)
+    signal_with_parent(signals.REPEATED, launcher)
     status: int | None
     try:
         received = _agree_on_job(group, job)
@@ -224,17 +225,6 @@ def _agree_on_job(group: WorkerGroup, job: Job) -> Job | int:
     job = group.find_kept_job() or job
     group.channel.send(job)
     return job
-
-
-def _signal_with_parent(launcher: int, number: signal.Signals) -> None:
-    """Has the kernel send a signal to this process when the process that started it dies."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG: sent once for each thread of the launcher
-    if os.getppid() != launcher:  # it has died before
-        os.kill(os.getpid(), number)
 
 
 def run_and_exit() -> None:

@@ -1,10 +1,12 @@
-"""Pure helpers for text, numbers, seeds, errors and arguments; standard library only."""
+"""Helpers for text, numbers, seeds, errors, arguments and processes; standard library only."""
 
 import contextlib
 import difflib
 import math
 import operator
+import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
@@ -78,6 +80,21 @@ def is_signal(error: BaseException) -> TypeGuard[KeyboardInterrupt]:
     A `KeyboardInterrupt` without a number was raised by the user's code and is treated like any other error.
     """
     return isinstance(error, KeyboardInterrupt) and bool(error.args) and isinstance(error.args[0], int)
+
+
+def signal_with_parent(number: int, parent: int) -> None:
+    """Has the kernel send this process a signal when its parent ends (Linux); sends it now if it has ended.
+
+    Args:
+        number: of the signal.
+        parent: the pid of the process that started this one.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG: sent once for each thread of the parent
+    if os.getppid() != parent:  # it ended before that call, which then sends nothing
+        os.kill(os.getpid(), number)
 
 
 def message_of(error: BaseException) -> str:

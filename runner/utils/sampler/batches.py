@@ -5,13 +5,11 @@ seeds the random generators of each sample.
 """
 
 import copy
-import ctypes
 import itertools
 import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import traceback
 import warnings
 from collections import deque
@@ -27,7 +25,16 @@ from torch.utils.data._utils import signal_handling
 from runner.utils.distributed import is_rank_zero
 from runner.utils.files.open_files import exit_worker_at_file_limit, unshare_file_offsets
 from runner.utils.sampler.samples import SampleFetcher
-from runner.utils.utils import add_note, checked_choice, checked_int, derive_seed, describe, is_signal, message_of
+from runner.utils.utils import (
+    add_note,
+    checked_choice,
+    checked_int,
+    derive_seed,
+    describe,
+    is_signal,
+    message_of,
+    signal_with_parent,
+)
 
 _GRACE_S = 1.0
 
@@ -429,22 +436,19 @@ def start_worker(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, end_at_the_next)
-    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too: the
-    # kernel kills the worker then.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-    if _is_orphan():  # no signal is sent for a death before that call, and torch would not notice it either
-        os._exit(1)
+    # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too.
+    _end_with_parent()
     unshare_file_offsets()
     exit_worker_at_file_limit(worker)
 
 
-def _is_orphan() -> bool:
-    """Returns whether the process that started this one has ended."""
+def _end_with_parent() -> None:
+    """Has this process killed when the one that started it ends, or now if it has ended: torch may not notice that."""
     parent = multiprocessing.parent_process()
-    if parent is None:
-        return False
-    if multiprocessing.current_process().__class__.__name__ == "ForkServerProcess":  # a child of the server
-        return not parent.is_alive()
-    # After a fork, `is_alive` is no help: the workers that were started later have inherited the connection it reads.
-    return os.getppid() != parent.pid
+    assert parent is not None
+    assert parent.pid is not None
+    is_from_server = type(multiprocessing.current_process()).__name__ == "ForkServerProcess"
+    signal_with_parent(signal.SIGKILL, os.getppid() if is_from_server else parent.pid)
+    # Not after a fork: workers that were started later have inherited the connection that `is_alive` reads.
+    if is_from_server and not parent.is_alive():
+        os._exit(1)
