@@ -33,15 +33,20 @@ def listening(pid):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 inodes.add(link.readlink().name)
     for table, state in (("tcp", LISTENS), ("tcp6", LISTENS), ("udp", UNCONNECTED), ("udp6", UNCONNECTED)):
-        lines = []
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            lines = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
-        for line in lines:
+        for line in _read_table(pid, table):
             fields = line.split()
             if fields[3] == state and f"socket:[{fields[9]}]" in inodes:
                 address, port = fields[1].split(":")
                 found.append((_address(address), int(port, 16)))
     return found
+
+
+def _read_table(pid, table):
+    """Returns the lines of a table of the kernel; none if the process has ended or there is no such table."""
+    try:
+        return Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _address(text):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from chaos import Zygote
 from conftest import EXPERIMENT, Project
-from processes import descendants_of, running_in
+from processes import started_by
 
 import runner
 from attacks.plants import EXPORT, FORGED, SECRET, Attack
@@ -297,11 +297,11 @@ def watch(pid: int, poll, limit_s: float) -> Ending:
         if now > due:
             due = now + _SAMPLE_S
             ending.peak_kb = max(ending.peak_kb, _read_peak_kb(pid))
-            ending.num_processes = max(ending.num_processes, len(_find_descendants(pid)))
+            ending.num_processes = max(ending.num_processes, len(started_by(pid)))
         is_growing = ending.num_processes > MAX_PROCESSES or ending.peak_kb > MAX_MEMORY_KB
         ending.is_late |= now > deadline
         if ending.is_late or is_growing:
-            for process in [pid, *_find_descendants(pid)]:
+            for process in [pid, *started_by(pid)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         time.sleep(_POLL_S)
@@ -315,11 +315,6 @@ def _read_peak_kb(pid: int) -> int:
     except OSError:
         return 0
     return int(found[0]) if found else 0
-
-
-def _find_descendants(pid: int) -> set[int]:
-    """Returns the processes that a process has started, and those of its session."""
-    return {*descendants_of(pid), *running_in({pid})} - {pid}
 
 
 def find_entry(program: str) -> str:

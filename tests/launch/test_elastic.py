@@ -17,7 +17,7 @@ import pytest
 import torch
 from chaos import TIMES, find_difference
 from conftest import Project, read_metrics
-from processes import descendants_of, is_running, workers_of
+from processes import descendants_of, is_running, wait_for_end, workers_of
 from sockets import RENAMED, exposed, listening
 from specs import make_spec
 from waiting import wait_for_content
@@ -118,10 +118,7 @@ def test_a_killed_launcher_leaves_no_worker_behind(project):
     assert len(pids) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 120
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_end(pids)
     last = json.loads((project.folder / "run" / "run.json").read_text())
     assert (project.folder / "run" / "checkpoints" / f"step_{last['last_step']:08d}").is_dir()
     assert last["status"] == "preempted"
@@ -140,10 +137,7 @@ def test_a_worker_that_waits_for_the_store_of_a_killed_launcher_ends(tmp_path):
         (pid,) = descendants_of(launcher.pid)
         launcher.kill()
         launcher.wait()
-        deadline = time.monotonic() + 10
-        while is_running(pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_end([pid], timeout_s=10)
         connection.close()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import descendants_of, is_running
+from processes import descendants_of, wait_for_end
 from torch.utils.data import ConcatDataset, Subset
 
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
@@ -419,7 +419,4 @@ def test_a_worker_whose_parent_is_killed_before_it_is_prepared_ends(tmp_path, me
         time.sleep(0.005)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 60
-    while left := [pid for pid in workers if is_running(pid)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_for_end(workers, timeout_s=60)
