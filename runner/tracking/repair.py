@@ -377,7 +377,10 @@ def _sort(records: list[Record], order: list[Record]) -> list[Record]:
 
 def _insert_events(lost: list[Record], events: list[Log], encode_event: EncodeEvent, order: list[Record]) -> str:
     """Inserts records into the event files of their sessions; returns the names of the files that lacked them."""
-    starts = [(min(record.step for record in log.records), log) for log in events if log.records]
+    starts = []
+    for log in events:
+        if log.records:
+            starts.append((min(record.step for record in log.records), log))
     chosen: dict[int, Log] = {}
     for record in lost:
         earlier = [log for first, log in starts if first <= record.step]

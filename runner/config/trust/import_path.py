@@ -85,17 +85,15 @@ def add_deferred() -> None:
 
 def list_own() -> list[str]:
     """Returns the user's directories in `sys.path`: not the interpreter's, nor those of installed packages."""
-    prefixes = {os.path.realpath(path) for path in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
     entries = [os.path.abspath(entry) for entry in sys.path if entry != "" or not sys.flags.safe_path]
-    return [
-        entry
-        for entry in dict.fromkeys(entries)
-        if os.path.isdir(entry) and not any(_is_below(os.path.realpath(entry), prefix) for prefix in prefixes)
-    ]
+    return [entry for entry in dict.fromkeys(entries) if os.path.isdir(entry) and not _is_installed(entry)]
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
+def _is_installed(folder: str) -> bool:
+    """Returns whether a folder belongs to the interpreter or its installed packages."""
+    path = os.path.realpath(folder)
+    prefixes = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+    return any(os.path.commonpath([path, prefix]) == prefix for prefix in prefixes)
 
 
 def prepend(directories: list[str]) -> None:

@@ -23,11 +23,10 @@ class FrozenModules:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.built = {
-            name: [inner for inner, submodule in part.named_modules() if submodule.training]
-            for name, part in module.named_modules()
-            if name and not part.training and _is_frozen(part)
-        }
+        self.built: dict[str, list[str]] = {}
+        for name, part in module.named_modules():
+            if name and not part.training and _is_frozen(part):
+                self.built[name] = [inner for inner, submodule in part.named_modules() if submodule.training]
         self.chosen: list[str] = []
 
     def choose(self, names: Iterable[str]) -> None:

@@ -97,11 +97,9 @@ class ObjectGenerators:
         )
         self._sizes = list(map(len, self._namespaces))
         all_paths = [*self.paths, *self.unseeded]
-        self.unseeded += [
-            f"{container}[{_MAX_ITEMS}:]"
-            for container in long_containers
-            if any(path.startswith(f"{container}[") for path in all_paths)
-        ]
+        for container in long_containers:
+            if any(path.startswith(f"{container}[") for path in all_paths):
+                self.unseeded.append(f"{container}[{_MAX_ITEMS}:]")
 
     def is_replaced(self) -> bool:
         """Returns whether a generator, or an object on the path to it, was replaced in an attribute or item."""

@@ -76,7 +76,7 @@ class UnslothReport:
             is_left = block.timer is not None and not block.timer.is_worth_it
             rows.append(_row(name, numbers, " (left alone: moving costs more than it hides)" if is_left else ""))
         rows.append(_row("all", totals))
-        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def undo(self) -> None:
@@ -144,10 +144,13 @@ def _choose(
     if is_compiled(model):
         raise ValueError("the model is compiled as a whole, and recomputed blocks break its graph: compile its blocks")
     found = {name: block for blocks in find_blocks(model, include).values() for name, block in blocks.items()}
+    excluded: set[str] = set()
     for glob in exclude:
-        if not any(matches_glob(name, glob) for name in found):
+        matching = {name for name in found if matches_glob(name, glob)}
+        if not matching:
             raise ValueError(f"exclude: {glob!r} matches none of the blocks: {', '.join(found) or 'there are none'}")
-    chosen = {name: block for name, block in found.items() if not any(matches_glob(name, glob) for glob in exclude)}
+        excluded |= matching
+    chosen = {name: block for name, block in found.items() if name not in excluded}
     if not chosen:
         there_are = ", ".join(dict(model.named_modules())).lstrip(", ")
         what = "no ModuleList or Sequential holds two or more modules of one class" if not found else "all are excluded"
