@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import os
 import threading
 import time
@@ -47,6 +48,9 @@ def watchdog(progress: Callable[[], Any], timeout_s: float, log: Path, name: str
                     orphan_since = orphan_since or now
                 if now - since > timeout_s or now - (orphan_since or now) > _ORPHAN_GRACE_S:
                     why = f"made no step for {now - since:.0f} s" if orphan_since is None else "has lost its launcher"
+                    # Ranks that hang together write to one file; the timer above ends a wait for the lock.
+                    with contextlib.suppress(OSError):
+                        fcntl.flock(file, fcntl.LOCK_EX)
                     file.write(f"{name} {why} and is ended; its stacks:\n")
                     file.flush()
                     faulthandler.dump_traceback(file=file)
