@@ -18,7 +18,7 @@ IMPORT_HYDRA = {
     "launch.job",
     "launch.launcher",
     "launch.sweep",
-    "run.build",
+    "run.build.instantiate",
     "run.saved_model",
     "config.checks",
     "config.diff",
@@ -123,7 +123,7 @@ OUTSIDE_RUN_FOLDER = {
     "control/terminal.py": ["os.open"],  # /dev/null
     "config/trust/signature.py": ["open", "os.link", "os.mkdir", "os.open", "os.unlink"],  # the user's key
     "utils/files/files.py": ["os.open"],  # to read
-    "run/weights_placeholders.py": ["tempfile.TemporaryDirectory"],  # for placeholder weights files
+    "run/weights/placeholders.py": ["tempfile.TemporaryDirectory"],  # for placeholder weights files
     "utils/files/open_files.py": ["os.open"],  # /dev/null, and reopened files
     "launch/worker.py": ["touch", "write_text"],  # for the launcher
 }

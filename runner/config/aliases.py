@@ -33,7 +33,7 @@ MOVED = {
     "runner.examples.code_gpt": "runner.examples.audio.code_gpt",
     "runner.examples.speech": "runner.examples.audio.speech",
     "runner.examples.speech_codes": "runner.examples.audio.speech_codes",
-    "runner.run.warm_start": "runner.run.weights_placeholders",
+    "runner.run.warm_start": "runner.run.weights.placeholders",
     "runner.utils.adoption": "runner.utils.wrapper.transfer",
     "runner.utils.agenda": "runner.utils.train.loop",
     "runner.utils.agreement": "runner.utils.distributed.coordinator",

@@ -102,7 +102,7 @@ class Job:
         make_folder_below(folder, self.folder)
         files = {f"{name}.yaml": text for name, text in self.files.items()}
         if self.spec.resume is None:
-            from runner.run.weights_placeholders import RECORD_NAME, record_weights_files  # imports torch
+            from runner.run.weights.placeholders import RECORD_NAME, record_weights_files  # imports torch
 
             content = record_weights_files(self.spec.plain, folder / RECORD_NAME)
             files |= {} if content is None else {RECORD_NAME: content}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config.errors import ConfigError, print_message
 from runner.engines import Engines
-from runner.run import build
+from runner.run.build.data import build_evaluation, find_unseeded
+from runner.run.build.experiment import Report, build_device, build_report
 from runner.run.state import find_change
 from runner.tracking.media import Audio
 from runner.utils import distributed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def measure(
     engines: Engines,
     evaluation: EvaluationData,
-    report: build.Report | None,
+    report: Report | None,
     *,
     seed: int,
     step: int,
@@ -94,13 +95,13 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
     with distributed.preserve_rng_state():
         saved.check_roles("data.eval", "data.collate", "report")
-    device = build.build_device(spec)
+    device = build_device(spec)
     with distributed.preserve_rng_state(device):
         engines = saved.build_engines(device)
-        evaluation, report = build.build_evaluation(spec), build.build_report(spec)
+        evaluation, report = build_evaluation(spec), build_report(spec)
         assert evaluation is not None
         changed = find_change(evaluation.dataset, saved.fingerprint)
-        for warning in filter(None, [changed, *build.find_unseeded(spec, None, evaluation)]):
+        for warning in filter(None, [changed, *find_unseeded(spec, None, evaluation)]):
             print_message(warning)
         try:
             return measure(engines, evaluation, report, seed=spec.seed, step=saved.step)

@@ -18,7 +18,8 @@ from runner.config.errors import ConfigError
 from runner.config.run_folder import COMMAND_LINE_KEYS, read_record, refuse_links
 from runner.config.trust import signature
 from runner.engines import Engines
-from runner.run import build, weights_placeholders
+from runner.run.build.experiment import build_device
+from runner.run.weights import placeholders
 from runner.tracking.repair import is_step
 from runner.tracking.run_record import DISTRIBUTION, find_version
 from runner.utils import io
@@ -99,7 +100,7 @@ def make_metadata(
         fingerprint: of the data, if it has one.
     """
     config = to_json({key: value for key, value in plain.items() if key not in COMMAND_LINE_KEYS})
-    weights = weights_placeholders.export_metadata(run)
+    weights = placeholders.export_metadata(run)
     finite = {k: v if math.isfinite(v) else None for k, v in (evaluation or {}).items() if v is not None}
     return {
         "config": config,
@@ -108,7 +109,7 @@ def make_metadata(
         "metrics": json.dumps({"best": best, "evaluation": finite or None}),
         "runner_version": find_version(DISTRIBUTION) or "",
         **({"fingerprint": fingerprint} if fingerprint is not None else {}),
-        **_sign(weights_placeholders.signed_text(config, weights), run),
+        **_sign(placeholders.signed_text(config, weights), run),
         **weights,
     }
 
@@ -176,7 +177,7 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
         with preserve_rng_state():
             used.check_roles()
         try:
-            device = build.build_device(saved.spec)
+            device = build_device(saved.spec)
         except ConfigError:  # of another machine; weights can be written without it
             device = torch.device("cpu")
         with preserve_rng_state(device):

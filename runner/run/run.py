@@ -30,7 +30,7 @@ from runner.control.signals import EXIT_STATUSES, STATUS_BY_SIGNAL, StopSignals,
 from runner.engines.dynamo import reset_dynamo
 from runner.run.trainer import RunError, Trainer
 from runner.run.watchdog import watchdog
-from runner.run.weights_placeholders import RECORD_NAME
+from runner.run.weights.placeholders import RECORD_NAME
 from runner.tracking.tracker import METRICS_NAME
 from runner.utils.distributed import (
     RankError,

@@ -97,13 +97,14 @@ class SavedModel:
         Raises:
             ConfigError: they can't be built, or the weights are of other modules.
         """
-        from runner.run import build, weights_placeholders
+        from runner.run.build.engines import build_engines
+        from runner.run.weights import placeholders
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
         nodes = {} if self.engine is None else self.spec.engines[self.engine].optimizations
         is_adapter = nodes.get("lora", {}).get("export") == "adapter"  # its base model needs the weights files
-        builder = weights_placeholders.PlaceholderBuilder(self.run or self.path, self.parts, self.allowlist.is_signed)
-        engines = build.build_engines(self.spec, device, purpose, None if is_adapter else builder)
+        builder = placeholders.PlaceholderBuilder(self.run or self.path, self.parts, self.allowlist.is_signed)
+        engines = build_engines(self.spec, device, purpose, None if is_adapter else builder)
         try:
             if self.engine is None:
                 engines.load_state_dict(self.parts)
@@ -150,7 +151,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     Raises:
         ConfigError: it is no export, is damaged, or its config reads or names what is not allowed.
     """
-    from runner.run import weights_placeholders
+    from runner.run.weights import placeholders
     from runner.utils import io
 
     if path.suffix != SUFFIX:
@@ -163,7 +164,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
         raise ConfigError(str(error)) from error
     raw, name, step = _read_facts(facts, path)
     try:
-        signed_text = weights_placeholders.signed_text(facts["config"], facts)
+        signed_text = placeholders.signed_text(facts["config"], facts)
         import_path.prepend(signature.check_text(signed_text, facts.get("signature")).python_path)
         trusted = Allowlist(path, is_signed=True)
     except signature.SignatureError as error:

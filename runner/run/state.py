@@ -12,7 +12,7 @@ from runner.config.checkpoint_facts import BATCHES
 from runner.config.errors import ConfigError
 from runner.control.commands import CommandQueue
 from runner.run.best import Best
-from runner.run.build import Experiment
+from runner.run.build.experiment import Experiment
 from runner.utils import io
 from runner.utils.distributed import RankAbortError, RankError, RankLostError
 from runner.utils.serialization import FlattenedState

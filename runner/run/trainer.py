@@ -19,13 +19,13 @@ from runner.config.run_folder import read_config, read_record
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.control.handlers import CommandHandlers
-from runner.run import initial_weights, weights_placeholders
 from runner.run.best import Best, BestCheckpoint
-from runner.run.build import Experiment, build
+from runner.run.build.experiment import Experiment, build
 from runner.run.evaluation import measure, show
 from runner.run.exports import last_evaluation, make_metadata, write_exports
 from runner.run.first_step import KnownTensors, log_model_summary
 from runner.run.state import RunState, fingerprint_of
+from runner.run.weights import initial_weights, placeholders
 from runner.tracking.console import Console, describe_numbers, open_log
 from runner.tracking.null import NullRunRecord, NullSaver, NullTracker
 from runner.tracking.run_record import RunRecord
@@ -90,10 +90,10 @@ class Trainer:
             RankError: one of these on another rank.
         """
         other_run = None if checkpoint else initial_weights.find_initial_weights(spec.plain)
-        builder: weights_placeholders.ModelBuilder | None = other_run
+        builder: placeholders.ModelBuilder | None = other_run
         if checkpoint:
             is_signed = run_on_rank_zero(lambda: signature.find_signed(folder) is not None)  # others may lack the key
-            builder = weights_placeholders.PlaceholderBuilder(folder, checkpoint[1], is_signed)
+            builder = placeholders.PlaceholderBuilder(folder, checkpoint[1], is_signed)
         experiment = build(spec, store, builder)
         opened: list[Trainer] = []
         run_on_all_ranks(lambda: opened.append(cls(experiment, folder, stack, checkpoint)))

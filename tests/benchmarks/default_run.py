@@ -160,7 +160,7 @@ def make_runner_loop(settings, folder):
     """Returns the runner's loop over the default experiment, as in a run, and its tracker."""
     from runner.control.commands import CommandQueue
     from runner.control.handlers import COMMANDS
-    from runner.run.build import build
+    from runner.run.build.experiment import build
     from runner.tracking.tracker import Tracker
     from runner.utils.train import Loop
     from runner.utils.train.failures import FailurePolicy

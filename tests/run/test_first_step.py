@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 
 from runner.engines import Engine
-from runner.run.build import _check_sized
+from runner.run.build.engines import check_sized
 from runner.run.first_step import log_model_summary
 from runner.utils import io
 from runner.utils.train.failures import TrainingStopped
@@ -158,9 +158,9 @@ def test_parameters_without_a_shape_are_refused_by_name_until_they_have_one(name
     make, arguments, shape, names = LAZY[name]
     module = nn.Sequential(make(*arguments))
     with pytest.raises(ValueError, match=f"^{names} get their shape in the first forward"):
-        _check_sized(module)
+        check_sized(module)
     module(torch.randn(shape))
-    _check_sized(module)
+    check_sized(module)
 
 
 MODEL = """

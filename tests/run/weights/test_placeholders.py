@@ -18,7 +18,7 @@ from torch import nn
 from runner import evaluate, export
 from runner.config.errors import ConfigError
 from runner.config.trust import signature
-from runner.run import weights_placeholders
+from runner.run.weights import placeholders
 from runner.utils import io
 from runner.utils.serialization import structure
 
@@ -260,7 +260,7 @@ class Recorded:
         build_placeholder_project(folder, monkeypatch)
         self.node = {"_target_": target, **arguments}
         self.whole = make(self.node)
-        self.record = json.loads(weights_placeholders.record_weights_files({"engines": {}, "model": self.node}))
+        self.record = json.loads(placeholders.record_weights_files({"engines": {}, "model": self.node}))
         if forget_values:  # as of larger tensors
             for entry in self.record["entries"].values():
                 for file in entry["files"].values():
@@ -272,7 +272,7 @@ class Recorded:
 
     def build(self):
         state = {name: value.clone() for name, value in self.whole.state_dict().items()}
-        made = weights_placeholders.PlaceholderBuilder(self.run, {"model": state}, is_signed=True).build(
+        made = placeholders.PlaceholderBuilder(self.run, {"model": state}, is_signed=True).build(
             "model", "model", self.node, make
         )
         made.load_state_dict(state)
@@ -313,7 +313,7 @@ def test_an_export_does_not_build_a_feeder_whose_file_is_gone(at_home, capsys):
 def test_a_pickle_that_would_run_code_is_not_recorded(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
     plain = {"engines": {}, "model": {"path": str(tmp_path / "whole.pt")}}
-    assert weights_placeholders.record_weights_files(plain) is None
+    assert placeholders.record_weights_files(plain) is None
 
 
 def test_a_folder_of_weights_and_small_json_is_recorded(tmp_path, monkeypatch):
@@ -476,7 +476,7 @@ def test_a_record_that_is_no_regular_file_is_ignored(recorded, kind):
 
 def test_the_record_is_bounded_and_holds_no_large_tensor(tmp_path):
     save_file({f"a.{i}": torch.rand(100, 100) for i in range(3)}, tmp_path / "a.safetensors")
-    found = weights_placeholders.record_weights_files(
+    found = placeholders.record_weights_files(
         {"engines": {}, "model": {"deep": [{"path": str(tmp_path / "a.safetensors")}]}}
     )
     assert len(found) < 600
@@ -538,12 +538,12 @@ def test_the_total_size_of_placeholders_is_bounded(tmp_path):
     (tmp_path / ".hydra" / "weights.json").write_text(json.dumps({"format": 1, "entries": entries}))
     node = {f"a{i}": f"gone{i}.npy" for i in range(12)}
     with pytest.raises(ConfigError, match=r"of 12 has over 268,435,456 bytes .*gone0\.npy is gone.*put it back"):
-        weights_placeholders.PlaceholderBuilder(tmp_path, {}, is_signed=True).build("model", "model", node, nn.Identity)
+        placeholders.PlaceholderBuilder(tmp_path, {}, is_signed=True).build("model", "model", node, nn.Identity)
 
 
 def test_a_record_has_at_most_a_hundred_entries(tmp_path):
     paths = [str(tmp_path / f"{number:03}.npy") for number in range(101)]
     for path in paths:
         np.save(path, np.zeros(1))
-    record = json.loads(weights_placeholders.record_weights_files({"engines": {}, "model": {"paths": paths}}))
+    record = json.loads(placeholders.record_weights_files({"engines": {}, "model": {"paths": paths}}))
     assert list(record["entries"]) == [f"model.paths.{number}" for number in range(100)]

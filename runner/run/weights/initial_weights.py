@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from runner.checkpoint import checkpoints
 from runner.config import run_folder
 from runner.config.errors import ConfigError
-from runner.run.weights_placeholders import ModelBuilder
+from runner.run.weights.placeholders import ModelBuilder
 from runner.utils import io
 from runner.utils.distributed import run_on_rank_zero
 from runner.utils.modules.weights import load_weights

@@ -13,7 +13,10 @@ from torch import nn
 
 from runner.config import checks
 from runner.config.spec import ExperimentSpec
-from runner.run import build, exports, saved_model
+from runner.run import exports, saved_model
+from runner.run.build.data import build_batches, build_evaluation
+from runner.run.build.engines import build_engines
+from runner.run.build.experiment import build_report
 from runner.utils.distributed import preserve_rng_state, seed_all
 
 CPU = torch.device("cpu")
@@ -74,10 +77,10 @@ def drawn(plain):
     """Returns the draws of each object by its role."""
     DRAWN.clear()
     spec = ExperimentSpec.from_plain(plain)
-    build.build_engines(spec, CPU)
-    build._build_batches(spec, CPU)
-    build.build_evaluation(spec)
-    build.build_report(spec)
+    build_engines(spec, CPU)
+    build_batches(spec, CPU)
+    build_evaluation(spec)
+    build_report(spec)
     return dict(DRAWN)
 
 
@@ -110,7 +113,7 @@ def test_an_engine_that_is_added_does_not_change_the_others():
 def test_the_initial_weights_of_a_seed_are_those_that_torch_gives_for_it():
     torch.manual_seed(3)
     expected = nn.Linear(1, 1)
-    made = build.build_engines(ExperimentSpec.from_plain(plain_with()), CPU)["model"].module
+    made = build_engines(ExperimentSpec.from_plain(plain_with()), CPU)["model"].module
     assert torch.equal(made.weight, expected.weight)
     assert torch.equal(made.bias, expected.bias)
 

@@ -17,7 +17,9 @@ from runner.checkpoint import checkpoints as checkpoint
 from runner.config import optimizations
 from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
-from runner.run import build, initial_weights, saved_model
+from runner.run import saved_model
+from runner.run.build.engines import build_engines
+from runner.run.weights import initial_weights
 
 CPU = torch.device("cpu")
 UNTRAINED = ["trainer.steps=1", "trainer.save_every=1", "optimizer.lr=0", "optimizer.weight_decay=0"]
@@ -41,7 +43,7 @@ def start(plain, text="run", **changes):
     """Builds a new run's engines with `init_from`; returns the weights of each, and the lines for its log."""
     settings = plain | {"init_from": text} | changes
     other_run = initial_weights.find_initial_weights(settings)
-    engines = build.build_engines(ExperimentSpec.from_plain(settings), CPU, builder=other_run)
+    engines = build_engines(ExperimentSpec.from_plain(settings), CPU, builder=other_run)
     return {name: engine.module.state_dict() for name, engine in engines.items()}, other_run.lines
 
 

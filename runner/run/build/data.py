@@ -1,0 +1,111 @@
+"""Builds the data of an experiment: the training batches and the evaluation data."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from runner.config.errors import ConfigError
+from runner.config.spec import ExperimentSpec
+from runner.config.targets import find_sampler_fault, locate
+from runner.run.build.instantiate import explain_errors, make_object
+from runner.utils.distributed import rank, world_size
+from runner.utils.modules.generators import ObjectGenerators
+from runner.utils.sampler.batches import Batches, EvaluationData
+from runner.utils.utils import derive_seed
+
+_MOST_PASSES = 10_000
+
+
+def build_batches(spec: ExperimentSpec, device: torch.device) -> Batches:
+    data, parts = spec.data, spec.trainer.accumulate
+    dataset = _make_dataset(spec.seed, "data.train", data.train)
+    assert spec.sampler is not None
+    target = locate(spec.sampler["_target_"])
+    is_batched = "lengths" in inspect.signature(target).parameters
+    if is_batched and parts > 1:
+        remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
+        raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
+    micro_batch_size = data.batch_size // parts
+    if not is_batched and micro_batch_size < world_size():
+        found = f"data.batch_size={data.batch_size} with trainer.accumulate={parts}"
+        raise ConfigError(f"{found}: {world_size()} ranks share {micro_batch_size}; expected one each or more")
+    if not is_batched and data.batch_size > _MOST_PASSES * len(dataset):
+        expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
+        raise ConfigError(f"data.batch_size={data.batch_size}: {expected}")
+    sampler = make_object(spec.seed, "sampler", spec.sampler, _lengths_of(dataset) if is_batched else len(dataset))
+    _check_sampler(sampler)
+    return Batches(
+        dataset,
+        sampler,
+        None if is_batched else micro_batch_size,
+        seed=spec.seed,
+        num_workers=data.num_workers,
+        collate=make_object(spec.seed, "data.collate", data.collate),
+        pin_memory=device.type == "cuda",
+        seed_samples=data.seed_samples,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def _check_sampler(sampler: Any) -> None:
+    """Checks that a sampler can load its own state; raises ConfigError otherwise."""
+    if fault := find_sampler_fault(sampler):
+        raise ConfigError(f"sampler: {type(sampler).__name__}: {fault}")
+    state = sampler.state_dict()
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"sampler: {type(sampler).__name__}.state_dict: expected a mapping, found {state!r}")
+    explain_errors("sampler", partial(sampler.load_state_dict, copy.deepcopy(dict(state))))
+
+
+def _lengths_of(dataset: Any) -> Any:
+    """Returns the dataset's own `lengths`, or ones, so that a sampler's budget counts samples."""
+    lengths = getattr(dataset, "lengths", None)
+    return torch.ones(len(dataset), dtype=torch.int64) if lengths is None else lengths
+
+
+def build_evaluation(spec: ExperimentSpec) -> EvaluationData | None:
+    """Returns the evaluation data of an experiment, or None if it has none.
+
+    Raises:
+        ConfigError: naming the key whose target refused its arguments.
+    """
+    data, seed = spec.data, spec.seed
+    if data.eval is None:
+        return None
+    collate = make_object(seed, "data.collate", data.collate)
+    dataset = _make_dataset(seed, "data.eval", data.eval)
+    sample_seed = derive_seed(seed, -1) if data.seed_samples else None
+    return EvaluationData(dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size())
+
+
+def find_unseeded(spec: ExperimentSpec, batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
+    """Returns warnings of generators that the data holds and that are not reseeded for each sample."""
+    roots: dict[str, Any] = {}
+    for key, data in (("data.train", batches), ("data.eval", evaluation)):
+        if data is not None:
+            roots |= {key: data.dataset, "data.collate": data.collate}
+    held = ObjectGenerators(**roots)
+    if spec.data.seed_samples:
+        effect = "its numbers depend on loader workers and on where the run is cut"
+        remedy = "draw from torch, NumPy, random or a generator of theirs"
+        return [f"{path}: expected a generator that a seed decides; {effect}; {remedy}" for path in held.unseeded]
+    effect = "each loader worker and each resume starts a generator of the dataset's own anew"
+    remedy = "set data.seed_samples=true to reseed it for each sample"
+    return [f"{path}: {effect}; {remedy}" for path in [*held.paths, *held.unseeded]]
+
+
+def _make_dataset(seed: int, key: str, node: Any) -> Any:
+    dataset = make_object(seed, key, node)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        expected = "expected a dataset with __len__ and __getitem__, for a position in it"
+        raise ConfigError(f"{key}: {expected}; found {type(dataset).__name__}")
+    if not explain_errors(key, lambda: len(dataset), node):
+        raise ConfigError(f"{key}: the dataset is empty")
+    return dataset

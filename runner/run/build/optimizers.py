@@ -1,0 +1,89 @@
+"""Builds an engine's optimizer and scheduler, and checks that they can be stepped."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from runner.config.errors import ConfigError
+from runner.config.spec import EngineSpec, ExperimentSpec
+from runner.config.targets import parameter_names
+from runner.engines.optim.hyperparameters import check_covers_parameters
+from runner.engines.optim.schedule_replay import check_optimizer_step, check_scheduler_step, find_lr_decrease
+from runner.run.build.instantiate import explain_errors, make_object
+
+
+def make_optimizer(seed: int, engine: EngineSpec, module: nn.Module) -> Any:
+    """Returns an optimizer of all trained parameters.
+
+    It gets (name, parameter) pairs, as torch's optimizers take them. If it fails, or keeps the pairs beside its groups,
+    it is built again with the parameters alone.
+    """
+    key = f"{engine.prefix}optimizer"
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
+    failures: dict[str, ConfigError] = {}
+    for description, form in forms:
+        try:
+            optimizer = make_object(seed, key, engine.optimizer, list(form))
+            explain_errors(key, partial(check_covers_parameters, optimizer, named))
+            if form is not named or not _keeps_pairs(optimizer):
+                return optimizer
+        except ConfigError as error:
+            failures[f"{error}, given {description}"] = error
+    is_same = len(set(map(str, failures.values()))) == 1
+    raise next(iter(failures.values())) if is_same else ConfigError("\n".join(failures))
+
+
+def _keeps_pairs(optimizer: Any) -> bool:
+    """Returns whether an attribute of an optimizer is a list of (name, parameter) pairs: it expected parameters."""
+    lists = [value for value in vars(optimizer).values() if isinstance(value, (list, tuple))]
+    pairs = [item for item in itertools.chain(*lists) if isinstance(item, tuple) and len(item) == 2]
+    return any(isinstance(name, str) and isinstance(parameter, nn.Parameter) for name, parameter in pairs)
+
+
+def make_scheduler(seed: int, key: str, node: Any, optimizer: Any) -> Any:
+    """Returns a scheduler of an optimizer, which also goes to the schedulers that the node lists as `schedulers`."""
+    if node is None:
+        return None
+    parameters = parameter_names(node["_target_"])
+    built: dict[str, Any] = {}
+    if isinstance(node.get("schedulers"), list):
+        nested = enumerate(node["schedulers"])
+        built["schedulers"] = [make_scheduler(seed, f"{key}.schedulers.{i}", child, optimizer) for i, child in nested]
+    left_out = {*built, *({"metric"} - {*parameters})}  # the engine reads `metric`, unless the scheduler takes it
+    settings = {name: value for name, value in node.items() if name not in left_out}
+    make = make_object(seed, key, settings | {"_partial_": True})
+    make = partial(make, optimizer=optimizer) if "optimizer" in parameters else partial(make, optimizer)
+    return explain_errors(key, partial(make, **built))
+
+
+def metric_of(node: Any) -> str | None:
+    """Returns the `metric` of a scheduler's node; None if the scheduler has an argument of this name."""
+    metric = None if node is None else node.get("metric")
+    return None if metric is None or "metric" in parameter_names(node["_target_"]) else str(metric)
+
+
+def check_steps(
+    spec: ExperimentSpec, engine: EngineSpec, optimizer: Any, scheduler: Any, metric: str | None, *, is_run: bool
+) -> None:
+    """Checks that an optimizer and its scheduler can be stepped, before the first step.
+
+    Raises:
+        ConfigError: a step needs an argument or metric that it won't get, or the learning rates fall though the
+            optimizer averages the weights instead.
+    """
+    explain_errors(f"{engine.prefix}optimizer", partial(check_optimizer_step, optimizer))
+    explain_errors(f"{engine.prefix}scheduler", partial(check_scheduler_step, scheduler, metric))
+    if is_run and metric is not None and (spec.data.eval is None or not spec.trainer.eval_every):
+        key = "data.eval" if spec.data.eval is None else "trainer.eval_every"
+        found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
+        raise ConfigError(f"{engine.prefix}scheduler.metric={metric}: {found}")
+    is_averaging = is_run and hasattr(optimizer, "eval")
+    if is_averaging and (fall := find_lr_decrease(scheduler, spec.trainer.steps)) is not None:
+        found = f"{type(scheduler).__name__}, whose rate has fallen by step {fall + 1}"
+        expected = f"expected a rate that doesn't fall, as {type(optimizer).__name__} averages the weights instead"
+        raise ConfigError(f"{engine.prefix}scheduler: {expected}; found {found}; set scheduler=constant")
