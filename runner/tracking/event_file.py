@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from crc32c import crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -105,6 +106,20 @@ def encode_audio(wall_time: float, step: int, name: str, wav: bytes, sample_rate
         content_type="audio/wav",
     )
     return _frame_values(wall_time, step, Summary.Value(tag=encodable(name), audio=sound))
+
+
+def encode_histogram(wall_time: float, step: int, name: str, histogram: Any) -> bytes:
+    """Returns a record with a `Histogram` for TensorBoard's HISTOGRAMS and DISTRIBUTIONS tabs."""
+    content = HistogramProto(
+        min=histogram.low,
+        max=histogram.high,
+        num=histogram.num,
+        sum=histogram.total,
+        sum_squares=histogram.total_squares,
+        bucket_limit=histogram.edges[1:],
+        bucket=histogram.counts,
+    )
+    return _frame_values(wall_time, step, Summary.Value(tag=encodable(name), histo=content))
 
 
 def encode_hparams(wall_time: float, values: Mapping[str, bool | float | str], metrics: list[str] | None) -> bytes:

@@ -1,4 +1,4 @@
-"""Sounds and pictures for TensorBoard and for files."""
+"""Sounds, pictures and histograms for TensorBoard and for files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 _FULL_SCALE = 32768
+_NUM_BINS = 64
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,68 @@ def read_picture(name: str, picture: Any) -> Any:
         found = f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"image {name!r}: expected uint8 [height, width, 3], found {found}; convert it first")
     return array
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A summary of numbers.
+
+    Args:
+        counts: of the numbers in bins of equal width from `low` to `high`.
+        low: the smallest number.
+        high: the largest.
+        num: how many numbers there are.
+        total: their sum.
+        total_squares: the sum of their squares.
+    """
+
+    counts: list[float]
+    low: float
+    high: float
+    num: int
+    total: float
+    total_squares: float
+
+    @property
+    def edges(self) -> list[float]:
+        """The edges of the bins, one more than there are bins."""
+        num_bins = len(self.counts)
+        inner = [self.low + (self.high - self.low) * number / num_bins for number in range(1, num_bins)]
+        return [self.low, *inner, self.high]
+
+
+def read_histogram(name: str, values: Any) -> Histogram | None:
+    """Returns a histogram of an array or tensor of any shape; None if none of its numbers is finite.
+
+    Numbers that are not finite are left out. Those of a tensor are counted on its device.
+
+    Raises:
+        TypeError: the values are no real numbers.
+    """
+    if isinstance(values, Histogram):
+        return values
+    if hasattr(values, "histc"):
+        return _count_tensor(name, values.detach())
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"histogram {name!r}: expected real numbers, found {array.dtype}")
+    array = array.astype(np.float64).ravel()
+    array = array[np.isfinite(array)]
+    if not array.size:
+        return None
+    low, high = float(array.min()), float(array.max())
+    counts = np.histogram(array, _NUM_BINS, (low, high))[0].tolist() if low < high else [array.size]
+    return Histogram(counts, low, high, array.size, float(array.sum()), float(np.square(array).sum()))
+
+
+def _count_tensor(name: str, tensor: Any) -> Histogram | None:
+    if tensor.is_complex():
+        raise TypeError(f"histogram {name!r}: expected real numbers, found {tensor.dtype}")
+    tensor = tensor.float() if tensor.device.type != "cpu" else tensor.double()  # some devices have no float64
+    tensor = tensor.flatten()
+    tensor = tensor[tensor.isfinite()]
+    if not tensor.numel():
+        return None
+    low, high = tensor.min().item(), tensor.max().item()
+    counts = tensor.histc(_NUM_BINS, low, high).tolist() if low < high else [float(tensor.numel())]
+    return Histogram(counts, low, high, tensor.numel(), tensor.sum().item(), tensor.square().sum().item())

@@ -146,6 +146,19 @@ class Tracker:
             sound = audio.encode()
             self._enqueue(step, lambda events, wall: events.encode_audio(wall, step, name, sound, audio.sample_rate))
 
+    def histogram(self, step: int, name: str, values: Any) -> None:
+        """Writes a histogram for TensorBoard's HISTOGRAMS tab.
+
+        Args:
+            values: a `Histogram`, or an array or tensor of any shape, which may be changed afterwards. Numbers that
+                are not finite are left out, and nothing is written if there are no others.
+        """
+        if self._has_events:
+            from runner.tracking.media import read_histogram
+
+            if (histogram := read_histogram(name, values)) is not None:
+                self._enqueue(step, lambda events, wall: events.encode_histogram(wall, step, name, histogram))
+
     def hparams(self, values: Mapping[str, bool | float | str], metrics: list[str] | None = None) -> None:
         """Enters the run in TensorBoard's HPARAMS tab, with these values and the last values of `metrics`.
 
