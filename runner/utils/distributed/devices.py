@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,17 +80,73 @@ def preserve_rng_state(device: torch.device = _CPU) -> Iterator[None]:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Returns nested mappings, tuples and lists with their tensors on the device; for the CPU, the batch itself."""
+    """Returns a batch with its tensors on the device; for the CPU, the batch itself.
+
+    Mappings, tuples, lists and dataclasses keep their types at any depth. An object with a method `to`, such as a
+    BatchEncoding of transformers, moves itself. NumPy arrays, texts and other objects stay as they are.
+    """
     if device.type == "cpu":
         return batch
+    return _map_parts(batch, partial(_move_part, device=device))
+
+
+def pin(batch: Any) -> Any:
+    """Returns a batch with its tensors in pinned memory, nested as in `move`.
+
+    An object with a method `pin_memory` pins itself.
+    """
+    return _map_parts(batch, _pin_part)
+
+
+def _move_part(part: Any, device: torch.device) -> Any:
+    """Returns a tensor or an object on the device; None if it is neither a tensor nor moves itself."""
+    if isinstance(part, Tensor):
+        return part.to(device, non_blocking=True)
+    if isinstance(part, type) or not callable(getattr(part, "to", None)):
+        return None
+    try:
+        moved = part.to(device, non_blocking=True)
+    except TypeError:  # its `to` has the device alone
+        moved = part.to(device)
+    return part if moved is None else moved  # some move in place and return nothing
+
+
+def _pin_part(part: Any) -> Any:
+    if isinstance(part, type) or not callable(getattr(part, "pin_memory", None)):
+        return None
+    return part.pin_memory()
+
+
+def _map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Returns a nest with its parts changed; where `change` returns None, containers are entered, the rest is kept."""
+    if (changed := change(batch)) is not None:
+        return changed
     match batch:
-        case Tensor():
-            return batch.to(device, non_blocking=True)
+        case dict() if type(batch) is dict:
+            return {key: _map_parts(value, change) for key, value in batch.items()}
         case Mapping():
-            return {key: move(value, device) for key, value in batch.items()}
+            return _map_mapping(batch, change)
         case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(move(value, device) for value in batch))
+            return type(batch)(*(_map_parts(value, change) for value in batch))
         case tuple() | list():
-            return type(batch)(move(value, device) for value in batch)
+            return type(batch)(_map_parts(value, change) for value in batch)
+        case _ if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+            changed = copy.copy(batch)
+            for field in dataclasses.fields(batch):
+                if hasattr(batch, field.name):
+                    object.__setattr__(changed, field.name, _map_parts(getattr(batch, field.name), change))
+            return changed
         case _:
             return batch
+
+
+def _map_mapping(batch: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
+    """Returns a copy of the same type, with its attributes, where the type can be copied and set; else a dict."""
+    values = {key: _map_parts(value, change) for key, value in batch.items()}
+    if isinstance(batch, MutableMapping):
+        with contextlib.suppress(Exception):
+            changed = copy.copy(batch)
+            for key, value in values.items():
+                changed[key] = value
+            return changed
+    return values
