@@ -45,7 +45,7 @@ def register_with_hydra() -> None:
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "ema", "init_from"]
+_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "ema", "init_from", "every"]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "distributed": DistributedConfig,
@@ -60,6 +60,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "pattern": None,
     "ema": None,
     "engines": {},
+    "updates": "joint",
     "feeder": None,
     "report": None,
 }
@@ -152,6 +153,8 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
         elif not isinstance(path := engines[name].get("init_from"), (str, type(None))):
             mistakes.append(f"engines.{name}.init_from={path}: expected a path or null")
+        elif type(every := engines[name].get("every", 1)) is not int or every < 1:
+            mistakes.append(f"engines.{name}.every={every}: expected a whole number of steps from 1 on")
     if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     return mistakes

@@ -18,7 +18,8 @@ Nest = dict[str, Any]
 
 _ABSENT = object()
 _IDENTITY_KEYS: list[KeyPath] = [  # what makes a run the one it is
-    ("seed",), ("model",), ("engines",), ("feeder",), ("sampler",), ("pattern",), ("optimizer", "_target_"),
+    ("seed",), ("model",), ("engines",), ("updates",), ("feeder",), ("sampler",), ("pattern",),
+    ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
     ("optimizations",), ("ema",),

@@ -15,6 +15,8 @@ from omegaconf import MISSING
 Precision = StrEnum("Precision", ["fp32", "bf16", "fp16"])
 # Reaction to a step whose loss or gradients are not finite.
 OnNonfinite = StrEnum("OnNonfinite", ["stop", "skip", "ignore"])
+# Order of updates of several engines: all after all forwards, or each before the next one's forward.
+Updates = StrEnum("Updates", ["joint", "alternating"])
 # Reaction to a step that runs out of memory.
 OnOom = StrEnum("OnOom", ["stop", "skip"])
 # Order of a metric: the better of two values.
@@ -110,5 +112,6 @@ class Config:
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
     engines: dict[str, Any] = field(default_factory=dict)
+    updates: Updates = Updates.joint
     feeder: Any = None
     report: Any = None

@@ -20,7 +20,8 @@ Section = TypeVar("Section")
 class EngineSpec:
     """One engine: the nodes of its parts and its optimizations, with the defaults from the top level of the config.
 
-    `prefix` is that of its keys in messages: `engines.NAME.`, or nothing in a config without `engines`.
+    `prefix` is that of its keys in messages: `engines.NAME.`, or nothing in a config without `engines`. `has_own_loss`
+    is false for a teacher: without an optimizer, and without a feeder of its own.
     """
 
     name: str
@@ -31,6 +32,8 @@ class EngineSpec:
     feeder: Node
     ema: Node
     optimizations: dict[str, dict[str, Any]]  # those that are enabled, by name
+    every: int
+    has_own_loss: bool
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ExperimentSpec:
     data: DataConfig
     sampler: Node
     report: Node
+    alternates: bool
     distributed: DistributedConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
@@ -68,6 +72,7 @@ class ExperimentSpec:
             data=_read_section(DataConfig, plain["data"]),
             sampler=plain["sampler"],
             report=plain["report"],
+            alternates=plain["updates"] == "alternating",
             distributed=_read_section(DistributedConfig, plain["distributed"]),
             trainer=_read_section(TrainerConfig, plain["trainer"]),
             checkpoint=_read_section(CheckpointConfig, plain["checkpoint"]),
@@ -87,7 +92,10 @@ class ExperimentSpec:
             parts = {key: values.get(key, default) for key, default in shared.items()}
             prefix = f"engines.{name}." if self.plain["engines"] else ""
             nodes, ema = optimizations.of_engine(self.plain, name)
-            engines[name] = EngineSpec(name, prefix, **parts, ema=ema, optimizations=nodes)
+            engines[name] = EngineSpec(
+                name, prefix, **parts, ema=ema, optimizations=nodes, every=values.get("every", 1),
+                has_own_loss=parts["optimizer"] is not None or values.get("feeder") is not None,
+            )  # fmt: skip
         return engines
 
     def resumed_from(self, folder: Path) -> ExperimentSpec:

@@ -18,6 +18,7 @@ from runner.engines.metrics import MetricAccumulator
 from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
 from runner.engines.optim.schedule_replay import LRSchedule
+from runner.engines.other_modules import connect_feeder
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
 from runner.utils.distributed import all_gather_object, move
@@ -45,12 +46,13 @@ class Engine:
         module: any module whose forward returns a loss: a 0-d tensor; a mapping or object with `loss` (its other
             numbers become metrics, `tokens` counts for throughput, `weight` is the number of terms in the mean loss);
             or none of these, if its submodules set `loss` attributes, which are summed.
-        optimizer: over the parameters to train; None for a module that is only evaluated.
+        optimizer: over the parameters to train; None for a module that is only evaluated, in evaluation mode.
         scheduler: stepped after each update that was not skipped.
         precision: fp32, bf16 or fp16 (autocast; fp16 with a loss scaler).
         accumulate: micro-steps a step; each loss is divided by it, or counts by its weight.
         clip_norm: gradients are clipped to this total norm; 0 disables clipping.
-        feeder: called as feeder(module, batch) in place of the module.
+        feeder: called as feeder(module, batch) in place of the module, or as feeder(module, batch, engines) with the
+            modules of all engines.
         on_nonfinite: action for a step whose loss or gradients are not finite: stop, skip or ignore. With stop and
             skip, `prepare` checks them. With stop on an accelerator, the check does not wait for the device:
             `find_late_fault` returns the fault after the update.
@@ -59,7 +61,13 @@ class Engine:
         applied: the optimizations that were applied to the module; exports undo them.
         metric: name of an evaluation metric, such as `eval/loss`, with which the scheduler is stepped after an
             evaluation; None steps it after each update.
+    Attributes:
+        every: it is trained in each `every`-th step of the run.
+        has_own_loss: false for a teacher that other engines' feeders call: it runs no forward of its own.
     """
+
+    every = 1
+    has_own_loss = True
 
     def __init__(
         self,
@@ -104,7 +112,8 @@ class Engine:
         self._reader = OutputReader(module, self._post_weighted)
         divides_by_weight = accumulate > 1 or self.strategy.is_distributed
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
-        self._loss_module = LossModule(module, feeder or feed, self._reader)
+        self.other_modules, feed_batch = connect_feeder(feeder or feed)
+        self._loss_module = LossModule(module, feed_batch, self._reader)
         self._train_forward = self.strategy.wrap_forward(
             self._loss_module, self._check_loss if self._checks_in_forward else None
         )
@@ -118,6 +127,10 @@ class Engine:
         self._buffers = BufferSnapshot(module)
         self._commit_step()
         self.train()
+
+    def is_due(self, step: int) -> bool:
+        """Returns whether it runs in the step that follows `step` completed steps of the run."""
+        return self.has_own_loss and (self.optimizer is None or (step + 1) % self.every == 0)
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
         """Runs forward and backward on one batch.
@@ -269,9 +282,9 @@ class Engine:
     def train(self) -> None:
         """Sets training mode, for the optimizer too if it has one.
 
-        Frozen modules stay in evaluation mode.
+        Frozen modules stay in evaluation mode, and so does a module without an optimizer.
         """
-        self.module.train()
+        self.module.train(self.optimizer is not None)
         self.applied.frozen.put_into_eval()
         getattr(self.optimizer, "train", bool)()
         self._swap_ema(False)

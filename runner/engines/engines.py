@@ -1,4 +1,4 @@
-"""Engines: a dict of engines, trained one after the other on each batch."""
+"""Engines: a dict of engines, trained on each batch together or in turns."""
 
 from __future__ import annotations
 
@@ -19,21 +19,45 @@ from runner.engines.strategies import map_tensors
 from runner.utils.distributed import all_gather_object, is_distributed, move, run_on_all_ranks, seed_all
 from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.modules.weights import load_weights
+from runner.utils.train.failures import TrainingStopped
 from runner.utils.utils import derive_seed, describe
 
 # Errors of loading a state that was saved from another model or by another program.
 _LOAD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+
+Turn = list[tuple[str, Engine]]  # engines that are updated together, after the forwards of all of them
+Seeds = tuple[int, tuple[int, ...] | None]
 
 
 class Engines(dict[str, Engine]):
     """Engines by name.
 
     The metrics of a single engine are named `loss`, those of several `<engine>/loss`.
+
+    Attributes:
+        alternates: each engine is updated before the next one's forward, instead of all after all forwards.
+        is_updating: true from the first update of a step: the step can no longer be discarded.
     """
 
-    is_updating = False  # true from the first update of a step: the step can no longer be discarded
+    alternates = False
+    is_updating = False
+    _turns: list[Turn] | None = None  # of the current step
+    _has_intervals = False  # the turns differ between steps
+    _last_seeds: Seeds | None = None  # arguments of the last `seed`
     _generators: ObjectGenerators | None = None
     _shared_seeds: tuple[int, ...] | None = None
+
+    def __init__(self, *args: Any, **engines: Engine) -> None:
+        super().__init__()
+        self._micro_steps: list[tuple[Any, float, Seeds | None]] = []  # of the step, for its later turns
+        for name, engine in dict(*args, **engines).items():
+            self[name] = engine
+
+    def __setitem__(self, name: str, engine: Engine) -> None:
+        super().__setitem__(name, engine)
+        self._turns = None
+        if engine.other_modules is not None:
+            engine.other_modules.connect(name, self)
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +78,7 @@ class Engines(dict[str, Engine]):
             shared_seeds: numbers that are the same on every rank, from which the seed of the held generators is
                 derived. Each rank has built these generators alike, so their draws may have to agree. None uses `seed`.
         """
-        self._shared_seeds = shared_seeds
+        self._shared_seeds, self._last_seeds = shared_seeds, (seed, shared_seeds)
         seed_all(seed, self.device)
         generators = self._generators or self.find_generators()
         if generators.paths:
@@ -97,26 +121,79 @@ class Engines(dict[str, Engine]):
         ]
         return warnings + [warning for warning in self.find_unseeded() if warning not in known_warnings]
 
+    def begin_step(self, step: int) -> None:
+        """Selects the engines that run in the step that follows `step` completed steps of the run."""
+        if self._turns is None or self._has_intervals:
+            self._plan(step)
+
+    def _plan(self, step: int) -> list[Turn]:
+        """Divides the engines that run in a step into turns, and has the last of each turn carry the flag."""
+        trained = [(name, engine) for name, engine in self.items() if engine.optimizer is not None]
+        due = [(name, engine) for name, engine in self.items() if engine.is_due(step)]
+        due_trained = [(name, engine) for name, engine in due if engine.optimizer is not None]
+        self._has_intervals = any(engine.every > 1 for _, engine in trained)
+        self._turns = [due]
+        if self.alternates and len(due_trained) > 1:
+            first = [(name, engine) for name, engine in due if engine.optimizer is None or engine is due_trained[0][1]]
+            self._turns = [first, *([pair] for pair in due_trained[1:])]
+        if self._has_intervals or len(self._turns) > 1:
+            lasts = [[engine for _, engine in turn if engine.optimizer is not None][-1:] for turn in self._turns]
+            for _, engine in trained:
+                engine.strategy.carries_flag = [engine] in lasts
+        return self._turns
+
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:
-        """Runs one micro-step of every engine on the same batch.
+        """Runs one micro-step of the engines of the first turn; those of later turns run it in `step`.
 
         `weight` is relative to a mean of 1 over the ranks.
         """
         batch = move(batch, self.device)
-        for engine in self.values():
-            engine.micro_step(batch, weight)
+        turns = self._turns or self._plan(0)
+        if len(turns) > 1:
+            self._micro_steps.append((batch, weight, self._last_seeds))
+        self._run(turns[0], batch, weight)
+
+    def _run(self, turn: Turn, batch: Any, weight: float) -> None:
+        for _, engine in turn:
+            if engine.other_modules is None:
+                engine.micro_step(batch, weight)
+            else:
+                with engine.other_modules:
+                    engine.micro_step(batch, weight)
 
     def step(self, poll_faults: Callable[[], Mapping[str, str]] = dict) -> dict[str, str]:
-        """Ends the step of every engine.
+        """Ends the step of every engine; first runs the later turns, each after the updates of the one before.
 
         Returns the faults (values that are not finite) by engine. If an engine at fault stops the run, none is updated,
         and the caller discards the step. If it skips such steps, it has skipped this one, and the other engines are
         updated.
 
         Args:
-            poll_faults: called after all exchanges and before any update; returns the faults of other ranks.
+            poll_faults: called in each turn, after all exchanges and before any update; returns the faults of other
+                ranks.
+        Raises:
+            TrainingStopped: an engine of a later turn stops the run at its fault: earlier updates can't be undone.
         """
-        faults = {name: fault for name, engine in self.items() if (fault := engine.prepare())}
+        turns = self._turns or self._plan(0)
+        faults = self._update(turns[0], poll_faults)
+        if len(turns) > 1 and self.is_updating:
+            for number, turn in enumerate(turns[1:], 1):
+                for batch, weight, seeds in self._micro_steps:
+                    if seeds is not None:
+                        seed, shared_seeds = seeds
+                        self.seed(derive_seed(seed, number), shared_seeds and (*shared_seeds, number))
+                    self._run(turn, batch, weight)
+                later_faults = self._update(turn, poll_faults)
+                if later_faults and self.is_stopped_by(later_faults):
+                    raise TrainingStopped("; ".join(f"{name}: {fault}" for name, fault in later_faults.items()))
+                faults |= later_faults
+            self._micro_steps.clear()
+        self.is_updating = False
+        return faults
+
+    def _update(self, turn: Turn, poll_faults: Callable[[], Mapping[str, str]]) -> dict[str, str]:
+        """Updates the engines of a turn and returns their faults; updates none if one of them stops the run."""
+        faults = {name: fault for name, engine in turn if (fault := engine.prepare())}
         faults |= poll_faults()
         if faults and self.is_stopped_by(faults):
             return faults
@@ -124,12 +201,11 @@ class Engines(dict[str, Engine]):
         if self._shared_seeds is not None and is_distributed():
             # An optimizer that draws random numbers must draw the same ones on every rank.
             seed_all(derive_seed(derive_seed(*self._shared_seeds)), self.device)
-        for name, engine in self.items():
+        for name, engine in turn:
             if name in faults:
                 engine.skip()
             else:
                 engine.update()
-        self.is_updating = False
         return faults
 
     def is_stopped_by(self, faults: Mapping[str, str]) -> bool:
@@ -140,15 +216,21 @@ class Engines(dict[str, Engine]):
     @property
     def can_shadow(self) -> bool:
         """True if this rank can join the all-reduces of a step that it can't complete."""
-        return all(engine.can_shadow for engine in self.values())
+        return all(engine.can_shadow for _, engine in self._first_turn)
+
+    @property
+    def _first_turn(self) -> Turn:
+        """The engines of the only turn that can be discarded: a later one follows an update."""
+        return (self._turns or self._plan(0))[0]
 
     def shadow_step(self) -> None:
         """Joins the pending all-reduces of the step with zero gradients and the flag set."""
-        for engine in self.values():
+        for _, engine in self._first_turn:
             engine.shadow_step()
 
     def discard(self) -> None:
         """Restores every engine to its state before the step's first micro-step."""
+        self._micro_steps.clear()
         for engine in self.values():
             engine.discard()
 
@@ -234,6 +316,8 @@ class Engines(dict[str, Engine]):
         values: dict[str, Number] = {}
         weights: dict[str, Number] = {}
         for name, engine in self.items():
+            if not engine.has_own_loss:
+                continue
             tokens = engine.tokens
             output = engine.forward(batch)
             engine.tokens = tokens  # an evaluation does not count for throughput
@@ -245,12 +329,14 @@ class Engines(dict[str, Engine]):
         return values, weights
 
     def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
-        """Returns the items of `function(module, dataset)` for each module.
+        """Returns the items of `function(module, dataset)` for each module that is evaluated.
 
         Modules are in evaluation mode.
         """
         items: dict[str, Any] = {}
         for name, engine in self.items():
+            if not engine.has_own_loss:
+                continue
             with engine.evaluating(), engine.strategy.unsharded():
                 items |= self._prefixed(name, function(engine.module, dataset))
         return items

@@ -18,7 +18,7 @@ from runner.engines.transformers_loss_terms import count_terms, is_model_output
 from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 
-Feeder = Callable[[nn.Module, Any], Any]
+Feeder = Callable[..., Any]  # called as feeder(module, batch), or as feeder(module, batch, engines)
 Number = Tensor | float  # a tensor (0-d) on an accelerator, since reading it would wait for the device; else a float
 
 _log = logging.getLogger(__name__)

@@ -73,7 +73,8 @@ class Strategy:
         can_shadow: this rank can join the all-reduce of a step that it can't complete.
         coordinator: exchanges messages between the ranks; None on one process.
         name: name of the engine, used in messages.
-        carries_flag: this engine's all-reduce also reduces the coordinator's flag; true for one engine of a run.
+        carries_flag: this engine's all-reduce also reduces the coordinator's flag; true for the last one of the engines
+            that are updated together.
         weight: sum of the factors of this rank's weighted losses in this step; None if losses are not weighted.
     """
 
@@ -281,15 +282,15 @@ class DDP(Strategy):
         """
         if not distributed.is_distributed() or not any(p.requires_grad for p in loss_module.parameters()):
             return super().wrap_forward(loss_module, check_loss)
-        coordinator = self.coordinator if self.carries_flag else None
-        self._loss_module = FlaggedLossModule(
-            loss_module, bool if coordinator is None else lambda: coordinator.has_messages, check_loss
-        )
+        self._loss_module = FlaggedLossModule(loss_module, self._is_flag_set, check_loss)
         self._module = nn.parallel.DistributedDataParallel(self._loss_module, **self._settings)
         self.weights_losses = True
         if not self._loss_module.carries_weight:
             self.can_shadow = False  # until it is known whether the weights need an all-reduce of their own
         return partial(self._forward, self._module, self._loss_module)
+
+    def _is_flag_set(self) -> bool:
+        return self.carries_flag and self.coordinator is not None and self.coordinator.has_messages
 
     def _forward(self, module: nn.Module, loss_module: FlaggedLossModule, batch: Any) -> Output:
         self._has_run_forward = True

@@ -167,7 +167,8 @@ def log_model_summary(name: str, engine: Engine, log: Callable[[str], None]) -> 
     total = sum(parameter.numel() for parameter in parameters)
     frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
     left = f", {frozen:,} of them frozen" if frozen else ""
-    log(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}")
+    teacher = "" if engine.optimizer else ", not trained: evaluation mode"
+    log(f"{name}: {engine.kind}, {total:,} parameters{left}, on {engine.device}{teacher}")
     if table := engine.applied.table():
         log("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
     if engine.optimizer is None:

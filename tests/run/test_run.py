@@ -402,10 +402,14 @@ def test_going_on_from_an_earlier_checkpoint_and_dying_loses_no_number(project):
 
 
 def test_several_engines_may_leave_out_what_the_others_have(project):
-    project.run("+engines.a={}", "+engines.teacher={optimizer: null}", "hydra.run.dir=run")
+    measured = "{optimizer: null, feeder: {_target_: own.feed}}"
+    project.run("+engines.a={}", "+engines.teacher={optimizer: null}", f"+engines.measured={measured}",
+        "hydra.run.dir=run")  # fmt: skip
     lines = read_metrics(project.folder / "run")
     assert "train/a/lr" in lines[1]
-    assert "train/teacher/loss" in lines[1]
+    assert "train/measured/loss" in lines[1]
+    assert "eval/measured/loss" in lines[0]
+    assert not any("teacher" in name for line in lines for name in line)
     assert "train/teacher/lr" not in lines[1]
     saved = [io.load(project.folder / "run" / "checkpoints" / f"step_{n:08d}" / "teacher.safetensors") for n in (4, 12)]
     assert_equal(*saved)

@@ -16,7 +16,7 @@ from runner.config.spec import EngineSpec, ExperimentSpec
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.optim.hyperparameters import check_sparse
-from runner.engines.strategies import Strategy
+from runner.engines.strategies import DDP, Strategy
 from runner.run.build.instantiate import HYDRA_KEYS, explain_errors, instantiate_node, make_object
 from runner.run.build.optimizers import check_steps, make_optimizer, make_scheduler, metric_of
 from runner.run.weights.placeholders import ModelBuilder
@@ -101,7 +101,10 @@ def make_engines(
         raise ConfigError(
             "optimizer: nothing is left to train; all parameters are frozen, or no engine has an optimizer"
         )
+    if trained and all(part.spec.every > 1 for part in parts if part.spec.name in trained):
+        raise ConfigError("engines: each is trained in some steps only; leave `every` out of one of them")
     engines = Engines()
+    engines.alternates = spec.alternates
     avoid_dynamo_import()
     for part in parts:
         engine, module = part.spec, part.module
@@ -109,6 +112,9 @@ def make_engines(
         strategy = Strategy()
         if is_run and is_distributed():
             strategy = make_object(spec.seed, "distributed.strategy", spec.distributed.strategy)
+        if engine.optimizer is None and is_trained:
+            module.requires_grad_(False)
+            strategy = DDP() if strategy.is_sharded else strategy  # other engines use its full weights
         if coordinator:
             strategy.attach_coordinator(coordinator, engine.name, engine.name == trained[-1])
         explain_errors("distributed.strategy", partial(strategy.shard, module))
@@ -136,6 +142,8 @@ def make_engines(
             applied=part.applied,
             metric=metric,
         )
+        engines[engine.name].every = engine.every
+        engines[engine.name].has_own_loss = engine.has_own_loss or not is_trained
     return engines
 
 

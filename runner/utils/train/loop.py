@@ -276,6 +276,7 @@ class Loop:
             return  # an error that no step follows is exchanged at the end of the loop
         # The other ranks receive the error in their next step.
         self.coordinator.deferred_error = None
+        self.engines.begin_step(step)
         self.step_runner.share_failure(error, describe_failure(error, f"after step {step}", self.engines.device))
         raise error
 

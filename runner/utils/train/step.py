@@ -75,6 +75,7 @@ class StepRunner:
             RankLostError: another rank is gone.
         """
         position, first_sample = self._batches.position(), self._batches.num_samples_total
+        self._engines.begin_step(step)
         try:
             for micro_step in range(self._accumulate):
                 batch = next(self._batches)
@@ -128,7 +129,7 @@ class StepRunner:
         reason = describe_failure(error, f"in step {step + 1}", self._engines.device)
         is_oom = is_out_of_memory(error)
         if not isinstance(error, RemoteFailure) and self._engines.is_updating:
-            self._abort_update(error, reason)
+            self._abort_update(error, str(error) if isinstance(error, TrainingStopped) else reason)
         if isinstance(error, TrainingStopped) and not error.is_complete:
             self.is_complete = False
         failure: RemoteFailure | None = None
@@ -164,6 +165,11 @@ class StepRunner:
     def _abort_update(self, error: BaseException, reason: str | None) -> NoReturn:
         """Raises the error of a failure during an update, whose state belongs to no step."""
         self.is_complete = False
+        lost_reason = self.coordinator.abort_reason(error)
+        if lost_reason is not None:  # engines in turns: another rank has failed while this one waited for it
+            raise TrainingStopped(lost_reason, is_complete=False) from error
+        if isinstance(error, SetupError) and not distributed.is_distributed():
+            raise error
         remedy = "Its update was under way: go on from the last checkpoint"
         if reason is None:
             add_note(error, remedy)

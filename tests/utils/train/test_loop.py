@@ -24,6 +24,9 @@ class Counting:
     def seed(self, seed, shared):
         seed_all(seed, self.device)
 
+    def begin_step(self, step):
+        pass
+
     def micro_step(self, batch, weight=1.0):
         self.batches.append(batch)
         self.drawn.append(torch.rand(()).item())
