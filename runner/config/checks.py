@@ -30,6 +30,7 @@ from runner.config.schema import (
     DistributedConfig,
     TrackingConfig,
     TrainerConfig,
+    eval_datasets,
 )
 from runner.config.spec import ExperimentSpec
 from runner.utils.files.strict_json import parse_json
@@ -196,8 +197,26 @@ def _unbuildable(plain: Any) -> Iterator[str]:
         node = get_value(plain, key.split("."), None)
         is_open = node is None or isinstance(node, dict) or (isinstance(node, str) and ("${" in node or node == "???"))
         is_several = isinstance(node, list) and key in ("data.train", "data.eval")  # `targets` reports a list
+        if key == "data.eval" and isinstance(node, dict):
+            yield from _eval_mistakes(node)
         if not is_open and not is_several:
             yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
+
+
+def _eval_mistakes(node: dict[Any, Any]) -> Iterator[str]:
+    """Yields the mistakes of a `data.eval` that names several datasets."""
+    if node.get("_target_") is not None:
+        return
+    expected = "expected one dataset with _target_, or datasets by name: {a: {_target_: ...}, b: {_target_: ...}}"
+    if not any(dataset is not None for dataset in node.values()):
+        yield f"data.eval={{}}: {expected}; null for none"
+    for name, dataset in node.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.+-]+", str(name)):
+            yield f"data.eval.{name}: expected a name of letters, digits, '.', '_', '+' and '-' (it names numbers)"
+        elif isinstance(dataset, str) and "${" in dataset:
+            continue
+        elif not isinstance(dataset, (dict, type(None))):
+            yield f"data.eval.{name}={shown(str(dataset))}: {expected}"
 
 
 def _mixed_keys(plain: Any) -> Iterator[str]:
@@ -230,7 +249,7 @@ def _batch_mistakes(cfg: DictConfig) -> list[str]:
     size, parts = cfg.data.batch_size, cfg.trainer.accumulate
     if size % parts:
         return [f"data.batch_size={size}: expected a multiple of trainer.accumulate={parts}, its number of parts"]
-    if cfg.trainer.eval_every and cfg.data.eval is None:
+    if cfg.trainer.eval_every and not eval_datasets(cfg.data.eval):
         every = cfg.trainer.eval_every
         return [f"trainer.eval_every={every}: data.eval has no dataset; add one, or set trainer.eval_every=0"]
     if cfg.trainer.keep_best and not cfg.trainer.eval_every:

@@ -252,10 +252,10 @@ def _explain_hydra(message: str) -> str | None:
 
 
 def describe_multiple_datasets(key: str, found: str) -> str:
-    """Returns the message for `data.train` or `data.eval` set to several datasets."""
+    """Returns the message for several datasets under a key that holds one, such as `data.train`."""
     remedy = "join them: {_target_: torch.utils.data.ConcatDataset, datasets: [...]}"
     if key.endswith("eval"):
-        remedy += "; or evaluate others in a report of your own, whose arguments may be datasets"
+        remedy += "; or name each: {a: {_target_: ...}, b: {_target_: ...}}; _target_: null removes one beside them"
     return f"{key}: expected one dataset, found {found}; {remedy}"
 
 

@@ -5,6 +5,7 @@ A misspelt key or a wrong type is reported in one line, before torch is imported
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -88,6 +89,19 @@ class DataConfig:
     num_workers: int = MISSING
     collate: Any = None
     seed_samples: bool = True
+
+
+def eval_datasets(node: Any) -> dict[str, Any]:
+    """Returns the nodes of `data.eval` by name.
+
+    A single dataset, a node with `_target_`, has the empty name. A mapping without `_target_` names several; null
+    leaves one out, and `_target_: null` removes one that the mapping is merged with.
+    """
+    if node is None:
+        return {}
+    if not isinstance(node, Mapping) or node.get("_target_") is not None:
+        return {"": node}
+    return {str(name): dataset for name, dataset in node.items() if dataset is not None}
 
 
 @dataclass

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from runner.config import optimizations
-from runner.config.schema import CheckpointConfig, DataConfig, DistributedConfig, TrackingConfig, TrainerConfig
+from runner.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    TrackingConfig,
+    TrainerConfig,
+    eval_datasets,
+)
 
 Node = dict[str, Any] | None  # a `_target_` with its arguments
 Section = TypeVar("Section")
@@ -97,6 +104,11 @@ class ExperimentSpec:
                 has_own_loss=parts["optimizer"] is not None or values.get("feeder") is not None,
             )  # fmt: skip
         return engines
+
+    @property
+    def eval_datasets(self) -> dict[str, dict[str, Any]]:
+        """The nodes of the evaluation datasets by name; a single one has the empty name."""
+        return eval_datasets(self.data.eval)
 
     def resumed_from(self, folder: Path) -> ExperimentSpec:
         """Returns the specification of the same experiment that resumes the run in a folder."""

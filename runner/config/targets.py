@@ -23,6 +23,7 @@ from typing import Any
 from runner.config.composition.expansion import KeyPath, walk
 from runner.config.diff import get_value
 from runner.config.errors import ConfigError, describe_multiple_datasets, shown, suggest
+from runner.config.schema import eval_datasets
 from runner.utils.utils import describe, one_line
 
 # Number of positional arguments that the runner passes to each role's target, beside those of the YAML.
@@ -84,9 +85,11 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
     for prefix, section in sections:
         for role, num_positional in _ROLES.items():
             node = get_value(section, role.split("."), None)  # evaluate and export leave some roles out
-            if node is not None:
-                yield f"{prefix}{role}", node, num_positional
-                yield from _find_nested_targets(node, f"{prefix}{role}")
+            named = eval_datasets(node) if role == "data.eval" else {} if node is None else {"": node}
+            for name, part in named.items():
+                key = f"{prefix}{role}.{name}".removesuffix(".")
+                yield key, part, num_positional
+                yield from _find_nested_targets(part, key)
     for prefix, section in sections:
         yield from _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
 
@@ -177,12 +180,12 @@ _SAMPLER_REMEDIES = {
 
 
 def _find_multiple_datasets(key: str, node: Any, names: Iterable[Any] | None = None) -> str | None:
-    """Returns the message for several datasets under `data.train` or `data.eval`; None for any other node.
+    """Returns the message for several datasets where one is expected; None for any other node.
 
     Args:
         names: the keys of the node that may hold a dataset; None: all, unless the node has a `_target_` itself.
     """
-    if not key.endswith(("data.train", "data.eval")) or not isinstance(node, (dict, list)):
+    if not re.search(r"(^|\.)data\.(train|eval(\.[^.]+)?)$", key) or not isinstance(node, (dict, list)):
         return None
     children = dict(enumerate(node)) if isinstance(node, list) else node
     if names is None:

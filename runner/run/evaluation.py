@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.config.errors import ConfigError, print_message
 from runner.engines import Engines
-from runner.run.build.data import build_evaluation, find_unseeded
+from runner.run.build.data import build_evaluations, find_unseeded, name_seed
 from runner.run.build.experiment import Report, build_device, build_report
 from runner.run.state import find_change
 from runner.tracking.media import Audio
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def measure(
     engines: Engines,
-    evaluation: EvaluationData,
+    evaluations: Mapping[str, EvaluationData],
     report: Report | None,
     *,
     seed: int,
@@ -36,9 +36,11 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the numbers of an evaluation by `eval/<name>`, and likewise the texts, pictures and sounds of its report.
 
-    Random draws depend on seed and step alone. Each rank evaluates its own batches, and every rank makes the report.
+    Those of a named dataset are `eval/<dataset>/<name>`, and each dataset has its own report. Random draws depend on
+    seed, step and the dataset's name alone. Each rank evaluates its own batches, and every rank makes the reports.
 
     Args:
+        evaluations: by the name of the dataset; a single one has the empty name.
         should_stop: called before each batch.
         run_on_ranks: calls a function on every rank and returns the results.
 
@@ -46,19 +48,36 @@ def measure(
         InterruptedError: `should_stop` returned True.
         ValueError: there is no batch.
     """
-    values: dict[str, Any] = dict(engines.evaluate(evaluation, should_stop, derive_seed(seed, step, -1), run_on_ranks))
-    if report is not None:
-        engines.seed(derive_seed(seed, step, -2))
-        roots = {"report": report} if evaluation.seed is None else {"data": evaluation.dataset, "report": report}
-        ObjectGenerators(**roots).seed(derive_seed(seed, step, -2))  # a report may fetch samples
-        shown: dict[str, Any] = {}
-        run_on_ranks(lambda: shown.update(engines.report(report, evaluation.dataset)))
-        if clash := sorted(values.keys() & shown):
-            raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
-        values |= shown
-    named = {f"eval/{encodable(str(name))}": value for name, value in values.items()}
+    named: dict[str, Any] = {}
+    for dataset, evaluation in evaluations.items():
+        own_seed = name_seed(dataset)
+        values: dict[str, Any] = dict(
+            engines.evaluate(evaluation, should_stop, derive_seed(seed, step, -1, *own_seed), run_on_ranks)
+        )
+        if report is not None:
+            shown = _make_report(engines, evaluation, report, derive_seed(seed, step, -2, *own_seed), run_on_ranks)
+            if clash := sorted(values.keys() & shown):
+                raise ValueError(f"report: it shows a {clash[0]!r}, as the evaluation does: call it something else")
+            values |= shown
+        prefix = f"eval/{dataset}/" if dataset else "eval/"
+        named |= {f"{prefix}{encodable(str(name))}": value for name, value in values.items()}
     numbers = {name: float(value) for name, value in named.items() if _is_number(value)}
     return numbers, {name: value for name, value in named.items() if not _is_number(value)}
+
+
+def _make_report(
+    engines: Engines,
+    evaluation: EvaluationData,
+    report: Report,
+    seed: int,
+    run_on_ranks: Callable[[Callable[[], Any]], list[Any]],
+) -> dict[str, Any]:
+    engines.seed(seed)
+    roots = {"report": report} if evaluation.seed is None else {"data": evaluation.dataset, "report": report}
+    ObjectGenerators(**roots).seed(seed)  # a report may fetch samples
+    shown: dict[str, Any] = {}
+    run_on_ranks(lambda: shown.update(engines.report(report, evaluation.dataset)))
+    return shown
 
 
 def _is_number(value: Any) -> bool:
@@ -91,20 +110,19 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
         ConfigError: it has no evaluation data, or something can't be built.
     """
     spec = saved.spec
-    if spec.data.eval is None:
+    if not spec.eval_datasets:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
     with distributed.preserve_rng_state():
         saved.check_roles("data.eval", "data.collate", "report")
     device = build_device(spec)
     with distributed.preserve_rng_state(device):
         engines = saved.build_engines(device)
-        evaluation, report = build_evaluation(spec), build_report(spec)
-        assert evaluation is not None
-        changed = find_change(evaluation.dataset, saved.fingerprint)
-        for warning in filter(None, [changed, *find_unseeded(spec, None, evaluation)]):
+        evaluations, report = build_evaluations(spec), build_report(spec)
+        changes = [find_change(evaluation.dataset, saved.fingerprint) for evaluation in evaluations.values()]
+        for warning in filter(None, [*changes, *find_unseeded(spec, None, evaluations)]):
             print_message(warning)
         try:
-            return measure(engines, evaluation, report, seed=spec.seed, step=saved.step)
+            return measure(engines, evaluations, report, seed=spec.seed, step=saved.step)
         except Exception as error:
             reason = describe_failure(error, "in the evaluation", device)
             # An error of a dataset has a note with the index of its sample, and is shown with its traceback.

@@ -273,7 +273,7 @@ class Trainer:
             with freeze_gc(), contextlib.closing(self.commands.queue), contextlib.closing(batches):
                 if stdin := self.spec.tracking.stdin:
                     self.commands.start(self.loop.step, peeks=stdin == "auto", warn=self.log.warning)
-                is_evaluated = self.experiment.evaluation is not None and self.spec.trainer.eval_every > 0
+                is_evaluated = bool(self.experiment.evaluations) and self.spec.trainer.eval_every > 0
                 if self.is_new and is_evaluated and self.spec.trainer.eval_at_start:
                     self.loop.schedule.pending.append("eval")
                 # The loop is called here, not on all ranks by a callback, so that few frames are above a user's module.
@@ -421,13 +421,13 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluates every engine, logs its numbers and shows its report."""
         experiment, step = self.experiment, self.loop.step
-        if experiment.evaluation is None:
+        if not experiment.evaluations:
             self.log.info("There is nothing to evaluate on: data.eval has no dataset")
             return
         self._check_tensors()
         self.best_checkpoint.fall_back(self.coordinator.run_on_all_ranks)
         numbers, shown = measure(
-            self.engines, experiment.evaluation, experiment.report, seed=self.spec.seed, step=step,
+            self.engines, experiment.evaluations, experiment.report, seed=self.spec.seed, step=step,
             should_stop=self._should_stop_evaluation, run_on_ranks=self.coordinator.run_on_all_ranks,
         )  # fmt: skip
         self.evaluation = {"step": step, **numbers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -70,27 +71,40 @@ def _lengths_of(dataset: Any) -> Any:
     return torch.ones(len(dataset), dtype=torch.int64) if lengths is None else lengths
 
 
-def build_evaluation(spec: ExperimentSpec) -> EvaluationData | None:
-    """Returns the evaluation data of an experiment, or None if it has none.
+def build_evaluations(spec: ExperimentSpec) -> dict[str, EvaluationData]:
+    """Returns the evaluation data of an experiment by name; a single dataset has the empty name.
+
+    The seed of a named dataset's samples depends on its name, and not on the other datasets.
 
     Raises:
         ConfigError: naming the key whose target refused its arguments.
     """
     data, seed = spec.data, spec.seed
-    if data.eval is None:
-        return None
-    collate = make_object(seed, "data.collate", data.collate)
-    dataset = _make_dataset(seed, "data.eval", data.eval)
-    sample_seed = derive_seed(seed, -1) if data.seed_samples else None
-    return EvaluationData(dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size())
+    evaluations = {}
+    for name, node in spec.eval_datasets.items():
+        collate = make_object(seed, "data.collate", data.collate)
+        dataset = _make_dataset(seed, f"data.eval.{name}".removesuffix("."), node)
+        sample_seed = derive_seed(seed, -1, *name_seed(name)) if data.seed_samples else None
+        evaluations[name] = EvaluationData(
+            dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size()
+        )
+    return evaluations
 
 
-def find_unseeded(spec: ExperimentSpec, batches: Batches | None, evaluation: EvaluationData | None) -> list[str]:
+def name_seed(name: str) -> tuple[int, ...]:
+    """Returns the numbers that a seed derives from the name of an evaluation dataset; none for a single one."""
+    return (zlib.crc32(name.encode()),) if name else ()
+
+
+def find_unseeded(
+    spec: ExperimentSpec, batches: Batches | None, evaluations: Mapping[str, EvaluationData]
+) -> list[str]:
     """Returns warnings of generators that the data holds and that are not reseeded for each sample."""
     roots: dict[str, Any] = {}
-    for key, data in (("data.train", batches), ("data.eval", evaluation)):
-        if data is not None:
-            roots |= {key: data.dataset, "data.collate": data.collate}
+    if batches is not None:
+        roots |= {"data.train": batches.dataset, "data.collate": batches.collate}
+    for name, evaluation in evaluations.items():
+        roots |= {f"data.eval.{name}".removesuffix("."): evaluation.dataset, "data.collate": evaluation.collate}
     held = ObjectGenerators(**roots)
     if spec.data.seed_samples:
         effect = "its numbers depend on loader workers and on where the run is cut"

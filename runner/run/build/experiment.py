@@ -14,7 +14,7 @@ from runner.config.errors import ConfigError
 from runner.config.spec import ExperimentSpec
 from runner.config.targets import seed_imports
 from runner.engines import Engines
-from runner.run.build.data import build_batches, build_evaluation, find_unseeded
+from runner.run.build.data import build_batches, build_evaluations, find_unseeded
 from runner.run.build.engines import build_parts, make_engines
 from runner.run.build.instantiate import make_object
 from runner.run.weights.placeholders import ModelBuilder
@@ -33,7 +33,7 @@ class Experiment:
     spec: ExperimentSpec
     engines: Engines
     batches: Batches
-    evaluation: EvaluationData | None
+    evaluations: dict[str, EvaluationData]  # by the name of the dataset; a single one has the empty name
     report: Report | None
     coordinator: Coordinator
     notes: list[str]  # warnings for the log
@@ -58,11 +58,11 @@ def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilde
         made.update(
             parts=build_parts(spec, device, Purpose.train, builder or ModelBuilder()),
             batches=build_batches(spec, device),
-            evaluation=build_evaluation(spec),
+            evaluations=build_evaluations(spec),
             report=build_report(spec),
             coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips),
         )
-        made["notes"] = find_unseeded(spec, made["batches"], made["evaluation"])
+        made["notes"] = find_unseeded(spec, made["batches"], made["evaluations"])
 
     run_on_all_ranks(build_local)
     parts, coordinator = made.pop("parts"), made["coordinator"]

@@ -78,8 +78,8 @@ def check_steps(
     """
     explain_errors(f"{engine.prefix}optimizer", partial(check_optimizer_step, optimizer))
     explain_errors(f"{engine.prefix}scheduler", partial(check_scheduler_step, scheduler, metric))
-    if is_run and metric is not None and (spec.data.eval is None or not spec.trainer.eval_every):
-        key = "data.eval" if spec.data.eval is None else "trainer.eval_every"
+    if is_run and metric is not None and (not spec.eval_datasets or not spec.trainer.eval_every):
+        key = "trainer.eval_every" if spec.eval_datasets else "data.eval"
         found = f"expected evaluations that measure it, found none; set {key}, or choose another schedule"
         raise ConfigError(f"{engine.prefix}scheduler.metric={metric}: {found}")
     is_averaging = is_run and hasattr(optimizer, "eval")

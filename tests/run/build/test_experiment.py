@@ -14,7 +14,7 @@ from torch import nn
 from runner.config import checks
 from runner.config.spec import ExperimentSpec
 from runner.run import exports, saved_model
-from runner.run.build.data import build_batches, build_evaluation
+from runner.run.build.data import build_batches, build_evaluations
 from runner.run.build.engines import build_engines
 from runner.run.build.experiment import build_report
 from runner.utils.distributed import preserve_rng_state, seed_all
@@ -66,9 +66,9 @@ def plain_with(seed=3, **changes):
     checks.register_with_hydra()
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         plain = checks.to_plain(compose("config", [f"seed={seed}"]))
-    roles = {name: {"_target_": "test_build.Drawing", "name": name} for name in ("sampler", "feeder", "report")}
-    parts = {name: {"_target_": "test_build.Drawing", "name": name} for name in ("train", "eval", "collate")}
-    plain |= roles | {"model": {"_target_": "test_build.Model", "name": "model"}}
+    roles = {name: {"_target_": "test_experiment.Drawing", "name": name} for name in ("sampler", "feeder", "report")}
+    parts = {name: {"_target_": "test_experiment.Drawing", "name": name} for name in ("train", "eval", "collate")}
+    plain |= roles | {"model": {"_target_": "test_experiment.Model", "name": "model"}}
     plain["data"] |= parts | changes.pop("data", {})
     return plain | changes
 
@@ -79,7 +79,7 @@ def drawn(plain):
     spec = ExperimentSpec.from_plain(plain)
     build_engines(spec, CPU)
     build_batches(spec, CPU)
-    build_evaluation(spec)
+    build_evaluations(spec)
     build_report(spec)
     return dict(DRAWN)
 
@@ -105,7 +105,7 @@ def test_an_object_that_is_left_out_does_not_change_what_the_others_draw(left_ou
 
 
 def test_an_engine_that_is_added_does_not_change_the_others():
-    engines = {name: {"model": {"_target_": "test_build.Model", "name": name}} for name in ("a", "b")}
+    engines = {name: {"model": {"_target_": "test_experiment.Model", "name": name}} for name in ("a", "b")}
     both, one = drawn(plain_with(engines=engines)), drawn(plain_with(engines={"b": engines["b"]}))
     assert both["a"] != both["b"] == one["b"]
 
