@@ -14,9 +14,12 @@ CONTRACTS = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool
 LAYERS = [name.strip() for layer in CONTRACTS[0]["layers"] for name in layer.split("|")]
 # Modules that import Hydra or OmegaConf themselves.
 IMPORT_HYDRA = {
+    "api",
     "launch.command_line",
+    "launch.in_process",
     "launch.job",
     "launch.launcher",
+    "launch.process_state",
     "launch.sweep",
     "run.build.instantiate",
     "run.saved_model",
@@ -102,7 +105,7 @@ def test_a_folder_has_at_most_12_files():
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         files = [path for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
         assert len(files) <= 12, folder
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 13
+    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 15
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

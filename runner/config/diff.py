@@ -60,6 +60,12 @@ def _changed(before: Any, after: Any, path: KeyPath) -> Iterator[KeyPath]:
         yield path
 
 
+def find_changes(before: Nest, after: Nest) -> dict[str, Any]:
+    """Returns the values of the dotted keys that differ; an Ellipsis stands for a key that is gone."""
+    paths = _changed(before, after, ())
+    return {".".join(map(str, path)): get_value(after, path, ...) for path in paths}
+
+
 def _copy(source: Any, goal: Nest, path: Sequence[Any]) -> None:
     """Copies the value at a path; removes it if the source has none."""
     key, *rest = path

@@ -52,6 +52,10 @@ class ConfigError(ValueError):
     """A mistake of the user, printed as one message without a traceback."""
 
 
+class RunError(RuntimeError):
+    """The reason that ends a run, unless it is a bug: printed as one message, without a traceback."""
+
+
 def shown(text: str) -> str:
     """Returns a value's text for a message: on one line, and cut after 200 characters."""
     return one_line(text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…")

@@ -6,9 +6,10 @@ Imports no torch: a mistake in a built-in optimization is reported before torch 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
@@ -55,6 +56,28 @@ _apply_by_hydra = ConfigLoaderImpl._apply_overrides_to_config
 def expand_when_composed() -> None:
     """Makes Hydra expand the optimizations of each config that it composes."""
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(_apply_overrides)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def restored_composer(search_path: list[str] | None = None) -> Iterator[None]:
+    """Leaves Hydra's own composition as it was after a block, for a program that uses Hydra itself.
+
+    Args:
+        search_path: the places that an earlier composition searched; with them, its config can be expanded again.
+    """
+    hook = vars(ConfigLoaderImpl)["_apply_overrides_to_config"]
+    places = list(_search_path)
+    _search_path[:] = search_path or []
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl._apply_overrides_to_config = hook  # type: ignore[method-assign]
+        _search_path[:] = places
+
+
+def searched_places() -> list[str]:
+    """Returns the places that the last composition searched beside the folders of its command line."""
+    return list(_search_path)
 
 
 def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:

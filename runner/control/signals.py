@@ -87,9 +87,15 @@ class StopSignals:
     """Handles the signals of a run: `request_stop` is called once, with the status that the run ends with.
 
     Before a run is connected, the first signal ends the program. Once `is_finished`, the first signal has no effect.
+    In a thread beside the main one, no signal arrives.
+
+    Args:
+        ends_process: whether a second signal ends the process even if the main thread does not react; otherwise it
+            only raises KeyboardInterrupt there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = True) -> None:
+        self._ends_process = ends_process
         self.request_stop: Callable[[str], None] | None = None
         self.is_finished = False
         self.first_signal: str | None = None
@@ -98,6 +104,9 @@ class StopSignals:
     @contextlib.contextmanager
     def install(self) -> Iterator[None]:
         """Handles the signals during a block."""
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle them
+            yield
+            return
         with install_handlers(self._handle), self._watch_in_thread():
             yield
 
@@ -147,7 +156,7 @@ class StopSignals:
             if count == 1:
                 with contextlib.suppress(Exception):  # the terminal or log may be gone
                     self._announce(signal.Signals(number).name)
-            elif not is_past.wait(_PATIENCE_S):
+            elif self._ends_process and not is_past.wait(_PATIENCE_S):
                 last = threading.Thread(target=self._abort, args=(number,), daemon=True)
                 last.start()
                 last.join(_FINISH_S)
@@ -160,7 +169,7 @@ class StopSignals:
         is_second = self.first_signal is not None
         if is_second and number in NEVER_SECOND:
             return
-        if is_second:
+        if is_second and self._ends_process:
             _aborting_signals.append(number)
         if is_second or (self.request_stop is None and not self.is_finished):
             self._raised = number

@@ -6,6 +6,7 @@ torch is imported only once the config is checked.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -71,19 +72,28 @@ class RunFolder(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ends the program with one message if the config is wrong, before anything is written."""
         try:
-            lines = _restore(config, kwargs["config_name"], _resumption) if _resumption else []
-            with _hydra_values_of(config, config):
-                pin_unstable_values(config)
-            task = resume.without_hydra(config)
-            with _hydra_values_of(config, task):
-                _check(task)
-            folder = _claim(config, task)
+            lines = restore(config, kwargs["config_name"], _resumption) if _resumption else []
+            claim_checked(config, _resumption)
         except Exception as error:  # Hydra turns what a callback raises into a warning, and would go on
             raise SystemExit(errors.print_error(error)) from None
         for line in lines:
             print(escape_controls(line))
-        with read_write(config):
-            config.hydra.run.dir = str(folder)
+
+
+def claim_checked(config: DictConfig, resumption: Resumption | None) -> None:
+    """Checks a composed config and claims the run's folder, whose path it sets in the config.
+
+    Raises:
+        ConfigError: a mistake in the config, or a folder that holds another run.
+    """
+    with _hydra_values_of(config, config, resumption):
+        pin_unstable_values(config)
+    task = resume.without_hydra(config)
+    with _hydra_values_of(config, task, resumption):
+        _check(task, resumption)
+    folder = _claim(config, task, resumption)
+    with read_write(config):
+        config.hydra.run.dir = str(folder)
 
 
 def print_resumed_config(arguments: list[str]) -> bool:
@@ -95,7 +105,7 @@ def print_resumed_config(arguments: list[str]) -> bool:
         return False
     with initialize_config_dir(str(checks.CONF_DIR), version_base="1.3"):
         cfg = compose("config", parsed.overrides, return_hydra_config=True)
-        _restore(cfg, "config", _resumption)
+        restore(cfg, "config", _resumption)
     if parsed.cfg == "job":
         cfg = resume.without_hydra(cfg)
     with run_folder.recorded_hydra_config(_resumption.run, cfg):
@@ -104,7 +114,20 @@ def print_resumed_config(arguments: list[str]) -> bool:
     return True
 
 
-def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
+def check_values(config: DictConfig, resumption: Resumption | None) -> None:
+    """Checks a composed config as far as that imports no module of the user and no torch.
+
+    Raises:
+        ConfigError: a mistake in the config.
+    """
+    config = copy.deepcopy(config)  # which stores the time that its interpolations read
+    task = resume.without_hydra(config)
+    with _hydra_values_of(config, task, resumption):
+        checks.check_config(task)
+
+
+def restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
+    """Replaces a composed config by that of the run to resume; for more see `resume.restore_config`."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     return resume.restore_config(
@@ -112,31 +135,33 @@ def _restore(cfg: DictConfig, config_name: str, asked: Resumption) -> list[str]:
     )
 
 
-def _hydra_values_of(cfg: DictConfig, task: DictConfig) -> contextlib.AbstractContextManager[None]:
+def _hydra_values_of(
+    cfg: DictConfig, task: DictConfig, resumption: Resumption | None
+) -> contextlib.AbstractContextManager[None]:
     """Resolves `${hydra:...}` as when the job runs, except that its folder may get another name."""
-    if _resumption is not None:
-        return run_folder.recorded_hydra_config(_resumption.run, task)
+    if resumption is not None:
+        return run_folder.recorded_hydra_config(resumption.run, task)
     return use_hydra_config(task, lambda: cfg.hydra, Path(cfg.hydra.run.dir))
 
 
-def _check(cfg: DictConfig) -> None:
+def _check(cfg: DictConfig, resumption: Resumption | None = None) -> None:
     plain = checks.check_config(cfg).plain
     from runner.config import targets  # imports what the config names, and so torch: only once the rest is right
     from runner.config.trust import allowlist
 
-    if _resumption is None or _resumption.origin is None:
+    if resumption is None or resumption.origin is None:
         import_path.add_deferred()
     targets.seed_imports(plain["seed"])
-    if _resumption is not None:
-        assert _resumption.trust is not None
-        allowlist.check_resolved_objects(plain, _resumption.trust)
+    if resumption is not None:
+        assert resumption.trust is not None
+        allowlist.check_resolved_objects(plain, resumption.trust)
     targets.check_targets(plain)
 
 
-def _claim(cfg: DictConfig, task: DictConfig) -> Path:
+def _claim(cfg: DictConfig, task: DictConfig, resumption: Resumption | None) -> Path:
     wanted = Path(cfg.hydra.run.dir)
     if (resume_path := OmegaConf.select(task, "resume")) is not None:
-        if _resumption is None:
+        if resumption is None:
             raise ConfigError(f"resume={resume_path}: give it on the command line; it stands in a YAML file")
         return wanted
     if task.distributed.nnodes > 1 and _group is None:
@@ -155,9 +180,11 @@ def _is_folder_fixed(overrides: Any) -> bool:
 
 def remove_unused_folder() -> None:
     """Removes the folder that this process has made if no run has begun there."""
+    global _new_folder
     if _new_folder is not None and not (_new_folder / "run.json").exists():
         with contextlib.suppress(OSError), disk.confine(_new_folder):
             remove_tree(_new_folder)
+    _new_folder = None
 
 
 def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
@@ -167,21 +194,30 @@ def launch(cfg: DictConfig) -> sweep.Outcome | float | None:
         The outcome of a sweep's job; for sweepers that search, such as Optuna's, the value of its best metric.
     """
     hydra_config = HydraConfig.get()
-    folder = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode == RunMode.MULTIRUN:
-        return _launch_job(cfg, hydra_config, folder)
+        return _launch_job(cfg, hydra_config, Path(hydra_config.runtime.output_dir))
     try:
-        resumed = _resumption.run if _resumption else None
-        origin = _resumption.origin if _resumption else _find_new_origin(hydra_config, folder)
-        job = make_job(cfg, folder, origin, is_restart=import_path.is_requeued(), resumed=resumed)
-        run_folder.refuse_links(folder, job.links)
-        status = _prepare(job)()
+        status = _prepare(make_own_job(cfg, hydra_config, _resumption))()
     except ConfigError as error:
         raise SystemExit(errors.print_error(error)) from None
     if status:
         signals.exit_if_aborted(status)
         raise SystemExit(status)
     return None
+
+
+def make_own_job(cfg: DictConfig, hydra_config: Any, resumption: Resumption | None) -> Job:
+    """Returns the job of a run that is no job of a sweep, in the folder that was claimed.
+
+    Raises:
+        ConfigError: the folder holds a link that the run would write through.
+    """
+    folder = Path(hydra_config.runtime.output_dir)
+    resumed = resumption.run if resumption else None
+    origin = resumption.origin if resumption else _find_new_origin(hydra_config, folder)
+    job = make_job(cfg, folder, origin, is_restart=import_path.is_requeued(), resumed=resumed)
+    run_folder.refuse_links(folder, job.links)
+    return job
 
 
 def _launch_job(cfg: DictConfig, hydra_config: Any, folder: Path) -> sweep.Outcome | float | None:
@@ -330,10 +366,16 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
         ConfigError: there is nothing to resume at that path.
     """
     global _resumption
+    arguments, _resumption = find_resumption(arguments)
+    return arguments
+
+
+def find_resumption(arguments: list[str]) -> tuple[list[str], Resumption | None]:
+    """Returns the command line as `prepare_arguments` does, and the run that it resumes."""
     arguments = [resume.quote_path(argument) for argument in arguments]
     folders = [resume.read_path(a) for a in arguments if a.startswith("hydra.run.dir=")]
     if import_path.is_requeued() and folders and any(Path(folders[-1], "checkpoints").glob("step_*")):
         others = [a for a in arguments if not a.startswith("hydra.run.dir=") and not resume.sets_init_from(a)]
         arguments = [*others, f"resume={quote(folders[-1])}"]
-    _resumption = resume.find_resumption(arguments)
-    return arguments if _resumption is None else _resumption.arguments
+    resumption = resume.find_resumption(arguments)
+    return (arguments, None) if resumption is None else (resumption.arguments, resumption)

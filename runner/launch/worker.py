@@ -86,9 +86,11 @@ class WorkerGroup:
         return PrefixStore("group", attempt), PrefixStore("messages", attempt), PrefixStore(job, self._store)
 
 
-def run_job(job: Job, group: WorkerGroup | None = None) -> int:
+def run_job(job: Job, group: WorkerGroup | None = None, *, raises: bool = False) -> int:
     """Runs this process's share of a job; returns the exit status.
 
+    Args:
+        raises: as of `run.run`.
     Raises:
         ConfigError: a mistake of the user's, on whichever rank.
         RankLostError: another rank is gone.
@@ -121,6 +123,7 @@ def run_job(job: Job, group: WorkerGroup | None = None) -> int:
                 is_sweep_job=job.is_sweep_job,
                 hparams=job.hparams,
                 links=job.links,
+                raises=raises,
             )
         except RankError as error:
             if isinstance(error.__cause__, ConfigError):

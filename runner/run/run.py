@@ -18,6 +18,7 @@ from torch.distributed import Store
 from runner.checkpoint.saver import Saver
 from runner.config.errors import (
     ConfigError,
+    RunError,
     are_tracebacks_hidden,
     describe_without_traceback,
     print_traceback,
@@ -28,7 +29,7 @@ from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.control.signals import EXIT_STATUSES, STATUS_BY_SIGNAL, StopSignals, status_of_interrupt
 from runner.engines.dynamo import reset_dynamo
-from runner.run.trainer import RunError, Trainer
+from runner.run.trainer import Trainer
 from runner.run.watchdog import watchdog
 from runner.run.weights.placeholders import RECORD_NAME
 from runner.tracking.tracker import METRICS_NAME
@@ -63,6 +64,15 @@ class _End:
     def exit_status(self) -> int:
         return 128 + self.signal_number if self.signal_number else EXIT_STATUSES[self.status]
 
+    def raise_failure(self) -> None:
+        """Raises what ended the run, unless it was saved and may go on."""
+        if self.signal_number:
+            raise KeyboardInterrupt(self.signal_number)
+        if self.bug is not None:
+            raise self.bug
+        if self.status == "failed":
+            raise RunError(self.reason)
+
 
 def run(
     spec: ExperimentSpec,
@@ -76,6 +86,7 @@ def run(
     is_sweep_job: bool = False,
     hparams: Mapping[str, bool | float | str] | None = None,
     links: Mapping[str, str] = {},
+    raises: bool = False,
 ) -> int:
     """Runs an experiment in its folder, on this rank; returns the exit status.
 
@@ -87,15 +98,18 @@ def run(
         persistent: a store that outlives restarts of the processes; it records that the run has begun.
         is_sweep_job: a failure is one line on the screen; the traceback is in log.txt.
         links: the target folders of links in `folder` that may be followed, by the links' names.
+        raises: for a program that goes on: a failure is raised, and no signal ends the process.
         others: as of `Trainer.open`.
     Raises:
         SystemExit: this rank has aborted, so that its process must end.
         ConfigError: `Trainer.open` raised it, nothing can be resumed, or another process runs in this folder.
         RankError: one of these on another rank.
         RankLostError: another rank is gone.
+        RunError, or the error of the model or data: the run has failed; only with `raises`.
+        KeyboardInterrupt: a second signal; only with `raises`.
     """
     with contextlib.ExitStack() as stack:
-        signals = StopSignals()
+        signals = StopSignals(ends_process=not raises)
         stack.enter_context(signals.install())
         stack.callback(reset_dynamo)
         _lock_on_all_ranks(folder, stack, links, is_restart, persistent)
@@ -114,6 +128,8 @@ def run(
         _log_record_faults(trainer)
         with _undo_start(trainer, had_log), _closing(trainer, signals, is_sweep_job) as end, _watch(trainer):
             end.status = trainer.fit()
+    if raises:
+        end.raise_failure()
     if end.bug is not None and not is_sweep_job and not are_tracebacks_hidden():
         print_traceback(end.bug)
     if trainer.coordinator.has_aborted:  # the other ranks wait until its connections are closed

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
-from runner.config.errors import ConfigError
+from runner.config.errors import ConfigError, mention_start_directory, print_message
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
 from runner.config.trust.allowlist import Allowlist, check_interpolations, check_paths, check_resolved_objects
@@ -143,6 +143,37 @@ def open_checkpoint(
     if run_folder.is_crashed(record):
         notes.insert(0, f"{run}: crashed: run.json says running, but its process {record['pid']} is gone")
     return SavedModel(checkpoint, run, plain, trusted, step, content, best, None, notes, fingerprint, origin)
+
+
+def open_engines(path: Path, overrides: Sequence[str], prefixes: Sequence[str], *, may_move: bool) -> Engines:
+    """Returns the engines of a checkpoint, or of a run's newest complete one, in evaluation mode.
+
+    Args:
+        may_move: they may be on the CPU if this machine lacks the device of the run.
+    Raises:
+        ConfigError: as of `open_checkpoint`, or a module can't be built.
+    """
+    from runner.run.build.experiment import build_device
+    from runner.utils.distributed import preserve_rng_state
+
+    saved = open_checkpoint(path, overrides, prefixes)
+    for warning in saved.notes:
+        print_message(warning)
+    with mention_start_directory(saved.origin.directory if saved.origin else None):
+        with preserve_rng_state():
+            saved.check_roles()
+        try:
+            device = build_device(saved.spec)
+        except ConfigError:  # of another machine
+            if not may_move:
+                raise
+            saved.plain["distributed"]["device"] = "cpu"
+            device = build_device(replace(saved).spec)
+        with preserve_rng_state(device):
+            engines = saved.build_engines(device)
+    for engine in engines.values():
+        engine.eval()
+    return engines
 
 
 def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[str] = ()) -> SavedModel:

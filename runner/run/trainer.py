@@ -13,7 +13,7 @@ from torch.distributed import Store
 
 from runner.checkpoint.checkpoints import FACTS, Checkpoints
 from runner.checkpoint.saver import Saver
-from runner.config.errors import ConfigError, truncate
+from runner.config.errors import ConfigError, RunError, truncate
 from runner.config.hparams import merge_hyperparameters
 from runner.config.run_folder import read_config, read_record
 from runner.config.spec import ExperimentSpec
@@ -47,10 +47,6 @@ from runner.utils.train.loop import Action, Loop
 from runner.utils.utils import describe, is_signal
 
 _CONSOLE_INTERVAL_S = 5.0  # between lines of metrics on the console; metrics.jsonl has every one
-
-
-class RunError(RuntimeError):
-    """The reason that ends a run, unless it is a bug: printed as one message, without a traceback."""
 
 
 class Trainer:

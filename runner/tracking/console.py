@@ -17,17 +17,19 @@ from runner.utils.files import disk
 from runner.utils.utils import escape_controls, format_number, one_line
 
 _DRAW_EVERY_S = 0.1
+_DRAW_NOTEBOOK_EVERY_S = 0.5  # a saved notebook may keep every drawing
 
 
 class Console:
-    """A progress bar if `stream` is a terminal, and plain lines otherwise.
+    """A progress bar if `stream` is a terminal or this is a notebook, and plain lines otherwise.
 
-    A terminal that is closed ends the bar and the lines, not the run.
+    A terminal that is closed ends the bar and the lines, not the run. A notebook has the bar in the stream of the
+    lines, so that it stays below them.
 
     Args:
         first_step: the step that a resumed run starts from.
-        stream: of the bar; None is stderr.
-        enabled: shows the bar or not; None shows it on a terminal.
+        stream: of the bar; None is stderr, or stdout in a notebook.
+        enabled: shows the bar or not; None shows it on a terminal and in a notebook.
     """
 
     def __init__(
@@ -38,8 +40,11 @@ class Console:
         stream: TextIO | None = None,
         enabled: bool | None = None,
     ) -> None:
-        stream = sys.stderr if stream is None else stream
-        is_terminal = stream is not None and not stream.closed and stream.isatty()
+        is_notebook = stream is None and _is_notebook()
+        self._draw_every_s = _DRAW_NOTEBOOK_EVERY_S if is_notebook else _DRAW_EVERY_S
+        if stream is None:
+            stream = sys.stdout if is_notebook else sys.stderr
+        is_terminal = stream is not None and not stream.closed and (is_notebook or stream.isatty())
         is_shown = is_terminal if enabled is None else enabled
         self._step = first_step
         self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
@@ -50,7 +55,7 @@ class Console:
         self._step = step
         if self._bar is None or perf_counter() < self._next_draw:
             return
-        self._next_draw = perf_counter() + _DRAW_EVERY_S
+        self._next_draw = perf_counter() + self._draw_every_s
         values = ", ".join(f"{one_line(name)}={format_number(float(value))}" for name, value in shown.items())
         try:
             self._bar.set_postfix_str(values, refresh=False)
@@ -188,6 +193,12 @@ _MAX_NAME = 100  # characters
 
 def _shorten(name: str) -> str:
     return one_line(name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…")
+
+
+def _is_notebook() -> bool:
+    """Returns whether standard output is the output of a notebook's cell."""
+    kernel = sys.modules.get("ipykernel.iostream")
+    return kernel is not None and isinstance(sys.stdout, kernel.OutStream)
 
 
 def _make_bar(total: int, first: int, stream: TextIO) -> Any:

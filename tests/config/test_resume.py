@@ -183,7 +183,7 @@ def test_an_error_that_nobody_foresaw_ends_the_program_before_anything_is_built(
     def fail(*_):
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr(launcher, "_restore", fail)
+    monkeypatch.setattr(launcher, "restore", fail)
     monkeypatch.setattr(launcher, "_resumption", object())
     with pytest.raises(SystemExit) as caught:  # Hydra would warn, and go on with what is unchecked
         launcher.RunFolder().on_run_start(OmegaConf.create({}), config_name="config")

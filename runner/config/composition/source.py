@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ _BYTE_ORDER_MARK = "\ufeff"
 def register_config_source() -> None:
     """Makes Hydra read YAML files with the `FileConfigSource` of this module."""
     SourcesRegistry.instance().types["file"] = FileConfigSource
+
+
+@contextlib.contextmanager
+def restored_sources() -> Iterator[None]:
+    """Makes Hydra read YAML files again as before a block, for a program that uses Hydra itself."""
+    sources = SourcesRegistry.instance().types
+    before = dict(sources)
+    try:
+        yield
+    finally:
+        sources.clear()
+        sources.update(before)
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
