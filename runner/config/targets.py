@@ -42,6 +42,8 @@ _ROLES = {
 }
 _FUNCTION_ROLES = ("data.collate", "feeder", "report")  # a plain function is used itself; a class is instantiated
 _SCHEDULER = re.compile(r"(^|\.)scheduler(\.schedulers\.\d+)*$")
+_OPTIMIZER = re.compile(r"(engines\.[^.]+\.)?optimizer")
+_OPTIMIZER_KEYS = ("groups", "layer_decay")  # read by the runner, unless the optimizer has an argument of that name
 _EXTRAS = {
     "schedulefree": "schedulefree",
     "prodigyopt": "prodigy",
@@ -134,6 +136,9 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
         accepted = accepted[num_positional:]
     if _SCHEDULER.search(key) and "metric" not in accepted:
         arguments.discard("metric")  # read by the runner itself
+    if _OPTIMIZER.fullmatch(key):
+        arguments.difference_update({*_OPTIMIZER_KEYS}.difference(accepted))
+        accepted += [name for name in _OPTIMIZER_KEYS if name not in accepted]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         unknown = sorted(arguments.difference(accepted))
         if message := _find_multiple_datasets(key, node, unknown):
@@ -143,7 +148,8 @@ def _find_mistakes(key: str, node: Any, num_positional: int) -> Iterator[str]:
             yield f"{key}.{name}: {node['_target_']} takes no such argument; {suggest(name, accepted)}"
     if node.get("_partial_") or node.get("_args_") or is_used_directly(key, target):
         return
-    required = [name for name in accepted if parameters[name].default is inspect.Parameter.empty]
+    has_no_default = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty]
+    required = [name for name in accepted if name in has_no_default]
     missing = [name for name in required if name not in arguments]
     yield from (f"{key}.{name}: {node['_target_']} needs it; set +{key}.{name}=..." for name in missing)
 
@@ -304,6 +310,13 @@ def parameter_names(path: str) -> list[str]:
         return list(inspect.signature(locate(path)).parameters)
     except (TypeError, ValueError):  # a built-in without a signature
         return []
+
+
+def split_optimizer_node(node: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the node of an optimizer without the keys that the runner reads, and these keys."""
+    parameters = parameter_names(node["_target_"])
+    reserved = {name: node[name] for name in _OPTIMIZER_KEYS if name in node and name not in parameters}
+    return {name: value for name, value in node.items() if name not in reserved}, reserved
 
 
 def find_rule_paths(config: Any) -> Iterator[tuple[KeyPath, str]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runner.engines import Engine
 from runner.engines.forward import OutputError
+from runner.engines.optim.parameter_groups import describe_groups
 from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper.protocol import shorten
 
@@ -173,6 +174,8 @@ def log_model_summary(name: str, engine: Engine, log: Callable[[str], None]) -> 
         log("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
     if engine.optimizer is None:
         return None
+    if table := describe_groups(engine.optimizer, engine.module):
+        log("\n".join([f"{name}, parameter groups:", *(f"  {line}" for line in table)]))
     tensors = KnownTensors(name, engine)
     engine.first_step_hook = FirstStepCheck(name, engine, log, tensors)
     return tensors

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch import nn
 
 from runner.config.checks import CONF_DIR
-from runner.config.targets import locate
+from runner.config.targets import locate, split_optimizer_node
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
 from runner.engines.strategies import Strategy
@@ -44,6 +44,7 @@ class Net(nn.Module):
 
 def build(make_layout, choice):
     node = yaml.safe_load((CONF_DIR / "optimizer" / f"{choice}.yaml").read_text())
+    node, _ = split_optimizer_node(node)
     target, settings = locate(node.pop("_target_")), {**node, **({"seed": 0} if "seed" in node else {})}
     module, strategy = Net(), make_layout()
     strategy.attach_coordinator(Coordinator(), "model", True)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from runner.utils.wrapper.protocol import shorten
+
 Names = Mapping[int, Sequence[str]]  # the names of a parameter by its id; a tied parameter has several
 _GroupNames = Sequence[Sequence[Sequence[str]]]  # the names of each parameter of each group
 
@@ -219,11 +221,11 @@ def _match_parameters(
 
 
 def _describe_regrouping(group_names: _GroupNames, saved_names: Sequence[Sequence[str]]) -> str:
-    expected = " | ".join(map(", ".join, map(_first_names, group_names)))
-    found = " | ".join(map(", ".join, saved_names))
+    expected = " | ".join(map(shorten, map(_first_names, group_names)))
+    found = " | ".join(map(shorten, saved_names))
     return (
         f"optimizer: its parameters are grouped anew: expected {expected}; found {found}; "
-        "resume with the groups as they were"
+        "resume with the groups as they were, or start a new run with init_from"
     )
 
 

@@ -97,7 +97,7 @@ def _call_closure(closure: Callable[[], float] | None) -> float | None:
 
 
 def muon(
-    params: Iterable[tuple[str, Tensor]],
+    params: Iterable[Any],
     *,
     lr: float,
     momentum: float = 0.95,
@@ -109,23 +109,36 @@ def muon(
     """Returns Muon for matrices and AdamW for other parameters, stepped as one.
 
     Args:
-        params: (name, parameter) pairs.
+        params: (name, parameter) pairs, or groups of these with settings: each part takes the settings that it has.
         adamw_only: globs over names of matrices, such as embeddings and heads, that AdamW updates instead.
     Source: https://kellerjordan.github.io/posts/muon
     """
-    matrices: list[tuple[str, Tensor]] = []
-    rest: list[tuple[str, Tensor]] = []
-    for name, parameter in params:
-        is_hidden = parameter.ndim == 2 and not any(fnmatch.fnmatch(name, glob) for glob in adamw_only)
-        (matrices if is_hidden else rest).append((name, parameter))
+    params = list(params)
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    for group in groups:
+        hidden: list[tuple[str, Tensor]] = []
+        others: list[tuple[str, Tensor]] = []
+        for name, parameter in group["params"]:
+            is_hidden = parameter.ndim == 2 and not any(fnmatch.fnmatch(name, glob) for glob in adamw_only)
+            (hidden if is_hidden else others).append((name, parameter))
+        matrices += _without_settings({**group, "params": hidden}, ("betas", "eps")) if hidden else []
+        rest += _without_settings({**group, "params": others}, ("momentum", "nesterov", "ns_steps")) if others else []
     optimizers: list[Optimizer] = []
     if matrices:
-        muon_class = Muon if any(is_dtensor(parameter) for _, parameter in matrices) else torch.optim.Muon
+        is_sharded = any(is_dtensor(parameter) for group in matrices for _, parameter in group["params"])
+        muon_class = Muon if is_sharded else torch.optim.Muon
         optimizers.append(muon_class(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay))
     if rest:
         first, second = adamw_betas
         optimizers.append(torch.optim.AdamW(rest, lr=adamw_lr, betas=(first, second), weight_decay=weight_decay))
     return optimizers[0] if len(optimizers) == 1 else ChainedOptimizer(optimizers)
+
+
+def _without_settings(group: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns a group without the settings of another optimizer, in a list."""
+    return [{name: value for name, value in group.items() if name not in names}]
 
 
 class TorchaoAdamW(Optimizer):

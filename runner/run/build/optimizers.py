@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,32 +11,64 @@ from torch import nn
 
 from runner.config.errors import ConfigError
 from runner.config.spec import EngineSpec, ExperimentSpec
-from runner.config.targets import parameter_names
+from runner.config.targets import parameter_names, split_optimizer_node
 from runner.engines.optim.hyperparameters import check_covers_parameters
+from runner.engines.optim.parameter_groups import ParameterGroup, check_groups, group_parameters, scale_rates
 from runner.engines.optim.schedule_replay import check_optimizer_step, check_scheduler_step, find_lr_decrease
 from runner.run.build.instantiate import explain_errors, make_object
 
 
 def make_optimizer(seed: int, engine: EngineSpec, module: nn.Module) -> Any:
-    """Returns an optimizer of all trained parameters.
+    """Returns an optimizer of all trained parameters, in the groups of its node.
 
-    It gets (name, parameter) pairs, as torch's optimizers take them. If it fails, or keeps the pairs beside its groups,
-    it is built again with the parameters alone.
+    It gets (name, parameter) pairs, as torch's optimizers take them, or groups of these. If it fails, or keeps the
+    pairs beside its groups, it is built again with the parameters alone.
     """
     key = f"{engine.prefix}optimizer"
+    assert engine.optimizer is not None
+    node, reserved = split_optimizer_node(engine.optimizer)
+    groups = _make_groups(key, module, reserved)
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    forms: list[tuple[str, list[Any]]] = [("(name, parameter) pairs", named), ("parameters", [p for _, p in named])]
     failures: dict[str, ConfigError] = {}
-    for description, form in forms:
+    for description, has_names in (("(name, parameter) pairs", True), ("parameters", False)):
+        form = _as_groups(groups, has_names) if groups else named if has_names else [p for _, p in named]
         try:
-            optimizer = make_object(seed, key, engine.optimizer, list(form))
+            optimizer = make_object(seed, key, node, list(form))
             explain_errors(key, partial(check_covers_parameters, optimizer, named))
-            if form is not named or not _keeps_pairs(optimizer):
-                return optimizer
         except ConfigError as error:
-            failures[f"{error}, given {description}"] = error
-    is_same = len(set(map(str, failures.values()))) == 1
+            failures[f"{error}, given {'groups of ' if groups else ''}{description}"] = error
+            continue
+        if not has_names or not _keeps_pairs(optimizer):
+            _call_with_key(key, partial(check_groups, optimizer, groups))
+            _call_with_key(key, partial(scale_rates, optimizer, groups))
+            return optimizer
+    is_same = len(set(map(str, failures.values()))) == 1 and not groups
     raise next(iter(failures.values())) if is_same else ConfigError("\n".join(failures))
+
+
+def _make_groups(key: str, module: nn.Module, reserved: Mapping[str, Any]) -> list[ParameterGroup]:
+    """Returns the groups that a node sets; none if it sets none."""
+    entries, layer_decay = reserved.get("groups") or [], reserved.get("layer_decay")
+    if not entries and layer_decay is None:
+        return []
+    return list(_call_with_key(key, partial(group_parameters, module, entries, layer_decay)))
+
+
+def _as_groups(groups: Sequence[ParameterGroup], has_names: bool) -> list[dict[str, Any]]:
+    """Returns groups as torch's optimizers take them: new ones, because an optimizer keeps and changes them."""
+    made = []
+    for group in groups:
+        parameters: list[Any] = list(group.named) if has_names else [parameter for _, parameter in group.named]
+        made.append({"params": parameters, **group.settings})
+    return made
+
+
+def _call_with_key(key: str, make: Callable[[], Any]) -> Any:
+    """Calls `make`, whose error begins with a key of the node at `key`."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from error
 
 
 def _keeps_pairs(optimizer: Any) -> bool:
