@@ -256,4 +256,6 @@ def open(folder: str | os.PathLike[str]) -> Run:
     Raises:
         ConfigError: there is no run.
     """
-    return Run(run_folder.find_run(Path(folder)).absolute())
+    path = Path(folder)
+    has_record = (path / "run.json").is_file()  # a run that has saved nothing yet, too
+    return Run((path if has_record else run_folder.find_run(path)).absolute())

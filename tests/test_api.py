@@ -194,6 +194,27 @@ def test_an_interrupted_run_is_saved_and_resumes_to_the_same_end(home):
     assert_same_run(run.folder, whole.folder, 40)
 
 
+def test_a_second_interrupt_raises_at_once_and_the_program_goes_on(home):
+    (home.folder / "stall").touch()
+
+    def interrupt_twice():
+        while not (home.folder / "stalled" / "run.json").exists():
+            time.sleep(0.01)
+        for _ in range(2):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_twice)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.train(compose("data.train._target_=own.Stalls", "hydra.run.dir=stalled"))
+    thread.join()
+    assert runner.open("stalled").status == "interrupted"
+    (home.folder / "stall").unlink()
+    time.sleep(1)  # longer than the command line waits before it ends a process that does not react
+    assert runner.train(compose()).status == "finished"
+
+
 def test_another_signal_takes_its_effect_once_the_run_is_saved(home):
     received = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(runner.open("cut").status))

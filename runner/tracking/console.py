@@ -18,6 +18,8 @@ from runner.utils.utils import escape_controls, format_number, one_line
 
 _DRAW_EVERY_S = 0.1
 _DRAW_NOTEBOOK_EVERY_S = 0.5  # a saved notebook may keep every drawing
+_DEFAULT_COLUMNS = 80
+_NOTEBOOK_COLUMNS = 110
 
 
 class Console:
@@ -47,7 +49,8 @@ class Console:
         is_terminal = stream is not None and not stream.closed and (is_notebook or stream.isatty())
         is_shown = is_terminal if enabled is None else enabled
         self._step = first_step
-        self._bar = _make_bar(total_steps, first_step, stream) if is_shown else None
+        num_columns = _NOTEBOOK_COLUMNS if is_notebook else _DEFAULT_COLUMNS
+        self._bar = _make_bar(total_steps, first_step, stream, num_columns) if is_shown else None
         self._next_draw = 0.0
 
     def update(self, step: int, **shown: Any) -> None:
@@ -201,7 +204,7 @@ def _is_notebook() -> bool:
     return kernel is not None and isinstance(sys.stdout, kernel.OutStream)
 
 
-def _make_bar(total: int, first: int, stream: TextIO) -> Any:
+def _make_bar(total: int, first: int, stream: TextIO, num_columns: int) -> Any:
     from threading import RLock
 
     from tqdm import tqdm
@@ -210,7 +213,7 @@ def _make_bar(total: int, first: int, stream: TextIO) -> Any:
         monitor_interval = 0  # no thread of tqdm: `update` decides when to draw
 
     Bar.set_lock(RLock())  # tqdm's own lock is shared between processes, which is slow
-    width: dict[str, Any] = {"dynamic_ncols": True} if _num_columns(stream) > 0 else {"ncols": 80, "nrows": 24}
+    width: dict[str, Any] = {"dynamic_ncols": True} if _num_columns(stream) > 0 else {"ncols": num_columns, "nrows": 24}
     return Bar(total=total, initial=first, file=stream, unit="step", mininterval=0, miniters=0, **width)
 
 

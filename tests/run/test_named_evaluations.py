@@ -77,7 +77,6 @@ def test_a_mistake_in_the_datasets_is_told_before_the_run(project, value, expect
     assert expected in project.run(status=2)
 
 
-
 def test_a_null_target_removes_the_one_dataset_that_the_names_are_merged_with(project):
     named = ["data.eval._target_=null", "data.eval.length=null", f"+data.eval.far={OTHER}"]
     project.run(*named, "hydra.run.dir=run")
