@@ -16,6 +16,7 @@ from runner.control.commands import MOST_PENDING, parse
 from runner.control.handlers import COMMANDS
 
 BATCHES = "trainer.batches"  # a sampler's state that JSON can't hold; the name of an engine has no dot
+CALLBACKS = "trainer.callbacks"  # likewise the states of callbacks
 ACTIONS = ("eval", "export", "save")
 COUNTERS = ("steps", "micro_steps", "skipped_steps", "tokens")
 MAX_STEP = 1 << 53
@@ -32,6 +33,10 @@ def check_content(content: Mapping[str, Any]) -> None:
     """
     facts = _check(content, FACTS, ("the facts of a run", _is_mapping), "")
     _check_all(_check(facts, "loop", _OBJECT, FACTS), _LOOP, f"{FACTS}: loop")
+    _check(
+        facts["loop"], "requests", ("a list of requests to the loop", _is_list_of(_is_request)), f"{FACTS}: loop", []
+    )
+    _check(facts, "callbacks", _OBJECT, FACTS, {})
     _check_commands(_check(facts, "commands", _OBJECT, FACTS))
     if (best := _check(facts, "best", _OBJECT_OR_NULL, FACTS)) is not None:
         _check_all(best, _BEST, f"{FACTS}: best")
@@ -40,6 +45,8 @@ def check_content(content: Mapping[str, Any]) -> None:
     _check_all(numbers, dict.fromkeys(numbers, _COUNT), f"{FACTS}: numbers")
     batches, place = (content[BATCHES], BATCHES) if BATCHES in content else (facts.get("batches"), f"{FACTS}: batches")
     _check_all(_require(batches, _OBJECT, place), {"sampler": _OBJECT, "ordinal": _COUNT}, place)
+    if CALLBACKS in content:
+        _require(content[CALLBACKS], _OBJECT, CALLBACKS)
     for name, part in content.items():
         if name.endswith(".optimizer"):
             _check_engine(_require(part, _OBJECT, name), name)
@@ -141,6 +148,11 @@ def _is_mapping(value: Any) -> bool:
 
 def _is_by_name(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_request(value: Any) -> bool:
+    is_pair = _is_list(value) and len(value) == 2 and all(map(_is_text, value))
+    return is_pair and (value[0] == "end" or (value[0] == "action" and value[1] in ACTIONS))
 
 
 def _is_text(value: Any) -> bool:

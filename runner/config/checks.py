@@ -64,6 +64,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "updates": "joint",
     "feeder": None,
     "report": None,
+    "callbacks": {},
 }
 _PATTERN_REMEDY = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
 _LARGEST_SEED = 2**63 - 1
@@ -107,7 +108,7 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved), *_range_mistakes(cfg)]
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
-    mistakes += _engine_mistakes(cfg)
+    mistakes += [*_engine_mistakes(cfg), *_callback_mistakes(unresolved)]
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
         mistakes += _pattern_mistakes(resolved) + _stdin_mistakes(cfg)
@@ -159,6 +160,16 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
     if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
     return mistakes
+
+
+def _callback_mistakes(plain: Any) -> Iterator[str]:
+    """Yields the mistakes of callbacks that are no objects to build, or whose names are no keys."""
+    for name, node in (get_value(plain, ["callbacks"], None) or {}).items():
+        if not re.fullmatch(r"[A-Za-z]\w*", str(name), re.ASCII):
+            yield f"callbacks.{name}: expected a name of letters, digits and '_'"
+        elif not isinstance(node, dict | None):
+            found = shown(str(node))
+            yield f"callbacks.{name}={found}: expected a mapping with _target_, the path of a class, or null for none"
 
 
 def _absent_keys(cfg: DictConfig) -> list[str]:

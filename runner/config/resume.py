@@ -39,6 +39,7 @@ OUTPUTS = Path("outputs")
 _PATH_KEYS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # their values are used as they are typed
 # Settings of how processes find each other: they come from the command line, never from a file of the run.
 _RENDEZVOUS_KEYS = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")
+_LIST_GROUPS = ("callbacks", "trackers")  # groups of which a list is chosen; Hydra does not record these choices
 _EXPECTED = "expected latest, a run folder, or one of its checkpoints/step_*"
 Compose = Callable[[list[str]], DictConfig]
 
@@ -197,7 +198,7 @@ def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) ->
     ConfigLoaderImpl.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=True)
     run_overrides = _parse_run_overrides(resumption)
     recorded = _read_choices(resumption.run, run_overrides)
-    groups = {*cfg.hydra.runtime.choices, *recorded}
+    groups = {*cfg.hydra.runtime.choices, *recorded, *_LIST_GROUPS}
     values = [override for override in overrides if not _is_choice(override, groups)]
     # Of two choices of a group the last counts.
     choices = [*{_group_of(override): override for override in overrides if override not in values}.values()]
@@ -281,7 +282,8 @@ def _parse_run_overrides(resumption: Resumption) -> list[Override]:
 def _read_choices(run: Path, run_overrides: list[Override]) -> dict[str, Any]:
     """Returns a run's choices of groups: those of its start, and those of later command lines."""
     choices = run_folder.read_choices(run)
-    choices |= {_group_of(override): override.value() for override in run_overrides if _group_of(override) in choices}
+    groups = {*choices, *_LIST_GROUPS}
+    choices |= {_group_of(override): override.value() for override in run_overrides if _group_of(override) in groups}
     # A text with an interpolation would be resolved where the choices are shown.
     return {
         group: choice

@@ -129,3 +129,4 @@ class Config:
     updates: Updates = Updates.joint
     feeder: Any = None
     report: Any = None
+    callbacks: dict[str, Any] = field(default_factory=dict)

@@ -58,6 +58,7 @@ class ExperimentSpec:
     sampler: Node
     report: Node
     alternates: bool
+    callbacks: dict[str, Node]
     distributed: DistributedConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
@@ -80,6 +81,7 @@ class ExperimentSpec:
             sampler=plain["sampler"],
             report=plain["report"],
             alternates=plain["updates"] == "alternating",
+            callbacks=plain.get("callbacks") or {},
             distributed=_read_section(DistributedConfig, plain["distributed"]),
             trainer=_read_section(TrainerConfig, plain["trainer"]),
             checkpoint=_read_section(CheckpointConfig, plain["checkpoint"]),

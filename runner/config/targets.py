@@ -92,6 +92,10 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
                 key = f"{prefix}{role}.{name}".removesuffix(".")
                 yield key, part, num_positional
                 yield from _find_nested_targets(part, key)
+    for name, node in (plain.get("callbacks") or {}).items():
+        if node is not None:
+            yield f"callbacks.{name}", node, 0
+            yield from _find_nested_targets(node, f"callbacks.{name}")
     for prefix, section in sections:
         yield from _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
 

@@ -40,6 +40,7 @@ def write_exports(
     dtype: torch.dtype | None = None,
     *,
     writes: bool = True,
+    suffix: str = "",
 ) -> list[Path]:
     """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
 
@@ -48,13 +49,14 @@ def write_exports(
         run_metadata: of `make_metadata`; the name of the engine is added.
         dtype: of the floating-point tensors; None keeps the dtype of each.
         writes: False only joins the all-gather of sharded weights.
+        suffix: follows the engines' names in those of the files.
     Raises:
         ValueError: the dtype can't hold a number.
     """
     paths = []
     states = engines.export_states()
     for name, state in states.items() if writes else ():
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{name}{suffix}.safetensors"
         weights = _cast(state, dtype) if dtype else dict(state)
         make_folder_below(folder, folder.parent)
         io.save(weights, path, {**run_metadata, "engine": name})

@@ -189,7 +189,7 @@ def _closing(trainer: Trainer, signals: StopSignals, is_sweep_job: bool) -> Iter
     end = _End()
     try:
         yield end
-        end.reason = signals.first_signal
+        end.reason = signals.first_signal or trainer.loop.end_reason
     except BaseException as error:
         vars(end).update(vars(_explain_end(error, trainer.log, is_sweep_job)))
         if isinstance(error, (ConfigError, RankError, RankLostError)):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.checkpoints import FACTS
-from runner.config.checkpoint_facts import BATCHES
+from runner.config.checkpoint_facts import BATCHES, CALLBACKS
 from runner.config.errors import ConfigError
 from runner.control.commands import CommandQueue
 from runner.run.best import Best
@@ -23,7 +23,7 @@ _LONGEST = 200  # characters of a saved fingerprint that are shown
 
 
 class RunState:
-    """The objects of a run that have a state: engines, batches, loop, pending commands, and the best evaluation."""
+    """The objects of a run that have a state: engines, batches, loop, commands, callbacks and the best evaluation."""
 
     def __init__(self, experiment: Experiment, loop: Loop, queue: CommandQueue, best: Best) -> None:
         self._experiment = experiment
@@ -42,10 +42,13 @@ class RunState:
             "best": self._best.found,
             "fingerprint": fingerprint_of(batches.dataset),
         }
-        try:
-            io.check_json(facts["batches"])
-        except (TypeError, ValueError):  # the sampler's state has tensors
-            parts[BATCHES] = facts.pop("batches")
+        if self._experiment.callbacks is not None:
+            facts["callbacks"] = self._experiment.callbacks.state_dict()
+        for name, part in (("batches", BATCHES), ("callbacks", CALLBACKS)):
+            try:
+                io.check_json(facts.get(name))
+            except (TypeError, ValueError):  # the state has tensors
+                parts[part] = facts.pop(name)
         return parts, facts
 
     def find_unsaveable(self) -> str | None:
@@ -74,11 +77,18 @@ class RunState:
             moved_on = self._load_batches(parts[BATCHES] if BATCHES in parts else facts["batches"])
             self._loop.load_state_dict(facts["loop"])
             self._queue.load_state_dict(facts["commands"])
+            warnings += self._load_callbacks(parts[CALLBACKS] if CALLBACKS in parts else facts.get("callbacks", {}))
         except (RankAbortError, RankLostError, RankError):
             raise
         except Exception as error:  # of any kind: the state has the right types, but is of other objects
             raise ConfigError(f"resume={path}: {message_of(error)}") from error
         return [*warnings, *filter(None, [moved_on, changed_data])]
+
+    def _load_callbacks(self, state: Mapping[str, Any]) -> list[str]:
+        """Loads the states of callbacks; returns notes of those that start anew or are gone."""
+        if self._experiment.callbacks is not None:
+            return self._experiment.callbacks.load_state_dict(state)
+        return [f"callbacks.{name}: it is not configured any more; its saved state is dropped" for name in state]
 
     def _load_batches(self, state: Any) -> str | None:
         """Moves the batches to a saved position; returns a warning if changes leave only the next epoch.

@@ -24,6 +24,7 @@ from runner.run.build.experiment import Experiment, build
 from runner.run.evaluation import measure, show
 from runner.run.exports import last_evaluation, make_metadata, write_exports
 from runner.run.first_step import KnownTensors, log_model_summary
+from runner.run.hooks import Hooks
 from runner.run.state import RunState, fingerprint_of
 from runner.run.weights import initial_weights, placeholders
 from runner.tracking.console import Console, describe_numbers, open_log
@@ -146,6 +147,7 @@ class Trainer:
         self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
         self._num_evaluated = 0  # batches
         self.commands = CommandHandlers(self.engines.set_lr, self.coordinator, partial(self.log.info, "%s"))
+        self.hooks = Hooks(self)
         self.loop = self._make_loop()
         self.state = RunState(experiment, self.loop, self.commands.queue, self.best)
         if checkpoint:
@@ -246,6 +248,7 @@ class Trainer:
             policy=FailurePolicy(trainer.on_oom.name, trainer.max_skips),
             coordinator=self.coordinator,
             check=self._check_first_update,
+            on_step=self.hooks.on_step,
         )
 
     def fit(self) -> str:
@@ -264,7 +267,7 @@ class Trainer:
         self._log_summary()
         batches = self.experiment.batches
         status: str | None = None
-        failure: BaseException | None = None
+        loop_error: BaseException | None = None
         try:
             with freeze_gc(), contextlib.closing(self.commands.queue), contextlib.closing(batches):
                 if stdin := self.spec.tracking.stdin:
@@ -274,14 +277,18 @@ class Trainer:
                     self.loop.schedule.pending.append("eval")
                 # The loop is called here, not on all ranks by a callback, so that few frames are above a user's module.
                 try:
+                    self.hooks.start()
                     status = self.loop.run()
                 except BaseException as error:
                     if is_signal(error):
                         batches.kill_workers()
                         raise
-                    failure = self._explain(error)
-                status = self._agree_on_end(status, failure)
-        except BaseException:
+                    loop_error = self._explain(error)
+                status = self._agree_on_end(status, loop_error)
+            if self.hooks.has_end:
+                status = self._agree_on_end(status, self.hooks.end(status, self._explain))
+        except BaseException as failure:
+            self.hooks.end_failed(failure)
             try:
                 self.tracker.close("failed")
             except Exception as error:  # must not hide the failure
@@ -289,6 +296,8 @@ class Trainer:
             raise
         with disk_errors_as("the run's numbers", RunError):
             self.tracker.close(status)
+        if self.loop.end_reason:
+            self.log.info("The run ends early: %s", self.loop.end_reason)
         self.log.info("%s at step %d: %s", status.capitalize(), self.loop.step, self.folder)
         return status
 
@@ -358,6 +367,7 @@ class Trainer:
             tensors.check_quickly(f"a forward up to step {step}")
         with disk_errors_as("the run's numbers", TrainingStopped):
             self.tracker.log(step, values)
+        self.hooks.log_values(values)
         if self.spec.tracking.progress and time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
             shown = {name.removeprefix("train/"): value for name, value in values.items()}
@@ -368,6 +378,7 @@ class Trainer:
         if self.coordinator.is_disconnected:
             self.log.warning("Rank 0 saves alone: numbers not yet logged are those of its own samples")
         else:
+            self.hooks.saving()
             self.engines.share_metrics()
             self.engines.sync_buffers()
         step = self.loop.step
@@ -424,7 +435,7 @@ class Trainer:
         self.best_checkpoint.fall_back(self.coordinator.run_on_all_ranks)
         numbers, shown = measure(
             self.engines, experiment.evaluations, experiment.report, seed=self.spec.seed, step=step,
-            should_stop=self._should_stop_evaluation, run_on_ranks=self.coordinator.run_on_all_ranks,
+            should_stop=self.should_stop_evaluation, run_on_ranks=self.coordinator.run_on_all_ranks,
         )  # fmt: skip
         self.evaluation = {"step": step, **numbers}
         with disk_errors_as("the run's numbers", TrainingStopped):
@@ -432,6 +443,7 @@ class Trainer:
         self.log.info("Step %d: %s", step, describe_numbers(numbers))
         with disk_errors_as("the run's sounds", TrainingStopped):
             show(self.tracker, self.log, self.folder, step, shown, writes=is_rank_zero())
+        self.hooks.evaluated(numbers)
         try:
             # A typed evaluation, or that at the end of the run, must not change the learning rates.
             if self.loop.schedule.actions["eval"].is_due(step, is_last=False):
@@ -454,15 +466,20 @@ class Trainer:
         """Numbers that change while this rank makes progress: steps, and batches evaluated."""
         return self.loop.step, self._num_evaluated
 
-    def _should_stop_evaluation(self) -> bool:
+    def should_stop_evaluation(self) -> bool:
+        """Counts a batch as progress; returns whether the loop is stopping."""
         self._num_evaluated += 1
         return self.loop.is_stopping
 
     def export(self) -> None:
         """Writes each engine's weights, with the metadata of this run."""
+        self.write_export(self.evaluation)
+
+    def write_export(self, evaluation: Mapping[str, Any] | None, suffix: str = "") -> None:
+        """Writes the weights as they are, with the numbers of an evaluation and `suffix` after the engines' names."""
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
-        metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, self.evaluation, data)
+        metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, evaluation, data)
         with disk_errors_as("the export", TrainingStopped):
-            paths = write_exports(self.engines, self.folder / "exports", metadata, writes=is_rank_zero())
+            paths = write_exports(self.engines, self.folder / "exports", metadata, writes=is_rank_zero(), suffix=suffix)
         for path in paths:
             self.log.info("Exported %s", path)

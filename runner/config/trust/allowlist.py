@@ -27,6 +27,7 @@ from runner.config.targets import find_module, find_rule_paths
 from runner.utils.utils import one_line
 
 BUILT_IN = (
+    "runner.callbacks",
     "runner.examples",
     "runner.engines",
     "runner.utils.sampler",

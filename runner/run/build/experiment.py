@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,12 +17,15 @@ from runner.config.targets import seed_imports
 from runner.engines import Engines
 from runner.run.build.data import build_batches, build_evaluations, find_unseeded
 from runner.run.build.engines import build_parts, make_engines
-from runner.run.build.instantiate import make_object
+from runner.run.build.instantiate import explain_errors, make_object
 from runner.run.weights.placeholders import ModelBuilder
 from runner.utils.distributed import local_rank, pick_device, run_on_all_ranks
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.sampler.batches import Batches, EvaluationData
 from runner.utils.wrapper import Purpose
+
+if TYPE_CHECKING:
+    from runner.callbacks.group import CallbackGroup
 
 Report = Callable[[nn.Module, Any], Mapping[str, Any]]
 
@@ -36,6 +40,7 @@ class Experiment:
     evaluations: dict[str, EvaluationData]  # by the name of the dataset; a single one has the empty name
     report: Report | None
     coordinator: Coordinator
+    callbacks: CallbackGroup | None
     notes: list[str]  # warnings for the log
 
 
@@ -60,6 +65,7 @@ def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilde
             batches=build_batches(spec, device),
             evaluations=build_evaluations(spec),
             report=build_report(spec),
+            callbacks=build_callbacks(spec),
             coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips),
         )
         made["notes"] = find_unseeded(spec, made["batches"], made["evaluations"])
@@ -89,3 +95,16 @@ def build_device(spec: ExperimentSpec) -> torch.device:
 def build_report(spec: ExperimentSpec) -> Report | None:
     """Returns the report of an experiment's evaluations, or None."""
     return make_object(spec.seed, "report", spec.report)
+
+
+def build_callbacks(spec: ExperimentSpec) -> CallbackGroup | None:
+    """Returns the callbacks of an experiment; None without any."""
+    nodes = {name: node for name, node in spec.callbacks.items() if node is not None}
+    if not nodes:
+        return None
+    from runner.callbacks.group import CallbackGroup, check_callback
+
+    callbacks = {name: make_object(spec.seed, f"callbacks.{name}", node) for name, node in nodes.items()}
+    for name, callback in callbacks.items():
+        explain_errors(f"callbacks.{name}", partial(check_callback, callback))
+    return CallbackGroup(callbacks)

@@ -52,6 +52,13 @@ class Schedule:
                 self.pending.append(name)
         return bool(self.pending)
 
+    def enqueue(self, names: Collection[str]) -> None:
+        """Enqueues actions that are not pending, after the running one, and sorts those that wait."""
+        order = list(self.actions)
+        running, waiting = self.pending[:1], self.pending[1:]
+        waiting += [name for name in names if name not in self.pending]
+        self.pending = running + sorted(waiting, key=order.index)
+
     def run_pending(self, run_action: Callable[[str], None], is_stopping: Callable[[], bool]) -> None:
         """Runs the pending actions in order until the loop is stopping; an interrupted one stays pending."""
         while self.pending and not is_stopping():
@@ -82,6 +89,9 @@ class Loop:
         policy: the reaction to failed steps.
         coordinator: of all ranks; by default one for a single process.
         check: called after each step, before it is counted, until it returns True; its error ends the loop.
+        on_step: called after each step is counted and its metrics are logged, before its actions.
+    Attributes:
+        end_reason: why the loop ended, or is to end, before its last step as if that were done.
     """
 
     def __init__(
@@ -102,6 +112,7 @@ class Loop:
         policy: FailurePolicy | None = None,
         coordinator: Coordinator | None = None,
         check: Callable[[], bool] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         self.engines = engines
         self.batches = batches
@@ -118,10 +129,13 @@ class Loop:
         self.schedule = Schedule(actions or {})
         self._saved_step: int | None = None
         self._commands = dict(commands or {})
-        self._requested = set[str]()  # actions that commands asked for at this boundary
+        self._requested = set[str]()  # actions that commands and requests asked for at this boundary
+        self._posted: list[tuple[str, str]] = []  # this rank's requests that the other ranks have not received
+        self.end_reason: str | None = None
         self._queue = queue
         self._display = display
         self._check = check
+        self._on_step = on_step
         self._stop_reason: str | None = None
         self._requested_stop: str | None = None
         self._displayed: dict[str, float] = {}
@@ -153,6 +167,14 @@ class Loop:
             self._set_stop_reason(message.content)
         elif message.topic == "line" and self._queue is not None:
             self._queue.submit(message.content)
+        elif message.topic in ("action", "end"):
+            if message.rank == distributed.rank() and (request := (message.topic, message.content)) in self._posted:
+                self._posted.remove(request)
+            if message.topic == "action":
+                self._requested.add(message.content)
+            else:
+                self.end_reason = self.end_reason or message.content
+                self.steps = min(self.steps, self.step + 1)  # the step in progress is the last one
 
     @property
     def is_stopping(self) -> bool:
@@ -257,9 +279,11 @@ class Loop:
 
     def _finish_step(self) -> None:
         step = self.step
-        is_last = step >= self.steps
-        if self._log_action.is_due(step, is_last):
+        if self._log_action.is_due(step, step >= self.steps):
             self.coordinator.defer_error(self._log_action.do)
+        if self._on_step is not None:
+            self._call_on_step(self._on_step)
+        is_last = step >= self.steps
         if self._display is not None:
             self._display.update(step, **self._displayed)
         if self._queue is not None:
@@ -271,6 +295,7 @@ class Loop:
         if self.schedule.enqueue_due(step, is_last, self._requested):
             self._requested.clear()
             self.schedule.run_pending(self.run_action, self._has_stop_reason)
+        is_last = step >= self.steps  # an action may have ended the loop
         error = self.coordinator.deferred_error
         if error is None or is_last or self._stop_reason is not None or self.step_runner.stop_reason is not None:
             return  # an error that no step follows is exchanged at the end of the loop
@@ -279,6 +304,13 @@ class Loop:
         self.engines.begin_step(step)
         self.step_runner.share_failure(error, describe_failure(error, f"after step {step}", self.engines.device))
         raise error
+
+    def _call_on_step(self, on_step: Callable[[], None]) -> None:
+        try:
+            self.coordinator.defer_error(on_step)
+        except BaseException:
+            self.schedule.enqueue_due(self.step, self.step >= self.steps, self._requested)  # a resume runs them
+            raise
 
     def run_action(self, name: str) -> None:
         """Runs an action now; its time does not count as training."""
@@ -301,6 +333,34 @@ class Loop:
         """Requests an action at this boundary, for the handler of a command; actions keep their order there."""
         self._requested.add(name)
 
+    def request(self, topic: str, content: str) -> None:
+        """Requests an action by name (topic "action") or the end of the loop for a reason ("end") on all ranks.
+
+        On one process an action runs at this boundary, and this step is the last one. With several ranks, that holds
+        for the first boundary after all have received the request, a step or two later.
+        """
+        if distributed.is_distributed():
+            self._posted.append((topic, content))
+            self.coordinator.post(topic, content)
+        elif topic == "action":
+            self._requested.add(content)
+        else:
+            self.end_reason = self.end_reason or content
+            self.steps = min(self.steps, self.step)
+
+    def end_now(self, reason: str, *, in_action: bool) -> None:
+        """Makes the step that is done the last one; all ranks call it.
+
+        Args:
+            in_action: an action calls it, after which the actions of a last step follow. False before `run`, which
+                then does pending actions alone.
+        """
+        self.end_reason = self.end_reason or reason
+        self.steps = min(self.steps, self.step)
+        if in_action:
+            due = [name for name, action in self.schedule.actions.items() if action.is_due(self.step, is_last=True)]
+            self.schedule.enqueue(due)
+
     def _check_deferred_faults(self) -> None:
         if faults := self.engines.find_late_faults():
             raise TrainingStopped(
@@ -322,10 +382,11 @@ class Loop:
         return self.step, self.batches.num_samples_total, self.engines.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of completed and of skipped steps, and the pending actions."""
+        """Returns the number of completed and of skipped steps, the pending actions, and requests on their way."""
         # A pending save is the one that calls this, unless other actions wait with it.
         pending = [] if set(self.schedule.pending) <= {"save"} else list(self.schedule.pending)
-        return {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": pending}
+        state = {"step": self.step, "skipped": self.step_runner.num_skipped, "owed": pending}
+        return state | ({"requests": [list(request) for request in self._posted]} if self._posted else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes after the completed steps."""
@@ -333,6 +394,11 @@ class Loop:
         self.step_runner.num_skipped = int(state["skipped"])
         self.schedule.pending = list(state["owed"])
         self._saved_step = self.step
+        for topic, content in state.get("requests", ()):
+            if distributed.is_distributed():
+                self.request(topic, content)
+            else:
+                self._handle_message(Message(0, topic, content))
 
 
 _DISPLAYED = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}
