@@ -24,6 +24,7 @@ from runner.config.diff import get_value
 from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
+    RESERVED_METRICS,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -46,7 +47,19 @@ def register_with_hydra() -> None:
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 
 
-_ENGINE_KEYS = ["model", "optimizer", "scheduler", "feeder", "freeze", "optimizations", "ema", "init_from", "every"]
+_ENGINE_KEYS = [
+    "model",
+    "optimizer",
+    "scheduler",
+    "feeder",
+    "loss",
+    "metrics",
+    "freeze",
+    "optimizations",
+    "ema",
+    "init_from",
+    "every",
+]
 _SECTIONS: dict[str, type] = {
     "data": DataConfig,
     "distributed": DistributedConfig,
@@ -63,6 +76,9 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "engines": {},
     "updates": "joint",
     "feeder": None,
+    "loss": None,
+    "metrics": {},
+    "train_metrics": False,
     "report": None,
     "callbacks": {},
 }
@@ -108,7 +124,8 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     mistakes = [*_unknown_keys(cfg), *_mixed_keys(unresolved), *_unbuildable(unresolved), *_range_mistakes(cfg)]
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if not key.startswith("hydra"))
     mistakes += [f"{key}: has no value; set it in the YAML or on the command line" for key in missing]
-    mistakes += [*_engine_mistakes(cfg), *_callback_mistakes(unresolved)]
+    mistakes += [*_engine_mistakes(cfg), *_callback_mistakes(unresolved), *_metric_mistakes(unresolved)]
+    mistakes += _input_mistakes(cfg)
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
         mistakes += _pattern_mistakes(resolved) + _stdin_mistakes(cfg)
@@ -170,6 +187,36 @@ def _callback_mistakes(plain: Any) -> Iterator[str]:
         elif not isinstance(node, dict | None):
             found = shown(str(node))
             yield f"callbacks.{name}={found}: expected a mapping with _target_, the path of a class, or null for none"
+
+
+def _metric_mistakes(plain: Any) -> list[str]:
+    """Returns the mistakes of `metrics`, whose names become those of numbers."""
+    mistakes = []
+    engines = get_value(plain, ["engines"], None)
+    sections = {"": plain} | {f"engines.{name}.": engine for name, engine in (engines or {}).items()}
+    for prefix, section in sections.items():
+        metrics = get_value(section, ["metrics"], None)
+        if not isinstance(metrics, (dict, type(None))):
+            mistakes.append(f"{prefix}metrics={shown(str(metrics))}: expected a mapping of names to metrics")
+            continue
+        for name, node in (metrics or {}).items():
+            key = f"{prefix}metrics.{name}"
+            if not re.fullmatch(r"[A-Za-z0-9_.@+-]+", str(name)):
+                mistakes.append(f"{key}: expected a name of letters, digits, '_', '.', '@', '+' and '-'")
+            elif re.fullmatch(RESERVED_METRICS, str(name)):
+                mistakes.append(f"{key}: the runner logs a number of this name itself; call it something else")
+            elif not isinstance(node, (dict, type(None))) and "${" not in str(node):
+                expected = "expected a mapping with _target_, the dotted path of a class or function"
+                mistakes.append(f"{key}={shown(str(node))}: {expected}")
+    return mistakes
+
+
+def _input_mistakes(cfg: DictConfig) -> list[str]:
+    """Returns the mistake of a `data.input` that is neither a key of the batch nor a list of keys."""
+    node = OmegaConf.select(cfg, "data.input")
+    keys = list(node) if OmegaConf.is_list(node) else [node]
+    is_known = node is None or (bool(keys) and all(isinstance(key, str) for key in keys))
+    return [] if is_known else [f"data.input={shown(str(node))}: expected a key of the batch, a list of keys, or null"]
 
 
 def _absent_keys(cfg: DictConfig) -> list[str]:

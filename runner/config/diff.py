@@ -18,9 +18,10 @@ Nest = dict[str, Any]
 
 _ABSENT = object()
 _IDENTITY_KEYS: list[KeyPath] = [  # what makes a run the one it is
-    ("seed",), ("model",), ("engines",), ("updates",), ("feeder",), ("sampler",), ("pattern",),
+    ("seed",), ("model",), ("engines",), ("updates",), ("feeder",), ("loss",), ("sampler",), ("pattern",),
     ("optimizer", "_target_"),
     ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
+    ("data", "target"), ("data", "input"),
     ("trainer", "accumulate"), ("trainer", "precision"),
     ("optimizations",), ("ema",),
 ]  # fmt: skip
@@ -28,7 +29,7 @@ _FREE_KEYS: list[KeyPath] = [  # optimizations that change memory, time or expor
     ("optimizations", "unsloth"), ("optimizations", "checkpointing"), ("optimizations", "device_map"),
     ("optimizations", "lora", "export"),
 ]  # fmt: skip
-_BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from")
+_BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from", "metrics")
 
 
 def replace_nodes(saved: Nest, defaults: Nest, composed: Nest, paths: Sequence[KeyPath]) -> Nest:

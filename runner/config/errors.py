@@ -382,6 +382,7 @@ INSTANTIATED_KEYS = (
     "scheduler",
     "feeder",
     "report",
+    "loss",
 )
 
 

@@ -22,6 +22,10 @@ Updates = StrEnum("Updates", ["joint", "alternating"])
 OnOom = StrEnum("OnOom", ["stop", "skip"])
 # Order of a metric: the better of two values.
 Mode = StrEnum("Mode", ["min", "max"])
+# Names of numbers that the runner logs itself, and of what a forward returns besides numbers.
+RESERVED_METRICS = (
+    r"loss|tokens|weight|output|target|lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb"
+)
 # Format of stored tensors: SafeTensors, or pickles that are read without executing anything.
 Format = StrEnum("Format", ["sft", "pt"])
 
@@ -89,6 +93,8 @@ class DataConfig:
     num_workers: int = MISSING
     collate: Any = None
     seed_samples: bool = True
+    target: str | None = None
+    input: Any = None
 
 
 def eval_datasets(node: Any) -> dict[str, Any]:
@@ -130,3 +136,6 @@ class Config:
     feeder: Any = None
     report: Any = None
     callbacks: dict[str, Any] = field(default_factory=dict)
+    loss: Any = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    train_metrics: bool = False

@@ -38,6 +38,8 @@ class EngineSpec:
     scheduler: Node
     feeder: Node
     ema: Node
+    loss: Node
+    metrics: dict[str, dict[str, Any]]
     optimizations: dict[str, dict[str, Any]]  # those that are enabled, by name
     every: int
     has_own_loss: bool
@@ -57,6 +59,7 @@ class ExperimentSpec:
     data: DataConfig
     sampler: Node
     report: Node
+    train_metrics: bool
     alternates: bool
     callbacks: dict[str, Node]
     distributed: DistributedConfig
@@ -80,6 +83,7 @@ class ExperimentSpec:
             data=_read_section(DataConfig, plain["data"]),
             sampler=plain["sampler"],
             report=plain["report"],
+            train_metrics=plain["train_metrics"],
             alternates=plain["updates"] == "alternating",
             callbacks=plain.get("callbacks") or {},
             distributed=_read_section(DistributedConfig, plain["distributed"]),
@@ -95,11 +99,13 @@ class ExperimentSpec:
 
         They are read when they are first used: a launcher and its checks don't need them.
         """
-        shared = {key: self.plain[key] for key in ("model", "optimizer", "scheduler", "feeder")}
+        shared = {key: self.plain[key] for key in ("model", "optimizer", "scheduler", "feeder", "loss")}
         engines = {}
         for name, values in (self.plain["engines"] or {"model": {}}).items():
             parts = {key: values.get(key, default) for key, default in shared.items()}
             prefix = f"engines.{name}." if self.plain["engines"] else ""
+            metrics = {**self.plain["metrics"], **(values.get("metrics") or {})}
+            parts["metrics"] = {key: node for key, node in metrics.items() if node is not None}
             nodes, ema = optimizations.of_engine(self.plain, name)
             engines[name] = EngineSpec(
                 name, prefix, **parts, ema=ema, optimizations=nodes, every=values.get("every", 1),

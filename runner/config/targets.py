@@ -37,10 +37,16 @@ _ROLES = {
     "scheduler": 1,
     "ema": 1,
     "feeder": 0,
+    "loss": 0,
     "report": 0,
     "distributed.strategy": 0,
 }
-_FUNCTION_ROLES = ("data.collate", "feeder", "report")  # a plain function is used itself; a class is instantiated
+_FUNCTION_ROLES = (
+    "data.collate",
+    "feeder",
+    "report",
+    "loss",
+)  # a plain function is used itself; a class is instantiated
 _SCHEDULER = re.compile(r"(^|\.)scheduler(\.schedulers\.\d+)*$")
 _OPTIMIZER = re.compile(r"(engines\.[^.]+\.)?optimizer")
 _OPTIMIZER_KEYS = ("groups", "layer_decay")  # read by the runner, unless the optimizer has an argument of that name
@@ -96,6 +102,11 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
         if node is not None:
             yield f"callbacks.{name}", node, 0
             yield from _find_nested_targets(node, f"callbacks.{name}")
+    for prefix, section in sections:
+        for name, node in (section.get("metrics") or {}).items():
+            if node is not None:
+                yield f"{prefix}metrics.{name}", node, 0
+                yield from _find_nested_targets(node, f"{prefix}metrics.{name}")
     for prefix, section in sections:
         yield from _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
 

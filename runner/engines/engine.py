@@ -12,8 +12,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from runner.engines.ema import EMA
-from runner.engines.forward import Feeder, FirstStepHook, LossModule, Number, Output, OutputReader, as_number, feed
+from runner.engines.forward import (
+    Feeder,
+    FirstStepHook,
+    LossModule,
+    Number,
+    Output,
+    OutputReader,
+    arguments_of,
+    as_number,
+    feed,
+)
 from runner.engines.gradients import BufferSnapshot, Gradients
+from runner.engines.losses.supervised_loss import SupervisedLoss
 from runner.engines.metrics import MetricAccumulator
 from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
@@ -61,6 +72,7 @@ class Engine:
         applied: the optimizations that were applied to the module; exports undo them.
         metric: name of an evaluation metric, such as `eval/loss`, with which the scheduler is stepped after an
             evaluation; None steps it after each update.
+        loss: computed from the output of the module, or of the feeder; None if the output has the loss.
     Attributes:
         every: it is trained in each `every`-th step of the run.
         has_own_loss: false for a teacher that other engines' feeders call: it runs no forward of its own.
@@ -84,6 +96,7 @@ class Engine:
         ema: EMA | None = None,
         applied: AppliedOptimizations | None = None,
         metric: str | None = None,
+        loss: SupervisedLoss | None = None,
     ) -> None:
         check_choice("precision", precision, tuple(_AUTOCAST))
         check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
@@ -112,8 +125,14 @@ class Engine:
         self._reader = OutputReader(module, self._post_weighted)
         divides_by_weight = accumulate > 1 or self.strategy.is_distributed
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
+        self.loss = loss
         self.other_modules, feed_batch = connect_feeder(feeder or feed)
-        self._loss_module = LossModule(module, feed_batch, self._reader)
+        find_arguments = None if feeder is not None else arguments_of if loss is None else loss.arguments_of
+        if loss is not None:
+            loss.to(self.device)
+            loss.feeder = feed_batch if feeder is not None else None
+            self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")
+        self._loss_module = LossModule(module, feed_batch if loss is None else loss, self._reader, find_arguments)
         self._train_forward = self.strategy.wrap_forward(
             self._loss_module, self._check_loss if self._checks_in_forward else None
         )

@@ -92,6 +92,8 @@ class Engines(dict[str, Engine]):
         roots: dict[str, Any] = {}
         for name, engine in self.items():
             roots |= {name: engine.module, f"{name}.feeder": engine.feeder, f"{name}.optimizer": engine.optimizer}
+            if engine.loss is not None:
+                roots[f"{name}.loss"] = engine.loss.function
         self._generators = ObjectGenerators(**roots)
         return self._generators
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +14,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from runner.engines.losses.output_errors import (
+    EarlyOutputError,
+    OutputError,
+    describe_call,
+    describe_missing_loss,
+    describe_missing_output,
+    describe_value,
+)
 from runner.engines.transformers_loss_terms import count_terms, is_model_output
-from runner.utils.train.failures import SetupError, TrainingStopped
 from runner.utils.utils import encodable
 
 Feeder = Callable[..., Any]  # called as feeder(module, batch), or as feeder(module, batch, engines)
@@ -26,14 +33,6 @@ _MAX_WARNINGS = 20  # of values that are not metrics
 _NOT_METRICS = ("loss", "tokens", "weight")
 # Names of the runner's own metrics under train/.
 _RESERVED = re.compile(r"lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb")
-
-
-class OutputError(TrainingStopped, ValueError):
-    """A forward returned something that can't be trained on or logged."""
-
-
-class EarlyOutputError(OutputError, SetupError):
-    """An `OutputError` in the first step, before anything was trained."""
 
 
 class Weight(NamedTuple):
@@ -80,6 +79,13 @@ def feed(module: nn.Module, batch: Any) -> Any:
     return module(batch)
 
 
+def arguments_of(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Returns the positional and keyword arguments that `feed` passes to a module."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch, {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Returns whether a tensor can be read without waiting for a device."""
     return tensor.device.type == "cpu"
@@ -119,6 +125,8 @@ class OutputReader:
 
     Args:
         on_weighted: called in the first training forward, with True if it returned a weight.
+    Attributes:
+        keeps_output: the next forward's output is kept for `take_output`.
     """
 
     def __init__(self, module: nn.Module, on_weighted: Callable[[bool], None]) -> None:
@@ -129,6 +137,9 @@ class OutputReader:
         self.multiplies_by_weight = False  # false if the loss is the only one of its step: its weight cancels out
         self.reference_weight: Number | None = None
         self.has_trained = False
+        self.not_metrics: tuple[str, ...] = _NOT_METRICS  # names that are not logged
+        self.keeps_output = False  # metrics need the output and target of the next forward
+        self._kept: tuple[Any, Mapping[Any, Any]] = None, _NO_FIELDS
         self._is_weighted: bool | None = None
         self._has_called_back = False
         self._logged_names = dict[Any, str]()
@@ -151,6 +162,8 @@ class OutputReader:
                 f"{self._where} returned a loss without gradients; "
                 "compute it from parameters that are trained, without detach(), item() or no_grad()"
             )
+        if self.keeps_output:
+            self._kept = output, fields
         extras = self._read_extras(output, fields) if fields else {}
         terms = fields.get("weight")
         if self._counter is not None:
@@ -163,6 +176,22 @@ class OutputReader:
         tokens = 0 if tokens is None else int(tokens)
         return Output(loss, extras, tokens) if terms is None else self._weigh(loss, extras, tokens, terms)
 
+    def take_output(self, batch: Any, target_key: str | None) -> tuple[Any, Any]:
+        """Returns the output and the target of the last forward, for metrics.
+
+        They are the entries `output` and `target`, or else the logits of a transformers model and the batch's target.
+
+        Raises:
+            OutputError: there are none.
+        """
+        (output, fields), self._kept = self._kept, (None, _NO_FIELDS)
+        found = {"output": fields.get("output", fields.get("logits")), "target": fields.get("target")}
+        if found["target"] is None and target_key is not None and isinstance(batch, Mapping):
+            found["target"] = batch.get(target_key)
+        if missing := [name for name, value in found.items() if value is None]:
+            raise self._error(describe_missing_output(self._where, output, missing))
+        return found["output"], found["target"]
+
     def _find_loss(self, output: Any) -> Tensor:
         if isinstance(output, Mapping) and "loss" in output:
             return self._scalar(output["loss"])
@@ -170,16 +199,13 @@ class OutputReader:
         if not isinstance(loss, Tensor):
             loss = _collect_losses(self._module)
         if loss is None:
-            raise self._error(
-                f"{self._where} returned {_describe(output)}: expected a scalar loss, a mapping "
-                "or object with `loss`, or `loss` attributes on its modules; or give a feeder that returns one of these"
-            )
+            raise self._error(describe_missing_loss(self._where, output))
         return self._scalar(loss)
 
     def _scalar(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss.reshape(()) if loss.ndim else loss
-        raise self._error(f"{self._where}: its loss is a {_describe(loss)}: expected a tensor with one number")
+        raise self._error(f"{self._where}: its loss is a {describe_value(loss)}: expected a tensor with one number")
 
     def _error(self, message: str) -> OutputError:
         """Returns an error that is handled as a set-up error if no step was trained yet."""
@@ -188,7 +214,7 @@ class OutputReader:
     def _read_extras(self, output: Any, fields: Mapping[Any, Any]) -> dict[str, Number]:
         extras: dict[str, Number] = {}
         for name, value in fields.items():
-            if name in _NOT_METRICS:
+            if name in self.not_metrics:
                 continue
             number = read_number(value)
             if number is not None:
@@ -213,7 +239,7 @@ class OutputReader:
             dtype = f" and {value.dtype}" if isinstance(value, Tensor) else ""
             rest = "; no further ones are named" if len(self._rejected_names) == _MAX_WARNINGS else ""
             message = "%s: %r is a %s%s, which is not logged; a metric is a number or a tensor with one%s"
-            _log.warning(message, self._where, name, _describe(value), dtype, rest)
+            _log.warning(message, self._where, name, describe_value(value), dtype, rest)
 
     def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
@@ -250,7 +276,7 @@ class OutputReader:
             return value.detach().to(loss.device, dtype, copy=True).reshape(())
         terms = read_number(value)
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
-            found = _describe(value) if terms is None else terms
+            found = describe_value(value) if terms is None else terms
             raise self._error(
                 f"{self._where} returned weight={found}: expected the number of terms in its mean loss, 0 or more"
             )
@@ -298,11 +324,6 @@ def _collect_losses(module: nn.Module) -> Tensor | None:
     return total
 
 
-def _describe(output: Any) -> str:
-    shape = getattr(output, "shape", None)
-    return type(output).__name__ if shape is None else f"{type(output).__name__} of shape {list(shape)}"
-
-
 class FirstStepHook(Protocol):
     """Checks an engine's first steps.
 
@@ -321,11 +342,18 @@ class LossModule(nn.Module):
     of the parameters stay the user's.
     """
 
-    def __init__(self, module: nn.Module, feeder: Feeder, read: OutputReader) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        feeder: Feeder,
+        read: OutputReader,
+        arguments_of: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]] | None = None,
+    ) -> None:
         super().__init__()
         self.module = module
         self._feed = partial(feeder, module)  # reading `self.module` in each forward would be slow
         self._read = read
+        self._arguments_of = arguments_of
         self.next_context: AbstractContextManager[None] | None = None  # of the next training forward
         self.explain_error: Callable[[RuntimeError], str | None] | None = None  # returns a clearer message
 
@@ -337,10 +365,20 @@ class LossModule(nn.Module):
             self.next_context = None
             with context:
                 return self._read(self._feed(batch))
+        except TypeError as error:
+            if self._arguments_of is not None and not self._read.has_trained:
+                self._explain_call(error, *self._arguments_of(batch))
+            raise
         except RuntimeError as error:
             if self.explain_error is not None and (message := self.explain_error(error)) is not None:
                 raise RuntimeError(message) from error
             raise
+
+    def _explain_call(self, error: TypeError, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Raises a clearer error if the module does not accept the arguments."""
+        message = describe_call(self.module, arguments, keywords)
+        if message is not None:
+            raise EarlyOutputError(message, is_complete=False) from error
 
 
 class FlaggedLossModule(nn.Module):

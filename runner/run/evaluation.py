@@ -113,7 +113,7 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
     if not spec.eval_datasets:
         raise ConfigError(f"{saved.path}: data.eval has no dataset to evaluate on; set data.eval={{_target_: ...}}")
     with distributed.preserve_rng_state():
-        saved.check_roles("data.eval", "data.collate", "report")
+        saved.check_roles("data.eval", "data.collate", "report", "metrics")
     device = build_device(spec)
     with distributed.preserve_rng_state(device):
         engines = saved.build_engines(device)

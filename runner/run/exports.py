@@ -175,7 +175,7 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
         folder = folder or run / "exports"
         if disk.is_confined(folder):
             refuse_links(run, links, "--sign" if saved.origin else "")
-        used = saved.without_feeder()
+        used = saved.without_forward()
         with preserve_rng_state():
             used.check_roles()
         try:

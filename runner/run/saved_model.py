@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 _REMEDY = "--allow-targets {}"
-_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "engines", "optimizations", "ema")
+_BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "loss", "engines", "optimizations", "ema")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,11 @@ class SavedModel:
         """The specification of the experiment that `plain` describes."""
         return ExperimentSpec.from_plain(self.plain)
 
-    def without_feeder(self) -> SavedModel:
-        """Returns it without the feeders of its engines, for writing weights without a forward."""
-        engines = {name: {**own, "feeder": None} for name, own in self.plain["engines"].items()}
-        return replace(self, plain={**self.plain, "feeder": None, "engines": engines})
+    def without_forward(self) -> SavedModel:
+        """Returns it without feeders, losses and metrics, for writing weights without a forward."""
+        left_out: dict[str, Any] = {"feeder": None, "loss": None, "metrics": {}}
+        engines = {name: {**own, **left_out} for name, own in self.plain["engines"].items()}
+        return replace(self, plain={**self.plain, **left_out, "engines": engines})
 
     def check_roles(self, *roles: str) -> None:
         """Imports and checks the targets of the engines and of these roles; ignores the other roles.

@@ -15,6 +15,7 @@ from runner.config.errors import ConfigError
 from runner.config.spec import EngineSpec, ExperimentSpec
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
+from runner.engines.losses.supervised_loss import SupervisedLoss
 from runner.engines.optim.hyperparameters import check_sparse
 from runner.engines.strategies import DDP, Strategy
 from runner.run.build.instantiate import HYDRA_KEYS, explain_errors, instantiate_node, make_object
@@ -141,10 +142,22 @@ def make_engines(
             ema=_make_ema(spec.seed, part, optimizer),
             applied=part.applied,
             metric=metric,
+            loss=_make_loss(spec, engine),
         )
         engines[engine.name].every = engine.every
         engines[engine.name].has_own_loss = engine.has_own_loss or not is_trained
     return engines
+
+
+def _make_loss(spec: ExperimentSpec, engine: EngineSpec) -> SupervisedLoss | None:
+    if engine.loss is None:
+        return None
+    key = f"{engine.prefix}loss"
+    function = make_object(spec.seed, key, engine.loss)
+    if not callable(function):
+        raise ConfigError(f"{key}: expected a callable (output, target), found {type(function).__name__}")
+    inputs = [spec.data.input] if isinstance(spec.data.input, str) else spec.data.input
+    return explain_errors(key, partial(SupervisedLoss, function, spec.data.target, inputs))
 
 
 def _make_ema(seed: int, part: EngineParts, optimizer: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Losses of a config, and messages for what a forward returns."""
