@@ -127,12 +127,7 @@ class Engine:
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
         self.loss = loss
         self.other_modules, feed_batch = connect_feeder(feeder or feed)
-        find_arguments = None if feeder is not None else arguments_of if loss is None else loss.arguments_of
-        if loss is not None:
-            loss.to(self.device)
-            loss.feeder = feed_batch if feeder is not None else None
-            self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")
-        self._loss_module = LossModule(module, feed_batch if loss is None else loss, self._reader, find_arguments)
+        self._loss_module = self._make_loss_module(feed_batch)
         self._train_forward = self.strategy.wrap_forward(
             self._loss_module, self._check_loss if self._checks_in_forward else None
         )
@@ -146,6 +141,15 @@ class Engine:
         self._buffers = BufferSnapshot(module)
         self._commit_step()
         self.train()
+
+    def _make_loss_module(self, feed_batch: Feeder) -> LossModule:
+        loss = self.loss
+        if loss is None:
+            return LossModule(self.module, feed_batch, self._reader, None if self.feeder is not None else arguments_of)
+        loss.to(self.device)
+        loss.feeder = feed_batch if self.feeder is not None else None
+        self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")
+        return LossModule(self.module, loss, self._reader, None if self.feeder is not None else loss.arguments_of)
 
     def is_due(self, step: int) -> bool:
         """Returns whether it runs in the step that follows `step` completed steps of the run."""

@@ -15,6 +15,7 @@ from runner.config.schema import Config, EmaConfig
 
 COMPOSED = composed()
 WRONG = {  # of keys that may be of several types
+    "data.input": "3",
     "tracking.stdin": "pipe",
     "distributed.nproc_per_node": "many",
     "optimizations.device_map.budgets": "3",

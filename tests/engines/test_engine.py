@@ -101,7 +101,10 @@ def test_a_forward_without_a_loss_is_an_error_that_says_what_is_expected():
     [
         (lambda loss: {"loss": float(loss.detach())}, "its loss is a float: expected a tensor with one number"),
         (lambda loss: {"loss": None}, "its loss is a NoneType"),
-        (lambda loss: (loss, loss), r"returned tuple of \(Tensor of shape \[\], Tensor of shape \[\]\): expected a scalar loss"),
+        (
+            lambda loss: (loss, loss),
+            r"returned tuple of \(Tensor of shape \[\], Tensor of shape \[\]\): expected a scalar loss",
+        ),
         (lambda loss: None, "returned NoneType: expected a scalar loss"),
         (lambda loss: loss.detach(), "returned a loss without gradients; compute it from parameters that are trained"),
         (lambda loss: {"loss": loss.detach().long()}, "returned a loss without gradients"),
