@@ -251,6 +251,7 @@ def test_a_thread_trains_too_and_a_second_run_meanwhile_is_refused(home):
         time.sleep(0.01)
     with pytest.raises(runner.ConfigError, match="another that trains in this process"):
         runner.train(compose())
+    assert compose("seed=3").seed == 3
     thread.join()
     assert done == ["finished"]
 

@@ -134,7 +134,7 @@ def train(composed: Composition) -> Path:
     if not _training.acquire(blocking=False):
         raise ConfigError("train: expected one run at a time, found another that trains in this process")
     try:
-        with preserved_process(), own_hydra(composed.search_path):
+        with preserved_process(), own_hydra(composed.search_path, is_brief=False):
             folder = _train(composed)
     except KeyboardInterrupt as interrupt:
         if interrupt.args and interrupt.args[0] != signal.SIGINT:

@@ -29,29 +29,47 @@ from runner.config.composition import source
 _PER_PROGRAM = (GlobalHydra, HydraConfig, JobRuntime, version.VersionBase)  # Hydra's state of the present program
 
 
+_lock = threading.RLock()
+
+
 @contextlib.contextmanager
-def own_hydra(search_path: list[str] | None = None) -> Iterator[None]:
+def own_hydra(search_path: list[str] | None = None, *, is_brief: bool = True) -> Iterator[None]:
     """Lets a block use Hydra as the command line does; the program's own use of it stays as it was.
 
     Args:
         search_path: as of `optimizations.restored_composer`.
+        is_brief: no other thread begins or ends such a block meanwhile. A run takes long, and lets others compose.
     """
-    Plugins.instance()  # registers the sources of YAML files, which are looked up below
-    singletons = {kind: Singleton._instances.get(kind) for kind in _PER_PROGRAM}
-    for kind in singletons:
-        Singleton._instances.pop(kind, None)
-    resolvers = dict(BaseContainer._resolvers)
-    with source.restored_sources(), optimizations.restored_composer(search_path):
-        try:
+    with contextlib.ExitStack() as brief, contextlib.ExitStack() as state:
+        if is_brief:
+            brief.enter_context(_lock)
+        with _lock:
+            state.enter_context(_replaced_globals())
+            state.enter_context(source.restored_sources())
+            state.enter_context(optimizations.restored_composer(search_path))
             version.setbase("1.3")
             checks.register_with_hydra()
+        try:
             yield
         finally:
-            for kind, instance in singletons.items():
-                Singleton._instances.pop(kind, None)
-                if instance is not None:
-                    Singleton._instances[kind] = instance
-            BaseContainer._resolvers = resolvers
+            with _lock:
+                state.close()
+
+
+@contextlib.contextmanager
+def _replaced_globals() -> Iterator[None]:
+    """Gives a block Hydra's global objects and OmegaConf's resolvers of its own."""
+    Plugins.instance()  # registers the sources of YAML files, which a new object would lack
+    objects = {kind: Singleton._instances.pop(kind, None) for kind in _PER_PROGRAM}
+    resolvers = dict(BaseContainer._resolvers)
+    try:
+        yield
+    finally:
+        for kind, instance in objects.items():
+            Singleton._instances.pop(kind, None)
+            if instance is not None:
+                Singleton._instances[kind] = instance
+        BaseContainer._resolvers = resolvers
 
 
 @contextlib.contextmanager

@@ -66,3 +66,33 @@ def test_the_best_metric_is_told(tmp_path):
     best = {"name": "eval/loss", "value": 0.125, "step": 7}
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "best": best, "last_step": 9}))
     assert sweep.describe_end(tmp_path, 0) == ("finished", 0, "eval/loss 0.125 at step 7", 0.125)
+
+
+SEARCH = '''
+import json
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+
+class Search(BasicSweeper):
+    """Launches one batch of jobs, as a sweeper that searches does, and writes their values to a file."""
+
+    def sweep(self, arguments):
+        rates = next(a for a in arguments if a.startswith("optimizer.lr=")).partition("=")[2].split(",")
+        others = [a for a in arguments if not a.startswith("optimizer.lr=")]
+        jobs = [[*others, f"optimizer.lr={rate}"] for rate in rates]
+        self.validate_batch_is_legal(jobs)
+        returns = self.launcher.launch(jobs, initial_job_idx=0)
+        with open("values.json", "w") as file:
+            json.dump([job.return_value for job in returns], file)
+'''
+
+
+def test_a_sweeper_that_searches_is_given_the_best_metric_of_each_job(project):
+    (project.folder / "hydra_plugins").mkdir()
+    (project.folder / "hydra_plugins" / "search.py").write_text(SEARCH)
+    target = ["hydra.sweeper._target_=hydra_plugins.search.Search", "hydra.sweep.dir=sweep"]
+    printed = project.run_afresh("-m", *target, "trainer.steps=4", "trainer.eval_every=2", "optimizer.lr=1e-3,1e-1")
+    records = [json.loads(path.read_text()) for path in sorted(project.folder.glob("sweep/*/run.json"))]
+    values = json.loads((project.folder / "values.json").read_text())
+    assert values == [record["best"]["value"] for record in records], printed
+    assert len({*values}) == 2
