@@ -5,18 +5,15 @@ The cycles are made from the files of conf/, so that a new choice is tested with
 
 import functools
 import re
-import sys
 from itertools import zip_longest
 
 import pytest
 import torch
 from audio_overrides import SMALL_AUDIO_CODES
-from chaos import find_difference
-from conftest import Project, read_numbers, shared_zygote
-from ranks import Ranks
+from choices import Choices, assert_same_parts, load_parts
+from conftest import read_numbers
 
 from runner import evaluate, export
-from runner.checkpoint import checkpoints
 from runner.config.checks import CONF_DIR
 from runner.examples.audio.audio_codec import write_wav
 from runner.utils import io
@@ -38,9 +35,18 @@ FAMILIES = {
         [value for value in SMALL_AUDIO_CODES if not value.startswith(("trainer.", "distributed."))],
     ),
 }
+FAMILIES["gan"] = (
+    {"experiment": "gan", "report": "generated_images"},
+    ["experiment=gan", "data.batch_size=16", "report.rows=2"],
+)
+FAMILIES["distill"] = (
+    {"experiment": "distill"},
+    ["experiment=distill", "data.batch_size=16", "engines.teacher.init_from=null"],
+)
 # A choice that is refused beside another one, and one that it goes with.
 PARTNERS = {"schedulefree": {"scheduler": "constant"}}
 VALUES = {"fast": ["optimizations.compile.backend=aot_eager"]}  # inductor compiles for half a minute
+FAMILY_NEEDS = {"digits": "sklearn", "gan": "sklearn", "distill": "sklearn", "codes": "soundfile"}
 NEEDS = {"adamw8bit": "bitsandbytes", "adamw8bit_torchao": "torchao", "adamw_bf16": "torchao"}
 
 
@@ -61,7 +67,9 @@ def cycles():
     for row in zip_longest(*map(choices, together)):
         chosen = {group: choice for group, choice in zip(together, row, strict=True) if choice is not None}
         yield "text", chosen | PARTNERS.get(chosen.get("optimizer"), {})
-    for family, groups in (("digits", ()), ("codes", ("pattern",)), ("text", ("optimizations", "distributed"))):
+    groups_by_family = {"digits": (), "gan": (), "distill": (), "codes": ("pattern",)}
+    groups_by_family["text"] = ("optimizations", "distributed")
+    for family, groups in groups_by_family.items():
         for group in groups:
             yield from ((family, {group: choice}) for choice in choices(group))
         if not groups:
@@ -83,20 +91,6 @@ def test_every_choice_is_in_a_cycle():
     assert made == {(group, choice) for group in GROUPS for choice in choices(group)}
 
 
-class Choices(Project):
-    """Runs of the runner's own choices, on one rank or on two."""
-
-    command = property(lambda self: [sys.executable, "-m", "runner"])
-    loaded = ("runner.examples.source_code", "sklearn.datasets", "matplotlib.figure")
-
-    def run_on(self, count, *overrides, typed=None, status=0):
-        """Runs to the end on so many ranks."""
-        if count == 1:
-            return self.run(*overrides, typed=typed, status=status)
-        ranks = Ranks(shared_zygote(*self.loaded))
-        return ranks.run(self.folder, count, *overrides, typed=typed, status=status)
-
-
 @pytest.fixture(scope="session")
 def speech(tmp_path_factory):
     """A folder with sounds of a second."""
@@ -111,7 +105,7 @@ def speech(tmp_path_factory):
 @pytest.mark.parametrize("cycle", CYCLES, ids=name_of)
 def test_an_interrupted_run_of_every_choice_equals_the_uninterrupted_one(cycle, tmp_path, monkeypatch, capsys, speech):
     (family, chosen), project = cycle, Choices(tmp_path)
-    needs = {"digits": "sklearn", "codes": "soundfile"}.get(family), NEEDS.get(chosen.get("optimizer"))
+    needs = FAMILY_NEEDS.get(family), NEEDS.get(chosen.get("optimizer"))
     for module in filter(None, needs):
         pytest.importorskip(module)
     monkeypatch.chdir(tmp_path)
@@ -123,24 +117,25 @@ def test_an_interrupted_run_of_every_choice_equals_the_uninterrupted_one(cycle, 
     project.run_on(count, *overrides, "hydra.run.dir=cut", typed="quit@2\n")
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("step_*")] == ["step_00000002"]
     project.run_on(count, "resume=cut")
-    whole, cut = (checkpoints.load(tmp_path / run / "checkpoints" / "step_00000004") for run in ("whole", "cut"))
-    assert {"model", "model.optimizer"} <= whole.keys()
-    for part in ("model", "model.optimizer"):
-        assert find_difference(whole[part], cut[part]) is None
+    engines = {name for name in load_parts(tmp_path / "whole", 4) if "." not in name}
+    assert engines == {"gan": {"discriminator", "generator"}, "distill": {"teacher", "student"}}.get(family, {"model"})
+    assert_same_parts(tmp_path / "whole", tmp_path / "cut", 4)
     export.main(["cut", "--output", "after"])
-    live, after = (io.load(tmp_path / place / "model.safetensors") for place in ("cut/exports", "after"))
-    assert live.keys() == after.keys()
     # An optimizer that averages moves the weights to the average and back, which rounds.
     rtol = 1e-5 if chosen.get("optimizer") == "schedulefree" else 0.0
-    for name, tensor in live.items():
-        torch.testing.assert_close(after[name], tensor, rtol=rtol, atol=rtol)
+    for engine in engines:
+        live, after = (io.load(tmp_path / place / f"{engine}.safetensors") for place in ("cut/exports", "after"))
+        assert live.keys() == after.keys()
+        for name, tensor in live.items():
+            torch.testing.assert_close(after[name], tensor, rtol=rtol, atol=rtol)
     capsys.readouterr()
     evaluate.main(["cut", "distributed.device=cpu"])
     printed = dict(re.findall(r"^(eval/\S+) (\S+)$", capsys.readouterr().out, re.MULTILINE))
     if chosen.get("tracking") != "silent":
         numbers = read_numbers(tmp_path / "whole")
         assert numbers == read_numbers(tmp_path / "cut")
-        (logged,) = [line for line in numbers if "eval/loss" in line]
+        (logged,) = [line for line in numbers if any(name.startswith("eval/") for name in line)]
         if count == 1:
             assert {name: float(value) for name, value in printed.items()} == {k: logged[k] for k in printed}
-    assert "eval/loss" in printed
+    losses = {"gan": {"eval/discriminator/loss", "eval/generator/loss"}, "distill": {"eval/student/loss"}}
+    assert losses.get(family, {"eval/loss"}) <= printed.keys()

@@ -33,26 +33,31 @@ class Digits(Dataset[dict[str, Tensor]]):
         split: "train" or "validation".
         validation_every: one sample out of `validation_every` is for validation, at least 2.
         augment: shifts each image by up to one pixel in each direction, drawn from torch's global generator.
+        max_samples: takes the first samples of the split only; None takes all.
 
     Raises:
         ValueError: an argument is out of range.
         ImportError: scikit-learn is not installed.
     """
 
-    def __init__(self, split: str = "train", validation_every: int = 5, augment: bool = False) -> None:
+    def __init__(
+        self, split: str = "train", validation_every: int = 5, augment: bool = False, max_samples: int | None = None
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"Digits: split is one of {', '.join(SPLITS)}, not {split!r}")
         if validation_every < 2:
             raise ValueError(f"Digits: validation_every is at least 2, not {validation_every}")
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"Digits: max_samples is at least 1, not {max_samples}")
         pixels, labels = require("sklearn.datasets").load_digits(return_X_y=True)
         all_labels = torch.as_tensor(labels, dtype=torch.int64)
         is_validation = torch.zeros(len(all_labels), dtype=torch.bool)
         is_validation[all_labels.argsort(stable=True)[::validation_every]] = True
         is_in_split = is_validation if split == "validation" else ~is_validation
         self.augment = augment
-        self.indices = is_in_split.nonzero().flatten()
-        self.labels = all_labels[is_in_split]
-        images = torch.as_tensor(pixels, dtype=torch.float32)[is_in_split] / MAX_PIXEL
+        self.indices = is_in_split.nonzero().flatten()[:max_samples]
+        self.labels = all_labels[self.indices]
+        images = torch.as_tensor(pixels, dtype=torch.float32)[self.indices] / MAX_PIXEL
         self.images = images.view(-1, 1, SIZE, SIZE)
 
     def __len__(self) -> int:
