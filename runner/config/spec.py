@@ -28,7 +28,7 @@ class EngineSpec:
     """One engine: the nodes of its parts and its optimizations, with the defaults from the top level of the config.
 
     `prefix` is that of its keys in messages: `engines.NAME.`, or nothing in a config without `engines`. `has_own_loss`
-    is false for a teacher: without an optimizer, and without a feeder of its own.
+    is false for a teacher: without an optimizer, and without a feeder or loss of its own.
     """
 
     name: str
@@ -109,7 +109,7 @@ class ExperimentSpec:
             nodes, ema = optimizations.of_engine(self.plain, name)
             engines[name] = EngineSpec(
                 name, prefix, **parts, ema=ema, optimizations=nodes, every=values.get("every", 1),
-                has_own_loss=parts["optimizer"] is not None or values.get("feeder") is not None,
+                has_own_loss=parts["optimizer"] is not None or any(values.get(key) for key in ("feeder", "loss")),
             )  # fmt: skip
         return engines
 
