@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.num_workers is not None:
         options.overrides.append(f"data.num_workers={options.num_workers}")
+        if options.num_workers == 0:  # their settings need a worker
+            options.overrides += ["data.prefetch_factor=null", "data.persistent_workers=null"]
     with exit_on_config_error(), signals.exit_on_interrupt():
         from runner.run import saved_model
 

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from runner.config import optimizations
+from runner.config import data, optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size, walk
@@ -88,6 +88,7 @@ _AT_LEAST = {
     "seed": 0,
     "data.batch_size": 1,
     "data.num_workers": 0,
+    "data.prefetch_factor": 1,
     "trainer.steps": 1,
     "trainer.accumulate": 1,
     "trainer.clip_norm": 0,
@@ -128,7 +129,7 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     mistakes += _input_mistakes(cfg)
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
-        mistakes += _pattern_mistakes(resolved) + _stdin_mistakes(cfg)
+        mistakes += [*_pattern_mistakes(resolved), *_stdin_mistakes(cfg), *data.find_mistakes(resolved["data"])]
     mistakes += _text_mistakes(cfg)
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
@@ -301,7 +302,8 @@ def _pattern_mistakes(resolved: dict[str, Any]) -> list[str]:
 def _batch_mistakes(cfg: DictConfig) -> list[str]:
     engines = _engines_of(cfg)
     has_own_models = engines and all(OmegaConf.is_dict(engine) and "model" in engine for engine in engines.values())
-    needed = ["data.train", "sampler", *([] if has_own_models else ["model"])]
+    train = "data.train" if OmegaConf.select(cfg, "data.mix") is None else "data.mix"
+    needed = [train, *([] if has_own_models else ["model"])]
     if empty := [key for key in needed if OmegaConf.select(cfg, key) is None]:
         return [f"{key}: nothing is chosen; a run needs one" for key in empty]
     size, parts = cfg.data.batch_size, cfg.trainer.accumulate

@@ -20,8 +20,8 @@ _ABSENT = object()
 _IDENTITY_KEYS: list[KeyPath] = [  # what makes a run the one it is
     ("seed",), ("model",), ("engines",), ("updates",), ("feeder",), ("loss",), ("sampler",), ("pattern",),
     ("optimizer", "_target_"),
-    ("data", "train"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("data", "target"), ("data", "input"),
+    ("data", "train"), ("data", "mix"), ("data", "batch_size"), ("data", "collate"), ("data", "seed_samples"),
     ("trainer", "accumulate"), ("trainer", "precision"),
     ("optimizations",), ("ema",),
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import checks, diff, errors, optimizations, run_folder
 from runner.config.composition.interpolation import quote
+from runner.config.data import without_workers
 from runner.config.errors import ConfigError, shown
 from runner.config.run_folder import COMMAND_LINE_KEYS
 from runner.config.trust import allowlist, signature
@@ -338,7 +339,8 @@ def _process_settings(typed: DictConfig, *, is_trusted: bool) -> dict[str, diff.
     """
     keys = _RENDEZVOUS_KEYS if is_trusted else (*_RENDEZVOUS_KEYS, "nproc_per_node")
     distributed = {key: typed.distributed[key] for key in keys}
-    return {"distributed": distributed, "data": {} if is_trusted else {"num_workers": typed.data.num_workers}}
+    workers = without_workers() | {"num_workers": typed.data.num_workers}
+    return {"distributed": distributed, "data": {} if is_trusted else workers}
 
 
 def _describe_new_run(resumption: Resumption, kept: list[str]) -> str:

@@ -26,6 +26,8 @@ Mode = StrEnum("Mode", ["min", "max"])
 RESERVED_METRICS = (
     r"loss|tokens|weight|output|target|lr(_\d+)?|grad_norm|loss_scale|step_time_s|(samples|tokens)_per_s|memory_gb"
 )
+# Return of a resumed run to its position in an iterable dataset: by the dataset's own state, or by reading up to there.
+Resume = StrEnum("Resume", ["state", "skip"])
 # Format of stored tensors: SafeTensors, or pickles that are read without executing anything.
 Format = StrEnum("Format", ["sft", "pt"])
 
@@ -87,7 +89,8 @@ class TrackingConfig:
 
 @dataclass
 class DataConfig:
-    train: Any = MISSING
+    train: Any = None
+    mix: Any = None
     eval: Any = None
     batch_size: int = MISSING
     num_workers: int = MISSING
@@ -95,6 +98,10 @@ class DataConfig:
     seed_samples: bool = True
     target: str | None = None
     input: Any = None
+    resume: Resume = Resume.state
+    persistent_workers: bool | None = None
+    prefetch_factor: int | None = None
+    pin_memory: bool | None = None
 
 
 def eval_datasets(node: Any) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
                 yield from _find_nested_targets(node, f"{prefix}metrics.{name}")
     for prefix, section in sections:
         yield from _find_nested_targets(section.get("optimizations"), f"{prefix}optimizations")
+    yield from _find_nested_targets(plain["data"].get("mix"), "data.mix")
 
 
 def _find_nested_targets(root: Any, key: str) -> list[tuple[str, Any, int]]:

@@ -43,7 +43,8 @@ from runner.utils.distributed import (
     run_on_rank_zero,
 )
 from runner.utils.files import disk, lock_file, make_folders
-from runner.utils.sampler.batches import Batches, EvaluationData
+from runner.utils.sampler.batches import EvaluationData, PositionedBatches
+from runner.utils.sampler.stream import StreamEvaluation
 from runner.utils.train.step import StepRunner
 from runner.utils.utils import describe, escape_controls, is_signal, one_line
 
@@ -166,8 +167,9 @@ def _describe_activity(trainer: Trainer) -> str:
 
 
 _ACTIVITIES = {  # by the function of the innermost frame that has one
-    Batches.__next__.__code__: "a batch of data.train for step {next}, from {source}",
+    PositionedBatches.__next__.__code__: "a batch of data.train for step {next}, from {source}",
     EvaluationData.__iter__.__code__: "a batch of data.eval, from {source}",
+    StreamEvaluation.__iter__.__code__: "a batch of data.eval, from {source}",
     Trainer.evaluate.__code__: "the evaluation after step {step}",
     Trainer.export.__code__: "the export after step {step}",
     Trainer.save.__code__: "the checkpoint of step {step}",

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
+from runner.config.data import without_workers
 from runner.config.errors import ConfigError, mention_start_directory, print_message
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
@@ -246,7 +247,7 @@ def _check_config(
     check_interpolations(raw, trusted)
     run_folder.put_values(cfg, {key: value for key, value in raw.items() if key not in run_folder.COMMAND_LINE_KEYS})
     if not trusted.is_signed:  # a small file could start any number of processes
-        cfg.data.num_workers = 0
+        run_folder.put_values(cfg, {"data": without_workers()})
     for override in overrides:
         run_folder.set_value(cfg, override)
     with run_folder.recorded_hydra_config(run, cfg) if run else contextlib.nullcontext():

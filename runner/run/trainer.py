@@ -126,6 +126,8 @@ class Trainer:
         is_shown = None if self.spec.tracking.progress and is_rank_zero() else False
         self._console = Console(trainer.steps, first_step=start, enabled=is_shown)
         stack.callback(self._console.close)
+        for evaluation in experiment.evaluations.values():
+            stack.callback(evaluation.close)
         self.log = stack.enter_context(open_log(folder, self._console, rank()))
         self.tracker: Tracker | NullTracker = NullTracker()
         self._recorded: dict[str, int] | None = None  # the tracker's counts at the checkpoint

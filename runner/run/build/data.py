@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -12,47 +11,70 @@ from typing import Any
 import torch
 
 from runner.config.errors import ConfigError
+from runner.config.schema import Resume
 from runner.config.spec import ExperimentSpec
-from runner.config.targets import find_sampler_fault, locate
+from runner.config.targets import find_sampler_fault, locate, parameter_names
+from runner.run.build.datasets import check_unused_sampler, make_dataset, make_training_dataset, pins_memory
 from runner.run.build.instantiate import explain_errors, make_object
 from runner.utils.distributed import rank, world_size
 from runner.utils.modules.generators import ObjectGenerators
-from runner.utils.sampler.batches import Batches, EvaluationData
+from runner.utils.sampler.batches import Batches, EvaluationData, PositionedBatches
+from runner.utils.sampler.mix import Mix, MixSampler
+from runner.utils.sampler.stream import StreamBatches, StreamEvaluation, is_stream
+from runner.utils.sampler.workers import DEFAULT_PREFETCH
 from runner.utils.utils import derive_seed
 
 _MOST_PASSES = 10_000
 
 
-def build_batches(spec: ExperimentSpec, device: torch.device) -> Batches:
+def build_batches(spec: ExperimentSpec, device: torch.device) -> PositionedBatches:
+    """Returns the batches of `data.train` or `data.mix`.
+
+    Raises:
+        ConfigError: naming the key whose target refused its arguments, or a combination of keys that can't be trained.
+    """
     data, parts = spec.data, spec.trainer.accumulate
-    dataset = _make_dataset(spec.seed, "data.train", data.train)
-    assert spec.sampler is not None
-    target = locate(spec.sampler["_target_"])
-    is_batched = "lengths" in inspect.signature(target).parameters
+    dataset = make_training_dataset(spec)
+    is_ordered = is_stream(dataset) or isinstance(dataset, Mix)
+    path = spec.sampler["_target_"] if spec.sampler else ""
+    if is_ordered:
+        check_unused_sampler(spec, dataset)
+    elif not path:
+        raise ConfigError("sampler: nothing is chosen; a run needs one")
+    is_batched = not is_ordered and "lengths" in parameter_names(path)
     if is_batched and parts > 1:
+        kind = locate(path).__name__
         remedy = "give it a smaller sampler.max_size or max_cost, and trainer.accumulate=1"
-        raise ConfigError(f"trainer.accumulate={parts}: each batch of {target.__name__} is a step of its own; {remedy}")
+        raise ConfigError(f"trainer.accumulate={parts}: each batch of {kind} is a step of its own; {remedy}")
     micro_batch_size = data.batch_size // parts
     if not is_batched and micro_batch_size < world_size():
         found = f"data.batch_size={data.batch_size} with trainer.accumulate={parts}"
         raise ConfigError(f"{found}: {world_size()} ranks share {micro_batch_size}; expected one each or more")
+    settings = {
+        "seed": spec.seed,
+        "num_workers": data.num_workers,
+        "collate": make_object(spec.seed, "data.collate", data.collate),
+        "pin_memory": pins_memory(spec, device),
+        "seed_samples": data.seed_samples,
+        "prefetch_factor": data.prefetch_factor or DEFAULT_PREFETCH,
+        "rank": rank(),
+        "world_size": world_size(),
+    }
+    if is_stream(dataset):
+        return StreamBatches(dataset, micro_batch_size, skips=data.resume is Resume.skip, **settings)
     if not is_batched and data.batch_size > _MOST_PASSES * len(dataset):
         expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
         raise ConfigError(f"data.batch_size={data.batch_size}: {expected}")
+    sampler = _make_sampler(spec, dataset, is_batched)
+    return Batches(dataset, sampler, None if is_batched else micro_batch_size, **settings)
+
+
+def _make_sampler(spec: ExperimentSpec, dataset: Any, is_batched: bool) -> Any:
+    if isinstance(dataset, Mix):
+        return MixSampler(dataset, spec.seed)
     sampler = make_object(spec.seed, "sampler", spec.sampler, _lengths_of(dataset) if is_batched else len(dataset))
     _check_sampler(sampler)
-    return Batches(
-        dataset,
-        sampler,
-        None if is_batched else micro_batch_size,
-        seed=spec.seed,
-        num_workers=data.num_workers,
-        collate=make_object(spec.seed, "data.collate", data.collate),
-        pin_memory=device.type == "cuda",
-        seed_samples=data.seed_samples,
-        rank=rank(),
-        world_size=world_size(),
-    )
+    return sampler
 
 
 def _check_sampler(sampler: Any) -> None:
@@ -83,11 +105,15 @@ def build_evaluations(spec: ExperimentSpec) -> dict[str, EvaluationData]:
     evaluations = {}
     for name, node in spec.eval_datasets.items():
         collate = make_object(seed, "data.collate", data.collate)
-        dataset = _make_dataset(seed, f"data.eval.{name}".removesuffix("."), node)
+        dataset = make_dataset(seed, f"data.eval.{name}".removesuffix("."), node, needs_state=False)
         sample_seed = derive_seed(seed, -1, *name_seed(name)) if data.seed_samples else None
-        evaluations[name] = EvaluationData(
-            dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size()
-        )
+        kind = StreamEvaluation if is_stream(dataset) else EvaluationData
+        evaluations[name] = kind(
+            dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size(),
+            prefetch_factor=data.prefetch_factor or DEFAULT_PREFETCH,
+            pin_memory=bool(data.pin_memory) and torch.accelerator.is_available(),
+            is_persistent=bool(data.persistent_workers),
+        )  # fmt: skip
     return evaluations
 
 
@@ -97,14 +123,15 @@ def name_seed(name: str) -> tuple[int, ...]:
 
 
 def find_unseeded(
-    spec: ExperimentSpec, batches: Batches | None, evaluations: Mapping[str, EvaluationData]
+    spec: ExperimentSpec, batches: PositionedBatches | None, evaluations: Mapping[str, EvaluationData]
 ) -> list[str]:
     """Returns warnings of generators that the data holds and that are not reseeded for each sample."""
+    sources: dict[str, Any] = {} if batches is None else {"data.train": batches}
+    sources |= {f"data.eval.{name}".removesuffix("."): evaluation for name, evaluation in evaluations.items()}
     roots: dict[str, Any] = {}
-    if batches is not None:
-        roots |= {"data.train": batches.dataset, "data.collate": batches.collate}
-    for name, evaluation in evaluations.items():
-        roots |= {f"data.eval.{name}".removesuffix("."): evaluation.dataset, "data.collate": evaluation.collate}
+    for key, data in sources.items():
+        # The generators of a stream belong to its own state.
+        roots |= {key: None if is_stream(data.dataset) else data.dataset, "data.collate": data.collate}
     held = ObjectGenerators(**roots)
     if spec.data.seed_samples:
         effect = "its numbers depend on loader workers and on where the run is cut"
@@ -113,13 +140,3 @@ def find_unseeded(
     effect = "each loader worker and each resume starts a generator of the dataset's own anew"
     remedy = "set data.seed_samples=true to reseed it for each sample"
     return [f"{path}: {effect}; {remedy}" for path in [*held.paths, *held.unseeded]]
-
-
-def _make_dataset(seed: int, key: str, node: Any) -> Any:
-    dataset = make_object(seed, key, node)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        expected = "expected a dataset with __len__ and __getitem__, for a position in it"
-        raise ConfigError(f"{key}: {expected}; found {type(dataset).__name__}")
-    if not explain_errors(key, lambda: len(dataset), node):
-        raise ConfigError(f"{key}: the dataset is empty")
-    return dataset

@@ -16,12 +16,13 @@ from runner.config.spec import ExperimentSpec
 from runner.config.targets import seed_imports
 from runner.engines import Engines
 from runner.run.build.data import build_batches, build_evaluations, find_unseeded
+from runner.run.build.datasets import describe_stream
 from runner.run.build.engines import build_parts, make_engines
 from runner.run.build.instantiate import explain_errors, make_object
 from runner.run.weights.placeholders import ModelBuilder
 from runner.utils.distributed import local_rank, pick_device, run_on_all_ranks
 from runner.utils.distributed.coordinator import Coordinator
-from runner.utils.sampler.batches import Batches, EvaluationData
+from runner.utils.sampler.batches import EvaluationData, PositionedBatches
 from runner.utils.wrapper import Purpose
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Experiment:
 
     spec: ExperimentSpec
     engines: Engines
-    batches: Batches
+    batches: PositionedBatches
     evaluations: dict[str, EvaluationData]  # by the name of the dataset; a single one has the empty name
     report: Report | None
     coordinator: Coordinator
@@ -68,7 +69,10 @@ def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilde
             callbacks=build_callbacks(spec),
             coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips),
         )
-        made["notes"] = find_unseeded(spec, made["batches"], made["evaluations"])
+        made["notes"] = [
+            *describe_stream(spec, made["batches"].dataset),
+            *find_unseeded(spec, made["batches"], made["evaluations"]),
+        ]
 
     run_on_all_ranks(build_local)
     parts, coordinator = made.pop("parts"), made["coordinator"]

@@ -32,7 +32,7 @@ _CHUNK = 65536
 _LARGEST_LENGTH = 2**62
 
 
-class _EpochSampler(ABC, Generic[T]):
+class EpochSampler(ABC, Generic[T]):
     """Yields endless epochs of `length` items; a subclass computes the items at given positions."""
 
     def __init__(self, length: int, settings: dict[str, Setting]) -> None:
@@ -86,7 +86,7 @@ class _EpochSampler(ABC, Generic[T]):
         self._num_taken = epoch * self._length + position
 
 
-class OrderedSampler(_EpochSampler[int]):
+class OrderedSampler(EpochSampler[int]):
     """Yields 0, 1, ... length - 1 in every epoch.
 
     Raises:
@@ -101,7 +101,7 @@ class OrderedSampler(_EpochSampler[int]):
         return range(start, start + count)
 
 
-class RandomSampler(_EpochSampler[int]):
+class RandomSampler(EpochSampler[int]):
     """Yields range(length) in a new order each epoch; with `replacement`, `length` independent draws.
 
     Raises:
@@ -120,7 +120,7 @@ class RandomSampler(_EpochSampler[int]):
         return (random_bits(start, count, derive_seed(self._seed, epoch)) % self._length).tolist()
 
 
-class PoolSampler(_EpochSampler[T]):
+class PoolSampler(EpochSampler[T]):
     """Draws without replacement from a pool of values, refilled in a new order when it is empty.
 
     `sample()` and iteration draw from the same pool; iteration ends when the pool is empty. A saved state contains the
@@ -168,7 +168,7 @@ class PoolSampler(_EpochSampler[T]):
         return drawn if self._values is None else [self._values[i] for i in drawn]
 
 
-class BatchedOrderedSampler(_EpochSampler[list[int]]):
+class BatchedOrderedSampler(EpochSampler[list[int]]):
     """Yields batches of consecutive indices, as large as the limits allow, for DataLoader's `batch_sampler`.
 
     Args:

@@ -18,6 +18,7 @@ from runner.utils.distributed.devices import pin
 from runner.utils.files.open_files import exit_worker_at_file_limit, unshare_file_offsets
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, message_of, signal_with_parent
 
+DEFAULT_PREFETCH = 2  # batches of each worker
 _GRACE_S = 1.0
 
 
@@ -35,7 +36,7 @@ class LoaderSettings:
     """
 
     num_workers: int = 0
-    prefetch_factor: int = 2
+    prefetch_factor: int = DEFAULT_PREFETCH
     pin_memory: bool = False
     is_persistent: bool = False
 
