@@ -257,7 +257,10 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["feeder={_target_:quits.feed}"], "quits.py:2: SystemExit: no GPU"),
         (["data.train.length=0"], "data.train: the dataset is empty"),
         (["data.train=null"], "data.train: nothing is chosen"),
-        (["data.train._target_=own.Stream", "~data.train.length"], "data.train: expected a dataset with __len__"),
+        (
+            ["data.train._target_=own.Stream", "~data.train.length"],
+            "found Stream without them; add them, or set data.resume=",
+        ),
         (["sampler=batched_ordered", "trainer.accumulate=2"], "trainer.accumulate=2: each batch of BatchedOrdered"),
         (["seed=18446744073709551616"], "seed=18446744073709551616: expected at most"),
         (["trainer.clip_norm=nan"], "trainer.clip_norm=nan: expected 0 or more"),

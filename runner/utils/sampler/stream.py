@@ -26,6 +26,10 @@ _STATE_METHODS = ("state_dict", "load_state_dict")
 _COLLATE_SALT = -1
 
 
+class StreamError(ValueError):
+    """A stream that can't be read on: it is empty, begins nowhere, or has changed since the position was saved."""
+
+
 def is_stream(dataset: Any) -> bool:
     """Returns whether a dataset is read in its own order, because it has no positions to choose from."""
     if isinstance(dataset, IterableDataset):
@@ -115,13 +119,13 @@ class StreamReader:
         """Returns the next sample; at the end of an epoch, the first one of the next epoch.
 
         Raises:
-            ValueError: the stream has no sample.
+            StreamError: the stream has no sample.
         """
         if self._error is not None:
             raise self._error
         if not self._ahead and not self._read_ahead():
             if self._is_new and not self._is_resumed:
-                raise ValueError("the stream is empty: expected a sample in each epoch; is there any data?")
+                raise StreamError("the stream is empty: expected a sample in each epoch; is there any data?")
             if not self._is_new or self._num_before:  # unless the saved state was that at the end of the epoch before
                 self._epoch += 1
             self._num_before = 0
@@ -155,7 +159,7 @@ class StreamReader:
         self._iterator = iter(self._dataset)
         _drop_stale_state(self._iterator)
         if self._skips and self._iterator is self._dataset:
-            raise ValueError("data.resume=skip: expected a stream that iter() begins anew, found an iterator")
+            raise StreamError("data.resume=skip: expected a stream that iter() begins anew, found an iterator")
         self._is_new, self._is_over, self._is_resumed = True, False, is_resumed
 
     def _read_ahead(self) -> bool:
@@ -178,7 +182,7 @@ class StreamReader:
         while self.ordinal < end:
             if not self._read_ahead():
                 found = f"the stream ended after {position - (end - self.ordinal)} samples of epoch {self._epoch}"
-                raise ValueError(f"data.resume=skip: {found}, expected more than the {position} that were trained on")
+                raise StreamError(f"data.resume=skip: {found}, expected more than the {position} that were trained on")
             self._ahead.clear()
             self.ordinal += 1
 

@@ -11,6 +11,7 @@ import torch
 
 from runner.utils.distributed import memory
 from runner.utils.files.open_files import describe_limit, is_out_of_files
+from runner.utils.sampler.stream import StreamError
 
 _REMEDIES = {  # by errno
     errno.ENOENT: "leave the files of a run in place",
@@ -80,6 +81,8 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
     if not isinstance(error, TrainingStopped) and is_out_of_files(error):
         last_line = (str(error).splitlines() or [""])[-1]
         return f"Too many open files {when}: {describe_limit()} ({type(error).__name__}: {last_line})"
+    if isinstance(error, StreamError):
+        return f"data.train {when}: {error}"
     is_worker_dead = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     return f"A loader worker died {when}: {error}" if is_worker_dead else None
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
 from runner.utils.sampler.batches import EvaluationData
-from runner.utils.sampler.stream import StreamBatches, StreamEvaluation, find_shuffle_buffer, is_stream
+from runner.utils.sampler.stream import StreamBatches, StreamError, StreamEvaluation, find_shuffle_buffer, is_stream
 
 LENGTH = 11
 
@@ -277,7 +277,7 @@ def test_skipping_ahead_in_a_stream_that_has_become_shorter_is_an_error():
     first, second = make("skipping"), make("skipping", length=5)
     take(first, 2)
     second.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="the stream ended after 5 samples of epoch 0, expected more than the 8"):
+    with pytest.raises(StreamError, match="the stream ended after 5 samples of epoch 0, expected more than the 8"):
         next(second)
 
 
