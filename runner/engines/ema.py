@@ -1,40 +1,34 @@
-"""Exponential moving averages of the weights an engine trains.
+"""Averages of the weights an engine trains: exponential moving ones, and equal ones.
 
 Each rank averages its own part of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from runner.utils.utils import check_fraction
 
 _COARSE = (torch.bfloat16, torch.float16)  # a small step of an average would be rounded away
 
 
-class EMA:
-    """Keeps an exponential moving average of each parameter that requires a gradient when it is made.
+class EqualAverages:
+    """Keeps the mean of each parameter that requires a gradient when it is made, over all updates.
 
-    The first update copies the weights; each later one sets average = decay * average + (1 - decay) * weight. Averages
-    have the weights' dtype, or fp32 for bf16 and fp16.
+    The first update copies the weights; update n, counted from 0, sets average += (weight - average) / (n + 1), to
+    the bit as torch's `AveragedModel` does with `get_swa_multi_avg_fn()`. Averages have the weights' dtype, or fp32
+    for bf16 and fp16.
 
     Args:
         module: its parameters may be DTensors, whose averages are sharded likewise.
-        decay: at least 0 and less than 1.
-        warmup: the decay of update n, counted from 0, is at most (1 + n) / (10 + n).
-    Raises:
-        ValueError: a decay out of its range.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
-        check_fraction("decay", decay)
-        self.decay = decay
-        self.warmup = warmup
+    def __init__(self, module: nn.Module) -> None:
         self.num_updates = 0
         self.is_swapped = False
         self._module = module
@@ -50,15 +44,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Updates the averages with the weights, after each step that the optimizer has made.
+        """Updates the averages with the weights, after a step that the optimizer has made.
 
         Raises:
             RuntimeError: the weights are the averages now.
         """
         self._refuse_swapped("update")
         n = self.num_updates
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        average = get_ema_multi_avg_fn(decay)
+        average = self._averaging_function()
         for (_, dtype), names in self._groups.items():
             averages, weights = _locals(self._averages, names), _locals(self._weights, names)
             if n == 0:
@@ -69,6 +62,12 @@ class EMA:
                 for mean, weight in zip(averages, weights, strict=True):  # one at a time: each is cast
                     average([mean], [weight.to(mean.dtype)], n)
         self.num_updates += 1
+
+    def _averaging_function(self) -> Callable[..., None]:
+        """Returns a function of averages, weights and the number of updates so far, which changes the averages."""
+        average = get_swa_multi_avg_fn()
+        # As `AveragedModel` does: of a Python number, the share would be rounded differently.
+        return lambda averages, weights, number: average(averages, weights, torch.tensor(number))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -127,6 +126,30 @@ class EMA:
     def _refuse_swapped(self, what: str) -> None:
         if self.is_swapped:
             raise RuntimeError(f"{what}: the weights are the averages now; call swap() first")
+
+
+class EMA(EqualAverages):
+    """Keeps an exponential moving average of each parameter that requires a gradient when it is made.
+
+    The first update copies the weights; each later one sets average = decay * average + (1 - decay) * weight.
+
+    Args:
+        module: as of `EqualAverages`.
+        decay: at least 0 and less than 1.
+        warmup: the decay of update n, counted from 0, is at most (1 + n) / (10 + n).
+    Raises:
+        ValueError: a decay out of its range.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = False) -> None:
+        check_fraction("decay", decay)
+        super().__init__(module)
+        self.decay = decay
+        self.warmup = warmup
+
+    def _averaging_function(self) -> Callable[..., None]:
+        n = self.num_updates
+        return get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay)
 
 
 def _locals(tensors: Mapping[str, Tensor], names: Iterable[str] | None = None) -> list[Tensor]:
