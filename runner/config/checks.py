@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from runner.config import data, optimizations
+from runner.config import optimizations
 from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size, walk
@@ -33,6 +33,7 @@ from runner.config.schema import (
     TrainerConfig,
     eval_datasets,
 )
+from runner.config.sections.data import find_data_mistakes
 from runner.config.spec import ExperimentSpec
 from runner.utils.files.strict_json import parse_json
 from runner.utils.utils import one_line, suggest
@@ -129,7 +130,7 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     mistakes += _input_mistakes(cfg)
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
-        mistakes += [*_pattern_mistakes(resolved), *_stdin_mistakes(cfg), *data.find_mistakes(resolved["data"])]
+        mistakes += [*_pattern_mistakes(resolved), *_stdin_mistakes(cfg), *find_data_mistakes(resolved["data"])]
     mistakes += _text_mistakes(cfg)
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))

@@ -28,9 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config import checks, diff, errors, optimizations, run_folder
 from runner.config.composition.interpolation import quote
-from runner.config.data import without_workers
 from runner.config.errors import ConfigError, shown
 from runner.config.run_folder import COMMAND_LINE_KEYS
+from runner.config.sections.data import without_workers
 from runner.config.trust import allowlist, signature
 from runner.config.trust.allowlist import Allowlist
 from runner.config.trust.signature import Origin

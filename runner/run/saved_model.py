@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from runner.config import checks, run_folder
 from runner.config.composition.interpolation import escape
-from runner.config.data import without_workers
 from runner.config.errors import ConfigError, mention_start_directory, print_message
+from runner.config.sections.data import without_workers
 from runner.config.spec import ExperimentSpec
 from runner.config.trust import import_path, signature
 from runner.config.trust.allowlist import Allowlist, check_interpolations, check_paths, check_resolved_objects

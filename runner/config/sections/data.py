@@ -14,7 +14,7 @@ _ENTRY_KEYS = ["dataset", "weight"]
 _WORKER_KEYS = ("prefetch_factor", "persistent_workers")
 
 
-def find_mistakes(data: Mapping[str, Any]) -> Iterator[str]:
+def find_data_mistakes(data: Mapping[str, Any]) -> Iterator[str]:
     """Yields the mistakes of a resolved section `data`, a line each."""
     mix = data.get("mix")
     if mix is not None:
