@@ -21,7 +21,7 @@ from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size, walk
 from runner.config.diff import get_value
-from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, shown
+from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, find_type_mistakes, shown
 from runner.config.hparams import run_label
 from runner.config.schema import (
     RESERVED_METRICS,
@@ -29,6 +29,7 @@ from runner.config.schema import (
     Config,
     DataConfig,
     DistributedConfig,
+    InitConfig,
     TrackingConfig,
     TrainerConfig,
     eval_datasets,
@@ -59,6 +60,7 @@ _ENGINE_KEYS = [
     "optimizations",
     "ema",
     "init_from",
+    "init",
     "every",
 ]
 _SECTIONS: dict[str, type] = {
@@ -74,6 +76,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "allow_targets": [],
     "pattern": None,
     "ema": None,
+    "init": None,
     "engines": {},
     "updates": "joint",
     "feeder": None,
@@ -131,7 +134,7 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
         mistakes += [*_pattern_mistakes(resolved), *_stdin_mistakes(cfg), *find_data_mistakes(resolved["data"])]
-    mistakes += _text_mistakes(cfg)
+    mistakes += [*_text_mistakes(cfg), *_all_init_mistakes(resolved)]
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
     return ExperimentSpec.from_plain(optimizations.expand(resolved))
@@ -172,8 +175,6 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
             mistakes.append(f"engines.{name}: expected {expected}")
         elif not OmegaConf.is_dict(engines[name]):
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
-        elif not isinstance(path := engines[name].get("init_from"), (str, type(None))):
-            mistakes.append(f"engines.{name}.init_from={path}: expected a path or null")
         elif type(every := engines[name].get("every", 1)) is not int or every < 1:
             mistakes.append(f"engines.{name}.every={every}: expected a whole number of steps from 1 on")
     if len({name.lower() for name in engines}) < len(engines):
@@ -219,6 +220,52 @@ def _input_mistakes(cfg: DictConfig) -> list[str]:
     keys = list(node) if OmegaConf.is_list(node) else [node]
     is_known = node is None or (bool(keys) and all(isinstance(key, str) for key in keys))
     return [] if is_known else [f"data.input={shown(str(node))}: expected a key of the batch, a list of keys, or null"]
+
+
+def _all_init_mistakes(resolved: dict[str, Any]) -> Iterator[str]:
+    """Yields the mistakes of the initial weights of all engines and of each."""
+    yield from _init_mistakes("", resolved)
+    for name, values in (resolved["engines"] or {}).items():
+        yield from _init_mistakes(f"engines.{name}.", values) if isinstance(values, dict) else ()
+
+
+def _init_mistakes(prefix: str, values: Any) -> list[str]:
+    """Returns the mistakes of the initial weights of all engines, or those of one engine.
+
+    Args:
+        prefix: of the engine's keys.
+        values: the mapping that has the keys `init` and `init_from`.
+    """
+    path, init = values.get("init_from"), values.get("init")
+    key = f"{prefix}init"
+    if not isinstance(path, (str, type(None))):
+        return [f"{prefix}init_from={path}: expected a path or null"]
+    if init is None:
+        return []
+    if not isinstance(init, dict):
+        keys = ", ".join(field_names(InitConfig))
+        return [f"{key}={init}: expected a mapping of {keys}; for a path alone: {prefix}init_from={init}"]
+    if path is not None:
+        return [f"{prefix}init_from={path}: expected one of init_from and init, found both; set {key}.path={path}"]
+    known = field_names(InitConfig)
+    mistakes = [f"{key}.{name}: no such key; {suggest(str(name), known)}" for name in init if name not in known]
+    mistakes += find_type_mistakes(InitConfig, init, key)
+    if init.get("path") is None:
+        mistakes.append(f"{key}.path: expected a run, a checkpoint, or a file or folder of weights; found null")
+    return mistakes or _rename_mistakes(f"{key}.rename", init.get("rename", {}))
+
+
+def _rename_mistakes(key: str, rules: dict[str, str]) -> list[str]:
+    """Returns the mistakes of regular expressions and replacements."""
+    mistakes = []
+    for pattern, replacement in rules.items():
+        try:
+            re.compile(pattern).sub(replacement, "")
+        except (re.error, RecursionError, OverflowError, IndexError) as error:
+            mistakes.append(
+                f"{key}: {pattern!r}: {replacement!r}: expected a regular expression and its replacement; {error}"
+            )
+    return mistakes
 
 
 def _absent_keys(cfg: DictConfig) -> list[str]:

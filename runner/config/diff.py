@@ -29,7 +29,7 @@ _FREE_KEYS: list[KeyPath] = [  # optimizations that change memory, time or expor
     ("optimizations", "unsloth"), ("optimizations", "checkpointing"), ("optimizations", "device_map"),
     ("optimizations", "lora", "export"),
 ]  # fmt: skip
-_BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from", "metrics")
+_BY_KEY = ("optimizer", "scheduler", "optimizations", "init_from", "init", "metrics")
 
 
 def replace_nodes(saved: Nest, defaults: Nest, composed: Nest, paths: Sequence[KeyPath]) -> Nest:

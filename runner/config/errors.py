@@ -10,7 +10,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import EnumMeta
 from typing import Any
 
@@ -370,6 +370,18 @@ def find_kind_mismatches(content: Any, hint: Any = Config, key: str = "") -> Ite
         yield f"{assignment}: expected a mapping, found a list"
     elif isinstance(content, dict) and typing.get_origin(hint) is list:
         yield f"{assignment}: expected {describe_type(hint)}, found a mapping"
+
+
+def find_type_mistakes(section: type, values: Mapping[str, Any], key: str) -> list[str]:
+    """Returns a message for each value of a mapping whose type is not that of a section's key."""
+    mistakes = []
+    hints = typing.get_type_hints(section)
+    for name in values.keys() & hints.keys():
+        try:
+            OmegaConf.merge(OmegaConf.structured(section), {name: values[name]})
+        except OmegaConfBaseException:
+            mistakes.append(explain_value(f"{key}.{name}", values[name], hints[name]))
+    return sorted(mistakes)
 
 
 INSTANTIATED_KEYS = (

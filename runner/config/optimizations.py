@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runner.config.composition.interpolation import escape
 from runner.config.composition.source import CONF_DIR, FileConfigSource
 from runner.config.errors import ConfigError, explain_value, shown
-from runner.config.schema import EmaConfig
+from runner.config.schema import EmaConfig, InitConfig
 from runner.utils.utils import check_choice, check_fraction, suggest
 from runner.utils.wrapper import built_in
 from runner.utils.wrapper.protocol import Optimization, check_with_others
@@ -97,6 +97,7 @@ def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
             node.update({name: _spell_out(name, value) for name, value in raw.items()})
     if "ema" in cfg and cfg.ema is None and any(override.key_or_group.startswith("ema.") for override in overrides):
         cfg.ema = _read_preset("ema/default")
+    _complete_init(overrides, cfg)
     overrides = [_spell_out_override(override) for override in overrides]
     enabling = [override for override in overrides if _switch_of(override) and override.value() is True]
     _apply_by_hydra([override for override in overrides if override not in enabling], cfg)
@@ -107,6 +108,14 @@ def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
         elif _is_off(name := override.key_or_group.rpartition(".")[2], node):
             del node[_OFF[name][0]]
     expand_composed(cfg)
+
+
+def _complete_init(overrides: list[Override], cfg: DictConfig) -> None:
+    """Gives `init` all of its keys, so that an override may set each of them."""
+    is_set = any(override.key_or_group.startswith("init.") for override in overrides)
+    if "init" in cfg and (OmegaConf.is_dict(cfg.init) or (cfg.init is None and is_set)):
+        raw: Any = OmegaConf.to_container(cfg, resolve=False)
+        cfg.init = asdict(InitConfig()) | (raw["init"] or {})
 
 
 def expand_composed(cfg: DictConfig) -> None:

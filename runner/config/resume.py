@@ -37,7 +37,13 @@ from runner.config.trust.signature import Origin
 from runner.utils.utils import one_line
 
 OUTPUTS = Path("outputs")
-_PATH_KEYS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")  # their values are used as they are typed
+_PATH_KEYS = (
+    "resume",
+    "init_from",
+    "init.path",
+    "hydra.run.dir",
+    "hydra.sweep.dir",
+)  # their values are used as they are typed
 # Settings of how processes find each other: they come from the command line, never from a file of the run.
 _RENDEZVOUS_KEYS = ("nnodes", "rdzv_endpoint", "rdzv_timeout_s", "backend")
 _LIST_GROUPS = ("callbacks", "trackers")  # groups of which a list is chosen; Hydra does not record these choices
@@ -135,7 +141,7 @@ def _find_search_path(of_hydra: list[str], config_dirs: list[str], recorded: lis
 def quote_path(argument: str) -> str:
     """Returns an argument of the command line whose path, where it is one, is quoted for Hydra's grammar."""
     key, _, text = argument.partition("=")
-    is_sweep = key == "init_from" and "," in text
+    is_sweep = key in ("init_from", "init.path") and "," in text
     if key not in _PATH_KEYS or not text or "${" in text or is_sweep or _unquote(text) is not None:
         return argument
     return f"{key}={_quote_if_needed(text)}"
@@ -390,7 +396,7 @@ def _key(override: str) -> str:
 
 def sets_init_from(override: str) -> bool:
     """Returns whether an override sets the weights that a new run, or one of its engines, starts from."""
-    return re.fullmatch(r"(engines\.[^.]+\.)?init_from", _key(override)) is not None
+    return re.fullmatch(r"(engines\.[^.]+\.)?init(_from|\..+)?", _key(override)) is not None
 
 
 def _root(override: str) -> str:

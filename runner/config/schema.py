@@ -88,6 +88,17 @@ class TrackingConfig:
 
 
 @dataclass
+class InitConfig:
+    """The initial weights of an engine: their source, and the names of those that are loaded."""
+
+    path: str | None = None
+    rename: dict[str, str] = field(default_factory=dict)
+    include: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    strict: bool = True
+
+
+@dataclass
 class DataConfig:
     train: Any = None
     mix: Any = None
@@ -126,6 +137,7 @@ class Config:
     allow_targets: list[str] = MISSING
     sign: bool = False
     init_from: str | None = MISSING
+    init: Any = None  # or an InitConfig
     model: Any = MISSING
     data: DataConfig = MISSING
     sampler: Any = MISSING

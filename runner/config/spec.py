@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import EnumMeta
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,32 @@ class EngineSpec:
     optimizations: dict[str, dict[str, Any]]  # those that are enabled, by name
     every: int
     has_own_loss: bool
+
+
+@dataclass(frozen=True)
+class InitSpec:
+    """The initial weights of an engine: `init` of the config, or its short form `init_from`.
+
+    `key` is that of the path in messages. `include` and `exclude` are globs over the model's names of weights.
+    """
+
+    key: str
+    path: str
+    rename: dict[str, str] = field(default_factory=dict)
+    include: list[str] | None = None
+    exclude: list[str] = field(default_factory=list)
+    strict: bool = True
+
+
+def find_init(plain: Mapping[str, Any], engine: str) -> InitSpec | None:
+    """Returns the initial weights of an engine of a resolved config; None for those that its model is built with."""
+    own = (plain["engines"] or {}).get(engine, {})
+    is_own = "init" in own or "init_from" in own
+    prefix, source = (f"engines.{engine}.", own) if is_own else ("", plain)
+    if (path := source.get("init_from")) is not None:
+        return InitSpec(f"{prefix}init_from", path)
+    init = source.get("init")
+    return None if init is None else InitSpec(f"{prefix}init.path", **init)
 
 
 @dataclass(frozen=True)

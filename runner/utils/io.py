@@ -55,6 +55,7 @@ __all__ = [
     "HostSnapshot",
     "check_json",
     "load",
+    "load_pickle",
     "read_json",
     "read_metadata",
     "save",
@@ -127,6 +128,16 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_locati
         document = parse_json(text, _MAX_STRUCTURE_DEPTH)
         restore_dtypes(document, tensors)
         return unflatten(document, tensors)
+
+
+def load_pickle(path: str | os.PathLike[str]) -> Any:
+    """Loads a file that `torch.save` wrote, of any suffix; executes nothing.
+
+    Raises:
+        ValueError: a broken file or one of another format, or a pickle that would execute code.
+        OSError: the file does not exist, is no regular file, or the disk refuses.
+    """
+    return _load_pt(Path(path), False, "cpu", remedy="")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -220,7 +231,10 @@ def _as_bytes_of_dtype(tensor: Tensor) -> Tensor:
     return plain if plain.dtype in SFT_DTYPES else plain.reshape(-1).view(torch.uint8)
 
 
-def _load_pt(path: Path, allow_pickle: bool, map_location: str | torch.device) -> Any:
+_REMEDY = "; if you trust where it comes from to run code here, pass allow_pickle=True"
+
+
+def _load_pt(path: Path, allow_pickle: bool, map_location: str | torch.device, remedy: str = _REMEDY) -> Any:
     try:
         with open_regular(path, follows_link=True) as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -232,8 +246,7 @@ def _load_pt(path: Path, allow_pickle: bool, map_location: str | torch.device) -
     except (FileNotFoundError, UnreadableError):
         raise
     except Exception as error:
-        remedy = "" if allow_pickle else "; if you trust where it comes from to run code here, pass allow_pickle=True"
-        raise ValueError(f"{path}: not read, {_first_line(error)}{remedy}") from error
+        raise ValueError(f"{path}: not read, {_first_line(error)}{'' if allow_pickle else remedy}") from error
     if type(value) is not dict or value.keys() != {STRUCTURE, "tensors"}:
         return value
     with _as_value_error(path, f"its {STRUCTURE!r} does not fit its tensors"):

@@ -10,7 +10,7 @@ import sys
 # A folder with one of these is that of a run, a sweep or a checkpoint.
 _MARKS = (".hydra", "run.json", "multirun.yaml", "MANIFEST.json")
 # Keys of a command line that name a folder which may be untrusted.
-_PATH_KEYS = ("resume", "init_from", "hydra.run.dir", "hydra.sweep.dir")
+_PATH_KEYS = ("resume", "init_from", "init.path", "hydra.run.dir", "hydra.sweep.dir")
 _deferred: str | None = None  # a directory to import from once the user has allowed modules by name
 
 

@@ -1,79 +1,44 @@
-"""Initializes a new run's models with the weights of another run (`init_from`).
+"""Initializes a new run's models with weights of another run or program (`init`, or its short form `init_from`).
 
-Only the weights of the other run are read, and matched by name. Its config is not read, and nothing of it is executed.
+Only the weights of the source are read, and matched by name. Its config is not read, and nothing of it is executed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from runner.checkpoint import checkpoints
-from runner.config import run_folder
 from runner.config.errors import ConfigError
+from runner.config.spec import InitSpec, find_init
+from runner.run.weights.matching import Match, match
 from runner.run.weights.placeholders import ModelBuilder
-from runner.utils import io
+from runner.run.weights.sources import Source, find_source, read_source
 from runner.utils.distributed import run_on_rank_zero
-from runner.utils.modules.weights import load_weights
 
-CONFIG_KEY = "init_from"
-_EXPORT_SUFFIXES = (".safetensors", ".sft")
-_EXPECTED = "expected a run's folder, one of its checkpoints/step_*, or an export (a .safetensors file)"
-_MAX_NUM_NAMES, _MAX_NAME_LENGTH = 20, 200  # in a message
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """The source of an engine's initial weights: key and value in the config, and its checkpoint or export."""
-
-    key: str
-    text: str
-    path: Path
-
-    def read_weights(self) -> tuple[dict[str, Any], str]:
-        """Returns the weights by engine, and a description of the source.
-
-        The key is "" for an export that names no engine.
-
-        Raises:
-            ConfigError: the source is incomplete or can't be read.
-        """
-        try:
-            if self.path.is_dir():
-                weights = checkpoints.load(self.path, lambda part: "." not in part)
-                return weights, f"step {int(self.path.name.partition('_')[2])} of {self.path.parent.parent}"
-            metadata, weights = io.read_metadata(self.path), io.load(self.path)
-        except OSError as error:
-            raise ConfigError(f"{self}: {self.path} can't be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{self}: {error}") from error
-        step_text = metadata.get("step", "")
-        of_step = f"step {step_text} of " if re.fullmatch(r"\d{1,18}", step_text, re.ASCII) else ""
-        return {metadata.get("engine", ""): weights}, f"{of_step}{self.path}"
-
-    def __str__(self) -> str:
-        return f"{self.key}={self.text}"
+_ADAPTERS = (".lora_a", ".lora_b")
 
 
 class InitialWeights(ModelBuilder):
-    """Builds models and loads the weights of another run into them, matched by name.
+    """Builds models and loads the weights of their sources into them, matched by name.
 
     Weights are loaded before the optimizations are applied, so that LoRA adapters keep their initial values. Weights
     that match only afterwards, such as those of a run with the same adapters, are loaded then.
 
     Args:
-        sources: the source of each engine by the engine's name.
+        specs: the source and the settings of each engine by the engine's name.
+        paths: the file or folder of each source by its text in the config.
     """
 
-    def __init__(self, sources: Mapping[str, WeightsSource]) -> None:
-        self._sources = sources
-        self._loaded: dict[Path, tuple[dict[str, Any], str]] = {}
-        self._mismatches: dict[str, str] = {}  # by engine, before the optimizations
+    def __init__(self, specs: Mapping[str, InitSpec], paths: Mapping[str, Path]) -> None:
+        self._specs = specs
+        self._paths = paths
+        self._sources: dict[str, Source] = {}
+        self._matches: dict[str, Match] = {}  # by engine
+        self._names_before: dict[str, set[str]] = {}  # by engine that is not complete before the optimizations
 
     def build(self, engine: str, key: str, node: Any, make: Callable[[Any], nn.Module]) -> nn.Module:
         """Builds an engine's model and loads the weights of its source if they match.
@@ -82,112 +47,124 @@ class InitialWeights(ModelBuilder):
             ConfigError: the source has no weights of this engine, or can't be read.
         """
         module = make(node)
-        if engine in self._sources and (mismatch := self._load(engine, module)) is not None:
-            self._mismatches[engine] = mismatch
+        if engine not in self._specs:
+            return module
+        found = self._match(engine, module)
+        self._matches[engine] = found
+        if not found.is_complete:
+            self._names_before[engine] = set(module.state_dict())
+        if found.is_complete or not self._specs[engine].strict:
+            self._load(engine, module, found)
         return module
 
     def finish(self, engine: str, module: nn.Module) -> None:
         """Loads the weights that did not match before the optimizations.
 
         Raises:
-            ConfigError: naming weights that are missing, unexpected or of another shape.
+            ConfigError: naming weights that are missing, unused or mismatched; or nothing was loaded.
         """
-        if engine in self._mismatches and self._load(engine, module) is not None:
-            raise ConfigError(self._mismatches[engine])
+        if engine not in self._names_before:
+            return
+        spec, before = self._specs[engine], self._matches[engine]
+        after = self._match(engine, module)
+        if spec.strict and not after.is_complete:
+            raise self._refuse(engine, before if before.weights else after)
+        if not spec.strict:  # weights of the model as it was built keep what the optimizations have made of them
+            new = {name: value for name, value in after.weights.items() if name not in self._names_before[engine]}
+            after = replace(after, weights=new)
+        self._load(engine, module, after)
+        if not spec.strict:
+            known = self._names_before[engine]
+            unused = [name for name in before.unused if name not in after.weights]
+            missing = [name for name in after.missing if name in known]
+            after = replace(before, weights=before.weights | after.weights, unused=unused, missing=missing)
+        self._matches[engine] = after
+        if not after.weights:
+            raise self._refuse(engine, before)
 
     @property
     def lines(self) -> list[str]:
-        """A line for the log about each source, once the models are built."""
-        return list(
-            dict.fromkeys(f"{source}: weights of {self._loaded[source.path][1]}" for source in self._sources.values())
-        )
+        """Lines for the log about each source, once the models are built: a table for each engine."""
+        lines: list[str] = []
+        for engine, spec in self._specs.items():
+            source = self._sources[spec.path]
+            head = f"{spec.key}={spec.path}: weights of {source.description}"
+            lines += [head] if head not in lines else []
+            lines += [f"  engine {engine}"] if len(self._specs) > 1 else []
+            lines += [f"  {line}" for line in (*source.notes, *self._matches[engine].table())]
+        return lines
 
-    def _load(self, engine: str, module: nn.Module) -> str | None:
-        """Loads an engine's weights and returns None; if they do not match, loads none and returns the reason."""
-        source = self._sources[engine]
-        weights = self._find_weights(engine)
-        mismatches = _find_mismatches(module, weights)
-        if not mismatches:
+    def _match(self, engine: str, module: nn.Module) -> Match:
+        spec = self._specs[engine]
+        source = self._read(spec)
+        if source.has_engines:
+            source = replace(source, states={engine: self._weights_of_engine(spec, source, engine)})
+        elif not source.states:
+            raise ConfigError(f"{spec.key}={spec.path}: expected a state dict, tensors by name, found none in it")
+        try:
+            return match(spec, source, engine, module)
+        except ValueError as error:
+            raise ConfigError(f"{spec.key}={spec.path}: {error}") from error
+
+    def _read(self, spec: InitSpec) -> Source:
+        if spec.path not in self._sources:
+            path = self._paths[spec.path]
             try:
-                load_weights(module, weights)
-                return None
-            except (RuntimeError, TypeError, ValueError) as error:
-                mismatches = [str(error)]
-        head = f"{source}: engine {engine}: expected the weights of its model, found others"
-        remedy = "Weights with adapters become those of the model in an export: python -m runner.export RUN"
-        has_adapters = any(name.endswith(".lora_a") for name in weights)
-        return "\n".join([head, *(f"  {line}" for line in mismatches), *([remedy] if has_adapters else [])])
+                self._sources[spec.path] = read_source(path)
+            except OSError as error:
+                place = error.filename or path
+                raise ConfigError(f"{spec.key}={spec.path}: {place}: can't be read ({error.strerror})") from error
+            except ValueError as error:
+                raise ConfigError(f"{spec.key}={spec.path}: {error}") from error
+        return self._sources[spec.path]
 
-    def _find_weights(self, engine: str) -> Mapping[str, Any]:
+    def _weights_of_engine(self, spec: InitSpec, source: Source, engine: str) -> Mapping[str, Any]:
         """Returns the weights of the engine with the same name, or of the only engine if both sides have one."""
-        source = self._sources[engine]
-        if source.path not in self._loaded:
-            self._loaded[source.path] = source.read_weights()
-        parts, _ = self._loaded[source.path]
-        is_only = len(parts) == 1 and (source.key != CONFIG_KEY or len(self._sources) == 1)
-        weights = next(iter(parts.values())) if is_only else parts.get(engine)
+        states = source.states
+        is_only = len(states) == 1 and (spec.key.startswith("engines.") or len(self._specs) == 1)
+        weights = next(iter(states.values())) if is_only else states.get(engine)
         if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
-            names = _join_names(sorted(parts)) or "none"
-            raise ConfigError(f"{source}: expected weights of engine {engine!r}, found those of {names}")
+            names = ", ".join(sorted(states)) or "none"
+            raise ConfigError(f"{spec.key}={spec.path}: expected weights of engine {engine!r}, found those of {names}")
         return weights
+
+    def _load(self, engine: str, module: nn.Module, found: Match) -> None:
+        try:
+            found.load(module)
+        except (RuntimeError, TypeError, ValueError) as error:
+            spec = self._specs[engine]
+            raise ConfigError(f"{spec.key}={spec.path}: engine {engine}: {error}") from error
+
+    def _refuse(self, engine: str, found: Match) -> ConfigError:
+        spec = self._specs[engine]
+        head = f"{spec.key}={spec.path}: engine {engine}: expected the weights of its model, found others"
+        lines = [*found.remarks, *found.mismatch_lines()]
+        adapters = [name for name in found.unused if name.endswith(_ADAPTERS)]
+        init = spec.key.removesuffix(".path").removesuffix("_from")
+        if adapters and len(adapters) == len(found.unused) and not found.weights:
+            remedy = f"It holds adapters alone, for a run with optimizations.lora: {init}.include=['*.lora_?']"
+        elif adapters:
+            remedy = "Weights with adapters become those of the model in an export: python -m runner.export RUN"
+        else:
+            remedy = f"Name what differs in {init}.rename or {init}.exclude, or load what fits with {init}.strict=false"
+        if not found.weights:
+            lines.append("loaded: nothing, so that the model would start as it is initialized")
+        return ConfigError("\n".join([head, *(f"  {line}" for line in lines), remedy]))
 
 
 def find_initial_weights(plain: Mapping[str, Any]) -> InitialWeights | None:
-    """Returns the initial weights that `init_from` names, or None if no engine has any. Called by all ranks.
+    """Returns the initial weights that `init` or `init_from` name; None for none. Called by all ranks.
 
     Raises:
-        ConfigError: the path has no complete checkpoint or export.
+        ConfigError: a path has no weights.
         RankError: on the other ranks.
     """
-    settings: dict[str, tuple[str, str]] = {}  # key and value of the config by engine
-    for name, engine in (plain["engines"] or {"model": {}}).items():
-        key = f"engines.{name}.{CONFIG_KEY}" if CONFIG_KEY in engine else CONFIG_KEY
-        if (text := engine.get(CONFIG_KEY, plain.get(CONFIG_KEY))) is not None:
-            settings[name] = key, text
-    if not settings:
+    specs = {}
+    for engine in plain["engines"] or {"model": {}}:
+        if (spec := find_init(plain, engine)) is not None:
+            specs[engine] = spec
+    if not specs:
         return None
-    distinct = dict.fromkeys(settings.values())
-    paths = run_on_rank_zero(lambda: {(key, text): _find_source(key, text) for key, text in distinct})
-    return InitialWeights({name: WeightsSource(*setting, paths[setting]) for name, setting in settings.items()})
-
-
-def _find_source(key: str, text: str) -> Path:
-    """Returns the checkpoint or export at a path of `init_from`; for a run, its newest complete checkpoint."""
-    path = Path(text)
-    if path.is_file():
-        if path.suffix not in _EXPORT_SUFFIXES:
-            raise ConfigError(f"{key}={text}: {_EXPECTED}; found another file")
-        return path
-    try:
-        run_folder.find_run(path)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={error}; {_EXPECTED}") from None
-    if not (path / "checkpoints").is_dir():
-        return path.resolve()
-    newest, faults = checkpoints.Checkpoints(path / "checkpoints").newest()
-    if newest is None:
-        raise ConfigError(f"{key}={text}: has no whole checkpoint. {' '.join(faults)}")
-    for fault in faults:
-        print(f"Passed over: {fault}")
-    return newest
-
-
-def _find_mismatches(module: nn.Module, weights: Mapping[str, Any]) -> list[str]:
-    """Returns a line each for weights that are missing, unexpected, or of another shape; none if all match."""
-    state = module.state_dict()
-    shapes = []
-    for name, expected in state.items():
-        found = weights.get(name)
-        if isinstance(expected, Tensor) and isinstance(found, Tensor) and expected.shape != found.shape:
-            shapes.append(f"{name} (expected {[*expected.shape]}, found {[*found.shape]})")
-    mismatches = {
-        "missing": [name for name in state if name not in weights],
-        "unexpected": [name for name in weights if name not in state],
-        "of another shape": shapes,
-    }
-    return [f"{kind}: {_join_names(names)}" for kind, names in mismatches.items() if names]
-
-
-def _join_names(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NUM_NAMES} more" if len(names) > _MAX_NUM_NAMES else ""
-    return ", ".join(name[:_MAX_NAME_LENGTH] for name in names[:_MAX_NUM_NAMES]) + more
+    keys = {spec.path: spec.key for spec in specs.values()}
+    paths = run_on_rank_zero(lambda: {text: find_source(key, text) for text, key in keys.items()})
+    return InitialWeights(specs, paths)

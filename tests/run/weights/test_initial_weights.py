@@ -22,6 +22,7 @@ from runner.run.build.engines import build_engines
 from runner.run.weights import initial_weights
 
 CPU = torch.device("cpu")
+NONE_ELSE = ["  missing     0", "  unused      0", "  mismatched  0"]
 UNTRAINED = ["trainer.steps=1", "trainer.save_every=1", "optimizer.lr=0", "optimizer.weight_decay=0"]
 
 
@@ -62,8 +63,8 @@ def with_lora(plain, rank=2):
 def test_a_new_run_starts_with_the_weights_of_a_run_a_checkpoint_or_an_export(plain, text, source, line):
     found, lines = start(plain, text)
     assert are_equal(found["model"], weights_of(source))
-    assert len(lines) == 1
     assert line in lines[0]
+    assert lines[1:] == ["  loaded      4: first.weight, first.bias ... second.bias", *NONE_ELSE]
 
 
 def test_config_and_log_of_the_new_run_name_the_source(trained):
@@ -118,8 +119,9 @@ def test_mismatching_weights_are_listed_in_one_message_and_no_folder_is_left(tra
     assert printed.splitlines() == [
         "init_from=other.safetensors: engine model: expected the weights of its model, found others",
         "  missing: second.weight",
-        "  unexpected: third.weight",
-        "  of another shape: first.weight (expected [16, 4], found [8, 4]), first.bias (expected [16], found [8])",
+        "  unused: third.weight",
+        "  mismatched: first.weight (expected [16, 4], found [8, 4]), first.bias (expected [16], found [8])",
+        "Name what differs in init.rename or init.exclude, or load what fits with init.strict=false",
     ]
     assert not (trained.folder / "new").exists()
 
@@ -127,9 +129,9 @@ def test_mismatching_weights_are_listed_in_one_message_and_no_folder_is_left(tra
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nowhere", "init_from=nowhere: no such folder; expected a run's folder, one of its checkpoints/step_*, or an"),
+        ("nowhere", "init_from=nowhere: no such folder; expected a run's folder, one of its checkpoints/step_*, an"),
         ("conf", "init_from=conf: neither a run folder nor a checkpoint; expected"),
-        ("own.py", "init_from=own.py: expected a run's folder, one of its checkpoints/step_*, or an export"),
+        ("own.py", "init_from=own.py: expected a run's folder, one of its checkpoints/step_*, an export"),
         ("broken.safetensors", "init_from=broken.safetensors: broken.safetensors: not a whole safetensors file"),
         ("empty", "init_from=empty: has no whole checkpoint"),
     ],
@@ -152,7 +154,7 @@ def test_an_engines_own_init_from_overrides_the_common_one(plain):
     assert are_equal(found["b"], weights_of("run/checkpoints/step_00000004"))
     fresh, _ = start(plain, None, engines={"a": {}, "b": {"init_from": "run"}, "c": {}})
     assert are_equal(found["c"], fresh["c"])
-    assert [line.partition(":")[0] for line in lines] == [
+    assert [line.partition(":")[0] for line in lines if line.startswith("engines.")] == [
         "engines.a.init_from=run/exports/model.safetensors",
         "engines.b.init_from=run/checkpoints/step_00000004",
     ]
@@ -176,8 +178,8 @@ def test_adapters_are_new_on_base_weights_and_loaded_from_a_run_with_the_same_ad
     checkpoints.save(5, {"model": found["model"], "model.optimizer": {}}, {"loop": {"step": 5}})
     again, lines = start(with_lora(plain), "adapted")
     assert are_equal(again["model"], found["model"])
-    assert lines == ["init_from=adapted: weights of step 5 of adapted"]
-    with pytest.raises(ConfigError, match=r"(?s)unexpected: first.lora_a, .*runner.export RUN"):
+    assert lines[0] == "init_from=adapted: weights of step 5 of adapted"
+    with pytest.raises(ConfigError, match=r"(?s)unused: first.lora_a, .*runner.export RUN"):
         start(plain, "adapted")
 
 

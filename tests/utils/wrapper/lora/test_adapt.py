@@ -269,10 +269,13 @@ def test_weights_drawn_anew_make_the_adapter_neutral_again() -> None:
         ({"include": ["layers.*"]}, r"'layers.\*' matches no module; there are: layer.0"),
         ({"include": "head"}, r"expected a list of globs, found the string 'head'"),
         ({"exclude": ["tail"]}, r"'tail' matches no module"),
-        ({"include": ["head", "norm"]}, r"'norm' matches no nn.Linear but norm, a LayerNorm; .*: layer.0, layer.1"),
+        (
+            {"include": ["head", "norm"]},
+            r"'norm' matches no layer that can be adapted but norm, a LayerNorm; .*: attention, layer.0, layer.1",
+        ),
         (
             {"include": ["attention.*"]},
-            r"no nn.Linear but attention.out_proj, a NonDynamicallyQuantizableLinear; those of that very class: ",
+            r"no layer that can be adapted but attention.out_proj, a NonDynamicallyQuantizableLinear; expected a ",
         ),
         ({"include": ["head"], "exclude": ["h*"]}, r"found none; skipped: head, as 'h\*' excludes it"),
         ({"also_train": ["norm"]}, r"also_train: 'norm' matches no parameter; there are: norm.bias, norm.weight"),
