@@ -337,5 +337,7 @@ def test_processes_train_as_from_the_command_line(home):
     home.run(*SMALL[1:], *two, "hydra.run.dir=command", forks_workers=True)
     assert run.status == "finished"
     assert_same_run(run.folder, home.folder / "command", 6)
-    with pytest.raises(runner.RunError, match=r"log\.txt"):
+    with pytest.raises(runner.RunError, match=r"the model's own mistake.*log\.txt"):
         runner.train(compose(*two, "feeder={_target_: own.fail, _partial_: true}"))
+    with pytest.raises(runner.ConfigError, match=r"^model: KeyError"):
+        runner.train(compose(*two, "model._target_=own.Raises"))

@@ -20,7 +20,7 @@ from typing import Any
 from runner.config.errors import ConfigError, print_message
 from runner.config.schema import DistributedConfig
 from runner.control import signals, terminal
-from runner.launch.job import Job
+from runner.launch.job import MISTAKE_NAME, Job
 
 _GRACE_S = 5.0  # from a second signal until workers are killed
 _KEEP_ALIVE_S = 3600
@@ -51,9 +51,11 @@ def count_workers(distributed: DistributedConfig) -> int:
     return int(wanted)
 
 
-def run_workers(job: Job, num_local: int) -> int:
+def run_workers(job: Job, num_local: int, *, raises: bool = False) -> int:
     """Runs a job in `num_local` workers; returns the exit status of the run.
 
+    Args:
+        raises: a mistake in the config that a worker has found is raised here, too.
     Raises:
         ConfigError: the rendezvous of the machines failed.
     """
@@ -70,6 +72,9 @@ def run_workers(job: Job, num_local: int) -> int:
             status = signals.EXIT_STATUSES[signals.STATUS_BY_SIGNAL[relay.received[0]]]
         if status is None and failure is not None:
             print_message(failure)
+        mistake = folder / MISTAKE_NAME
+        if raises and status == 2 and mistake.is_file():
+            raise ConfigError(mistake.read_text())
         return 1 if status is None else status
 
 

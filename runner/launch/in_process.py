@@ -185,10 +185,7 @@ def _run(task: DictConfig, resumption: Resumption | None) -> Path:
     if threading.current_thread() is not threading.main_thread():
         found = f"distributed.nproc_per_node={distributed.nproc_per_node}"
         raise ConfigError(f"{found}: expected to be called from the main thread, which forwards signals to the workers")
-    status = elastic.run_workers(job, num_local)
-    if status == 2:
-        raise ConfigError("a mistake in the config, which the first rank has printed above")
-    if status == 1:
+    if elastic.run_workers(job, num_local, raises=True) in (1, 2):
         reason = run_folder.read_record(job.folder).get("reason") or "a rank has ended"
         raise RunError(f"{reason}; {job.folder / 'log.txt'} has the tracebacks")
     return job.folder

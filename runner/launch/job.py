@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from runner.launch.environment import ProcessEnvironment
 
 
+MISTAKE_NAME = "mistake"  # the file in the launcher's folder with a worker's message of a mistake in the config
+
+
 class JobError(ConfigError):
     """A job was expected, and something else received. Each process that receives it reports it."""
 

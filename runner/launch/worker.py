@@ -19,7 +19,7 @@ from runner.config.schema import DistributedConfig
 from runner.config.trust import import_path
 from runner.control import signals, terminal
 from runner.launch.environment import ProcessEnvironment, read_environment
-from runner.launch.job import Job, JobChannel, JobError
+from runner.launch.job import MISTAKE_NAME, Job, JobChannel, JobError
 from runner.utils.utils import signal_with_parent
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ def _report_failure(error: BaseException, group: WorkerGroup, folder: Path) -> i
         return None
     if not group.is_rank_zero and not isinstance(error, JobError):  # rank 0 reports it
         return 1 if errors.format_error(error) is None else 2
+    if (message := errors.format_error(error)) is not None:
+        (folder / MISTAKE_NAME).write_text(message)
     return errors.print_error(error)
 
 

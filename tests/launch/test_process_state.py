@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 import runner
+from runner.config import optimizations
 
 SMALL = ["experiment=mine", "trainer.steps=4", "trainer.save_every=2", "trainer.eval_every=2", "data.num_workers=1"]
 
@@ -97,7 +98,9 @@ def program(home):
     resolvers, instances = dict(BaseContainer._resolvers), dict(Singleton._instances)
     (home.folder / "theirs").mkdir()
     (home.folder / "theirs" / "config.yaml").write_text("optimizations: {mine: true}\nvalue: ${now:1}\n")
-    with initialize_config_dir(str(home.folder / "theirs"), version_base="1.2"):
+    with optimizations.restored_composer(), initialize_config_dir(str(home.folder / "theirs"), version_base="1.2"):
+        # Other tests of this process may have called `checks.register_with_hydra`.
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(optimizations._apply_by_hydra)
         OmegaConf.register_new_resolver("now", lambda text: f"theirs {text}", replace=True)
         HydraConfig.instance()
         yield home
