@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from runner.engines import Engines
 from runner.utils.distributed import is_rank_zero
+from runner.utils.sampler.stream import is_stream
 from runner.utils.train import Loop
 
 _OWN_NAMES = ("step", "time_s")
@@ -107,6 +108,11 @@ class RunView:
         optimizers = {name: engine.optimizer for name, engine in self.engines.items() if engine.optimizer is not None}
         return {name: [float(group["lr"]) for group in o.param_groups] for name, o in optimizers.items()}
 
+    @property
+    def is_stream(self) -> bool:
+        """True if data.train is a stream, of which `training_batches` can make no pass."""
+        return is_stream(getattr(self._run.loop.batches, "dataset", None))
+
     def log(self, numbers: Mapping[str, Any]) -> None:
         """Logs numbers at this step, by name: Python's, or tensors and arrays with one element.
 
@@ -180,6 +186,7 @@ class RunView:
     def training_batches(self, num_batches: int | None = None) -> Iterator[Any]:
         """Yields batches of one shuffled pass over data.train, the same on every rank.
 
-        The position of the run's own stream stays. An incomplete last batch is left out, unless it is the only one.
+        The run's own position stays. An incomplete last batch is left out, unless it is the only one. A mix of
+        datasets is passed as their concatenation.
         """
         return self._run.training_pass(num_batches)

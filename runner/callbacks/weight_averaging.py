@@ -63,6 +63,9 @@ class WeightAveraging:
                 weights = engine.strategy.to_local(state["weights"], engine.module)
                 self._averages[name].load_state_dict({**state, "weights": weights})
         self._loaded = {}
+        if self.update_bn and view.is_stream and any(self._find_norms(view).values()):
+            expected = "update_bn: expected data.train with a length, for a pass over it; found a stream"
+            raise SetupError(f"{expected}; set callbacks.weight_averaging.update_bn=false", is_complete=False)
         self._first_step = max(int(self.start if self.start >= 1 else round(self.start * view.steps)), 1)
 
     def on_step(self, view: RunView) -> None:
@@ -112,13 +115,21 @@ class WeightAveraging:
             for snapshot in snapshots:
                 snapshot.restore()
 
-    @torch.no_grad()
-    def _update_bn(self, view: RunView) -> None:
-        """Computes the statistics of the BatchNorm layers that train, as means over the batches of a pass."""
+    def _find_norms(self, view: RunView) -> dict[str, list[_BatchNorm]]:
+        """Returns the BatchNorm layers that train, by engine."""
         norms = {}
         for name in self._averages:
             parts = view.engines[name].module.modules()
             norms[name] = [part for part in parts if isinstance(part, _BatchNorm) and part.training]
+        return norms
+
+    @torch.no_grad()
+    def _update_bn(self, view: RunView) -> None:
+        """Computes the statistics of the BatchNorm layers that train, as means over the batches of a pass.
+
+        Every rank makes the whole pass, so that the statistics do not depend on the number of ranks.
+        """
+        norms = self._find_norms(view)
         momenta = {norm: norm.momentum for of_engine in norms.values() for norm in of_engine}
         if not momenta:
             return

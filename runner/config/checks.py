@@ -190,6 +190,8 @@ def _callback_mistakes(plain: Any) -> Iterator[str]:
         elif not isinstance(node, dict | None):
             found = shown(str(node))
             yield f"callbacks.{name}={found}: expected a mapping with _target_, the path of a class, or null for none"
+        elif node is not None and "_target_" not in node:
+            yield f"callbacks.{name}: has no _target_; choose it: callbacks=[{name}], or add callbacks.{name}._target_"
 
 
 def _metric_mistakes(plain: Any) -> list[str]:
