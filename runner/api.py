@@ -167,7 +167,7 @@ class Run:
         import numpy as np
 
         from runner.tracking.repair import read_lines
-        from runner.tracking.tracker import METRICS_NAME
+        from runner.tracking.trackers.jsonl import METRICS_NAME
 
         log = read_lines(self.folder / METRICS_NAME, _MAX_STEP, is_eval_pending=False)
         rows = [json.loads(record.content) for record in log.records]

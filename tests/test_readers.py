@@ -37,7 +37,7 @@ from runner.run.best import Best
 from runner.tracking import event_file
 from runner.tracking.repair import read_lines
 from runner.tracking.run_record import RunRecord
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
 from runner.utils import io
 from runner.utils.files.strict_json import parse_json
 
@@ -319,7 +319,7 @@ def test_what_is_left_out_of_a_record_is_named(tmp_path):
 def resume_numbers(folder, step, recorded=None):
     """Resumes the numbers in a folder, which no content of its files may end; returns what is warned of."""
     warnings = []
-    tracker = Tracker(folder, resume_step=step, recorded=recorded, warn=warnings.append)
+    tracker = TrackerThread(folder, resume_step=step, recorded=recorded, warn=warnings.append)
     tracker.log(step + 1, {"train/loss": 1.0})
     tracker.close()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
@@ -423,7 +423,7 @@ def test_what_is_no_regular_file_is_told_by_name(tmp_path):
     (tmp_path / "metrics.jsonl").unlink()
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(OSError, match=r"metrics\.jsonl: is a FIFO"):
-        Tracker(tmp_path, resume_step=1)
+        TrackerThread(tmp_path, resume_step=1)
     assert exports.last_evaluation(tmp_path, 1) is None
 
 

@@ -16,7 +16,7 @@ from runner.tracking.run_record import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PATHS_OF_A_RUN = ("outputs/", "audio/", "shards/", "checkpoints/", ".hydra/", "exports/")
+PATHS_OF_A_RUN = ("outputs/", "audio/", "shards/", "checkpoints/", ".hydra/", "exports/", "wandb/")
 PATHS_OF_A_USER = ("mine.py", "codec.py", "my_conf/")
 
 

@@ -35,7 +35,7 @@ from runner.config.schema import (
     eval_datasets,
 )
 from runner.config.sections.data import find_data_mistakes
-from runner.config.spec import ExperimentSpec
+from runner.config.spec import ExperimentSpec, select_trackers
 from runner.utils.files.strict_json import parse_json
 from runner.utils.utils import one_line, suggest
 
@@ -85,6 +85,7 @@ _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
     "train_metrics": False,
     "report": None,
     "callbacks": {},
+    "trackers": {},
 }
 _PATTERN_REMEDY = "a model takes it by an argument of its own, as in model.pattern=${pattern}"
 _LARGEST_SEED = 2**63 - 1
@@ -406,7 +407,7 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
         remedy = f"set pattern.num_codebooks=... ({_PATTERN_REMEDY})"
         raise ConfigError(f"{error.full_key}: this data does not tell it; {remedy}") from error
     deleted = {key: copy.copy(value) for key, value in _DEFAULTS.items() if key not in plain}
-    return dict(update_paths(plain)) | deleted
+    return select_trackers(dict(update_paths(plain)) | deleted)
 
 
 def to_json(plain: Any) -> str:

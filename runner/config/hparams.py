@@ -35,7 +35,7 @@ _SEARCH_SPACE_KEYS = (
     "ax_config.params",
 )  # of sweepers
 _ABSENT = "(none)"  # value of a key that only other jobs of the sweep have
-_EXCLUDED_KEYS = ("resume", "resume_allow_changes", "allow_targets", "hydra", "defaults")
+_EXCLUDED_KEYS = ("resume", "resume_allow_changes", "allow_targets", "hydra", "defaults", "trackers")
 _PATH_KEY = re.compile(r"(.*_)?(path|paths|dir|dirs|directory|folder|folders|file|files|root)")
 _MAX_LABEL_LENGTH = 72  # 80 with the job's number before it
 _MIN_PART_LENGTH = 12

@@ -44,7 +44,17 @@ _MAX_COMMAS = 1_000  # Hydra parses a list in the square of its length: 0.1 s
 _MAX_RECORD_BYTES = 8 << 20
 _LONG_NUMBER = re.compile(rf"[-+.0-9][0-9a-fA-FxXoO_:.+-]{{{_MAX_DIGITS},}}")
 _TAGS = ("tag:yaml.org,2002:binary", "tag:yaml.org,2002:python/object/apply:pathlib.")  # what OmegaConf writes
-_OWN_NAMES = {".hydra", ".lock", "audio", "checkpoints", "exports", "log.txt", "metrics.jsonl", "run.json"}
+_OWN_NAMES = {
+    ".hydra",
+    ".lock",
+    "audio",
+    "checkpoints",
+    "exports",
+    "log.txt",
+    "metrics.csv",
+    "metrics.jsonl",
+    "run.json",
+}
 _MAX_ENTRIES = 100_000  # of a folder that is searched for links
 _MAX_LEVELS = 16
 # Keys that are set on a command line only, and never read from a run's config.

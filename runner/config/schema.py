@@ -81,8 +81,9 @@ class DistributedConfig:
 
 @dataclass
 class TrackingConfig:
-    tensorboard: bool = MISSING
-    jsonl: bool = MISSING
+    trackers: bool = True
+    tensorboard: bool | None = None
+    jsonl: bool | None = None
     progress: bool = MISSING
     stdin: Any = MISSING
 
@@ -150,6 +151,7 @@ class Config:
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     tracking: TrackingConfig = MISSING
+    trackers: dict[str, Any] = field(default_factory=dict)
     engines: dict[str, Any] = field(default_factory=dict)
     updates: Updates = Updates.joint
     feeder: Any = None

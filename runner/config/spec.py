@@ -92,6 +92,7 @@ class ExperimentSpec:
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    trackers: dict[str, Any]  # nodes by name
     plain: dict[str, Any]
 
     @classmethod
@@ -116,6 +117,7 @@ class ExperimentSpec:
             trainer=_read_section(TrainerConfig, plain["trainer"]),
             checkpoint=_read_section(CheckpointConfig, plain["checkpoint"]),
             tracking=_read_section(TrackingConfig, plain["tracking"]),
+            trackers=plain["trackers"],
             plain=plain,
         )
 
@@ -148,6 +150,22 @@ class ExperimentSpec:
         """Returns the specification of the same experiment that resumes the run in a folder."""
         resume = str(folder)
         return replace(self, resume=resume, plain={**self.plain, "resume": resume})
+
+
+def select_trackers(plain: dict[str, Any]) -> dict[str, Any]:
+    """Returns a resolved config without the trackers that `tracking` switches off, or that are null.
+
+    The configs of earlier runs have no `trackers`, but `tracking.tensorboard` and `tracking.jsonl`.
+    """
+    trackers, switches = plain.get("trackers"), plain.get("tracking")
+    if not isinstance(trackers, Mapping) or not isinstance(switches, Mapping):  # reported where the types are checked
+        return plain
+    kept = {}
+    for name, node in trackers.items():
+        switch = switches.get(name) if name in ("tensorboard", "jsonl") else None
+        if node is not None and (switches.get("trackers", True) if switch is None else switch):
+            kept[name] = node
+    return {**plain, "trackers": kept}
 
 
 def _read_section(section: type[Section], values: Mapping[str, Any]) -> Section:

@@ -60,6 +60,9 @@ _EXTRAS = {
     "liger_kernel": "liger",
     "triton": "liger",
     "soundfile": "audio",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
 }
 
 
@@ -98,10 +101,11 @@ def _find_targets(plain: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
                 key = f"{prefix}{role}.{name}".removesuffix(".")
                 yield key, part, num_positional
                 yield from _find_nested_targets(part, key)
-    for name, node in (plain.get("callbacks") or {}).items():
-        if node is not None:
-            yield f"callbacks.{name}", node, 0
-            yield from _find_nested_targets(node, f"callbacks.{name}")
+    for group in ("callbacks", "trackers"):
+        for name, node in (plain.get(group) or {}).items():
+            if node is not None:
+                yield f"{group}.{name}", node, 0
+                yield from _find_nested_targets(node, f"{group}.{name}")
     for prefix, section in sections:
         for name, node in (section.get("metrics") or {}).items():
             if node is not None:

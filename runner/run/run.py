@@ -32,7 +32,8 @@ from runner.engines.dynamo import reset_dynamo
 from runner.run.trainer import Trainer
 from runner.run.watchdog import watchdog
 from runner.run.weights.placeholders import RECORD_NAME
-from runner.tracking.tracker import METRICS_NAME
+from runner.tracking.trackers.csv import CSV_NAME
+from runner.tracking.trackers.jsonl import METRICS_NAME
 from runner.utils.distributed import (
     RankError,
     RankLostError,
@@ -316,7 +317,8 @@ def _undo_start(trainer: Trainer, had_log: bool) -> Iterator[None]:
     except ConfigError:
         has_saved = any((folder / "checkpoints").glob("step_*"))
         if trainer.is_new and not trainer.begins_again and is_rank_zero() and not has_saved:
-            written = [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / "run.json"]
+            written = [*folder.glob("events.out.tfevents.*"), folder / METRICS_NAME, folder / CSV_NAME]
+            written.append(folder / "run.json")
             _remove_unused(folder, had_log, written)
         raise
 

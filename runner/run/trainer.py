@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,8 +30,8 @@ from runner.run.state import RunState, fingerprint_of
 from runner.run.weights import initial_weights, placeholders
 from runner.tracking.console import Console, describe_numbers, open_log
 from runner.tracking.null import NullRunRecord, NullSaver, NullTracker
-from runner.tracking.run_record import RunRecord
-from runner.tracking.tracker import Tracker
+from runner.tracking.run_record import RunRecord, find_run_id
+from runner.tracking.tracker import TrackerThread
 from runner.utils.distributed import (
     RankAbortError,
     RankError,
@@ -129,7 +130,7 @@ class Trainer:
         for evaluation in experiment.evaluations.values():
             stack.callback(evaluation.close)
         self.log = stack.enter_context(open_log(folder, self._console, rank()))
-        self.tracker: Tracker | NullTracker = NullTracker()
+        self.tracker: TrackerThread | NullTracker = NullTracker()
         self._recorded: dict[str, int] | None = None  # the tracker's counts at the checkpoint
         self.best = Best(trainer.best_metric, trainer.best_mode.name == "max")
         self.checkpoints = Checkpoints(
@@ -146,6 +147,7 @@ class Trainer:
         self._last_saved: tuple[int, Path | None] = (start, checkpoint[0] if checkpoint else None)
         self.evaluation: dict[str, Any] | None = None
         self.hparams: dict[str, bool | float | str] = {}
+        self.run_id = ""  # by which trackers know the run
         self._next_line_s = time.monotonic() + _CONSOLE_INTERVAL_S
         self._num_evaluated = 0  # batches
         self.commands = CommandHandlers(self.engines.set_lr, self.coordinator, partial(self.log.info, "%s"))
@@ -189,10 +191,13 @@ class Trainer:
 
     def _start_record(self, accept: Callable[[], None], launch_id: str, hparams: Mapping[str, Any]) -> None:
         """Accepts the run, starts its session in run.json, and removes checkpoints after the step that is resumed."""
-        self.hparams = merge_hyperparameters(read_record(self.folder).get("hparams"), hparams, self.spec.plain)
+        before = read_record(self.folder)
+        self.hparams = merge_hyperparameters(before.get("hparams"), hparams, self.spec.plain)
+        self.run_id = find_run_id(before) or secrets.token_hex(8)
         self.best_checkpoint.convert_metrics(self._saved_best, lambda: read_config(self.folder))
         accept()  # replaces the config
-        facts = {"name": self.spec.name, "ranks": world_size(), "launch": launch_id, "hparams": self.hparams}
+        facts = {"id": self.run_id, "name": self.spec.name, "ranks": world_size(), "launch": launch_id}
+        facts |= {"hparams": self.hparams}
         try:
             self.checkpoints.recover()
             later = set() if self.is_new else set(self.checkpoints.steps_after(self.loop.step))
@@ -216,15 +221,15 @@ class Trainer:
 
     def _open_tracker(self) -> None:
         """Opens the tracker, which truncates the numbers in the folder to those up to this step."""
-        tracking = self.spec.tracking
-        self.tracker = Tracker(
+        self.tracker = TrackerThread(
             self.folder,
-            tensorboard=tracking.tensorboard,
-            jsonl=tracking.jsonl,
+            self.experiment.trackers,
             resume_step=None if self.is_new and not self.begins_again else self.loop.step,
             is_eval_pending=self.begins_again or "eval" in self.loop.schedule.pending,
             recorded=self._recorded,
-            warn=self.log.warning,
+            warn=partial(self.log.warning, "%s"),
+            name=self.spec.name,
+            run_id=self.run_id,
         )
         self.tracker.hparams(self.hparams)
 

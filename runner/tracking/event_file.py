@@ -196,6 +196,8 @@ def read_log(path: Path, step: int, is_eval_pending: bool = False, earlier_s: fl
                 key = make_key(event.step, values, names) if values and is_restorable else None
                 time_s = earlier_s + event.wall_time - log.started
                 log.records.append(Record(event.step, time_s, record, key))
+        elif not event.HasField("session_log"):
+            log.last_step = max(log.last_step, event.step)
     log.is_damaged |= not has_header
     return log
 

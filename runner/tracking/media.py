@@ -69,6 +69,20 @@ def read_picture(name: str, picture: Any) -> Any:
     return array
 
 
+def to_pil(picture: Any) -> Any:
+    """Returns a picture, as `read_picture` returns it, as Pillow's image."""
+    from PIL.Image import fromarray
+    from PIL.Image import open as decode
+
+    return decode(io.BytesIO(picture)) if isinstance(picture, bytes) else fromarray(picture)
+
+
+def read_wave(wav: bytes) -> Any:
+    """Returns the samples of a WAV file, as `Audio.encode` returns it: int16 [samples]."""
+    with wave_format.open(io.BytesIO(wav)) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2")
+
+
 @dataclass(frozen=True)
 class Histogram:
     """A summary of numbers.

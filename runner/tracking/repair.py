@@ -58,6 +58,7 @@ class Log:
         started: wall time of an event file's session.
         clock_zero: wall time at `time_s` = 0, as if there were no pauses between sessions.
         is_clock_known: False if `clock_zero` of an event file is a guess.
+        last_step: the last step of a record that was left out because it is after that step; -1 if there is none.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Log:
     started: float | None = None
     clock_zero: float = 0.0
     is_clock_known: bool = False
+    last_step: int = -1
 
     def __str__(self) -> str:
         return str(self.path) if self.path.exists() else f"{self.path.parent}/{self.pattern} (no such file)"
@@ -140,6 +142,8 @@ def read_lines(path: Path, step: int, is_eval_pending: bool) -> Log:
                 log.num_pending_evals += 1
             else:
                 log.records.append(record)
+        else:
+            log.last_step = max(log.last_step, record.step)
     return log
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -165,6 +166,12 @@ class RunRecord:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def find_run_id(record: Mapping[str, Any]) -> str | None:
+    """Returns the id of a run from its run.json, or None; it is safe in a URL or a query."""
+    run_id = record.get("id")
+    return run_id if isinstance(run_id, str) and re.fullmatch(r"[a-z0-9]{1,64}", run_id) else None
 
 
 def _is_object(value: Any) -> bool:

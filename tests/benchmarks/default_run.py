@@ -161,12 +161,12 @@ def make_runner_loop(settings, folder):
     from runner.control.commands import CommandQueue
     from runner.control.handlers import COMMANDS
     from runner.run.build.experiment import build
-    from runner.tracking.tracker import Tracker
+    from runner.tracking.tracker import TrackerThread
     from runner.utils.train import Loop
     from runner.utils.train.failures import FailurePolicy
 
     experiment = build(compose_config(settings["trainer"]["steps"]))
-    trainer, tracker = experiment.trainer, Tracker(folder)
+    trainer, tracker = experiment.trainer, TrackerThread(folder)
     loop = Loop(
         experiment.engines,
         experiment.batches,

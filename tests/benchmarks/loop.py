@@ -21,7 +21,7 @@ from runner.control.handlers import COMMANDS
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import step_without_dynamo
 from runner.tracking.console import Console
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
 from runner.utils.sampler import OrderedSampler
 from runner.utils.sampler.batches import Batches
 from runner.utils.train import Loop
@@ -83,7 +83,7 @@ def run_bare(batches, folder):
 def run_ours(batches, folder, stream=None):
     model, optimizer = make_model()
     step_without_dynamo(optimizer)  # as `build` does
-    engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), Tracker(folder)
+    engines, tracker = Engines(model=Engine(model, optimizer, on_nonfinite="stop")), TrackerThread(folder)
     console = Console(STEPS, stream=Terminal())
     queue = CommandQueue(COMMANDS, lambda text: None)
     loop = Loop(

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runner.tracking.media import Audio, read_histogram
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
 
 
 def read(content):
@@ -61,7 +61,7 @@ def test_a_histogram_of_what_is_no_real_number_names_it():
 
 def test_tensorboard_reads_a_histogram(tmp_path):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.histogram(3, "weights/layer", values)
     tracker.histogram(3, "nothing", torch.full((2,), float("nan")))
     tracker.close()

@@ -7,9 +7,9 @@ import pytest
 from runner.checkpoint.saver import Saver
 from runner.tracking.null import NullRunRecord, NullSaver, NullTracker
 from runner.tracking.run_record import RunRecord
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
 
-PAIRS = [(NullTracker, Tracker), (NullRunRecord, RunRecord), (NullSaver, Saver)]
+PAIRS = [(NullTracker, TrackerThread), (NullRunRecord, RunRecord), (NullSaver, Saver)]
 
 
 def public_methods(cls):
@@ -32,7 +32,7 @@ def test_a_null_object_has_the_public_methods_of_its_class_with_their_parameters
 @pytest.mark.parametrize(("null", "original"), PAIRS)
 def test_a_null_object_has_the_public_attributes_of_its_class(null, original, tmp_path):
     arguments = {
-        Tracker: {"folder": tmp_path},
+        TrackerThread: {"folder": tmp_path},
         RunRecord: {"folder": tmp_path, "may_read_git": bool},
         Saver: {"checkpoints": None, "before_commit": bool, "saved": bool, "failed": bool},
     }
@@ -40,7 +40,7 @@ def test_a_null_object_has_the_public_attributes_of_its_class(null, original, tm
     assert {name for name in vars(made) if name[0] != "_"} == {
         name for name in vars(null) if name[0] != "_" and name not in public_methods(null)
     }
-    made.close() if original is Tracker else None
+    made.close() if original is TrackerThread else None
 
 
 @pytest.mark.parametrize("null", [null for null, _ in PAIRS])

@@ -27,16 +27,22 @@ from runner.tracking.event_file import (
     read_records,
 )
 from runner.tracking.repair import make_key, read_lines
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
 
 LAST = 20
 EXAMPLES = 30
-KINDS = {"both": {}, "lines": {"tensorboard": False}, "events": {"jsonl": False}}
+KINDS = {
+    "both": {},
+    "lines": {"trackers": {"jsonl": Jsonl()}},
+    "events": {"trackers": {"tensorboard": TensorBoard()}},
+}
 
 
 def log_steps(folder: Path, first: int, last: int, **options: Any) -> dict[str, int]:
     """Logs like a run that evaluates every five steps; returns the counts for its checkpoint."""
-    tracker = Tracker(folder, **options)
+    tracker = TrackerThread(folder, **options)
     tracker.hparams({"lr": 0.1})
     for step in range(first, last + 1):
         tracker.log(step, {"train/loss": step + 0.1, "train/lr": -0.5 / step})
@@ -185,7 +191,7 @@ def test_numbers_that_no_file_holds_are_reported_by_file_and_step(
 
 
 def test_an_empty_call_and_the_events_of_another_writer_are_no_missing_numbers(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.log(1, {"loss": 1.0})
     tracker.log(1, {})
     counts = tracker.counts()
@@ -194,7 +200,7 @@ def test_an_empty_call_and_the_events_of_another_writer_are_no_missing_numbers(t
     writer.add_event(Event(step=1, summary=Summary(value=[Summary.Value(tag="theirs", simple_value=1.0)])))
     writer.close()
     warned: list[str] = []
-    Tracker(tmp_path, resume_step=1, recorded=counts, warn=warned.append).close()
+    TrackerThread(tmp_path, resume_step=1, recorded=counts, warn=warned.append).close()
     assert warned == []
     assert numbers_in_lines(tmp_path) == [(1, {"loss": 1.0}), (1, {})]
     assert (1, {"theirs": 1.0}) in numbers_in_events(tmp_path)
@@ -209,7 +215,7 @@ def test_damage_between_records_is_reported_without_a_count_of_a_checkpoint(
     lines[8] = lines[8][:20] + "\n"
     (folder / "metrics.jsonl").write_text("".join(lines))
     warned: list[str] = []
-    Tracker(folder, tensorboard=False, resume_step=LAST, warn=warned.append).close()
+    TrackerThread(folder, {"jsonl": Jsonl()}, resume_step=LAST, warn=warned.append).close()
     assert warned == [f"{folder}/metrics.jsonl: damaged; the numbers of steps 4, 8 are missing and no file holds them"]
     assert len(numbers_in_lines(folder)) == len(lines) - 2
 
@@ -234,7 +240,7 @@ def test_a_changed_line_is_replaced_by_the_numbers_of_the_event_file(
     assert old in text
     (folder / "metrics.jsonl").write_text(text.replace(old, new))
     warned: list[str] = []
-    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
     assert numbers_in_lines(folder) == wanted(1, LAST)
     assert numbers_in_events(folder) == wanted(1, LAST)
     assert [steps_named(said) for said in warned] == [{20 if "20" in old else 7}]
@@ -247,7 +253,7 @@ def test_calls_at_the_same_time_are_restored_in_their_order(
 ) -> None:
     monkeypatch.setattr("runner.tracking.tracker.time.perf_counter", lambda: 1.0)
     names = ["train/loss", "eval/loss", "train/lr", "another"]
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     for step in (1, 2):
         for each in names:
             tracker.log(step, {each: 0.5 * step})
@@ -259,7 +265,7 @@ def test_calls_at_the_same_time_are_restored_in_their_order(
     place = content.index(b"train/lr")
     path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     warned: list[str] = []
-    Tracker(tmp_path, resume_step=2, recorded=counts, warn=warned.append).close()
+    TrackerThread(tmp_path, resume_step=2, recorded=counts, warn=warned.append).close()
     (said,) = warned
     assert "were missing " in said
     assert numbers_in_lines(tmp_path) == expected
@@ -298,7 +304,7 @@ def log_calls(folder: Path, calls: Calls, ends: tuple[int, ...] = (12, 17, LAST)
     last = -1
     for end in ends:
         resumed = {"resume_step": last, "recorded": counts} if counts else {}
-        tracker = Tracker(folder, **resumed, **options)
+        tracker = TrackerThread(folder, **resumed, **options)
         tracker.hparams({"lr": 0.1})
         names: set[str] = set()
         for step, numbers in calls:
@@ -360,7 +366,7 @@ def test_numbers_that_one_of_two_damaged_files_holds_are_in_both_afterwards(
     damage(find_event_files(folder)[file], of_events)
     whole = (calls_in_lines(folder) & logged) | (calls_in_events(folder) & logged)
     warned: list[str] = []
-    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
     assert calls_in_lines(folder) & logged == whole
     assert calls_in_events(folder) & logged == whole
     if whole == logged:
@@ -389,7 +395,7 @@ def test_two_calls_are_both_kept_if_each_file_lacks_another_one(
     path.write_bytes(path.read_bytes().replace(record.content, record.content[:-1] + b"#"))
     assert sum(calls_in_events(folder).values()) == len(RUNS["two calls a step"]) - 1
     warned: list[str] = []
-    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
     assert calls_in_lines(folder) == calls_in_events(folder) == logged
     assert [steps_named(said) for said in warned] == [{step}, {10}]
 
@@ -412,7 +418,7 @@ def test_a_changed_name_is_distinguished_from_lines_of_a_removed_event_file(
     lines[step + 1] = lines[step + 1].replace(b"train/loss", b"tsain/loss")  # step 0 has two
     path.write_bytes(b"".join(lines))
     find_event_files(folder)[0 if step > 12 else 1].unlink()
-    Tracker(folder, resume_step=LAST, recorded=counts).close()
+    TrackerThread(folder, resume_step=LAST, recorded=counts).close()
     assert calls_in_lines(folder) == calls_in_events(folder) == logged
 
 
@@ -432,7 +438,7 @@ def test_a_changed_time_is_reported_and_restored_from_the_event(
     if is_first_removed:
         find_event_files(folder)[0 if step > 12 else 1].unlink()
     warned: list[str] = []
-    tracker = Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append)
+    tracker = TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append)
     tracker.log(LAST + 1, {"train/loss": 1.0})
     tracker.close()
     *found, last = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -474,19 +480,21 @@ def test_the_step_at_which_both_files_are_cut_between_two_calls_is_reported(
     (record,) = [each for each in read_log(cut, LAST).records if each.key == read_key(lines[31])]
     cut.write_bytes(cut.read_bytes().partition(record.content)[0])
     warned: list[str] = []
-    Tracker(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
     assert [steps_named(said) for said in warned] == [set(range(15, LAST + 1))]
 
 
 @pytest.mark.parametrize("how", ["emptied", "removed"])
 def test_all_steps_of_an_emptied_event_file_beside_a_damaged_one_are_reported(tmp_path: Path, how: str) -> None:
-    counts = log_calls(tmp_path, RUNS["plain"], jsonl=False)
+    counts = log_calls(tmp_path, RUNS["plain"], trackers={"tensorboard": TensorBoard()})
     first, second, _ = find_event_files(tmp_path)
     damage(first, (how, 0, 0))
     (record,) = [each for each in read_log(second, LAST).records if each.key and each.step == 16]
     second.write_bytes(second.read_bytes().replace(record.content, record.content[:-1] + b"#"))
     warned: list[str] = []
-    Tracker(tmp_path, jsonl=False, resume_step=LAST, recorded=counts, warn=warned.append).close()
+    TrackerThread(
+        tmp_path, {"tensorboard": TensorBoard()}, resume_step=LAST, recorded=counts, warn=warned.append
+    ).close()
     (said,) = warned
     # Step 17 has one call, as a step does that lacks its evaluation.
     assert {*range(13), 16} <= steps_named(said) <= {*range(13), 16, 17}

@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 
 from runner.tracking.event_file import find_event_files, read_records
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +65,7 @@ def wait_for(is_so: Any, seconds: float = 30) -> None:
 
 def test_lines_hold_the_exact_values_in_order(tmp_path: Path) -> None:
     values = {"train/loss": 0.1 + 0.2, "train/lr": 1.2345e-05, "train/tokens": 2**60, 'a "b" é': -0.0}
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.log(7, values)
     tracker.log(7, {"eval/loss": 1 / 3})
     tracker.close()
@@ -76,7 +78,7 @@ def test_lines_hold_the_exact_values_in_order(tmp_path: Path) -> None:
 
 def test_tensorboard_reads_the_same_scalars_back(tmp_path: Path) -> None:
     rows = [{"train/loss": step / 7, "train/lr": 1e-3 / (step + 1)} for step in range(500)]
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     for step, row in enumerate(rows):
         tracker.log(step, row)
     tracker.close()
@@ -87,7 +89,7 @@ def test_tensorboard_reads_the_same_scalars_back(tmp_path: Path) -> None:
 
 
 def test_a_call_is_one_record_of_the_event_file(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     for step in range(20):
         tracker.log(step, {f"metric_{i}": float(i) for i in range(8)})
     tracker.close()
@@ -97,7 +99,7 @@ def test_a_call_is_one_record_of_the_event_file(tmp_path: Path) -> None:
 
 
 def test_numbers_without_json_are_null_in_lines_and_themselves_in_events(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.log(1, {"nan": float("nan"), "inf": float("inf"), "fine": 2.0})
     tracker.close()
     [line] = read_lines(tmp_path)
@@ -115,7 +117,7 @@ def test_tensors_and_numpy_numbers_and_bools_are_numbers(tmp_path: Path) -> None
         "int": np.int64(3),
         "bool": True,
     }
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.log(1, values)
     tracker.close()
     [line] = read_lines(tmp_path)
@@ -125,7 +127,7 @@ def test_tensors_and_numpy_numbers_and_bools_are_numbers(tmp_path: Path) -> None
 
 
 def test_the_callers_dict_may_be_reused(tmp_path: Path) -> None:
-    tracker, values = Tracker(tmp_path), {"loss": 0.0}
+    tracker, values = TrackerThread(tmp_path), {"loss": 0.0}
     for step in range(100):
         values["loss"] = float(step)
         tracker.log(step, values)
@@ -134,7 +136,7 @@ def test_the_callers_dict_may_be_reused(tmp_path: Path) -> None:
 
 
 def test_numbers_reach_the_disk_while_the_run_goes_on(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, flush_s=0.05)
+    tracker = TrackerThread(tmp_path, flush_s=0.05)
     tracker.log(1, {"loss": 1.0})
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and read_lines(tmp_path))
     wait_for(lambda: find_event_files(tmp_path) and "loss" in read_events(tmp_path).Tags()["scalars"])
@@ -142,7 +144,7 @@ def test_numbers_reach_the_disk_while_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_text_is_shown_by_the_text_plugin(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.text(3, "eval/sample", "def f(é):\n    pass \udc80")
     tracker.close()
     events = read_events(tmp_path)
@@ -165,7 +167,7 @@ def test_pictures_come_back_with_their_pixels_and_sizes(tmp_path: Path, kind: st
         "figure": Figure((2, 1), 50),
     }
     picture = picture[kind]
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.image(4, "eval/picture", picture)
     if kind != "figure":
         picture[:] = 0
@@ -179,14 +181,14 @@ def test_pictures_come_back_with_their_pixels_and_sizes(tmp_path: Path, kind: st
 
 
 def test_a_picture_of_another_type_is_an_error_of_the_call(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     with pytest.raises(ValueError, match=r"'p': expected uint8 \[height, width, 3\], found float64 \[4, 4\]"):
         tracker.image(1, "p", np.zeros((4, 4)))
     tracker.close()
 
 
 def test_hparams_lie_in_the_runs_own_event_file(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.hparams({"lr": 3e-4, "layers": 4, "model": "gpt", "tied": True}, ["eval/loss"])
     tracker.log(1, {"eval/loss": 2.0})
     tracker.close("failed")
@@ -202,14 +204,14 @@ def test_hparams_lie_in_the_runs_own_event_file(tmp_path: Path) -> None:
 
 
 def test_without_metrics_tensorboard_is_left_to_gather_the_columns_of_all_runs(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.hparams({"lr": 3e-4})
     tracker.close()
     assert sorted(hparams(tmp_path)) == ["session_end_info", "session_start_info"]
 
 
 def test_an_hparam_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     with pytest.raises(TypeError, match="'betas' is a list"):
         tracker.hparams({"betas": [0.9, 0.95]})  # type: ignore[dict-item]
     tracker.close()
@@ -217,7 +219,7 @@ def test_an_hparam_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_events", [True, False])
 def test_a_kind_of_file_that_is_switched_off_is_not_written(tmp_path: Path, has_events: bool) -> None:
-    tracker = Tracker(tmp_path, tensorboard=has_events, jsonl=not has_events)
+    tracker = TrackerThread(tmp_path, {"only": TensorBoard() if has_events else Jsonl()})
     tracker.log(1, {"loss": 1.0})
     tracker.text(1, "t", "text")
     tracker.image(1, "i", np.zeros((2, 2, 3), np.uint8))
@@ -228,17 +230,17 @@ def test_a_kind_of_file_that_is_switched_off_is_not_written(tmp_path: Path, has_
 
 
 def test_another_runs_numbers_are_never_mixed_in(tmp_path: Path) -> None:
-    first = Tracker(tmp_path)
+    first = TrackerThread(tmp_path)
     first.log(1, {"loss": 1.0})
     first.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(FileExistsError, match=r"holds a run's numbers \(events.*metrics.jsonl\): resume it"):
-        Tracker(tmp_path)
+        TrackerThread(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_resume_leaves_each_step_once_and_time_going_on(tmp_path: Path) -> None:
-    first = Tracker(tmp_path)
+    first = TrackerThread(tmp_path)
     first.hparams({"lr": 1.0}, ["loss"])
     for step in range(1, 11):
         first.log(step, {"loss": float(step)})
@@ -247,7 +249,7 @@ def test_resume_leaves_each_step_once_and_time_going_on(tmp_path: Path) -> None:
             first.text(step, "sample", str(step))
     first.close("interrupted")
     kept_s = read_lines(tmp_path)[7]["time_s"]  # of step 6's evaluation
-    second = Tracker(tmp_path, resume_step=6)
+    second = TrackerThread(tmp_path, resume_step=6)
     second.hparams({"lr": 2.0}, ["loss"])
     for step in range(7, 13):
         second.log(step, {"loss": step + 0.5})
@@ -266,7 +268,7 @@ def test_resume_leaves_each_step_once_and_time_going_on(tmp_path: Path) -> None:
 
 
 def test_resume_in_a_folder_without_numbers_starts_them(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, resume_step=100)
+    tracker = TrackerThread(tmp_path, resume_step=100)
     tracker.log(101, {"loss": 1.0})
     tracker.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [101]
@@ -274,12 +276,12 @@ def test_resume_in_a_folder_without_numbers_starts_them(tmp_path: Path) -> None:
 
 
 def test_a_tensorboard_that_watches_forgets_the_steps_that_a_resume_repeats(tmp_path: Path) -> None:
-    first = Tracker(tmp_path)
+    first = TrackerThread(tmp_path)
     for step in range(10):
         first.log(step, {"loss": 0.0})
     first.close()
     watching = read_events(tmp_path)
-    second = Tracker(tmp_path, resume_step=4)
+    second = TrackerThread(tmp_path, resume_step=4)
     second.log(5, {"loss": 1.0})
     second.close()
     found = [(event.step, event.value) for event in watching.Reload().Scalars("loss")]
@@ -289,8 +291,10 @@ def test_a_tensorboard_that_watches_forgets_the_steps_that_a_resume_repeats(tmp_
 def test_a_killed_run_resumes_without_a_gap_or_a_double(tmp_path: Path) -> None:
     code = """
 import itertools, sys, time
-from runner.tracking.tracker import Tracker
-tracker = Tracker(sys.argv[1], flush_s=0.02)
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
+tracker = TrackerThread(sys.argv[1], flush_s=0.02)
 for step in itertools.count(1):
     tracker.log(step, {"loss": float(step), "lr": 0.1})
     time.sleep(0.0002)
@@ -302,7 +306,7 @@ for step in itertools.count(1):
     run.communicate()
     for torn in (path, *find_event_files(tmp_path)):  # as if the kill had met the middle of a write
         os.truncate(torn, torn.stat().st_size - 7)
-    tracker = Tracker(tmp_path, resume_step=100)
+    tracker = TrackerThread(tmp_path, resume_step=100)
     tracker.log(101, {"loss": -1.0, "lr": 0.2})
     tracker.close()
     assert [line["loss"] for line in read_lines(tmp_path)] == [*map(float, range(1, 101)), -1.0]
@@ -311,7 +315,7 @@ for step in itertools.count(1):
 
 def test_a_line_torn_by_a_kill_goes_even_when_its_step_stays(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time_s": 2.5, "loss": 1.0}\n{"step": 2, "time_s": 3.0')
-    tracker = Tracker(tmp_path, resume_step=2)
+    tracker = TrackerThread(tmp_path, resume_step=2)
     tracker.log(3, {"loss": 3.0})
     tracker.close()
     first, last = read_lines(tmp_path)
@@ -322,8 +326,10 @@ def test_a_line_torn_by_a_kill_goes_even_when_its_step_stays(tmp_path: Path) -> 
 def test_a_full_disk_is_raised_once_and_later_numbers_take_no_memory(tmp_path: Path) -> None:
     code = """
 import sys, time
-from runner.tracking.tracker import Tracker
-tracker = Tracker(sys.argv[1], flush_s=0.01)
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
+tracker = TrackerThread(sys.argv[1], flush_s=0.01)
 told = []
 for step in range(200_000):
     try:
@@ -355,8 +361,10 @@ print(len(told), told[0].filename, told[0])
 def test_a_full_disk_is_raised_by_close_if_nothing_was_logged_after(tmp_path: Path) -> None:
     code = """
 import sys
-from runner.tracking.tracker import Tracker
-tracker = Tracker(sys.argv[1], flush_s=60)
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
+tracker = TrackerThread(sys.argv[1], flush_s=60)
 for step in range(2000):
     tracker.log(step, {"loss": 1.0})
 try:
@@ -374,16 +382,18 @@ tracker.close()
 
 
 def test_a_resume_on_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     for step in range(2000):
         tracker.log(step, {"loss": 1.0})
     tracker.close()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     code = """
 import sys
-from runner.tracking.tracker import Tracker
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
 try:
-    Tracker(sys.argv[1], resume_step=1500).close()
+    TrackerThread(sys.argv[1], resume_step=1500).close()
 except OSError as error:
     print(error.filename)
 """
@@ -404,7 +414,7 @@ except OSError as error:
     ],
 )
 def test_an_invalid_value_is_named_and_earlier_ones_stay(tmp_path: Path, name: str, value: Any, message: str) -> None:
-    tracker = Tracker(tmp_path, flush_s=60)
+    tracker = TrackerThread(tmp_path, flush_s=60)
     tracker.log(1, {"loss": 1.0})
     tracker.log(2, {name: value})
     with pytest.raises((TypeError, ValueError), match=message):
@@ -414,7 +424,7 @@ def test_an_invalid_value_is_named_and_earlier_ones_stay(tmp_path: Path, name: s
 
 
 def test_a_number_after_close_is_an_error(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.close()
     with pytest.raises(ValueError, match="is closed"):
         tracker.log(1, {"loss": 1.0})
@@ -423,8 +433,10 @@ def test_a_number_after_close_is_an_error(tmp_path: Path) -> None:
 def test_a_run_that_ends_without_close_still_leaves_every_number(tmp_path: Path) -> None:
     code = """
 import sys
-from runner.tracking.tracker import Tracker
-tracker = Tracker(sys.argv[1], flush_s=60)
+from runner.tracking.tracker import TrackerThread
+from runner.tracking.trackers.jsonl import Jsonl
+from runner.tracking.trackers.tensorboard import TensorBoard
+tracker = TrackerThread(sys.argv[1], flush_s=60)
 for step in range(1000):
     tracker.log(step, {"loss": float(step)})
 raise SystemExit(3)
@@ -436,7 +448,7 @@ raise SystemExit(3)
 
 
 def test_a_signal_handler_may_log_at_any_moment(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, flush_s=0.001)
+    tracker = TrackerThread(tmp_path, flush_s=0.001)
     num_signals = 0
 
     def handle(number: int, frame: Any) -> None:
@@ -470,7 +482,7 @@ print(sorted({"torch", "tensorboard", "hydra", "omegaconf", "numpy", "tqdm"} & s
 
 
 def test_after_a_flush_the_numbers_are_on_disk_and_more_may_follow(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, flush_s=60.0)
+    tracker = TrackerThread(tmp_path, flush_s=60.0)
     for step in range(500):
         tracker.log(step, {"loss": float(step)})
         if step % 100 == 99:
@@ -480,7 +492,7 @@ def test_after_a_flush_the_numbers_are_on_disk_and_more_may_follow(tmp_path: Pat
 
 
 def test_a_failed_flush_raises_and_the_next_call_raises_too(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.flush()
     (tmp_path / "metrics.jsonl").unlink()
     tracker.log(1, {"loss": 1.0})
@@ -494,7 +506,7 @@ def test_a_failed_flush_raises_and_the_next_call_raises_too(tmp_path: Path) -> N
 
 def test_a_name_with_a_lone_surrogate_is_the_same_in_both_files_and_each_line_is_one(tmp_path):
     name = "a\ud800\n\x1b[31m"
-    tracker = Tracker(tmp_path)
+    tracker = TrackerThread(tmp_path)
     tracker.log(1, {name: 1.0})
     tracker.text(1, name, name)
     tracker.hparams({name: name}, [name])
@@ -503,5 +515,5 @@ def test_a_name_with_a_lone_surrogate_is_the_same_in_both_files_and_each_line_is
     assert json.loads(line)["a\\ud800\n\x1b[31m"] == 1.0
     assert all(32 <= byte < 127 for byte in line)
     warnings = []
-    Tracker(tmp_path, resume_step=1, recorded={"lines": 1, "events": 1, "step": 1}, warn=warnings.append).close()
+    TrackerThread(tmp_path, resume_step=1, recorded={"lines": 1, "events": 1, "step": 1}, warn=warnings.append).close()
     assert warnings == []

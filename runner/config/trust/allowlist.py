@@ -33,6 +33,9 @@ BUILT_IN = (
     "runner.utils.sampler",
     "runner.utils.pattern",
     "runner.utils.wrapper.built_in",
+    "runner.tracking.trackers.csv",
+    "runner.tracking.trackers.jsonl",
+    "runner.tracking.trackers.tensorboard",
     "torch.nn",
     "torch.optim",
 )

@@ -20,7 +20,8 @@ from runner.run.build.datasets import describe_stream
 from runner.run.build.engines import build_parts, make_engines
 from runner.run.build.instantiate import explain_errors, make_object
 from runner.run.weights.placeholders import ModelBuilder
-from runner.utils.distributed import local_rank, pick_device, run_on_all_ranks
+from runner.tracking.protocol import find_fault
+from runner.utils.distributed import is_rank_zero, local_rank, pick_device, run_on_all_ranks
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.sampler.batches import EvaluationData, PositionedBatches
 from runner.utils.wrapper import Purpose
@@ -40,6 +41,7 @@ class Experiment:
     batches: PositionedBatches
     evaluations: dict[str, EvaluationData]  # by the name of the dataset; a single one has the empty name
     report: Report | None
+    trackers: dict[str, Any]  # by name, on rank zero
     coordinator: Coordinator
     callbacks: CallbackGroup | None
     notes: list[str]  # warnings for the log
@@ -67,6 +69,7 @@ def build(spec: ExperimentSpec, store: Store | None = None, builder: ModelBuilde
             evaluations=build_evaluations(spec),
             report=build_report(spec),
             callbacks=build_callbacks(spec),
+            trackers=build_trackers(spec) if is_rank_zero() else {},
             coordinator=Coordinator(store, delays_flags=device.type != "cpu" and not skips),
         )
         made["notes"] = [
@@ -112,3 +115,18 @@ def build_callbacks(spec: ExperimentSpec) -> CallbackGroup | None:
     for name, callback in callbacks.items():
         explain_errors(f"callbacks.{name}", partial(check_callback, callback))
     return CallbackGroup(callbacks)
+
+
+def build_trackers(spec: ExperimentSpec) -> dict[str, Any]:
+    """Returns the trackers of an experiment by name.
+
+    Raises:
+        ConfigError: naming the key whose object is no tracker, or whose target refused its arguments.
+    """
+    trackers = {}
+    for name, node in spec.trackers.items():
+        key = f"trackers.{name}"
+        trackers[name] = make_object(spec.seed, key, node)
+        if fault := find_fault(trackers[name]):
+            raise ConfigError(f"{key}: {fault}")
+    return trackers

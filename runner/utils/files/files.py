@@ -59,6 +59,15 @@ class AppendFile:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
 
+    def size(self) -> int:
+        """Returns the size of the file in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def truncate(self, size: int) -> None:
+        """Cuts the file to `size` bytes."""
+        with adding_path(self.path):
+            os.ftruncate(self._fd, size)
+
     def sync(self) -> None:
         """Flushes the appended data to disk."""
         with adding_path(self.path):

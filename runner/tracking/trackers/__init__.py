@@ -1,0 +1,1 @@
+"""The trackers that conf/trackers/ names, one in each module; none imports its library before a run opens it."""

@@ -1,0 +1,65 @@
+"""Writes metrics.jsonl: one line of strict JSON for each call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from math import isfinite
+
+from runner.tracking.protocol import RunInfo
+from runner.tracking.repair import LINE_NAMES
+from runner.utils.files import AppendFile
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Jsonl:
+    """Writes `metrics.jsonl`, which `truncation` cuts before it is opened.
+
+    A line has `step`, `time_s`, then the values of one call in order, exact; NaN and infinities, which JSON lacks, are
+    null.
+    """
+
+    is_required = True
+
+    def __init__(self) -> None:
+        self._lines: list[bytes] = []
+        self._file: AppendFile | None = None
+
+    def open(self, run: RunInfo) -> None:
+        self._file = AppendFile(run.folder / METRICS_NAME)
+
+    def log(self, step: int, time_s: float, numbers: Mapping[str, float]) -> None:
+        self._lines.append(encode_line(step, time_s, numbers))
+
+    def write(self) -> None:
+        if self._lines and self._file is not None:
+            lines, self._lines = self._lines, []
+            self._file.append(b"".join(lines))
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.sync()
+
+    def close(self, status: str | None) -> None:
+        if self._file is None:
+            return
+        try:
+            if status is not None:
+                self._file.sync()
+        finally:
+            self._file.close()
+
+
+def encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> bytes:
+    """Returns a line; a name of the line's own is a ValueError."""
+    values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
+    return f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n'.encode()
+
+
+@lru_cache(maxsize=4096)
+def _encode_key(name: str) -> str:
+    if name in LINE_NAMES:
+        raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
+    return f", {json.dumps(name)}: "
