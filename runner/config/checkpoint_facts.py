@@ -77,6 +77,7 @@ def _check_engine(state: Mapping[str, Any], part: str) -> None:
     _check_all(state["configured"], _CONFIGURED, f"{part}: configured")
     _check(state, "reference", ("a number or null", _is_number), part, None)
     _check(state, "numbers", ("a list", _is_list), part, None)
+    _check(state, "metrics", _OBJECT, part, {})
     _check_gathered(state["gathered"], f"{part}: gathered")
     if "schedule" in state:
         _check_schedule(_check(state, "schedule", _OBJECT, part), f"{part}: schedule")

@@ -24,7 +24,10 @@ from runner.engines.forward import (
     feed,
 )
 from runner.engines.gradients import BufferSnapshot, Gradients
+from runner.engines.losses.output_errors import OutputError
 from runner.engines.losses.supervised_loss import SupervisedLoss
+from runner.engines.metric_objects.collection import MetricCollection
+from runner.engines.metric_objects.training import TrainingMetrics
 from runner.engines.metrics import MetricAccumulator
 from runner.engines.optim.hyperparameters import current_lrs, snapshot_hyperparameters
 from runner.engines.optim.optimizer_state import changed_extra_state, extra_state, name_parameters, names_by_id
@@ -73,6 +76,9 @@ class Engine:
         metric: name of an evaluation metric, such as `eval/loss`, with which the scheduler is stepped after an
             evaluation; None steps it after each update.
         loss: computed from the output of the module, or of the feeder; None if the output has the loss.
+        metrics: measured in evaluations, beside the loss.
+        training_metrics: measured on training steps.
+        target: the key of the target in a batch that is a mapping, for metrics without a `loss`.
     Attributes:
         every: it is trained in each `every`-th step of the run.
         has_own_loss: false for a teacher that other engines' feeders call: it runs no forward of its own.
@@ -97,6 +103,9 @@ class Engine:
         applied: AppliedOptimizations | None = None,
         metric: str | None = None,
         loss: SupervisedLoss | None = None,
+        metrics: MetricCollection | None = None,
+        training_metrics: TrainingMetrics | None = None,
+        target: str | None = None,
     ) -> None:
         check_choice("precision", precision, tuple(_AUTOCAST))
         check_choice("on_nonfinite", on_nonfinite, ON_NONFINITE)
@@ -125,7 +134,8 @@ class Engine:
         self._reader = OutputReader(module, self._post_weighted)
         divides_by_weight = accumulate > 1 or self.strategy.is_distributed
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
-        self.loss = loss
+        self.loss, self.metrics, self._training_metrics = loss, metrics, training_metrics
+        self._target_key = target
         self.other_modules, feed_batch = connect_feeder(feeder or feed)
         self._loss_module = self._make_loss_module(feed_batch)
         self._train_forward = self.strategy.wrap_forward(
@@ -144,11 +154,12 @@ class Engine:
 
     def _make_loss_module(self, feed_batch: Feeder) -> LossModule:
         loss = self.loss
+        if loss is not None or self.metrics is not None:
+            self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")
         if loss is None:
             return LossModule(self.module, feed_batch, self._reader, None if self.feeder is not None else arguments_of)
         loss.to(self.device)
         loss.feeder = feed_batch if self.feeder is not None else None
-        self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")
         return LossModule(self.module, loss, self._reader, None if self.feeder is not None else loss.arguments_of)
 
     def is_due(self, step: int) -> bool:
@@ -182,6 +193,8 @@ class Engine:
                 if is_last:
                     self.strategy.all_reduce_weight()
                 self._is_exchanging = False
+        if self._training_metrics is not None:
+            self._training_metrics.add(self.take_output(batch) if weight else None)
         if weight != 1.0:
             if loss_weight is None:
                 extras = {name: value * weight for name, value in extras.items()}
@@ -216,6 +229,14 @@ class Engine:
             output = self._loss_module.forward(batch)
         self.tokens += output.tokens
         return output
+
+    def take_output(self, batch: Any) -> tuple[Any, Any]:
+        """Returns the output and target of the last forward, for metrics; `batch` is that of the forward."""
+        return self._reader.take_output(batch, self._target_key)
+
+    def output_error(self, message: str) -> OutputError:
+        """Returns an error of what the forward returns; before the first step, it is a mistake of the user's."""
+        return self._reader.error(message)
 
     def _post_weighted(self, is_weighted: bool) -> None:
         """Reports to the other ranks that losses are weighted: all ranks must agree."""
@@ -293,12 +314,16 @@ class Engine:
         self.tokens, self.micro_steps, self._gradients.norm = self._step_start
         self._is_exchanging = False
         self._metrics.rollback()
+        if self._training_metrics is not None:
+            self._training_metrics.rollback()
         self._buffers.restore()
         self._gradients.discard()
 
     def _commit_step(self) -> None:
         self._buffers.save()
         self._metrics.commit()
+        if self._training_metrics is not None:
+            self._training_metrics.commit()
         self._step_start = _StepStart(self.tokens, self.micro_steps, self._gradients.norm)
         self._reader.has_trained = self.micro_steps >= self.accumulate
 
@@ -310,6 +335,7 @@ class Engine:
         self.module.train(self.optimizer is not None)
         self.applied.frozen.put_into_eval()
         getattr(self.optimizer, "train", bool)()
+        self._reader.keeps_output = self._training_metrics is not None
         self._swap_ema(False)
 
     def eval(self) -> None:
@@ -319,6 +345,7 @@ class Engine:
         """
         self.module.eval()
         getattr(self.optimizer, "eval", bool)()
+        self._reader.keeps_output = self.metrics is not None
         self._swap_ema(True)
 
     def _swap_ema(self, is_used: bool) -> None:
@@ -342,12 +369,23 @@ class Engine:
             self.tokens = self._synced_tokens = self._synced_tokens + new_tokens
             self._metrics.share()
             self._commit_step()
+            if self._training_metrics is not None:
+                self._training_metrics.share()
 
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
         self.share_metrics()
         lrs = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        return self._metrics.take() | lrs | self._gradients.metrics()
+        return self._take_training_metrics(self._metrics.take()) | lrs | self._gradients.metrics()
+
+    def _take_training_metrics(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Returns the means of the forward's numbers, and the results of the training metrics."""
+        results = {} if self._training_metrics is None else self._training_metrics.take()
+        if clash := sorted(numbers.keys() & results):
+            raise self.output_error(
+                f"metrics.{clash[0]}: the forward returns a number of this name; rename one of them"
+            )
+        return numbers | results
 
     def set_lr(self, lr: float) -> None:
         """Sets the base rate of the first group and scales those of the other groups.
@@ -376,6 +414,7 @@ class Engine:
             "lrs": self._lrs,
             "grad_norm": None if norm is None else norm.detach().clone(),
             "gathered": self._metrics.state_dict(),
+            **({"metrics": self._training_metrics.state_dict()} if self._training_metrics is not None else {}),
             "reference": None if reference_weight is None else float(reference_weight),
         }
 
@@ -405,6 +444,8 @@ class Engine:
         self._gradients.norm = move(state["grad_norm"], self.device)
         self._lrs = list(state["lrs"])
         self._metrics.load_state_dict(state["gathered"])
+        if self._training_metrics is not None:
+            self._training_metrics.load_state_dict(state.get("metrics") or {})
         self._reader.reference_weight = self._gradients.reference_weight = state.get("reference")
         self._commit_step()
         self.train()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
-from runner.engines.forward import Number, as_number
+from runner.engines.evaluation import evaluate
 from runner.engines.gradients import EMPTY
-from runner.engines.metrics import read_all
 from runner.engines.strategies import map_tensors
 from runner.utils.distributed import all_gather_object, is_distributed, move, run_on_all_ranks, seed_all
 from runner.utils.modules.generators import ObjectGenerators
@@ -252,7 +249,7 @@ class Engines(dict[str, Engine]):
         """Returns every engine's metrics since the last call."""
         metrics: dict[str, float] = {}
         for name, engine in self.items():
-            metrics |= self._prefixed(name, engine.take_metrics())
+            metrics |= self.prefixed(name, engine.take_metrics())
         return metrics
 
     def share_metrics(self) -> None:
@@ -276,8 +273,8 @@ class Engines(dict[str, Engine]):
         is_cut: Callable[[], bool] = bool,
         seed: int = 0,
         together: Callable[[Callable[[], Any]], list[Any]] = run_on_all_ranks,
-    ) -> dict[str, float]:
-        """Returns the means of loss and the forward's other numbers.
+    ) -> dict[str, Any]:
+        """Returns the means of loss and the forward's other numbers, and the results of the metrics.
 
         Each batch is weighted by its terms or samples. Each rank evaluates its own batches. The result has the same
         bits as that of one process if the forwards do.
@@ -291,44 +288,7 @@ class Engines(dict[str, Engine]):
             InterruptedError: `is_cut` returned True on some rank.
             ValueError: there is no batch.
         """
-
-        def run() -> list[_BatchResult] | None:
-            results: list[tuple[int, int, dict[str, Number], dict[str, Number]]] = []
-            for number, batch, num_samples in batches:
-                self.seed(derive_seed(seed, number))
-                if is_cut() and not self.is_sharded:
-                    return None
-                results.append((number, num_samples, *self._forward(move(batch, self.device))))
-            # A rank with sharded weights runs every forward, since the others need its shards.
-            if self.is_sharded and is_cut():
-                return None
-            return [(number, size, _floats(values), _floats(weights)) for number, size, values, weights in results]
-
-        self.sync_buffers()
-        with contextlib.ExitStack() as stack:
-            for engine in self.values():
-                stack.enter_context(engine.evaluating())
-            results_by_rank = together(run)
-        if any(results is None for results in results_by_rank):
-            raise InterruptedError("the evaluation was cut short")
-        return _means([result for results in results_by_rank for result in results or ()])
-
-    def _forward(self, batch: Any) -> tuple[dict[str, Number], dict[str, Number]]:
-        """Returns the numbers of a batch by name, and the weights of those that have one."""
-        values: dict[str, Number] = {}
-        weights: dict[str, Number] = {}
-        for name, engine in self.items():
-            if not engine.has_own_loss:
-                continue
-            tokens = engine.tokens
-            output = engine.forward(batch)
-            engine.tokens = tokens  # an evaluation does not count for throughput
-            if output.weight is None:
-                values |= self._prefixed(name, {"loss": as_number(output.loss), **output.extras})
-            else:
-                values |= self._prefixed(name, output.extras)
-                weights |= self._prefixed(name, dict.fromkeys(output.extras, output.weight.terms))
-        return values, weights
+        return evaluate(self, batches, is_cut, seed, together)
 
     def report(self, function: Callable[[nn.Module, Any], Mapping[str, Any]], dataset: Any) -> dict[str, Any]:
         """Returns the items of `function(module, dataset)` for each module that is evaluated.
@@ -340,7 +300,7 @@ class Engines(dict[str, Engine]):
             if not engine.has_own_loss:
                 continue
             with engine.evaluating(), engine.strategy.unsharded():
-                items |= self._prefixed(name, function(engine.module, dataset))
+                items |= self.prefixed(name, function(engine.module, dataset))
         return items
 
     def observe(self, numbers: Mapping[str, float]) -> None:
@@ -410,7 +370,7 @@ class Engines(dict[str, Engine]):
                 states[name] = engine.applied.exported(detached)
         return states
 
-    def _prefixed(self, name: str, items: Mapping[str, Any]) -> dict[str, Any]:
+    def prefixed(self, name: str, items: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the items under their names in the metrics of the run."""
         return {f"{name}/{key}" if len(self) > 1 else key: value for key, value in items.items()}
 
@@ -427,37 +387,3 @@ def _describe_mismatch(module: nn.Module, saved: Mapping[str, Any]) -> str | Non
 
 def _shape_of(value: Any) -> str:
     return str([*value.shape]) if isinstance(value, Tensor) else ""
-
-
-# Batch number, number of samples, values by name, and the weights of those values that have one. The ranks exchange
-# these: a message holds plain tuples only.
-_BatchResult = tuple[int, int, dict[str, float], dict[str, float]]
-
-
-def _floats(values: Mapping[str, Number]) -> dict[str, float]:
-    return dict(zip(values, read_all(list(values.values())), strict=True))
-
-
-def _means(results: list[_BatchResult]) -> dict[str, float]:
-    """Returns the means over all batches, weighted by terms or samples.
-
-    Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it.
-
-    Raises:
-        ValueError: there is no batch, or a number has a weight in some batches only.
-    """
-    counted = sorted((result for result in results if result[1]), key=lambda result: result[0])
-    if not counted:
-        raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
-    sums, total_weights, has_weight = dict[str, float](), dict[str, float](), dict[str, bool]()
-    for _, num_samples, values, weights in counted:
-        for name, value in values.items():
-            if has_weight.setdefault(name, name in weights) is not (name in weights):
-                raise ValueError(
-                    f"{name}: a forward returned a weight in some batches and not in others; "
-                    "return it always or never: the losses would not count alike"
-                )
-            weight = weights.get(name, num_samples)
-            sums[name] = sums.get(name, 0.0) + (value * weight if weight else 0.0)
-            total_weights[name] = total_weights.get(name, 0.0) + weight
-    return {name: sums[name] / total if total else math.nan for name, total in total_weights.items()}

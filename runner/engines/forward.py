@@ -158,7 +158,7 @@ class OutputReader:
         else:
             loss, fields = self._find_loss(output), _find_fields(output)
         if not loss.requires_grad and self.batch_weight is not None and torch.is_grad_enabled():
-            raise self._error(
+            raise self.error(
                 f"{self._where} returned a loss without gradients; "
                 "compute it from parameters that are trained, without detach(), item() or no_grad()"
             )
@@ -189,7 +189,7 @@ class OutputReader:
         if found["target"] is None and target_key is not None and isinstance(batch, Mapping):
             found["target"] = batch.get(target_key)
         if missing := [name for name, value in found.items() if value is None]:
-            raise self._error(describe_missing_output(self._where, output, missing))
+            raise self.error(describe_missing_output(self._where, output, missing))
         return found["output"], found["target"]
 
     def _find_loss(self, output: Any) -> Tensor:
@@ -199,15 +199,15 @@ class OutputReader:
         if not isinstance(loss, Tensor):
             loss = _collect_losses(self._module)
         if loss is None:
-            raise self._error(describe_missing_loss(self._where, output))
+            raise self.error(describe_missing_loss(self._where, output))
         return self._scalar(loss)
 
     def _scalar(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             return loss.reshape(()) if loss.ndim else loss
-        raise self._error(f"{self._where}: its loss is a {describe_value(loss)}: expected a tensor with one number")
+        raise self.error(f"{self._where}: its loss is a {describe_value(loss)}: expected a tensor with one number")
 
-    def _error(self, message: str) -> OutputError:
+    def error(self, message: str) -> OutputError:
         """Returns an error that is handled as a set-up error if no step was trained yet."""
         return OutputError(message) if self.has_trained else EarlyOutputError(message, is_complete=False)
 
@@ -227,7 +227,7 @@ class OutputReader:
 
     def _accept(self, name: Any) -> None:
         if _RESERVED.fullmatch(str(name)):
-            raise self._error(
+            raise self.error(
                 f"{self._where} returned a number named {name!r}, as the runner names one of its own: "
                 "call it something else"
             )
@@ -243,7 +243,7 @@ class OutputReader:
 
     def _set_weighted(self, is_weighted: bool) -> None:
         if self._is_weighted not in (None, is_weighted):
-            raise self._error(
+            raise self.error(
                 f"{self._where} returned a weight in some forwards and not in others; "
                 "return it always or never, also in evaluations: the losses would not count alike"
             )
@@ -277,7 +277,7 @@ class OutputReader:
         terms = read_number(value)
         if not isinstance(terms, float) or not 0 <= terms < math.inf:
             found = describe_value(value) if terms is None else terms
-            raise self._error(
+            raise self.error(
                 f"{self._where} returned weight={found}: expected the number of terms in its mean loss, 0 or more"
             )
         return terms

@@ -16,6 +16,8 @@ from runner.config.spec import EngineSpec, ExperimentSpec
 from runner.engines import Engine, Engines
 from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.losses.supervised_loss import SupervisedLoss
+from runner.engines.metric_objects.collection import MetricCollection
+from runner.engines.metric_objects.training import TrainingMetrics
 from runner.engines.optim.hyperparameters import check_sparse
 from runner.engines.strategies import DDP, Strategy
 from runner.run.build.instantiate import HYDRA_KEYS, explain_errors, instantiate_node, make_object
@@ -143,6 +145,9 @@ def make_engines(
             applied=part.applied,
             metric=metric,
             loss=_make_loss(spec, engine),
+            metrics=_make_metrics(spec, engine, module),
+            training_metrics=_make_training_metrics(spec, engine, module, strategy) if is_run else None,
+            target=spec.data.target,
         )
         engines[engine.name].every = engine.every
         engines[engine.name].has_own_loss = engine.has_own_loss or not is_trained
@@ -158,6 +163,27 @@ def _make_loss(spec: ExperimentSpec, engine: EngineSpec) -> SupervisedLoss | Non
         raise ConfigError(f"{key}: expected a callable (output, target), found {type(function).__name__}")
     inputs = [spec.data.input] if isinstance(spec.data.input, str) else spec.data.input
     return explain_errors(key, partial(SupervisedLoss, function, spec.data.target, inputs))
+
+
+def _make_metrics(
+    spec: ExperimentSpec, engine: EngineSpec, module: nn.Module, *, needs_state: bool = False
+) -> MetricCollection | None:
+    if not engine.metrics:
+        return None
+    metrics = {}
+    for name, node in engine.metrics.items():
+        metrics[name] = make_object(spec.seed, f"{engine.prefix}metrics.{name}", node)
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return explain_errors(f"{engine.prefix}metrics", partial(MetricCollection, metrics, device, needs_state))
+
+
+def _make_training_metrics(
+    spec: ExperimentSpec, engine: EngineSpec, module: nn.Module, strategy: Strategy
+) -> TrainingMetrics | None:
+    if not spec.train_metrics or engine.optimizer is None:
+        return None
+    collection = _make_metrics(spec, engine, module, needs_state=True)
+    return None if collection is None else TrainingMetrics(collection, strategy.is_sharded)
 
 
 def _make_ema(seed: int, part: EngineParts, optimizer: Any) -> Any:

@@ -232,6 +232,45 @@ def _gather_bytes(data: bytes, size: int, group: dist.ProcessGroup | None) -> li
     return [part.numpy().tobytes() for part in parts]
 
 
+def receive_on_rank_zero(data: torch.Tensor, num_bytes: list[int]) -> Iterator[torch.Tensor]:
+    """Yields the bytes of all ranks on rank zero, in the order of the ranks; yields nothing on the others.
+
+    Every rank must call it, and rank zero must take all of them.
+
+    Args:
+        data: this rank's bytes, uint8 `[bytes]` on the CPU.
+        num_bytes: the number of bytes of each rank.
+    Raises:
+        RankLostError: a rank is gone, or does not answer within the group's timeout.
+    """
+    try:
+        if not is_rank_zero():
+            if data.numel():
+                dist.send(data, 0, group=_control_group)
+            return
+        for number, size in enumerate(num_bytes):
+            received = torch.empty(size, dtype=torch.uint8) if number else data
+            if number and size:
+                dist.recv(received, number, group=_control_group)
+            yield received
+    except RuntimeError as error:
+        raise RankLostError(str(error).splitlines()[0]) from error
+
+
+def broadcast_bytes(data: torch.Tensor) -> torch.Tensor:
+    """Returns rank zero's bytes, uint8 `[bytes]` on the CPU, which all ranks pass with the same size.
+
+    Raises:
+        RankLostError: a rank is gone, or does not answer within the group's timeout.
+    """
+    if is_distributed() and data.numel():
+        try:
+            dist.broadcast(data, 0, group=_control_group)
+        except RuntimeError as error:
+            raise RankLostError(str(error).splitlines()[0]) from error
+    return data
+
+
 class RankError(RuntimeError):
     """A failure of one rank, raised on every rank with the failed rank's number; the cause is this rank's own error."""
 

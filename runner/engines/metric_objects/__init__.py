@@ -1,0 +1,1 @@
+"""Metrics of a config: objects with update, compute and reset."""
