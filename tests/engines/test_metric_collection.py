@@ -245,7 +245,7 @@ def test_a_skipped_step_is_not_measured(labelled):
         ),
         (
             ["+metrics.confidence={_target_: own.Record}", "+loss={_target_: own.confident}"],
-            "metrics.confidence: expected a name of its own, found that the forward returns a number 'confidence/total'",
+            "metrics.confidence: expected a name of its own, found that the forward returns a number 'confidence",
         ),
     ],
 )
