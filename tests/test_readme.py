@@ -119,6 +119,16 @@ def test_every_command_in_the_readme_composes(command):
 
 
 @pytest.mark.slow
+def test_the_lines_for_python_run(tmp_path):
+    section = README.partition("## From Python\n")[2]
+    lines = re.findall(r"^    (.*)$", section.partition("\nA mistake")[0], re.MULTILINE)
+    code = "\n".join(lines).replace('"outputs/..."', "run.folder").replace("200", "20").replace("400", "40")
+    assert "runner.train" in code
+    code += '\nassert (run.status, run.step) == ("finished", 40), run'
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
 def test_the_wheel_contains_the_config_and_runs_in_any_directory(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, ROOT], check=True)

@@ -155,6 +155,8 @@ def open_engines(path: Path, overrides: Sequence[str], prefixes: Sequence[str], 
     Raises:
         ConfigError: as of `open_checkpoint`, or a module can't be built.
     """
+    import torch
+
     from runner.run.build.experiment import build_device
     from runner.utils.distributed import preserve_rng_state
 
@@ -169,8 +171,7 @@ def open_engines(path: Path, overrides: Sequence[str], prefixes: Sequence[str], 
         except ConfigError:  # of another machine
             if not may_move:
                 raise
-            saved.plain["distributed"]["device"] = "cpu"
-            device = build_device(replace(saved).spec)
+            device = torch.device("cpu")
         with preserve_rng_state(device):
             engines = saved.build_engines(device)
     for engine in engines.values():
