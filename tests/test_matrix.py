@@ -56,7 +56,7 @@ def choices(group):
 
 
 GROUPS = sorted(
-    path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in ("hydra", "optimization")
+    path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in ("hydra", "optimization", "trackers")
 )
 IN_FAMILIES = {(group, choice) for family, _ in FAMILIES.values() for group, choice in family.items()}
 
