@@ -29,6 +29,7 @@ from runner.config.schema import (
     Config,
     DataConfig,
     DistributedConfig,
+    ExportConfig,
     InitConfig,
     TrackingConfig,
     TrainerConfig,
@@ -68,6 +69,7 @@ _SECTIONS: dict[str, type] = {
     "distributed": DistributedConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
+    "export": ExportConfig,
     "tracking": TrackingConfig,
 }
 _DEFAULTS: dict[str, Any] = {  # values of keys that a `~` may delete
@@ -111,6 +113,7 @@ _AT_LEAST = {
     "distributed.rdzv_timeout_s": 1,
 }
 _LONGEST_NAME = 200  # characters: a file name has up to 255 bytes, with its suffixes
+EXPORT_DTYPES = ("bf16", "fp16", "fp32")
 _BACKENDS = ("auto", "gloo", "nccl")
 _MAX_JSON = 20 * MAX_CHARACTERS  # characters: an escaped one has six, and there are brackets and marks
 _ITEMS, _BYTES = "_items_", "_bytes_"  # marks in the JSON of a config
@@ -135,6 +138,7 @@ def check_config(cfg: DictConfig) -> ExperimentSpec:
     if not mistakes:
         mistakes += _batch_mistakes(cfg) + _process_mistakes(cfg.distributed) + optimizations.find_mistakes(resolved)
         mistakes += [*_pattern_mistakes(resolved), *_stdin_mistakes(cfg), *find_data_mistakes(resolved["data"])]
+        mistakes += _export_mistakes(cfg)
     mistakes += [*_text_mistakes(cfg), *_all_init_mistakes(resolved)]
     if mistakes:
         raise ConfigError("\n".join(map(one_line, mistakes)))
@@ -336,6 +340,12 @@ def _mixed_keys(plain: Any) -> Iterator[str]:
         if isinstance(node, dict) and any(type(key) is int for key in node):
             for key in [key for key in node if isinstance(key, str) and re.fullmatch(r"-?\d+", key)]:
                 yield f"{path}.{key}: expected a number as the key, found the text {key!r}; set {path}={{{key}: ...}}"
+
+
+def _export_mistakes(cfg: DictConfig) -> list[str]:
+    dtype = cfg.export.dtype
+    is_known = dtype is None or dtype in EXPORT_DTYPES
+    return [] if is_known else [f"export.dtype={dtype}: {suggest(str(dtype), [*EXPORT_DTYPES])}, or null"]
 
 
 def _stdin_mistakes(cfg: DictConfig) -> list[str]:

@@ -28,6 +28,10 @@ RESERVED_METRICS = (
 )
 # Return of a resumed run to its position in an iterable dataset: by the dataset's own state, or by reading up to there.
 Resume = StrEnum("Resume", ["state", "skip"])
+# Format of exports: one file, or a folder for `from_pretrained` of transformers.
+ExportFormat = StrEnum("ExportFormat", ["sft", "huggingface"])
+# Names under which an exported file has a tied weight.
+Ties = StrEnum("Ties", ["each", "once"])
 # Format of stored tensors: SafeTensors, or pickles that are read without executing anything.
 Format = StrEnum("Format", ["sft", "pt"])
 
@@ -56,6 +60,13 @@ class TrainerConfig:
 @dataclass
 class CheckpointConfig:
     format: Format = MISSING
+
+
+@dataclass
+class ExportConfig:
+    format: ExportFormat = MISSING
+    dtype: str | None = MISSING
+    ties: Ties = MISSING
 
 
 @dataclass
@@ -150,6 +161,7 @@ class Config:
     distributed: DistributedConfig = MISSING
     trainer: TrainerConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    export: ExportConfig = MISSING
     tracking: TrackingConfig = MISSING
     trackers: dict[str, Any] = field(default_factory=dict)
     engines: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from runner.config.schema import (
     CheckpointConfig,
     DataConfig,
     DistributedConfig,
+    ExportConfig,
     TrackingConfig,
     TrainerConfig,
     eval_datasets,
@@ -91,6 +92,7 @@ class ExperimentSpec:
     distributed: DistributedConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    export: ExportConfig
     tracking: TrackingConfig
     trackers: dict[str, Any]  # nodes by name
     plain: dict[str, Any]
@@ -116,6 +118,7 @@ class ExperimentSpec:
             distributed=_read_section(DistributedConfig, plain["distributed"]),
             trainer=_read_section(TrainerConfig, plain["trainer"]),
             checkpoint=_read_section(CheckpointConfig, plain["checkpoint"]),
+            export=_read_section(ExportConfig, plain["export"]),
             tracking=_read_section(TrackingConfig, plain["tracking"]),
             trackers=plain["trackers"],
             plain=plain,

@@ -16,9 +16,12 @@ from torch import Tensor
 from runner.config.checks import to_json
 from runner.config.errors import ConfigError
 from runner.config.run_folder import COMMAND_LINE_KEYS, read_record, refuse_links
+from runner.config.schema import ExportConfig, ExportFormat, Ties
+from runner.config.spec import ExperimentSpec
 from runner.config.trust import signature
 from runner.engines import Engines
 from runner.run.build.experiment import build_device
+from runner.run.pretrained import check_modules, write_pretrained
 from runner.run.weights import placeholders
 from runner.tracking.repair import is_step
 from runner.tracking.run_record import DISTRIBUTION, find_version
@@ -37,29 +40,37 @@ def write_exports(
     engines: Engines,
     folder: Path,
     run_metadata: Mapping[str, str],
-    dtype: torch.dtype | None = None,
+    settings: ExportConfig | None = None,
     *,
     writes: bool = True,
     suffix: str = "",
 ) -> list[Path]:
-    """Writes each engine's weights, as evaluation uses them, to `<engine>.safetensors`; returns the paths.
+    """Writes each engine's weights, as evaluation uses them; returns the paths.
+
+    They are `<engine>.safetensors`, or a folder `<engine>` that `from_pretrained` loads.
 
     Args:
         folder: made if it does not exist, but not its parent.
         run_metadata: of `make_metadata`; the name of the engine is added.
-        dtype: of the floating-point tensors; None keeps the dtype of each.
+        settings: format, dtype and ties; None for files that keep the dtypes, with each name of a tied weight.
         writes: False only joins the all-gather of sharded weights.
-        suffix: follows the engines' names in those of the files.
+        suffix: follows the engines' names in those of the files or folders.
     Raises:
-        ValueError: the dtype can't hold a number.
+        ValueError: the dtype can't hold a number, or a module refuses to write its weights.
     """
     paths = []
+    settings = settings or ExportConfig(ExportFormat.sft, None, Ties.each)
     states = engines.export_states()
     for name, state in states.items() if writes else ():
-        path = folder / f"{name}{suffix}.safetensors"
-        weights = _cast(state, dtype) if dtype else dict(state)
+        weights = _cast(state, DTYPES[settings.dtype]) if settings.dtype else dict(state)
+        metadata = {**run_metadata, "engine": name}
         make_folder_below(folder, folder.parent)
-        io.save(weights, path, {**run_metadata, "engine": name})
+        if settings.format.name == "huggingface":
+            path = folder / f"{name}{suffix}"
+            write_pretrained(engines[name].module, weights, path, metadata, settings.dtype)
+        else:
+            path = folder / f"{name}{suffix}.safetensors"
+            io.save(weights, path, metadata, repeats_ties=settings.ties.name == "each")
         paths.append(path)
     return paths
 
@@ -158,9 +169,11 @@ def _is_number(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) < 1 << 53)
 
 
-def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = None) -> list[Path]:
+def export(saved: SavedModel, folder: Path | None = None, **changes: str | None) -> list[Path]:
     """Writes a saved model's exports, by default into its run's folder; returns the paths.
 
+    Args:
+        changes: values of `export` other than those of the config; None keeps the config's.
     Raises:
         ConfigError: its engines can't be built, the dtype can't hold its numbers, or the run's folder has a link.
     """
@@ -175,6 +188,8 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
         folder = folder or run / "exports"
         if disk.is_confined(folder):
             refuse_links(run, links, "--sign" if saved.origin else "")
+        chosen = {key: value for key, value in changes.items() if value is not None}
+        spec = ExperimentSpec.from_plain({**saved.plain, "export": {**saved.plain["export"], **chosen}})
         used = saved.without_forward()
         with preserve_rng_state():
             used.check_roles()
@@ -184,10 +199,11 @@ def export(saved: SavedModel, folder: Path | None = None, dtype: str | None = No
             device = torch.device("cpu")
         with preserve_rng_state(device):
             engines = used.build_engines(device, to_write=True)
+        check_modules(spec, engines)
         evaluation = last_evaluation(run, saved.step)
         metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
         try:
             make_folders(folder.parent)
-            return write_exports(engines, folder, metadata, DTYPES[dtype] if dtype else None)
+            return write_exports(engines, folder, metadata, spec.export)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from runner.engines import Engines
 
 SUFFIX = ".safetensors"
+_PRETRAINED_FACTS = "runner.json"  # in a folder that `runner.run.pretrained` has exported
 _REMEDY = "--allow-targets {}"
 _BUILDS_ENGINES = ("model", "optimizer", "scheduler", "feeder", "loss", "engines", "optimizations", "ema")
 
@@ -130,6 +131,9 @@ def open_checkpoint(
     """
     from runner.checkpoint.checkpoints import FACTS
 
+    if (path / _PRETRAINED_FACTS).is_file():
+        remedy = "name the run, one of its checkpoints, or an export of format=sft"
+        raise ConfigError(f"{path}: an export for from_pretrained, from which nothing is built here; {remedy}")
     run = run_folder.find_run(path)
     origin, reason = signature.identify(run, "--sign" if is_vouched_for else "")
     sign = "--sign, typed in the project's directory,"

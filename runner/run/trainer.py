@@ -26,6 +26,7 @@ from runner.run.evaluation import measure, show
 from runner.run.exports import last_evaluation, make_metadata, write_exports
 from runner.run.first_step import KnownTensors, log_model_summary
 from runner.run.hooks import Hooks
+from runner.run.pretrained import check_modules
 from runner.run.state import RunState, fingerprint_of
 from runner.run.weights import initial_weights, placeholders
 from runner.tracking.console import Console, describe_numbers, open_log
@@ -112,6 +113,7 @@ class Trainer:
         self.spec = experiment.spec
         self.engines = experiment.engines
         self.coordinator = experiment.coordinator
+        check_modules(self.spec, self.engines)
         self.folder = folder
         self.is_new = checkpoint is None
         self.begins_again = False
@@ -487,6 +489,8 @@ class Trainer:
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
         metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, evaluation, data)
         with disk_errors_as("the export", TrainingStopped):
-            paths = write_exports(self.engines, self.folder / "exports", metadata, writes=is_rank_zero(), suffix=suffix)
+            paths = write_exports(
+                self.engines, self.folder / "exports", metadata, self.spec.export, writes=is_rank_zero(), suffix=suffix
+            )
         for path in paths:
             self.log.info("Exported %s", path)

@@ -11,8 +11,9 @@ without Python objects. The loaded value differs in this:
   memory again. Views that overlap in any other way become separate copies.
 - A container used twice becomes two equal containers.
 
-In `.safetensors`, a tensor is stored under its dotted key path, a tied one once, under its first path. The rest of the
-value is JSON in the header's metadata, under `runner.structure`, or in a uint8 tensor of that name if it is large.
+In `.safetensors`, a tensor is stored under its dotted key path, a tied one once, under its first path, unless
+`repeats_ties` is set. The rest of the value is JSON in the header's metadata, under `runner.structure`, or in a uint8
+tensor of that name if it is large.
 """
 
 import json
@@ -73,17 +74,25 @@ _MAX_STRUCTURE_DEPTH = 4 * MAX_DEPTH + 20  # a container becomes at most a list 
 _MAX_JSON_DIGITS = 4300  # digits of an integer: the limit of Python's parser
 
 
-def save(value: Any, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    value: Any,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    repeats_ties: bool = False,
+) -> None:
     """Saves a value atomically as `.pt`, `.pth`, `.sft` or `.safetensors`, in an existing folder.
 
     Args:
         value: nested plain values and tensors, or a `HostSnapshot` of them.
         metadata: strings by name, stored beside the value; `read_metadata` returns them.
+        repeats_ties: stores a tied tensor of a flat dict under each of its names in a `.safetensors` file, for programs
+            that expect every name. `load` ties them again.
     Raises:
         TypeError: a part of the value cannot be stored; the message has its key path. Nothing was written.
         ValueError: unknown suffix, a container that contains itself, or a header over 100 MB. Nothing was written.
     """
-    write = _writer(value, Path(path), metadata)
+    write = _writer(value, Path(path), metadata, repeats_ties)
     with atomic_path(path) as temporary, disk.create(temporary, "w+b") as stream:
         write(stream)
 
@@ -95,11 +104,15 @@ def write_new(value: Any, path: str | os.PathLike[str]) -> None:
         write(cast(BinaryIO, WritebackFile(stream)))
 
 
-def _writer(value: Any, path: Path, metadata: Mapping[str, str] | None) -> Callable[[BinaryIO], None]:
+def _writer(
+    value: Any, path: Path, metadata: Mapping[str, str] | None, repeats_ties: bool = False
+) -> Callable[[BinaryIO], None]:
     is_pt = _checked_suffix(path) in _PT
     metadata = _checked_metadata(metadata or {})
     state = value if isinstance(value, FlattenedState) else FlattenedState(value)
-    return _pt_writer(state, metadata) if is_pt else _sft_writer(state, metadata, path)
+    if is_pt:
+        return _pt_writer(state, metadata)
+    return _sft_writer(state, metadata, path, state.find_ties(value) if repeats_ties else {})
 
 
 def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_location: str | torch.device = "cpu") -> Any:
@@ -126,6 +139,8 @@ def load(path: str | os.PathLike[str], *, allow_pickle: bool = False, map_locati
     with _as_value_error(path, f"its {STRUCTURE!r} does not fit its tensors"):
         text = metadata[STRUCTURE] or tensors.pop(STRUCTURE).cpu().numpy().tobytes()
         document = parse_json(text, _MAX_STRUCTURE_DEPTH)
+        for name in document.get("ties", ()) if isinstance(document, dict) else ():
+            del tensors[name]
         restore_dtypes(document, tensors)
         return unflatten(document, tensors)
 
@@ -204,9 +219,17 @@ def _pt_writer(state: FlattenedState, metadata: Mapping[str, str]) -> Callable[[
     return write
 
 
-def _sft_writer(state: FlattenedState, metadata: Mapping[str, str], path: Path) -> Callable[[BinaryIO], None]:
+def _sft_writer(
+    state: FlattenedState, metadata: Mapping[str, str], path: Path, ties: Mapping[str, str]
+) -> Callable[[BinaryIO], None]:
+    """Returns a function that writes a SafeTensors file.
+
+    Args:
+        ties: further names of tensors, with the names under which `state` has them.
+    """
     tensors = {name: _as_bytes_of_dtype(tensor) for name, tensor in state.tensors.items()}
-    structure = json.dumps(state.document)
+    tensors |= {name: tensors[stored_name] for name, stored_name in ties.items()}
+    structure = json.dumps(state.document | ({"ties": dict(ties)} if ties else {}))
     if len(structure) > _MAX_INLINE_BYTES:
         tensors[STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
         structure = ""
@@ -218,7 +241,7 @@ def _sft_writer(state: FlattenedState, metadata: Mapping[str, str], path: Path) 
     def write(stream: BinaryIO) -> None:
         stream.write(header)
         for name in ordered:
-            state.wait_for_copy(name)
+            state.wait_for_copy(ties.get(name, name))
             if tensors[name].numel():
                 stream.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
 

@@ -286,6 +286,30 @@ def test_tied_weights_stay_tied_and_are_stored_once(suffix, tmp_path):
     assert (tmp_path / f"tied{suffix}").stat().st_size < 1.2 * weight.nbytes
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    owners=st.dictionaries(
+        st.text(max_size=3).filter(lambda name: name != "__metadata__"), st.integers(0, 2), max_size=5
+    ),
+    are_objects_shared=st.booleans(),
+)
+def test_with_repeated_ties_a_file_has_every_name_and_loads_as_the_value_with_its_ties(owners, are_objects_shared):
+    tensors = [torch.arange(3.0) + number for number in range(3)]
+    value = {name: tensors[n] if are_objects_shared else tensors[n].detach() for name, n in owners.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ties.sft"
+        io.save(value, path, {"step": "3"}, repeats_ties=True)
+        stored, loaded = safetensors.torch.load_file(path), io.load(path)
+        assert io.read_metadata(path) == {"step": "3"}
+    assert stored.keys() == value.keys()
+    assert list(loaded) == list(value)
+    for name, tensor in value.items():
+        assert torch.equal(stored[name], tensor)
+        assert torch.equal(loaded[name], tensor)
+        for other, number in owners.items():
+            assert (loaded[name].data_ptr() == loaded[other].data_ptr()) is (owners[name] == number)
+
+
 @each_format
 def test_views_that_overlap_come_back_as_copies(suffix):
     base = torch.arange(12.0)

@@ -180,6 +180,21 @@ class FlattenedState:
             name += "~"
         return name
 
+    def find_ties(self, value: Any) -> dict[str, str]:
+        """Returns the keys of a flat dict whose tensors are stored under other names, with these names.
+
+        Args:
+            value: that was flattened.
+        """
+        ties: dict[str, str] = {}
+        for key, tensor in value.items() if isinstance(value, dict) else ():
+            if not isinstance(key, str) or not isinstance(tensor, Tensor) or key in self.tensors:
+                continue
+            stored_name = self._objects[self._index_by_id[id(tensor)]].get("name")
+            if stored_name is not None and key not in ("__metadata__", STRUCTURE):
+                ties[key] = stored_name
+        return ties
+
     def wait_for_copy(self, name: str) -> None:
         """Waits until a tensor has its content; here it always has."""
 

@@ -103,14 +103,13 @@ def test_mistakes_name_the_key_of_the_engine_and_reserved_keys_are_no_arguments(
     node = {"_target_": "torch.optim.SGD", "lr": 0.1, "groups": [{"match": "*", "weigth_decay": 0}]}
     with pytest.raises(ConfigError, match=r"^engines.a.optimizer.groups.0.weigth_decay: SGD has no such setting"):
         make(node, make_net(), "engines.a.")
-    check_targets({"optimizer": node, "engines": {"a": {"optimizer": node | {"layer_decay": None}}}})
-    with pytest.raises(
-        ConfigError, match=r"optimizer.layer_decai: .* takes no such argument; did you mean layer_decay"
-    ):
-        check_targets({"optimizer": node | {"layer_decai": None}, "engines": {}})
+    plain = make_spec(model=None, data={"train": None, "eval": None}, optimizer=node).plain
+    check_targets(plain | {"engines": {"a": {"optimizer": node | {"layer_decay": None}}}})
+    with pytest.raises(ConfigError, match=r"optimizer.layer_decai: .* takes no such argument; did you mean layer_dec"):
+        check_targets(plain | {"optimizer": node | {"layer_decai": None}})
     scheduler = {"_target_": "torch.optim.lr_scheduler.ConstantLR", "groups": []}
     with pytest.raises(ConfigError, match=r"scheduler.groups: .* takes no such argument"):
-        check_targets({"optimizer": node, "scheduler": scheduler, "engines": {}})
+        check_targets(plain | {"scheduler": scheduler})
 
 
 def test_an_argument_of_an_optimizer_is_its_own_and_a_function_that_takes_no_groups_is_refused(own):
