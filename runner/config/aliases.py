@@ -21,7 +21,7 @@ MOVED = {
     "runner.engines.fed": "runner.engines.forward",
     "runner.engines.gathered": "runner.engines.metrics",
     "runner.engines.group_values": "runner.engines.restore",
-    "runner.engines.hugging_face": "runner.engines.transformers_loss_terms",
+    "runner.engines.hugging_face": "runner.engines.losses.transformers_loss_terms",
     "runner.engines.layouts": "runner.engines.strategies",
     "runner.engines.optimizer_state": "runner.engines.optim.optimizer_state",
     "runner.engines.optimizers": "runner.engines.optim.optimizers",

@@ -86,6 +86,7 @@ class Engine:
 
     every = 1
     has_own_loss = True
+    _is_exchanging = False
 
     def __init__(
         self,
@@ -136,23 +137,21 @@ class Engine:
         self._reader.multiplies_by_weight = self._gradients.divides_by_weight = divides_by_weight
         self.loss, self.metrics, self._training_metrics = loss, metrics, training_metrics
         self._target_key = target
-        self.other_modules, feed_batch = connect_feeder(feeder or feed)
-        self._loss_module = self._make_loss_module(feed_batch)
-        self._train_forward = self.strategy.wrap_forward(
-            self._loss_module, self._check_loss if self._checks_in_forward else None
-        )
+        self._loss_module = self._make_loss_module()
+        check_loss = self._check_loss if self._checks_in_forward else None
+        self._train_forward = self.strategy.wrap_forward(self._loss_module, check_loss)
         self.schedule = LRSchedule(optimizer, scheduler, metric)
         self._hyperparameters = snapshot_hyperparameters(optimizer, scheduler)
         self._parameter_names = names_by_id(module)
         self._initial_extra_state = extra_state(optimizer)
         self._lrs = current_lrs(self.optimizer)
         self._metrics = MetricAccumulator()
-        self._is_exchanging = False
         self._buffers = BufferSnapshot(module)
         self._commit_step()
         self.train()
 
-    def _make_loss_module(self, feed_batch: Feeder) -> LossModule:
+    def _make_loss_module(self) -> LossModule:
+        self.other_modules, feed_batch = connect_feeder(self.feeder or feed)
         loss = self.loss
         if loss is not None or self.metrics is not None:
             self._reader.not_metrics = (*self._reader.not_metrics, "output", "target")

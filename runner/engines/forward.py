@@ -22,7 +22,7 @@ from runner.engines.losses.output_errors import (
     describe_missing_output,
     describe_value,
 )
-from runner.engines.transformers_loss_terms import count_terms, is_model_output
+from runner.engines.losses.transformers_loss_terms import count_terms, is_model_output
 from runner.utils.utils import encodable
 
 Feeder = Callable[..., Any]  # called as feeder(module, batch), or as feeder(module, batch, engines)

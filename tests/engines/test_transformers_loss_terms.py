@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runner.engines import Engine, Engines
-from runner.engines.transformers_loss_terms import count_terms
+from runner.engines.losses.transformers_loss_terms import count_terms
 
 VOCABULARY, SIZE, TIME = 31, 16, 12
 
