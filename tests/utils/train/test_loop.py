@@ -473,3 +473,56 @@ def test_a_dead_worker_is_reported_unless_the_loop_is_stopping():
                 loop.run()
         assert done == [("save", 2)]
         assert loop.batches.num_samples_total == 2
+
+
+def test_on_step_sees_the_counted_step_before_its_actions_and_may_request_them_or_the_end():
+    calls = []
+
+    def on_step():
+        calls.append((loop.step, list(done), len(logged)))
+        if loop.step == 2:
+            loop.request("action", "eval")
+        if loop.step == 4:
+            loop.request("end", "enough")
+
+    loop, done, logged = make_loop(every={"eval": 5, "export": 0, "save": 3}, log_every=2, on_step=on_step)
+    assert loop.run() == "finished"
+    assert [step for step, *_ in calls] == [1, 2, 3, 4]
+    assert calls[1] == (2, [], 1)
+    assert done == [("eval", 2), ("save", 3), ("eval", 4), ("save", 4)]
+    assert (loop.step, loop.end_reason) == (4, "enough")
+
+
+def test_an_action_may_make_its_step_the_last_one_with_the_other_actions_of_a_last_step():
+    loop, done, _ = make_loop(every={"eval": 2, "export": 100, "save": 4})
+    evaluate = loop.schedule.actions["eval"].do
+
+    def end_at_6():
+        evaluate()
+        if loop.step == 6:
+            loop.end_now("enough", in_action=True)
+
+    loop.schedule.actions["eval"] = Action(end_at_6, 2)
+    assert loop.run() == "finished"
+    assert done == [("eval", 2), ("eval", 4), ("save", 4), ("eval", 6), ("export", 6), ("save", 6)]
+
+
+def test_an_error_of_on_step_keeps_the_actions_of_its_step_for_a_resume():
+    def on_step():
+        if loop.step == 2:
+            raise ValueError("its own mistake")
+
+    loop, done, _ = make_loop(every={"eval": 2, "save": 2}, on_step=on_step)
+    with pytest.raises(ValueError, match="its own mistake"):
+        loop.run()
+    assert done == [("save", 2)]
+    assert loop.state_dict()["owed"] == ["eval", "save"]
+
+
+def test_requests_that_were_on_their_way_to_other_ranks_take_effect_after_the_next_step():
+    loop, done, _ = make_loop(every={"eval": 0, "save": 100})
+    state = {"step": 3, "skipped": 0, "owed": [], "requests": [["action", "eval"], ["end", "enough"]]}
+    loop.load_state_dict(state)
+    assert loop.run() == "finished"
+    assert done == [("eval", 4), ("save", 4)]
+    assert "requests" not in loop.state_dict()
