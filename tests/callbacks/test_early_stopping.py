@@ -132,14 +132,13 @@ def test_a_stopped_run_is_finished_with_the_last_steps_actions_and_goes_on_with_
     assert_same_run(run, project.folder / "patient", 12)
 
 
-def test_an_interrupted_run_stops_at_the_same_step_with_the_same_bits(project):
+@pytest.mark.parametrize("step", [pytest.param(7, marks=pytest.mark.slow), 8, pytest.param(9, marks=pytest.mark.slow)])
+def test_an_interrupted_run_stops_at_the_same_step_with_the_same_bits(project, step):
     add_callbacks(project)
     project.run(*STOPS, "hydra.run.dir=whole")
-    for number, typed in enumerate(["quit@7\n", "quit@8\n", "quit@9\n"]):
-        name = f"cut_{number}"
-        project.run(*STOPS, "tracking.stdin=true", f"hydra.run.dir={name}", typed=typed)
-        project.run(f"resume={name}", "tracking.stdin=false")
-        assert_same_run(project.folder / name, project.folder / "whole", 10)
+    project.run(*STOPS, "tracking.stdin=true", "hydra.run.dir=cut", typed=f"quit@{step}\n")
+    project.run("resume=cut", "tracking.stdin=false")
+    assert_same_run(project.folder / "cut", project.folder / "whole", 10)
 
 
 def test_two_ranks_stop_at_the_step_of_one_process(project):

@@ -114,21 +114,28 @@ def test_a_skipped_step_calls_no_hook(project):
     assert "seen [1, 3, 4]" in printed
 
 
-def test_an_error_names_the_callback_and_loses_nothing(project):
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [
+        (6, "step"),
+        pytest.param(6, "evaluate", marks=pytest.mark.slow),
+        (4, "save"),
+        pytest.param(12, "end", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_names_the_callback_and_loses_nothing(project, step, hook):
     add_callbacks(project)
     project.run(RECORDER, "hydra.run.dir=whole")
-    for hook in ("step", "evaluate", "save", "end"):
-        step = 12 if hook == "end" else 6 if hook != "save" else 4
-        failing = f"+callbacks.recorder={{_target_: own.Recorder, fails_at: [{step}, {hook}]}}"
-        printed = project.run(failing, f"hydra.run.dir={hook}", status=1)
-        run = project.folder / hook
-        assert f"callbacks.recorder.on_{hook}: ValueError: its own mistake" in printed
-        assert 'raise ValueError("its own mistake")' in printed
-        record = json.loads((run / "run.json").read_text())
-        assert (record["status"], record["last_step"]) == ("failed", step)
-        assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
-        project.run(f"resume={hook}", "callbacks.recorder.fails_at=null")
-        assert_same_run(run, project.folder / "whole", 12)
+    failing = f"+callbacks.recorder={{_target_: own.Recorder, fails_at: [{step}, {hook}]}}"
+    printed = project.run(failing, "hydra.run.dir=run", status=1)
+    run = project.folder / "run"
+    assert f"callbacks.recorder.on_{hook}: ValueError: its own mistake" in printed
+    assert 'raise ValueError("its own mistake")' in printed
+    record = json.loads((run / "run.json").read_text())
+    assert (record["status"], record["last_step"]) == ("failed", step)
+    assert (run / "checkpoints" / f"step_{step:08d}").is_dir()
+    project.run("resume=run", "callbacks.recorder.fails_at=null")
+    assert_same_run(run, project.folder / "whole", 12)
 
 
 def test_requests_are_done_at_the_same_step_and_a_stop_ends_the_run_as_its_last_step(project):
@@ -149,7 +156,7 @@ def test_a_late_request_is_an_error(project):
     assert "on_save: too late for a request" in project.run(*SHORT, late, status=1)
 
 
-@pytest.mark.parametrize("only_rank", ["null", "1"])
+@pytest.mark.parametrize("only_rank", [pytest.param("null", marks=pytest.mark.slow), "1"])
 def test_a_request_of_one_rank_holds_for_all(project, only_rank):
     add_callbacks(project)
     requests = "{step@1: save, step@2: stop}"

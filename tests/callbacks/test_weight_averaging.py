@@ -87,7 +87,7 @@ def test_an_interrupted_run_has_the_same_averages_and_a_resume_of_the_finished_o
     assert (cut / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_average_as_one_process_does(project, strategy):
     add_callbacks(project)
     alone = [*SWA, "model={_target_: own.Model}", "+model.dropout=0"]
