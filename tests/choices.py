@@ -16,12 +16,16 @@ class Choices(Project):
     command = property(lambda self: [sys.executable, "-m", "runner"])
     loaded = ("runner.examples.source_code", "sklearn.datasets", "matplotlib.figure")
 
-    def run_on(self, count, *overrides, typed=None, status=0):
-        """Runs to the end on so many ranks."""
+    def run_on(self, count, *overrides, typed=None, status=0, by_rank=None):
+        """Runs to the end on so many ranks.
+
+        Args:
+            by_rank: variables of the environment of a rank, on several ranks.
+        """
         if count == 1:
             return self.run(*overrides, typed=typed, status=status)
         ranks = Ranks(shared_zygote(*self.loaded))
-        return ranks.run(self.folder, count, *overrides, typed=typed, status=status)
+        return ranks.run(self.folder, count, *overrides, typed=typed, status=status, by_rank=by_rank)
 
 
 def load_parts(run, step):

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -157,6 +158,30 @@ def test_an_engine_has_the_parts_of_the_top_level_that_it_leaves_out():
     assert second.optimizer is None
     assert "freeze" not in first.optimizations
     assert second.optimizations["freeze"]["patterns"] == ["a"]
+
+
+def test_an_engine_without_an_optimizer_has_a_loss_if_its_entry_has_one():
+    feeder = "{_target_: own.feed}"
+    spec = checks.check_config(
+        composed(f"feeder={feeder}", "+engines.a={}", "+engines.teacher={optimizer: null}",
+            f"+engines.measured={{optimizer: null, feeder: {feeder}}}")
+    )  # fmt: skip
+    assert {name: engine.has_own_loss for name, engine in spec.engines.items()} == {
+        "a": True, "teacher": False, "measured": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{every: 0}", "engines.b.every=0: expected a whole number of steps from 1 on"),
+        ("{every: true}", "engines.b.every=True: expected a whole number of steps from 1 on"),
+        ("{every: 2, optimizer: null}", "engines.b.every=2: it is never trained, for its optimizer is null"),
+    ],
+)
+def test_the_interval_of_an_engine_is_checked(entry, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        checks.check_config(composed("+engines.a={}", f"+engines.b={entry}"))
 
 
 def test_a_specification_is_the_same_when_it_was_sent_as_plain_values():
