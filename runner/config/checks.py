@@ -182,7 +182,7 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
             mistakes.append(f"engines.{name}: expected a mapping of {', '.join(_ENGINE_KEYS)}; {{}} is one too")
         elif type(every := engines[name].get("every", 1)) is not int or every < 1:
             mistakes.append(f"engines.{name}.every={every}: expected a whole number of steps from 1 on")
-        elif every > 1 and engines[name].get("optimizer", {}) is None:
+        elif every > 1 and "optimizer" in engines[name] and engines[name].optimizer is None:
             mistakes.append(
                 f"engines.{name}.every={every}: it has optimizer=null and is never trained; leave `every` out"
             )
