@@ -184,7 +184,7 @@ def _engine_mistakes(cfg: DictConfig) -> list[str]:
             mistakes.append(f"engines.{name}.every={every}: expected a whole number of steps from 1 on")
         elif every > 1 and "optimizer" in engines[name] and engines[name].optimizer is None:
             mistakes.append(
-                f"engines.{name}.every={every}: it has optimizer=null and is never trained; leave `every` out"
+                f"engines.{name}.every={every}: it is never trained, for its optimizer is null; leave it out"
             )
     if len({name.lower() for name in engines}) < len(engines):
         mistakes.append("engines: names differ in case alone; their files would collide on some disks")
