@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import descendants_of, wait_for_end
 from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
 from runner.utils.sampler.batches import Batches, EvaluationData, rank_slice
+from runner.utils.sampler.stream import StreamBatches
 
 
 def lengths(length):
@@ -331,6 +335,66 @@ class Bare:
 
     def load_state_dict(self, state):
         pass
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    name: str
+
+
+@pytest.mark.parametrize("kind", ["map-style", "stream"])
+def test_torchs_loader_pins_the_parts_of_a_nested_batch(monkeypatch, kind):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # a machine without an accelerator
+    if kind == "stream":
+        loader = StreamBatches([torch.zeros(1)], 1, skips=True, collate=pair)._start()
+        found = next(loader)
+    else:
+        batches = Batches([torch.zeros(1)], OrderedSampler(1), 1, collate=pair, pin_memory=True)
+        found = batches._fetcher[0, [0]]
+    pinned = pin_memory(found).batch
+    assert (pinned.x.item(), pinned.name, found.batch.x.item()) == (1, "pair", 0)
+
+
+def pair(samples):
+    return Pair(samples[0], "pair")
+
+
+def pids(samples):
+    return {os.getpid()}
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_persistent_workers_of_an_evaluation_give_the_same_batches_in_each_pass(seed):
+    data = EvaluationData(Noisy(9), 4, 2, as_lists, seed, is_persistent=True)
+    try:
+        passes = [list(data) for _ in range(3)]
+        assert passes[0] == passes[1] == passes[2]
+        fresh = EvaluationData(Noisy(9), 4, 2, as_lists, seed, is_persistent=True)
+        assert list(fresh) == passes[0]
+        fresh.close()
+        if seed is not None:  # then they also equal those of other workers
+            assert passes[0] == list(EvaluationData(Noisy(9), 4, 0, as_lists, seed))
+    finally:
+        data.close()
+
+
+def test_persistent_workers_of_an_evaluation_are_kept_until_it_is_closed_or_a_pass_is_cut():
+    data = EvaluationData(Noisy(9), 4, 2, pids, 5, is_persistent=True)
+
+    def workers_of_pass():
+        return set.union(*(batch for _, batch, _ in data))
+
+    first = workers_of_pass()
+    assert len(first) == 2
+    assert workers_of_pass() == first
+    next(iter(data))  # an abandoned pass ends its workers
+    second = workers_of_pass()
+    assert not first & second
+    data.close()
+    wait_for_end(first | second, timeout_s=10)
+    assert not second & workers_of_pass()
+    data.close()
 
 
 @given(length=st.integers(1, 200), ranks=st.integers(1, 9))

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
 
+from runner.utils.sampler import RandomSampler
 from runner.utils.sampler.batches import EvaluationData
 from runner.utils.sampler.stream import StreamBatches, StreamError, StreamEvaluation, find_shuffle_buffer, is_stream
 
 LENGTH = 11
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital'")  # in torchdata 0.11 with torch 2.13
 
 
 class Numbers(IterableDataset):
@@ -76,6 +78,17 @@ def from_torchdata(length=LENGTH):
     return nodes.Loader(nodes.Mapper(nodes.IterableWrapper(range(length)), double))
 
 
+def from_sampler_node(length=LENGTH):
+    nodes = pytest.importorskip("torchdata.nodes")
+    sampler = nodes.SamplerWrapper(RandomSampler(length, seed=3), epoch_updater=lambda epoch: epoch + 1)
+    return nodes.Loader(nodes.Mapper(sampler, double))
+
+
+def from_stateful_loader(length=LENGTH):
+    loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    return loader(list(range(length)), batch_size=None)
+
+
 def double(number):
     return 2 * number, random.random()
 
@@ -86,6 +99,8 @@ STREAMS = {
     "own state": (Counting, False),
     "Hugging Face": (from_hugging_face, False),
     "torchdata": (from_torchdata, False),
+    "torchdata, sampled": (from_sampler_node, False),
+    "torchdata, StatefulDataLoader": (from_stateful_loader, False),
 }
 
 
