@@ -260,6 +260,8 @@ def describe_multiple_datasets(key: str, found: str) -> str:
     remedy = "join them: {_target_: torch.utils.data.ConcatDataset, datasets: [...]}"
     if key.endswith("eval"):
         remedy += "; or name each: {a: {_target_: ...}, b: {_target_: ...}}; _target_: null removes one beside them"
+    elif key.endswith("train"):
+        remedy += "; or draw from them by weight: data.mix"
     return f"{key}: expected one dataset, found {found}; {remedy}"
 
 

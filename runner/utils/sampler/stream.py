@@ -18,7 +18,14 @@ from runner.utils.distributed import seed_all
 from runner.utils.distributed.devices import pin
 from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.sampler.batches import EvaluationData, Position, PositionedBatches, rank_slice
-from runner.utils.sampler.workers import AnnotatedBatch, LoaderSettings, describe_failure, kill_workers, next_batch
+from runner.utils.sampler.workers import (
+    AnnotatedBatch,
+    LoaderSettings,
+    describe_failure,
+    hide_worker,
+    kill_workers,
+    next_batch,
+)
 from runner.utils.utils import checked_choice, checked_int, derive_seed, is_signal
 
 _CPU = torch.device("cpu")
@@ -236,6 +243,7 @@ class _BatchReader(IterableDataset[Any]):
         first, end = (first, end) if first < end else (0, 1)
         name = type(self._dataset).__name__
         place = f"at position {self.start[1]} of the stream {name}"
+        is_in_worker = hide_worker()
         try:
             reader = self._open()
             while True:
@@ -254,7 +262,7 @@ class _BatchReader(IterableDataset[Any]):
         except BaseException as error:
             if is_signal(error) or isinstance(error, GeneratorExit):
                 raise
-            yield describe_failure(error, place)
+            yield describe_failure(error, place, is_in_worker)
 
     def _seed_collate(self, ordinal: int) -> None:
         if self._seed is not None:
@@ -382,6 +390,7 @@ class _PassReader(IterableDataset[Any]):
         data = self._data
         number = 0
         samples: list[Any] = []
+        is_in_worker = hide_worker()
         try:
             for samples in self._read_batches():
                 if number % data.world_size == data.rank:
@@ -393,7 +402,8 @@ class _PassReader(IterableDataset[Any]):
         except BaseException as error:
             if is_signal(error) or isinstance(error, GeneratorExit):
                 raise
-            yield describe_failure(error, f"in batch {number} of the stream {type(data.dataset).__name__}")
+            place = f"in batch {number} of the stream {type(data.dataset).__name__}"
+            yield describe_failure(error, place, is_in_worker)
 
     def _read_batches(self) -> Iterator[list[Any]]:
         samples, ordinal = list[Any](), 0

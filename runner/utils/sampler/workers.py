@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
+from torch.utils.data._utils import worker as loader_worker
 
 from runner.utils.distributed.devices import pin
 from runner.utils.files.open_files import exit_worker_at_file_limit, unshare_file_offsets
@@ -117,17 +119,20 @@ def unwrap_batch(batch: Any) -> Any:
     return batch
 
 
-def describe_failure(error: BaseException, location: str) -> FailedBatch:
+def describe_failure(error: BaseException, location: str, is_in_worker: bool | None = None) -> FailedBatch:
     """Returns an error of a dataset or collate as a `FailedBatch`, from a worker with the error's traceback.
 
     Args:
         location: the sample or batch that was being fetched.
+        is_in_worker: this process is a loader worker; None: as torch says.
     """
     if isinstance(error, StopIteration):  # would end the iteration over batches
         stopped, error = error, RuntimeError(describe(error))
         error.__cause__ = stopped
     notes = [location]
-    if get_worker_info() is not None:
+    if is_in_worker is None:
+        is_in_worker = get_worker_info() is not None
+    if is_in_worker:
         trace = "".join(traceback.format_exception(error)).replace("Traceback (most recent call last):\n", "")
         notes.append(f"in a loader worker:\n{trace}")
         original, error = error, _to_picklable(error)
@@ -188,7 +193,7 @@ def kill_workers(stream: Any) -> None:
         worker.kill()
 
 
-def start_worker(worker: int) -> None:
+def start_worker(number: int) -> None:
     """Prepares a loader worker: signal handlers, death with the parent, file offsets, the limit on open files.
 
     The worker ignores the signals that a terminal or scheduler sends to all processes of a run, and the first SIGTERM.
@@ -204,7 +209,7 @@ def start_worker(worker: int) -> None:
     # If the parent is killed, what this worker has inherited, such as connections to other ranks, must close too.
     _end_with_parent()
     unshare_file_offsets()
-    exit_worker_at_file_limit(worker)
+    exit_worker_at_file_limit(number)
 
 
 def _end_with_parent() -> None:
@@ -217,3 +222,18 @@ def _end_with_parent() -> None:
     # Not after a fork: workers that were started later have inherited the connection that `is_alive` reads.
     if is_from_server and not parent.is_alive():
         os._exit(1)
+
+
+def hide_worker() -> bool:
+    """Has torch say that this is no loader worker from now on; returns whether it is one.
+
+    A stream then reads as it does without workers. In a worker, `datasets` would split its shards over the workers,
+    which changes the order of some streams (interleaved, concatenated) even if there is one worker.
+    """
+    if get_worker_info() is None:
+        return False
+    loader_worker._worker_info = None
+    # `datasets` does this in a worker: a forked lock may be held for ever.
+    if reset_lock := getattr(sys.modules.get("fsspec.asyn"), "reset_lock", None):
+        reset_lock()
+    return True

@@ -65,6 +65,21 @@ def from_hugging_face(length=LENGTH):
     return data.map(add_draw).filter(is_wanted)
 
 
+def interleaved(length=LENGTH):
+    datasets = pytest.importorskip("datasets")
+    first, second, third = (
+        datasets.Dataset.from_dict({"n": list(range(count))}).to_iterable_dataset(num_shards=3)
+        for count in (length, 4, 5)
+    )
+    # Interleaving reads a sample ahead of each stream, so that draws must come after it.
+    mixed = datasets.interleave_datasets([first.filter(is_wanted), second], probabilities=[0.7, 0.3], seed=1)
+    return datasets.concatenate_datasets([mixed, third.map(as_is, batched=True, batch_size=2)]).map(add_draw)
+
+
+def as_is(samples):
+    return samples
+
+
 def add_draw(sample):
     return {"double": 2 * sample["n"], "draw": random.random()}
 
@@ -98,6 +113,7 @@ STREAMS = {
     "skipping, Hugging Face": (from_hugging_face, True),
     "own state": (Counting, False),
     "Hugging Face": (from_hugging_face, False),
+    "Hugging Face, interleaved": (interleaved, False),
     "torchdata": (from_torchdata, False),
     "torchdata, sampled": (from_sampler_node, False),
     "torchdata, StatefulDataLoader": (from_stateful_loader, False),
