@@ -72,7 +72,21 @@ def write_exports(
             path = folder / f"{name}{suffix}.safetensors"
             io.save(weights, path, metadata, repeats_ties=settings.ties.name == "each")
         paths.append(path)
+        if files := engines[name].applied.exported_files(weights):
+            paths.append(_write_adapter(files, folder / f"{name}{suffix}_adapter"))
     return paths
+
+
+def _write_adapter(files: Mapping[str, Any], folder: Path) -> Path:
+    """Writes the files of an adapter in the format of another library into a folder, and returns it."""
+    make_folder_below(folder, folder.parent)
+    for name, content in files.items():
+        path = folder / name
+        if path.suffix == ".json":
+            io.write_json(content, path)
+        else:
+            io.save(content, path)
+    return folder
 
 
 def _cast(state: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -105,7 +105,10 @@ class SavedModel:
 
         purpose = Purpose.write if to_write else Purpose.train if self.engine is None else Purpose.use
         nodes = {} if self.engine is None else self.spec.engines[self.engine].optimizations
-        is_adapter = nodes.get("lora", {}).get("export") == "adapter"  # its base model needs the weights files
+        is_adapter = nodes.get("lora", {}).get("export") in (
+            "adapter",
+            "peft",
+        )  # its base model needs the weights files
         builder = placeholders.PlaceholderBuilder(self.run or self.path, self.parts, self.allowlist.is_signed)
         engines = build_engines(self.spec, device, purpose, None if is_adapter else builder)
         try:

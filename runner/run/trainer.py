@@ -489,8 +489,16 @@ class Trainer:
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
         metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, evaluation, data)
         with disk_errors_as("the export", TrainingStopped):
-            paths = write_exports(
-                self.engines, self.folder / "exports", metadata, self.spec.export, writes=is_rank_zero(), suffix=suffix
-            )
+            try:
+                paths = write_exports(
+                    self.engines,
+                    self.folder / "exports",
+                    metadata,
+                    self.spec.export,
+                    writes=is_rank_zero(),
+                    suffix=suffix,
+                )
+            except ValueError as error:  # such as adapters that are not finite
+                raise TrainingStopped(f"the export: {error}") from error
         for path in paths:
             self.log.info("Exported %s", path)

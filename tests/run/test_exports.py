@@ -1,3 +1,4 @@
+import importlib
 import json
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from runner import export
+from runner import evaluate, export
 from runner.config.schema import ExportConfig, ExportFormat, Ties
 from runner.engines import Engine, Engines
 from runner.run import exports
 from runner.utils import io
 from runner.utils.modules.weights import load_weights
+from runner.utils.wrapper import optimize
+from runner.utils.wrapper.built_in import Lora
+from runner.utils.wrapper.lora import add_lora
 
 
 def test_an_export_of_a_checkpoint_is_the_file_that_the_run_exported_itself(at_home, capsys):
@@ -170,3 +174,35 @@ def test_a_run_with_frozen_parameters_is_exported_after_it_as_in_it(project):
     after = safetensors.torch.load_file(project.folder / "after" / "model.safetensors")
     assert within.keys() == after.keys()
     assert all(torch.equal(within[name], after[name]) for name in within)
+
+
+def test_an_export_in_pefts_format_is_loaded_by_peft_with_equal_outputs(at_home, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    printed = at_home.run(
+        "init.path=run/exports/model.safetensors", "hydra.run.dir=new", "optimizations.lora.rank=2",
+        "optimizations.lora.export=peft", "optimizer.lr=0.1", "trainer.steps=4", "trainer.export_every=4",
+    )  # fmt: skip
+    assert "new/exports/model_adapter" in printed
+    monkeypatch.syspath_prepend(at_home.folder)
+    own = importlib.import_module("own")
+    base, trained = own.Model(), own.Model()
+    base.load_state_dict(safetensors.torch.load_file("run/exports/model.safetensors"))
+    loaded = peft.PeftModel.from_pretrained(base, "new/exports/model_adapter").eval()
+    add_lora(trained, rank=2)
+    trained.load_state_dict(safetensors.torch.load_file("new/checkpoints/step_00000004/model.safetensors"))
+    assert trained.first.lora_b.any()
+    x, y = torch.randn(5, 4), torch.zeros(5, 1)
+    torch.testing.assert_close(loaded(x=x, y=y)["loss"], trained.eval()(x, y)["loss"])
+    evaluate.main(["new/exports/model.safetensors", "--allow-targets", "own"])  # its other file
+
+
+def test_adapters_that_are_not_finite_are_not_merged_and_nothing_is_written(tmp_path):
+    module = nn.Sequential(nn.Linear(2, 2))
+    applied = optimize(module, {"lora": Lora(2, None, 0.0, None, [], [], "merged")})
+    engine = Engine(
+        module, torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 0.1), None, applied=applied
+    )
+    module[0].lora_b.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="0: its adapter would make the weight infinite or NaN"):
+        exports.write_exports(Engines(model=engine), tmp_path / "exports", {})
+    assert not (tmp_path / "exports").exists()

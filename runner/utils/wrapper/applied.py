@@ -35,6 +35,7 @@ class AppliedOptimizations:
         self._undo = contextlib.ExitStack()
         self._exports: list[Export] = []
         self._load: Load | None = None
+        self._files: Export | None = None
 
     def add(self, name: str, changes: Applied, kind: str) -> None:
         """Adds the changes of one optimization.
@@ -59,6 +60,7 @@ class AppliedOptimizations:
         if changes.export is not None:
             self._exports.append(changes.export)
         self._load = changes.load or self._load
+        self._files = changes.files or self._files
         if changes.monitor is not None:
             self.monitors.append(changes.monitor)
 
@@ -120,6 +122,10 @@ class AppliedOptimizations:
             state = export(state)
         return dict(state)
 
+    def exported_files(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the files that are written beside an exported state: tensors or JSON values by the file's name."""
+        return {} if self._files is None else self._files(state)
+
     def load_exported(self, state: Mapping[str, Tensor]) -> None:
         """Loads what `exported` returned.
 
@@ -138,4 +144,4 @@ class AppliedOptimizations:
         self._undo.close()
         self.monitors.clear()
         self._exports.clear()
-        self._load = None
+        self._load = self._files = None

@@ -26,6 +26,8 @@ from runner.utils.wrapper.settings import RECIPES, check_lora
 if TYPE_CHECKING:
     from torch import nn
 
+    from runner.utils.wrapper.lora import Adapted
+    from runner.utils.wrapper.lora.peft import PeftFormat
     from runner.utils.wrapper.replace import Rule
 
 FREEZE_MODES = ("eval", "train")
@@ -76,10 +78,11 @@ class Freeze:
 
 @dataclass
 class Lora:
-    """Trains low-rank adapters of linear layers and freezes the rest; arguments as of `lora.add_lora`.
+    """Trains low-rank adapters of layers and freezes the rest; arguments as of `lora.add_lora`.
 
     Args:
-        export: merged exports the user's own weights, adapters merged in; adapter exports the adapters alone.
+        export: merged exports the user's own weights, adapters merged in; adapter exports the adapters alone; peft
+            exports them in PEFT's format, too.
     """
 
     rank: int
@@ -93,7 +96,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         check_lora(self.rank, self.alpha, self.dropout)
-        check_choice("export", self.export, ("merged", "adapter"))
+        check_choice("export", self.export, ("merged", "adapter", "peft"))
 
     def apply(self, module: nn.Module, context: Context) -> Applied | None:
         """Adds the adapters; of exported weights that they are merged into, only reserves their layers."""
@@ -118,6 +121,7 @@ class Lora:
                 f"lora: {name}.weight is {other} too, and exports would merge the adapter into both; put {name} in "
                 "lora.exclude, or set lora.export=adapter"
             )
+        form = self._make_peft_format(module, adapted) if self.export == "peft" else None
         return Applied(
             [make_row(f"lora (rank {self.rank})", adapted.names)],
             adapted.skipped,
@@ -126,7 +130,17 @@ class Lora:
             was_called=adapted.has_gradient,
             export=adapted.merged if is_merged else adapted.without_base,
             load=None if is_merged else adapted.load_without_base,
+            files=form.files if form else None,
         )
+
+    def _make_peft_format(self, module: nn.Module, adapted: Adapted) -> PeftFormat:
+        from runner.utils.wrapper.lora.peft import PeftFormat
+
+        try:
+            return PeftFormat(module, adapted, rank=self.rank, alpha=self.alpha, dropout=self.dropout)
+        except ValueError:
+            adapted.undo()
+            raise
 
 
 @dataclass

@@ -99,6 +99,7 @@ class Applied:
         keeps_in_eval: names of parameters whose frozen modules run in evaluation mode.
         reserved: names of modules that later optimizations must leave as they are.
         export: turns a state of the module into the state that is exported.
+        files: returns further files of an exported state, by name: tensors, or the value of a .json file.
         load: loads what `export` returned; None for the module's own `load_state_dict`.
         monitor: observes the first step.
     """
@@ -113,6 +114,7 @@ class Applied:
     reserved: Collection[str] = ()
     export: Export | None = None
     load: Load | None = None
+    files: Export | None = None
     monitor: FirstStepMonitor | None = None
 
 

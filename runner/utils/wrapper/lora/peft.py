@@ -69,6 +69,10 @@ class PeftFormat:
             "init_lora_weights": True,
         }
 
+    def files(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of the folder by the names of its files, for an exported state."""
+        return {WEIGHTS_NAME: self.weights(state), CONFIG_NAME: self.config}
+
     def weights(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the content of the adapter_model file for a state of the adapted module."""
         named = {}
