@@ -35,7 +35,7 @@ def check_modules(spec: ExperimentSpec, engines: Engines) -> None:
         if not _takes_state(engine.module):
             expected = "expected a model with save_pretrained(folder, state_dict=...), such as one of transformers"
             raise ConfigError(f"export.format=huggingface: {expected}, found {found}; {_REMEDY}")
-        if spec.engines[name].optimizations.get("lora", {}).get("export") == "adapter":
+        if spec.engines[name].optimizations.get("lora", {}).get("export") in ("adapter", "peft"):
             expected = f"expected whole weights, found the adapter of {found}"
             remedy = f"set optimizations.lora.export=merged, or {_REMEDY.removeprefix('set ')}"
             raise ConfigError(f"export.format=huggingface: {expected}; {remedy}")
