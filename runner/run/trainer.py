@@ -45,7 +45,7 @@ from runner.utils.distributed import (
 )
 from runner.utils.distributed.memory import freeze_gc
 from runner.utils.files.open_files import describe_limit, is_out_of_files
-from runner.utils.train.failures import FailurePolicy, SetupError, TrainingStopped, disk_errors_as
+from runner.utils.train.failures import FailurePolicy, SetupError, TrainingStopped, disk_errors_as, value_errors_as
 from runner.utils.train.loop import Action, Loop
 from runner.utils.utils import describe, is_signal
 
@@ -488,17 +488,9 @@ class Trainer:
         """Writes the weights as they are, with the numbers of an evaluation and `suffix` after the engines' names."""
         data, best = fingerprint_of(self.experiment.batches.dataset), self.best.found
         metadata = make_metadata(self.spec.plain, self.folder, self.loop.step, best, evaluation, data)
-        with disk_errors_as("the export", TrainingStopped):
-            try:
-                paths = write_exports(
-                    self.engines,
-                    self.folder / "exports",
-                    metadata,
-                    self.spec.export,
-                    writes=is_rank_zero(),
-                    suffix=suffix,
-                )
-            except ValueError as error:  # such as adapters that are not finite
-                raise TrainingStopped(f"the export: {error}") from error
+        with disk_errors_as("the export", TrainingStopped), value_errors_as("the export", TrainingStopped):
+            paths = write_exports(
+                self.engines, self.folder / "exports", metadata, self.spec.export, writes=is_rank_zero(), suffix=suffix
+            )
         for path in paths:
             self.log.info("Exported %s", path)

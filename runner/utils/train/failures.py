@@ -88,6 +88,15 @@ def describe_failure(error: BaseException, when: str, device: torch.device) -> s
 
 
 @contextlib.contextmanager
+def value_errors_as(task: str, kind: type[Exception]) -> Iterator[None]:
+    """Raises a ValueError of the block, such as weights that can't be merged, as another kind with the task."""
+    try:
+        yield
+    except ValueError as error:
+        raise kind(f"{task}: {error}") from error
+
+
+@contextlib.contextmanager
 def disk_errors_as(what: str, as_error: type[Exception]) -> Iterator[None]:
     """Raises an OSError of the block as `as_error`, with a remedy.
 
