@@ -66,7 +66,7 @@ def fail(turns, updates, failure):
     return printed, saved, json.loads((turns.folder / "run" / "run.json").read_text())["last_step"]
 
 
-@pytest.mark.parametrize("updates", ["joint", "alternating"])
+@pytest.mark.parametrize("updates", [pytest.param("joint", marks=pytest.mark.slow), "alternating"])
 def test_a_failure_before_the_first_update_of_a_step_is_discarded_on_both_ranks(turns, updates):
     printed, saved, step = fail(turns, updates, "critic@4@nan")
     assert "critic: on rank 1 its loss is nan" in printed
@@ -83,7 +83,7 @@ def test_of_joint_engines_the_failure_of_one_that_is_trained_in_some_steps_is_di
     assert saved[-1] == 3
 
 
-@pytest.mark.parametrize("failure", ["nan", "bug"])
+@pytest.mark.parametrize("failure", ["nan", pytest.param("bug", marks=pytest.mark.slow)])
 def test_a_failure_after_an_update_of_the_step_ends_the_run_without_a_save(turns, failure):
     printed, saved, step = fail(turns, "alternating", f"generator@2@{failure}")
     assert "Its update was under way: go on from the last checkpoint" in printed

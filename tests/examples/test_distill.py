@@ -27,7 +27,7 @@ def teacher(tmp_path_factory):
     return project.folder / "teacher"
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_interrupted_run_equals_the_uninterrupted_one(tmp_path, teacher, count):
     shutil.copytree(teacher, tmp_path / "teacher")
     distributed = ["distributed=ddp", "trainer.accumulate=3"] if count > 1 else []
