@@ -55,8 +55,10 @@ class WeightAveraging:
             if engine.optimizer is None:
                 continue
             if engine.ema is not None or hasattr(engine.optimizer, "eval"):
-                found = "ema" if engine.ema is not None else f"the optimizer {type(engine.optimizer).__name__}"
-                raise SetupError(f"{name}: {found} averages the weights already; use one of them", is_complete=False)
+                optimizer = type(engine.optimizer).__name__
+                found = "ema; set its ema=null" if engine.ema is not None else f"{optimizer}; choose another optimizer"
+                expected = f"expected no other average of the weights of engine {name}"
+                raise SetupError(f"{expected}, found that of {found}, or leave this callback out", is_complete=False)
             self._averages[name] = EqualAverages(engine.module)
             if self._loaded:
                 state = self._loaded["averages"][name]

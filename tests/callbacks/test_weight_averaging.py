@@ -100,7 +100,8 @@ def test_two_ranks_average_as_one_process_does(project, strategy):
 
 def test_an_ema_of_the_same_weights_is_refused(project):
     printed = project.run(*SWA[:1], "ema.decay=0.9", status=2)
-    assert "callbacks.weight_averaging: model: ema averages the weights already; use one of them" in printed
+    expected = "expected no other average of the weights of engine model, found that of ema; set its ema=null"
+    assert f"callbacks.weight_averaging: {expected}, or leave this callback out" in printed
 
 
 @pytest.mark.parametrize("arguments", [{"start": -1}, {"start": 1.5}, {"every": 0}, {"bn_batches": 0}])
