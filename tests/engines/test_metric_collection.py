@@ -143,6 +143,7 @@ def test_metrics_equal_those_of_torchmetrics_and_of_runner_evaluate(labelled):
     assert {name: float(value) for name, value in printed.items()} == last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [21, 5])  # batches of 8: of 8, 8, 5, or one only, so that a rank has none
 def test_metrics_of_two_and_three_ranks_have_the_bits_of_one_process(labelled, zygote, length):
     project, ranks = labelled, Ranks(zygote)
@@ -192,6 +193,7 @@ def evaluations_of(folder):
     return [line for line in read_metrics(folder) if any(name.startswith("eval/") for name in line)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["single", "ddp", "fsdp"])
 def test_metrics_of_training_steps_resume_bit_for_bit(labelled, zygote, how):
     argv = [*PLAIN, STATES, "train_metrics=true", "trainer.log_every=5", "trainer.accumulate=2", "model.dropout=0.2"]
@@ -265,6 +267,7 @@ def test_a_metric_whose_state_lacks_what_update_changes_is_refused(labelled):
     assert "metrics.f1: expected a state_dict() that changes with an update" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_of_a_metric_or_a_forward_on_one_rank_ends_all_ranks(labelled, zygote, rank):
     fails = "own.Fails" if rank == 0 else "own.Record"

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from conftest import read_metrics
+from chaos import Zygote
+from conftest import WORKER_MODULES, read_metrics
+from ranks import Ranks
 from run_comparison import assert_same_run
 from torch import nn
 
 from runner.engines import Engine
 from runner.engines.losses.output_errors import EarlyOutputError
 from runner.engines.losses.supervised_loss import SupervisedLoss
+from runner.engines.metric_objects.collection import MetricCollection
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 2, -100, 1, 2, -100])
@@ -24,6 +27,11 @@ class Labelled(Data):
 class Network(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
+
+
+class Affine(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
 
 
 class Mapped(Labelled):
@@ -126,6 +134,23 @@ def test_a_plain_network_trains_on_pairs_and_resumes_bit_for_bit(labelled):
     assert evaluated[-1] < evaluated[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_ranks_with_unequal_numbers_of_ignored_labels_train_as_one_process(labelled, how):
+    argv = [*PLAIN, "model._target_=own.Affine", "data.batch_size=6", "trainer.accumulate=2"]
+    labelled.run(*argv, "hydra.run.dir=one")
+    zygote = Zygote(*WORKER_MODULES)
+    try:
+        start = ["--config-dir", "conf", "experiment=mine", *argv, f"distributed={how}", "hydra.run.dir=two"]
+        Ranks(zygote).run(labelled.folder, 2, *start)
+    finally:
+        zygote.close()
+    one, two = (read_metrics(labelled.folder / name) for name in ("one", "two"))
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        expected = [line[name] for line in one if name in line]
+        assert [line[name] for line in two if name in line] == pytest.approx(expected, abs=1e-5)
+
+
 def test_mappings_and_a_loss_with_numbers_of_its_own_give_the_same_run_as_pairs(labelled):
     labelled.run(*PLAIN, "hydra.run.dir=pairs")
     mapped = [MLP, "data.train._target_=own.Mapped", "data.eval._target_=own.Mapped"]
@@ -154,3 +179,31 @@ def test_a_model_or_loss_that_does_not_fit_is_one_message(labelled, overrides, e
     printed = labelled.run(*overrides, status=2)
     assert expected in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_a_classifier_of_transformers_is_trained_on_its_logits_and_measured_with_its_own_loss():
+    transformers = pytest.importorskip("transformers")
+    settings = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    config = transformers.BertConfig(intermediate_size=16, **settings)
+    model = transformers.BertForSequenceClassification(config).eval()
+    batch = {"input_ids": torch.arange(10).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    labels = torch.tensor([0, 2])
+    expected = model(**batch, labels=labels)
+    loss = SupervisedLoss(nn.CrossEntropyLoss(), "labels")
+    engine = Engine(model, loss=loss)
+    with engine.evaluating():
+        output = engine.forward({**batch, "labels": labels})
+        assert output.loss.item() == expected.loss.item()
+    engine = Engine(model, metrics=MetricCollection({"record": Record()}, torch.device("cpu")), target="labels")
+    with engine.evaluating():
+        engine.forward({**batch, "labels": labels})
+        logits, target = engine.take_output({**batch, "labels": labels})
+    assert torch.equal(logits, expected.logits)
+    assert target is labels
+
+
+class Record:
+    def update(self, output, target): ...
+    def compute(self): ...
+    def reset(self): ...
