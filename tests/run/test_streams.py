@@ -119,6 +119,7 @@ KINDS = {
         "b: {dataset: {_target_: streams.Numbers, first: 50, length: 5}}}",
     ],
 }
+SLOW = ["own", "torchdata"]
 EXTRAS = {"Hugging Face": "datasets", "torchdata": "torchdata"}
 HEADER = """# @package _global_
 defaults: [override /model: null, override /data: null, override /report: null]
@@ -142,7 +143,9 @@ def streaming(project):
     return project
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["Hugging Face", "mix", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
+)
 def test_a_run_resumes_bit_for_bit_with_other_numbers_of_workers(streaming, kind):
     pytest.importorskip(EXTRAS.get(kind, "torch"))
     streaming.run("hydra.run.dir=whole", *KINDS[kind])
@@ -159,7 +162,7 @@ def zygote():
     started.close()
 
 
-@pytest.mark.parametrize("kind", ["Hugging Face", "mix"])
+@pytest.mark.parametrize("kind", [pytest.param("Hugging Face", marks=pytest.mark.slow), "mix"])
 def test_a_run_of_one_process_resumes_on_two_ranks(streaming, zygote, kind):
     pytest.importorskip(EXTRAS.get(kind, "torch"))
     streaming.run("hydra.run.dir=whole", *KINDS[kind])
