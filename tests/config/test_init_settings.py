@@ -36,7 +36,7 @@ def test_a_mistake_is_named_with_its_key(overrides, message):
 def test_a_rule_that_is_no_regular_expression_is_named(rule):
     cfg = composed("init.path=x")
     cfg.init.rename = rule
-    with pytest.raises(ConfigError, match="init.rename: .*: expected a regular expression and its replacement"):
+    with pytest.raises(ConfigError, match=r"init.rename: .*: expected a regular expression and its replacement"):
         checks.check_config(cfg)
 
 
