@@ -150,7 +150,12 @@ class Engines(dict[str, Engine]):
         turns = self._turns or self._plan(0)
         if len(turns) > 1:
             self._micro_steps.append((batch, weight, self._last_seeds))
-        self._run(turns[0], batch, weight)
+        for _, engine in turns[0]:  # here, not by `_run`: few frames are above a user's module
+            if engine.other_modules is None:
+                engine.micro_step(batch, weight)
+            else:
+                with engine.other_modules:
+                    engine.micro_step(batch, weight)
 
     def _run(self, turn: Turn, batch: Any, weight: float) -> None:
         for _, engine in turn:
