@@ -141,7 +141,8 @@ class InitialWeights(ModelBuilder):
         lines = [*found.remarks, *found.mismatch_lines()]
         adapters = [name for name in found.unused if name.endswith(_ADAPTERS)]
         init = spec.key.removesuffix(".path").removesuffix("_from")
-        if adapters and len(adapters) == len(found.unused) and not found.weights:
+        names = [*found.weights, *found.unused]
+        if names and all(name.endswith(_ADAPTERS) for name in names):
             remedy = f"It holds adapters alone, for a run with optimizations.lora: {init}.include=['*.lora_?']"
         elif adapters:
             remedy = "Weights with adapters become those of the model in an export: python -m runner.export RUN"

@@ -19,6 +19,7 @@ from runner import evaluate, export
 from runner.config.errors import ConfigError
 from runner.run.weights.initial_weights import find_initial_weights
 from runner.run.weights.sources import find_source, read_source
+from runner.utils.wrapper.lora import add_lora
 
 
 def make_net(width=8):
@@ -147,6 +148,30 @@ def test_a_checkpoint_of_hugging_faces_trainer_is_read(gpt2):
     assert are_equal(found, model)
     with pytest.raises(ConfigError, match=r"init.path=trained: holds several checkpoints; name one: checkpoint-1"):
         start("trained", gpt2)
+
+
+def test_adapters_that_peft_has_written_are_loaded_into_a_module_with_adapters():
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(make_net(), peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0", "2"]))
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    theirs.save_pretrained("adapter")
+
+    def load(**options):
+        builder = find_initial_weights({"engines": {}, "init": {"path": "adapter", **options}})
+        module = builder.build("model", "model", None, lambda node: make_net())
+        add_lora(module, rank=2, alpha=8)
+        builder.finish("model", module)
+        return module, builder.lines
+
+    with pytest.raises(ConfigError, match=r"It holds adapters alone.*init.include=\['\*.lora_\?'\]"):
+        load()
+    module, lines = load(include=["*.lora_?"])
+    assert lines[1] == "  its adapters were trained with optimizations.lora.rank=2 optimizations.lora.alpha=8"
+    assert torch.equal(
+        module[2].lora_b, load_file("adapter/adapter_model.safetensors")["base_model.model.2.lora_B.weight"]
+    )
 
 
 def write_shards(files):
