@@ -271,8 +271,12 @@ def _explain_key(cause: OmegaConfBaseException, location: str, context: str) -> 
     parent = cause.parent_node
     is_unknown_key = isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and OmegaConf.is_dict(parent)
     dataset = re.fullmatch(r"(data\.(?:train|eval))\.[^.]+", full_key)
-    if is_unknown_key and dataset and re.search(r"^To append.*\b_target_\b", context, re.MULTILINE):
-        return describe_multiple_datasets(dataset.group(1), "several")
+    name = re.escape(full_key.rpartition(".")[2])
+    is_dataset = rf"^To append.*(\b{name}: ?{{[^{{}}]*|\.{name}\.)_target_\b"
+    if is_unknown_key and dataset and re.search(is_dataset, context, re.MULTILINE):
+        key = dataset.group(1)
+        remedy = f"; on the command line +{key}=..., which adds names" if key == "data.eval" else ""
+        return describe_multiple_datasets(key, "several") + remedy
     if not is_unknown_key or cause.key in parent:
         return location + (_explain_type(cause, full_key) or f"{full_key}: {message}")
     key = shown(str(cause.key))

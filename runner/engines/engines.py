@@ -281,7 +281,7 @@ class Engines(dict[str, Engine]):
     ) -> dict[str, Any]:
         """Returns the means of loss and the forward's other numbers, and the results of the metrics.
 
-        Each batch is weighted by its terms or samples. Each rank evaluates its own batches. The result has the same
+        Without a batch it returns nothing. Each batch is weighted by its terms or samples. Each rank evaluates its own batches. The result has the same
         bits as that of one process if the forwards do.
 
         Args:
@@ -291,7 +291,6 @@ class Engines(dict[str, Engine]):
             together: calls a function on every rank and returns all results.
         Raises:
             InterruptedError: `is_cut` returned True on some rank.
-            ValueError: there is no batch.
         """
         return evaluate(self, batches, is_cut, seed, together)
 

@@ -169,16 +169,14 @@ def _floats(values: Mapping[str, Number]) -> dict[str, float]:
 
 
 def _means(results: list[_BatchResult]) -> dict[str, float]:
-    """Returns the means over all batches, weighted by terms or samples.
+    """Returns the means over all batches, weighted by terms or samples; nothing without a batch.
 
     Batches are summed in their order, since ranks return them in any order and the sum of floats depends on it.
 
     Raises:
-        ValueError: there is no batch, or a number has a weight in some batches only.
+        ValueError: a number has a weight in some batches only.
     """
     counted = sorted((result for result in results if result[1]), key=lambda result: result[0])
-    if not counted:
-        raise ValueError("data.eval: the dataset is empty; there is nothing to evaluate on")
     sums, total_weights, has_weight = dict[str, float](), dict[str, float](), dict[str, bool]()
     for _, num_samples, values, weights in counted:
         for name, value in values.items():

@@ -46,7 +46,7 @@ def measure(
 
     Raises:
         InterruptedError: `should_stop` returned True.
-        ValueError: there is no batch.
+        OutputError: a dataset has no sample.
     """
     named: dict[str, Any] = {}
     for dataset, evaluation in evaluations.items():
@@ -54,6 +54,10 @@ def measure(
         values: dict[str, Any] = dict(
             engines.evaluate(evaluation, should_stop, derive_seed(seed, step, -1, *own_seed), run_on_ranks)
         )
+        if not values:
+            key = f"data.eval.{dataset}".removesuffix(".")
+            first = next(iter(engines.values()))
+            raise first.output_error(f"{key}: the dataset is empty; there is nothing to evaluate on")
         if report is not None:
             shown = _make_report(engines, evaluation, report, derive_seed(seed, step, -2, *own_seed), run_on_ranks)
             if clash := sorted(values.keys() & shown):

@@ -273,6 +273,8 @@ def test_on_a_terminal_there_is_a_bar_and_commands_are_typed(project):
         (["resume="], "resume=: expected latest"),
         (["feeder={_target_: operator.is_}"], "Model.forward returned bool: expected a scalar loss, a mapping"),
         (["data.eval={a: {_target_: own.Data}}"], "data.eval: expected one dataset, found several; join them"),
+        (["data.eval={_target_: null, a: {_target_: own.Data}}"], "; on the command line +data.eval=..."),
+        (["data.train={_target_: own.Data, size: 3}"], "data.train.size: no such key"),
         (["~distributed"], "distributed: nothing is chosen; leave ~distributed out"),
         (["optimizer.lr=abc"], "optimizer.lr=abc: expected a number, found a text"),
         (["+model.width=abc"], "width=abc: expected a number, as its default 8, found a text"),

@@ -215,6 +215,10 @@ def test_a_stream_is_evaluated_in_batches_of_its_own_order(streaming):
             "expected the whole stream, found the share of one rank",
         ),
         (["data.train={_target_: streams.Short}", "data.resume=skip"], "the stream is empty"),
+        (
+            [*KINDS["torchdata"], "data.eval={_target_: streams.Short}", "trainer.eval_every=5"],
+            "data.eval: the dataset is empty",
+        ),
         ([*KINDS["torchdata"], "sampler=pool"], "sampler=PoolSampler: expected sampler=random, the default, which is"),
         ([*KINDS["mix"], "sampler=batched_ordered"], "data.mix (Mix) has its own order"),
         ([*KINDS["mix"], "data.mix.a.weight=0"], "data.mix.a.weight=0: expected a finite number above 0"),
