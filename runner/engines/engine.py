@@ -35,7 +35,7 @@ from runner.engines.optim.schedule_replay import LRSchedule
 from runner.engines.other_modules import connect_feeder
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
-from runner.utils.distributed import all_gather_object, move
+from runner.utils.distributed import all_gather_object, move, world_size
 from runner.utils.utils import check_choice
 from runner.utils.wrapper.applied import AppliedOptimizations
 
@@ -146,6 +146,7 @@ class Engine:
         self._initial_extra_state = extra_state(optimizer)
         self._lrs = current_lrs(self.optimizer)
         self._metrics = MetricAccumulator()
+        self._num_ranks = world_size()
         self._buffers = BufferSnapshot(module)
         self._commit_step()
         self.train()
@@ -201,7 +202,9 @@ class Engine:
         if loss_weight is None:
             self._metrics.add({"loss": as_number(loss), **extras})
         else:
-            self._metrics.add(extras, loss_weight.terms)
+            # The ranks' mean of these weights is the number of all their terms, whatever the number of ranks.
+            terms = loss_weight.terms
+            self._metrics.add(extras, terms if self._num_ranks == 1 else terms * self._num_ranks)
         self.micro_steps += 1
 
     @property

@@ -138,17 +138,21 @@ def test_a_plain_network_trains_on_pairs_and_resumes_bit_for_bit(labelled):
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_with_unequal_numbers_of_ignored_labels_train_as_one_process(labelled, how):
     argv = [*PLAIN, "model._target_=own.Affine", "data.batch_size=6", "trainer.accumulate=2"]
+    argv += ["trainer.log_every=5"]
     labelled.run(*argv, "hydra.run.dir=one")
+    labelled.run(*argv, "hydra.run.dir=cut", typed="quit@7\n")
     zygote = Zygote(*WORKER_MODULES)
     try:
         start = ["--config-dir", "conf", "experiment=mine", *argv, f"distributed={how}", "hydra.run.dir=two"]
         Ranks(zygote).run(labelled.folder, 2, *start)
+        Ranks(zygote).run(labelled.folder, 2, "resume=cut", f"distributed={how}")
     finally:
         zygote.close()
-    one, two = (read_metrics(labelled.folder / name) for name in ("one", "two"))
+    one, two, cut = (read_metrics(labelled.folder / name) for name in ("one", "two", "cut"))
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         expected = [line[name] for line in one if name in line]
-        assert [line[name] for line in two if name in line] == pytest.approx(expected, abs=1e-5)
+        for lines in (two, cut):
+            assert [line[name] for line in lines if name in line] == pytest.approx(expected, abs=1e-5)
 
 
 def test_mappings_and_a_loss_with_numbers_of_its_own_give_the_same_run_as_pairs(labelled):
