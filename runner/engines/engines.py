@@ -281,8 +281,8 @@ class Engines(dict[str, Engine]):
     ) -> dict[str, Any]:
         """Returns the means of loss and the forward's other numbers, and the results of the metrics.
 
-        Without a batch it returns nothing. Each batch is weighted by its terms or samples. Each rank evaluates its own batches. The result has the same
-        bits as that of one process if the forwards do.
+        Without a batch it returns nothing. Each batch is weighted by its terms or samples. Each rank evaluates its own
+        batches. The result has the same bits as that of one process if the forwards do.
 
         Args:
             batches: (batch number among all, batch, number of its samples); with 0 samples it is not counted.
