@@ -156,12 +156,17 @@ def _commit_of(run: Path) -> str:
 
 
 def last_evaluation(run: Path, step: int) -> dict[str, Any] | None:
-    """Returns step and numbers of the newest evaluation in metrics.jsonl up to a step; None without one."""
+    """Returns step and numbers of the newest evaluation in metrics.jsonl up to a step; None without one.
+
+    The first line of a step counts: callbacks log numbers of their own after it, such as eval/swa/loss.
+    """
     newest = None
     try:
         with open_regular(run / "metrics.jsonl") as file:
             for evaluation in map(_read_evaluation, iterate_lines(file, _MAX_LINE_BYTES)):
-                if evaluation is not None and evaluation["step"] <= step:
+                if evaluation is None or evaluation["step"] > step:
+                    continue
+                if newest is None or evaluation["step"] != newest["step"]:
                     newest = evaluation
     except OSError:  # there are no lines, or the run itself reports the error
         return None

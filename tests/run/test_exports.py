@@ -127,6 +127,8 @@ def test_the_last_evaluation_is_the_newest_up_to_the_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert exports.last_evaluation(tmp_path, 7) == {"step": 4, "eval/loss": 1.5}
     assert exports.last_evaluation(tmp_path, 8) == {"step": 8, "eval/loss": None}
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 8, "eval/swa/loss": 1}']))  # of a callback
+    assert exports.last_evaluation(tmp_path, 8) == {"step": 8, "eval/loss": None}
 
 
 def test_from_the_command_line_the_dtype_is_chosen(trained):
