@@ -28,6 +28,8 @@ class EarlyStopping:
 
     def __init__(self, metric: str = "eval/loss", mode: str = "min", patience: int = 5, min_delta: float = 0.0) -> None:
         check_choice("mode", mode, ("min", "max"))
+        if not isinstance(metric, str):
+            raise ValueError(f"metric={metric}: expected the name of a number of the evaluations, such as eval/loss")
         if not 0 <= min_delta < math.inf:
             raise ValueError(f"min_delta={min_delta}: expected a number, 0 or more")
         self.metric = metric

@@ -114,11 +114,11 @@ class RunView:
         return is_stream(getattr(self._run.loop.batches, "dataset", None))
 
     def log(self, numbers: Mapping[str, Any]) -> None:
-        """Logs numbers at this step, by name: Python's, or tensors and arrays with one element.
+        """Logs numbers at this step, by name: Python's, or 0-d tensors and arrays.
 
         Raises:
             TypeError: a value is no number.
-            ValueError: a name is one that each line of metrics.jsonl has.
+            ValueError: a name is one that each line of metrics.jsonl has, or an integer is too large for a float.
         """
         kept = {}
         for name, value in numbers.items():
@@ -126,12 +126,22 @@ class RunView:
                 raise ValueError(f"log: {name!r} is a name of metrics.jsonl's own; call the value something else")
             number = value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
             if not isinstance(number, int | float):
-                raise TypeError(f"log: {name!r} is a {type(value).__name__}; expected a number")
+                raise TypeError(f"log: {name!r} is a {type(value).__name__}; expected a number or a 0-d tensor")
+            try:
+                float(number)
+            except OverflowError:
+                raise ValueError(f"log: {name!r} is an integer that is too large for a float") from None
             kept[str(name)] = number
         self._run.tracker.log(self.step, kept)
 
     def text(self, name: str, text: str) -> None:
-        """Shows Markdown in TensorBoard."""
+        """Shows Markdown in TensorBoard.
+
+        Raises:
+            TypeError: it is no text.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: {name!r} is a {type(text).__name__}; expected a text")
         self._run.tracker.text(self.step, name, text)
 
     def image(self, name: str, picture: Any) -> None:

@@ -54,7 +54,9 @@ class RunState:
     def find_unsaveable(self) -> str | None:
         """Returns why the state can't be saved, or None. Nothing is copied."""
         parts, facts = self.collect()
+        of_callbacks = parts.pop(CALLBACKS, {})
         checks: dict[str, Callable[[], Any]] = {name: partial(FlattenedState, value) for name, value in parts.items()}
+        checks |= {f"callbacks.{name}": partial(FlattenedState, state) for name, state in of_callbacks.items()}
         checks[FACTS] = partial(io.check_json, facts)
         for name, check in checks.items():
             try:

@@ -84,7 +84,9 @@ def test_a_state_of_another_metric_starts_anew():
         assert view.reasons == []
 
 
-@pytest.mark.parametrize("arguments", [{"patience": 0}, {"mode": "best"}, {"min_delta": -1}, {"min_delta": NAN}])
+@pytest.mark.parametrize(
+    "arguments", [{"metric": None}, {"patience": 0}, {"mode": "best"}, {"min_delta": -1}, {"min_delta": NAN}]
+)
 def test_an_argument_out_of_its_range_is_an_error(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         EarlyStopping(**arguments)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import read_metrics
@@ -6,6 +7,7 @@ from own_callbacks import RECORDER, add_callbacks
 from run_comparison import assert_same_run
 
 from runner.callbacks.group import CallbackError, CallbackGroup, check_callback
+from runner.callbacks.run_view import RunView
 
 
 class Base:
@@ -69,6 +71,21 @@ def test_a_state_that_does_not_fit_names_its_callback():
         group.load_state_dict({"strict": {}})
     notes = CallbackGroup({"plain": Base()}).load_state_dict({"gone": {}})
     assert notes == ["callbacks.gone: it is not configured any more; its saved state is dropped"]
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("log", [{"step": 1}], "'step' is a name of metrics.jsonl's own"),
+        ("log", [{"a": "1"}], "'a' is a str; expected a number"),
+        ("log", [{"a": 10**400}], "'a' is an integer that is too large"),
+        ("text", ["a", 1], "'a' is a int; expected a text"),
+    ],
+)
+def test_what_a_view_cannot_log_is_an_error_in_the_callback(method, arguments, message):
+    run = SimpleNamespace(engines={}, folder=None, loop=SimpleNamespace(step=1), tracker=None)
+    with pytest.raises((TypeError, ValueError), match=f"^{method}: {message}"):
+        getattr(RunView(run), method)(*arguments)
 
 
 def calls_of(project, rank=0):
@@ -191,3 +208,20 @@ def test_callbacks_may_come_and_go_on_resume_and_each_change_is_printed(project)
     assert "callbacks.recorder: it is not configured any more; its saved state is dropped" in printed
     assert "callbacks.early_stopping: the checkpoint has no state of it; it starts anew" in printed
     assert "callbacks.early_stopping: (none) -> {_target_: runner.callbacks.early_stopping.EarlyStopping" in printed
+
+
+def test_a_state_that_cannot_be_saved_names_its_callback_before_the_first_step(project):
+    add_callbacks(project)
+    path = project.folder / "own.py"
+    path.write_text(path.read_text() + UNSAVEABLE)
+    printed = project.run("+callbacks.odd={_target_: own.Unsaveable}", status=2)
+    assert 'callbacks.odd: its state can\'t be saved: value["f"] is a builtins.builtin_function_or_method' in printed
+    assert project.runs == []
+
+
+UNSAVEABLE = """
+
+class Unsaveable(Recorder):
+    def state_dict(self):
+        return {"f": print}
+"""
