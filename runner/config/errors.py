@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import EnumMeta
 from typing import Any
 
+from hydra.core.default_element import GroupDefault
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -31,6 +32,7 @@ from runner.utils.utils import describe, escape_controls, find_nearest, one_line
 
 HEADER = "# @package _global_"
 _NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's message for model=null
+_LISTS = ("callbacks", "trackers")  # groups of which several choices are chosen at once
 _MAX_VALUE_LENGTH = 200  # characters of a value in a message
 _MAX_MESSAGE_LENGTH = 16_000  # characters of a message
 _MAX_REASON_LENGTH = 1000  # characters of an error of an untrusted run
@@ -175,8 +177,12 @@ def format_error(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and str(error).startswith(_NULL_CHOICE):
         override = _find_override(error)
         group = shown(override.partition("=")[0]) or "GROUP"
+        if group in _LISTS:
+            return f"{shown(override)}: expected a list of choices; for none: {group}=[]"
         remedy = f"to leave it out, write override /{group}: null in the defaults of an experiment"
         return f"{shown(override)}: expected the name of a choice; {remedy}"
+    if isinstance(error, TypeError) and (message := _explain_listed(error)):
+        return message
     if isinstance(error, OverrideParseException):
         reason = one_line(str(error).splitlines()[0])
         return (
@@ -207,6 +213,16 @@ def _find_override(error: BaseException) -> str:
     overrides = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, Override)]
     kinds = (str, list)  # of the value of a choice
     return next((str(o.input_line) for o in overrides if not o.is_delete() and not isinstance(o.value(), kinds)), "")
+
+
+def _explain_listed(error: BaseException) -> str | None:
+    """Returns the message for a list of choices with an item that is no text, which Hydra itself does not check."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        default, item = frame.f_locals.get("d"), frame.f_locals.get("item", "")
+        if isinstance(default, GroupDefault) and not isinstance(item, str):
+            found = "null" if item is None else shown(str(item))
+            return f"{default.group}: expected a list of the names of choices, found {found} in it"
+    return None
 
 
 def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> str:

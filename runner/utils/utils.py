@@ -177,7 +177,7 @@ def find_nearest(name: str, choices: Iterable[str]) -> str | None:
 
 def suggest(name: str, choices: list[str]) -> str:
     """Returns a hint for an unknown name: the most similar choice, if there is one, and all choices."""
-    listed = one_line(", ".join(choices))
+    listed = one_line(", ".join(choices)) or "none"
     nearest = find_nearest(name, choices)
     return f"there are: {listed}" if nearest is None else f"did you mean {one_line(nearest)}? (there are: {listed})"
 

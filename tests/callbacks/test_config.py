@@ -31,6 +31,9 @@ def test_a_list_chooses_callbacks_and_values_are_set_by_their_keys():
     ("overrides", "expected"),
     [
         (["callbacks=[early_stopin]"], "callbacks/early_stopin: there is no such file"),
+        (["callbacks=null"], "callbacks=null: expected a list of choices; for none: callbacks=[]"),
+        (["trackers=[csv,null]"], "trackers: expected a list of the names of choices, found null in it"),
+        (["callbacks=[1]"], "callbacks: expected a list of the names of choices, found 1 in it"),
         (["+callbacks.x=3"], "callbacks.x=3: expected a mapping with _target_"),
         (["+callbacks.a-b={_target_: own.A}"], "callbacks.a-b: expected a name of letters, digits and '_'"),
         (["callbacks=[early_stopping]", "callbacks.early_stopping.patince=1"], "did you mean patience?"),
