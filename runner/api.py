@@ -206,14 +206,20 @@ class Run:
 
     def _find(self, checkpoint: int | str | None) -> Path:
         """Returns the path of a checkpoint, or of the run for its newest complete one."""
+        if not (self.folder / "checkpoints").is_dir():
+            raise ConfigError(f"{self.folder}: the run has saved no checkpoint; see trainer.save_every")
         if checkpoint in (None, "last"):
             return self.folder
-        best = run_folder.read_record(self.folder).get("best")
-        step = best.get("step") if checkpoint == "best" and isinstance(best, dict) else checkpoint
+        step: int | str | None = checkpoint
+        if checkpoint == "best":
+            best = run_folder.read_record(self.folder).get("best")
+            step = best.get("step") if isinstance(best, dict) else None
         found = {each.step: each.path for each in self.checkpoints}
         if step in found:
             return found[step]
-        steps = ", ".join(map(str, found)) or "none"
+        steps = ", ".join(map(str, found)) or "(none)"
+        if step is None:
+            raise ConfigError(f"checkpoint=best: {self.folder} has none, see trainer.keep_best; its steps are {steps}")
         raise ConfigError(f"checkpoint={checkpoint}: expected last, best or one of the steps {steps} of {self.folder}")
 
 

@@ -302,6 +302,22 @@ def test_engines_have_the_weights_of_a_checkpoint_in_evaluation_mode(home):
     assert run.checkpoints == [start, first]
 
 
+def test_engines_that_were_not_saved_are_an_error_that_names_what_is_missing(home):
+    run = runner.train(compose("trainer.eval_every=0"))
+    with pytest.raises(runner.ConfigError, match=r"checkpoint=best: .* has none, see trainer.keep_best; its steps are"):
+        run.engines("best")
+    run = runner.train(compose("trainer.save_every=0"))
+    for checkpoint in (None, "best", 3):
+        with pytest.raises(runner.ConfigError, match=r"the run has saved no checkpoint; see trainer.save_every"):
+            run.engines(checkpoint)
+
+
+@pytest.mark.parametrize("overrides", [None, [3], "seed=1", ["seed=1", None]])
+def test_overrides_that_are_no_list_of_texts_are_an_error_that_shows_them(overrides):
+    with pytest.raises(runner.ConfigError, match=r"^overrides=.*: expected a list of texts"):
+        runner.compose(overrides)
+
+
 def test_an_untrusted_folder_is_refused_unless_its_modules_are_allowed(home):
     run = runner.train(compose())
     (run.folder / ".hydra" / "signature.json").unlink()

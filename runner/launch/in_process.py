@@ -65,6 +65,8 @@ def compose(overrides: Sequence[str], config_dir: str | os.PathLike[str] | None)
     """
     if isinstance(overrides, str):
         raise ConfigError(f"overrides={overrides!r}: expected a list of texts; write compose([{overrides!r}])")
+    if not isinstance(overrides, Sequence) or not all(isinstance(override, str) for override in overrides):
+        raise ConfigError(f"overrides={overrides!r}: expected a list of texts, such as ['trainer.steps=100']")
     if flag := next((override for override in overrides if override.startswith("-")), None):
         raise ConfigError(f"{flag}: expected key=value, found a flag of the command line; {_remedy_for(flag)}")
     directory = None if config_dir is None else os.path.abspath(config_dir)
