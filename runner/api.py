@@ -195,11 +195,17 @@ class Run:
             allow_targets: modules that the config of a run which you have not started may name, such as ["own"].
             device: such as "cpu"; by default that of the run, or the CPU if this machine lacks it.
         Raises:
-            ConfigError: there is no such checkpoint, it is damaged, or its config names what is not allowed.
+            ConfigError: there is no such checkpoint, it is damaged, its config names what is not allowed, or another
+                thread of this process trains.
         """
         path = self._find(checkpoint)
         overrides = [] if device is None else [f"distributed.device={device}"]
-        with preserved_process(keeps_path=True), own_hydra(), in_process.raised_as_config_error():
+        with (
+            in_process.between_runs(),
+            preserved_process(keeps_path=True),
+            own_hydra(),
+            in_process.raised_as_config_error(),
+        ):
             from runner.run import saved_model
 
             return saved_model.open_engines(path, overrides, allow_targets, may_move=device is None)

@@ -244,6 +244,7 @@ def test_a_model_that_fails_raises_its_own_error_and_leaves_its_state(home):
 
 def test_a_thread_trains_too_and_a_second_run_meanwhile_is_refused(home):
     done = []
+    earlier = runner.train(compose())
     config = compose(*SLOW, "trainer.steps=20", "hydra.run.dir=threaded")
     thread = threading.Thread(target=lambda: done.append(runner.train(config).status))
     thread.start()
@@ -251,9 +252,12 @@ def test_a_thread_trains_too_and_a_second_run_meanwhile_is_refused(home):
         time.sleep(0.01)
     with pytest.raises(runner.ConfigError, match="another that trains in this process"):
         runner.train(compose())
+    with pytest.raises(runner.ConfigError, match="engines: expected no run that trains in another thread"):
+        earlier.engines()  # building modules would change the run's random numbers
     assert compose("seed=3").seed == 3
     thread.join()
     assert done == ["finished"]
+    assert list(earlier.engines()) == ["model"]
 
 
 def test_metrics_are_columns_with_nan_where_a_row_has_no_number(home, monkeypatch):

@@ -34,6 +34,8 @@ from runner.launch.process_state import own_hydra, preserved_process
 from runner.utils.utils import escape_controls
 
 _training = threading.Lock()  # a run uses global state: generators, signal handlers, the logger
+_training_thread: int | None = None  # that holds the lock for a run
+_POLL_S = 0.05
 
 
 @dataclass
@@ -121,6 +123,33 @@ def without_hydra(composed: Composition) -> DictConfig:
     return resume.without_hydra(composed.cfg)
 
 
+def _acquire(message: str) -> None:
+    """Takes the lock, once a thread that only builds modules has released it; raises the message if a run trains."""
+    while not _training.acquire(timeout=_POLL_S):
+        if _training_thread is not None:
+            raise ConfigError(message)
+
+
+@contextlib.contextmanager
+def between_runs() -> Iterator[None]:
+    """Lets a block build modules, which draw random numbers, while no other thread of this process trains.
+
+    A callback of the run itself may build modules: the generators are then restored before the run uses them.
+
+    Raises:
+        ConfigError: another thread trains.
+    """
+    if _training_thread == threading.get_ident():
+        yield
+        return
+    found = "found one, whose random numbers would change; open the run in another process"
+    _acquire(f"engines: expected no run that trains in another thread of this process, {found}")
+    try:
+        yield
+    finally:
+        _training.release()
+
+
 def train(composed: Composition) -> Path:
     """Trains a run to its end, or until Ctrl-C; returns its folder.
 
@@ -131,10 +160,11 @@ def train(composed: Composition) -> Path:
         RunError, or the error of the model or data: the run has failed.
         KeyboardInterrupt: a second Ctrl-C, or one before there was anything to save.
     """
+    global _training_thread
     if is_distributed_launch():
         raise ConfigError("WORLD_SIZE: expected one process, found several of torchrun or srun; use python -m runner")
-    if not _training.acquire(blocking=False):
-        raise ConfigError("train: expected one run at a time, found another that trains in this process")
+    _acquire("train: expected one run at a time, found another that trains in this process")
+    _training_thread = threading.get_ident()
     try:
         with preserved_process(), own_hydra(composed.search_path, is_brief=False):
             folder = _train(composed)
@@ -143,6 +173,7 @@ def train(composed: Composition) -> Path:
             signal.raise_signal(interrupt.args[0])
         raise
     finally:
+        _training_thread = None
         _training.release()
     record = run_folder.read_record(folder)
     name = str(record.get("reason")).partition(",")[0]
