@@ -260,10 +260,22 @@ def _init_mistakes(prefix: str, values: Any) -> list[str]:
         return [f"{prefix}init_from={path}: expected one of init_from and init, found both; set {key}.path={path}"]
     known = field_names(InitConfig)
     mistakes = [f"{key}.{name}: no such key; {suggest(str(name), known)}" for name in init if name not in known]
-    mistakes += find_type_mistakes(InitConfig, init, key)
+    mistakes += find_type_mistakes(InitConfig, init, key) or _number_mistakes(key, init)
     if init.get("path") is None:
         mistakes.append(f"{key}.path: expected a run, a checkpoint, or a file or folder of weights; found null")
     return mistakes or _rename_mistakes(f"{key}.rename", init.get("rename", {}))
+
+
+def _number_mistakes(key: str, init: dict[str, Any]) -> list[str]:
+    """Returns the mistakes of numbers and booleans in place of texts, which OmegaConf accepts as texts."""
+    rules = init.get("rename") or {}
+    texts = {"path": [init.get("path") or ""], "rename": [*rules, *rules.values()]}
+    texts |= {name: init.get(name) or [] for name in ("include", "exclude")}
+    mistakes = []
+    for name, values in texts.items():
+        wrong = [value for value in values if not isinstance(value, str)]
+        mistakes += [f"{key}.{name}: expected a text, found {value}; put it into quotes" for value in wrong]
+    return mistakes
 
 
 def _rename_mistakes(key: str, rules: dict[str, str]) -> list[str]:

@@ -107,11 +107,12 @@ def _apply_overrides(overrides: list[Override], cfg: DictConfig) -> None:
             _apply_by_hydra([override], cfg)
         elif _is_off(name := override.key_or_group.rpartition(".")[2], node):
             del node[_OFF[name][0]]
+    _complete_init([], cfg)  # an override may have set it as a whole
     expand_composed(cfg)
 
 
 def _complete_init(overrides: list[Override], cfg: DictConfig) -> None:
-    """Gives `init` all of its keys, so that an override may set each of them."""
+    """Gives `init` all of its keys: an override may set each of them, and a resumed run has the same config."""
     is_set = any(override.key_or_group.startswith("init.") for override in overrides)
     if "init" in cfg and (OmegaConf.is_dict(cfg.init) or (cfg.init is None and is_set)):
         raw: Any = OmegaConf.to_container(cfg, resolve=False)

@@ -20,6 +20,9 @@ from runner.config.spec import InitSpec, find_init
         (["init.strict=false"], "init.path: expected a run, a checkpoint, or a file or folder of weights; found null"),
         (["init.path=x", "init.strict=maybe"], "init.strict=maybe: expected true or false"),
         (["init.path=x", "init.include=head"], "init.include=head: expected a list of texts or null"),
+        (["init.path=3"], "init.path: expected a text, found 3; put it into quotes"),
+        (["init={path: x, rename: {head: 3}}"], "init.rename: expected a text, found 3; put it into quotes"),
+        (["init={path: x, exclude: [a, 3]}"], "init.exclude: expected a text, found 3; put it into quotes"),
         (["init={path: x, pth: 3}"], "init.pth: no such key; did you mean path?"),
         (["+engines.a.init.path=null"], "engines.a.init.path: expected a run, a checkpoint"),
         (["+engines.a={init: x}"], "engines.a.init=x: expected a mapping of .*: engines.a.init_from=x"),
@@ -49,6 +52,11 @@ def test_an_engines_own_overrides_the_common_one():
     assert find_init(plain, "d") is None
     del plain["init"], plain["init_from"]  # the config of an earlier run
     assert find_init(plain, "a") is None
+
+
+def test_each_form_is_recorded_with_all_keys_as_a_resumed_run_records_it():
+    inits = [checks.check_config(composed(override)).plain["init"] for override in ("init={path: x}", "init.path=x")]
+    assert inits == [{"path": "x", "rename": {}, "include": None, "exclude": [], "strict": True}] * 2
 
 
 @pytest.mark.parametrize("key", ["init", "init.path", "init_from", "engines.a.init", "+engines.a.init.path", "~init"])
