@@ -137,6 +137,7 @@ def match(spec: InitSpec, source: Source, engine: str, module: nn.Module) -> Mat
         if goal in found:
             raise ValueError(f"two names become {goal[:_MAX_NAME_LENGTH]}, one of them {original[:_MAX_NAME_LENGTH]}")
         found[goal] = state[original]
+    result.remarks += _describe_idle_globs(spec, {*expected, *found})
     _compare(spec, module, expected, found, result)
     return result
 
@@ -167,6 +168,13 @@ def _describe_idle_rules(spec: InitSpec, state: State) -> list[str]:
             lines.append(f"rename: {pattern!r} matches no name")
         names = [re.sub(pattern, replacement, name) for name in names]
     return lines
+
+
+def _describe_idle_globs(spec: InitSpec, names: Iterable[str]) -> list[str]:
+    """Returns a line for each glob of `include` and `exclude` that matches no name of the model or the file."""
+    globs = {"include": spec.include or [], "exclude": spec.exclude}
+    idle = [(key, glob) for key in globs for glob in globs[key] if not fnmatch.filter(names, glob)]
+    return [f"{key}: {glob!r} matches no name" for key, glob in idle]
 
 
 def _choose(
@@ -270,6 +278,8 @@ def _find_mismatch(expected: Any, found: Any) -> str | None:
         return f"expected {[*expected.shape]}, found {[*found.shape]}"
     if _kind(expected.dtype) != _kind(found.dtype):
         return f"expected {_name(expected.dtype)}, found {_name(found.dtype)}"
+    if expected.layout != found.layout:
+        return f"expected {_name(expected.layout)}, found {_name(found.layout)}"
     return "has no values" if found.is_meta and not expected.is_meta else None
 
 
@@ -305,8 +315,8 @@ def _kind(dtype: torch.dtype) -> str:
     return "boolean" if dtype == torch.bool else "integer"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _shape(value: Any) -> Any:

@@ -133,7 +133,9 @@ def _read_pickle(path: Path) -> Any:
         return io.load_pickle(path)
     except ValueError as error:
         called = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
-        reason = f"{path}: would run {called[1][:200]} to be read" if called else str(error)
+        if called is None:  # damaged, or of another format
+            raise
+        reason = f"{path}: would run {called[1][:200]} to be read"
         convert = f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt')"
         remedy = f"if you trust its origin to run code here, convert it once in Python: {convert}"
         raise ValueError(f"{reason}; {remedy}") from error

@@ -109,6 +109,8 @@ def test_include_and_exclude_select_names_of_the_model():
     assert set(found.weights) == {"body.weight", "body.bias"}
     assert found.is_complete
     assert "2 left out" in found.table()[0]
+    found = matched(state, include=["body.*", "hed.*"], exclude=["boddy.*"])
+    assert found.remarks == ["include: 'hed.*' matches no name", "exclude: 'boddy.*' matches no name"]
 
 
 def test_what_does_not_fit_is_named_with_its_reason():
@@ -123,6 +125,8 @@ def test_what_does_not_fit_is_named_with_its_reason():
         "mismatched  2: body.weight (expected [3, 2], found [4, 4]), body.bias (expected float32, found int8)",
     ]
     assert not found.is_complete
+    found = matched(make_net().state_dict() | {"body.bias": torch.ones(3).to_sparse()})
+    assert found.mismatched == ["body.bias (expected strided, found sparse_coo)"]
 
 
 def test_dtypes_are_converted_and_the_table_says_so():

@@ -212,6 +212,11 @@ def test_a_pickle_that_would_run_code_is_refused_with_what_to_do(name):
         start(name)
     assert "would run posix.mkdir to be read; if you trust its origin to run code here, convert it" in str(caught.value)
     assert not Path("canary").exists()
+    Path(name).write_bytes(Path(name).read_bytes()[:500])
+    with pytest.raises(ConfigError) as caught:  # damaged: there is nothing to convert
+        start(name)
+    assert "not read" in str(caught.value)
+    assert "convert it" not in str(caught.value)
 
 
 def test_nothing_loaded_is_an_error_always():
