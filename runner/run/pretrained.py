@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -65,6 +66,7 @@ def write_pretrained(
     parent = folder.parent
     make_folder_below(parent, parent.parent)
     new, old = parent / f".{folder.name}.new", parent / f".{folder.name}.old"
+    _restore(old, folder)
     for leftover in (new, old):  # of a run that was killed
         remove_tree(leftover)
     disk.make_folder(new)  # fails if a link has this name: what `save_pretrained` writes stays in here
@@ -80,10 +82,18 @@ def write_pretrained(
             disk.rename(folder, old)
         disk.rename(new, folder)
     except BaseException:
+        _restore(old, folder)
         remove_tree(new)
         raise
     disk.sync_folder(parent)
     remove_tree(old)
+
+
+def _restore(old: Path, folder: Path) -> None:
+    """Gives an earlier folder its name again if the one that replaces it was not put in its place."""
+    with contextlib.suppress(OSError):
+        if disk.is_folder(old) and not disk.is_folder(folder):
+            disk.rename(old, folder)
 
 
 def _save(module: Any, state: Mapping[str, Any], folder: Path, dtype: str | None) -> None:

@@ -8,7 +8,9 @@ from conftest import WORKER_MODULES, shared_zygote
 from ranks import Ranks
 
 from runner.checkpoint import checkpoints
+from runner.run.pretrained import write_pretrained
 from runner.utils import io
+from runner.utils.files import disk
 
 transformers = pytest.importorskip("transformers")
 
@@ -161,3 +163,26 @@ def test_a_module_without_save_pretrained_is_refused_before_training(project):
     assert not (project.folder / "run" / "checkpoints").exists()
     printed = project.run("export.dtype=fp8", status=2)
     assert "export.dtype=fp8: did you mean fp32? (there are: bf16, fp16, fp32), or null" in printed
+
+
+def test_an_interrupt_or_kill_between_two_folders_leaves_the_earlier_one(tmp_path, monkeypatch):
+    class Saves(torch.nn.Linear):
+        def save_pretrained(self, folder, state_dict):
+            io.save(state_dict, folder / "model.safetensors")
+
+    def interrupt(old, new):
+        if old.name == ".model.new":
+            raise KeyboardInterrupt
+        return rename(old, new)
+
+    model, folder, rename = Saves(2, 2), tmp_path / "exports" / "model", disk.rename
+    first = {"weight": torch.ones(2, 2)}
+    write_pretrained(model, first, folder, {}, None)
+    monkeypatch.setattr(disk, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_pretrained(model, {"weight": torch.zeros(2, 2)}, folder, {}, None)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    folder.rename(folder.parent / ".model.old")  # as a kill leaves it
+    with pytest.raises(KeyboardInterrupt):
+        write_pretrained(model, {"weight": torch.zeros(2, 2)}, folder, {}, None)
+    assert torch.equal(io.load(folder / "model.safetensors")["weight"], first["weight"])
