@@ -96,6 +96,8 @@ def _match_entry(key: str, entry: Any, names: Mapping[int, Sequence[str]], train
     for name in entry.keys() & set(_NOT_NEGATIVE):
         if not _is_number(entry[name]) or not 0 <= entry[name] < math.inf:
             raise ValueError(f"{key}.{name}={entry[name]}: expected a number of 0 or more")
+    if "params" in entry:
+        raise ValueError(f"{key}.params: expected no such setting; match selects the parameters")
     all_names = [name for parameter_names in names.values() for name in parameter_names]
     for glob in globs:
         matched = set(match_parameters(f"{key}.match", all_names, [glob]))

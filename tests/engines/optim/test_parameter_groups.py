@@ -120,6 +120,7 @@ MISTAKES = {
         [{"match": "*", "eps": 1}, {"match": "head.wieght", "eps": 1}],
         None,
     ),
+    "groups.0.params: expected no such setting; match selects": ([{"match": "*", "params": 3}], None),
     "groups.0.match: 'embed.*' matches only frozen parameters, embed.bias, embed.weight": (
         [{"match": ["*", "embed.*"], "eps": 1}],
         None,
