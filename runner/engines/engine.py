@@ -121,8 +121,7 @@ class Engine:
         self.applied = applied or AppliedOptimizations(module)
         self.first_step_hook: FirstStepHook | None = None
         self.kind = type(module).__name__.removeprefix("FSDP" if self.strategy.is_sharded else "")
-        dtype = _AUTOCAST[precision]
-        # Made once and entered in each forward.
+        dtype = _AUTOCAST[precision]  # the context is made once and entered in each forward
         self._autocast = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._gradients = Gradients(
             module, optimizer, self.strategy, self.device,
