@@ -43,6 +43,10 @@ FAMILIES["distill"] = (
     {"experiment": "distill"},
     ["experiment=distill", "data.batch_size=16", "engines.teacher.init_from=null"],
 )
+FAMILIES["finetune"] = (
+    {"experiment": "finetune", "data": "documentation"},
+    ["experiment=finetune", "init=null", *SMALL_TEXT],
+)
 # A choice that is refused beside another one, and one that it goes with.
 PARTNERS = {"schedulefree": {"scheduler": "constant"}}
 VALUES = {"fast": ["optimizations.compile.backend=aot_eager"]}  # inductor compiles for half a minute
@@ -55,19 +59,19 @@ def choices(group):
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
-GROUPS = sorted(
-    path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in ("hydra", "optimization", "trackers")
-)
+# Losses need other batches; callbacks, trackers and optimizations are chosen together. Each kind has tests of its own.
+ELSEWHERE = ("hydra", "loss", "callbacks", "trackers", "optimization")
+GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in ELSEWHERE)
 IN_FAMILIES = {(group, choice) for family, _ in FAMILIES.values() for group, choice in family.items()}
 
 
 def cycles():
     """Yields the choices of each cycle by group, with its family."""
-    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint", "ema")
+    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint", "export", "ema")
     for row in zip_longest(*map(choices, together)):
         chosen = {group: choice for group, choice in zip(together, row, strict=True) if choice is not None}
         yield "text", chosen | PARTNERS.get(chosen.get("optimizer"), {})
-    groups_by_family = {"digits": (), "gan": (), "distill": (), "codes": ("pattern",)}
+    groups_by_family = {"digits": (), "gan": (), "distill": (), "finetune": (), "codes": ("pattern",)}
     groups_by_family["text"] = ("optimizations", "distributed")
     for family, groups in groups_by_family.items():
         for group in groups:

@@ -96,6 +96,7 @@ def program(home):
     """A program that uses Hydra itself: it has composed a config of its own, with a resolver `now` of its own."""
     Plugins.instance()
     resolvers, instances = dict(BaseContainer._resolvers), dict(Singleton._instances)
+    instances.pop(GlobalHydra, None)  # Hydra initializes the object itself, and puts a copy in its place later
     (home.folder / "theirs").mkdir()
     (home.folder / "theirs" / "config.yaml").write_text("optimizations: {mine: true}\nvalue: ${now:1}\n")
     with optimizations.restored_composer(), initialize_config_dir(str(home.folder / "theirs"), version_base="1.2"):

@@ -296,7 +296,7 @@ def test_a_wrong_return_value_of_a_later_forward_costs_no_step_and_is_told_once(
         file.write("    return module(**batch) if calls <= 6 else [1]\n")
     off = ("trainer.eval_every=0", "trainer.save_every=0")
     printed = project.run("hydra.run.dir=run", "feeder={_target_: own.feed_six}", *off, status=1)
-    assert printed.count("Model.forward returned list: expected a scalar loss") == 1
+    assert printed.count("Model.forward returned list of (int): expected a scalar loss") == 1
     assert "Traceback" not in printed
     assert (project.folder / "run" / "checkpoints" / "step_00000006").is_dir()
 

@@ -9,12 +9,12 @@ from math import isfinite
 
 from runner.tracking.protocol import RunInfo
 from runner.tracking.repair import LINE_NAMES
-from runner.utils.files import AppendFile
+from runner.tracking.trackers.record_file import RecordFile
 
 METRICS_NAME = "metrics.jsonl"
 
 
-class Jsonl:
+class Jsonl(RecordFile):
     """Writes `metrics.jsonl`, which `truncation` cuts before it is opened.
 
     A line has `step`, `time_s`, then the values of one call in order, exact; NaN and infinities, which JSON lacks, are
@@ -23,33 +23,11 @@ class Jsonl:
 
     is_required = True
 
-    def __init__(self) -> None:
-        self._lines: list[bytes] = []
-        self._file: AppendFile | None = None
-
     def open(self, run: RunInfo) -> None:
-        self._file = AppendFile(run.folder / METRICS_NAME)
+        self._open_file(run.folder / METRICS_NAME)
 
     def log(self, step: int, time_s: float, numbers: Mapping[str, float]) -> None:
-        self._lines.append(encode_line(step, time_s, numbers))
-
-    def write(self) -> None:
-        if self._lines and self._file is not None:
-            lines, self._lines = self._lines, []
-            self._file.append(b"".join(lines))
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.sync()
-
-    def close(self, status: str | None) -> None:
-        if self._file is None:
-            return
-        try:
-            if status is not None:
-                self._file.sync()
-        finally:
-            self._file.close()
+        self._records.append(encode_line(step, time_s, numbers))
 
 
 def encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> bytes:

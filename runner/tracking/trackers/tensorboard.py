@@ -8,10 +8,10 @@ from types import ModuleType
 from typing import Any
 
 from runner.tracking.protocol import RunInfo
-from runner.utils.files import AppendFile
+from runner.tracking.trackers.record_file import RecordFile
 
 
-class TensorBoard:
+class TensorBoard(RecordFile):
     """Writes an event file for each session, with one record for each call; NaN included.
 
     `truncation` cuts the files of earlier sessions before this one is opened.
@@ -20,16 +20,16 @@ class TensorBoard:
     is_required = True
 
     def __init__(self) -> None:
-        self._records: list[bytes] = []
-        self._file: AppendFile | None = None
+        super().__init__()
         self._clock_zero = 0.0
         self._events: Any = None
 
     def open(self, run: RunInfo) -> None:
         self._events = import_event_file()
         self._clock_zero = run.clock_zero
-        self._file = AppendFile(self._events.name_next_file(run.folder))
-        self._file.append(self._events.encode_header(run.started, run.resume_step))
+        self._open_file(self._events.name_next_file(run.folder))
+        self._records.insert(0, self._events.encode_header(run.started, run.resume_step))
+        self.write()
 
     def log(self, step: int, time_s: float, numbers: Mapping[str, float]) -> None:
         self._records.append(self._events.encode_scalars(self._clock_zero + time_s, step, numbers))
@@ -49,24 +49,8 @@ class TensorBoard:
     def histogram(self, step: int, time_s: float, name: str, histogram: Any) -> None:
         self._records.append(self._events.encode_histogram(self._clock_zero + time_s, step, name, histogram))
 
-    def write(self) -> None:
-        if self._records and self._file is not None:
-            records, self._records = self._records, []
-            self._file.append(b"".join(records))
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.sync()
-
-    def close(self, status: str | None) -> None:
-        if self._file is None:
-            return
-        try:
-            if status is not None:
-                self._file.append(self._events.encode_hparams_end(time.time(), status))
-                self._file.sync()
-        finally:
-            self._file.close()
+    def _end(self, status: str) -> None:
+        self._records.append(self._events.encode_hparams_end(time.time(), status))
 
 
 def import_event_file() -> ModuleType:
