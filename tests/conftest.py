@@ -316,6 +316,16 @@ def project(tmp_path):
     made.close()
 
 
+@pytest.fixture
+def home(project, monkeypatch):
+    """A project as the current directory, its module `own` importable but not imported yet."""
+    monkeypatch.chdir(project.folder)
+    monkeypatch.syspath_prepend(project.folder)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    yield project
+    sys.modules.pop("own", None)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The folder of a run of 12 steps with checkpoints at 4, 8 and 12 and an export, which `trained` copies."""

@@ -19,16 +19,6 @@ import runner
 SMALL = ["experiment=mine", "trainer.steps=6", "trainer.save_every=3", "trainer.eval_every=3"]
 
 
-@pytest.fixture
-def home(project, monkeypatch):
-    """A project as the current directory, its module `own` importable but not imported yet."""
-    monkeypatch.chdir(project.folder)
-    monkeypatch.syspath_prepend(project.folder)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    yield project
-    sys.modules.pop("own", None)
-
-
 def compose(*overrides):
     return runner.compose([*SMALL, *overrides], config_dir="conf")
 

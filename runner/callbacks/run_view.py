@@ -1,4 +1,4 @@
-"""The view of a run that callbacks get: where it stands, what it trains, and what they may log and request."""
+"""The view of a run that callbacks receive: its progress and engines, and methods to log and to request actions."""
 
 from __future__ import annotations
 
@@ -105,12 +105,15 @@ class RunView:
     @property
     def lrs(self) -> dict[str, list[float]]:
         """The learning rates of each engine's parameter groups, by engine."""
-        optimizers = {name: engine.optimizer for name, engine in self.engines.items() if engine.optimizer is not None}
-        return {name: [float(group["lr"]) for group in o.param_groups] for name, o in optimizers.items()}
+        lrs = {}
+        for name, engine in self.engines.items():
+            if engine.optimizer is not None:
+                lrs[name] = [float(group["lr"]) for group in engine.optimizer.param_groups]
+        return lrs
 
     @property
     def is_stream(self) -> bool:
-        """True if data.train is a stream, of which `training_batches` can make no pass."""
+        """True if data.train is a stream: `training_batches` then can't make a pass over it."""
         return is_stream(getattr(self._run.loop.batches, "dataset", None))
 
     def log(self, numbers: Mapping[str, Any]) -> None:

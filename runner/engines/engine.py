@@ -236,7 +236,7 @@ class Engine:
         return self._reader.take_output(batch, self._target_key)
 
     def output_error(self, message: str) -> OutputError:
-        """Returns an error of what the forward returns; before the first step, it is a mistake of the user's."""
+        """Returns an error about the forward's return value; before the first step, it counts as a set-up error."""
         return self._reader.error(message)
 
     def _post_weighted(self, is_weighted: bool) -> None:

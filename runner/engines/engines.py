@@ -136,9 +136,12 @@ class Engines(dict[str, Engine]):
             first = [(name, engine) for name, engine in due if engine.optimizer is None or engine is due_trained[0][1]]
             self._turns = [first, *([pair] for pair in due_trained[1:])]
         if self._has_intervals or len(self._turns) > 1:
-            lasts = [[engine for _, engine in turn if engine.optimizer is not None][-1:] for turn in self._turns]
             for _, engine in trained:
-                engine.strategy.carries_flag = [engine] in lasts
+                engine.strategy.carries_flag = False
+            for turn in self._turns:
+                trained_in_turn = [engine for _, engine in turn if engine.optimizer is not None]
+                if trained_in_turn:
+                    trained_in_turn[-1].strategy.carries_flag = True
         return self._turns
 
     def micro_step(self, batch: Any, weight: float = 1.0) -> None:

@@ -83,15 +83,6 @@ def wait_for_threads(names):
 
 
 @pytest.fixture
-def home(project, monkeypatch):
-    monkeypatch.chdir(project.folder)
-    monkeypatch.syspath_prepend(project.folder)
-    monkeypatch.delitem(sys.modules, "own", raising=False)
-    yield project
-    sys.modules.pop("own", None)
-
-
-@pytest.fixture
 def program(home):
     """A program that uses Hydra itself: it has composed a config of its own, with a resolver `now` of its own."""
     Plugins.instance()

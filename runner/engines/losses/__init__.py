@@ -1,1 +1,1 @@
-"""Losses of a config, and messages for what a forward returns."""
+"""Losses of a config, and error messages about the return value of a forward."""

@@ -143,11 +143,13 @@ def _state_of(metric: Any) -> dict[str, Any]:
     parts = _named_torchmetrics(metric)
     if not parts:
         return {"state": metric.state_dict()}
-    states = {name: {key: _copy(value) for key, value in part.metric_state.items()} for name, part in parts.items()}
-    return {"torchmetrics": states, "counts": {name: int(part._update_count) for name, part in parts.items()}}
+    counts = {name: int(part._update_count) for name, part in parts.items()}
+    return {"torchmetrics": {name: _copy(part.metric_state) for name, part in parts.items()}, "counts": counts}
 
 
 def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(child) for key, child in value.items()}
     return [_copy(child) for child in value] if isinstance(value, list) else value.detach().clone()
 
 

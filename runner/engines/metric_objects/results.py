@@ -74,10 +74,14 @@ def _is_matrix(plain: list[Any]) -> bool:
     return all(isinstance(value, float) for row in plain for value in row)
 
 
+def _describe_row(row: Any) -> str:
+    return " ".join(f"{value:g}" for value in _leaves(row))
+
+
 def _describe(plain: list[Any], leaves: list[Any]) -> str:
     if len(leaves) <= _MAX_SHOWN:
         rows = plain if _is_matrix(plain) else [plain]
-        return "\n".join(" ".join(f"{value:g}" for value in _leaves(row)) for row in rows)
+        return "\n".join(map(_describe_row, rows))
     values = torch.tensor([value for value in leaves if isinstance(value, float)], dtype=torch.float64)
     return (
         f"{len(leaves)} entries, too many to show: minimum {values.min():g}, mean {values.mean():g}, "

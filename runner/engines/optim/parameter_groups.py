@@ -263,7 +263,7 @@ def describe_groups(optimizer: Optimizer, module: nn.Module) -> list[str]:
                 "; ".join([*_describe_others(group, optimizer.param_groups), shorten(first_names)]),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, 5)), row[5]]

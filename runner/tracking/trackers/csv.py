@@ -11,7 +11,8 @@ from pathlib import Path
 
 from runner.tracking.protocol import RunInfo
 from runner.tracking.repair import LINE_NAMES
-from runner.utils.files import AppendFile, iterate_lines, open_regular, replace_file
+from runner.tracking.trackers.record_file import RecordFile
+from runner.utils.files import iterate_lines, open_regular, replace_file
 from runner.utils.utils import one_line
 
 CSV_NAME = "metrics.csv"
@@ -21,7 +22,7 @@ _COPIED_BYTES = 1 << 20
 _END = b"\r\n"  # as RFC 4180 has it; pandas and spreadsheets read it as one line end
 
 
-class Csv:
+class Csv(RecordFile):
     """Writes `metrics.csv`, which a resume cuts after its step.
 
     The numbers of all calls of a step are one row: `step`, `time_s` of the first call, then a column for each name, in
@@ -35,8 +36,8 @@ class Csv:
     truncates = True
 
     def __init__(self) -> None:
+        super().__init__()
         self._path = Path()
-        self._file: AppendFile | None = None
         self._columns: dict[str, None] = {}
         self._num_written_columns = 0  # in the header of the file
         self._rows: list[tuple[int, float, dict[str, float]]] = []  # of the last one, more numbers may come
@@ -52,7 +53,7 @@ class Csv:
             self._truncate(run.resume_step)
         elif self._path.exists() and self._path.stat().st_size:
             raise FileExistsError(17, "holds a run's numbers already: resume it, or use a new folder", str(self._path))
-        self._file = AppendFile(self._path)
+        self._open_file(self._path)
 
     def log(self, step: int, time_s: float, numbers: Mapping[str, float]) -> None:
         if not numbers:
@@ -71,17 +72,10 @@ class Csv:
 
     def flush(self) -> None:
         self._write_rows(is_whole=True)
-        if self._file is not None:
-            self._file.sync()
+        super().flush()
 
-    def close(self, status: str | None) -> None:
-        if self._file is None:
-            return
-        try:
-            if status is not None:
-                self.flush()
-        finally:
-            self._file.close()
+    def _end(self, status: str) -> None:
+        self._write_rows(is_whole=True)
 
     def _add_column(self, name: str) -> bool:
         """Adds a column, unless there are too many; returns whether there is one now."""
@@ -127,7 +121,7 @@ class Csv:
         num_new = len(self._columns) - self._num_written_columns
         replace_file(self._path, self._widened(num_new))
         self._num_written_columns = len(self._columns)
-        self._file = AppendFile(self._path)
+        self._open_file(self._path)
 
     def _widened(self, num_new: int) -> Iterator[bytes]:
         yield self._encode_header()
