@@ -1,4 +1,4 @@
-"""The Python API: composes a config, trains it in this process, and reads what a run has left.
+"""The Python API: composes a config, trains it in this process, and reads the folder of a run.
 
 `import runner` loads this module when one of its names is used; torch is imported only to train or to build a model.
 """

@@ -89,7 +89,7 @@ class Histograms:
 
 
 def _count(name: str, tensor: Tensor, is_counted: bool) -> Histogram | None:
-    """Returns the histogram of a tensor, all ranks' shards of which are gathered; None where it is not counted."""
+    """Returns the histogram of a tensor, gathered from the shards of all ranks; None on ranks that do not count."""
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
     if not is_counted:

@@ -33,7 +33,7 @@ class Callback(Protocol):
         """
 
     def on_save(self, view: RunView) -> None:
-        """Called before the state is copied for a checkpoint, so that `state_dict` sees what it changes."""
+        """Called before the state is copied for a checkpoint; changes made here are in the checkpoint."""
 
     def on_end(self, view: RunView, status: str) -> None:
         """Called at the end of each session, after the last save.

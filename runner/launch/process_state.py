@@ -58,7 +58,7 @@ def own_hydra(search_path: list[str] | None = None, *, is_brief: bool = True) ->
 
 @contextlib.contextmanager
 def _replaced_globals() -> Iterator[None]:
-    """Gives a block Hydra's global objects and OmegaConf's resolvers of its own."""
+    """Replaces Hydra's global objects and OmegaConf's resolvers within a block, and restores them after it."""
     Plugins.instance()  # registers the sources of YAML files, which a new object would lack
     objects = {kind: Singleton._instances.pop(kind, None) for kind in _PER_PROGRAM}
     resolvers = dict(BaseContainer._resolvers)

@@ -1,4 +1,4 @@
-"""Calls the hooks of a run's callbacks, and applies what they request, alike on all ranks."""
+"""Calls the hooks of a run's callbacks, and carries out their requests, alike on all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Hooks:
-    """The hooks of a run's callbacks, each of which does nothing if no callback has it.
+    """The hooks of a run's callbacks. A hook that no callback has does nothing.
 
     Attributes:
         on_step: for the loop; None if no callback has this hook.

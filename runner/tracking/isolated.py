@@ -1,4 +1,4 @@
-"""Feeds one tracker in a thread of its own, so that it can neither slow nor end a run."""
+"""Runs one tracker in a separate thread, so that it can neither slow nor end a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Call = tuple[str, tuple[Any, ...]]  # a method and its arguments
 
 
 class IsolatedTracker:
-    """A tracker in a thread of its own.
+    """A tracker that is called in a separate thread.
 
     If it raises an error, one warning names it and it gets no more calls. If it can't show a picture, a text or
     another medium, it gets no more of that kind. If it is so slow that thousands of calls wait for it, it loses the

@@ -1,4 +1,4 @@
-"""What a tracker is: an object that receives a run's numbers, and texts, pictures and sounds if it wants them."""
+"""The Protocol of trackers: objects that receive a run's numbers, and optionally texts, pictures and sounds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """Receives what a run logs; only `log` is required. Rank zero alone has trackers.
+    """Receives the numbers and media of a run; only `log` is required. Rank zero alone has trackers.
 
     All methods are called in one background thread, in order. A tracker with `is_required = True` is part of the run's
     own files: its error ends the run. Any other tracker has a thread of its own: its error is one warning, and training

@@ -32,7 +32,7 @@ _FLUSH_POLL_S = 0.2
 
 
 class TrackerThread:
-    """Hands what a run logs to its trackers, in a background thread.
+    """Passes the numbers and media of a run to its trackers, in a background thread.
 
     `time_s`, which trackers receive, is seconds of training over all sessions of the run.
 
@@ -273,7 +273,7 @@ class TrackerThread:
             isolated.start(info)
 
     def _write_until_closed(self) -> str:
-        """Hands over what is logged; returns the status that the run is closed with."""
+        """Passes entries to the trackers until `close`; returns the status that was given to it."""
         while True:
             request: str | threading.Event | None = None
             with suppress(Empty):

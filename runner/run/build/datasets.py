@@ -91,7 +91,7 @@ def check_unused_sampler(spec: ExperimentSpec, dataset: Any) -> None:
 
 
 def describe_stream(spec: ExperimentSpec, dataset: Any) -> list[str]:
-    """Returns notes about a stream's order and what a resumed run repeats; none for another dataset."""
+    """Returns notes about the order of a stream and about inexact resumes; none for another dataset."""
     if not is_stream(dataset):
         return []
     place = f"data.train ({type(dataset).__name__})"

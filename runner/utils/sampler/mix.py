@@ -24,7 +24,7 @@ _CHOICES, _ORDERS = 1, 2  # salts of the seed
 
 
 class Mix(ConcatDataset[Any]):
-    """Several datasets in one, for `MixSampler`. As a dataset of its own it is their concatenation.
+    """Several datasets in one, for `MixSampler`. Without that sampler it is their concatenation.
 
     Args:
         datasets: with `__getitem__` and `__len__`, by name or as a list.

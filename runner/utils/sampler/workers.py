@@ -49,7 +49,7 @@ class LoaderSettings:
         checked_choice("is_persistent", self.is_persistent, (False, True))
 
     def make_loader(self, dataset: Dataset[Any], sampler: Any = None, seed: int | None = None) -> DataLoader[Any]:
-        """Returns a loader of a dataset that yields whole batches, by the plans of a sampler or by itself.
+        """Returns a loader of a dataset whose items are whole batches; without a sampler it is iterated.
 
         Args:
             seed: of the workers; None: that of a new `torch.Generator`.

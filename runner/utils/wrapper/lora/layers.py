@@ -225,7 +225,7 @@ def _find_shapes(layer: nn.Module, weight: Tensor, rank: int) -> tuple[tuple[int
 
 
 def remove_adapter(layer: nn.Module) -> None:
-    """Makes an adapted layer what it was."""
+    """Restores an adapted layer to its original class and attributes."""
     for name in (*ADAPTER, *SETTINGS):
         delattr(layer, name)
     kinds = [kind for kind in type(layer).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, LoRALayer)]
