@@ -35,6 +35,7 @@ IMPORT_HYDRA = {
     "config.composition.expansion",
     "config.composition.interpolation",
     "config.composition.source",
+    "config.composition.yaml_text",
 }
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 import PIL.Image
 import tensorboard.compat.proto.event_pb2
 import torch
-from hydra._internal.hydra import Hydra
 from hydra.core.plugins import Plugins
 
 import runner.__main__
@@ -173,8 +172,6 @@ def load_for_children() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     load_for_children()
-    # Hydra composes the config again to find hydra.mode, a quarter of a short run's time; no config here sets it.
-    Hydra.get_mode = lambda self, config_name, overrides: None
     assert {tensorboard, runner.tracking.event_file}  # imported for the children
     for line in sys.stdin:
         request = json.loads(line)

@@ -45,7 +45,7 @@ CONF_DIR = source.CONF_DIR
 
 def register_with_hydra() -> None:
     """Registers the schema, the resolvers and the source of YAML files with Hydra."""
-    source.register_config_source()
+    source.register_config_sources()
     optimizations.expand_when_composed()
     OmegaConf.register_new_resolver("run_label", run_label, replace=True)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import hydra
+from hydra._internal import hydra as hydra_internals
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from runner.config import checks, errors
 from runner.config.composition.interpolation import quote_nested
@@ -13,6 +19,41 @@ from runner.control import signals
 from runner.launch import launcher
 
 _CONFIG = {"config_path": str(checks.CONF_DIR), "config_name": "config", "version_base": "1.3"}
+_MULTIRUN_FLAGS = ("-m", "--multirun")
+
+
+class _SingleRunHydra(hydra_internals.Hydra):
+    """Composes the config of a single run once. Hydra itself composes it twice, first only to read `hydra.mode`."""
+
+    _composed: DictConfig | None = None
+
+    def get_mode(self, config_name: str | None, overrides: list[str]) -> Any:
+        """Returns `hydra.mode`, and keeps the composed config for `compose_config` if it is that of a single run."""
+        with contextlib.suppress(Exception):  # Hydra composes it again: for a sweep, or to raise the error
+            cfg = super().compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
+            if cfg.hydra.mode in (None, RunMode.RUN):
+                self._composed = cfg
+                return RunMode.RUN
+        return super().get_mode(config_name, overrides)
+
+    def compose_config(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """Returns the config that `get_mode` has composed, the first time, or composes one."""
+        composed, self._composed = self._composed, None
+        if composed is not None and kwargs["run_mode"] == RunMode.RUN:
+            return composed
+        return super().compose_config(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _composing_once(arguments: list[str]) -> Iterator[None]:
+    """Makes `hydra.main` use `_SingleRunHydra`, except for a sweep."""
+    original = hydra_internals.Hydra
+    if not any(flag in arguments for flag in _MULTIRUN_FLAGS):
+        hydra_internals.Hydra = _SingleRunHydra  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        hydra_internals.Hydra = original  # type: ignore[misc]
 
 
 def _clean_up(status: int) -> None:
@@ -33,8 +74,8 @@ def main() -> None:
             arguments = launcher.prepare_arguments([quote_nested(argument) for argument in sys.argv[1:]])
             if launcher.print_resumed_config(arguments):
                 sys.exit(0)
-            sys.argv[1:] = sorted(arguments, key=lambda a: a not in ("-m", "--multirun"))
-            with errors.make_hydra_raise():
+            sys.argv[1:] = sorted(arguments, key=lambda a: a not in _MULTIRUN_FLAGS)
+            with errors.make_hydra_raise(), _composing_once(sys.argv):
                 hydra.main(**_CONFIG)(launcher.launch)()
         status = 0
     except SystemExit as end:

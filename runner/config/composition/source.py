@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra._internal.core_plugins import file_config_source
+from hydra._internal.core_plugins import file_config_source, structured_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_yaml_loader
-from omegaconf.errors import OmegaConfBaseException
 
+from runner.config.composition.yaml_text import parse_yaml
 from runner.config.errors import HEADER, ConfigError, field_names, find_kind_mismatches, shown, suggest
 from runner.config.schema import Config
 
@@ -30,14 +29,19 @@ _DEFAULTS_REMEDY = "write entries such as `- mine`, `- model: digits_net` and `-
 _BYTE_ORDER_MARK = "\ufeff"
 
 
-def register_config_source() -> None:
-    """Makes Hydra read YAML files with the `FileConfigSource` of this module."""
-    SourcesRegistry.instance().types["file"] = FileConfigSource
+def register_config_sources() -> None:
+    """Makes Hydra read configs with the sources of this module.
+
+    They have the names of Hydra's classes, so that Hydra does not register those again.
+    """
+    types = SourcesRegistry.instance().types
+    types["file"] = FileConfigSource
+    types["structured"] = StructuredConfigSource
 
 
 @contextlib.contextmanager
 def restored_sources() -> Iterator[None]:
-    """Makes Hydra read YAML files again as before a block, for a program that uses Hydra itself."""
+    """Makes Hydra read configs again as before a block, for a program that uses Hydra itself."""
     sources = SourcesRegistry.instance().types
     before = dict(sources)
     try:
@@ -48,10 +52,7 @@ def restored_sources() -> Iterator[None]:
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Reads YAML files as Hydra's own source does, and also those that begin with a byte order mark.
-
-    It has the name of Hydra's class, so that Hydra does not register that one again.
-    """
+    """Reads YAML files as Hydra's own source does, and also those that begin with a byte order mark."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         """Returns the content of a file.
@@ -67,7 +68,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         name = shown(path if relative.startswith("..") else relative)
         text = _read(path, name)
         header = _read_header(name, text)
-        content = _parse(name, text)
+        content = parse_yaml(name, text)
         _check_defaults(name, content)
         plain = OmegaConf.to_container(content, resolve=False) if header["package"] == "_global_" else {}
         if mismatches := list(find_kind_mismatches(plain)):
@@ -90,6 +91,17 @@ class FileConfigSource(file_config_source.FileConfigSource):
         The schema is not in Hydra's ConfigStore, whose nodes `--help` would copy for each group.
         """
         return config_path == _SCHEMA or super().is_config(config_path)
+
+
+class StructuredConfigSource(structured_config_source.StructuredConfigSource):
+    """Reads Hydra's ConfigStore as Hydra's own source does, and shares the store with its copies.
+
+    Hydra copies its sources for each composition, and three times for each group that `--help` lists.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredConfigSource:
+        """Returns a shallow copy: `ConfigStore.load` copies each config that it returns."""
+        return copy.copy(self)
 
 
 def _read(path: str, name: str) -> str:
@@ -120,71 +132,6 @@ def _read_header(name: str, text: str) -> dict[str, str | None]:
         remedy = suggest(package.partition(".")[0], packages)
         raise ConfigError(f"{name}:1: # @package {shown(package)}: no such place in the config; {remedy}")
     return header
-
-
-def _parse(name: str, text: str) -> DictConfig:
-    try:
-        content = yaml.load(text, Loader=get_yaml_loader())
-        if isinstance(content, dict) or content is None:  # None: only comments
-            return OmegaConf.create(content or {})
-    except yaml.YAMLError as error:
-        raise ConfigError(_describe_yaml_error(name, text, error)) from error
-    except RecursionError:
-        raise ConfigError(f"{name}: it is nested too deeply, or an alias holds itself") from None
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ConfigError(f"{name}: {shown(key + str(error).splitlines()[0])}") from error
-    except ValueError as error:  # a tag such as !!int before a text that is no number
-        raise ConfigError(f"{name}: {shown(str(error))}") from error
-    kind = "a list" if isinstance(content, list) else shown(repr(content))
-    raise ConfigError(f"{name}: expected a mapping (key: value) at the top level, found {kind}")
-
-
-_QUOTE_REMEDY = "put a text that begins with such a character into quotes"
-_BRACKET_REMEDY = "check brackets, commas and indentation"
-_YAML_REMEDIES = {  # by a part of PyYAML's message
-    "found undefined alias": "define it by &NAME before, or put a text that begins with * into quotes",
-    "could not determine a constructor": "only plain YAML is read; put a text that begins with ! into quotes",
-    "cannot start any token": _QUOTE_REMEDY,
-    "found '?'": _QUOTE_REMEDY,
-    "expected alphabetic": _QUOTE_REMEDY,
-    "mapping values are not allowed": "put a text with a colon into quotes, and check the indentation",
-    "expected ',' or": _BRACKET_REMEDY,
-    "did not find expected": _BRACKET_REMEDY,
-    "expected <block end>": _BRACKET_REMEDY,
-}
-
-
-def _describe_yaml_error(name: str, text: str, error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.reader.ReaderError):
-        before = text[: error.position]
-        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
-        return f"{name}:{line}:{column}: expected text, found the character {shown(chr(error.character))}; delete it"
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return f"{name}: {shown(str(error))}"
-    problem = error.problem or error.context or "it is no YAML"
-    mark = error.problem_mark or error.context_mark
-    is_quote = bool(error.context) and "quoted scalar" in str(error.context)
-    if is_quote and error.context_mark is not None:
-        mark, problem, remedy = error.context_mark, "the quote that opens here is never closed", "close it"
-    elif "'\\t'" in problem or (mark is not None and _has_tab(text, mark.line)):
-        problem, remedy = "expected spaces, found a tab", "indent with spaces"
-    elif problem.startswith("found duplicate key"):
-        key = problem.removeprefix("found duplicate key ")
-        problem, remedy = f"the key {key} stands twice in one mapping", "leave one of them"
-    elif "expected a single document" in str(error.context) or "another document" in problem:
-        problem, remedy = "expected one document, found another", "delete the line ---"
-    else:
-        remedy = next((remedy for part, remedy in _YAML_REMEDIES.items() if part in problem), "")
-    location = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
-    return f"{location}: {shown(problem)}" + (f"; {remedy}" if remedy else "")
-
-
-def _has_tab(text: str, line: int) -> bool:
-    """Returns whether a line is indented with a tab."""
-    lines = text.splitlines()
-    content = lines[line] if line < len(lines) else ""
-    return "\t" in content[: len(content) - len(content.lstrip())]
 
 
 def _check_defaults(name: str, content: DictConfig) -> None:
