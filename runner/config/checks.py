@@ -21,7 +21,7 @@ from runner.config.aliases import update_paths
 from runner.config.composition import source
 from runner.config.composition.expansion import MAX_CHARACTERS, MAX_DEPTH, check_expansion, check_resolved_size, walk
 from runner.config.diff import get_value
-from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, find_type_mistakes, shown
+from runner.config.errors import INSTANTIATED_KEYS, ConfigError, field_names, find_type_mistakes, shown_value
 from runner.config.hparams import run_label
 from runner.config.schema import (
     RESERVED_METRICS,
@@ -197,7 +197,7 @@ def _callback_mistakes(plain: Any) -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z]\w*", str(name), re.ASCII):
             yield f"callbacks.{name}: expected a name of letters, digits and '_'"
         elif not isinstance(node, dict | None):
-            found = shown(str(node))
+            found = shown_value(node)
             yield f"callbacks.{name}={found}: expected a mapping with _target_, the path of a class, or null for none"
         elif node is not None and "_target_" not in node:
             yield f"callbacks.{name}: has no _target_; choose it: callbacks=[{name}], or add callbacks.{name}._target_"
@@ -211,7 +211,7 @@ def _metric_mistakes(plain: Any) -> list[str]:
     for prefix, section in sections.items():
         metrics = get_value(section, ["metrics"], None)
         if not isinstance(metrics, (dict, type(None))):
-            mistakes.append(f"{prefix}metrics={shown(str(metrics))}: expected a mapping of names to metrics")
+            mistakes.append(f"{prefix}metrics={shown_value(metrics)}: expected a mapping of names to metrics")
             continue
         for name, node in (metrics or {}).items():
             key = f"{prefix}metrics.{name}"
@@ -221,7 +221,7 @@ def _metric_mistakes(plain: Any) -> list[str]:
                 mistakes.append(f"{key}: the runner logs a number of this name itself; call it something else")
             elif not isinstance(node, (dict, type(None))) and "${" not in str(node):
                 expected = "expected a mapping with _target_, the dotted path of a class or function"
-                mistakes.append(f"{key}={shown(str(node))}: {expected}")
+                mistakes.append(f"{key}={shown_value(node)}: {expected}")
     return mistakes
 
 
@@ -230,7 +230,7 @@ def _input_mistakes(cfg: DictConfig) -> list[str]:
     node = OmegaConf.select(cfg, "data.input")
     keys = list(node) if OmegaConf.is_list(node) else [node]
     is_known = node is None or (bool(keys) and all(isinstance(key, str) for key in keys))
-    return [] if is_known else [f"data.input={shown(str(node))}: expected a key of the batch, a list of keys, or null"]
+    return [] if is_known else [f"data.input={shown_value(node)}: expected a key of the batch, a list of keys, or null"]
 
 
 def _all_init_mistakes(resolved: dict[str, Any]) -> Iterator[str]:
@@ -330,7 +330,7 @@ def _unbuildable(plain: Any) -> Iterator[str]:
         if key == "data.eval" and isinstance(node, dict):
             yield from _eval_mistakes(node)
         if not is_open and not is_several:
-            yield f"{key}={shown(str(node))}: expected a mapping with _target_, the dotted path of a class or function"
+            yield f"{key}={shown_value(node)}: expected a mapping with _target_, the dotted path of a class or function"
 
 
 def _eval_mistakes(node: dict[Any, Any]) -> Iterator[str]:
@@ -346,7 +346,7 @@ def _eval_mistakes(node: dict[Any, Any]) -> Iterator[str]:
         elif isinstance(dataset, str) and "${" in dataset:
             continue
         elif not isinstance(dataset, (dict, type(None))):
-            yield f"data.eval.{name}={shown(str(dataset))}: {expected}"
+            yield f"data.eval.{name}={shown_value(dataset)}: {expected}"
 
 
 def _mixed_keys(plain: Any) -> Iterator[str]:

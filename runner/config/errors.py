@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import EnumMeta
 from typing import Any
 
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import GroupDefault
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -61,6 +62,12 @@ class RunError(RuntimeError):
 def shown(text: str) -> str:
     """Returns a value's text for a message: on one line, and cut after 200 characters."""
     return one_line(text if len(text) <= _MAX_VALUE_LENGTH else text[:_MAX_VALUE_LENGTH] + "…")
+
+
+def shown_value(value: Any) -> str:
+    """Returns a value for a message as `shown` does; null, true and false as in YAML."""
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else shown(str(value))
 
 
 def truncate(text: str, max_length: int = 4000) -> str:
@@ -191,7 +198,7 @@ def format_error(error: BaseException) -> str | None:
     if isinstance(error, RecursionError) and _is_from_composer(error, depth=100):
         return "defaults: two configs include each other, or one includes itself; delete one of these entries"
     if isinstance(error, (HydraException, OmegaConfBaseException)) or _is_from_composer(error):
-        return _explain_hydra(str(error)) or _explain_cause(error)
+        return _explain_hydra(error) or _explain_cause(error)
     return None
 
 
@@ -220,7 +227,7 @@ def _explain_listed(error: BaseException) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         default, item = frame.f_locals.get("d"), frame.f_locals.get("item", "")
         if isinstance(default, GroupDefault) and not isinstance(item, str):
-            found = "null" if item is None else shown(str(item))
+            found = shown_value(item)
             return f"{default.group}: expected a list of the names of choices, found {found} in it"
     return None
 
@@ -244,15 +251,28 @@ def _explain_cause(error: BaseException) -> str | None:
     return one_line(" ".join(dict.fromkeys(lines))) or None
 
 
-def _explain_hydra(message: str) -> str | None:
+def _suggest_file(error: BaseException) -> str:
+    """Returns the choices of the group whose file Hydra could not load, the nearest first; or nothing."""
+    if not isinstance(error, MissingConfigException):
+        return ""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [frame.f_locals.get("repo") for frame in frames]
+    repositories = [repository for repository in found if isinstance(repository, IConfigRepository)]
+    options = repositories[-1].get_group_options(group) if repositories and group else []
+    return f"; {suggest(name, options)}" if options else ""
+
+
+def _explain_hydra(error: BaseException) -> str | None:
     """Returns a message with a remedy for an error of Hydra's that has none, or None for any other error."""
+    message, hint = str(error), _suggest_file(error)
     location = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
     prefix = location.group() if location else ""
     if location and re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE):
         expected = f'expected the first line "{HEADER}": its keys are those of the whole config'
         return f"{shown(location.group(1))}.yaml: {expected}"
     if match := re.search(r"Could not load '([^']*)'", message):
-        return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders"
+        return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders{hint}"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
         key = match.group(1)
         return f"{prefix}override {key}: no such group; {suggest(key, field_names(Config))}"
@@ -311,21 +331,23 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
     hint = _type_of(full_key)
     if full_key in INSTANTIATED_KEYS and "ListConfig" in str(cause.msg):
         return f"{full_key}: expected a mapping with _target_, found a list"
+    if str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):  # its message for both directions
+        found = "mapping" if OmegaConf.is_list(cause.parent_node) else "list"
+        other = "list" if found == "mapping" else "mapping"
+        expected = f"a {other}" if hint is None or hint is Any else describe_type(hint)
+        return f"{full_key}: expected {expected}, found a {found}"
     is_type_error = isinstance(cause, (ValidationError, TypeError))
     if not is_type_error or isinstance(cause, InterpolationResolutionError) or hint is None or hint is Any:
         return None
     value = cause.value
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value, resolve=False)
-    if value is None and str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):
-        return f"{full_key}: expected {describe_type(hint)}, found a mapping"
     return explain_value(full_key, value, hint)
 
 
 def explain_value(full_key: str, value: Any, hint: Any) -> str:
     """Returns the message for a value that has not the type of its hint."""
-    found = {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))  # as in YAML
-    return f"{full_key}={shown(found)}: expected {describe_type(hint)}{_remedy_for(value, hint)}"
+    return f"{full_key}={shown_value(value)}: expected {describe_type(hint)}{_remedy_for(value, hint)}"
 
 
 def _remedy_for(value: Any, hint: Any) -> str:
@@ -379,7 +401,7 @@ def find_kind_mismatches(content: Any, hint: Any = Config, key: str = "") -> Ite
     OmegaConf's own error for these names no key.
     """
     is_interpolation = isinstance(content, str) and "${" in content
-    assignment = f"{key}=null" if content is None else f"{key}={shown(str(content))}"
+    assignment = f"{key}={shown_value(content)}"
     if dataclasses.is_dataclass(hint) and isinstance(content, dict):
         hints = typing.get_type_hints(hint)
         for name in content.keys() & hints.keys():

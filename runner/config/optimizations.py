@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner.config.composition.interpolation import escape
 from runner.config.composition.source import CONF_DIR, FileConfigSource
-from runner.config.errors import ConfigError, explain_value, shown
+from runner.config.errors import ConfigError, explain_value, shown_value
 from runner.config.schema import EmaConfig, InitConfig
 from runner.utils.utils import check_choice, check_fraction, suggest
 from runner.utils.wrapper import built_in
@@ -201,7 +201,9 @@ def expand(plain: Plain) -> Plain:
     """
     switches, ema = plain.get("optimizations") or {}, plain.get("ema")
     if not isinstance(switches, dict):
-        raise ConfigError(f"optimizations={shown(str(switches))}: expected a mapping of names to true, false or values")
+        raise ConfigError(
+            f"optimizations={shown_value(switches)}: expected a mapping of names to true, false or values"
+        )
     if ema is not None and "ema" in switches:  # of an earlier run, whose EMA this command line has changed
         switches = {key: value for key, value in switches.items() if key != "ema"}
     switches, ema = _expand_shared(switches, ema, is_resolved=True)
@@ -285,7 +287,7 @@ def _fill(switch: Any, base: Any, preset: str, place: str, *, is_resolved: bool)
         forms = {"checkpointing": "full, none, ", **dict.fromkeys(_LISTS, "a list, ")}.get(name, "")
         found = "a text" if isinstance(switch, str) else "another value"
         expected = f"expected true, false, {forms}or a mapping of values, found {found}"
-        raise ConfigError(f"{place}={shown(str(switch))}: {expected}; true takes the values of conf/{preset}.yaml")
+        raise ConfigError(f"{place}={shown_value(switch)}: {expected}; true takes the values of conf/{preset}.yaml")
     kind = _CLASSES.get(str(target))
     merged = OmegaConf.structured(kind) if kind else OmegaConf.create({})
     for layer in [values] if base.get("_target_") != target else [base, values]:

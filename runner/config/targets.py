@@ -22,7 +22,7 @@ from typing import Any
 
 from runner.config.composition.expansion import KeyPath, walk
 from runner.config.diff import get_value
-from runner.config.errors import ConfigError, describe_multiple_datasets, shown, suggest
+from runner.config.errors import ConfigError, describe_multiple_datasets, shown, shown_value, suggest
 from runner.config.schema import eval_datasets
 from runner.utils.utils import describe, one_line
 
@@ -232,7 +232,7 @@ def find_wrong_types(key: str, node: Mapping[str, Any], target: Any) -> Iterator
             continue
         found = next((f", found {name}" for kind, name in _KIND_NAMES.items() if isinstance(value, kind)), "")
         remedy = "; ${oc.decode:...} makes it a number" if is_number_text(value) else ""
-        text = "null" if value is None else shown(str(value))
+        text = shown_value(value)
         yield f"{key}.{name}={text}: expected {_describe_alternatives(alternatives)}{found}{remedy}"
 
 

@@ -222,7 +222,11 @@ def export(saved: SavedModel, folder: Path | None = None, **changes: str | None)
         evaluation = last_evaluation(run, saved.step)
         metadata = make_metadata(saved.plain, run, saved.step, saved.best, evaluation, saved.fingerprint)
         try:
-            make_folders(folder.parent)
+            make_folders(folder)
             return write_exports(engines, folder, metadata, spec.export)
-        except (ValueError, OSError) as error:
+        except FileExistsError as error:
+            raise ConfigError(f"{error.filename}: expected a folder, found a file") from error
+        except OSError as error:
+            raise ConfigError(f"{error.filename or folder}: can't be written ({error.strerror or error})") from error
+        except ValueError as error:
             raise ConfigError(str(error)) from error

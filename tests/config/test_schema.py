@@ -95,6 +95,26 @@ def test_a_misspelt_key_is_told_in_one_message_that_names_it_and_the_right_one(k
         assert "Traceback" not in message
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("engines=[1]", "engines: expected a mapping, found a list"),
+        ("metrics=[]", "metrics: expected a mapping, found a list"),
+        ("allow_targets={a:b}", "allow_targets: expected a list of texts, found a mapping"),
+        ("optimizer.groups={match:x}", "optimizer.groups: expected a list, found a mapping"),
+        ("+optimizer.groups={match:x}", "optimizer.groups: expected a list, found a mapping"),
+        ("callbacks=[early_stoping]", "no such file in the config folders; did you mean early_stopping?"),
+        ("trackers=[csv,tensorbord]", "no such file in the config folders; did you mean tensorboard?"),
+        ("data.mix={a:null}", "data.mix.a=null: expected datasets by name"),
+        ("trainer.steps=None", "trainer.steps=None: expected a whole number, found a text"),
+    ],
+)
+def test_a_message_says_what_was_found_as_yaml_has_it(override, expected, capsys):
+    message = told(override, capsys)
+    assert expected in message
+    assert message.count("\n") == 1
+
+
 def test_every_type_of_the_schema_is_described_as_a_person_says_it():
     described = {errors.describe_type(hint) for hint in KEYS.values() if hint is not typing.Any}
     assert not [text for text in described if "another" in text or "<" in text]

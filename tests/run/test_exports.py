@@ -67,6 +67,22 @@ def test_a_file_is_no_run(at_home, capsys):
     assert capsys.readouterr().err == "own.py: neither a run folder nor a checkpoint\n"
 
 
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("own.py", "own.py: expected a folder, found a file\n"),
+        ("own.py/inside", "own.py: expected a folder, found a file\n"),
+        ("/proc/inside", "/proc/inside: can't be written (No such file or directory)\n"),
+    ],
+)
+def test_an_output_that_can_be_no_folder_is_named(at_home, capsys, output, expected):
+    before = (at_home.folder / "own.py").read_bytes()
+    with pytest.raises(SystemExit):
+        export.main(["run", "--output", output, "--allow-targets", "own"])
+    assert capsys.readouterr().err.endswith(expected)
+    assert (at_home.folder / "own.py").read_bytes() == before
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from runner.config.errors import shown
+from runner.config.errors import shown_value
 from runner.utils.utils import suggest
 
 _MIX = "expected datasets by name: {a: {dataset: {_target_: ...}, weight: 2}, b: {dataset: {_target_: ...}}}"
@@ -30,14 +30,14 @@ def find_data_mistakes(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _find_mix_mistakes(mix: Any) -> Iterator[str]:
     if not isinstance(mix, Mapping) or not mix or "_target_" in mix:
-        yield f"data.mix={shown(str(mix))}: {_MIX}"
+        yield f"data.mix={shown_value(mix)}: {_MIX}"
         return
     for name, entry in mix.items():
         key = f"data.mix.{name}"
         if not isinstance(name, str):
             yield f"{key}: expected a text as the name, found a number"
         elif not isinstance(entry, Mapping):
-            yield f"{key}={shown(str(entry))}: {_MIX}"
+            yield f"{key}={shown_value(entry)}: {_MIX}"
         elif "_target_" in entry:
             remedy = f"write {name}: {{dataset: {{_target_: ...}}, weight: 1}}"
             yield f"{key}: expected the keys dataset and weight, found a dataset itself; {remedy}"
@@ -50,11 +50,11 @@ def _find_entry_mistakes(key: str, entry: Mapping[Any, Any]) -> Iterator[str]:
         yield f"{key}.{name}: no such key; {suggest(str(name), _ENTRY_KEYS)}"
     dataset, weight = entry.get("dataset"), entry.get("weight", 1)
     if not isinstance(dataset, Mapping) or "_target_" not in dataset:
-        found = "nothing" if dataset is None else shown(str(dataset))
+        found = "nothing" if dataset is None else shown_value(dataset)
         yield f"{key}.dataset: expected a mapping with _target_, the dotted path of a class or function; found {found}"
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or not 0 < weight < math.inf:
-        yield f"{key}.weight={shown(str(weight))}: expected a finite number above 0"
+        yield f"{key}.weight={shown_value(weight)}: expected a finite number above 0"
 
 
 def without_workers() -> dict[str, Any]:

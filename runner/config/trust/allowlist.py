@@ -22,7 +22,7 @@ from hydra.utils import get_object
 
 from runner.config.composition.expansion import KeyPath, walk
 from runner.config.composition.interpolation import OTHER_RESOLVERS, calls_other_resolvers
-from runner.config.errors import ConfigError, hide_tracebacks, shown
+from runner.config.errors import ConfigError, hide_tracebacks, shown, shown_value
 from runner.config.targets import find_module, find_rule_paths
 from runner.utils.utils import one_line
 
@@ -233,7 +233,7 @@ def _raise_if(refused: list[_Refusal], trust: Allowlist, remedy: str = "") -> No
         return
     head = f"{trust.source}: a config from a file is data, and this one names what may not be used here"
     lines = [
-        one_line(f"  {shown('.'.join(map(str, path)))}={shown(str(value))}: {reason}")
+        one_line(f"  {shown('.'.join(map(str, path)))}={shown_value(value)}: {reason}")
         for path, value, reason in refused[:_MAX_LISTED]
     ]
     if len(refused) > _MAX_LISTED:
