@@ -172,9 +172,16 @@ WORKER_MODULES = ("torch._dynamo", "torch.distributed.launcher.api", "runner.eng
 
 
 @functools.cache
-def shared_zygote(*modules):
-    zygote = Zygote(*modules)
+def _start_zygote():
+    zygote = Zygote()
     atexit.register(zygote.close)
+    return zygote
+
+
+def shared_zygote(*modules):
+    """Returns the process that forks the runs of all tests, after it has imported these modules too."""
+    zygote = _start_zygote()
+    zygote.load([*modules])
     return zygote
 
 
@@ -269,7 +276,7 @@ class Project:
         try:
             found, printed = zygote.wait(pid), output.read_text()
         except BaseException:  # such as a timeout of the test: the next test must not wait for this run
-            shared_zygote.cache_clear()
+            _start_zygote.cache_clear()
             os.killpg(pid, signal.SIGKILL)
             zygote.kill()
             raise
@@ -277,10 +284,7 @@ class Project:
         return printed
 
     def _zygote(self, forks_workers):
-        zygote = shared_zygote(*self.loaded)
-        if forks_workers:
-            zygote.load([*WORKER_MODULES])
-        return zygote
+        return shared_zygote(*self.loaded, *(WORKER_MODULES if forks_workers else ()))
 
     def run_afresh(self, *overrides, typed=None, status=0):
         """Runs to the end in a new interpreter; returns the output."""

@@ -6,14 +6,12 @@ The files are in `newcomer/`, beside programs that do the same with Lightning an
 import csv
 import importlib
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from conftest import read_metrics, shared_zygote
 from run_comparison import assert_same_run
 
 FILES = Path(__file__).parent / "newcomer"
@@ -37,31 +35,38 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(folder, *overrides, typed=None):
-    """Runs a command as a user does, in a new interpreter; returns its output."""
-    command = [sys.executable, "-m", "runner", "--config-dir", "conf", *overrides]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, input=typed, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+class Commands:
+    """Runs commands in an experiment's folder, in processes that are forked after slow imports."""
 
+    def __init__(self, folder, *modules):
+        self.folder, self.zygote = folder, shared_zygote(*modules)
 
-def run_whole_and_cut(folder, name, at_step, *overrides):
-    """Runs an experiment twice: in `whole` to its end, and in `cut` with an interruption."""
-    run(folder, f"experiment={name}", "hydra.run.dir=whole", *overrides)
-    printed = run(folder, f"experiment={name}", "hydra.run.dir=cut", *overrides, typed=f"quit@{at_step}\n")
-    assert f"Quit at step {at_step}" in printed
-    run(folder, "resume=cut")
-    return folder / "whole", folder / "cut"
+    def run(self, *overrides, typed=""):
+        """Runs a command to its end; returns its output."""
+        keyboard, output = self.folder / "typed.txt", self.folder / "printed.txt"
+        output.unlink(missing_ok=True)
+        keyboard.write_text(typed)
+        arguments = ["--config-dir", "conf", *overrides]
+        status = self.zygote.wait(self.zygote.start(self.folder, arguments, environment=QUIET, typed=keyboard))
+        printed = output.read_text()
+        assert status == 0, printed
+        return printed
+
+    def run_whole_and_cut(self, name, at_step):
+        """Runs an experiment twice: in `whole` to its end, and in `cut` with an interruption."""
+        self.run(f"experiment={name}", "hydra.run.dir=whole")
+        printed = self.run(f"experiment={name}", "hydra.run.dir=cut", typed=f"quit@{at_step}\n")
+        assert f"Quit at step {at_step}" in printed
+        self.run("resume=cut")
+        return self.folder / "whole", self.folder / "cut"
 
 
 def require(*modules):
     for module in modules:
         try:
             importlib.import_module(module)
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torchvision beside a torch that it was not built for
+        # RuntimeError: torchvision beside a torch that it was not built for
+        except (ImportError, RuntimeError) as error:
             pytest.skip(f"{module} can't be imported: {error}")
 
 
@@ -78,10 +83,11 @@ def use_plain_images(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("is_plain", [True, False], ids=["torch", "timm"])
 def test_a_classifier_with_metrics_on_two_evaluation_sets_early_stopping_and_trackers(folder, is_plain):
-    require("torchmetrics", "wandb", *([] if is_plain else ["timm", "torchvision"]))
+    modules = ["torchmetrics.classification", *([] if is_plain else ["timm", "torchvision"])]
+    require("wandb", *modules)
     if is_plain:
         use_plain_images(folder)
-    whole, cut = run_whole_and_cut(folder, "classifier", 7)
+    whole, cut = Commands(folder, *modules).run_whole_and_cut("classifier", 7)
     evaluations = [line for line in read_metrics(whole) if "eval/near/f1" in line]
     scores = [line["eval/near/f1"] for line in evaluations]
     best = scores.index(max(scores))
@@ -101,8 +107,9 @@ def test_a_classifier_with_metrics_on_two_evaluation_sets_early_stopping_and_tra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lm", "adapter"])
 def test_a_language_model_on_a_stream_is_exported_for_from_pretrained(folder, name):
-    require("transformers", "datasets", *(["peft"] if name == "adapter" else []))
-    whole, cut = run_whole_and_cut(folder, name, 17)
+    modules = ["transformers.models.gpt2.modeling_gpt2", "datasets.iterable_dataset", "peft.tuners.lora"]
+    require(*modules)
+    whole, cut = Commands(folder, *modules).run_whole_and_cut(name, 17)
     assert_same_run(whole, cut, 40)
     tokens = torch.tensor([[40, 50, 60, 70]])
     loaded = load(name, cut / "exports" / "model")

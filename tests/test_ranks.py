@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from chaos import Zygote, find_difference
-from conftest import read_metrics
+from chaos import find_difference
+from conftest import WORKER_MODULES, read_metrics, shared_zygote
 from ranks import Ranks
 from waiting import wait_for_content
 
@@ -25,11 +25,9 @@ BASE += ["distributed.timeout_s=60"]  # a rank can wait this long where gloo mis
 DDP, FSDP = "distributed=ddp", "distributed=fsdp"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def zygote():
-    started = Zygote("torch._dynamo", "runner.engines.fsdp", "runner.checkpoint.sharded")
-    yield started
-    started.close()
+    return shared_zygote(*WORKER_MODULES)
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from chaos import Zygote
-from conftest import WORKER_MODULES, read_metrics
+from conftest import WORKER_MODULES, read_metrics, shared_zygote
 from ranks import Ranks
 from run_comparison import assert_same_run, read_untimed_metrics
 
@@ -108,16 +107,15 @@ STATES = METRICS.replace("own.Record", "own.Saved").replace("holds: {_target_: o
 
 @pytest.fixture
 def labelled(project):
+    shared_zygote("torchmetrics.classification")
     with open(project.folder / "own.py", "a") as file:
         file.write(OWN)
     return project
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def zygote():
-    started = Zygote(*WORKER_MODULES, "torchmetrics.classification")
-    yield started
-    started.close()
+    return shared_zygote(*WORKER_MODULES, "torchmetrics.classification")
 
 
 def evaluations(folder):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from chaos import Zygote
-from conftest import WORKER_MODULES, read_metrics
+from conftest import WORKER_MODULES, read_metrics, shared_zygote
 from ranks import Ranks
 from run_comparison import assert_same_run
 from torch import nn
@@ -141,13 +140,10 @@ def test_two_ranks_with_unequal_numbers_of_ignored_labels_train_as_one_process(l
     argv += ["trainer.log_every=5"]
     labelled.run(*argv, "hydra.run.dir=one")
     labelled.run(*argv, "hydra.run.dir=cut", typed="quit@7\n")
-    zygote = Zygote(*WORKER_MODULES)
-    try:
-        start = ["--config-dir", "conf", "experiment=mine", *argv, f"distributed={how}", "hydra.run.dir=two"]
-        Ranks(zygote).run(labelled.folder, 2, *start)
-        Ranks(zygote).run(labelled.folder, 2, "resume=cut", f"distributed={how}")
-    finally:
-        zygote.close()
+    ranks = Ranks(shared_zygote(*WORKER_MODULES))
+    start = ["--config-dir", "conf", "experiment=mine", *argv, f"distributed={how}", "hydra.run.dir=two"]
+    ranks.run(labelled.folder, 2, *start)
+    ranks.run(labelled.folder, 2, "resume=cut", f"distributed={how}")
     one, two, cut = (read_metrics(labelled.folder / name) for name in ("one", "two", "cut"))
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         expected = [line[name] for line in one if name in line]

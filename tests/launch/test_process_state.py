@@ -111,8 +111,9 @@ def program(home):
     ids=["finished", "failed", "misspelt", "not built"],
 )
 def test_a_run_leaves_the_process_as_it_was(program, overrides, error):
+    threads = {thread.name for thread in threading.enumerate()}
     runner.train(runner.compose([*SMALL, "hydra.run.dir=first"], config_dir="conf"))  # imports what a run imports
-    wait_for_threads({"MainThread"})
+    wait_for_threads(threads)
     before = observe()
     config = runner.compose([*SMALL, *overrides], config_dir="conf")
     if error is None:

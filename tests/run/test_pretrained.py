@@ -144,9 +144,9 @@ def test_a_peft_model_writes_an_adapter(own):
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_ranks_write_one_folder_that_equals_the_weights_of_the_run(own, how):
-    zygote = shared_zygote(*LIBRARIES)
-    zygote.load([*WORKER_MODULES])
-    Ranks(zygote).run(own.folder, 2, "--config-dir", "conf", *CHOSEN, f"distributed={how}")
+    Ranks(shared_zygote(*LIBRARIES, *WORKER_MODULES)).run(
+        own.folder, 2, "--config-dir", "conf", *CHOSEN, f"distributed={how}"
+    )
     folder = own.folder / "run" / "exports"
     assert [path.name for path in folder.iterdir()] == ["model"]
     loaded = transformers.GPT2LMHeadModel.from_pretrained(folder / "model")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from chaos import Zygote
+from conftest import WORKER_MODULES, shared_zygote
 from ranks import Ranks
 from run_comparison import assert_same_run, read_untimed_metrics
 
@@ -155,11 +155,9 @@ def test_a_run_resumes_bit_for_bit_with_other_numbers_of_workers(streaming, kind
     assert_same_run(streaming.folder / "whole", streaming.folder / "cut", 12)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def zygote():
-    started = Zygote("torch._dynamo", "runner.engines.fsdp", "runner.checkpoint.sharded")
-    yield started
-    started.close()
+    return shared_zygote(*WORKER_MODULES)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("Hugging Face", marks=pytest.mark.slow), "mix"])
