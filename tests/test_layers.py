@@ -106,7 +106,7 @@ def test_a_folder_has_at_most_12_files():
     for folder in {path.parent for path in PACKAGE.rglob("*.py")}:
         files = [path for path in folder.iterdir() if path.is_file() and path.name != "__init__.py"]
         assert len(files) <= 12, folder
-    assert len([path for path in PACKAGE.iterdir() if path.name != "__pycache__"]) <= 15
+    assert len([path for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")]) <= 15
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

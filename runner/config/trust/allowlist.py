@@ -123,7 +123,7 @@ def check_paths(config: Mapping[str, Any], trust: Allowlist) -> None:
     """
     refused = _find_refused(config, trust, _refuse_path)
     never = {*sys.stdlib_module_names, "hydra", "runner", "torch"}
-    roots = {str(target).partition(".")[0] for _, target, _ in refused}
+    roots = {target.partition(".")[0] for _, target, _ in refused if isinstance(target, str)}
     modules = sorted(root for root in roots - never if re.fullmatch(r"\w+", root))
     remedy = f"If you trust that file and what is named: {trust.remedy.format(','.join(modules))}" if modules else ""
     _raise_if(refused, trust, remedy)

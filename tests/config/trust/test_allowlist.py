@@ -100,8 +100,9 @@ def test_an_untrusted_config_can_send_the_numbers_of_a_run_nowhere(name):
 def test_all_else_is_refused_with_key_target_file_and_reason_and_not_imported(hostile_folder, target, reason):
     message = refused({"_target_": target})
     assert message.startswith("file.yaml: ")
-    assert f"model._target_={target}: " in message
+    assert f"model._target_={'null' if target is None else target}: " in message
     assert reason in message
+    assert "[None]" not in message
 
 
 @pytest.mark.parametrize(
