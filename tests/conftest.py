@@ -22,6 +22,8 @@ from chaos import Zygote
 # Runs are signed with a key of their own, not with the user's.
 state = tempfile.TemporaryDirectory(prefix="runner-state-")
 os.environ["XDG_STATE_HOME"] = state.name
+# Interpreters that tests start keep the bytecode of modules, which each would otherwise compile again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # In the background or under nohup these signals are ignored, and processes that the suite starts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -13,7 +13,7 @@ from zygote import OperationCounter
 
 from runner.checkpoint.checkpoints import Checkpoints, load
 
-SEEDS = 20
+SEEDS = 14  # benchmarks/chaos.py runs more
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def rank_chaos(request, zygote, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "method"), [(1, "by_ranks"), (2, "by_ranks"), (3, "by_launcher")])
+@pytest.mark.parametrize(("seed", "method"), [(1, "by_ranks"), (3, "by_launcher")])
 def test_a_run_whose_rank_or_launcher_is_killed_is_the_same_run_bit_for_bit(rank_chaos, seed, method):
     getattr(rank_chaos, method)(f"run_{seed}", random.Random(seed))
     assert rank_chaos.troubles == [], rank_chaos.printed[-4000:]

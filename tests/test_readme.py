@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from conftest import shared_zygote
 
 from runner.config import schema
 from runner.tracking.run_record import DISTRIBUTION
@@ -111,11 +112,13 @@ def test_install_commands_name_the_distribution_and_its_extras():
 
 
 @pytest.mark.parametrize("command", re.findall(r"^    (python -m runner .*?)(?: +#.*)?$", README, re.MULTILINE))
-def test_every_command_in_the_readme_composes(command):
+def test_every_command_in_the_readme_composes(command, tmp_path):
     words = re.sub(r"--config-dir \S+|experiment=mine|resume=\S+|<.*|-m ", "", command.removeprefix("python -m runner"))
     words = [re.sub(r"=([^,\[]*),.*", r"=\1", word) for word in words.split()]
     flags = [] if "--help" in words or "--cfg" in words else ["--cfg", "job"]
-    subprocess.run([sys.executable, "-m", "runner", *words, *flags], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    zygote = shared_zygote()
+    status = zygote.wait(zygote.start(ROOT, [*words, *flags], output=tmp_path / "printed.txt"))
+    assert status == 0, (tmp_path / "printed.txt").read_text()
 
 
 @pytest.mark.slow

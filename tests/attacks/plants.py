@@ -57,7 +57,7 @@ def attack(*commands: str, of: tuple[str, ...] = (UNTRUSTED,), arguments=(), typ
     return add
 
 
-MOST_OF_A_CLASS = 48
+MOST_OF_A_CLASS = 36
 
 
 def trials(is_thorough: bool) -> list[tuple[Attack, str, str]]:
