@@ -67,7 +67,7 @@ IN_FAMILIES = {(group, choice) for family, _ in FAMILIES.values() for group, cho
 
 def cycles():
     """Yields the choices of each cycle by group, with its family."""
-    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint", "export", "ema")
+    together = ("optimizer", "scheduler", "sampler", "trainer", "tracking", "checkpoint", "ema")
     for row in zip_longest(*map(choices, together)):
         chosen = {group: choice for group, choice in zip(together, row, strict=True) if choice is not None}
         yield "text", chosen | PARTNERS.get(chosen.get("optimizer"), {})

@@ -75,6 +75,7 @@ def run_child(request: dict) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     sys.path.insert(0, request["cwd"])
     sys.argv = ["runner", *request["argv"]]
+    gc.disable()  # as `python -m runner` does
     status = 0
     counter = OperationCounter(request["crash_at"], request["output"] + ".count" + os.environ.get("RANK", ""))
     if request["forks_workers"]:

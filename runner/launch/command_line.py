@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -65,7 +64,6 @@ def _clean_up(status: int) -> None:
 def main() -> None:
     """Runs the command line; a user's mistake prints one message and exits with status 2."""
     checks.register_with_hydra()
-    gc.disable()  # importing torch makes no garbage, but collecting takes a third of its time; `Trainer.fit` enables it
     status = 1
     try:
         with errors.exit_on_config_error():
@@ -83,4 +81,3 @@ def main() -> None:
         raise
     finally:
         _clean_up(status)
-        gc.enable()
