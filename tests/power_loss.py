@@ -14,8 +14,7 @@ from pathlib import Path
 
 from runner.utils.files import disk
 
-OPERATIONS = ("create", "open_append", "make_folder", "rename", "link", "unlink", "remove_folder", "sync_file")
-OPERATIONS += ("sync_folder",)
+OPERATIONS = ("create", "open_append", "make_folder", "rename", "unlink", "remove_folder", "sync_file", "sync_folder")
 Tree = dict[str, bytes | None]  # the content of a file by its path, None of a folder
 
 
@@ -55,7 +54,7 @@ class Recorder:
                 was_there = place.exists()
                 result = operation(path, *rest)
                 if not was_there or kind not in ("create", "open_append"):
-                    other = self._name(Path(rest[0]).absolute()) if kind in ("rename", "link") else ""
+                    other = self._name(Path(rest[0]).absolute()) if kind == "rename" else ""
                     self.events.append(Event(kind, self._name(place), other, site=_site()))
                 return result
 
@@ -138,9 +137,6 @@ class Disk:
             self._find(folder).change({name: _Folder()})
         elif event.kind == "rename":
             self._find(folder).change({name: None, Path(event.other).name: self._find(event.path)})
-        elif event.kind == "link":
-            other = Path(event.other)
-            self._find(str(other.parent)).change({other.name: self._find(event.path)})
         elif event.kind in ("unlink", "remove_folder"):
             self._find(folder).change({name: None})
         elif event.kind == "sync_file":

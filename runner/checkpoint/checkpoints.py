@@ -2,8 +2,7 @@
 
 A checkpoint is one folder, `step_00000300`, with a manifest of its files' sizes and checksums. It is written under a
 temporary name beside its final one, flushed to disk, and renamed: a half-written checkpoint never has the final name.
-A large file that equals that of the checkpoint before, such as a teacher's weights, is a hard link to it, so it takes
-space once. This module does not depend on the content of the files.
+This module does not depend on the content of the files.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ _FILE = re.compile(rf"({SHARDS}/)?[^/.\\\0][^/\\\0]*")
 _LEFTOVER = re.compile(r"\.(step_\d{8,})\.\d+\.(partial|replaced|pruned)")
 _FORMAT = 2
 _CHUNK_BYTES = 1 << 22
-_MIN_LINKED_BYTES = 1 << 20  # smaller files are stored again: a flipped bit then harms one checkpoint only
 _MAX_MANIFEST_BYTES = 16 << 20
 _MAX_FILES = 100_000
 
@@ -136,9 +134,6 @@ class Checkpoints:
         """
         io.write_new_json(dict(facts), partial / FACTS)
         files, folders = list_tree(partial)
-        if earlier := self.newest_first():
-            for file in files:
-                _link_if_equal(file, earlier[0] / file.relative_to(partial))
         checksums = {str(path.relative_to(partial)): _flush_and_measure(path) for path in sorted(files)}
         manifest = {"format": _FORMAT, "step": step, "metric": metric, "files": checksums}
         io.write_new_json(_with_checksum(manifest), partial / MANIFEST)
@@ -409,37 +404,9 @@ def _find_fault(manifest: Mapping[str, Any]) -> str | None:
 
 
 def _stamps(path: Path) -> list[tuple[int, ...]]:
-    """Returns attributes of a checkpoint's files that change with their content.
-
-    Of a file with several names, the time of the last change of attributes is left out: another name changes it.
-    """
+    """Returns attributes of a checkpoint's files that change with their content."""
     stats = [os.stat(file) for file in sorted(path.rglob("*"))]
-    return [
-        (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns if stat.st_nlink == 1 else 0) for stat in stats
-    ]
-
-
-def _link_if_equal(file: Path, earlier: Path) -> None:
-    """Replaces a large new file by a hard link to an earlier one of the same content, where the disk has such links."""
-    linked = file.with_name(f".{file.name}.linked")
-    try:
-        size = file.stat().st_size
-        if size < _MIN_LINKED_BYTES or earlier.is_symlink() or earlier.stat().st_size != size:
-            return
-        if not _have_equal_content(file, earlier):
-            return
-        disk.link(earlier, linked)
-    except OSError:
-        return
-    disk.rename(linked, file)
-
-
-def _have_equal_content(first: Path, second: Path) -> bool:
-    with disk.open_read(first) as stream, disk.open_read(second) as other:
-        while chunk := stream.read(_CHUNK_BYTES):
-            if chunk != other.read(_CHUNK_BYTES):
-                return False
-    return True
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
 
 
 def _with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:

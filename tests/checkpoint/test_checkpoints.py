@@ -1,4 +1,3 @@
-import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +12,6 @@ from runner.checkpoint import checkpoints, shards
 from runner.checkpoint.checkpoints import CheckpointError, Checkpoints, load, verify
 from runner.run.best import Best
 from runner.utils import io
-from runner.utils.files import disk
 
 FACTS = {"step": 3, "lr": 0.1}
 
@@ -215,77 +213,6 @@ def test_a_checkpoint_harmed_after_it_was_counted_counts_no_more(tmp_path):
     saved.save(8, make_parts(), FACTS)
     assert names_in(tmp_path) == ["step_00000004", "step_00000006", "step_00000008"]
     assert load(tmp_path / "step_00000004")["model"]["weight"][0] == 1.0
-
-
-def make_teacher_and_student(value):
-    size = checkpoints._MIN_LINKED_BYTES // 4
-    teacher, student = torch.arange(float(size)), torch.full((size,), value)
-    return {"teacher": {"weight": teacher}, "student": {"weight": student}, "small": {"weight": torch.ones(3)}}
-
-
-def count_files(folder, name):
-    return len({path.stat().st_ino for path in folder.glob(f"step_*/{name}.safetensors")})
-
-
-def test_large_weights_that_do_not_change_take_space_once(tmp_path):
-    saved = Checkpoints(tmp_path, keep_last=3)
-    for step in (2, 4, 6, 8):
-        saved.save(step, make_teacher_and_student(float(step)), FACTS)
-    assert [count_files(tmp_path, name) for name in ("teacher", "student", "small")] == [1, 3, 3]
-    for path in saved.newest_first():
-        found = load(path)
-        assert torch.equal(found["teacher"]["weight"], make_teacher_and_student(0.0)["teacher"]["weight"])
-        assert found["student"]["weight"][0] == int(path.name[5:])
-
-
-def test_a_change_of_one_byte_is_stored(tmp_path):
-    saved = Checkpoints(tmp_path)
-    parts = make_teacher_and_student(1.0)
-    for step in (2, 4, 6):
-        parts["teacher"]["weight"][-1] = step // 4
-        saved.save(step, parts, FACTS)
-    assert [load(path)["teacher"]["weight"][-1] for path in saved.newest_first()] == [1, 1, 0]
-    assert count_files(tmp_path, "teacher") == 2
-
-
-def test_a_linked_file_that_was_harmed_is_stored_again(tmp_path):
-    saved = Checkpoints(tmp_path)
-    for step in (2, 4):
-        saved.save(step, make_teacher_and_student(1.0), FACTS)
-    file = tmp_path / "step_00000002" / "teacher.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    saved.save(6, make_teacher_and_student(1.0), FACTS)
-    assert saved.newest()[0].name == "step_00000006"
-    assert torch.equal(load(saved.newest()[0])["teacher"]["weight"], make_teacher_and_student(1.0)["teacher"]["weight"])
-
-
-@pytest.mark.parametrize("fault", ["no links", "a symbolic link"])
-def test_weights_are_stored_where_they_cannot_be_linked(tmp_path, monkeypatch, fault):
-    def refuse(old, new):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    saved = Checkpoints(tmp_path)
-    saved.save(2, make_teacher_and_student(1.0), FACTS)
-    if fault == "no links":
-        monkeypatch.setattr(disk, "link", refuse)
-    else:
-        file = tmp_path / "step_00000002" / "teacher.safetensors"
-        file.rename(tmp_path / "elsewhere")
-        file.symlink_to(tmp_path / "elsewhere")
-    path = saved.save(4, make_teacher_and_student(1.0), FACTS)
-    assert (path / "teacher.safetensors").stat().st_nlink == 1
-    verify(path)
-
-
-def test_linked_files_are_not_read_again_at_each_save(tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr(checkpoints, "verify", lambda path: read.append(path.name))
-    saved = Checkpoints(tmp_path, keep_last=3)
-    for step in range(1, 9):
-        saved.save(step, make_teacher_and_student(float(step)), FACTS)
-    assert read == ["step_00000001"]  # once, when its file gets a second name
 
 
 def test_what_cannot_be_stored_leaves_the_earlier_ones_and_no_trace(tmp_path):

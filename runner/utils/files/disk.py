@@ -68,19 +68,6 @@ def rename(old: Path, new: Path) -> None:
         os.replace(source, target, src_dir_fd=source_where.get("dir_fd"), dst_dir_fd=target_where.get("dir_fd"))
 
 
-def link(old: Path, new: Path) -> None:
-    """Gives a file a second name, a hard link."""
-    sys.audit("runner.disk", "link", old, new)
-    with _parent_handle(old) as (source, source_where), _parent_handle(new) as (target, target_where):
-        os.link(
-            source,
-            target,
-            src_dir_fd=source_where.get("dir_fd"),
-            dst_dir_fd=target_where.get("dir_fd"),
-            follow_symlinks=False,
-        )
-
-
 def unlink(path: Path) -> None:
     """Removes a file or link."""
     sys.audit("runner.disk", "unlink", path)
