@@ -33,6 +33,10 @@ from runner.utils.utils import describe, escape_controls, find_nearest, one_line
 
 HEADER = "# @package _global_"
 _NULL_CHOICE = "Config group override must be a string or a list"  # Hydra's message for model=null
+_CANT_MERGE = "Cannot merge DictConfig with ListConfig"  # OmegaConf's message for both directions
+_NO_CHOICES = (
+    "it is no group with choices; set its keys: {0}: {{KEY: VALUE}} in YAML, {0}.KEY=VALUE on the command line"
+)
 _LISTS = ("callbacks", "trackers")  # groups of which several choices are chosen at once
 _MAX_VALUE_LENGTH = 200  # characters of a value in a message
 _MAX_MESSAGE_LENGTH = 16_000  # characters of a message
@@ -227,8 +231,8 @@ def _explain_listed(error: BaseException) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         default, item = frame.f_locals.get("d"), frame.f_locals.get("item", "")
         if isinstance(default, GroupDefault) and not isinstance(item, str):
-            found = shown_value(item)
-            return f"{default.group}: expected a list of the names of choices, found {found} in it"
+            expected = "a list of the names of choices" if default.group in _LISTS else "the name of a choice"
+            return f"{default.group}: expected {expected}, found {shown_value(item)} in a list"
     return None
 
 
@@ -237,6 +241,9 @@ def _explain_choice(error: MissingConfigException, options: Sequence[str]) -> st
     location = _location_of(error)
     last = group.rpartition("/")[2]
     if not options and last in field_names(Config):
+        repository = _find_repository(error)
+        if last == group or (repository is not None and not repository.group_exists(last)):
+            return f"{location}{shown(group)}: {_NO_CHOICES.format(last)}"
         return f"{location}{shown(group)}: there is no such group; write override /{shown(f'{last}: {name}')}"
     return f"{location}{shown(f'{group}={name}')}: no such choice; {suggest(name, list(options))}"
 
@@ -247,6 +254,8 @@ def _explain_cause(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     if cause is not None and cause.full_key:
         return _explain_key(cause, _location_of(error), str(error))
+    if path := _find_merged_key(error):
+        return f"{_location_of(error)}{path}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return one_line(" ".join(dict.fromkeys(lines))) or None
 
@@ -256,11 +265,38 @@ def _suggest_file(error: BaseException) -> str:
     if not isinstance(error, MissingConfigException):
         return ""
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    found = [frame.f_locals.get("repo") for frame in frames]
-    repositories = [repository for repository in found if isinstance(repository, IConfigRepository)]
-    options = repositories[-1].get_group_options(group) if repositories and group else []
+    repository = _find_repository(error)
+    is_group = group and ".." not in group.split("/")
+    options = repository.get_group_options(group) if repository is not None and is_group else []
     return f"; {suggest(name, options)}" if options else ""
+
+
+def _find_repository(error: BaseException) -> IConfigRepository | None:
+    """Returns the config folders in which Hydra has searched, from the frames of an error's traceback."""
+    found = [frame.f_locals.get("repo") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((repository for repository in reversed(found) if isinstance(repository, IConfigRepository)), None)
+
+
+def _find_merged_key(error: BaseException) -> str | None:
+    """Returns the message for a list where a mapping is expected, or the reverse, when files are merged.
+
+    The message of OmegaConf names no key. The frames of its traceback do.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if str(cause).startswith(_CANT_MERGE) and frames and "self" in frames[-1].f_locals:
+            keys = [str(f.f_locals["key"]) for f in frames if f.f_code.co_name == "_map_merge" and "key" in f.f_locals]
+            key = shown(".".join(keys))
+            return f"{key}: {_expected_kind(frames[-1].f_locals['self'])}" if keys else None
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _expected_kind(node: Any, hint: Any = Any) -> str:
+    found = "mapping" if OmegaConf.is_list(node) else "list"
+    expected = "a list" if found == "mapping" else "a mapping"
+    return f"expected {expected if hint is None or hint is Any else describe_type(hint)}, found a {found}"
 
 
 def _explain_hydra(error: BaseException) -> str | None:
@@ -275,6 +311,8 @@ def _explain_hydra(error: BaseException) -> str | None:
         return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders{hint}"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
         key = match.group(1)
+        if key in field_names(Config):
+            return f"{prefix}override {key}: {_NO_CHOICES.format(key)}"
         return f"{prefix}override {key}: no such group; {suggest(key, field_names(Config))}"
     if match := re.match(r"Multiple values for ([^\s]+)\. ", message):
         key = shown(match.group(1)).rstrip(".")
@@ -331,11 +369,8 @@ def _explain_type(cause: OmegaConfBaseException, full_key: str) -> str | None:
     hint = _type_of(full_key)
     if full_key in INSTANTIATED_KEYS and "ListConfig" in str(cause.msg):
         return f"{full_key}: expected a mapping with _target_, found a list"
-    if str(cause.msg).startswith("Cannot merge DictConfig with ListConfig"):  # its message for both directions
-        found = "mapping" if OmegaConf.is_list(cause.parent_node) else "list"
-        other = "list" if found == "mapping" else "mapping"
-        expected = f"a {other}" if hint is None or hint is Any else describe_type(hint)
-        return f"{full_key}: expected {expected}, found a {found}"
+    if str(cause.msg).startswith(_CANT_MERGE):
+        return f"{full_key}: {_expected_kind(cause.parent_node, hint)}"
     is_type_error = isinstance(cause, (ValidationError, TypeError))
     if not is_type_error or isinstance(cause, InterpolationResolutionError) or hint is None or hint is Any:
         return None

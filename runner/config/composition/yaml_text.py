@@ -16,9 +16,9 @@ from runner.config.errors import ConfigError, shown
 
 # libyaml recurses into nested values without a limit, so that a text of some 25,000 brackets ends the process.
 _MAX_LIBYAML_CHARACTERS = 8192
-# What libyaml reads otherwise than PyYAML: tabs, other characters than ASCII, `?` in flow style, and a comment right
-# after | or >.
-_READ_DIFFERENTLY = re.compile(r"[^\n -~]|\?|[|>][-+0-9]*#")
+# What libyaml reads otherwise than PyYAML: tabs, other characters than ASCII, `?` in flow style, a tag without a name,
+# and a comment right after | or >.
+_READ_DIFFERENTLY = re.compile(r"[^\n -~]|[?!]|[|>][-+0-9]*#")
 
 
 def parse_yaml(name: str, text: str) -> DictConfig:
@@ -43,7 +43,8 @@ def parse_yaml(name: str, text: str) -> DictConfig:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{name}: {shown(key + str(error).splitlines()[0])}") from error
     except (ValueError, LookupError, AttributeError) as error:  # such as !!int before a text that is no number
-        problem = f"a value can't be read as a number, or as its tag !!... says ({shown(str(error))})"
+        reason = f" ({shown(str(error))})" if isinstance(error, ValueError) else ""
+        problem = f"a value can't be read as a number, or as its tag !!... says{reason}"
         raise ConfigError(f"{name}: {problem}; put it into quotes, or delete the tag") from error
     kind = "a list" if isinstance(content, list) else shown(repr(content))
     raise ConfigError(f"{name}: expected a mapping (key: value) at the top level, found {kind}")

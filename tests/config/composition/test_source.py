@@ -57,6 +57,27 @@ def experiment(tmp_path, monkeypatch):
         (HEADER + "defaults: mine\n", "own.yaml: defaults: expected a list, found 'mine'"),
         (HEADER + "defaults: [3]\n", "own.yaml: defaults: expected a name, or a group with its choice, found 3"),
         (HEADER + "defaults: [nowhere]\n", "experiment/nowhere: there is no such file in the config folders"),
+        (BASED + "optimizer: {groups: {match: x}}\n", "optimizer.groups: expected a list, found a mapping"),
+        (
+            BASED + "data: {train: {_target_: a.b, sizes: {c: [1]}}}\ndistributed: {strategy: [x]}\n",
+            "distributed.strategy: expected a mapping, found a list",
+        ),
+        (
+            HEADER + "defaults: [override /export: huggingface]\n",
+            "override export: it is no group with choices; set its keys",
+        ),
+        (
+            HEADER + "defaults: [/export: huggingface]\n",
+            "export: it is no group with choices; set its keys: export: {KEY: VALUE}",
+        ),
+        (
+            HEADER + "defaults: [optimizer: sgd]\n",
+            "experiment/optimizer: there is no such group; write override /optimizer: sgd",
+        ),
+        (
+            BASED + "name: !!timestamp x\n",
+            "own.yaml: a value can't be read as a number, or as its tag !!... says; put it",
+        ),
         (HEADER + "defaults: [own]\n", "defaults: two configs include each other, or one includes itself"),
         (HEADER + "defaults: [base, override /optimzer: sgd]\n", "no such group; did you mean optimizer?"),
         (HEADER + "defaults: [base, override /optimizer: sgdd]\n", "optimizer=sgdd: no such choice; did you mean sgd?"),

@@ -36,7 +36,23 @@ INSERTED = [
     "<<: ",
     "!!int ",
 ]
-INSERTED += ["---\n", "%YAML 1.1\n", "yes", "~", "1_000", "1e3", "0o7", "1:30", "2001-01-01", "\x85", "\ufeff", "é"]
+INSERTED += [
+    "!",
+    "! ",
+    "!k ",
+    "---\n",
+    "%YAML 1.1\n",
+    "yes",
+    "~",
+    "1_000",
+    "1e3",
+    "0o7",
+    "1:30",
+    "2001-01-01",
+    "\x85",
+    "\ufeff",
+    "é",
+]
 
 
 def read(text, load):
@@ -64,7 +80,9 @@ def test_a_text_has_the_values_that_omegaconf_reads(text, changes):
     assert found == expected or found == "refused"  # keys that are no text are refused later
 
 
-@pytest.mark.parametrize("text", ["a:\tb\n", "a: [b? c]\n", "a: |# c\n  b\n", "\x85\ufeffa: b\n", "a: b\t\n"])
+@pytest.mark.parametrize(
+    "text", ["a:\tb\n", "a: [b? c]\n", "a: |# c\n  b\n", "\x85\ufeffa: b\n", "a: b\t\n", "a: !\nb: 1\n", "a: [!, b]\n"]
+)
 def test_what_the_parsers_read_differently_is_read_by_omegaconfs(text):
     assert read(text, load) == read(text, load_as_omegaconf)
 
