@@ -231,8 +231,9 @@ def _explain_listed(error: BaseException) -> str | None:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         default, item = frame.f_locals.get("d"), frame.f_locals.get("item", "")
         if isinstance(default, GroupDefault) and not isinstance(item, str):
-            expected = "a list of the names of choices" if default.group in _LISTS else "the name of a choice"
-            return f"{default.group}: expected {expected}, found {shown_value(item)} in a list"
+            if default.group in _LISTS:
+                return f"{default.group}: expected a list of the names of choices, found {shown_value(item)} in it"
+            return f"{default.group}: expected the name of a choice, found a list"
     return None
 
 

@@ -106,7 +106,7 @@ def test_a_misspelt_key_is_told_in_one_message_that_names_it_and_the_right_one(k
         ("callbacks=[early_stoping]", "no such file in the config folders; did you mean early_stopping?"),
         ("trackers=[csv,tensorbord]", "no such file in the config folders; did you mean tensorboard?"),
         ("callbacks=[../early_stopping]", "callbacks/../early_stopping: there is no such file in the config folders\n"),
-        ("trainer=[1]", "trainer: expected the name of a choice, found 1 in a list"),
+        ("trainer=[1]", "trainer: expected the name of a choice, found a list"),
         ("data.mix={a:null}", "data.mix.a=null: expected datasets by name"),
         ("trainer.steps=None", "trainer.steps=None: expected a whole number, found a text"),
     ],
