@@ -6,12 +6,13 @@ The files are in `newcomer/`, beside programs that do the same with Lightning an
 import csv
 import importlib
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics, shared_zygote
+from conftest import Project, read_metrics
 from run_comparison import assert_same_run
 
 FILES = Path(__file__).parent / "newcomer"
@@ -35,22 +36,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Commands:
-    """Runs commands in an experiment's folder, in processes that are forked after slow imports."""
+class Newcomer(Project):
+    """A folder with the YAML of an experiment alone; runs are forked after slow imports."""
+
+    command = property(lambda self: [sys.executable, "-m", "runner", "--config-dir", "conf"])
 
     def __init__(self, folder, *modules):
-        self.folder, self.zygote = folder, shared_zygote(*modules)
-
-    def run(self, *overrides, typed=""):
-        """Runs a command to its end; returns its output."""
-        keyboard, output = self.folder / "typed.txt", self.folder / "printed.txt"
-        output.unlink(missing_ok=True)
-        keyboard.write_text(typed)
-        arguments = ["--config-dir", "conf", *overrides]
-        status = self.zygote.wait(self.zygote.start(self.folder, arguments, environment=QUIET, typed=keyboard))
-        printed = output.read_text()
-        assert status == 0, printed
-        return printed
+        self.folder, self.loaded = folder, modules
 
     def run_whole_and_cut(self, name, at_step):
         """Runs an experiment twice: in `whole` to its end, and in `cut` with an interruption."""
@@ -87,7 +79,7 @@ def test_a_classifier_with_metrics_on_two_evaluation_sets_early_stopping_and_tra
     require("wandb", *modules)
     if is_plain:
         use_plain_images(folder)
-    whole, cut = Commands(folder, *modules).run_whole_and_cut("classifier", 7)
+    whole, cut = Newcomer(folder, *modules).run_whole_and_cut("classifier", 7)
     evaluations = [line for line in read_metrics(whole) if "eval/near/f1" in line]
     scores = [line["eval/near/f1"] for line in evaluations]
     best = scores.index(max(scores))
@@ -109,7 +101,7 @@ def test_a_classifier_with_metrics_on_two_evaluation_sets_early_stopping_and_tra
 def test_a_language_model_on_a_stream_is_exported_for_from_pretrained(folder, name):
     modules = ["transformers.models.gpt2.modeling_gpt2", "datasets.iterable_dataset", "peft.tuners.lora"]
     require(*modules)
-    whole, cut = Commands(folder, *modules).run_whole_and_cut(name, 17)
+    whole, cut = Newcomer(folder, *modules).run_whole_and_cut(name, 17)
     assert_same_run(whole, cut, 40)
     tokens = torch.tensor([[40, 50, 60, 70]])
     loaded = load(name, cut / "exports" / "model")

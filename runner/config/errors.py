@@ -302,14 +302,14 @@ def _expected_kind(node: Any, hint: Any = Any) -> str:
 
 def _explain_hydra(error: BaseException) -> str | None:
     """Returns a message with a remedy for an error of Hydra's that has none, or None for any other error."""
-    message, hint = str(error), _suggest_file(error)
+    message = str(error)
     location = re.match(r"In '?(experiment/[^'\n]+?)'?: ", message)
     prefix = location.group() if location else ""
     if location and re.search(r"@experiment\b|full_key: experiment$", message, re.MULTILINE):
         expected = f'expected the first line "{HEADER}": its keys are those of the whole config'
         return f"{shown(location.group(1))}.yaml: {expected}"
     if match := re.search(r"Could not load '([^']*)'", message):
-        return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders{hint}"
+        return f"{prefix}{shown(match.group(1))}: there is no such file in the config folders{_suggest_file(error)}"
     if match := re.search(r"Could not override '(\w*)'\. No match", message):
         key = match.group(1)
         if key in field_names(Config):

@@ -85,7 +85,7 @@ def clear_gradients(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def reset_dynamo() -> None:
-    """Clears what torch's compiler has compiled, if it is imported.
+    """Clears the cache of torch's compiler, if it is imported.
 
     A process may run several experiments.
     """

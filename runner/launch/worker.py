@@ -195,7 +195,7 @@ def main(folder: Path, launcher: int) -> int:
 
 
 def _report_failure(error: BaseException, group: WorkerGroup, folder: Path) -> int | None:
-    """Prints what ended a worker; returns the exit status of the run, or None if a restart may help."""
+    """Prints the error that ended a worker; returns the exit status of the run, or None if a restart may help."""
     from runner.utils.distributed import is_connection_error
 
     if isinstance(error, KeyboardInterrupt):

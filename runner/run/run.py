@@ -67,7 +67,7 @@ class _End:
         return 128 + self.signal_number if self.signal_number else EXIT_STATUSES[self.status]
 
     def raise_failure(self) -> None:
-        """Raises what ended the run, unless it was saved and may go on."""
+        """Raises the error that ended the run, unless it was saved and may go on."""
         if self.signal_number:
             raise KeyboardInterrupt(self.signal_number)
         if self.bug is not None:

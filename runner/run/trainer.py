@@ -311,7 +311,7 @@ class Trainer:
         return status
 
     def close(self, status: str, reason: str | None) -> None:
-        """Writes the end of the run to run.json; an error of that must not hide what ended the run."""
+        """Writes the end of the run to run.json; an error of that must not hide the one that ended the run."""
         try:
             self.record.finish(status, reason, last_step=self.loop.step, best=self.best_checkpoint.describe_best())
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Builds the engines of an experiment: models, their optimizations, and what trains them."""
+"""Builds the engines of an experiment: models, their optimizations, and their optimizers and schedulers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matches the names of weights in a file to those of a model, and loads what fits.
+"""Matches the names of weights in a file to those of a model, and loads those that fit.
 
 The names in a file may have a prefix that the model's lack, or the reverse: DDP's `module.`, Lightning's `model.`, the
 base model's `transformer.`. A prefix is removed or added only if more names match then.
@@ -61,7 +61,7 @@ class Candidate:
 
 @dataclass
 class Match:
-    """The weights of a file by the names of a model, and what does not fit.
+    """The weights of a file by the names of a model, and those that do not fit.
 
     Attributes:
         weights: those that fit.

@@ -86,7 +86,7 @@ def find_source(key: str, text: str) -> Path:
 
 
 def read_source(path: Path) -> Source:
-    """Returns the weights of what `find_source` has found.
+    """Returns the weights of a source that `find_source` has found.
 
     Raises:
         ValueError: the source is incomplete, damaged, or would have to execute code.

@@ -140,7 +140,7 @@ class Csv(RecordFile):
         return ",".join([str(step), f"{time_s:.6f}", *values]).encode() + _END
 
     def _truncate(self, step: int) -> None:
-        """Cuts the file after a step; what else that very step logs is added to its row."""
+        """Cuts the file after a step; later numbers of that very step are added to its row."""
         if not os.path.lexists(self._path):
             return
         kept: list[bytes] = []

@@ -112,7 +112,7 @@ class LoRAMultiheadAttention(LoRALayer, nn.MultiheadAttention):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Returns what the attention returns."""
+        """Returns output and attention weights, as `nn.MultiheadAttention` does."""
         with _adapted(self, "in_proj_weight"), _adapted(self.out_proj, "weight"):
             return super().forward(*args, **kwargs)
 
