@@ -100,10 +100,8 @@ def init_process_group(
         return
     backends = f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend
     timeout = timedelta(seconds=timeout_s)
-    if store is not None:
-        # Wait for the other ranks here: torch's own wait below does not let signal handlers run.
-        store.set(f"here/{rendezvous.rank}", "")
-        wait_for_keys(store, [f"here/{number}" for number in range(rendezvous.world_size)], timeout_s)
+    # Wait for the other ranks here: torch's own wait below does not let signal handlers run.
+    _wait_for_ranks(rendezvous, store, "here", timeout_s)
     dist.init_process_group(
         backends, store=store, rank=rendezvous.rank, world_size=rendezvous.world_size, timeout=timeout
     )
@@ -111,11 +109,19 @@ def init_process_group(
     _local_rank = rendezvous.local_rank
     # A group of its own, so that gathered objects never mix with gradients.
     _control_group = dist.new_group(backend="gloo", timeout=timeout)
+    # A rank whose block fails at once closes its connections: the others must have connected by then.
+    _wait_for_ranks(rendezvous, store, "connected", timeout_s)
     try:
         yield
     finally:
         _control_group, _local_rank = None, None
         dist.destroy_process_group()
+
+
+def _wait_for_ranks(rendezvous: Rendezvous, store: dist.Store | None, stage: str, timeout_s: float) -> None:
+    if store is not None:
+        store.set(f"{stage}/{rendezvous.rank}", "")
+        wait_for_keys(store, [f"{stage}/{number}" for number in range(rendezvous.world_size)], timeout_s)
 
 
 _control_group: dist.ProcessGroup | None = None

@@ -167,6 +167,22 @@ def test_a_value_that_cannot_be_sent_is_reported_on_all_ranks():
     assert run_ranks(2, _return_what_cannot_be_sent) == [told, told]
 
 
+def test_no_rank_enters_the_block_before_all_have_connected(monkeypatch, tmp_path):
+    # A rank that enters and fails at once closes its connections while a slower one still connects.
+    connected = tmp_path / "connected"
+    new_group = dist.new_group
+
+    def connect_slowly(**settings):
+        group = new_group(**settings)
+        if dist.get_rank() == 0:
+            time.sleep(0.5)
+            connected.touch()
+        return group
+
+    monkeypatch.setattr(dist, "new_group", connect_slowly)
+    assert run_ranks(2, connected.exists) == [True, True]
+
+
 def _lose():
     all_gather_object(0)
     if distributed.rank() == 1:
