@@ -199,7 +199,7 @@ def restore_config(cfg: DictConfig, resumption: Resumption, compose: Compose) ->
     Returns:
         The differences from the run's config, a line a key.
     Raises:
-        ConfigError: a change that makes it another run, or a config that names what it may not.
+        ConfigError: a change that makes it another run, or a config with names that are not allowed.
     """
     overrides = OverridesParser.create().parse_overrides(resumption.overrides)
     ConfigLoaderImpl.validate_sweep_overrides_legal(overrides, RunMode.RUN, from_shell=True)

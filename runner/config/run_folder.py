@@ -1,7 +1,7 @@
 """Finds and reads a run's folder: its config, overrides, newest complete checkpoint and record.
 
 A folder may come from anybody, so every file is read within bounds, and a link out of the folder is refused. The
-allow-list in `config.trust` decides what a config may name.
+allow-list in `config.trust` decides which names a config may use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One run in its folder: locks the folder, opens the trainer, fits and closes it, and cleans up what never began."""
+"""One run in its folder: locks the folder, opens the trainer, fits and closes it, and cleans up if it never began."""
 
 from __future__ import annotations
 

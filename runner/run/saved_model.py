@@ -130,7 +130,7 @@ def open_checkpoint(
         prefixes: modules that the config may name, beside the runner's and torch.nn.
         is_vouched_for: the user says that the run is theirs, which signs it.
     Raises:
-        ConfigError: it is no run, is incomplete, or its config reads or names what is not allowed.
+        ConfigError: it is no run, is incomplete, or its config reads or names something that is not allowed.
     """
     from runner.checkpoint.checkpoints import FACTS
 
@@ -190,7 +190,7 @@ def open_export(path: Path, overrides: Sequence[str] = (), prefixes: Sequence[st
     """Opens an exported file, with overrides set on the config in its metadata.
 
     Raises:
-        ConfigError: it is no export, is damaged, or its config reads or names what is not allowed.
+        ConfigError: it is no export, is damaged, or its config reads or names something that is not allowed.
     """
     from runner.run.weights import placeholders
     from runner.utils import io

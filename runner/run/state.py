@@ -66,10 +66,10 @@ class RunState:
         return None
 
     def load_checkpoint(self, path: Path, parts: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-        """Loads a checkpoint, but for the best evaluation; returns warnings of what changed since it was saved.
+        """Loads a checkpoint, but for the best evaluation; returns warnings of changes since it was saved.
 
         Raises:
-            ConfigError: it does not fit what was built.
+            ConfigError: it does not fit the engines that were built.
         """
         experiment, batches = self._experiment, self._experiment.batches
         allows_changes = experiment.spec.resume_allow_changes

@@ -62,7 +62,7 @@ class PositionedBatches(ABC):
 
     @abstractmethod
     def _start(self) -> Iterator[Any]:
-        """Returns an iterator of what follows the batch delivered last."""
+        """Returns an iterator of the items after the batch delivered last."""
 
     @abstractmethod
     def _receive(self, item: Any) -> tuple[Any, Position, float]:

@@ -127,7 +127,7 @@ class AppliedOptimizations:
         return {} if self._files is None else self._files(state)
 
     def load_exported(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what `exported` returned.
+        """Loads the result of `exported`.
 
         Raises:
             RuntimeError: names or shapes that are not those of the module.

@@ -92,7 +92,7 @@ class Applied:
     Args:
         rows: label and text of each row in the start-up table; without one, the row names the class.
         skipped: modules that were left out, by name, with the reason.
-        undo: makes the module what it was.
+        undo: restores the module.
         expected: names of modules that must be called in the first step.
         was_called: finds out about a call of an expected module in a compiled graph, where hooks don't run.
         is_compiled: the calls of the module's children are hidden in a compiled graph.
@@ -100,7 +100,7 @@ class Applied:
         reserved: names of modules that later optimizations must leave as they are.
         export: turns a state of the module into the state that is exported.
         files: returns further files of an exported state, by name: tensors, or the value of a .json file.
-        load: loads what `export` returned; None for the module's own `load_state_dict`.
+        load: loads the result of `export`; None for the module's own `load_state_dict`.
         monitor: observes the first step.
     """
 

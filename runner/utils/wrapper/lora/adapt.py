@@ -116,7 +116,7 @@ class Adapted:
         return self.adapter(state) | {name: state[name] for name, _ in self._module.named_buffers() if name in state}
 
     def load_without_base(self, state: Mapping[str, Any]) -> None:
-        """Loads what `without_base` returned.
+        """Loads the result of `without_base`.
 
         Raises:
             RuntimeError: names that are not those of the adapted module.

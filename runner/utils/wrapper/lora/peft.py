@@ -44,7 +44,7 @@ class PeftFormat:
     """Writes the adapters of a module in PEFT's format.
 
     Raises:
-        ValueError: PEFT can't represent what is trained.
+        ValueError: PEFT can't represent the trained parameters.
     """
 
     def __init__(self, module: nn.Module, adapted: Adapted, *, rank: int, alpha: float | None, dropout: float) -> None:
