@@ -5,12 +5,14 @@ progress bar. They run in turns. The result is the median over rounds of the dif
 round.
 """
 
+import contextlib
 import io
 import json
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,15 +97,34 @@ def run_ours(batches, folder, stream=None):
     assert len((Path(folder) / "metrics.jsonl").read_text().splitlines()) == STEPS
 
 
-def run_ours_with_batches(batches, folder):
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    dataset = torch.utils.data.TensorDataset(x, y)
-    run_ours(batches, folder, Batches(dataset, OrderedSampler(len(dataset)), BATCH, seed_samples=False))
+class Samples(torch.utils.data.Dataset):
+    """A dataset of the user's own, which returns one sample at a time."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
 
 
-def run_bare_with_loader(batches, folder):
-    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), BATCH)
+def make_dataset(batches, kind):
+    return kind(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def run_ours_with_batches(batches, folder, kind=torch.utils.data.TensorDataset, num_workers=0):
+    dataset = make_dataset(batches, kind)
+    sampler = OrderedSampler(len(dataset))
+    stream = Batches(dataset, sampler, BATCH, num_workers=num_workers, seed_samples=False)
+    with contextlib.closing(stream):
+        run_ours(batches, folder, stream)
+
+
+def run_bare_with_loader(batches, folder, kind=torch.utils.data.TensorDataset, num_workers=0):
+    dataset = make_dataset(batches, kind)
+    loader = torch.utils.data.DataLoader(dataset, BATCH, num_workers=num_workers, persistent_workers=num_workers > 0)
     model, optimizer = make_model()
     step = 0
     while step < STEPS:
@@ -196,6 +217,10 @@ CONTENDERS = {
     "runner": (run_ours, "bare loop"),
     "bare loop + DataLoader": (run_bare_with_loader, "bare loop + DataLoader"),
     "runner + its Batches": (run_ours_with_batches, "bare loop + DataLoader"),
+    "DataLoader, samples": (partial(run_bare_with_loader, kind=Samples), "DataLoader, samples"),
+    "Batches, samples": (partial(run_ours_with_batches, kind=Samples), "DataLoader, samples"),
+    "DataLoader, 2 workers": (partial(run_bare_with_loader, num_workers=2), "DataLoader, 2 workers"),
+    "Batches, 2 workers": (partial(run_ours_with_batches, num_workers=2), "DataLoader, 2 workers"),
     "SummaryWriter + tqdm by hand": (run_by_hand, "bare loop"),
     "Accelerate": (run_accelerate, "bare loop"),
     "Lightning": (run_lightning, "bare loop"),

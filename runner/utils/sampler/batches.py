@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runner.utils.distributed import is_rank_zero, seed_all
+from runner.utils.sampler.rows import fetch_rows, has_rows
 from runner.utils.sampler.samples import SampleFetcher
 from runner.utils.sampler.workers import (
     AnnotatedBatch,
@@ -289,8 +290,11 @@ class BatchFetcher(Dataset[Any]):
         self._collate = default_collate if collate is None else collate
         self._pins = pins
         self._batch_seed = batch_seed
+        self._has_rows = has_rows(samples.dataset, self._collate)
 
     def __getitem__(self, plan: tuple[int, list[Any]]) -> Any:
+        if self._has_rows and (rows := fetch_rows(self._samples.dataset, plan[1])) is not None:
+            return AnnotatedBatch(rows, []) if self._pins else rows
         try:
             if self._batch_seed is not None:
                 seed_all(derive_seed(self._batch_seed, plan[0]), _CPU)

@@ -32,7 +32,7 @@ class SampleFetcher(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, seed: int | None, collate: Any = None, *, is_repeated: bool = False) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
         self._seed = seed
         self._collate = collate
         self._generators: Any = None  # `ObjectGenerators`, made where they are used: a worker has its own copies
@@ -58,18 +58,21 @@ class SampleFetcher(Dataset[Any]):
         return notes
 
     def _fetch_unseeded(self, first: int, indices: list[Any]) -> list[Any]:
-        if fetch_all := getattr(self._dataset, "__getitems__", None):
+        if fetch_all := getattr(self.dataset, "__getitems__", None):
             self.current = first, indices
             samples: list[Any] = fetch_all(indices)
             return samples
         samples = []
-        for ordinal, index in enumerate(indices, first):
-            self.current = ordinal, index
-            samples.append(self._dataset[index])
+        try:
+            for index in indices:
+                samples.append(self.dataset[index])
+        except BaseException:
+            self.current = first + len(samples), indices[len(samples)]
+            raise
         return samples
 
     def _find_generators(self) -> ObjectGenerators:
-        return ObjectGenerators(dataset=self._dataset, collate=self._collate)
+        return ObjectGenerators(dataset=self.dataset, collate=self._collate)
 
     def _fetch(self, ordinal: int, index: Any) -> Any:
         sample = self._fetch_once(ordinal, index)
@@ -139,7 +142,7 @@ class SampleFetcher(Dataset[Any]):
         seed = derive_seed(self._seed, ordinal)
         seed_all(seed, _CPU)
         self._generators.seed(seed)
-        return self._dataset[index]
+        return self.dataset[index]
 
 
 def is_same(one: Any, other: Any) -> bool:

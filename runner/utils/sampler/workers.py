@@ -18,6 +18,7 @@ from torch.utils.data._utils import worker as loader_worker
 
 from runner.utils.distributed.devices import pin
 from runner.utils.files.open_files import exit_worker_at_file_limit, unshare_file_offsets
+from runner.utils.sampler.packing import PackedBatch
 from runner.utils.utils import add_note, checked_choice, checked_int, describe, message_of, signal_with_parent
 
 DEFAULT_PREFETCH = 2  # batches of each worker
@@ -61,7 +62,7 @@ class LoaderSettings:
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_identity,
+            collate_fn=_pack if self.num_workers else _identity,
             pin_memory=self.pin_memory,
             generator=generator if seed is None else generator.manual_seed(seed),
             prefetch_factor=self.prefetch_factor if self.num_workers else None,
@@ -72,6 +73,14 @@ class LoaderSettings:
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _pack(batch: Any) -> Any:
+    """Returns a batch, of a worker, ready for its way to this process."""
+    try:
+        return PackedBatch(batch)
+    except Exception as error:  # such as a part that can't be pickled
+        return describe_failure(error, "in sending a batch from its loader worker", is_in_worker=True)
 
 
 @dataclass

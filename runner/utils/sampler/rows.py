@@ -1,0 +1,63 @@
+"""Fetches a batch of a `TensorDataset` by indexing its tensors once, instead of collating samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
+
+from runner.utils.sampler.packing import MAX_BYTES
+
+_DTYPES = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+}  # fmt: skip
+
+
+def has_rows(dataset: Any, collate: Any) -> bool:
+    """Returns whether `fetch_rows` may fetch the batches of a dataset: it is a `TensorDataset` or a subset of one.
+
+    A subclass may return other samples, and a changed `default_collate_fn_map` other batches.
+    """
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    is_torchs = default_collate_fn_map.get(Tensor) is collate_tensor_fn
+    is_torchs = is_torchs and not any(issubclass(tuple, kind) for kind in default_collate_fn_map)
+    return type(dataset) is TensorDataset and collate is default_collate and is_torchs
+
+
+def fetch_rows(dataset: Any, indices: list[Any]) -> list[Tensor] | None:
+    """Returns the batch that torch collates of the samples, bit for bit; None if it can't be indexed.
+
+    No sample draws random numbers, so none is seeded.
+
+    Args:
+        dataset: one that `has_rows`.
+    """
+    try:
+        while type(dataset) is Subset:
+            indices = [dataset.indices[index] for index in indices]
+            dataset = dataset.dataset
+        if set(map(type, indices)) != {int} or not all(map(_is_plain, dataset.tensors)):
+            return None
+        rows = torch.from_numpy(np.array(indices, np.int64))
+        batch = [tensor.index_select(0, rows) for tensor in dataset.tensors]
+    except Exception:  # fetching the samples raises it, too, and names the index
+        return None
+    # A large batch is better collated in shared memory than copied there.
+    is_copied = get_worker_info() is not None and sum(part.nbytes for part in batch) > MAX_BYTES
+    return None if is_copied else batch
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype in _DTYPES
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
+    )
