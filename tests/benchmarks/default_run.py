@@ -11,7 +11,6 @@ process, where the difference between them is measured more precisely.
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ import traceback
 from pathlib import Path
 
 from figures import Budget, BudgetSpentError, Figures
+from peers.workload import make_factor
 
 # torch is not imported at the top: the bare script's time to its first step includes that import.
 
@@ -106,18 +106,6 @@ class BareLoop:
 def arguments_of(node):
     """Returns the arguments that a node of the config gives to its `_target_`."""
     return {name: value for name, value in node.items() if name != "_target_"}
-
-
-def make_factor(warmup_steps, total_steps, final_factor):
-    """Returns a linear rise, then half a cosine down, as the factor of a LambdaLR."""
-
-    def factor(step):
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        part = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-        return final_factor + (1 - final_factor) * (1 + math.cos(math.pi * part)) / 2
-
-    return factor
 
 
 def train_bare(settings):
