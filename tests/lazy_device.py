@@ -132,3 +132,34 @@ class LazyDevice:
 
     def is_capturing(self) -> bool:
         return False
+
+
+class LazyCopyStream:
+    """Stands in for `DeviceStream`: a copy is NaN, or -1 for integers, until its event has been waited for.
+
+    `in_use` has the addresses of the tensors whose memory waits for the computing before it is reused.
+    """
+
+    def __init__(self) -> None:
+        self.in_use: set[int] = set()
+        self.num_copies = self.num_delivered = 0
+        self._last = Event()
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        target = torch.empty_like(tensor)
+        target.fill_(float("nan") if tensor.is_floating_point() else True if tensor.dtype is torch.bool else -1)
+
+        def work() -> None:
+            target.copy_(tensor)  # pinned memory lives until its copy is done
+
+        self._last = Event(work, [self._last])
+        self.num_copies += 1
+        return target
+
+    def record_event(self) -> Event:
+        return Event(after=[self._last])
+
+    def deliver(self, event: Event, tensors: list[Tensor]) -> None:
+        self.num_delivered += 1
+        event.pass_()
+        self.in_use |= {tensor.data_ptr() for tensor in tensors}

@@ -168,7 +168,7 @@ def _describe_activity(trainer: Trainer) -> str:
 
 
 _ACTIVITIES = {  # by the function of the innermost frame that has one
-    PositionedBatches.__next__.__code__: "a batch of data.train for step {next}, from {source}",
+    PositionedBatches._read.__code__: "a batch of data.train for step {next}, from {source}",
     EvaluationData.__iter__.__code__: "a batch of data.eval, from {source}",
     StreamEvaluation.__iter__.__code__: "a batch of data.eval, from {source}",
     Trainer.evaluate.__code__: "the evaluation after step {step}",

@@ -89,5 +89,6 @@ part memory 165 "$python" tests/benchmarks/memory.py --json "$figures-memory.jso
 report >/dev/null
 part speed 75 "$python" tests/benchmarks/default_run.py --json "$figures-speed.json" --budget 65
 report >/dev/null
+part copies 25 "$python" tests/benchmarks/copies.py --json "$figures-copies.json" --budget 12
 part saves 60 "$python" tests/benchmarks/saves.py 1 8 --device cuda --held-only --json "$figures-saves.json" --budget 52
 report

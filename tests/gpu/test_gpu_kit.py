@@ -187,7 +187,7 @@ def test_the_search_for_the_longest_sequence_runs_on_the_cpu():
 
 @pytest.mark.slow
 def test_a_budget_that_is_spent_skips_by_name(tmp_path):
-    for script in ("memory.py", "default_run.py", "saves.py"):
+    for script in ("memory.py", "default_run.py", "copies.py", "saves.py"):
         path = tmp_path / f"{script}.json"
         given = ["--budget", "0", "--json", path]
         done = run(sys.executable, ROOT / "tests/benchmarks" / script, *given, cwd=ROOT)

@@ -20,7 +20,8 @@ from conftest import Project, read_numbers
 from runner.utils import io
 from runner.utils.sampler import RandomSampler
 from runner.utils.sampler.batches import Batches
-from tests.gpu.accelerator import DEVICE, HAS_GPU, needs_gpu
+from runner.utils.sampler.device_copies import BatchCopier, DeviceStream
+from tests.gpu.accelerator import DELAY_CYCLES, DEVICE, HAS_GPU, LONG_DELAY_CYCLES, needs_gpu
 
 pytestmark = pytest.mark.gpu
 ON_DEVICE = f"distributed.device={DEVICE.type}"
@@ -302,6 +303,41 @@ def test_batches_being_copied_to_the_device_are_not_overwritten() -> None:
         batch: Any = next(batches)
         expected.append(batch["x"].clone())
         found.append(batch["x"].to(DEVICE, non_blocking=True))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+class LateStream(DeviceStream):
+    """Delays each copy, so that a missing wait for it gives wrong numbers."""
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.stream(self._stream):
+            torch.cuda._sleep(DELAY_CYCLES)
+        return super().copy(tensor)
+
+
+@needs_gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("late", ["copies", "computing"])
+def test_batches_copied_beside_the_computing_arrive_whole_and_are_not_overwritten(late: str, num_workers: int) -> None:
+    plain, copied = stream(0, False), stream(num_workers, True)
+    copied.copy_with(BatchCopier((LateStream if late == "copies" else DeviceStream)(DEVICE)))
+    found, expected = [], []
+    try:
+        for _ in range(50):
+            batch: Any = next(copied)
+            assert batch["x"].is_cuda
+            if late == "computing":  # memory that is freed below must not be used for the next copy
+                torch.cuda._sleep(LONG_DELAY_CYCLES)
+            found.append(batch["x"] + batch["pair"][0][:, None])
+            del batch
+            if copied.prefetch is not None:
+                copied.prefetch()
+            batch = next(plain)
+            expected.append(batch["x"] + batch["pair"][0][:, None])
+            assert copied.state_dict() == plain.state_dict()
+    finally:
+        copied.close()
     for mine, theirs in zip(found, expected, strict=True):
         assert torch.equal(mine.cpu(), theirs)
 

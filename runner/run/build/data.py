@@ -19,6 +19,7 @@ from runner.run.build.instantiate import explain_errors, make_object
 from runner.utils.distributed import rank, world_size
 from runner.utils.modules.generators import ObjectGenerators
 from runner.utils.sampler.batches import Batches, EvaluationData, PositionedBatches
+from runner.utils.sampler.device_copies import make_copier
 from runner.utils.sampler.mix import Mix, MixSampler
 from runner.utils.sampler.stream import StreamBatches, StreamEvaluation, is_stream
 from runner.utils.sampler.workers import DEFAULT_PREFETCH
@@ -60,13 +61,18 @@ def build_batches(spec: ExperimentSpec, device: torch.device) -> PositionedBatch
         "rank": rank(),
         "world_size": world_size(),
     }
+    batches: PositionedBatches
     if is_stream(dataset):
-        return StreamBatches(dataset, micro_batch_size, skips=data.resume is Resume.skip, **settings)
+        batches = StreamBatches(dataset, micro_batch_size, skips=data.resume is Resume.skip, **settings)
+        batches.copy_with(make_copier(device))
+        return batches
     if not is_batched and data.batch_size > _MOST_PASSES * len(dataset):
         expected = f"expected at most {_MOST_PASSES} passes over the {len(dataset)} samples of data.train in a step"
         raise ConfigError(f"data.batch_size={data.batch_size}: {expected}")
     sampler = _make_sampler(spec, dataset, is_batched)
-    return Batches(dataset, sampler, None if is_batched else micro_batch_size, **settings)
+    batches = Batches(dataset, sampler, None if is_batched else micro_batch_size, **settings)
+    batches.copy_with(make_copier(device))
+    return batches
 
 
 def _make_sampler(spec: ExperimentSpec, dataset: Any, is_batched: bool) -> Any:

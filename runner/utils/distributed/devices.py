@@ -79,6 +79,11 @@ def preserve_rng_state(device: torch.device = _CPU) -> Iterator[None]:
             generator.set_state(state)
 
 
+def has_streams(device: torch.device) -> bool:
+    """Returns whether a device can copy to and from the host beside its computing."""
+    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")
+
+
 def move(batch: Any, device: torch.device) -> Any:
     """Returns a batch with its tensors on the device; for the CPU, the batch itself.
 
@@ -87,7 +92,7 @@ def move(batch: Any, device: torch.device) -> Any:
     """
     if device.type == "cpu":
         return batch
-    return _map_parts(batch, partial(_move_part, device=device))
+    return map_parts(batch, partial(_move_part, device=device))
 
 
 def pin(batch: Any) -> Any:
@@ -95,7 +100,7 @@ def pin(batch: Any) -> Any:
 
     An object with a method `pin_memory` pins itself.
     """
-    return _map_parts(batch, _pin_part)
+    return map_parts(batch, _pin_part)
 
 
 def _move_part(part: Any, device: torch.device) -> Any:
@@ -117,24 +122,24 @@ def _pin_part(part: Any) -> Any:
     return part.pin_memory()
 
 
-def _map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
+def map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
     """Returns a nest with its parts changed; where `change` returns None, containers are entered, the rest is kept."""
     if (changed := change(batch)) is not None:
         return changed
     match batch:
         case dict() if type(batch) is dict:
-            return {key: _map_parts(value, change) for key, value in batch.items()}
+            return {key: map_parts(value, change) for key, value in batch.items()}
         case Mapping():
             return _map_mapping(batch, change)
         case tuple() if hasattr(batch, "_fields"):
-            return type(batch)(*(_map_parts(value, change) for value in batch))
+            return type(batch)(*(map_parts(value, change) for value in batch))
         case tuple() | list():
-            return type(batch)(_map_parts(value, change) for value in batch)
+            return type(batch)(map_parts(value, change) for value in batch)
         case _ if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
             changed = copy.copy(batch)
             for field in dataclasses.fields(batch):
                 if hasattr(batch, field.name):
-                    object.__setattr__(changed, field.name, _map_parts(getattr(batch, field.name), change))
+                    object.__setattr__(changed, field.name, map_parts(getattr(batch, field.name), change))
             return changed
         case _:
             return batch
@@ -142,7 +147,7 @@ def _map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def _map_mapping(batch: Mapping[Any, Any], change: Callable[[Any], Any]) -> Any:
     """Returns a copy of the same type, with its attributes, where the type can be copied and set; else a dict."""
-    values = {key: _map_parts(value, change) for key, value in batch.items()}
+    values = {key: map_parts(value, change) for key, value in batch.items()}
     if isinstance(batch, MutableMapping):
         with contextlib.suppress(Exception):
             changed = copy.copy(batch)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runner.utils.distributed import is_rank_zero, seed_all
+from runner.utils.sampler.device_copies import BatchCopier, CopiedBatch
 from runner.utils.sampler.rows import fetch_rows, has_rows
 from runner.utils.sampler.samples import SampleFetcher
 from runner.utils.sampler.workers import (
@@ -29,6 +30,7 @@ from runner.utils.sampler.workers import (
 from runner.utils.utils import checked_choice, checked_int, derive_seed, is_signal
 
 Position = tuple[Mapping[str, Any], int]  # the state of the order of samples, and the number of samples up to there
+PrefetchedBatch = tuple[CopiedBatch, Position, float]  # with the position after it and its weight
 _CPU = torch.device("cpu")
 
 
@@ -51,13 +53,23 @@ class PositionedBatches(ABC):
     Attributes:
         num_samples: number of samples in the batch delivered last, over all ranks; 0 before the first.
         weight: weight of this rank's slice of the batch delivered last; 1 if all slices are equally large.
+        prefetch: reads the batch after the one delivered last, and starts its copy to the device; `next` raises its
+            error. Call it when the device has work. None without a device, or without workers: reading a batch here
+            takes this process's time and its random generators.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] | None, start: Position) -> None:
+    prefetch: Callable[[], None] | None = None
+    _copier: BatchCopier | None = None
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any] | None, start: Position, settings: LoaderSettings
+    ) -> None:
         self.dataset = dataset
         self.collate = default_collate if collate is None else collate
+        self._settings = settings
         self._stream: Iterator[Any] | None = None
         self._delivered = start
+        self._ahead: PrefetchedBatch | BaseException | None = None
         self.num_samples = 0
         self.weight = 1.0
 
@@ -83,19 +95,56 @@ class PositionedBatches(ABC):
         return self
 
     def __next__(self) -> Any:
+        if self._copier is None:
+            batch, position, self.weight = self._read()
+        else:
+            batch, position, self.weight = self._finish_copies(self._copier)
+        self.num_samples = position[1] - self._delivered[1]
+        self._delivered = position
+        return batch
+
+    def _read(self) -> tuple[Any, Position, float]:
+        """Returns the next batch, its position and its weight; an error starts the stream anew."""
         try:
             if self._stream is None:
                 self._stream = self._start()
-            item = next_batch(self._stream)
+            return self._receive(next_batch(self._stream))
         except BaseException as error:
             if is_signal(error):
                 self.kill_workers()
             self.close()
             raise
-        num_delivered = self._delivered[1]
-        batch, self._delivered, self.weight = self._receive(item)
-        self.num_samples = self._delivered[1] - num_delivered
-        return batch
+
+    def copy_with(self, copier: BatchCopier | None) -> None:
+        """Has a copier copy the batches to a device before they are delivered; None delivers them as they are."""
+        self._copier = copier
+        self.prefetch = self._prefetch if copier is not None and self._settings.num_workers else None
+
+    def _prefetch(self) -> None:
+        assert self._copier is not None
+        if self._ahead is not None:
+            return
+        try:
+            self._ahead = self._start_copies(self._copier)
+        except BaseException as error:
+            if is_signal(error):
+                raise
+            self._ahead = error
+
+    def _start_copies(self, copier: BatchCopier) -> PrefetchedBatch:
+        batch, position, weight = self._read()
+        try:
+            return copier.start(batch), position, weight
+        except BaseException:
+            self.close()
+            raise
+
+    def _finish_copies(self, copier: BatchCopier) -> tuple[Any, Position, float]:
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, BaseException):
+            raise ahead
+        copied, position, weight = self._start_copies(copier) if ahead is None else ahead
+        return copier.finish(copied), position, weight
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the order after the batch delivered last, and the number of samples delivered."""
@@ -155,7 +204,7 @@ class PositionedBatches(ABC):
 
     def close(self) -> None:
         """Shuts down the workers and drops prefetched batches; `next` continues after the last delivered batch."""
-        stream, self._stream = self._stream, None
+        stream, self._stream, self._ahead = self._stream, None, None
         if (shut_down := getattr(stream, "_shutdown_workers", None)) is not None:
             shut_down()
             kill_workers(stream)  # torch only asks workers to exit: kill those that hang
@@ -206,11 +255,11 @@ class Batches(PositionedBatches):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(dataset, collate, (sampler.state_dict(), 0))
+        settings = LoaderSettings(num_workers, prefetch_factor, pin_memory)
+        super().__init__(dataset, collate, (sampler.state_dict(), 0), settings)
         self._seed = checked_int("Batches: seed", seed)
         self._sampler = sampler
         self._batch_size = None if batch_size is None else checked_int("Batches: batch_size", batch_size, 1)
-        self._settings = LoaderSettings(num_workers, prefetch_factor, pin_memory)
         is_seeded = checked_choice("Batches: seed_samples", seed_samples, (False, True))
         samples = SampleFetcher(dataset, self._seed if is_seeded else None, self.collate, is_repeated=is_rank_zero())
         self._fetcher = BatchFetcher(samples, self.collate, pins=pin_memory)

@@ -317,8 +317,8 @@ class StreamBatches(PositionedBatches):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(dataset, collate, ({"epoch": 0, "position": 0, "stream": None}, 0))
-        self._settings = LoaderSettings(min(num_workers, 1), prefetch_factor, pin_memory)
+        settings = LoaderSettings(min(num_workers, 1), prefetch_factor, pin_memory)
+        super().__init__(dataset, collate, ({"epoch": 0, "position": 0, "stream": None}, 0), settings)
         self._seed = checked_int("StreamBatches: seed", seed)
         self._skips = skips
         self._rank = rank

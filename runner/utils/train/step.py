@@ -58,6 +58,7 @@ class StepRunner:
         self.is_complete = True
         self._engines = engines
         self._batches = batches
+        self._prefetch: Callable[[], None] | None = getattr(batches, "prefetch", None)
         self._accumulate = accumulate
         self._seed = seed
         self._rank = distributed.rank()
@@ -82,6 +83,8 @@ class StepRunner:
                 own_seed = derive_seed(self._seed, step, micro_step, self._rank)
                 self._engines.seed(own_seed, (self._seed, step, micro_step))
                 self._engines.micro_step(batch, self._batches.weight)
+                if self._prefetch is not None:  # the device is busy with this micro-step
+                    self._prefetch()
             faults = self._engines.step(self._poll_messages)
         except BaseException as error:
             if is_signal(error):

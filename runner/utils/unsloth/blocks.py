@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from runner.utils.distributed.devices import has_streams
 from runner.utils.distributed.memory import format_mib
 from runner.utils.modules.selection import find_blocks, matches_glob, split_uncalled
 from runner.utils.unsloth.offload import Offloader
 from runner.utils.unsloth.recompute import RecomputedBlock, block_of, is_compiled, is_wrapped, unwrap, wrap
 from runner.utils.unsloth.settings import check_settings
-from runner.utils.unsloth.streams import CopyStreams, has_streams
+from runner.utils.unsloth.streams import CopyStreams
 
 __all__ = ["RecomputedBlock", "UnslothReport", "apply", "is_wrapped", "unwrap", "wrap"]
 

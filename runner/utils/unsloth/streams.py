@@ -109,8 +109,3 @@ class CopyStreams:
         """Returns whether a CUDA graph is being captured."""
         is_current_stream_capturing = getattr(self._module, "is_current_stream_capturing", None)
         return is_current_stream_capturing is not None and bool(is_current_stream_capturing())
-
-
-def has_streams(device: torch.device) -> bool:
-    """Returns whether a device can copy to and from the host beside its computation."""
-    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")
