@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from runner.engines.optim.fused import check_fused_state, keep_saved_kernels
 from runner.engines.optim.hyperparameters import apply_changes, find_changed_kinds, reorder_hyperparameters
 from runner.engines.optim.optimizer_state import (
     MatchedState,
@@ -72,8 +73,8 @@ def restore(
         if "optimizer" not in changed:
             matched = match_state(state["optimizer"], optimizer, names, saved_order)
             notes += _check_matched(matched, allows_changes)
-            saved["optimizer"] = matched.state
             saved_settings = reorder_hyperparameters(saved_settings, matched.order, configured)
+            saved["optimizer"] = keep_saved_kernels(matched.state, optimizer, configured, saved_settings)
             history = reorder_events(history, matched.order, configured, saved_settings)
             is_replayed |= matched.order != list(range(len(saved_settings["groups"])))
         is_replayed = schedule.needs_replay(configured, saved_settings) or is_replayed
@@ -86,7 +87,7 @@ def restore(
         schedule.apply_base_lrs(configured, saved_settings)
     if optimizer is not None and "optimizer" not in changed:
         apply_changes(optimizer, configured, saved_settings)
-        check_group_values(optimizer, built_values)
+        _check_loaded(optimizer, built_values)
         load_extra_state(optimizer, state.get("numbers") or [{}] * len(extra_state(optimizer)))
         if is_replayed:
             schedule.restore_values(scheduled_values)
@@ -122,6 +123,12 @@ def _check_matched(matched: MatchedState, allows_changes: bool) -> list[str]:
     return [f"{text}: they begin anew"]
 
 
+def _check_loaded(optimizer: Optimizer, built: Groups) -> None:
+    """Checks the groups and tensors of a state that torch has loaded unchecked; see the two checks."""
+    check_group_values(optimizer, built)
+    check_fused_state(optimizer)
+
+
 def group_values(optimizer: Optimizer) -> Groups:
     """Returns the current values of each group."""
     return [dict(group) for part in chained_optimizers(optimizer) for group in part.param_groups]
@@ -144,7 +151,10 @@ def check_group_values(optimizer: Optimizer, built: Groups) -> None:
         on_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
         if is_torchs and on_cpu and type(group.get("capturable")) is bool and "capturable" in built_group:
             group["capturable"] = built_group["capturable"]
-        compared_keys = [key for key in built_group if key in group and key not in _NOT_COMPARED]
+        # A group that torch's default has updated so far leaves the fused kernel that it was built with.
+        leaves_fused = is_torchs and (group.get("fused") is None or group["fused"] is False)
+        not_compared = _NOT_COMPARED | ({"fused"} if leaves_fused else set())
+        compared_keys = [key for key in built_group if key in group and key not in not_compared]
         for key in compared_keys:
             is_strict = is_torchs and key not in _RATES
             if not _is_compatible(group[key], built_group[key], is_strict, is_torchs):

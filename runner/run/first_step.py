@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from runner.engines import Engine
 from runner.engines.forward import OutputError
+from runner.engines.optim.fused import describe_kernels
 from runner.engines.optim.parameter_groups import describe_groups
 from runner.utils.train.failures import TrainingStopped
 from runner.utils.wrapper.protocol import shorten
@@ -174,6 +175,7 @@ def log_model_summary(name: str, engine: Engine, log: Callable[[str], None]) -> 
         log("\n".join([f"{name}, optimizations:", *(f"  {line}" for line in table)]))
     if engine.optimizer is None:
         return None
+    log(f"{name}, optimizer: {describe_kernels(engine.optimizer)}")
     if table := describe_groups(engine.optimizer, engine.module):
         log("\n".join([f"{name}, parameter groups:", *(f"  {line}" for line in table)]))
     tensors = KnownTensors(name, engine)

@@ -184,9 +184,13 @@ def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> li
 
 
 def apply_changes(optimizer: Optimizer, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Sets the values that the config has changed since the loaded state was saved."""
+    """Sets the values that the config has changed since the loaded state was saved.
+
+    The state was loaded with `fused` as it is to be: torch keeps other tensors with it.
+    """
     for group, new, old in zip(optimizer.param_groups, configured["groups"], saved["groups"], strict=True):
-        group.update({key: value for key, value in new.items() if key not in old or old[key] != value})
+        changes = {key: value for key, value in new.items() if key not in old or old[key] != value}
+        group.update({key: value for key, value in changes.items() if key != "fused"})
 
 
 def plain_values(values: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
 from runner.engines.losses.supervised_loss import SupervisedLoss
 from runner.engines.metric_objects.collection import MetricCollection
 from runner.engines.metric_objects.training import TrainingMetrics
+from runner.engines.optim.fused import use_fused_kernels
 from runner.engines.optim.hyperparameters import check_sparse
 from runner.engines.strategies import DDP, Strategy
 from runner.run.build.instantiate import HYDRA_KEYS, explain_errors, instantiate_node, make_object
@@ -149,6 +150,8 @@ def make_engines(
             training_metrics=_make_training_metrics(spec, engine, module, strategy) if is_run else None,
             target=spec.data.target,
         )
+        if optimizer is not None:
+            use_fused_kernels(optimizer, module)
         engines[engine.name].every = engine.every
         engines[engine.name].has_own_loss = engine.has_own_loss or not is_trained
     return engines
