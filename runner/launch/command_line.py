@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import hydra
+from hydra._internal import defaults_list
 from hydra._internal import hydra as hydra_internals
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -45,14 +47,28 @@ class _SingleRunHydra(hydra_internals.Hydra):
 
 @contextlib.contextmanager
 def _composing_once(arguments: list[str]) -> Iterator[None]:
-    """Makes `hydra.main` use `_SingleRunHydra`, except for a sweep."""
-    original = hydra_internals.Hydra
+    """Makes `hydra.main` use `_SingleRunHydra`, except for a sweep, and `_create_map_if_read`."""
+    original, original_map = hydra_internals.Hydra, defaults_list._create_interpolation_map
     if not any(flag in arguments for flag in _MULTIRUN_FLAGS):
         hydra_internals.Hydra = _SingleRunHydra  # type: ignore[misc]
+    defaults_list._create_interpolation_map = partial(_create_map_if_read, original_map)
     try:
         yield
     finally:
         hydra_internals.Hydra = original  # type: ignore[misc]
+        defaults_list._create_interpolation_map = original_map
+
+
+def _create_map_if_read(
+    create_map: Callable[..., DictConfig], overrides: Any, defaults: list[Any], is_self_added: bool
+) -> DictConfig:
+    """Returns the choices that interpolations in a defaults list read; none if it has no interpolation.
+
+    Hydra creates them for each of 25 files, which takes a fifth of the time of composing.
+    """
+    if any(default.is_interpolation() for default in defaults):
+        return create_map(overrides, defaults, is_self_added)
+    return DictConfig({})
 
 
 def _clean_up(status: int) -> None:

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from runner.config import checks
 from runner.config.composition import source
-from runner.launch.command_line import _SingleRunHydra
+from runner.launch.command_line import _composing_once, _SingleRunHydra
 
 SWEEP_IN_CONFIG = """
 hydra:
@@ -73,3 +74,22 @@ def test_a_flag_sweeps_where_the_config_would_not(project, flag):
         "hydra.sweep.subdir=${hydra.job.num}",
     )
     assert sorted(path.name for path in (project.folder / "sweep").iterdir() if path.is_dir()) == ["0", "1"]
+
+
+def test_a_choice_in_a_defaults_list_may_name_another_choice(tmp_path):
+    for name, content in {
+        "config": "defaults:\n  - nested: c\n  - model: a\n  - size: ${model}_large\n",
+        "model/a": "x: 1\n",
+        "model/b": "x: 2\n",
+        "size/a_large": "y: 3\n",
+        "size/b_large": "y: 4\n",
+        "nested/c": "defaults:\n  - /size@of: ${model}_large\nz: 5\n",
+    }.items():
+        file = tmp_path / f"{name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        expected = compose("config", ["model=b"])
+        with _composing_once([]):
+            found = compose("config", ["model=b"])
+    assert found == expected == {"model": {"x": 2}, "size": {"y": 4}, "nested": {"of": {"y": 4}, "z": 5}}
