@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ from runner.engines.forward import (
     Number,
     Output,
     OutputReader,
+    Weight,
     arguments_of,
     as_number,
     feed,
+    in_autocast,
 )
 from runner.engines.gradients import BufferSnapshot, Gradients
 from runner.engines.losses.output_errors import OutputError
@@ -117,12 +120,11 @@ class Engine:
         self.steps = self.micro_steps = self.skipped_steps = self.tokens = self._synced_tokens = 0
         self.device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         self.strategy = strategy or Strategy()
+        self._is_distributed = self.strategy.is_distributed
         self.ema = ema
         self.applied = applied or AppliedOptimizations(module)
         self.first_step_hook: FirstStepHook | None = None
         self.kind = type(module).__name__.removeprefix("FSDP" if self.strategy.is_sharded else "")
-        dtype = _AUTOCAST[precision]  # the context is made once and entered in each forward
-        self._autocast = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self._gradients = Gradients(
             module, optimizer, self.strategy, self.device,
             is_scaled=precision == "fp16", clip_norm=clip_norm, on_nonfinite=on_nonfinite,
@@ -138,13 +140,16 @@ class Engine:
         self._target_key = target
         self._loss_module = self._make_loss_module()
         check_loss = self._check_loss if self._checks_in_forward else None
-        self._train_forward = self.strategy.wrap_forward(self._loss_module, check_loss)
+        dtype = _AUTOCAST[precision]
+        self._train_forward = in_autocast(self.strategy.wrap_forward(self._loss_module, check_loss), self.device, dtype)
+        self._evaluation_forward = in_autocast(self._loss_module.forward, self.device, dtype)
         self.schedule = LRSchedule(optimizer, scheduler, metric)
         self._hyperparameters = snapshot_hyperparameters(optimizer, scheduler)
         self._parameter_names = names_by_id(module)
         self._initial_extra_state = extra_state(optimizer)
         self._lrs = current_lrs(self.optimizer)
         self._metrics = MetricAccumulator()
+        self._losses: list[Number] = []  # of the step in progress
         self._num_ranks = world_size()
         self._buffers = BufferSnapshot(module)
         self._commit_step()
@@ -179,19 +184,11 @@ class Engine:
             loss = loss if loss_weight is not None else loss * weight
         else:
             is_last = self.micro_steps - self._step_start.micro_steps + 1 >= self.accumulate
-            with self.strategy.micro_step(is_last, weight):
-                self._reader.batch_weight = weight
-                with self._autocast:  # here, not in `forward`: few frames are above a user's module
-                    loss, extras, num_tokens, loss_weight = self._train_forward(batch)
-                self.tokens += num_tokens
-                if loss_weight is None:
-                    loss = loss if weight == 1.0 or self.strategy.weights_losses else loss * weight
-                self._is_exchanging = is_last
-                is_part = loss_weight is None and self.accumulate > 1
-                self._gradients.backward(loss / self.accumulate if is_part else loss, loss_weight)
-                if is_last:
-                    self.strategy.all_reduce_weight()
-                self._is_exchanging = False
+            if self._is_distributed:
+                with self.strategy.micro_step(is_last, weight):
+                    loss, extras, loss_weight = self._forward_backward(batch, weight, is_last)
+            else:
+                loss, extras, loss_weight = self._forward_backward(batch, weight, is_last)
         if self._training_metrics is not None:
             self._training_metrics.add(self.take_output(batch) if weight else None)
         if weight != 1.0:
@@ -199,12 +196,30 @@ class Engine:
                 extras = {name: value * weight for name, value in extras.items()}
             self.tokens = self.tokens if weight else tokens
         if loss_weight is None:
-            self._metrics.add({"loss": as_number(loss), **extras})
+            numbers = {"loss": as_number(loss), **extras}
+            self._metrics.add(numbers)
         else:
             # The ranks' mean of these weights is the number of all their terms, whatever the number of ranks.
-            terms = loss_weight.terms
-            self._metrics.add(extras, terms if self._num_ranks == 1 else terms * self._num_ranks)
+            numbers, terms = extras, loss_weight.terms
+            self._metrics.add(numbers, terms if self._num_ranks == 1 else terms * self._num_ranks)
+        self._losses.append(numbers["loss"])
         self.micro_steps += 1
+
+    def _forward_backward(
+        self, batch: Any, weight: float, is_last: bool
+    ) -> tuple[Tensor, dict[str, Number], Weight | None]:
+        self._reader.batch_weight = weight
+        loss, extras, num_tokens, loss_weight = self._train_forward(batch)
+        self.tokens += num_tokens
+        if loss_weight is None:
+            loss = loss if weight == 1.0 or self.strategy.weights_losses else loss * weight
+        self._is_exchanging = is_last
+        is_part = loss_weight is None and self.accumulate > 1
+        self._gradients.backward(loss / self.accumulate if is_part else loss, loss_weight)
+        if is_last and self._is_distributed:
+            self.strategy.all_reduce_weight()
+        self._is_exchanging = False
+        return loss, extras, loss_weight
 
     @property
     def can_shadow(self) -> bool:
@@ -226,8 +241,7 @@ class Engine:
         Without a `batch_weight` it is an evaluation.
         """
         self._reader.batch_weight = batch_weight
-        with self._autocast:
-            output = self._loss_module.forward(batch)
+        output = self._evaluation_forward(batch)
         self.tokens += output.tokens
         return output
 
@@ -261,11 +275,16 @@ class Engine:
         """
         if self.first_step_hook is not None:
             self.first_step_hook.prepared()
-        losses = self._metrics.uncommitted
-        checked = losses if self._checks_in_prepare else ()
-        faults = (self._describe_loss_fault(loss, number) for number, loss in enumerate(checked, 1))
-        fault = next(filter(None, faults), None) or self._gradients.prepare(self.steps + self.skipped_steps + 1, losses)
-        self.strategy.finish_exchange()
+        fault: str | None = None
+        if self._checks_in_prepare:
+            for number, loss in enumerate(self._losses, 1):
+                if not math.isfinite(loss):
+                    fault = self._describe_loss_fault(loss, number)
+                    break
+        if fault is None:
+            fault = self._gradients.prepare(self.steps + self.skipped_steps + 1, self._losses)
+        if self._is_distributed:
+            self.strategy.finish_exchange()
         return fault
 
     def _describe_loss_fault(self, loss: Number, number: int) -> str | None:
@@ -291,7 +310,8 @@ class Engine:
 
         Returns False if the loss scaler skipped the update.
         """
-        self._lrs = current_lrs(self.optimizer)
+        if self.optimizer is not None:
+            self._lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         is_taken = self._gradients.update()
         self._reader.reference_weight = self._gradients.reference_weight
         self.steps += is_taken
@@ -315,6 +335,7 @@ class Engine:
         self.tokens, self.micro_steps, self._gradients.norm = self._step_start
         self._is_exchanging = False
         self._metrics.rollback()
+        self._losses.clear()
         if self._training_metrics is not None:
             self._training_metrics.rollback()
         self._buffers.restore()
@@ -323,6 +344,7 @@ class Engine:
     def _commit_step(self) -> None:
         self._buffers.save()
         self._metrics.commit()
+        self._losses.clear()
         if self._training_metrics is not None:
             self._training_metrics.commit()
         self._step_start = _StepStart(self.tokens, self.micro_steps, self._gradients.norm)
@@ -365,7 +387,7 @@ class Engine:
 
     def share_metrics(self) -> None:
         """Averages the metrics since they were last taken over the ranks; sums the tokens."""
-        if self.strategy.is_distributed:
+        if self._is_distributed:
             new_tokens = sum(all_gather_object(self.tokens - self._synced_tokens))
             self.tokens = self._synced_tokens = self._synced_tokens + new_tokens
             self._metrics.share()
@@ -376,17 +398,21 @@ class Engine:
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
         self.share_metrics()
-        lrs = {f"lr_{index}" if index else "lr": lr for index, lr in enumerate(self._lrs)}
-        return self._take_training_metrics(self._metrics.take()) | lrs | self._gradients.metrics()
+        numbers = self._metrics.take()
+        if self._training_metrics is not None:
+            self._add_training_metrics(numbers, self._training_metrics.take())
+        for index, lr in enumerate(self._lrs):
+            numbers[f"lr_{index}" if index else "lr"] = lr
+        numbers.update(self._gradients.metrics())
+        return numbers
 
-    def _take_training_metrics(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """Returns the means of the forward's numbers, and the results of the training metrics."""
-        results = {} if self._training_metrics is None else self._training_metrics.take()
+    def _add_training_metrics(self, numbers: dict[str, Any], results: Mapping[str, Any]) -> None:
+        """Adds the results of the training metrics to the means of the forward's numbers."""
         if clash := sorted(numbers.keys() & results):
             raise self.output_error(
                 f"metrics.{clash[0]}: the forward returns a number of this name; rename one of them"
             )
-        return numbers | results
+        numbers.update(results)
 
     def set_lr(self, lr: float) -> None:
         """Sets the base rate of the first group and scales those of the other groups.

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from runner.engines.engine import Engine
@@ -32,6 +31,7 @@ class Engines(dict[str, Engine]):
     The metrics of a single engine are named `loss`, those of several `<engine>/loss`.
 
     Attributes:
+        device: the device that batches are moved to.
         alternates: each engine is updated before the next one's forward, instead of all after all forwards.
         is_updating: true from the first update of a step: the step can no longer be discarded.
     """
@@ -46,6 +46,7 @@ class Engines(dict[str, Engine]):
 
     def __init__(self, *args: Any, **engines: Engine) -> None:
         super().__init__()
+        self._is_distributed = is_distributed()
         self._micro_steps: list[tuple[Any, float, Seeds | None]] = []  # of the step, for its later turns
         for name, engine in dict(*args, **engines).items():
             self[name] = engine
@@ -53,18 +54,15 @@ class Engines(dict[str, Engine]):
     def __setitem__(self, name: str, engine: Engine) -> None:
         super().__setitem__(name, engine)
         self._turns = None
+        self.device = next(iter(self.values())).device
+        self._defers_finite_check = any(engine.defers_finite_check for engine in self.values())
         if engine.other_modules is not None:
             engine.other_modules.connect(name, self)
 
     @property
-    def device(self) -> torch.device:
-        """The device that batches are moved to."""
-        return next(iter(self.values())).device
-
-    @property
     def tokens(self) -> int:
         """Number of tokens trained on so far; all engines see the same batches."""
-        return max(engine.tokens for engine in self.values())
+        return max([engine.tokens for engine in self.values()])
 
     def seed(self, seed: int, shared_seeds: tuple[int, ...] | None = None) -> None:
         """Seeds every generator that a forward may draw from.
@@ -149,7 +147,8 @@ class Engines(dict[str, Engine]):
 
         `weight` is relative to a mean of 1 over the ranks.
         """
-        batch = move(batch, self.device)
+        if self.device.type != "cpu":
+            batch = move(batch, self.device)
         turns = self._turns or self._plan(0)
         if len(turns) > 1:
             self._micro_steps.append((batch, weight, self._last_seeds))
@@ -200,12 +199,16 @@ class Engines(dict[str, Engine]):
 
     def _update(self, turn: Turn, poll_faults: Callable[[], Mapping[str, str]]) -> dict[str, str]:
         """Updates the engines of a turn and returns their faults; updates none if one of them stops the run."""
-        faults = {name: fault for name, engine in turn if (fault := engine.prepare())}
+        faults: dict[str, str] = {}
+        for name, engine in turn:
+            fault = engine.prepare()
+            if fault is not None:
+                faults[name] = fault
         faults |= poll_faults()
         if faults and self.is_stopped_by(faults):
             return faults
         self.is_updating = True
-        if self._shared_seeds is not None and is_distributed():
+        if self._is_distributed and self._shared_seeds is not None:
             # An optimizer that draws random numbers must draw the same ones on every rank.
             seed_all(derive_seed(derive_seed(*self._shared_seeds)), self.device)
         for name, engine in turn:
@@ -247,7 +250,7 @@ class Engines(dict[str, Engine]):
         Args:
             is_alone: returns those of this rank, without a collective.
         """
-        if not any(engine.defers_finite_check for engine in self.values()):
+        if not self._defers_finite_check:
             return {}
         local_faults = {name: fault for name, engine in self.items() if (fault := engine.find_late_fault())}
         by_rank = [local_faults] if is_alone else all_gather_object(local_faults)
@@ -257,7 +260,8 @@ class Engines(dict[str, Engine]):
         """Returns every engine's metrics since the last call."""
         metrics: dict[str, float] = {}
         for name, engine in self.items():
-            metrics |= self.prefixed(name, engine.take_metrics())
+            numbers = engine.take_metrics()
+            metrics = metrics | self.prefixed(name, numbers) if len(self) > 1 else numbers
         return metrics
 
     def share_metrics(self) -> None:
@@ -379,7 +383,7 @@ class Engines(dict[str, Engine]):
 
     def prefixed(self, name: str, items: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the items under their names in the metrics of the run."""
-        return {f"{name}/{key}" if len(self) > 1 else key: value for key, value in items.items()}
+        return {f"{name}/{key}": value for key, value in items.items()} if len(self) > 1 else dict(items)
 
 
 def _describe_mismatch(module: nn.Module, saved: Mapping[str, Any]) -> str | None:

@@ -72,10 +72,10 @@ def feed(module: nn.Module, batch: Any) -> Any:
 
     Any other batch is the single argument.
     """
-    if isinstance(batch, Mapping):
-        return module(**batch)
     if isinstance(batch, (tuple, list)):
         return module(*batch)
+    if isinstance(batch, Mapping):
+        return module(**batch)
     return module(batch)
 
 
@@ -86,9 +86,24 @@ def arguments_of(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     return (batch, {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
+def in_autocast(
+    forward: Callable[[Any], Output], device: torch.device, dtype: torch.dtype | None
+) -> Callable[[Any], Output]:
+    """Returns a forward that runs in autocast with a dtype; without one, the forward itself."""
+    if dtype is None:
+        return forward
+    autocast = torch.autocast(device.type, dtype)
+
+    def forward_in_autocast(batch: Any) -> Output:
+        with autocast:
+            return forward(batch)
+
+    return forward_in_autocast
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Returns whether a tensor can be read without waiting for a device."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def read_number(value: Any) -> Number | None:
@@ -113,6 +128,8 @@ def read_number(value: Any) -> Number | None:
 
 def as_number(loss: Tensor) -> Number:
     """Returns a copy of a loss, which the module may keep and write to in place."""
+    if type(loss) is Tensor and is_readable(loss):
+        return float(loss.item())
     number = read_number(loss)
     assert number is not None
     return number

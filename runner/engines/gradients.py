@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from runner.engines.dynamo import clear_gradients
+from runner.engines.dynamo import backward, clear_gradients
 from runner.engines.forward import Number, Weight, is_readable
 from runner.engines.strategies import Strategy
 from runner.utils.modules.weights import copy_into
@@ -74,9 +74,9 @@ class Gradients:
             self._strategy.weight = weight.factor if previous is None else previous + weight.factor
             if weight.is_zero is not None:
                 with self._mask(weight.is_zero, self._strategy.leaves(self.parameters)):
-                    loss.backward()
+                    backward(loss)
                 return
-        loss.backward()
+        backward(loss)
 
     def describe_loss_fault(self, loss: Number, number: int | None) -> str | None:
         """Returns a description of a loss that is not finite, with the largest gradients.
@@ -262,7 +262,11 @@ class FiniteCheck:
     def __call__(self) -> bool:
         is_finite = True
         for group, found_inf, one in self._groups:
-            grads = [_values(grad) for parameter in group if (grad := parameter.grad) is not None]
+            grads = [
+                grad if type(grad) is Tensor and not grad.is_sparse else _values(grad)
+                for parameter in group
+                if (grad := parameter.grad) is not None
+            ]
             if grads:
                 # The loss scaler's own kernel, times 1: a fifth of the cost of a norm where many gradients are small.
                 torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, one)

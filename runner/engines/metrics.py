@@ -38,11 +38,6 @@ class MetricAccumulator:
         """Adds the numbers of a micro-step, which must not change afterwards."""
         self._micro_steps.append((numbers, weight))
 
-    @property
-    def uncommitted(self) -> list[Number]:
-        """The losses since the last `commit`."""
-        return [numbers["loss"] for numbers, _ in self._micro_steps[self._num_committed :]]
-
     def commit(self) -> None:
         """Keeps the numbers so far when `rollback` is called."""
         if len(self._micro_steps) + self._num_shared > _MAX_KEPT:

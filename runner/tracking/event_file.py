@@ -57,11 +57,30 @@ def encode_header(wall_time: float, resume_step: int | None) -> bytes:
 
 def encode_scalars(wall_time: float, step: int, values: Mapping[str, float]) -> bytes:
     """Returns one record with all scalars of a step."""
-    event = Event(wall_time=wall_time, step=step)
-    add = event.summary.value.add
-    for tag, value in values.items():
-        add(tag=encodable(tag), simple_value=value)
-    return frame(event.SerializeToString())
+    return ScalarEncoder().encode(wall_time, step, values)
+
+
+class ScalarEncoder:
+    """Encodes the scalars of many steps, in one thread. An event is reused for scalars with the same tags."""
+
+    _MAX_EVENTS = 256
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str, ...], tuple[Event, list[Summary.Value]]] = {}
+
+    def encode(self, wall_time: float, step: int, values: Mapping[str, float]) -> bytes:
+        """Returns one record with all scalars of a step."""
+        tags = tuple(values)
+        if tags not in self._events:
+            if len(self._events) >= self._MAX_EVENTS:
+                self._events.clear()
+            event = Event()
+            self._events[tags] = event, [event.summary.value.add(tag=encodable(tag)) for tag in tags]
+        event, scalars = self._events[tags]
+        event.wall_time, event.step = wall_time, step
+        for scalar, value in zip(scalars, values.values(), strict=True):
+            scalar.simple_value = value
+        return frame(event.SerializeToString())
 
 
 def encode_text(wall_time: float, step: int, name: str, text: str) -> bytes:

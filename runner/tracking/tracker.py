@@ -4,6 +4,7 @@ Tensors are recognized by their `.item()`, so that torch is not imported.
 """
 
 import atexit
+import math
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ _Call = tuple[str, tuple[Any, ...]]
 # An entry of the thread's queue: (step, reading of the clock, numbers of the step or another call).
 _Entry = tuple[int, float, "dict[str, Any] | _Call"]
 _FLUSH_POLL_S = 0.2
+_TURN_S = 50e-6
+_PAUSE_S = 50e-6
 
 
 class TrackerThread:
@@ -279,7 +282,7 @@ class TrackerThread:
             with suppress(Empty):
                 request = self._requests.get(timeout=self._flush_s / 2)
             while self._entries:
-                self._write_chunk(min(len(self._entries), _CHUNK))
+                self._write_chunk(min(len(self._entries), _CHUNK), is_awaited=request is not None)
             if isinstance(request, str):
                 return request
             if request is not None:
@@ -287,10 +290,19 @@ class TrackerThread:
                     _call(tracker, "flush")
                 request.set()
 
-    def _write_chunk(self, size: int) -> None:
+    def _write_chunk(self, size: int, is_awaited: bool) -> None:
+        """Hands `size` entries over.
+
+        The training thread releases the GIL during a backward and would wait for it afterwards, up to 5 ms. This thread
+        therefore gives it back after `_TURN_S`, unless it is being waited for.
+        """
+        turn_end = math.inf if is_awaited else time.perf_counter() + _TURN_S
         try:
             for _ in range(size):
                 self._hand_over(*self._entries.popleft())
+                if time.perf_counter() > turn_end:
+                    time.sleep(_PAUSE_S)
+                    turn_end = time.perf_counter() + _TURN_S
         finally:
             for tracker in self._required:
                 _call(tracker, "write")
@@ -304,9 +316,10 @@ class TrackerThread:
             for call in self._calls[method]:
                 call(*arguments)
             return
+        names = _encodable(tuple(content))
         numbers = {
-            _encodable(name): value if type(value) is float else _to_number(name, value)
-            for name, value in content.items()
+            name: value if type(value) is float else _to_number(name, value)
+            for name, value in zip(names, content.values(), strict=True)
         }
         for log in self._calls["log"]:
             log(step, time_s, numbers)
@@ -337,4 +350,7 @@ def _to_number(name: str, value: Any) -> float:
     raise TypeError(f"log: {name!r} is a {type(value).__name__}, not a number or a 0-d tensor; log a float")
 
 
-_encodable = lru_cache(maxsize=4096)(encodable)  # so that all trackers have the same names
+@lru_cache(maxsize=1024)
+def _encodable(names: tuple[str, ...]) -> list[str]:
+    """Returns the names that all trackers are given."""
+    return [encodable(name) for name in names]

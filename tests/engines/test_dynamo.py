@@ -1,4 +1,5 @@
 import copy
+import importlib
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from runner.engines.dynamo import avoid_dynamo_import, step_without_dynamo
+from runner.engines.dynamo import avoid_dynamo_import, backward, step_without_dynamo
 from runner.engines.optim.optimizers import muon
 
 SCRIPT = """
@@ -95,3 +96,91 @@ def test_an_optimizer_that_is_not_torchs_keeps_its_step():
     optimizer.step()
     assert optimizer.is_stepped
     assert "step" not in vars(optimizer)
+
+
+def test_a_profiler_sees_the_step():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    step_without_dynamo(optimizer)
+    parameter.grad = torch.ones(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("register", ["register_optimizer_step_pre_hook", "register_optimizer_step_post_hook"])
+def test_a_hook_of_all_optimizers_is_called(register):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    step_without_dynamo(optimizer)
+    seen = []
+    handle = getattr(importlib.import_module("torch.optim.optimizer"), register)(lambda *_: seen.append(register))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    optimizer.step()
+    assert seen == [register]
+
+
+def test_a_step_that_fails_leaves_the_gradient_mode_as_it_was():
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    step_without_dynamo(optimizer)
+
+    def fail():
+        raise ValueError("in the step")
+
+    with torch.enable_grad(), pytest.raises(ValueError, match="in the step"):
+        optimizer.step(fail)
+    assert torch.is_grad_enabled()
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert torch.is_grad_enabled() and torch.equal(parameter, torch.full((2,), 0.9))
+
+
+class Doubled(torch.Tensor):
+    """A subclass of tensors that counts the backwards."""
+
+    backwards = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.backwards += func is torch.Tensor.backward
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_backward_is_torchs_own_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).to(dtype)
+    other = copy.deepcopy(module)
+    for part, run in ((module, torch.Tensor.backward), (other, backward)):
+        for scale in (1.0, 3.0):  # the second adds to the gradients of the first
+            run(part(torch.full((4, 5), scale, dtype=dtype)).square().mean())
+    pairs = zip(module.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+
+
+def test_a_parameter_that_is_the_loss_gets_a_gradient_of_its_own():
+    parameter = nn.Parameter(torch.ones(1))
+    for _ in range(2):
+        backward(parameter.reshape(()))
+        assert parameter.grad == 1
+        parameter.grad.mul_(5)
+        parameter.grad = None
+
+
+def test_a_tensor_subclass_runs_its_own_backward():
+    parameter = nn.Parameter(torch.ones(2))
+    backward(parameter.as_subclass(Doubled).sum())
+    assert Doubled.backwards == 1 and torch.equal(parameter.grad, torch.ones(2))
+
+
+def test_a_loss_that_has_no_gradients_or_is_complex_is_refused_as_by_torch():
+    for loss in (torch.ones(()), torch.ones((), dtype=torch.complex64, requires_grad=True) * 1):
+        with pytest.raises(RuntimeError) as expected:
+            loss.backward()
+        with pytest.raises(RuntimeError) as found:
+            backward(loss)
+        assert str(found.value) == str(expected.value)

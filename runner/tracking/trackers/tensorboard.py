@@ -23,16 +23,18 @@ class TensorBoard(RecordFile):
         super().__init__()
         self._clock_zero = 0.0
         self._events: Any = None
+        self._scalars: Any = None
 
     def open(self, run: RunInfo) -> None:
         self._events = import_event_file()
+        self._scalars = self._events.ScalarEncoder()
         self._clock_zero = run.clock_zero
         self._open_file(self._events.name_next_file(run.folder))
         self._records.insert(0, self._events.encode_header(run.started, run.resume_step))
         self.write()
 
     def log(self, step: int, time_s: float, numbers: Mapping[str, float]) -> None:
-        self._records.append(self._events.encode_scalars(self._clock_zero + time_s, step, numbers))
+        self._records.append(self._scalars.encode(self._clock_zero + time_s, step, numbers))
 
     def hparams(self, values: Mapping[str, bool | float | str], metrics: list[str] | None) -> None:
         self._records.append(self._events.encode_hparams(time.time(), values, metrics))

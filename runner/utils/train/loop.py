@@ -372,9 +372,10 @@ class Loop:
     def log_metrics(self) -> None:
         """Logs the metrics, throughput and memory use of the steps since the last call."""
         self._check_deferred_faults()
-        metrics = self.engines.take_metrics() | self.throughput.measure(*self._totals())
+        metrics = self.engines.take_metrics()
+        metrics.update(self.throughput.measure(*self._totals()))
         metrics["memory_gb"] = self._peak.read_gb()
-        values = {f"train/{name}": value for name, value in metrics.items()}
+        values = {"train/" + name: value for name, value in metrics.items()}
         self._log_values(self.step, values)
         self._displayed = {name: values[key] for key, name in _DISPLAYED.items() if key in values}
 

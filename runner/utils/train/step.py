@@ -101,6 +101,8 @@ class StepRunner:
         """
         messages = self.coordinator.poll()
         faults: dict[str, str] = {}
+        if not messages and not self._weighted_ranks:
+            return faults
         for message in messages:
             if message.topic == "fault":
                 name, fault = message.content
