@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from runner.utils.io import HostSnapshot
 
+_LARGE_BYTES = 128 << 20  # of a state that is written while it is copied
+
 
 class Writer(Protocol):
     """Commits a checkpoint: `Checkpoints`, or `ShardedCheckpoints` on all ranks."""
@@ -67,19 +69,24 @@ class Saver:
         self._wait()
         # The buffers of the previous snapshots are reused.
         previous, self._snapshots = self._snapshots, {}
-        self._snapshots = {
-            name: HostSnapshot(value, copy_now=not previous, reuse=previous.get(name)) for name, value in parts.items()
+        snapshots = {
+            name: HostSnapshot(value, copy_now=False, reuse=previous.get(name)) for name, value in parts.items()
         }
+        self._snapshots = snapshots
         # A daemon: a second signal ends the program during a write, which is then not committed.
         self._thread = threading.Thread(
-            target=self._commit, args=(step, self._snapshots, facts, metric), name="saver", daemon=True
+            target=self._commit, args=(step, snapshots, facts, metric), name="saver", daemon=True
         )
-        self._thread.start()
-        # The thread writes each tensor as soon as it is copied. The first time, while buffers are allocated, that would
-        # delay the loop longer: everything was copied above.
-        if previous:
-            for snapshot in self._snapshots.values():
-                snapshot.copy()
+        # The thread writes tensors of a large state as soon as they are copied. The first time, while buffers are
+        # allocated, and for a small state, whose header takes longer, that would delay the loop.
+        num_bytes = sum(snapshot.num_bytes for snapshot in snapshots.values())
+        is_overlapped = bool(previous) and num_bytes >= _LARGE_BYTES
+        if is_overlapped:
+            self._thread.start()
+        for snapshot in snapshots.values():
+            snapshot.copy()
+        if not is_overlapped:
+            self._thread.start()
 
     def close(self) -> None:
         """Waits for a running save.

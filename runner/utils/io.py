@@ -46,6 +46,7 @@ from runner.utils.serialization import (
     encode_sft_header,
     format_key,
     format_path,
+    join_sft_header,
     restore_dtypes,
     to_contiguous,
     unflatten,
@@ -70,6 +71,8 @@ _OWN_KEYS = "runner.keys"  # the metadata key that lists the keys which the user
 _PT_METADATA = "archive/metadata.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors readers, used for JSON files too
 _MAX_INLINE_BYTES = 16_000_000
+_WRITTEN_BYTES = 8 << 20  # at once, so that the kernel can begin to write them to disk
+_SAVE_AS_PT = ": save it as .pt"
 _MAX_STRUCTURE_DEPTH = 4 * MAX_DEPTH + 20  # a container becomes at most a list in a list in a list in an object
 _MAX_JSON_DIGITS = 4300  # digits of an integer: the limit of Python's parser
 
@@ -196,9 +199,8 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 def _pt_writer(state: FlattenedState, metadata: Mapping[str, str]) -> Callable[[BinaryIO], None]:
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in state.tensors.items():
-        state.wait_for_copy(name)
-        plain = to_contiguous(tensor)  # torch.save ties tensors that share a storage: a second one is cloned
+    for name in state.tensors:
+        plain = state.stored_tensor(name)  # torch.save ties tensors that share a storage: a second one is cloned
         tensors[name] = plain.clone() if plain.untyped_storage().data_ptr() in storages else plain
         storages.add(plain.untyped_storage().data_ptr())
     stored = (
@@ -227,16 +229,16 @@ def _sft_writer(
     Args:
         ties: further names of tensors, with the names under which `state` has them.
     """
+    structure = json.dumps(state.document | ({"ties": dict(ties)} if ties else {}))
+    if isinstance(state, HostSnapshot) and len(structure) <= _MAX_INLINE_BYTES:
+        return _snapshot_writer(state, _with_structure(metadata, structure), path)
     tensors = {name: _as_bytes_of_dtype(tensor) for name, tensor in state.tensors.items()}
     tensors |= {name: tensors[stored_name] for name, stored_name in ties.items()}
-    structure = json.dumps(state.document | ({"ties": dict(ties)} if ties else {}))
     if len(structure) > _MAX_INLINE_BYTES:
         tensors[STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
         structure = ""
-    added = {STRUCTURE: structure} | ({} if "format" in metadata else {"format": "pt"})
-    stored_metadata = dict(metadata) | added | {_OWN_KEYS: " ".join([*added, _OWN_KEYS])}
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    header, ordered = encode_sft_header(path, described, stored_metadata, remedy=": save it as .pt")
+    header, ordered = encode_sft_header(path, described, _with_structure(metadata, structure), _SAVE_AS_PT)
 
     def write(stream: BinaryIO) -> None:
         stream.write(header)
@@ -246,6 +248,25 @@ def _sft_writer(
                 stream.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
 
     return write
+
+
+def _snapshot_writer(snapshot: HostSnapshot, metadata: Mapping[str, str], path: Path) -> Callable[[BinaryIO], None]:
+    """Returns a function that writes a SafeTensors file from the memory of a snapshot, which has its order."""
+    header = join_sft_header(path, snapshot.sft_entries(), metadata, _SAVE_AS_PT)
+
+    def write(stream: BinaryIO) -> None:
+        stream.write(header)
+        for content in snapshot.contents():
+            for piece in content.split(_WRITTEN_BYTES):
+                stream.write(piece.numpy().data)
+
+    return write
+
+
+def _with_structure(metadata: Mapping[str, str], structure: str) -> dict[str, str]:
+    """Returns the metadata of a SafeTensors file, with the keys that the file itself uses."""
+    added = {STRUCTURE: structure} | ({} if "format" in metadata else {"format": "pt"})
+    return dict(metadata) | added | {_OWN_KEYS: " ".join([*added, _OWN_KEYS])}
 
 
 def _as_bytes_of_dtype(tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -98,8 +99,8 @@ def test_a_state_that_grew_is_copied_whole(tmp_path):
 
 def test_a_copy_that_fails_fails_the_save_and_not_the_wait(tmp_path):
     snapshot = HostSnapshot({"a": torch.zeros(3)}, copy_now=False)
-    snapshot._sources["a"] = torch.zeros(4)  # does not fit
-    with pytest.raises(RuntimeError):
+    lost = RuntimeError("the device is lost")
+    with mock.patch.object(torch, "_foreach_copy_", side_effect=lost), pytest.raises(RuntimeError, match="is lost"):
         snapshot.copy()
     with pytest.raises(RuntimeError, match="the copy was not made"):
         snapshot.wait_for_copy("a")

@@ -7,17 +7,18 @@ from runner.utils.serialization.flatten import (
     SFT_DTYPES,
     STRUCTURE,
     FlattenedState,
-    HostSnapshot,
     KeyPath,
     encode_sft_header,
     format_key,
     format_path,
     is_dtensor,
+    join_sft_header,
     restore_dtypes,
     to_contiguous,
     to_storable,
     unflatten,
 )
+from runner.utils.serialization.snapshot import HostSnapshot
 
 __all__ = [
     "DTYPE_BY_SFT_CODE",
@@ -31,6 +32,7 @@ __all__ = [
     "format_key",
     "format_path",
     "is_dtensor",
+    "join_sft_header",
     "parse_dtype",
     "restore_dtypes",
     "to_contiguous",

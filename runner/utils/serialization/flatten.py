@@ -9,11 +9,10 @@ import base64
 import json
 import math
 import struct
-import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -49,51 +48,64 @@ SFT_DTYPES = {
 }
 DTYPE_BY_SFT_CODE = {code: dtype for dtype, code in SFT_DTYPES.items()}
 _RAW_DTYPES = {getattr(torch, n) for n in ("complex128", "complex32", "float4_e2m1fn_x2") if hasattr(torch, n)}
-_MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
+_DENSE_DTYPES = {*SFT_DTYPES, *_RAW_DTYPES}  # none of them is quantized
+MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 _SEQUENCES: dict[str, Callable[[Any], Any]] = {
     kind.__name__: kind for kind in (list, tuple, torch.Size, set, frozenset)
 }
-_CONTAINERS = {*_MAPPINGS.values(), *_SEQUENCES.values(), defaultdict}
+_CONTAINERS = {*MAPPINGS.values(), *_SEQUENCES.values(), defaultdict}
 _FACTORIES: dict[str, Any] = {
     kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, bytearray, *_CONTAINERS)
 }
 _TORCH_TYPES = {torch.dtype: "dtype", torch.layout: "layout", torch.qscheme: "qscheme"}
 _KEYS = {str, int, float, complex, bool, type(None), bytes, torch.device, *_TORCH_TYPES}
-_STORED = (Tensor, Parameter, torch.UntypedStorage, torch.TypedStorage, np.ndarray)  # these exact types
+TENSORS = (Tensor, Parameter)  # these exact types
+_STORED = (torch.UntypedStorage, torch.TypedStorage, np.ndarray)
 
 KeyPath = tuple[Any, ...]
+
+
+class Encoding(NamedTuple):
+    """The flat parts of a flattened state, or of its first items: tensors by name, and entries of the document."""
+
+    tensors: dict[str, Tensor]
+    objects: list[dict[str, Any]]
+    raw: dict[str, Any]  # dtype and shape of tensors that a format without their dtype stores as bytes
+
+    def document(self, tree: Any) -> dict[str, Any]:
+        """Returns the document of a value."""
+        return {"version": _VERSION, "raw": self.raw, "objects": self.objects, "tree": tree}
 
 
 class FlattenedState:
     """A value flattened into `document`, plain JSON, and `tensors` by name; views of the same memory have one name.
 
+    Args:
+        path: the key path of the value, if it is a part of another value.
+        leading: the encoding of the parts before it, none of whose tensors it has.
     Attributes:
         dtensors: by the name of a local shard in `tensors`: the DTensor to which it belongs.
         is_picklable: torch's weights_only reader accepts the value, so it needs no flattening in a `.pt` file.
     """
 
-    def __init__(self, value: Any) -> None:
-        self.tensors: dict[str, Tensor] = {}
+    def __init__(self, value: Any, path: KeyPath = (), leading: Encoding | None = None) -> None:
+        tensors, objects, raw = leading or ({}, [], {})
+        self.encoding = Encoding({**tensors}, [*objects], {**raw})
+        self.tensors = self.encoding.tensors
         self.dtensors: dict[str, Any] = {}
         self.is_picklable = True
-        self._objects: list[dict[str, Any]] = []
         self._index_by_id: dict[int, int] = {}
         self._name_by_view: dict[tuple[Any, ...], str] = {}
         self._ancestors: set[int] = set()
-        tree = self._encode(value, ())
-        full_tensors = self.tensors | self.dtensors
-        raw = {  # tensors that a format without their dtype stores as bytes
-            name: [torch_name(tensor.dtype), [*tensor.shape]]
-            for name, tensor in full_tensors.items()
-            if tensor.dtype in _RAW_DTYPES
-        }
-        self.document = {"version": _VERSION, "raw": raw, "objects": self._objects, "tree": tree}
+        self.document = self.encoding.document(self._encode(value, path))
 
     def _encode(self, value: Any, path: KeyPath) -> Any:
         """Returns plain JSON that `_decode` reverses; `path` is the key path of `value`, for errors."""
         kind = type(value)
         if value is None or kind in (bool, str):
             return value
+        if kind in TENSORS:
+            return {"tensor": self._index_object(value, path)}
         if kind is int:
             self.is_picklable &= value.bit_length() <= _MAX_PICKLED_BITS
             return value if value.bit_length() < 64 else {"int": hex(value)}
@@ -129,6 +141,8 @@ class FlattenedState:
             body = [[self._encode_key(key, path), self._encode(item, (*path, key))] for key, item in value.items()]
         elif kind in (set, frozenset):
             body = [self._encode_key(item, path) for item in value]
+        elif _is_own_json(value):
+            body = [*value]
         else:
             body = [self._encode(item, (*path, index)) for index, item in enumerate(value)]
         self._ancestors.remove(id(value))
@@ -143,39 +157,51 @@ class FlattenedState:
 
     def _index_object(self, value: Any, path: KeyPath) -> int:
         """Returns the index of a tensor or composite value among the document's objects, adding it once."""
-        if id(value) in self._index_by_id:
-            return self._index_by_id[id(value)]
-        if is_dtensor(value) or (composite := decompose(value)) is None:
+        index = self._index_by_id.get(id(value))
+        if index is not None:
+            return index
+        if _is_plain(value) or is_dtensor(value) or (composite := decompose(value)) is None:
             entry: dict[str, Any] = {"name": self._name_tensor(value, path)}
         else:
             kind, parts, facts = composite
             names = {role: self._name_tensor(part, (*path, role)) for role, part in parts.items()}
             entry = {"kind": kind, "parts": names, "facts": facts}
             self.is_picklable = False
-        flags = {"parameter": type(value) is Parameter, "requires_grad": getattr(value, "requires_grad", False)}
-        self._objects.append(entry | {flag: True for flag, is_set in flags.items() if is_set})
-        self._index_by_id[id(value)] = len(self._objects) - 1
-        return len(self._objects) - 1
+        if type(value) is Parameter:
+            entry["parameter"] = True
+        if getattr(value, "requires_grad", False):
+            entry["requires_grad"] = True
+        index = self._index_by_id[id(value)] = len(self.encoding.objects)
+        self.encoding.objects.append(entry)
+        return index
 
     def _name_tensor(self, tensor: Any, path: KeyPath) -> str:
         """Returns the name of a dense tensor, adding it once; other objects of the same view have the same name."""
         if not isinstance(tensor, Tensor):
             _refuse(tensor, path)
-        _check_dense(tensor, path)
-        plain = tensor.to_local().detach() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
+        if not _is_plain(tensor):
+            _check_dense(tensor, path)
+        is_shard = is_dtensor(tensor)
+        plain = tensor.to_local().detach() if is_shard else tensor.detach()  # type: ignore[attr-defined]
         storage = plain.untyped_storage()
         # An empty shard has no address, but must be tied as on the other ranks.
-        start = storage._cdata if is_dtensor(tensor) else storage.data_ptr() or id(tensor)
+        start = storage._cdata if is_shard else storage.data_ptr() or id(tensor)
         layout = (plain.storage_offset(), plain.shape, plain.stride(), plain.is_conj(), plain.is_neg())
-        name = self._name_by_view.setdefault((plain.device, plain.dtype, start, *layout), self._free_name(path))
-        self.tensors.setdefault(name, plain)
-        if is_dtensor(tensor):
-            self.dtensors.setdefault(name, tensor.detach())
+        view = (plain.device, plain.dtype, start, *layout)
+        name = self._name_by_view.get(view)
+        if name is None:
+            name = self._name_by_view[view] = self._free_name(path)
+            self.tensors[name] = plain
+            if tensor.dtype in _RAW_DTYPES:
+                self.encoding.raw[name] = [torch_name(tensor.dtype), [*tensor.shape]]
+            if is_shard:
+                self.dtensors[name] = tensor.detach()
         return name
 
     def _free_name(self, path: KeyPath) -> str:
-        name = ".".join(part if isinstance(part, str) else format_key(part) for part in path) if path else "value"
-        name = name.encode("utf-8", "replace").decode()
+        name = ".".join([part if isinstance(part, str) else format_key(part) for part in path]) if path else "value"
+        if not name.isascii():
+            name = name.encode("utf-8", "replace").decode()
         while name in self.tensors or name in ("__metadata__", STRUCTURE):
             name += "~"
         return name
@@ -190,7 +216,7 @@ class FlattenedState:
         for key, tensor in value.items() if isinstance(value, dict) else ():
             if not isinstance(key, str) or not isinstance(tensor, Tensor) or key in self.tensors:
                 continue
-            stored_name = self._objects[self._index_by_id[id(tensor)]].get("name")
+            stored_name = self.encoding.objects[self._index_by_id[id(tensor)]].get("name")
             if stored_name is not None and key not in ("__metadata__", STRUCTURE):
                 ties[key] = stored_name
         return ties
@@ -198,50 +224,9 @@ class FlattenedState:
     def wait_for_copy(self, name: str) -> None:
         """Waits until a tensor has its content; here it always has."""
 
-
-class HostSnapshot(FlattenedState):
-    """A flattened copy of a value with its tensors on the CPU; later changes of the value do not affect it.
-
-    Args:
-        copy_now: copies the tensors at once. Otherwise call `copy`; another thread may meanwhile wait for each tensor.
-        reuse: an earlier snapshot that is no longer needed. Overwriting its memory is two to three times faster than
-            allocating.
-    """
-
-    def __init__(self, value: Any, copy_now: bool = True, reuse: HostSnapshot | None = None) -> None:
-        super().__init__(value)
-        self._sources = self.tensors
-        old = {} if reuse is None else reuse.tensors
-        self.tensors = {}
-        for name, source in self._sources.items():
-            target = old.get(name)
-            if target is None or target.shape != source.shape or target.dtype != source.dtype:
-                target = torch.empty(source.shape, dtype=source.dtype)
-            self.tensors[name] = target
-        self._is_copied = {name: threading.Event() for name in self._sources}
-        self._error: BaseException | None = None
-        if copy_now:
-            self.copy()
-
-    def copy(self) -> None:
-        """Copies the tensors; an error is also raised in threads that wait for a tensor."""
-        try:
-            for name, tensor in self._sources.items():
-                self.tensors[name].copy_(tensor)
-                self._is_copied[name].set()
-        except BaseException as error:
-            self._error = error
-            raise
-        finally:
-            self._sources = {}
-            for copied in self._is_copied.values():
-                copied.set()
-
-    def wait_for_copy(self, name: str) -> None:
-        if name in self._is_copied:
-            self._is_copied[name].wait()
-        if self._error is not None:
-            raise RuntimeError(f"the copy was not made: {self._error}")
+    def stored_tensor(self, name: str) -> Tensor:
+        """Returns a tensor with its content, contiguous and with a storage to itself."""
+        return to_contiguous(self.tensors[name])
 
 
 def to_storable(tensor: Tensor) -> Tensor:
@@ -251,12 +236,23 @@ def to_storable(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor.view(torch.uint8)
 
 
+def order_in_file(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Returns the names of tensors in the order of their contents in a SafeTensors file.
+
+    The dtypes with the largest elements come first, so that every tensor is aligned.
+    """
+    return sorted(dtypes, key=lambda name: -dtypes[name].itemsize)
+
+
+def to_stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype with which SafeTensors files hold a tensor: bytes, if they lack its own."""
+    return dtype if dtype in SFT_DTYPES else torch.uint8
+
+
 def encode_sft_header(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str], remedy: str = ""
 ) -> tuple[bytes, list[str]]:
-    """Returns the first bytes of a SafeTensors file, and the names of its tensors in the order of their content.
-
-    The dtypes with the largest elements come first, so that every tensor is aligned.
+    """Returns the first bytes of a SafeTensors file, and the names of its tensors in the order of their contents.
 
     Args:
         path: of the file, for the message of the error, which ends with `remedy`.
@@ -264,18 +260,31 @@ def encode_sft_header(
     Raises:
         ValueError: the header is longer than readers accept.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    ordered = order_in_file({name: dtype for name, (dtype, _) in tensors.items()})
+    entries = encode_sft_entries((name, *tensors[name]) for name in ordered)
+    return join_sft_header(path, entries, metadata, remedy), ordered
+
+
+def encode_sft_entries(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> str:
+    """Returns the part of a header that describes tensors, as JSON; their contents follow each other."""
+    entries: dict[str, Any] = {}
     end = 0
-    for name in ordered:
-        dtype, shape = tensors[name]
+    for name, dtype, shape in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": SFT_DTYPES[dtype], "shape": [*shape], "data_offsets": [start, end]}
-    encoded = json.dumps(header, ensure_ascii=False).encode()
+        entries[name] = {"dtype": SFT_DTYPES[dtype], "shape": [*shape], "data_offsets": [start, end]}
+    return json.dumps(entries, ensure_ascii=False)
+
+
+def join_sft_header(path: Path, entries: str, metadata: Mapping[str, str], remedy: str = "") -> bytes:
+    """Returns the first bytes of a SafeTensors file; see `encode_sft_header`."""
+    if metadata:
+        text = json.dumps({"__metadata__": dict(metadata)}, ensure_ascii=False)
+        entries = text if entries == "{}" else f"{text[:-1]}, {entries[1:]}"
+    encoded = entries.encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_BYTES:
         raise ValueError(f"{path}: its header is {len(encoded):,} bytes, readers take {MAX_HEADER_BYTES:,}{remedy}")
-    return struct.pack("<Q", len(encoded)) + encoded, ordered
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def restore_dtypes(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -323,8 +332,8 @@ def _decode(node: Any, objects: list[Any], depth: int) -> Any:
         case "defaultdict":
             name, pairs = body
             return defaultdict(None if name is None else _FACTORIES[name], _decode_pairs(pairs, objects, depth))
-        case _ if kind in _MAPPINGS:
-            return _MAPPINGS[kind](_decode_pairs(body, objects, depth))
+        case _ if kind in MAPPINGS:
+            return MAPPINGS[kind](_decode_pairs(body, objects, depth))
         case _ if kind in _SEQUENCES:
             items = [_decode(item, objects, depth + 1) for item in body]
             return _check_no_duplicates(_SEQUENCES[kind](items), body)
@@ -407,13 +416,29 @@ def _check_key(key: Any, path: KeyPath) -> None:
         raise TypeError(f"{format_path(path)} has a key of {type(key).__qualname__}: {_REMEDY}")
 
 
+def _is_own_json(items: Sequence[Any]) -> bool:
+    """Returns whether all items are texts, or all are integers, that JSON represents as they are."""
+    kinds = set(map(type, items))
+    return kinds == {str} or (kinds == {int} and max(items).bit_length() < 64 and min(items).bit_length() < 64)
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns whether a value is an ordinary dense tensor with content, which needs no closer look."""
+    return (
+        type(value) in TENSORS
+        and value.layout is torch.strided
+        and value.dtype in _DENSE_DTYPES
+        and not (value.is_meta or value.is_nested)
+    )
+
+
 def _check_dense(tensor: Tensor, path: KeyPath) -> None:
     faults = {
         "nested": tensor.is_nested,
         torch_name(tensor.layout): tensor.layout is not torch.strided,
         "quantized": tensor.is_quantized,
         "meta": tensor.is_meta,
-        torch_name(tensor.dtype): tensor.dtype not in SFT_DTYPES and tensor.dtype not in _RAW_DTYPES,
+        torch_name(tensor.dtype): tensor.dtype not in _DENSE_DTYPES,
     }
     for fault, is_so in faults.items():
         if is_so:
