@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from runner.utils.distributed import is_rank_zero, seed_all
 from runner.utils.sampler.device_copies import BatchCopier, CopiedBatch
 from runner.utils.sampler.rows import fetch_rows, has_rows
+from runner.utils.sampler.samplers import EpochSampler
 from runner.utils.sampler.samples import SampleFetcher
 from runner.utils.sampler.workers import (
     AnnotatedBatch,
@@ -292,15 +293,27 @@ class Batches(PositionedBatches):
     def _plan_batches(self) -> Iterator[tuple[int, list[Any]]]:
         """Yields (ordinal of the first sample, indices) of each batch; adds the position after it to `_planned`."""
         ordinal = self._delivered[1]
-        indices = self._indices()
-        while True:
-            batch = next(indices) if self._batch_size is None else list(itertools.islice(indices, self._batch_size))
+        for batch in self._index_batches():
             first, ordinal = ordinal, ordinal + len(batch)
             start, end = rank_slice(len(batch), self._rank, self._world_size)
             weight = 1.0 if self._world_size == 1 else (end - start) * self._world_size / max(len(batch), 1)
             self._planned.append(((self._sampler.state_dict(), ordinal), weight))
             # A rank with an empty slice gets one sample of weight 0: every rank must run every step.
             yield (first + start, batch[start:end]) if start < end else (first, batch[:1])
+
+    def _index_batches(self) -> Iterator[list[Any]]:
+        """Yields the indices of each batch over all ranks."""
+        sampler, size = self._sampler, self._batch_size
+        if size is None:
+            yield from self._indices()
+        # A subclass may iterate in its own way.
+        elif isinstance(sampler, EpochSampler) and type(sampler).__iter__ is EpochSampler.__iter__ and len(sampler):
+            while True:
+                yield sampler.take(size)
+        else:
+            indices = self._indices()
+            while batch := list(itertools.islice(indices, size)):
+                yield batch
 
     def _indices(self) -> Iterator[Any]:
         num_empty = 0

@@ -39,6 +39,8 @@ class EpochSampler(ABC, Generic[T]):
         self._length = length
         self._settings = settings
         self._num_taken = 0
+        self._block: list[T] = []  # items for `take`
+        self._block_start = 0
 
     @abstractmethod
     def _items(self, epoch: int, start: int, count: int) -> Iterable[T]:
@@ -62,6 +64,28 @@ class EpochSampler(ABC, Generic[T]):
                     break
             else:
                 block_size = min(4 * block_size, _LARGEST_BLOCK)
+
+    def take(self, count: int) -> list[T]:
+        """Returns the next `count` items, also across epochs: those that repeated iteration yields, at less cost.
+
+        Raises:
+            ValueError: an epoch has no items.
+        """
+        if not self._length:
+            raise ValueError(f"{type(self).__name__}.take: expected items in an epoch, found none.")
+        taken: list[T] = []
+        while len(taken) < count:
+            offset = self._num_taken - self._block_start
+            if not 0 <= offset < len(self._block):
+                epoch, position = divmod(self._num_taken, self._length)
+                size = min(max(_FIRST_BLOCK, 4 * len(self._block)), _LARGEST_BLOCK, self._length - position)
+                self._block = list(self._items(epoch, position, size))
+                self._block_start = self._num_taken
+                offset = 0
+            part = self._block[offset : offset + count - len(taken)]
+            self._num_taken += len(part)
+            taken += part
+        return taken
 
     def state_dict(self) -> dict[str, Setting]:
         """Returns the position and the settings it belongs to, as plain values."""
@@ -140,8 +164,6 @@ class PoolSampler(EpochSampler[T]):
         length = len(values) if is_sequence else checked_int(name, values, 0, _LARGEST_LENGTH)
         self._values = tuple(values) if isinstance(values, list) else values if is_sequence else None
         self._seed = checked_int("PoolSampler: seed", seed)
-        self._drawn: list[T] = []
-        self._drawn_start = 0
         super().__init__(length, {"length": length, "seed": self._seed})
 
     def sample(self) -> T:
@@ -152,15 +174,7 @@ class PoolSampler(EpochSampler[T]):
         """
         if not self._length:
             raise IndexError("PoolSampler.sample: expected a bag with values, found one built without any.")
-        offset = self._num_taken - self._drawn_start
-        if not 0 <= offset < len(self._drawn):
-            epoch, position = divmod(self._num_taken, self._length)
-            count = min(max(_FIRST_BLOCK, 4 * len(self._drawn)), _LARGEST_BLOCK, self._length - position)
-            self._drawn = self._items(epoch, position, count)
-            self._drawn_start = self._num_taken
-            offset = 0
-        self._num_taken += 1
-        return self._drawn[offset]
+        return self.take(1)[0]
 
     def _items(self, epoch: int, start: int, count: int) -> list[T]:
         # Salted, so that a sweep over samplers with the same seed compares different orders.

@@ -115,6 +115,18 @@ def test_a_dataset_smaller_than_a_batch_fills_it():
     assert [len(batch) for batch in take(make("pool", 3), 4)] == [4] * 4
 
 
+class Reversed(RandomSampler):
+    """A sampler of the user's, that iterates in its own way."""
+
+    def __iter__(self):
+        return (10 - index for index in super().__iter__())
+
+
+def test_a_sampler_that_iterates_in_its_own_way_is_iterated():
+    own, plain = (Batches(range(11), kind(11, seed=3), 4, collate=list) for kind in (Reversed, RandomSampler))
+    assert take(own, 6) == [[10 - index for index in batch] for batch in take(plain, 6)]
+
+
 def test_an_empty_sampler_is_an_error():
     with pytest.raises(ValueError, match="empty"):
         next(Batches([], OrderedSampler(0), 2))

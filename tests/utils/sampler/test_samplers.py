@@ -61,6 +61,30 @@ def test_resume_at_any_split_yields_the_remaining_items(
 
 
 @any_maker
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 200), counts=st.lists(st.integers(0, 150), max_size=6), data=st.data())
+def test_items_taken_in_any_portions_are_those_of_iteration(
+    make: Callable[..., Any], length: int, counts: list[int], data: st.DataObject
+) -> None:
+    one, other = make(length, 7), make(length, 7)
+    for count in counts:
+        kind = data.draw(st.sampled_from(["take", "iterate", "move"]))
+        if kind == "move":
+            state = one.state_dict() | {"epoch": data.draw(st.integers(0, 3)), "position": count % (len(one) + 1)}
+            one.load_state_dict(state)
+            other.load_state_dict(state)
+        else:
+            expected = take(other, count)
+            assert (one.take(count) if kind == "take" else take(one, count)) == expected
+        assert one.state_dict() == other.state_dict()
+
+
+def test_nothing_can_be_taken_from_an_empty_sampler() -> None:
+    with pytest.raises(ValueError, match="expected items in an epoch"):
+        OrderedSampler(0).take(1)
+
+
+@any_maker
 def test_a_block_boundary_does_not_show_in_the_order(make: Callable[..., Any]) -> None:
     length = 3000
     whole = list(make(length, 7))
