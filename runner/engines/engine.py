@@ -38,7 +38,7 @@ from runner.engines.optim.schedule_replay import LRSchedule
 from runner.engines.other_modules import connect_feeder
 from runner.engines.restore import restore
 from runner.engines.strategies import Strategy
-from runner.utils.distributed import all_gather_object, move, world_size
+from runner.utils.distributed import move, world_size
 from runner.utils.utils import check_choice
 from runner.utils.wrapper.applied import AppliedOptimizations
 
@@ -388,9 +388,8 @@ class Engine:
     def share_metrics(self) -> None:
         """Averages the metrics since they were last taken over the ranks; sums the tokens."""
         if self._is_distributed:
-            new_tokens = sum(all_gather_object(self.tokens - self._synced_tokens))
+            new_tokens = self._metrics.share(self.tokens - self._synced_tokens)
             self.tokens = self._synced_tokens = self._synced_tokens + new_tokens
-            self._metrics.share()
             self._commit_step()
             if self._training_metrics is not None:
                 self._training_metrics.share()

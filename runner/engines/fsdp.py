@@ -84,6 +84,7 @@ class FSDP(Strategy):
         self._module: Any = None
         self._has_reduced_flag = False
         self._is_first_micro_step = True
+        self._reduces_gradients = True  # in the micro-step, as torch's default is
         self._mean_weight: Tensor | None = None
 
     def shard(self, module: nn.Module) -> None:
@@ -163,7 +164,9 @@ class FSDP(Strategy):
         """
         self._has_reduced_flag = False
         if self._module is not None:
-            self._module.set_requires_gradient_sync(is_last)
+            if is_last is not self._reduces_gradients:  # it walks over all modules
+                self._module.set_requires_gradient_sync(is_last)
+                self._reduces_gradients = is_last
             if self._is_first_micro_step:
                 self.sync_buffers(self._module)
         self._is_first_micro_step = False
@@ -174,17 +177,14 @@ class FSDP(Strategy):
         self._is_first_micro_step = True
         self._mean_weight = None
 
-    def _all_reduce(self, number: Tensor) -> Tensor:
+    def _all_reduce(self, number: Number) -> Tensor:
         """Returns the sum of a number over the ranks.
 
         The flag and the weight are reduced in the same collective.
         """
         coordinator = self.coordinator if self.carries_flag else None
         has_messages = coordinator is not None and coordinator.has_messages
-        weight: Number = 0.0 if self.weight is None else self.weight
-        number = number.to(weight.device, torch.float32) if isinstance(weight, Tensor) else number.float()
-        flag = torch.full_like(number, float(has_messages))
-        numbers = torch.stack([number, flag, (torch.zeros_like(number) + weight).float()])
+        numbers = _stack([number, float(has_messages), 0.0 if self.weight is None else self.weight])
         if distributed.is_distributed():
             dist.all_reduce(numbers)
         if coordinator is not None and not self._has_reduced_flag:
@@ -199,7 +199,7 @@ class FSDP(Strategy):
         If there was a norm, it was reduced together with that.
         """
         if self._mean_weight is None:
-            self._all_reduce(torch.zeros(()))
+            self._all_reduce(0.0)
         assert self._mean_weight is not None
         return self._mean_weight
 
@@ -225,12 +225,12 @@ class FSDP(Strategy):
         return [p._unsharded_param for group in groups for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
 
     def all_ranks_true(self, value: bool) -> bool:
-        return self._all_reduce(torch.tensor(float(not value))).item() == 0
+        return self._all_reduce(float(not value)).item() == 0
 
     def finish_exchange(self) -> None:
         """Reduces the flag, unless the norm or the finite check has done so."""
         if self.carries_flag and not self._has_reduced_flag:
-            self._all_reduce(torch.zeros(()))
+            self._all_reduce(0.0)
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -297,6 +297,15 @@ def _param_groups(module: Any) -> Sequence[Any]:
     state = module._get_fsdp_state()
     groups: Sequence[Any] | None = getattr(state, "_fsdp_param_groups", None)
     return groups if groups is not None else list(filter(None, [state._fsdp_param_group]))
+
+
+def _stack(numbers: Sequence[Number]) -> Tensor:
+    """Returns numbers as one float32 tensor: on the accelerator where one of them is, without a wait for it."""
+    devices = [number.device for number in numbers if isinstance(number, Tensor) and number.device.type != "cpu"]
+    if not devices:
+        return torch.tensor([n.item() if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float32)
+    zero = torch.zeros((), dtype=torch.float32, device=devices[0])
+    return torch.stack([n.to(zero) if isinstance(n, Tensor) else zero + n for n in numbers])
 
 
 def _local_grads(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -96,14 +96,15 @@ class MetricAccumulator:
             self._sums[name] = total + _sum(products[name]), total_weight + _sum(weights_by_name[name])
         self._micro_steps, self._shared, self._num_shared = [], {}, 0
 
-    def share(self) -> None:
-        """Replaces the numbers by their means over the ranks, micro-step by micro-step.
+    def share(self, count: int) -> int:
+        """Replaces the numbers by their means over the ranks, micro-step by micro-step; returns the sum of `count`.
 
-        A second call changes nothing.
+        A second call changes no number.
         """
         series = self._series()
         sums = {name: (float(total), float(weight)) for name, (total, weight) in self._sums.items()}
-        ranks = all_gather_object((series, sums))
+        gathered = all_gather_object((series, sums, count))
+        ranks = [(series, sums) for series, sums, _ in gathered]
         self._clear()
         for name in _unique_names(series for series, _ in ranks):
             self._shared[name] = _mean_series([series[name] for series, _ in ranks if name in series], len(ranks))
@@ -112,6 +113,7 @@ class MetricAccumulator:
             totals, weights = zip(*(sums[name] for _, sums in ranks if name in sums), strict=True)
             self._sums[name] = sum(totals) / len(ranks), sum(weights) / len(ranks)
         self.commit()
+        return sum(count for _, _, count in gathered)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the numbers that were not taken yet, a few tensors a name."""

@@ -1,8 +1,10 @@
-"""Costs of two ranks on the CPU: a step against hand-written DDP, and the start against torchrun.
+"""Costs of two ranks on the CPU: a step against torch's DDP and FSDP2 by hand, and the start against torchrun.
 
     python tests/benchmarks/distributed.py
 
-Steps: two gloo processes, each with both loops over the same batches, in turns; medians of the turns, and their ratio.
+Steps: two gloo processes, each with all loops over the same batches, in turns, with and without gradient clipping;
+medians of the turns, and the median ratio to the loop by hand. By hand, FSDP2 shards the same modules. All update by
+AdamW's default kernel, and the runner also by the fused one, which it chooses by itself.
 Start: from the command to the end of the first step, in turns.
 """
 
@@ -16,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -23,22 +27,26 @@ from conftest import Project
 from ranks import run_ranks
 
 from runner.engines import Engine, Engines
+from runner.engines.dynamo import step_without_dynamo
 from runner.engines.fsdp import FSDP
+from runner.engines.optim.fused import use_fused_kernels
 from runner.engines.strategies import DDP
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.train import Loop
 
-TURNS, STEPS, LOG_EVERY = 15, 30, 10
+TURNS, STEPS, LOG_EVERY = 11, 50, 10
 
 
 class Net(nn.Module):
     def __init__(self, width, depth):
         super().__init__()
-        layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.GELU())]
-        self.layers = nn.Sequential(nn.Linear(64, width), *layers, nn.Linear(width, 1))
+        self.first = nn.Linear(64, width)
+        # A list of blocks, each of which FSDP2 shards by itself.
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(depth)))
+        self.head = nn.Linear(width, 1)
 
     def forward(self, x, y):
-        return (self.layers(x) - y).square().mean()
+        return (self.head(self.blocks(self.first(x))) - y).square().mean()
 
 
 class Batches:
@@ -57,9 +65,20 @@ class Batches:
         return self.num_samples_total
 
 
-def by_hand(width, depth, size):
+def wrap_ddp(module):
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+def wrap_fsdp(module):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in module.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=False)
+
+
+def by_hand(width, depth, size, clip_norm, wrap):
     torch.manual_seed(0)
-    module = nn.parallel.DistributedDataParallel(Net(width, depth), gradient_as_bucket_view=True)
+    module = wrap(Net(width, depth))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     batches = Batches(size)
 
@@ -68,7 +87,8 @@ def by_hand(width, depth, size):
         for step in range(STEPS):
             loss = module(**next(batches))
             loss.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            if clip_norm:
+                nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
@@ -81,14 +101,17 @@ def by_hand(width, depth, size):
     return turn
 
 
-def by_runner(width, depth, size, strategy):
+def by_runner(width, depth, size, clip_norm, strategy, is_fused=False):
     torch.manual_seed(0)
     module = Net(width, depth)
     coordinator = Coordinator()
-    strategy.join(coordinator, "model", True)
+    strategy.attach_coordinator(coordinator, "model", True)
     strategy.shard(module)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    engine = Engine(module, optimizer, clip_norm=1.0, on_nonfinite="stop", strategy=strategy)
+    if is_fused:
+        use_fused_kernels(optimizer, module)
+    step_without_dynamo(optimizer)  # as `build` does
+    engine = Engine(module, optimizer, clip_norm=clip_norm, on_nonfinite="stop", strategy=strategy)
     settings = {"log_every": LOG_EVERY, "log": lambda step, values: None, "coordinator": coordinator}
     loop = Loop(Engines(model=engine), Batches(size), steps=0, **settings)
 
@@ -99,21 +122,26 @@ def by_runner(width, depth, size, strategy):
     return turn
 
 
-def measure(width, depth, size):
+def measure(*settings):
+    """Returns the seconds per step of each contender's turns, on this rank."""
     turns = {
-        "torch's DDP by hand": by_hand(width, depth, size),
-        "runner, DDP": by_runner(width, depth, size, DDP()),
-        "runner, FSDP2": by_runner(width, depth, size, FSDP()),
+        "torch's DDP by hand": by_hand(*settings, wrap_ddp),
+        "runner, DDP": by_runner(*settings, DDP()),
+        "runner, DDP, fused": by_runner(*settings, DDP(), is_fused=True),
+        "torch's FSDP2 by hand": by_hand(*settings, wrap_fsdp),
+        "runner, FSDP2": by_runner(*settings, FSDP()),
+        "runner, FSDP2, fused": by_runner(*settings, FSDP(), is_fused=True),
     }
     times = {name: [] for name in turns}
     for number in range(TURNS + 2):
-        for name, turn in turns.items():
+        # The order alternates, because caches and clock rates may differ for the second one.
+        for name in sorted(turns, reverse=number % 2 == 1):
             dist.barrier()
             began = time.perf_counter()
-            turn()
+            turns[name]()
             if number >= 2:
                 times[name].append((time.perf_counter() - began) / STEPS)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
 BY_HAND = """
@@ -156,13 +184,22 @@ def start_up(turns=5):
         return {name: statistics.median(each) for name, each in times.items()}
 
 
+def print_steps(found):
+    for names in ((name for name in found if "DDP" in name), (name for name in found if "FSDP2" in name)):
+        bare, *others = names
+        print(f"  {bare:<22}{statistics.median(found[bare]) * 1e6:9.0f} us a step")
+        for name in others:
+            ratio = statistics.median(own / base for own, base in zip(found[name], found[bare], strict=True))
+            print(f"  {name:<22}{statistics.median(found[name]) * 1e6:9.0f} us a step   {ratio:.3f} x")
+
+
 def main():
     for width, depth, size in ((64, 2, 32), (256, 4, 64), (512, 8, 64)):
-        found = run_ranks(2, measure, width, depth, size, timeout_s=600)[0]
-        bare = found["torch's DDP by hand"]
-        print(f"{depth} layers of {width}, {size} samples a rank")
-        for name, seconds in found.items():
-            print(f"  {name:<22}{seconds * 1e6:9.0f} us a step   {seconds / bare:.3f} x")
+        for clip_norm in (1.0, 0.0):
+            found = run_ranks(2, measure, width, depth, size, clip_norm, timeout_s=600)[0]
+            clipping = "gradients clipped" if clip_norm else "no clipping"
+            print(f"{depth} layers of {width}, {size} samples a rank, {clipping}", flush=True)
+            print_steps(found)
     found = start_up()
     bare = found["torchrun, by hand"]
     print("start, to the end of the first step")

@@ -92,7 +92,7 @@ class Coordinator:
             flag, event = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
-            is_set |= bool(flag.any())
+            is_set |= bool(flag)
         return self.exchange() if is_set else []
 
     def exchange(self) -> list[Message]:
