@@ -201,6 +201,7 @@ def _match_parameters(
     saved_keys = {key for _, key in locations.values()}
     new_state = {key: value for key, value in state["state"].items() if key not in saved_keys}
     position = itertools.count()
+    matched_groups = set[int]()
     for names_of_group in group_names:
         saved_groups = set[int]()
         for parameter_names in names_of_group:
@@ -213,8 +214,9 @@ def _match_parameters(
             saved_groups.add(group_index)
             if saved_key in state["state"]:
                 new_state[index] = state["state"][saved_key]
-        if len(saved_groups) > 1 or saved_groups & set(matched.order):
+        if len(saved_groups) > 1 or saved_groups & matched_groups:
             raise ValueError(_describe_regrouping(group_names, saved_names))
+        matched_groups |= saved_groups
         matched.order.append(next(iter(saved_groups), None))
     matched.state["state"] = new_state
     matched.unmatched = [*locations]
@@ -235,7 +237,7 @@ def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Op
     An empty group gets those of an empty saved group.
     """
     unused = [i for i, group in enumerate(state["param_groups"]) if i not in matched.order and not group["params"]]
-    key = itertools.count()
+    num_parameters = 0
     for position, group in enumerate(optimizer.param_groups):
         if matched.order[position] is None and not group["params"] and unused:
             matched.order[position] = unused.pop(0)
@@ -245,5 +247,8 @@ def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Op
             settings["param_names"] = list(group["param_names"])
         else:
             settings.pop("param_names", None)
-        settings["params"] = [next(key) for _ in group["params"]]
+        keys = range(num_parameters, num_parameters := num_parameters + len(group["params"]))
+        # For each value of the state, torch searches its key in this sequence: in a list, that takes quadratic time.
+        is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
+        settings["params"] = keys if is_torchs else [*keys]
         matched.state["param_groups"].append(settings)

@@ -50,6 +50,87 @@ def test_weights_that_do_not_fit_leave_the_module_unchanged():
         load_weights(module, saved | {"left": torch.ones(4), "wide": torch.ones(2)})
 
 
+class Hooked(nn.Module):
+    """Modules that change what they load: by a version, an extra state, and hooks."""
+
+    def __init__(self, value=0.0, post_hook=False):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.tied = self.layers[1]
+        self.register_buffer("unsaved", torch.zeros(1), persistent=False)
+        self.value = value
+        self.calls = []
+        self.register_load_state_dict_pre_hook(self.rename)
+        self.layers[2].register_load_state_dict_pre_hook(self.note)
+        if post_hook:
+            self.layers[2].register_load_state_dict_post_hook(lambda module, keys: self.calls.append([*keys[0]]))
+
+    def get_extra_state(self):
+        return torch.tensor(self.value)
+
+    def set_extra_state(self, state):
+        self.value = float(state)
+
+    @staticmethod
+    def rename(module, state, prefix, *_):
+        for name in [name for name in state if name.startswith(f"{prefix}old.")]:
+            state[name.replace("old.", "layers.0.")] = state.pop(name)
+
+    def note(self, module, state, prefix, metadata, strict, *_):
+        self.calls.append((prefix, sorted(state), dict(metadata), strict))
+
+
+STATES = {
+    "as it is": lambda state: state,
+    "without metadata": dict,
+    "renamed by a hook": lambda state: {name.replace("layers.0.", "old."): value for name, value in state.items()},
+    "without the counter of an older version": lambda state: {n: v for n, v in state.items() if "num_batches" not in n},
+    "a name too few": lambda state: {name: value for name, value in state.items() if name != "layers.1.bias"},
+    "a name too many": lambda state: {**state, "layers.7.bias": torch.ones(2), "norm.other": torch.ones(2)},
+    "another shape": lambda state: {**state, "layers.2.weight": torch.ones(3, 3)},
+    "no tensor": lambda state: {**state, "layers.2.weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("post_hook", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("state", STATES)
+def test_weights_are_loaded_and_refused_as_by_torch(state, strict, post_hook):
+    saved = STATES[state](Hooked(3.0).state_dict())
+    modules = [Hooked(post_hook=post_hook) for _ in range(2)]
+    nn.Module.load_state_dict(modules[0], modules[1].state_dict())  # they begin alike
+    modules[0].calls.clear()
+    outcomes = []
+    for module, load in zip(modules, (load_weights, nn.Module.load_state_dict), strict=True):
+        try:
+            outcomes.append(load(module, saved, strict=strict) and None)
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    assert modules[0].calls[: len(modules[1].calls)] == modules[1].calls
+    assert modules[0].value == modules[1].value
+    loaded = modules[0].state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in modules[1].state_dict().items())
+
+
+def test_a_list_of_layers_is_searched_once():
+    """Torch compares each name with the name of each layer."""
+
+    class Name(str):
+        __slots__ = ()
+        num_searches = 0
+
+        def startswith(self, *arguments):
+            Name.num_searches += 1
+            return super().startswith(*arguments)
+
+    module = nn.ModuleList(nn.Linear(1, 1, bias=False) for _ in range(200))
+    load_weights(module, {Name(name): torch.ones(1, 1) for name in module.state_dict()})
+    assert all(torch.equal(layer.weight, torch.ones(1, 1)) for layer in module)
+    assert Name.num_searches <= 4 * 200
+
+
 def test_a_discarded_step_restores_expanded_buffers():
     module = Odd(1.0)
     expected, kept = copy.deepcopy(module.state_dict()), BufferSnapshot(module)
