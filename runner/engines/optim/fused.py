@@ -76,6 +76,7 @@ def _has_kernel(kind: type, parameter: Any) -> bool:
         type(local) in (Tensor, nn.Parameter)
         and local.device.type in _DEVICES[kind]
         and local.dtype in dtypes
+        and local.layout is torch.strided
         and local.is_contiguous()
         and getattr(parameter, "grad_dtype", parameter.dtype) is parameter.dtype
     )

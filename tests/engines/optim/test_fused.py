@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
 from runner.engines.optim.fused import describe_kernels, use_fused_kernels
-from runner.engines.optim.optimizers import muon
+from runner.engines.optim.optimizers import ChainedOptimizer, muon
 from runner.engines.strategies import DDP, Strategy
 from runner.utils import distributed
 from runner.utils.distributed.coordinator import Coordinator
@@ -98,6 +98,11 @@ def test_each_group_has_a_kernel_of_its_own():
 )
 def test_torchs_default_or_the_users_choice_stays_where_a_kernel_would_be_wrong(make, parameters, kept):
     assert built(make, *parameters) == [kept]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_parameter_is_left_to_torchs_default():
+    assert built(AdamW, nn.Parameter(torch.ones(2, 2).to_sparse_csr())) == [None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -205,12 +210,17 @@ def kernel(engines):
     return engines["model"].optimizer.param_groups[0]["fused"]
 
 
+def chained(parameters, lr):
+    first, *rest = parameters
+    return ChainedOptimizer([AdamW([first], lr=lr), SGD(rest, lr=lr, momentum=0.9)])
+
+
 def assert_same(one, other):
     for a, b in zip(one["model"].module.parameters(), other["model"].module.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, Adam, lambda p, lr: SGD(p, lr=lr, momentum=0.9), Adagrad])
+@pytest.mark.parametrize("optimizer", [AdamW, Adam, lambda p, lr: SGD(p, lr=lr, momentum=0.9), Adagrad, chained])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("is_chosen", [False, True])
 def test_a_run_goes_on_with_the_kernel_that_it_began_with(optimizer, precision, is_chosen):
@@ -243,6 +253,18 @@ def test_a_run_goes_on_with_torchs_default_where_its_kernel_is_wrong():
         train(engines, [3])
     for a, b in zip(saved["model"].module.parameters(), moved["model"].module.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_saved_moment_with_other_strides_is_laid_out_as_its_parameter():
+    saved = train(make(), range(3))
+    state = copy.deepcopy(saved.state_dict())
+    moments = state["model.optimizer"]["optimizer"]["state"][0]
+    moments["exp_avg"] = moments["exp_avg"].t().contiguous().t()
+    moved = make()
+    moved.load_state_dict(state)
+    for engines in (saved, moved):
+        train(engines, [3])
+    assert_same(saved, moved)
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
