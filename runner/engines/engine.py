@@ -396,7 +396,8 @@ class Engine:
 
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
-        self.share_metrics()
+        if self._is_distributed:
+            self.share_metrics()
         numbers = self._metrics.take()
         if self._training_metrics is not None:
             self._add_training_metrics(numbers, self._training_metrics.take())

@@ -54,17 +54,17 @@ class MetricAccumulator:
         A name whose weights add up to 0 is left out.
         """
         if len(self._micro_steps) == 1 and not self._shared and not self._sums:
-            numbers, weight = self._micro_steps[0]
-            means = {name: float(value) for name, value in numbers.items()} if weight else {}
-        else:
-            means = {}
-            series = self._series()
-            for name in dict.fromkeys([*series, *self._sums]):
-                values, weights = series.get(name, ([], []))
-                total, total_weight = map(float, self._sums.get(name, (0.0, 0.0)))
-                total_weight += sum(weights)
-                if total_weight:
-                    means[name] = (sum(map(_times, values, weights)) + total) / total_weight
+            numbers, weight = self._micro_steps.pop()
+            self._num_committed = 0
+            return {name: float(value) for name, value in numbers.items()} if weight else {}
+        means: dict[str, float] = {}
+        series = self._series()
+        for name in dict.fromkeys([*series, *self._sums]):
+            values, weights = series.get(name, ([], []))
+            total, total_weight = map(float, self._sums.get(name, (0.0, 0.0)))
+            total_weight += sum(weights)
+            if total_weight:
+                means[name] = (sum(map(_times, values, weights)) + total) / total_weight
         self._clear()
         return means
 

@@ -18,6 +18,7 @@ from runner.utils.utils import escape_controls, format_number, one_line
 
 _DRAW_EVERY_S = 0.1
 _DRAW_NOTEBOOK_EVERY_S = 0.5  # a saved notebook may keep every drawing
+_SHOWN = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}
 _DEFAULT_COLUMNS = 80
 _NOTEBOOK_COLUMNS = 110
 
@@ -53,13 +54,14 @@ class Console:
         self._bar = _make_bar(total_steps, first_step, stream, num_columns) if is_shown else None
         self._next_draw = 0.0
 
-    def update(self, step: int, **shown: Any) -> None:
-        """Moves the bar to `step` and shows the values if a redraw is due; otherwise the values are not read."""
+    def update(self, step: int, logged: Mapping[str, Any]) -> None:
+        """Moves the bar to `step` if a redraw is due, and shows some of the values that were last logged."""
         self._step = step
         if self._bar is None or perf_counter() < self._next_draw:
             return
         self._next_draw = perf_counter() + self._draw_every_s
-        values = ", ".join(f"{one_line(name)}={format_number(float(value))}" for name, value in shown.items())
+        shown = ((label, logged[name]) for name, label in _SHOWN.items() if name in logged)
+        values = ", ".join(f"{label}={format_number(float(value))}" for label, value in shown)
         try:
             self._bar.set_postfix_str(values, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -136,7 +136,8 @@ def test_a_step_that_fails_leaves_the_gradient_mode_as_it_was():
     assert torch.is_grad_enabled()
     parameter.grad = torch.ones(2)
     optimizer.step()
-    assert torch.is_grad_enabled() and torch.equal(parameter, torch.full((2,), 0.9))
+    assert torch.is_grad_enabled()
+    assert torch.equal(parameter, torch.full((2,), 0.9))
 
 
 class Doubled(torch.Tensor):
@@ -174,7 +175,8 @@ def test_a_parameter_that_is_the_loss_gets_a_gradient_of_its_own():
 def test_a_tensor_subclass_runs_its_own_backward():
     parameter = nn.Parameter(torch.ones(2))
     backward(parameter.as_subclass(Doubled).sum())
-    assert Doubled.backwards == 1 and torch.equal(parameter.grad, torch.ones(2))
+    assert Doubled.backwards == 1
+    assert torch.equal(parameter.grad, torch.ones(2))
 
 
 def test_a_loss_that_has_no_gradients_or_is_complex_is_refused_as_by_torch():

@@ -84,7 +84,7 @@ def shown_lines(received: str) -> list[str]:
 
 def test_the_bar_shows_steps_and_values(terminal: Terminal, clock: Clock) -> None:
     console = Console(300, stream=terminal.stream)
-    console.update(30, loss=2.34567, **{"tok/s": 123456.7})
+    console.update(30, {"train/loss": 2.34567, "train/tokens_per_s": 123456.7, "train/lr": 0.1})
     received = terminal.read()
     console.close()
     assert "30/300" in received
@@ -111,7 +111,7 @@ def test_values_are_read_only_when_a_draw_is_due(terminal: Terminal, clock: Cloc
     for step in range(1, 51):
         clock.now_s += 0.01
         num_reads_before = num_reads
-        console.update(step, loss=Loss())  # type: ignore[arg-type]
+        console.update(step, {"train/loss": Loss()})
         assert num_reads - num_reads_before == (step % 10 == 1)
     console.close()
     assert num_reads == 5
@@ -119,8 +119,8 @@ def test_values_are_read_only_when_a_draw_is_due(terminal: Terminal, clock: Cloc
 
 def test_the_bar_ends_at_the_last_step_even_between_draws(terminal: Terminal, clock: Clock) -> None:
     console = Console(100, stream=terminal.stream)
-    console.update(1, loss=1.0)
-    console.update(57, loss=1.0)
+    console.update(1, {"train/loss": 1.0})
+    console.update(57, {"train/loss": 1.0})
     terminal.read()
     console.close()
     console.close()
@@ -132,7 +132,7 @@ def test_the_bar_ends_at_the_last_step_even_between_draws(terminal: Terminal, cl
 def test_a_bar_starts_no_thread(terminal: Terminal) -> None:
     before = threading.active_count()
     console = Console(100, stream=terminal.stream)
-    console.update(1, loss=1.0)
+    console.update(1, {"train/loss": 1.0})
     assert threading.active_count() == before
     console.close()
 
@@ -144,7 +144,7 @@ def test_a_line_stands_above_the_bar_on_its_own(
     console = Console(100, stream=terminal.stream)
     for step in range(1, 4):
         clock.now_s += 1
-        console.update(step * 10, loss=1.0)
+        console.update(step * 10, {"train/loss": 1.0})
         console.print(f"line {step}")
     console.close()
     lines = shown_lines(terminal.read())
@@ -187,7 +187,7 @@ def test_without_a_terminal_only_lines_are_written(
         console = Console(100, stream=stream)
         for step in range(100):
             clock.now_s += 1
-            console.update(step, loss=None)  # float(None) would raise: without a bar, values are not read
+            console.update(step, {"train/loss": None})  # float(None) would raise: without a bar, values are not read
         console.print("a line")
         console.close()
         assert stream.tell() == 0
@@ -196,7 +196,7 @@ def test_without_a_terminal_only_lines_are_written(
 
 def test_the_bar_may_be_forbidden(terminal: Terminal, clock: Clock) -> None:
     console = Console(100, stream=terminal.stream, enabled=False)
-    console.update(1, loss=1.0)
+    console.update(1, {"train/loss": 1.0})
     console.close()
     assert terminal.read() == ""
 
@@ -207,16 +207,16 @@ def test_a_terminal_that_hangs_up_does_not_end_the_run(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", terminal.stream)
     console = Console(100, stream=terminal.stream)
-    console.update(1, loss=1.0)
+    console.update(1, {"train/loss": 1.0})
     clock.now_s += 1
     terminal.hang_up()
     {
-        "update": lambda: console.update(2, loss=1.0),
+        "update": lambda: console.update(2, {"train/loss": 1.0}),
         "print": lambda: console.print("x"),
         "close": console.close,
     }[act]()
     clock.now_s += 1
-    console.update(3, loss=1.0)
+    console.update(3, {"train/loss": 1.0})
     console.print("y")
     console.close()
     monkeypatch.undo()
@@ -232,7 +232,7 @@ from pathlib import Path
 from runner.tracking.console import Console
 console = Console(2000)
 for step in range(2000):
-    console.update(step, loss=1.0)
+    console.update(step, {"train/loss": 1.0})
     console.print("x" * 100)
 console.close()
 Path(sys.argv[1]).write_text("whole")

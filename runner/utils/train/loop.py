@@ -138,7 +138,8 @@ class Loop:
         self._on_step = on_step
         self._stop_reason: str | None = None
         self._requested_stop: str | None = None
-        self._displayed: dict[str, float] = {}
+        self._logged: dict[str, float] = {}
+        self._log_names = _LogNames()
         self._peak = PeakMemory(engines.device)
         self.throughput = Throughput()
         self._reserve = DescriptorReserve()
@@ -285,7 +286,7 @@ class Loop:
             self._call_on_step(self._on_step)
         is_last = step >= self.steps
         if self._display is not None:
-            self._display.update(step, **self._displayed)
+            self._display.update(step, self._logged)
         if self._queue is not None:
             for command in self._queue.due(step):
                 try:
@@ -375,9 +376,9 @@ class Loop:
         metrics = self.engines.take_metrics()
         metrics.update(self.throughput.measure(*self._totals()))
         metrics["memory_gb"] = self._peak.read_gb()
-        values = {"train/" + name: value for name, value in metrics.items()}
-        self._log_values(self.step, values)
-        self._displayed = {name: values[key] for key, name in _DISPLAYED.items() if key in values}
+        log_names = self._log_names
+        self._logged = {log_names[name]: value for name, value in metrics.items()}
+        self._log_values(self.step, self._logged)
 
     def _totals(self) -> tuple[int, int, int]:
         return self.step, self.batches.num_samples_total, self.engines.tokens
@@ -402,4 +403,9 @@ class Loop:
                 self._handle_message(Message(0, topic, content))
 
 
-_DISPLAYED = {"train/loss": "loss", "train/tokens_per_s": "tok/s", "train/samples_per_s": "samples/s"}
+class _LogNames(dict[str, str]):
+    """The names of metrics in the log, by their own names, each made once."""
+
+    def __missing__(self, name: str) -> str:
+        self[name] = f"train/{name}"
+        return self[name]

@@ -62,6 +62,6 @@ class CommandSource(Protocol):
 
 
 class ProgressDisplay(Protocol):
-    """A display of the progress, such as a status line."""
+    """A display of the progress, such as a status line; it must not change the values that were last logged."""
 
-    def update(self, step: int, **shown: float) -> None: ...
+    def update(self, step: int, logged: Mapping[str, float], /) -> None: ...
