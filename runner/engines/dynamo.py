@@ -21,6 +21,7 @@ from torch.overrides import has_torch_function_unary
 
 _UNCOMPILED_METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 _DYNAMO = "torch._dynamo"
+_set_grad_enabled: Callable[[bool], Any] = getattr(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
 _run_backward: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_backward", None)
 _is_profiling: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
@@ -68,11 +69,11 @@ def step_without_dynamo(optimizer: Optimizer | None) -> None:
     @functools.wraps(plain)
     def update(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         was_enabled = torch.is_grad_enabled()
-        torch.set_grad_enabled(self.defaults["differentiable"])
+        _set_grad_enabled(self.defaults["differentiable"])
         try:
             return plain(self, *args, **kwargs)
         finally:
-            torch.set_grad_enabled(was_enabled)
+            _set_grad_enabled(was_enabled)
 
     observed_update = Optimizer.profile_hook_step(update)
 

@@ -30,7 +30,7 @@ _Call = tuple[str, tuple[Any, ...]]
 # An entry of the thread's queue: (step, reading of the clock, numbers of the step or another call).
 _Entry = tuple[int, float, "dict[str, Any] | _Call"]
 _FLUSH_POLL_S = 0.2
-_TURN_S = 50e-6
+_TURN_S = 50e-6  # after which the thread that writes releases the GIL
 _PAUSE_S = 50e-6
 
 
@@ -293,14 +293,14 @@ class TrackerThread:
     def _write_chunk(self, size: int, is_awaited: bool) -> None:
         """Hands `size` entries over.
 
-        The training thread releases the GIL during a backward and would wait for it afterwards, up to 5 ms. This thread
-        therefore gives it back after `_TURN_S`, unless it is being waited for.
+        The training thread releases the GIL in each backward, and would wait for it afterwards, up to 5 ms. So this
+        thread releases it after `_TURN_S`, unless another thread waits for the entries.
         """
         turn_end = math.inf if is_awaited else time.perf_counter() + _TURN_S
         try:
             for _ in range(size):
                 self._hand_over(*self._entries.popleft())
-                if time.perf_counter() > turn_end:
+                if time.perf_counter() > turn_end and self._requests.empty():
                     time.sleep(_PAUSE_S)
                     turn_end = time.perf_counter() + _TURN_S
         finally:

@@ -12,6 +12,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from runner.tracking import event_file
+from runner.utils.utils import encodable
 
 
 def steps_of(path: Path) -> list[int]:
@@ -28,6 +29,22 @@ def test_a_record_is_framed_as_tensorboard_frames_it(payload: bytes) -> None:
         assert event_file.frame(payload) == file.read()
         file.seek(0)
         assert list(event_file.read_records(file)) == [payload]
+
+
+scalars = st.dictionaries(st.text(max_size=3), st.floats() | st.integers(-(10**9), 10**9), max_size=4)
+
+
+@given(st.lists(st.tuples(st.floats(allow_nan=False), st.integers(0, 2**40), scalars), max_size=8))
+def test_an_encoder_of_many_steps_writes_the_records_of_single_ones(
+    steps: list[tuple[float, int, dict[str, float]]],
+) -> None:
+    encoder = event_file.ScalarEncoder()
+    encoder._MAX_EVENTS = 2
+    for wall_time, step, values in steps:
+        event = Event(wall_time=wall_time, step=step)
+        for tag, value in values.items():
+            event.summary.value.add(tag=encodable(tag), simple_value=value)
+        assert encoder.encode(wall_time, step, values) == event_file.frame(event.SerializeToString())
 
 
 @given(st.lists(st.integers(0, 50), max_size=12).map(sorted), st.integers(0, 50), st.integers(0, 80))
