@@ -16,6 +16,7 @@ from runner.engines.ema import EMA
 from runner.engines.forward import (
     Feeder,
     FirstStepHook,
+    Forward,
     LossModule,
     Number,
     Output,
@@ -139,10 +140,7 @@ class Engine:
         self.loss, self.metrics, self._training_metrics = loss, metrics, training_metrics
         self._target_key = target
         self._loss_module = self._make_loss_module()
-        check_loss = self._check_loss if self._checks_in_forward else None
-        dtype = _AUTOCAST[precision]
-        self._train_forward = in_autocast(self.strategy.wrap_forward(self._loss_module, check_loss), self.device, dtype)
-        self._evaluation_forward = in_autocast(self._loss_module.forward, self.device, dtype)
+        self._train_forward, self._evaluation_forward = self._make_forwards(_AUTOCAST[precision])
         self.schedule = LRSchedule(optimizer, scheduler, metric)
         self._hyperparameters = snapshot_hyperparameters(optimizer, scheduler)
         self._parameter_names = names_by_id(module)
@@ -165,6 +163,13 @@ class Engine:
         loss.to(self.device)
         loss.feeder = feed_batch if self.feeder is not None else None
         return LossModule(self.module, loss, self._reader, None if self.feeder is not None else loss.arguments_of)
+
+    def _make_forwards(self, dtype: torch.dtype | None) -> tuple[Forward, Forward]:
+        """Returns the forwards of training and of evaluation."""
+        check_loss = self._check_loss if self._checks_in_forward else None
+        train_forward = self.strategy.wrap_forward(self._loss_module, check_loss)
+        evaluation_forward = self._loss_module.forward
+        return in_autocast(train_forward, self.device, dtype), in_autocast(evaluation_forward, self.device, dtype)
 
     def is_due(self, step: int) -> bool:
         """Returns whether it runs in the step that follows `step` completed steps of the run."""

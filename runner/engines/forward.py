@@ -67,6 +67,9 @@ class Output(NamedTuple):
     weight: Weight | None = None
 
 
+Forward = Callable[[Any], Output]  # called with a batch
+
+
 def feed(module: nn.Module, batch: Any) -> Any:
     """Calls `module(**batch)` for a mapping, `module(*batch)` for a tuple or list.
 
@@ -86,9 +89,7 @@ def arguments_of(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     return (batch, {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
-def in_autocast(
-    forward: Callable[[Any], Output], device: torch.device, dtype: torch.dtype | None
-) -> Callable[[Any], Output]:
+def in_autocast(forward: Forward, device: torch.device, dtype: torch.dtype | None) -> Forward:
     """Returns a forward that runs in autocast with a dtype; without one, the forward itself."""
     if dtype is None:
         return forward

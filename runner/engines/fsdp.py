@@ -21,9 +21,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from runner.engines.forward import LossModule, Number, Output
+from runner.engines.forward import Forward, LossModule, Number, Output
 from runner.engines.optim.optimizer_state import chained_optimizers
-from runner.engines.strategies import Strategy, TrainForward, map_tensors, refuse_renormalized, scale_gradients
+from runner.engines.strategies import Strategy, map_tensors, refuse_renormalized, scale_gradients
 from runner.utils import distributed
 from runner.utils.modules.selection import find_blocks
 
@@ -144,7 +144,7 @@ class FSDP(Strategy):
                     f"{type(part).__name__} under FSDP: {reason}; choose distributed=ddp, or another optimizer"
                 )
 
-    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> TrainForward:
+    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> Forward:
         """Returns the forward used in training; FSDP2 works by hooks on the module itself."""
         loss_module.explain_error = _explain_error
         if check_loss is None:

@@ -18,11 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runner.engines.forward import FlaggedLossModule, LossModule, Number, Output
+from runner.engines.forward import FlaggedLossModule, Forward, LossModule, Number, Output
 from runner.utils import distributed
 from runner.utils.distributed.coordinator import Coordinator
-
-TrainForward = Callable[[Any], Output]
 
 _NO_CONTEXT = contextlib.nullcontext()
 _EARLIER_NAMES = {  # of methods and attributes that a user's strategy may define
@@ -120,7 +118,7 @@ class Strategy:
         Raises ValueError if not.
         """
 
-    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> TrainForward:
+    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> Forward:
         """Returns the forward used in training; called once, when the engine is made.
 
         Args:
@@ -275,7 +273,7 @@ class DDP(Strategy):
         """
         refuse_renormalized(module)
 
-    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> TrainForward:
+    def wrap_forward(self, loss_module: LossModule, check_loss: Callable[[Output], None] | None) -> Forward:
         """Returns the forward used in training.
 
         It runs DDP, unless there is one process or nothing to train.
