@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate, get_worker_info
-from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
+from torch.utils.data._utils import collate as torch_collate
 
 from runner.utils.sampler.packing import MAX_BYTES
 
@@ -25,8 +25,9 @@ def has_rows(dataset: Any, collate: Any) -> bool:
     """
     while type(dataset) is Subset:
         dataset = dataset.dataset
-    is_torchs = default_collate_fn_map.get(Tensor) is collate_tensor_fn
-    is_torchs = is_torchs and not any(issubclass(tuple, kind) for kind in default_collate_fn_map)
+    functions = getattr(torch_collate, "default_collate_fn_map", {})
+    is_torchs = Tensor in functions and functions[Tensor] is getattr(torch_collate, "collate_tensor_fn", None)
+    is_torchs = is_torchs and not any(issubclass(tuple, kind) for kind in functions)
     return type(dataset) is TensorDataset and collate is default_collate and is_torchs
 
 
@@ -42,15 +43,19 @@ def fetch_rows(dataset: Any, indices: list[Any]) -> list[Tensor] | None:
         while type(dataset) is Subset:
             indices = [dataset.indices[index] for index in indices]
             dataset = dataset.dataset
-        if set(map(type, indices)) != {int} or not all(map(_is_plain, dataset.tensors)):
+        if set(map(type, indices)) != {int} or not all(map(_is_plain, dataset.tensors)) or _is_large(dataset, indices):
             return None
         rows = torch.from_numpy(np.array(indices, np.int64))
-        batch = [tensor.index_select(0, rows) for tensor in dataset.tensors]
+        return [tensor.index_select(0, rows) for tensor in dataset.tensors]
     except Exception:  # fetching the samples raises it, too, and names the index
         return None
-    # A large batch is better collated in shared memory than copied there.
-    is_copied = get_worker_info() is not None and sum(part.nbytes for part in batch) > MAX_BYTES
-    return None if is_copied else batch
+
+
+def _is_large(dataset: TensorDataset, indices: list[int]) -> bool:
+    """Returns whether this is a worker with a batch that is better collated in shared memory than copied there."""
+    if get_worker_info() is None:
+        return False
+    return sum(tensor.nbytes for tensor in dataset.tensors) * len(indices) > MAX_BYTES * len(dataset)
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -34,7 +34,10 @@ class EngineGroup(Protocol):
 
 
 class BatchStream(Protocol):
-    """An endless iterator of batches that counts the samples it has yielded and can seek to an earlier position."""
+    """An endless iterator of batches that counts the samples it has yielded and can seek to an earlier position.
+
+    One may have a method `prefetch`, which the loop calls while the device is busy with the batch yielded last.
+    """
 
     weight: float
 
