@@ -21,6 +21,7 @@ from runner.utils.serialization.flatten import (
 )
 from runner.utils.serialization.template import ChangedError, Template
 
+_Description = tuple[str, torch.dtype, Sequence[int]]  # name, dtype and shape of a tensor in a SafeTensors file
 _GROUP_BYTES = 32 << 20  # of tensors that are copied together, while those copied before are written
 
 
@@ -127,10 +128,14 @@ class HostSnapshot(FlattenedState):
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
     def sft_entries(self) -> str:
-        """Returns the tensors' part of the header of a SafeTensors file."""
-        return encode_sft_entries(self._describe(name) for group in self._groups for name in group.names)
+        """Returns the tensors' part of the header of a SafeTensors file; it is encoded again if tensors have changed."""
+        others = [self._describe(name) for name in islice(self.tensors, len(self._memory.tensors), None)]
+        if self._memory.sft_entries is None or self._memory.sft_entries[0] != others:
+            described = (self._describe(name) for group in self._groups for name in group.names)
+            self._memory.sft_entries = others, encode_sft_entries(described)
+        return self._memory.sft_entries[1]
 
-    def _describe(self, name: str) -> tuple[str, torch.dtype, Sequence[int]]:
+    def _describe(self, name: str) -> _Description:
         tensor = self.tensors[name]
         is_own = tensor.dtype in SFT_DTYPES
         return (name, tensor.dtype, tensor.shape) if is_own else (name, torch.uint8, [tensor.nbytes])
@@ -169,7 +174,10 @@ class HostMemory:
         names: of the tensors, in the order of the memory.
         tensors: by name, contiguous.
         groups: they divide the tensors; each has adjacent memory.
+        sft_entries: other tensors of the last snapshot, and the part of the header for these and its own.
     """
+
+    sft_entries: tuple[list[_Description], str] | None = None
 
     def __init__(self, described: Mapping[str, Tensor], buffer: Tensor | None = None) -> None:
         num_bytes = sum(tensor.nbytes for tensor in described.values() if tensor.dtype in SFT_DTYPES)
