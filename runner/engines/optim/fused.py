@@ -94,26 +94,33 @@ def _has_sharding_rule(operator: str) -> bool:
 def _leave_kernel_in_time(optimizer: Any) -> None:
     """Has a group use torch's default from the first update on that its fused kernel would refuse or make wrongly.
 
-    Such an update has a sparse gradient, one that is not contiguous, or the first one of some parameters of SGD. Only
-    the update itself shows it. `_init_group` collects its tensors, before the optimizer reads `fused`.
+    Only the update itself shows it. `_init_group` collects its tensors, before the optimizer reads `fused`.
     """
     init_group = optimizer._init_group
-    has_late_momentum = type(optimizer) is SGD
+    has_momentum = type(optimizer) is SGD
 
     def init(group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], *states: list[Any]) -> Any:
         found = init_group(group, parameters, gradients, *states)
-        has_sparse = found[0] if isinstance(found, tuple) else found
-        if group["fused"] and (
-            has_sparse
-            or not all(map(Tensor.is_contiguous, gradients))
-            or (has_late_momentum and len(set(map(type, states[0]))) > 1)
-        ):
-            group["fused"] = None
-            reason = "a gradient is sparse, not contiguous, or the first one of its parameter"
-            _log.warning("%s: %s; torch's default updates its group from here on", type(optimizer).__name__, reason)
+        if group["fused"]:
+            has_sparse = found[0] if isinstance(found, tuple) else found
+            if reason := _find_fault(has_sparse, gradients, states[0] if has_momentum else ()):
+                group["fused"] = None
+                kind = type(optimizer).__name__
+                _log.warning("%s: %s; torch's default updates its group from here on", kind, reason)
         return found
 
     optimizer._init_group = init
+
+
+def _find_fault(has_sparse: bool, gradients: Sequence[Tensor], momentum: Sequence[Tensor | None]) -> str | None:
+    """Returns why an update can't be made by a fused kernel, or None."""
+    if has_sparse:
+        return "a gradient is sparse"
+    if not all(map(Tensor.is_contiguous, gradients)):
+        return "a gradient is not contiguous"
+    if len(set(map(type, momentum))) > 1:  # None, of a parameter without a gradient until now, and tensors
+        return "a parameter has its first gradient after others"
+    return None
 
 
 def keep_saved_kernels(
