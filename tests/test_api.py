@@ -2,6 +2,7 @@
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import yaml
 from run_comparison import assert_same_run
 
 import runner
+from runner.utils.sampler.batches import EvaluationData
 
 SMALL = ["experiment=mine", "trainer.steps=6", "trainer.save_every=3", "trainer.eval_every=3"]
 
@@ -52,6 +54,35 @@ def test_two_runs_of_one_config_are_equal_and_have_a_folder_each(home):
     assert one.folder != other.folder
     assert one.folder.parent.parent == home.folder / "outputs"
     assert_same_run(one.folder, other.folder, 6)
+
+
+def wait_for_end_of_children():
+    deadline = time.monotonic() + 30
+    while children := multiprocessing.active_children():
+        assert time.monotonic() < deadline, children
+        time.sleep(0.01)
+
+
+WORKERS = ["data.num_workers=2", "trainer.eval_every=1", "trainer.eval_at_start=true", "hydra.run.dir=kept"]
+
+
+def test_evaluations_that_keep_their_workers_equal_others_and_leave_no_process(home, monkeypatch):
+    starts = []
+    start = EvaluationData._start_loader
+    monkeypatch.setattr(EvaluationData, "_start_loader", lambda *args: starts.append(start(*args)) or starts[-1])
+    run = runner.train(compose(*WORKERS))
+    assert len(starts) == 7
+    assert all(starts)
+    wait_for_end_of_children()
+    other = runner.train(compose(*WORKERS[:-1], "hydra.run.dir=new", "data.persistent_workers=false"))
+    assert not any(starts[7:])
+    assert_same_run(run.folder, other.folder, 6)
+
+
+def test_a_run_that_fails_leaves_no_worker_of_its_evaluations(home):
+    with pytest.raises(runner.RunError):
+        runner.train(compose(*WORKERS, "optimizer.lr=1e30"))
+    wait_for_end_of_children()
 
 
 def test_a_value_that_is_set_on_the_config_is_trained_with_and_recorded_like_an_override(home):

@@ -40,6 +40,9 @@ class EvaluationPass:
         self._collections = {
             name: engine.metrics for name, engine in engines.items() if engine.metrics and engine.has_own_loss
         }
+        self._measured = [(name, engine) for name, engine in engines.items() if engine.has_own_loss]
+        self._device = engines.device
+        self._is_sharded = engines.is_sharded
         self._update_error: Exception | None = None  # of rank zero's metrics, raised where all ranks learn of it
         self._packed: list[Any] = []  # tensors of the outputs and targets of this rank's last batch
 
@@ -92,21 +95,19 @@ class EvaluationPass:
     def _next(self) -> dict[str, tuple[Any, Any]] | str:
         """Runs the forwards of the next batch; returns output and target by engine, none for a batch of padding."""
         item = next(self._batches, None)
-        engines = self._engines
         if item is None:
             # A rank with sharded weights runs every forward, since the others need its shards.
-            return _CUT if engines.is_sharded and self._is_cut() else _END
+            return _CUT if self._is_sharded and self._is_cut() else _END
         number, batch, num_samples = item
+        engines = self._engines
         engines.seed(derive_seed(self._seed, number))
-        if self._is_cut() and not engines.is_sharded:
+        if self._is_cut() and not self._is_sharded:
             return _CUT
-        batch = move(batch, engines.device)
+        batch = move(batch, self._device)
         values: dict[str, Number] = {}
         weights: dict[str, Number] = {}
         outputs: dict[str, tuple[Any, Any]] = {}
-        for name, engine in engines.items():
-            if not engine.has_own_loss:
-                continue
+        for name, engine in self._measured:
             tokens = engine.tokens
             output = engine.forward(batch)
             engine.tokens = tokens  # an evaluation does not count for throughput
@@ -164,7 +165,9 @@ def evaluate(
         return EvaluationPass(engines, batches, is_cut, seed).run(together)
 
 
-def _floats(values: Mapping[str, Number]) -> dict[str, float]:
+def _floats(values: dict[str, Number]) -> dict[str, float]:
+    if all(type(value) is float for value in values.values()):
+        return values  # type: ignore[return-value]  # as on the CPU
     return dict(zip(values, read_all(list(values.values())), strict=True))
 
 

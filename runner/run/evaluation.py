@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,7 +127,10 @@ def evaluate(saved: SavedModel) -> tuple[dict[str, float], dict[str, Any]]:
         for warning in filter(None, [*changes, *find_unseeded(spec, None, evaluations)]):
             print_message(warning)
         try:
-            return measure(engines, evaluations, report, seed=spec.seed, step=saved.step)
+            with contextlib.ExitStack() as stack:
+                for evaluation in evaluations.values():
+                    stack.callback(evaluation.close)
+                return measure(engines, evaluations, report, seed=spec.seed, step=saved.step)
         except Exception as error:
             reason = describe_failure(error, "in the evaluation", device)
             # An error of a dataset has a note with the index of its sample, and is shown with its traceback.

@@ -26,6 +26,7 @@ from runner.utils.sampler.workers import DEFAULT_PREFETCH
 from runner.utils.utils import derive_seed
 
 _MOST_PASSES = 10_000
+_MOST_KEPT_WORKERS = 16  # of all evaluation datasets together, which keep the memory that they share with this process
 
 
 def build_batches(spec: ExperimentSpec, device: torch.device) -> PositionedBatches:
@@ -108,6 +109,9 @@ def build_evaluations(spec: ExperimentSpec) -> dict[str, EvaluationData]:
         ConfigError: naming the key whose target refused its arguments.
     """
     data, seed = spec.data, spec.seed
+    is_persistent = data.persistent_workers
+    if is_persistent is None and data.num_workers * len(spec.eval_datasets) > _MOST_KEPT_WORKERS:
+        is_persistent = False
     evaluations = {}
     for name, node in spec.eval_datasets.items():
         collate = make_object(seed, "data.collate", data.collate)
@@ -118,7 +122,7 @@ def build_evaluations(spec: ExperimentSpec) -> dict[str, EvaluationData]:
             dataset, data.batch_size, data.num_workers, collate, sample_seed, rank(), world_size(),
             prefetch_factor=data.prefetch_factor or DEFAULT_PREFETCH,
             pin_memory=bool(data.pin_memory) and torch.accelerator.is_available(),
-            is_persistent=bool(data.persistent_workers),
+            is_persistent=is_persistent,
         )  # fmt: skip
     return evaluations
 
