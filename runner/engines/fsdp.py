@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from runner.engines.forward import Forward, LossModule, Number, Output
 from runner.engines.optim.optimizer_state import chained_optimizers
-from runner.engines.strategies import Strategy, map_tensors, refuse_renormalized, scale_gradients
+from runner.engines.strategies import Strategy, clip_alike, map_tensors, refuse_renormalized, scale_gradients
 from runner.utils import distributed
 from runner.utils.modules.selection import find_blocks
 
@@ -209,7 +209,7 @@ class FSDP(Strategy):
 
     def clip(self, parameters: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
         if grads := _local_grads(parameters):
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+            clip_alike(grads, max_norm, norm)
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
         scale_gradients(_local_grads(parameters), factor)

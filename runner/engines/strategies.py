@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runner.engines.forward import FlaggedLossModule, Forward, LossModule, Number, Output
+from runner.engines.forward import FlaggedLossModule, Forward, LossModule, Number, Output, is_readable
 from runner.utils import distributed
 from runner.utils.distributed.coordinator import Coordinator
 
@@ -153,6 +153,9 @@ class Strategy:
     def norm(self, parameters: Sequence[Tensor]) -> Tensor:
         """Returns the total norm (0-d) of all gradients on all ranks."""
         grads = [p.grad for p in parameters if p.grad is not None]
+        if are_alike(grads):
+            with torch.no_grad():  # the operations of `get_total_norm`, which first groups and checks tensors
+                return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         if not self._has_sparse_gradients:
             try:
                 return nn.utils.get_total_norm(grads)
@@ -165,7 +168,11 @@ class Strategy:
 
     def clip(self, parameters: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
         """Scales gradients, whose total norm is `norm`, down to `max_norm`."""
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if are_alike(grads):
+            clip_alike(grads, max_norm, norm)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
     def scale(self, parameters: Sequence[Tensor], factor: Number) -> None:
         """Multiplies all gradients by a factor."""
@@ -212,6 +219,25 @@ class Strategy:
     def optimizer_to_local(self, state: Mapping[str, Any], optimizer: Optimizer) -> Mapping[str, Any]:
         """Returns the full state of an optimizer sharded as its parameters."""
         return state
+
+
+def are_alike(gradients: Sequence[Tensor]) -> bool:
+    """Returns whether gradients are dense tensors of torch's own, of one dtype and on one device, and there are any."""
+    if not gradients or gradients[0].device.type not in ("cpu", "cuda"):
+        return False
+    device, dtype = gradients[0].device, gradients[0].dtype
+    return all(
+        type(g) is Tensor and g.dtype is dtype and g.device == device and g.layout is torch.strided for g in gradients
+    )
+
+
+@torch.no_grad()
+def clip_alike(gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scales gradients that are alike down to `max_norm`, by the operations of `clip_grads_with_norm_`."""
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    # Where that needs no wait for a device, a pass over the gradients is spared if it would multiply by 1.
+    if not is_readable(factor) or factor.item() != 1.0:
+        torch._foreach_mul_(gradients, factor)
 
 
 def scale_gradients(gradients: list[Tensor], factor: Number) -> None:

@@ -246,3 +246,25 @@ def _be_alone():
 
 def test_one_process_is_not_wrapped():
     assert run_ranks(1, _be_alone) == [(False, list(Net().state_dict()))]
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float64, torch.float32), ()])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_gradients_are_clipped_to_the_same_bits_as_by_torch(dtypes, max_norm, value):
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(5, 3, dtype=dtype)) for dtype in dtypes]
+    gradients = [torch.randn(5, 3, dtype=dtype) * value for dtype in dtypes]
+    found = []
+    for clip in (lambda: nn.utils.clip_grad_norm_(parameters, max_norm), lambda: _clip(parameters, max_norm)):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        found.append([clip(), *(parameter.grad for parameter in parameters)])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+
+
+def _clip(parameters, max_norm):
+    strategy = Strategy()
+    norm = strategy.norm(parameters)
+    strategy.clip(parameters, max_norm, norm)
+    return norm
