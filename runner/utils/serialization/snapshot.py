@@ -128,7 +128,7 @@ class HostSnapshot(FlattenedState):
         return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
     def sft_entries(self) -> str:
-        """Returns the tensors' part of the header of a SafeTensors file; it is encoded again if tensors have changed."""
+        """Returns the tensors' part of the header of a SafeTensors file, encoded again only if tensors have changed."""
         others = [self._describe(name) for name in islice(self.tensors, len(self._memory.tensors), None)]
         if self._memory.sft_entries is None or self._memory.sft_entries[0] != others:
             described = (self._describe(name) for group in self._groups for name in group.names)
