@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runner.engines import Engine, Engines, forward, gradients
+from runner.engines import Engine, Engines, forward, gradients, strategies
 from runner.engines import metrics as gathered
 from runner.engines.fsdp import FSDP
 from runner.engines.strategies import DDP, Strategy
@@ -257,7 +257,7 @@ class NoReading(TorchDispatchMode):
 @pytest.fixture
 def unreadable(monkeypatch):
     """Makes engines treat CPU tensors as those of an accelerator, which must not be waited for."""
-    for module in (forward, gathered, gradients):
+    for module in (forward, gathered, gradients, strategies):
         monkeypatch.setattr(module, "is_readable", lambda tensor: False)
 
 
