@@ -1,15 +1,11 @@
 """`python -m runner`: imports the program only once Ctrl-C ends the process cleanly."""
 
 import atexit
-import contextlib
 import gc
-import io
 import sys
 
 from runner.config.trust import import_path
 from runner.control import signals, terminal
-
-_BUFFERED_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
 def main() -> None:
@@ -37,20 +33,13 @@ def start_installed() -> None:
 def _disable_gc() -> None:
     """Collects no garbage during imports, a third of whose time it takes; `Trainer.fit` enables it."""
     gc.disable()
-    atexit.register(_collect_once)
+    atexit.register(_freeze_without_torch)
 
 
-def _collect_once() -> None:
-    """Collects garbage once at the program's end, in place of the interpreter's own three collections.
-
-    These take 0.3 s with torch in memory. Files that a user's module left open are flushed, as they may not be closed.
-    """
-    if "torch" in sys.modules:
-        for file in [found for found in gc.get_objects() if type(found) in _BUFFERED_FILES]:
-            with contextlib.suppress(OSError, ValueError):  # closed, or only read
-                file.flush()
-        gc.collect()
-    gc.freeze()
+def _freeze_without_torch() -> None:
+    """Skips the collections at the program's end if no module of the user's was imported, such as by `--help`."""
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 if __name__ == "__main__":

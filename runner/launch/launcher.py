@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -151,11 +152,23 @@ def _check(cfg: DictConfig, resumption: Resumption | None = None) -> None:
 
     if resumption is None or resumption.origin is None:
         import_path.add_deferred()
+    _freeze_torch()
     targets.seed_imports(plain["seed"])
     if resumption is not None:
         assert resumption.trust is not None
         allowlist.check_resolved_objects(plain, resumption.trust)
     targets.check_targets(plain)
+
+
+def _freeze_torch() -> None:
+    """Exempts torch's objects from garbage collection, before modules of the user's are imported.
+
+    The interpreter's collections at the end of the process would take 0.3 s for them.
+    """
+    import torch  # noqa: F401
+
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def _claim(cfg: DictConfig, task: DictConfig, resumption: Resumption | None) -> Path:

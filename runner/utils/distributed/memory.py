@@ -78,7 +78,12 @@ def freeze_gc() -> Iterator[None]:
     """Exempts all present objects from garbage collection during a block, and enables the collector.
 
     The collector must be disabled before. The objects of the set-up live as long as the run, so it need not scan them.
+    If torch's objects are exempt already, they remain so, and no others are.
     """
+    if gc.get_freeze_count():
+        gc.enable()
+        yield
+        return
     gc.freeze()
     gc.enable()
     try:
