@@ -4,7 +4,6 @@ Tensors are recognized by their `.item()`, so that torch is not imported.
 """
 
 import atexit
-import math
 import threading
 import time
 from collections import deque
@@ -30,8 +29,6 @@ _Call = tuple[str, tuple[Any, ...]]
 # An entry of the thread's queue: (step, reading of the clock, numbers of the step or another call).
 _Entry = tuple[int, float, "dict[str, Any] | _Call"]
 _FLUSH_POLL_S = 0.2
-_TURN_S = 50e-6  # after which the thread that writes releases the GIL
-_PAUSE_S = 50e-6
 
 
 class TrackerThread:
@@ -282,7 +279,7 @@ class TrackerThread:
             with suppress(Empty):
                 request = self._requests.get(timeout=self._flush_s / 2)
             while self._entries:
-                self._write_chunk(min(len(self._entries), _CHUNK), is_awaited=request is not None)
+                self._write_chunk(min(len(self._entries), _CHUNK))
             if isinstance(request, str):
                 return request
             if request is not None:
@@ -290,19 +287,10 @@ class TrackerThread:
                     _call(tracker, "flush")
                 request.set()
 
-    def _write_chunk(self, size: int, is_awaited: bool) -> None:
-        """Hands `size` entries over.
-
-        The training thread releases the GIL in each backward, and would wait for it afterwards, up to 5 ms. So this
-        thread releases it after `_TURN_S`, unless another thread waits for the entries.
-        """
-        turn_end = math.inf if is_awaited else time.perf_counter() + _TURN_S
+    def _write_chunk(self, size: int) -> None:
         try:
             for _ in range(size):
                 self._hand_over(*self._entries.popleft())
-                if time.perf_counter() > turn_end and self._requests.empty():
-                    time.sleep(_PAUSE_S)
-                    turn_end = time.perf_counter() + _TURN_S
         finally:
             for tracker in self._required:
                 _call(tracker, "write")
