@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -300,8 +301,13 @@ def frame(payload: bytes) -> bytes:
 
     Source: the TFRecord format, https://www.tensorflow.org/tutorials/load_data/tfrecord
     """
-    size = _length(len(payload))
-    return size + _masked_crc(size) + payload + _masked_crc(payload)
+    return _frame_head(len(payload)) + payload + _masked_crc(payload)
+
+
+@lru_cache(maxsize=1024)
+def _frame_head(num_bytes: int) -> bytes:
+    size = _length(num_bytes)
+    return size + _masked_crc(size)
 
 
 def _masked_crc(data: bytes) -> bytes:

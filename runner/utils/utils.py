@@ -58,6 +58,20 @@ def derive_seed(*values: int) -> int:
     return state >> 1
 
 
+def derive_seeds(seed: int, numbers: range, *others: int) -> list[int]:
+    """Returns `derive_seed(seed, number, *others)` for each number of a range, in a tenth of the time.
+
+    Args:
+        numbers: consecutive, 0 or more.
+        others: 0 or more.
+    """
+    import numpy as np  # here: a command begins without it
+
+    array: Any = np.arange(numbers.start, numbers.stop, dtype=np.uint64)  # its arithmetic is modulo 2**64
+    seeds: list[int] = derive_seed(seed, array, *others).tolist()  # type: ignore[attr-defined]
+    return seeds
+
+
 def format_number(number: float) -> str:
     """Returns a number for a reader: integers in full, others with four significant digits.
 

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.utils.utils import encodable, escape_controls, find_nearest, format_number, list_nearest, one_line, suggest
+from runner.utils.utils import (
+    derive_seed,
+    derive_seeds,
+    encodable,
+    escape_controls,
+    find_nearest,
+    format_number,
+    list_nearest,
+    one_line,
+    suggest,
+)
 
 
 @pytest.mark.parametrize(
@@ -73,3 +83,9 @@ def test_of_many_choices_the_nearest_are_listed_and_the_others_counted():
         list_nearest("layer.3", [f"layer.{index}" for index in (1, 2, 3, 3)], limit=2) == "layer.3, layer.1 and 1 more"
     )
     assert list_nearest("a", ["", ""]) == "none"
+
+
+@given(st.integers(), st.integers(0, 2**62), st.integers(0, 300), st.lists(st.integers(0, 2**63), max_size=3))
+def test_seeds_that_are_derived_together_are_those_of_each_number(seed, start, count, others):
+    numbers = range(start, start + count)
+    assert derive_seeds(seed, numbers, *others) == [derive_seed(seed, number, *others) for number in numbers]

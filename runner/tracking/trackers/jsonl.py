@@ -32,12 +32,14 @@ class Jsonl(RecordFile):
 
 def encode_line(step: int, time_s: float, numbers: Mapping[str, float]) -> bytes:
     """Returns a line; a name of the line's own is a ValueError."""
-    values = [_encode_key(name) + (repr(x) if isfinite(x) else "null") for name, x in numbers.items()]
+    keys = _encode_keys(tuple(numbers))
+    values = [key + (repr(x) if isfinite(x) else "null") for key, x in zip(keys, numbers.values(), strict=True)]
     return f'{{"step": {step:d}, "time_s": {time_s:.6f}{"".join(values)}}}\n'.encode()
 
 
-@lru_cache(maxsize=4096)
-def _encode_key(name: str) -> str:
-    if name in LINE_NAMES:
-        raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
-    return f", {json.dumps(name)}: "
+@lru_cache(maxsize=1024)
+def _encode_keys(names: tuple[str, ...]) -> list[str]:
+    for name in names:
+        if name in LINE_NAMES:
+            raise ValueError(f"log: {name!r} is a name of {METRICS_NAME}'s own; call the value something else")
+    return [f", {json.dumps(name)}: " for name in names]

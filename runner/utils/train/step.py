@@ -22,7 +22,9 @@ from runner.utils.train.failures import (
     describe_failure,
 )
 from runner.utils.train.protocols import BatchStream, EngineGroup
-from runner.utils.utils import add_note, derive_seed, describe, is_signal
+from runner.utils.utils import add_note, derive_seeds, describe, is_signal
+
+_NUM_SEEDS = 256  # steps whose seeds are derived together
 
 
 class StepRunner:
@@ -65,6 +67,8 @@ class StepRunner:
         self._policy = policy
         self._on_message = on_message
         self._warn = warn
+        self._seeds: list[list[int]] = []  # by micro-step and step, from `_first_seeded` on
+        self._first_seeded = 0
         self._weighted_ranks: dict[str, set[int]] = {}  # by engine: the ranks on which its losses have a weight
 
     def run(self, step: int, is_stopping: Callable[[], bool]) -> None:
@@ -77,10 +81,12 @@ class StepRunner:
         """
         position, first_sample = self._batches.position(), self._batches.num_samples_total
         self._engines.begin_step(step)
+        if not (self._seeds and self._first_seeded <= step < self._first_seeded + _NUM_SEEDS):
+            self._derive_seeds(step)
         try:
             for micro_step in range(self._accumulate):
                 batch = next(self._batches)
-                own_seed = derive_seed(self._seed, step, micro_step, self._rank)
+                own_seed = self._seeds[micro_step][step - self._first_seeded]
                 self._engines.seed(own_seed, (self._seed, step, micro_step))
                 self._engines.micro_step(batch, self._batches.weight)
                 if self._prefetch is not None:  # the device is busy with this micro-step
@@ -92,6 +98,12 @@ class StepRunner:
             faults = self._recover(error, step, position, is_stopping)
         if faults:
             self._skip_step(faults, step, position, first_sample)
+
+    def _derive_seeds(self, step: int) -> None:
+        """Derives the seeds of this rank's micro-steps in the next steps, each from the seed of the run alone."""
+        steps = range(step, step + _NUM_SEEDS)
+        self._seeds = [derive_seeds(self._seed, steps, number, self._rank) for number in range(self._accumulate)]
+        self._first_seeded = step
 
     def _poll_messages(self) -> dict[str, str]:
         """Returns the faults (non-finite values) that ranks have found in the step, by engine.

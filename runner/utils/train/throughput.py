@@ -25,9 +25,11 @@ class Throughput:
         """Returns seconds per step, samples and tokens per second since the last call."""
         now = time.perf_counter()
         last_step, last_samples, last_tokens = self._last
-        seconds = max(now - self._last_time, 1e-9)
+        seconds = now - self._last_time
+        if seconds <= 0.0:
+            seconds = 1e-9
         rates = {
-            "step_time_s": seconds / max(step - last_step, 1),
+            "step_time_s": seconds / ((step - last_step) or 1),
             "samples_per_s": (samples - last_samples) / seconds,
         }
         if tokens:

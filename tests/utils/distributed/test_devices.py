@@ -1,4 +1,5 @@
 import dataclasses
+import random
 from collections import UserDict, defaultdict, namedtuple
 from typing import Any
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from runner.utils.distributed import default_generator, move, pick_device
+from runner.utils.distributed import default_generator, move, pick_device, seed_all
 from runner.utils.distributed.devices import pin
 
 
@@ -20,6 +21,21 @@ def test_auto_picks_the_accelerator_if_there_is_one():
 def test_a_missing_device_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match=f"device='{name}'.*expected"):
         pick_device(name)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+def test_the_global_generators_are_seeded_as_by_their_own_functions(seed):
+    def draw():
+        numbers = [random.gauss(0, 1), random.random(), random.getrandbits(70), np.random.normal(), np.random.rand()]
+        return [*numbers, torch.rand(1).item()]
+
+    random.gauss(0, 1)  # keeps the second number of a pair for the next call
+    seed_all(seed, torch.device("cpu"))
+    found = draw()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    assert found == draw()
 
 
 def test_the_default_generator_of_the_cpu_is_torchs():
