@@ -67,9 +67,10 @@ class Data:
 
 
 class Stalls(Data):
-    # waits while the file `stall` exists
+    # waits while the file `stall` exists, and makes the file `stalling`
     def __getitem__(self, index):
         while os.path.exists("stall"):
+            open("stalling", "w").close()
             time.sleep(0.02)
         return super().__getitem__(index)
 

@@ -1,6 +1,7 @@
 """The Python API: a config composed, edited and trained, and the run read back, as the command line would have it."""
 
 import copy
+import gc
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -215,11 +217,24 @@ def test_an_interrupted_run_is_saved_and_resumes_to_the_same_end(home):
     assert_same_run(run.folder, whole.folder, 40)
 
 
+def test_objects_that_exist_before_a_run_are_collected_after_it(home):
+    class Node:
+        pass
+
+    node = Node()
+    node.itself = node
+    reference = weakref.ref(node)
+    runner.train(compose("trainer.steps=1"))
+    del node
+    gc.collect()
+    assert reference() is None
+
+
 def test_a_second_interrupt_raises_at_once_and_the_program_goes_on(home):
     (home.folder / "stall").touch()
 
     def interrupt_twice():
-        while not (home.folder / "stalled" / "run.json").exists():
+        while not (home.folder / "stalling").exists():
             time.sleep(0.01)
         for _ in range(2):
             time.sleep(0.3)

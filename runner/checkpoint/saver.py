@@ -73,20 +73,20 @@ class Saver:
             name: HostSnapshot(value, copy_now=False, reuse=previous.get(name)) for name, value in parts.items()
         }
         self._snapshots = snapshots
-        # A daemon: a second signal ends the program during a write, which is then not committed.
-        self._thread = threading.Thread(
-            target=self._commit, args=(step, snapshots, facts, metric), name="saver", daemon=True
-        )
         # The thread writes tensors of a large state as soon as they are copied. The first time, while buffers are
-        # allocated, and for a small state, whose header takes longer, that would delay the loop.
+        # allocated, that would delay the loop, and so would the encoding of a small state's header.
         num_bytes = sum(snapshot.num_bytes for snapshot in snapshots.values())
         is_overlapped = bool(previous) and num_bytes >= _LARGE_BYTES
+        # A daemon: a second signal ends the program during a write, which is then not committed.
+        thread = threading.Thread(target=self._commit, args=(step, snapshots, facts, metric), name="saver", daemon=True)
         if is_overlapped:
-            self._thread.start()
+            thread.start()
+            self._thread = thread
         for snapshot in snapshots.values():
             snapshot.copy()
         if not is_overlapped:
-            self._thread.start()
+            thread.start()
+            self._thread = thread
 
     def close(self) -> None:
         """Waits for a running save.

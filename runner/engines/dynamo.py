@@ -54,7 +54,8 @@ def _plain_until_import(plain: Any, disabled: Callable[..., Any]) -> Callable[..
 def step_without_dynamo(optimizer: Optimizer | None) -> None:
     """Replaces `optimizer.step` by a function that does not import dynamo.
 
-    Hooks, profiling and gradient mode stay torch's. A step without hook and profiler calls the update alone.
+    Hooks and gradient mode stay torch's, and so does the profiler's record while a profiler of this thread is on. A
+    step without hook and profiler calls the update alone.
     """
     if optimizer is None:
         return

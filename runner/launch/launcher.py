@@ -161,13 +161,14 @@ def _check(cfg: DictConfig, resumption: Resumption | None = None) -> None:
 
 
 def _freeze_torch() -> None:
-    """Exempts torch's objects from garbage collection, before modules of the user's are imported.
+    """Exempts torch's objects from garbage collection in a command, before modules of the user's are imported.
 
-    The interpreter's collections at the end of the process would take 0.3 s for them.
+    The interpreter's collections at the end of the process would take 0.3 s for them. A command has switched the
+    collection off; in a program of the user's nothing is exempted.
     """
     import torch  # noqa: F401
 
-    if not gc.get_freeze_count():
+    if not gc.isenabled() and not gc.get_freeze_count():
         gc.freeze()
 
 

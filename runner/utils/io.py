@@ -43,6 +43,7 @@ from runner.utils.serialization import (
     STRUCTURE,
     FlattenedState,
     HostSnapshot,
+    describe_stored,
     encode_sft_header,
     format_key,
     format_path,
@@ -232,20 +233,22 @@ def _sft_writer(
     structure = json.dumps(state.document | ({"ties": dict(ties)} if ties else {}))
     if isinstance(state, HostSnapshot) and len(structure) <= _MAX_INLINE_BYTES:
         return _snapshot_writer(state, _with_structure(metadata, structure), path)
-    tensors = {name: _as_bytes_of_dtype(tensor) for name, tensor in state.tensors.items()}
-    tensors |= {name: tensors[stored_name] for name, stored_name in ties.items()}
+    described = {name: describe_stored(tensor) for name, tensor in state.tensors.items()}
+    described |= {name: described[stored_name] for name, stored_name in ties.items()}
+    added: dict[str, Tensor] = {}
     if len(structure) > _MAX_INLINE_BYTES:
-        tensors[STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
+        added[STRUCTURE] = torch.frombuffer(bytearray(structure.encode()), dtype=torch.uint8)
+        described[STRUCTURE] = describe_stored(added[STRUCTURE])
         structure = ""
-    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     header, ordered = encode_sft_header(path, described, _with_structure(metadata, structure), _SAVE_AS_PT)
 
     def write(stream: BinaryIO) -> None:
         stream.write(header)
         for name in ordered:
-            state.wait_for_copy(ties.get(name, name))
-            if tensors[name].numel():
-                stream.write(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+            # Only here: the tensors of a snapshot have their contents once they are copied.
+            tensor = added[name] if name in added else state.stored_tensor(ties.get(name, name))
+            if tensor.numel():
+                stream.write(_as_bytes_of_dtype(tensor).cpu().reshape(-1).view(torch.uint8).numpy().data)
 
     return write
 

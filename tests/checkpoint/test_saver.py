@@ -104,3 +104,30 @@ def test_a_copy_that_fails_fails_the_save_and_not_the_wait(tmp_path):
         snapshot.copy()
     with pytest.raises(RuntimeError, match="the copy was not made"):
         snapshot.wait_for_copy("a")
+
+
+def test_after_a_copy_that_fails_the_next_save_succeeds(tmp_path):
+    told = Told(tmp_path / "checkpoints")
+    lost = RuntimeError("the device is lost")
+    with mock.patch.object(torch, "_foreach_copy_", side_effect=lost), pytest.raises(RuntimeError, match="is lost"):
+        told.saver.save(1, make_parts(1), {})
+    told.saver.save(2, make_parts(2), {})
+    told.saver.close()
+    assert told.saved == [2]
+
+
+@pytest.mark.parametrize("large_bytes", [0, 1 << 40])
+def test_a_state_with_a_long_structure_is_saved_as_it_is_now(tmp_path, monkeypatch, large_bytes):
+    monkeypatch.setattr("runner.utils.io._MAX_INLINE_BYTES", 1000)
+    monkeypatch.setattr("runner.checkpoint.saver._LARGE_BYTES", large_bytes)  # 0: written while it is copied
+    told = Told(tmp_path)
+    lengths = [number / 7 for number in range(1000)]
+    tensors = {"w": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(2, dtype=torch.complex128)}
+    for step in range(1, 4):
+        for tensor in tensors.values():
+            tensor.fill_(step)
+        told.saver.save(step, {"model": tensors | {"lengths": lengths}}, {})
+        told.saver.close()
+        found = load(tmp_path / f"step_{step:08d}")["model"]
+        assert found["lengths"] == lengths
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

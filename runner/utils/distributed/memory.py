@@ -75,10 +75,11 @@ def describe_memory(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def freeze_gc() -> Iterator[None]:
-    """Exempts all present objects from garbage collection during a block, and enables the collector.
+    """Enables garbage collection for a block, and exempts the objects that exist before.
 
     The collector must be disabled before. The objects of the set-up live as long as the run, so it need not scan them.
-    If torch's objects are exempt already, they remain so, and no others are.
+    Where torch's objects are exempt for good, as in a command, only these are: the modules of the user's are finalized
+    at the program's end as in any program.
     """
     if gc.get_freeze_count():
         gc.enable()

@@ -249,6 +249,11 @@ def to_stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in SFT_DTYPES else torch.uint8
 
 
+def describe_stored(tensor: Tensor) -> tuple[torch.dtype, Sequence[int]]:
+    """Returns dtype and shape with which SafeTensors files hold a tensor."""
+    return (tensor.dtype, tensor.shape) if tensor.dtype in SFT_DTYPES else (torch.uint8, [tensor.nbytes])
+
+
 def encode_sft_header(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str], remedy: str = ""
 ) -> tuple[bytes, list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from runner.utils.serialization.flatten import (
     SFT_DTYPES,
     FlattenedState,
+    describe_stored,
     encode_sft_entries,
     order_in_file,
     to_contiguous,
@@ -92,11 +93,13 @@ class HostSnapshot(FlattenedState):
         return sum(group.content.nbytes for group in self._groups)
 
     def copy(self) -> None:
-        """Copies the tensors; an error is also raised in threads that wait for a tensor."""
+        """Copies the tensors, once; an error is also raised in threads that wait for a tensor."""
+        if not self._sources:
+            return
         try:
             with torch.no_grad():
                 for group, sources, is_copied in zip(self._groups, self._sources, self._is_copied, strict=True):
-                    _copy_into(group.tensors, sources)
+                    torch._foreach_copy_(group.tensors, sources)
                     is_copied.set()
         except BaseException as error:
             self._error = error
@@ -136,23 +139,13 @@ class HostSnapshot(FlattenedState):
         return self._memory.sft_entries[1]
 
     def _describe(self, name: str) -> _Description:
-        tensor = self.tensors[name]
-        is_own = tensor.dtype in SFT_DTYPES
-        return (name, tensor.dtype, tensor.shape) if is_own else (name, torch.uint8, [tensor.nbytes])
+        return name, *describe_stored(self.tensors[name])
 
     def contents(self) -> Iterator[Tensor]:
         """Yields the bytes of all tensors in the order of a SafeTensors file, in large pieces."""
         for index, group in enumerate(self._groups):
             self._wait_for_group(index)
             yield group.content
-
-
-def _copy_into(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if hasattr(torch, "_foreach_copy_"):
-        torch._foreach_copy_(targets, sources)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
 
 
 class _Group(NamedTuple):
