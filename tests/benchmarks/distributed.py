@@ -34,7 +34,7 @@ from runner.engines.strategies import DDP
 from runner.utils.distributed.coordinator import Coordinator
 from runner.utils.train import Loop
 
-TURNS, STEPS, LOG_EVERY = 11, 50, 10
+TURNS, STEPS, LOG_EVERY = 5, 100, 10
 
 
 class Net(nn.Module):
