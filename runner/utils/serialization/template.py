@@ -19,11 +19,16 @@ from runner.utils.serialization.flatten import MAPPINGS, TENSORS, Encoding, Flat
 _MAPPINGS = {*MAPPINGS.values()}
 _CONTAINERS = {*_MAPPINGS, list, tuple}
 _SEARCHED = {*_CONTAINERS, *TENSORS}
+_EXACT_KEYS = {str, int, bool, type(None)}  # of one type, equal keys are the same: 0.0 equals -0.0
 _LARGE_SHARE = 0.01  # of all tensors
 
 
 class ChangedError(Exception):
     """A state differs from its template in more than numbers and contents of tensors."""
+
+
+class _InexactKeyError(Exception):
+    """A dict has a key that may equal another one."""
 
 
 class Template:
@@ -56,11 +61,15 @@ class Template:
     def record(cls, value: Any, state: FlattenedState) -> Template | None:
         """Returns the template of a value that was flattened to `state`.
 
-        None if it has no tensors, or parts that are always flattened, such as shards and sparse tensors.
+        None if it has no tensors, parts that are always flattened, such as shards and sparse tensors, or keys of other
+        types than str, int, bool and None.
         """
         if not state.is_picklable or state.dtensors:
             return None
-        root = _record(value, state.document["tree"], ())
+        try:
+            root = _record(value, state.document["tree"], ())
+        except _InexactKeyError:
+            return None
         if not isinstance(root, _Container):
             return None
         num_items = None
@@ -256,7 +265,11 @@ _Part = _Plain | _Tensor | _Container
 
 
 def _record(value: Any, node: Any, path: KeyPath) -> _Part:
-    """Returns the encoding of a value without composite values."""
+    """Returns the encoding of a value without composite values.
+
+    Raises:
+        _InexactKeyError: a dict with tensors or containers has keys whose equality does not make them the same.
+    """
     kind = type(value)
     if kind in TENSORS:
         return _Tensor(node)
@@ -265,6 +278,8 @@ def _record(value: Any, node: Any, path: KeyPath) -> _Part:
         is_mapping = kind in _MAPPINGS
         body = _body_of(node, kind)
         keys = list(value) if is_mapping else range(len(items))
+        if not _EXACT_KEYS.issuperset(map(type, keys)):
+            raise _InexactKeyError
         nodes = [pair[1] for pair in body] if is_mapping else body
         entries = zip(keys, items, nodes, strict=True)
         parts = [_record(item, item_node, (*path, key)) for key, item, item_node in entries]

@@ -128,6 +128,18 @@ def test_a_snapshot_after_a_change_leaves_the_file_of_a_new_one(tmp_path, change
     assert fourth.document == HostSnapshot(state).document
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("saved", "changed"), [(0.0, -0.0), (0j, -0j), ((1,), (True,)), ((1, "x"), (1.0, "x"))], ids=repr
+)
+def test_a_key_that_equals_another_one_is_saved_as_it_is(tmp_path, saved, changed, suffix):
+    first = HostSnapshot({"a": {saved: torch.ones(2), "b": torch.ones(3)}})
+    state = {"a": {changed: torch.ones(2), "b": torch.ones(3)}}
+    for name, snapshot in {"new": HostSnapshot(state), "second": HostSnapshot(state, reuse=first)}.items():
+        io.write_new(snapshot, tmp_path / f"{name}{suffix}")
+    assert (tmp_path / f"second{suffix}").read_bytes() == (tmp_path / f"new{suffix}").read_bytes()
+
+
 @pytest.mark.parametrize("change", ["nothing", "contents", "a number", "a rate to NaN", "metrics", "a list"])
 def test_a_state_with_the_same_tensors_is_not_flattened_again(change):
     state = make_state()
