@@ -20,6 +20,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any], strict: bool = Tru
         strict: requires exactly the names of the module.
     Raises:
         RuntimeError: names or shapes do not fit the module.
+        TypeError: the state is no mapping.
     """
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []  # expanded tensors, each replaced by a copy meanwhile
     for owner in module.modules():
@@ -44,13 +45,17 @@ def _load(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
     Torch searches all names again for each child: for 5,000 layers in one list, that takes a hundred times as long.
     """
     is_torchs = getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
-    if is_torchs and not any(getattr(owner, _POST_HOOKS, True) for owner in module.modules()):
-        faults: _Faults = ([], [], [])
-        _load_children(module, OrderedDict(state), "", getattr(state, "_metadata", None), faults)
-        missing, unexpected, errors = faults
-        if not errors and not (strict and (missing or unexpected)):
-            return
-    module.load_state_dict(state, strict=strict)  # raises the error of all faults
+    has_post_hooks = any(getattr(owner, _POST_HOOKS, True) for owner in module.modules())
+    if not is_torchs or has_post_hooks or not isinstance(state, Mapping):
+        module.load_state_dict(state, strict=strict)
+        return
+    copied: Any = OrderedDict(state)
+    metadata = getattr(state, "_metadata", None)
+    if metadata is not None:
+        copied._metadata = metadata
+    faults: _Faults = ([], [], [])
+    _load_children(module, copied, "", metadata, faults)
+    _check_faults(module, faults, strict)
 
 
 def _load_children(
@@ -68,6 +73,19 @@ def _load_children(
     for child, submodule in module._modules.items():
         if submodule is not None:
             _load_children(submodule, states.get(child, {}), f"{prefix}{child}.", metadata, faults)
+
+
+def _check_faults(module: nn.Module, faults: _Faults, strict: bool) -> None:
+    """Raises the error that torch raises for these faults, with the same text."""
+    missing, unexpected, errors = faults
+    if strict:
+        for kind, names in (("Unexpected", unexpected), ("Missing", missing)):
+            if names:
+                quoted = ", ".join(f'"{name}"' for name in names)
+                errors.insert(0, f"{kind} key(s) in state_dict: {quoted}. ")
+    if errors:
+        messages = "\n\t".join(errors)
+        raise RuntimeError(f"Error(s) in loading state_dict for {type(module).__name__}:\n\t{messages}")
 
 
 def may_overlap(tensor: Tensor) -> bool:

@@ -89,6 +89,13 @@ STATES = {
     "a name too few": lambda state: {name: value for name, value in state.items() if name != "layers.1.bias"},
     "a name too many": lambda state: {**state, "layers.7.bias": torch.ones(2), "norm.other": torch.ones(2)},
     "another shape": lambda state: {**state, "layers.2.weight": torch.ones(3, 3)},
+    "several faults": lambda state: {
+        **{name: value for name, value in state.items() if name != "layers.1.bias" and "extra" not in name},
+        "layers.2.weight": torch.ones(3, 3),
+        "layers.0.bias": 1.0,
+        "layers.7.bias": torch.ones(2),
+        "other": torch.ones(2),
+    },
     "no tensor": lambda state: {**state, "layers.2.weight": 1.0},
 }
 
@@ -108,10 +115,40 @@ def test_weights_are_loaded_and_refused_as_by_torch(state, strict, post_hook):
         except RuntimeError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
-    assert modules[0].calls[: len(modules[1].calls)] == modules[1].calls
+    assert modules[0].calls == modules[1].calls
     assert modules[0].value == modules[1].value
     loaded = modules[0].state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in modules[1].state_dict().items())
+
+
+class Growing(nn.Module):
+    """A module whose tensor is as large as the last one that was loaded."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+
+    def _load_from_state_dict(self, state, prefix, *arguments):
+        super()._load_from_state_dict(state, prefix, *arguments)
+        self.seen = torch.zeros_like(state[prefix + "seen"])
+
+
+def test_a_module_that_refuses_a_state_is_not_loaded_again():
+    with pytest.raises(RuntimeError, match="size mismatch for seen"):
+        load_weights(Growing(), {"seen": torch.ones(3)})
+
+
+def test_a_hook_finds_the_versions_of_the_state():
+    module, found = nn.BatchNorm1d(2), []
+    module.register_load_state_dict_pre_hook(lambda module, state, *_: found.append(state._metadata))
+    state = module.state_dict()
+    load_weights(module, state)
+    assert found == [state._metadata]
+
+
+def test_a_state_that_is_no_mapping_is_refused_as_by_torch():
+    with pytest.raises(TypeError, match="Expected state_dict to be dict-like, got <class 'NoneType'>"):
+        load_weights(nn.Linear(1, 1), None)
 
 
 def test_a_list_of_layers_is_searched_once():
