@@ -61,6 +61,27 @@ def test_only_small_tensors_are_part_of_the_message():
     assert len(pickle.dumps(PackedBatch([large]))) < 1000
 
 
+def test_a_large_storage_at_the_address_of_a_small_one_is_no_part_of_the_message():
+    large = torch.zeros(MAX_BYTES + 1, dtype=torch.uint8)
+    small = torch.from_numpy(large.numpy()[:4])  # a storage of its own, in the memory of the large one
+    assert small.data_ptr() == large.data_ptr()
+    assert [tensor.is_shared() for tensor in send([small, large])] == [False, True]
+
+
+def test_large_arrays_arrive_as_they_were_and_are_copied_once():
+    array = np.arange(2**19, dtype=np.float32).reshape(2, -1)
+    batch = [array, array, array[:, ::2], array.T, np.ones(3)]
+    packed = PackedBatch(batch)
+    assert len(packed._message) < 1.2 * array[:, ::2].nbytes  # only an array with gaps is part of it
+    expected = [part.copy(order="K") for part in batch]
+    array += 1
+    found = pickle.loads(pickle.dumps(packed))
+    assert found[0] is found[1]
+    for part, other in zip(found, expected, strict=True):
+        assert np.array_equal(part, other)
+        assert (part.dtype, part.flags.writeable) == (other.dtype, True)
+
+
 class Point(NamedTuple):
     x: torch.Tensor
     y: np.ndarray
