@@ -85,7 +85,12 @@ def preserve_rng_state(device: torch.device = _CPU) -> Iterator[None]:
 
 def has_streams(device: torch.device) -> bool:
     """Returns whether a device can copy to and from the host beside its computing."""
-    return device.type not in ("cpu", "meta") and hasattr(torch.get_device_module(device), "Stream")
+    if device.type in ("cpu", "meta"):
+        return False
+    try:
+        return hasattr(torch.get_device_module(device), "Stream")
+    except RuntimeError:  # torch has no module for this device, such as xla
+        return False
 
 
 def move(batch: Any, device: torch.device) -> Any:

@@ -65,7 +65,7 @@ class CopiedBatch:
 
 
 class BatchCopier:
-    """Copies the tensors of a batch, in any nest that `move` enters.
+    """Copies the dense tensors of a batch, in any nest that `move` enters.
 
     Objects that move themselves stay on the host, except a `UserDict` such as transformers' BatchEncoding: the
     allocator must know each tensor. The step moves what stays.
@@ -80,7 +80,7 @@ class BatchCopier:
 
         def copy_part(part: Any) -> Any:
             if isinstance(part, Tensor):
-                if part.device.type == "cpu" and part.numel():
+                if _is_dense(part) and part.numel():
                     part = self._stream.copy(part)
                     tensors.append(part)
                 return part
@@ -104,6 +104,12 @@ class BatchCopier:
         if copied.event is not None:
             self._stream.deliver(copied.event, copied.tensors)
         return copied.batch
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Returns whether a tensor is on the CPU and of a kind whose memory `record_stream` can keep on a device."""
+    is_strided = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return is_strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def make_copier(device: torch.device) -> BatchCopier | None:

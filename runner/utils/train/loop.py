@@ -196,7 +196,7 @@ class Loop:
             self.schedule.run_pending(self.run_action, self._has_stop_reason)
             self.coordinator.run_on_all_ranks(bool)  # raises the errors of any rank before the first step
             while self.step < self.steps and self._stop_reason is None:
-                self.step_runner.run(self.step, self._has_stop_reason)
+                self.step_runner.run(self.step, self._has_stop_reason, self.step + 1 >= self.steps)
                 if self._check is not None:
                     self.coordinator.defer_error(self._check_once)
                 self.step += 1

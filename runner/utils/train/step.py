@@ -71,9 +71,11 @@ class StepRunner:
         self._first_seeded = 0
         self._weighted_ranks: dict[str, set[int]] = {}  # by engine: the ranks on which its losses have a weight
 
-    def run(self, step: int, is_stopping: Callable[[], bool]) -> None:
+    def run(self, step: int, is_stopping: Callable[[], bool], is_last: bool = False) -> None:
         """Runs the step that follows `step` completed steps, or skips it.
 
+        Args:
+            is_last: no step follows, so no batch is read for it.
         Raises:
             TrainingStopped: the step failed and must not be skipped, or it failed during its update.
             StepAborted: the step failed while the loop was stopping.
@@ -90,7 +92,9 @@ class StepRunner:
                 self._engines.seed(own_seed, (self._seed, step, micro_step))
                 self._engines.micro_step(batch, self._batches.weight)
                 if self._prefetch is not None:  # the device is busy with this micro-step
-                    self._prefetch()
+                    is_end = micro_step + 1 == self._accumulate and (is_last or is_stopping())
+                    if not is_end:
+                        self._prefetch()
             faults = self._engines.step(self._poll_messages)
         except BaseException as error:
             if is_signal(error):

@@ -235,6 +235,22 @@ def test_tensors_of_a_nest_are_copied_and_their_memory_is_not_reused_before_the_
     assert batch["example"].text == "text"
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+def test_tensors_that_are_not_dense_are_left_to_the_step():
+    stream = LazyCopyStream()
+    copier = BatchCopier(stream)
+    batch = [
+        torch.eye(2).to_sparse(),
+        torch.eye(2).to_sparse_csr(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(1)]),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(1)], layout=torch.jagged),
+        torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+    ]
+    found = copier.finish(copier.start(batch))
+    assert all(part is other for part, other in zip(found, batch, strict=True))
+    assert stream.num_copies == 0
+
+
 def test_a_batch_without_tensors_waits_for_nothing():
     stream = LazyCopyStream()
     copier = BatchCopier(stream)
@@ -290,7 +306,7 @@ def test_a_loop_that_is_cut_with_a_prefetched_batch_goes_on_as_without_a_device(
                 batches.load_state_dict(states[-1][2])
             loop.run()
             assert batches._copier._stream.num_delivered == 2 * (steps - (states[-1][1]["step"] if states else 0))
-            assert batches._ahead is not None
+            assert batches._ahead is None  # no step follows
             states.append((loop.engines.state_dict(), loop.state_dict(), batches.state_dict()))
         finally:
             batches.close()
@@ -371,3 +387,8 @@ def test_an_accelerator_computes_after_the_copy_and_the_host_is_a_few_batches_ah
 def test_a_device_without_streams_has_no_copier(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
     assert make_copier(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize("kind", ["xla", "hpu", "vulkan", "lazy", "privateuseone"])
+def test_a_device_that_torch_has_no_module_for_has_no_copier(kind):
+    assert make_copier(torch.device(kind)) is None
