@@ -315,8 +315,7 @@ class Engine:
 
         Returns False if the loss scaler skipped the update.
         """
-        if self.optimizer is not None:
-            self._lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._lrs = current_lrs(self.optimizer)
         is_taken = self._gradients.update()
         self._reader.reference_weight = self._gradients.reference_weight
         self.steps += is_taken

@@ -84,9 +84,9 @@ def feed(module: nn.Module, batch: Any) -> Any:
 
 def arguments_of(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """Returns the positional and keyword arguments that `feed` passes to a module."""
-    if isinstance(batch, Mapping):
-        return (), batch
-    return (batch, {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+    if isinstance(batch, (tuple, list)):
+        return batch, {}
+    return ((), batch) if isinstance(batch, Mapping) else ((batch,), {})
 
 
 def in_autocast(forward: Forward, device: torch.device, dtype: torch.dtype | None) -> Forward:

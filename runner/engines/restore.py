@@ -124,7 +124,13 @@ def _check_matched(matched: MatchedState, allows_changes: bool) -> list[str]:
 
 
 def _check_loaded(optimizer: Optimizer, built: Groups) -> None:
-    """Checks the groups and tensors of a state that torch has loaded unchecked; see the two checks."""
+    """Checks the types of the groups' values and the shapes of fused tensors, both of which torch loads unchecked.
+
+    Args:
+        built: the result of `group_values` before the state was loaded.
+    Raises:
+        TypeError, ValueError: a value has another type than the group was built with, or a tensor another shape.
+    """
     check_group_values(optimizer, built)
     check_fused_state(optimizer)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -227,6 +228,21 @@ class Plain:
 def test_the_numbers_of_an_object_are_metrics_too(kind):
     engines = train(Returning({"accuracy": 0.5}, kind))
     assert engines.take_metrics()["accuracy"] == evaluate(engines)["accuracy"] == 0.5
+
+
+class Pair(tuple):
+    """A tuple that is a mapping as well."""
+
+    __slots__ = ()
+
+
+Mapping.register(Pair)
+
+
+@pytest.mark.parametrize("batch", [Pair((1, 2)), (1, 2), [1, 2], {"x": 1}, 3])
+def test_a_batch_has_the_same_arguments_with_and_without_a_strategy(batch):
+    positional, named = forward.arguments_of(batch)
+    assert forward.feed(lambda *args, **kwargs: (args, kwargs), batch) == (tuple(positional), dict(named))
 
 
 def test_a_number_on_the_cpu_beside_one_that_is_not_stays_there():

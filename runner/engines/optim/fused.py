@@ -32,7 +32,8 @@ def use_fused_kernels(optimizer: Optimizer, module: nn.Module) -> None:
     """Has torch's Adam, AdamW, SGD and Adagrad use fused kernels in each group where these are right and faster.
 
     Call it before the first update, and after the hyperparameters were read: the choice is none of the user's. A group
-    whose `fused` or `foreach` is set stays as it is.
+    whose `fused` or `foreach` is set stays as it is. A copied or unpickled optimizer keeps `fused=True` and loses the
+    checks of its updates: set `fused=None` in its groups, and call this again.
     """
     layers = [layer for layer in module.modules() if getattr(layer, "sparse", False) is True]
     sparse_ids = {id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)}
@@ -46,7 +47,7 @@ def use_fused_kernels(optimizer: Optimizer, module: nn.Module) -> None:
         if any(group.get("fused") for group in part.param_groups):
             # Torch's GradScaler would have the kernel skip an update. SGD's then keeps momentum that nobody has set.
             part._step_supports_amp_scaling = False
-            _leave_kernel_in_time(part)
+            _guard_fused_updates(part)
 
 
 def _is_fused_right(optimizer: Optimizer, group: Mapping[str, Any], sparse_ids: set[int]) -> bool:
@@ -91,7 +92,7 @@ def _has_sharding_rule(operator: str) -> bool:
     return any(overload in getattr(propagator, table, ()) for table in _RULE_TABLES)
 
 
-def _leave_kernel_in_time(optimizer: Any) -> None:
+def _guard_fused_updates(optimizer: Any) -> None:
     """Has a group use torch's default from the first update on that its fused kernel would refuse or make wrongly.
 
     Only the update itself shows it. `_init_group` collects its tensors, before the optimizer reads `fused`.

@@ -186,7 +186,7 @@ def find_changed_kinds(parts: Mapping[str, Any], state: Mapping[str, Any]) -> li
 def apply_changes(optimizer: Optimizer, configured: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Sets the values that the config has changed since the loaded state was saved.
 
-    The state was loaded with `fused` as it is to be: torch keeps other tensors with it.
+    `fused` is left out: the loaded state has its final value, on which the tensors that torch keeps depend.
     """
     for group, new, old in zip(optimizer.param_groups, configured["groups"], saved["groups"], strict=True):
         changes = {key: value for key, value in new.items() if key not in old or old[key] != value}

@@ -237,6 +237,9 @@ def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Op
     An empty group gets those of an empty saved group.
     """
     unused = [i for i, group in enumerate(state["param_groups"]) if i not in matched.order and not group["params"]]
+    # For each value of the state, torch searches its key in `params`: in a list, that takes quadratic time.
+    is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    is_read_by_torch = is_torchs and not getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", True)
     num_parameters = 0
     for position, group in enumerate(optimizer.param_groups):
         if matched.order[position] is None and not group["params"] and unused:
@@ -248,7 +251,5 @@ def _match_groups(matched: MatchedState, state: Mapping[str, Any], optimizer: Op
         else:
             settings.pop("param_names", None)
         keys = range(num_parameters, num_parameters := num_parameters + len(group["params"]))
-        # For each value of the state, torch searches its key in this sequence: in a list, that takes quadratic time.
-        is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
-        settings["params"] = keys if is_torchs else [*keys]
+        settings["params"] = keys if is_read_by_torch else [*keys]
         matched.state["param_groups"].append(settings)

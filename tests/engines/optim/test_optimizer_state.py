@@ -9,6 +9,7 @@ from torch import nn
 
 from runner.engines import Engine, Engines
 from runner.engines.fsdp import FSDP
+from runner.engines.optim.optimizer_state import match_state, names_by_id
 from runner.engines.optim.optimizers import TorchaoAdamW8bit, muon
 from runner.engines.optim.schedulers import warmup_cosine
 from runner.engines.restore import check_group_values, group_values
@@ -279,3 +280,17 @@ def test_values_that_a_schedule_or_compiling_changes_are_taken():
     optimizer.param_groups[0]["capturable"] = True  # on an accelerator; here it would fail
     check_group_values(optimizer, built)
     assert optimizer.param_groups[0]["capturable"] is False
+
+
+@pytest.mark.parametrize("has_hook", [False, True])
+def test_a_hook_before_loading_finds_the_parameters_of_a_group_in_a_list(has_hook):
+    module = Net()
+    optimizer = one_group([*module.named_parameters()])
+    module(torch.ones(1, 4)).backward()
+    optimizer.step()
+    found = []
+    if has_hook:
+        optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: found.append(state["param_groups"]))
+    matched = match_state(optimizer.state_dict(), optimizer, names_by_id(module), ())
+    optimizer.load_state_dict(matched.state)
+    assert [group["params"] for groups in found for group in groups] == ([[*range(6)]] if has_hook else [])
