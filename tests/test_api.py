@@ -18,7 +18,6 @@ import yaml
 from run_comparison import assert_same_run
 
 import runner
-from runner.utils.sampler.batches import EvaluationData
 
 SMALL = ["experiment=mine", "trainer.steps=6", "trainer.save_every=3", "trainer.eval_every=3"]
 
@@ -68,22 +67,46 @@ def wait_for_end_of_children():
 WORKERS = ["data.num_workers=2", "trainer.eval_every=1", "trainer.eval_at_start=true", "hydra.run.dir=kept"]
 
 
-def test_evaluations_that_keep_their_workers_equal_others_and_leave_no_process(home, monkeypatch):
-    starts = []
-    start = EvaluationData._start_loader
-    monkeypatch.setattr(EvaluationData, "_start_loader", lambda *args: starts.append(start(*args)) or starts[-1])
-    run = runner.train(compose(*WORKERS))
-    assert len(starts) == 7
-    assert all(starts)
+COUNTED = """
+import own
+
+_MISSING = object()
+NUM_CALLS = 0
+
+
+class Data(own.Data):
+    def __init__(self, scale=_MISSING, **settings):
+        super().__init__(**settings)
+        self.scale = scale
+
+    def __getitem__(self, index):
+        global NUM_CALLS
+        NUM_CALLS += 1
+        sample = super().__getitem__(index)
+        sample["y"] = sample["y"] + NUM_CALLS * (1 if self.scale is _MISSING else self.scale)
+        return sample
+"""
+
+
+def test_evaluations_of_a_dataset_that_changes_are_those_of_an_interrupted_run(home):
+    (home.folder / "counted.py").write_text(COUNTED)
+    config = (*SMALL[1:], *WORKERS[:-1], "data.eval._target_=counted.Data")
+    home.run(*config, "hydra.run.dir=whole")
+    home.run(*config, "hydra.run.dir=halves", "trainer.steps=3")
+    home.run("resume=halves", "trainer.steps=6")
+    assert_same_run(home.folder / "whole", home.folder / "halves", 6)
+
+
+def test_evaluations_that_keep_their_workers_equal_others_and_leave_no_process(home):
+    run = runner.train(compose(*WORKERS, "data.persistent_workers=true"))
     wait_for_end_of_children()
-    other = runner.train(compose(*WORKERS[:-1], "hydra.run.dir=new", "data.persistent_workers=false"))
-    assert not any(starts[7:])
+    other = runner.train(compose(*WORKERS[:-1], "hydra.run.dir=new"))
     assert_same_run(run.folder, other.folder, 6)
 
 
 def test_a_run_that_fails_leaves_no_worker_of_its_evaluations(home):
     with pytest.raises(runner.RunError):
-        runner.train(compose(*WORKERS, "optimizer.lr=1e30"))
+        runner.train(compose(*WORKERS, "data.persistent_workers=true", "optimizer.lr=1e30"))
     wait_for_end_of_children()
 
 

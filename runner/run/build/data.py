@@ -26,7 +26,7 @@ from runner.utils.sampler.workers import DEFAULT_PREFETCH
 from runner.utils.utils import derive_seed
 
 _MOST_PASSES = 10_000
-_MOST_KEPT_WORKERS = 16  # of all evaluation datasets together, which keep the memory that they share with this process
+_MOST_KEPT_WORKERS = 16  # by default, of all evaluation datasets together: each keeps old memory of this process
 
 
 def build_batches(spec: ExperimentSpec, device: torch.device) -> PositionedBatches:

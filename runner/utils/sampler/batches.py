@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from runner.utils.distributed import is_rank_zero, seed_all
 from runner.utils.sampler.device_copies import BatchCopier, CopiedBatch
-from runner.utils.sampler.kept_workers import FirstPlan, KeptFetcher, pickle_exactly
-from runner.utils.sampler.rows import fetch_rows, has_rows
+from runner.utils.sampler.rows import RowsIdentity, fetch_rows, has_rows, identify_rows
 from runner.utils.sampler.samplers import EpochSampler
-from runner.utils.sampler.samples import SampleFetcher, has_own_generators
+from runner.utils.sampler.samples import SampleFetcher
 from runner.utils.sampler.workers import (
     AnnotatedBatch,
     FailedBatch,
@@ -28,6 +27,8 @@ from runner.utils.sampler.workers import (
     describe_failure,
     kill_workers,
     next_batch,
+    release_workers,
+    resume_workers,
 )
 from runner.utils.utils import checked_choice, checked_int, derive_seed, is_signal
 
@@ -388,8 +389,9 @@ class EvaluationData:
 
     Args:
         seed: of the samples; None does not reseed.
-        is_persistent: True: all passes use the same workers, until `close`, and draws of samples that are not reseeded
-            begin anew with each batch. None: all passes use the same workers if new ones would return the same.
+        is_persistent: True: passes use the same workers, until `close`, and draws of samples that are not reseeded
+            begin anew with each batch. None: passes use the same workers while new ones would return the same, which
+            is known of the rows of a small `TensorDataset` only.
     """
 
     dataset: Any
@@ -402,57 +404,58 @@ class EvaluationData:
     prefetch_factor: int = 2
     pin_memory: bool = False
     is_persistent: bool | None = False
-    _loader: DataLoader[Any] | None = field(default=None, init=False, repr=False, compare=False)
-    _plans: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)  # that the loader iterates
-    _is_exact: bool = field(default=True, init=False, repr=False, compare=False)  # kept workers can be as new ones
+    # The loader whose workers wait for the next pass, and the rows that they have.
+    _kept: tuple[Any, RowsIdentity | None] = field(default=(None, None), init=False, repr=False, compare=False)
+    _streams: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)  # of passes in progress
 
     def __iter__(self) -> Iterator[tuple[int, Any, int]]:
         plans = self._plan_batches()
         numbers = range(self.rank, -(-len(plans) // self.world_size) * self.world_size, self.world_size)
         rank_plans = [plans[min(number, len(plans) - 1)] for number in numbers]
-        is_kept = self._start_loader(rank_plans)
-        batches = iter(self._loader)  # type: ignore[arg-type]
+        rows = None
+        if self.is_persistent is None and self.num_workers:
+            rows = identify_rows(self.dataset, self.collate)
+        is_kept = self.num_workers > 0 and (bool(self.is_persistent) or rows is not None)
+        loader, batches = self._resume_kept(rows)
+        if batches is None:
+            loader = self._make_loader(rank_plans, is_kept)
+            batches = iter(loader)
+        self._streams.append(batches)
         is_whole = False
         try:
             for number, (_, indices) in zip(numbers, rank_plans, strict=True):
                 yield number, next_batch(batches), len(indices) if number < len(plans) else 0
             is_whole = True
         finally:
-            if not (is_whole and is_kept):
+            is_open = batches in self._streams
+            if is_open:
+                self._streams.remove(batches)
+            # Of two passes at once, the workers of one are kept.
+            if is_whole and is_kept and is_open and self._kept[0] is None:
+                release_workers(batches)
+                self._kept = loader, rows
+            else:
                 kill_workers(batches)  # if the iteration was abandoned
-                self._loader = None
 
-    def _start_loader(self, plans: list[Any]) -> bool:
-        """Makes a loader of the plans, or gives them to that of the last pass; returns whether it is for the next."""
-        fetcher = self._make_fetcher()
-        copy = self._copy_exactly(fetcher) if self.is_persistent is None and self.num_workers else None
-        is_kept = bool(self.is_persistent) or copy is not None
-        if not is_kept:
-            self.close()
-        is_new = self._loader is None
-        self._plans[:] = plans
-        if copy is not None:
-            # The loader gives its first plans to one worker each.
-            firsts = plans[: self.num_workers]
-            self._plans[: len(firsts)] = [FirstPlan(plan, None if is_new else copy) for plan in firsts]
-        if is_new:
-            settings = LoaderSettings(self.num_workers, self.prefetch_factor, self.pin_memory, is_kept)
-            self._loader = settings.make_loader(fetcher if copy is None else KeptFetcher(fetcher), self._plans)
-        return is_kept
-
-    def _copy_exactly(self, fetcher: BatchFetcher) -> bytes | None:
-        """Returns the fetcher as a new worker would have it; None if it can't be copied, or has own generators."""
-        if self._is_exact:
-            has_generators = self.seed is None and has_own_generators(self.dataset, self.collate)
-            copy = None if has_generators else pickle_exactly(fetcher)
-            self._is_exact = copy is not None
-            return copy
-        return None
+    def _resume_kept(self, rows: RowsIdentity | None) -> tuple[Any, Any]:
+        """Returns the kept loader and its iterator; None twice if there is none, its rows differ or a worker died."""
+        loader, kept_rows = self._kept
+        self._kept = None, None
+        if loader is None:
+            return None, None
+        if kept_rows == rows and (batches := resume_workers(loader)) is not None:
+            return loader, batches
+        kill_workers(loader._iterator)
+        return None, None
 
     def close(self) -> None:
-        """Ends workers that are kept for the next pass."""
-        loader, self._loader = self._loader, None
-        kill_workers(getattr(loader, "_iterator", None))
+        """Ends workers that are kept for the next pass, and those of passes in progress."""
+        loader, _ = self._kept
+        streams = [*self._streams, getattr(loader, "_iterator", None)]
+        self._kept = None, None
+        self._streams.clear()
+        for stream in streams:
+            kill_workers(stream)
 
     def _plan_batches(self) -> list[tuple[int, list[int]]]:
         """Returns (first index, indices) of each batch."""
@@ -460,8 +463,10 @@ class EvaluationData:
         firsts = range(0, length, self.batch_size)
         return [(first, [*range(first, min(first + self.batch_size, length))]) for first in firsts]
 
-    def _make_fetcher(self) -> BatchFetcher:
-        is_reused = bool(self.is_persistent) and self.num_workers > 0
-        batch_seed = 0 if is_reused and self.seed is None else None
+    def _make_loader(self, plans: list[tuple[int, list[int]]], is_kept: bool) -> DataLoader[Any]:
+        settings = LoaderSettings(self.num_workers, self.prefetch_factor, self.pin_memory, is_kept)
         samples = SampleFetcher(self.dataset, self.seed, self.collate)
-        return BatchFetcher(samples, self.collate, pins=self.pin_memory, batch_seed=batch_seed)
+        batch_seed = 0 if is_kept and self.seed is None else None
+        return settings.make_loader(
+            BatchFetcher(samples, self.collate, pins=self.pin_memory, batch_seed=batch_seed), plans
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ _DTYPES = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
     torch.float32, torch.float64, torch.complex64, torch.complex128,
 }  # fmt: skip
+MOST_IDENTIFIED_BYTES = 4 << 20  # are read in less time than loader workers need to start
+RowsIdentity = tuple[Any, ...]
 
 
 def has_rows(dataset: Any, collate: Any) -> bool:
@@ -49,6 +52,32 @@ def fetch_rows(dataset: Any, indices: list[Any]) -> list[Tensor] | None:
         return [tensor.index_select(0, rows) for tensor in dataset.tensors]
     except Exception:  # fetching the samples raises it, too, and names the index
         return None
+
+
+def identify_rows(dataset: Any, collate: Any) -> RowsIdentity | None:
+    """Returns a value that changes if any row of a dataset does; None if it isn't one that `has_rows`, or is large.
+
+    A tensor's own counter of changes misses those by NumPy and `tensor.data`, so the bytes are read.
+    """
+    if not has_rows(dataset, default_collate if collate is None else collate):
+        return None
+    num_bytes = 0
+    indices = []
+    while type(dataset) is Subset:
+        if type(dataset.indices) not in {list, range}:
+            return None
+        num_bytes += 8 * len(dataset.indices)
+        if num_bytes > MOST_IDENTIFIED_BYTES or set(map(type, dataset.indices)) - {int}:
+            return None
+        indices.append(tuple(dataset.indices))
+        dataset = dataset.dataset
+    if not all(map(_is_plain, dataset.tensors)):
+        return None
+    if num_bytes + sum(tensor.nbytes for tensor in dataset.tensors) > MOST_IDENTIFIED_BYTES:
+        return None
+    contents = [hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).digest() for tensor in dataset.tensors]
+    kinds = [(tensor.shape, tensor.dtype) for tensor in dataset.tensors]
+    return indices, kinds, contents
 
 
 def _is_large(dataset: TensorDataset, indices: list[int]) -> bool:

@@ -161,9 +161,3 @@ def is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Sequence):
         return len(one) == len(other) and all(map(is_same, one, other))
     return True
-
-
-def has_own_generators(dataset: Any, collate: Any) -> bool:
-    """Returns whether a dataset or collate refers to generators beside the global ones."""
-    held = ObjectGenerators(dataset=dataset, collate=collate)
-    return bool(held.paths or held.unseeded)

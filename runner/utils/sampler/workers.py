@@ -19,7 +19,15 @@ from torch.utils.data._utils import worker as loader_worker
 from runner.utils.distributed.devices import pin
 from runner.utils.files.open_files import exit_worker_at_file_limit, unshare_file_offsets
 from runner.utils.sampler.packing import PackedBatch
-from runner.utils.utils import add_note, checked_choice, checked_int, describe, message_of, signal_with_parent
+from runner.utils.utils import (
+    add_note,
+    checked_choice,
+    checked_int,
+    describe,
+    is_signal,
+    message_of,
+    signal_with_parent,
+)
 
 DEFAULT_PREFETCH = 2  # batches of each worker
 _GRACE_S = 1.0
@@ -200,6 +208,30 @@ def kill_workers(stream: Any) -> None:
         stream._worker_pids_set = False
     for worker in alive:
         worker.kill()
+
+
+def release_workers(stream: Any) -> None:
+    """Has torch ignore the death of an iterator's workers, which wait for the next pass, until `resume_workers`."""
+    if stream._worker_pids_set:
+        signal_handling._remove_worker_pids(id(stream))
+        stream._worker_pids_set = False
+
+
+def resume_workers(loader: DataLoader[Any]) -> Any:
+    """Returns the iterator of the next pass of a loader whose workers were released; None if a worker has died."""
+    stream: Any = loader._iterator
+    if not all(worker.is_alive() for worker in stream._workers):
+        return None
+    try:
+        # From here on torch raises an error, in whatever this process does, if a worker is killed.
+        signal_handling._set_worker_pids(id(stream), tuple(worker.pid for worker in stream._workers))
+        stream._worker_pids_set = True
+        return iter(loader)
+    except BaseException as error:
+        kill_workers(stream)
+        if is_signal(error):
+            raise
+        return None
 
 
 def start_worker(number: int) -> None:

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import descendants_of, wait_for_end
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from runner.utils.sampler import BatchedOrderedSampler, OrderedSampler, PoolSampler, RandomSampler
@@ -407,6 +409,110 @@ def test_persistent_workers_of_an_evaluation_are_kept_until_it_is_closed_or_a_pa
     wait_for_end(first | second, timeout_s=10)
     assert not second & workers_of_pass()
     data.close()
+
+
+_MISSING = object()
+
+
+class Changing:
+    """A dataset whose samples depend on its class, on an identity and on what the samples before have changed."""
+
+    num_calls = 0
+    offset = 0
+
+    def __init__(self):
+        self.scale = _MISSING
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        Changing.num_calls += 1
+        return os.getpid(), index, Changing.num_calls, Changing.offset, self.scale is _MISSING
+
+
+def test_an_evaluation_starts_workers_for_each_pass_by_default(monkeypatch):
+    data = EvaluationData(Changing(), 2, 2, list, 5, is_persistent=None)
+    passes, processes = [], set()
+    for offset in (1, 2):
+        monkeypatch.setattr(Changing, "offset", offset)
+        samples = [sample for _, batch, _ in data for sample in batch]
+        processes |= {sample[0] for sample in samples}
+        passes.append([sample[1:] for sample in samples])
+    assert len(processes) == 4
+    assert {sample[2:] for sample in passes[0]} == {(1, True)}
+    assert passes[1] == [(index, number, 2, True) for index, number, _, _ in passes[0]]
+
+
+def wait_without_error(pid):
+    """Waits for the end of a process, and for torch's handler of its signal, which would raise."""
+    wait_for_end({pid}, timeout_s=10)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("dataset", "is_persistent"), [(Noisy(9), True), (TensorDataset(torch.arange(9)), None)])
+def test_a_kept_worker_that_is_killed_between_passes_is_replaced(dataset, is_persistent):
+    data = EvaluationData(dataset, 4, 2, None, 5, is_persistent=is_persistent)
+    try:
+        first = list(data)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        os.kill(workers[0].pid, signal.SIGKILL)
+        wait_without_error(workers[0].pid)
+        assert str(list(data)) == str(first)
+        assert not set(workers) & set(multiprocessing.active_children())
+        assert str(list(data)) == str(first)
+    finally:
+        data.close()
+    assert not multiprocessing.active_children()
+
+
+def kill_one_and_read(batches):
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    list(batches)
+
+
+def test_a_kept_worker_that_is_killed_within_a_pass_ends_the_pass_and_no_other():
+    data = EvaluationData(TensorDataset(torch.arange(99)), 4, 2, None, 5, is_persistent=None)
+    try:
+        first = list(data)
+        batches = iter(data)
+        next(batches)
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            kill_one_and_read(batches)
+        assert str(list(data)) == str(first)
+    finally:
+        data.close()
+
+
+@pytest.mark.parametrize("is_persistent", [True, False])
+def test_passes_of_an_evaluation_at_once_have_workers_of_their_own(is_persistent):
+    data = EvaluationData(Noisy(40), 2, 2, None, 5, is_persistent=is_persistent)
+    try:
+        whole = str(list(data))
+        dropped, passed = iter(data), []
+        next(dropped)
+        for batch in data:
+            passed.append(batch)
+            if len(passed) == 5:
+                del dropped
+        assert str(passed) == whole
+        assert all(str(one) == str(other) for one, other in zip(data, data, strict=True))
+        assert len(multiprocessing.active_children()) <= 4
+    finally:
+        data.close()
+
+
+@pytest.mark.parametrize("is_persistent", [True, None, False])
+def test_closing_an_evaluation_ends_the_workers_of_a_pass_in_progress(is_persistent):
+    data = EvaluationData(TensorDataset(torch.arange(99)), 2, 2, None, 5, is_persistent=is_persistent)
+    batches = iter(data)
+    next(batches)
+    workers = {worker.pid for worker in multiprocessing.active_children()}
+    assert len(workers) == 2
+    data.close()
+    wait_for_end(workers, timeout_s=10)
+    batches.close()
 
 
 @given(length=st.integers(1, 200), ranks=st.integers(1, 9))

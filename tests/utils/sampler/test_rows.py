@@ -1,5 +1,6 @@
 """Batches of a TensorDataset are indexed; they equal what torch collates of its samples."""
 
+import multiprocessing
 import random
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from runner.utils.distributed import seed_all
 from runner.utils.sampler import OrderedSampler, RandomSampler
 from runner.utils.sampler.batches import Batches, EvaluationData
-from runner.utils.sampler.rows import _DTYPES, fetch_rows, has_rows
+from runner.utils.sampler.rows import _DTYPES, MOST_IDENTIFIED_BYTES, fetch_rows, has_rows, identify_rows
 
 SIZES = st.lists(st.integers(0, 3), max_size=4)
 
@@ -186,3 +187,66 @@ def test_evaluations_are_indexed_alike():
     assert [(number, count) for number, _, count in indexed] == [(number, count) for number, _, count in plain]
     for (_, one, _), (_, other, _) in zip(indexed, plain, strict=True):
         assert_same(one, other)
+
+
+def write_with_numpy(dataset, array):
+    array[5] = -1
+
+
+def write_to_data(dataset, array):
+    dataset.dataset.tensors[0].data[5] = -1
+
+
+def write_in_place(dataset, array):
+    dataset.dataset.tensors[0][5] = -1
+
+
+def replace_tensors(dataset, array):
+    dataset.dataset.tensors = (torch.zeros(9, 2),)
+
+
+def change_indices(dataset, array):
+    dataset.indices[2] = 0
+
+
+def do_nothing(dataset, array):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change", [do_nothing, write_with_numpy, write_to_data, write_in_place, replace_tensors, change_indices]
+)
+def test_workers_of_an_evaluation_are_kept_until_a_row_changes(change):
+    array = np.arange(18, dtype=np.float32).reshape(9, 2)
+    dataset = Subset(TensorDataset(torch.from_numpy(array)), [8, 7, 5, 5, 1])
+    data = EvaluationData(dataset, 2, 2, None, 5, is_persistent=None)
+    try:
+        first = [batch for _, batch, _ in data]
+        workers = multiprocessing.active_children()
+        change(dataset, array)
+        second = [batch for _, batch, _ in data]
+        assert (multiprocessing.active_children() == workers) == (change is do_nothing)
+    finally:
+        data.close()
+    expected = [batch for _, batch, _ in EvaluationData(dataset, 2, 0, None, 5)]
+    for found, batch in zip(second, expected, strict=True):
+        assert_same(found, batch)
+    is_equal = all(torch.equal(one[0], other[0]) for one, other in zip(first, second, strict=True))
+    assert is_equal == (change is do_nothing)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "collate"),
+    [
+        (TensorDataset(torch.zeros(MOST_IDENTIFIED_BYTES // 4 + 1)), None),
+        (Subset(TensorDataset(torch.zeros(2)), [0] * (MOST_IDENTIFIED_BYTES // 8)), None),
+        (Subset(TensorDataset(torch.zeros(2)), np.arange(2)), None),
+        (Subset(TensorDataset(torch.zeros(2)), [True]), None),
+        (TensorDataset(torch.nn.Parameter(torch.zeros(2))), None),
+        (TensorDataset(torch.zeros(2)), list),
+        (ConcatDataset([TensorDataset(torch.zeros(2))]), None),
+    ],
+    ids=["large", "many indices", "array of indices", "other indices", "parameter", "collate", "other dataset"],
+)
+def test_rows_that_are_large_or_may_run_code_are_not_identified(dataset, collate):
+    assert identify_rows(dataset, collate) is None
