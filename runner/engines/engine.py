@@ -21,7 +21,6 @@ from runner.engines.forward import (
     Number,
     Output,
     OutputReader,
-    Weight,
     arguments_of,
     as_number,
     feed,
@@ -44,6 +43,7 @@ from runner.utils.utils import check_choice
 from runner.utils.wrapper.applied import AppliedOptimizations
 
 ON_NONFINITE = ("stop", "skip", "ignore")
+_NO_CONTEXT = contextlib.nullcontext()
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -189,11 +189,18 @@ class Engine:
             loss = loss if loss_weight is not None else loss * weight
         else:
             is_last = self.micro_steps - self._step_start.micro_steps + 1 >= self.accumulate
-            if self._is_distributed:
-                with self.strategy.micro_step(is_last, weight):
-                    loss, extras, loss_weight = self._forward_backward(batch, weight, is_last)
-            else:
-                loss, extras, loss_weight = self._forward_backward(batch, weight, is_last)
+            with self.strategy.micro_step(is_last, weight) if self._is_distributed else _NO_CONTEXT:
+                self._reader.batch_weight = weight
+                loss, extras, num_tokens, loss_weight = self._train_forward(batch)
+                self.tokens += num_tokens
+                if loss_weight is None:
+                    loss = loss if weight == 1.0 or self.strategy.weights_losses else loss * weight
+                self._is_exchanging = is_last
+                is_part = loss_weight is None and self.accumulate > 1
+                self._gradients.backward(loss / self.accumulate if is_part else loss, loss_weight)
+                if is_last and self._is_distributed:
+                    self.strategy.all_reduce_weight()
+                self._is_exchanging = False
         if self._training_metrics is not None:
             self._training_metrics.add(self.take_output(batch) if weight else None)
         if weight != 1.0:
@@ -209,22 +216,6 @@ class Engine:
             self._metrics.add(numbers, terms if self._num_ranks == 1 else terms * self._num_ranks)
         self._losses.append(numbers["loss"])
         self.micro_steps += 1
-
-    def _forward_backward(
-        self, batch: Any, weight: float, is_last: bool
-    ) -> tuple[Tensor, dict[str, Number], Weight | None]:
-        self._reader.batch_weight = weight
-        loss, extras, num_tokens, loss_weight = self._train_forward(batch)
-        self.tokens += num_tokens
-        if loss_weight is None:
-            loss = loss if weight == 1.0 or self.strategy.weights_losses else loss * weight
-        self._is_exchanging = is_last
-        is_part = loss_weight is None and self.accumulate > 1
-        self._gradients.backward(loss / self.accumulate if is_part else loss, loss_weight)
-        if is_last and self._is_distributed:
-            self.strategy.all_reduce_weight()
-        self._is_exchanging = False
-        return loss, extras, loss_weight
 
     @property
     def can_shadow(self) -> bool:

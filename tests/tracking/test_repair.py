@@ -392,7 +392,7 @@ def test_two_calls_are_both_kept_if_each_file_lacks_another_one(
     path.write_bytes(b"".join(lines))
     path = find_event_files(folder)[0]
     (record,) = [each for each in read_log(path, LAST).records if each.key == read_key(lines[event])]
-    path.write_bytes(path.read_bytes().replace(record.content, record.content[:-1] + b"#"))
+    path.write_bytes(path.read_bytes().replace(record.content, record.content[:-1] + bytes([record.content[-1] ^ 1])))
     assert sum(calls_in_events(folder).values()) == len(RUNS["two calls a step"]) - 1
     warned: list[str] = []
     TrackerThread(folder, resume_step=LAST, recorded=counts, warn=warned.append).close()
@@ -490,7 +490,8 @@ def test_all_steps_of_an_emptied_event_file_beside_a_damaged_one_are_reported(tm
     first, second, _ = find_event_files(tmp_path)
     damage(first, (how, 0, 0))
     (record,) = [each for each in read_log(second, LAST).records if each.key and each.step == 16]
-    second.write_bytes(second.read_bytes().replace(record.content, record.content[:-1] + b"#"))
+    damaged = record.content[:-1] + bytes([record.content[-1] ^ 1])
+    second.write_bytes(second.read_bytes().replace(record.content, damaged))
     warned: list[str] = []
     TrackerThread(
         tmp_path, {"tensorboard": TensorBoard()}, resume_step=LAST, recorded=counts, warn=warned.append

@@ -148,8 +148,8 @@ class Keeping(nn.Module):
 
 
 class Wide(torch.utils.data.Dataset):
-    def __init__(self, length=64, width=1, num_leaked=0, num_opened=0):
-        self.width, self.num_leaked = width, num_leaked
+    def __init__(self, length=64, width=1, num_leaked=0, num_opened=0, size=3):
+        self.width, self.num_leaked, self.size = width, num_leaked, size
         if num_opened:
             limit()
         self.opened = [open("/dev/null") for _ in range(num_opened)]
@@ -159,12 +159,17 @@ class Wide(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         LEAKED.extend(open("/dev/null") for _ in range(self.num_leaked))
-        return {str(part): torch.ones(3) * index for part in range(self.width)}
+        return {str(part): torch.ones(self.size) * index for part in range(self.width)}
 """
 
 LACKS = {
-    "batches of workers are kept": ["+data.train.width=20", "data.num_workers=1"],
-    "a worker has too few to send a batch": ["+data.train.width=150", "data.num_workers=1"],
+    # Large tensors: small ones need no file on their way from a worker.
+    "batches of workers are kept": ["+data.train.width=20", "+data.train.size=50000", "data.num_workers=1"],
+    "a worker has too few to send a batch": [
+        "+data.train.width=150",
+        "+data.train.size=50000",
+        "data.num_workers=1",
+    ],
     "the dataset leaks in a worker": ["+data.train.num_leaked=1", "data.num_workers=1"],
     "the dataset leaks": ["+data.train.num_leaked=1"],
     "the model leaks": ["+model.leaks=true"],
