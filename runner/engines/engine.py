@@ -391,8 +391,7 @@ class Engine:
 
     def take_metrics(self) -> dict[str, float]:
         """Returns the means since the last call, gradient norm and learning rates."""
-        if self._is_distributed:
-            self.share_metrics()
+        self.share_metrics()
         numbers = self._metrics.take()
         if self._training_metrics is not None:
             self._add_training_metrics(numbers, self._training_metrics.take())

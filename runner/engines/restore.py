@@ -124,7 +124,7 @@ def _check_matched(matched: MatchedState, allows_changes: bool) -> list[str]:
 
 
 def _check_loaded(optimizer: Optimizer, built: Groups) -> None:
-    """Checks the types of the groups' values and the shapes of fused tensors, both of which torch loads unchecked.
+    """Checks the types of the groups' values and the shapes of fused tensors; torch checks neither.
 
     Args:
         built: the result of `group_values` before the state was loaded.

@@ -28,7 +28,7 @@ class PackedBatch:
         self._message = file.getvalue()
 
     def _take_large(self, buffer: pickle.PickleBuffer) -> bool:
-        """Keeps the memory of a large array beside the message; returns whether it is to be part of the message."""
+        """Keeps the memory of a large array beside the message; returns True for a small one, to be pickled in it."""
         if (memory := buffer.raw()).nbytes <= _MAX_ARRAY_BYTES:
             return True
         self._arrays.append(memory.tobytes())

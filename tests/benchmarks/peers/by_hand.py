@@ -5,7 +5,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from workload import CLIP_NORM, open_workload
+from workload import CLIP_NORM, endless, open_workload
 
 
 @torch.no_grad()
@@ -16,11 +16,6 @@ def evaluate(model, loader):
         total += model(**batch)["loss"].item() * len(next(iter(batch.values())))
     model.train()
     return total / len(loader.dataset)
-
-
-def endless(loader):
-    while True:
-        yield from loader
 
 
 def main():

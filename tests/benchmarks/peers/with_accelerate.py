@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from workload import CLIP_NORM, open_workload
+from workload import CLIP_NORM, endless, open_workload
 
 
 @torch.no_grad()
@@ -16,11 +16,6 @@ def evaluate(accelerator, model, loader):
         losses.append(accelerator.gather_for_metrics(model(**batch)["loss"].repeat(size)))
     model.train()
     return torch.cat(losses).mean().item()
-
-
-def endless(loader):
-    while True:
-        yield from loader
 
 
 def main():

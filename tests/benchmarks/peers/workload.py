@@ -69,3 +69,9 @@ def open_workload():
     model, train, validation = workload.make()
     model.load_state_dict(load_file(Path(folder, WEIGHTS)))
     return workload, Path(folder), model, train, validation
+
+
+def endless(loader):
+    """Yields the batches of a loader, epoch after epoch."""
+    while True:
+        yield from loader
