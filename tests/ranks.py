@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from runner.launch.environment import ProcessEnvironment
-from runner.utils.distributed import init_process_group
+from runner.utils.distributed import init_process_group, wait_for_keys
 
 LIMIT_S = 180.0
+_MAX_WAIT_S = 2.0  # for the other ranks at the end, some of which may have been killed
 
 
 def run_ranks(count, function, *args, timeout_s=LIMIT_S):
@@ -57,6 +58,10 @@ def _run(folder, rank, count, function, args):
         place = ProcessEnvironment(rank=rank, world_size=count, local_rank=rank, local_world_size=count)
         with init_process_group(place, dist.PrefixStore("group", store), "gloo", 20.0):
             result = function(*args)
+            # A rank that ends first closes its connections, from which another may not have read the last exchange.
+            ends = dist.PrefixStore("end", store)
+            ends.set(str(rank), "")
+            wait_for_keys(ends, [str(number) for number in range(count)], _MAX_WAIT_S)
     except BaseException:
         error = traceback.format_exc()
     (folder / f"partial.{rank}").write_bytes(pickle.dumps((error, result)))
